@@ -1,0 +1,1 @@
+"""Checkpoints: written aside, committed by a manifest, verified before they are read."""

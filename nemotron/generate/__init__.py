@@ -1,0 +1,1 @@
+"""Text generation with cached attention, convolution and state-space states."""

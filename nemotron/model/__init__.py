@@ -1,0 +1,1 @@
+"""The model: plain modules that hold mathematics and nothing else."""

@@ -1,0 +1,197 @@
+"""The architecture's numbers, under the names of Hugging Face's NemotronH configuration."""
+
+import math
+from typing import Annotated
+
+from pydantic import AllowInfNan, Field, model_validator
+
+from nemotron.section import Section
+
+LAYER_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+"""Letters of a layer pattern and what they stand for; one mixer per layer."""
+
+
+class ModelConfig(Section):
+    """Every dimension of one hybrid model. Defaults are those that all Nemotron 3 sizes share."""
+
+    vocab_size: int = Field(gt=0)
+    """Entries of the vocabulary, rows of the embedding and of the head."""
+    hidden_size: int = Field(gt=0)
+    """Width of the residual stream."""
+    hybrid_override_pattern: str
+    """One letter a layer: M Mamba-2, * attention, E mixture of experts, - dense MLP."""
+    num_hidden_layers: int | None = Field(None, gt=0)
+    """Number of layers; only a check, because the pattern already says it."""
+    max_position_embeddings: int = Field(262144, gt=0)
+    """Longest row that the model is meant for, in tokens."""
+    layer_norm_epsilon: float = Field(1e-5, gt=0)
+    """Added to the mean square in every normalisation."""
+    initializer_range: float = Field(0.02, gt=0)
+    """Standard deviation of the initial weights; outputs into the residual use it over sqrt(layers)."""
+    tie_word_embeddings: bool = False
+    """Whether the head uses the embedding's matrix."""
+    residual_in_fp32: bool = False
+    """Whether the residual stream stays in float32 under bf16 compute."""
+
+    mamba_num_heads: int = Field(64, gt=0)
+    """Heads of a Mamba-2 mixer; its inner width is heads times head dimension."""
+    mamba_head_dim: int = Field(64, gt=0)
+    """Channels of a Mamba-2 head."""
+    n_groups: int = Field(8, gt=0)
+    """Groups that share B and C, and over which the gated norm is taken."""
+    ssm_state_size: int = Field(128, gt=0)
+    """Length of the state kept for each channel."""
+    conv_kernel: int = Field(4, ge=2)
+    """Taps of the causal convolution."""
+    use_conv_bias: bool = True
+    """Whether the convolution has a bias."""
+    chunk_size: int = Field(128, gt=0)
+    """Chunk length of the scan as published; kernels may choose another, only rounding changes."""
+    time_step_min: float = Field(1e-3, gt=0)
+    """Smallest time step at initialisation."""
+    time_step_max: float = Field(0.1, gt=0)
+    """Largest time step at initialisation."""
+    time_step_floor: float = Field(1e-4, gt=0)
+    """Floor of the time step at initialisation."""
+    time_step_limit: Annotated[
+        tuple[Annotated[float, AllowInfNan(True)], Annotated[float, AllowInfNan(True)]],
+        Field(strict=False),
+    ] = (0.0, math.inf)
+    """Range to which the time step is clamped while running; (0, inf) is no clamp."""
+
+    num_attention_heads: int = Field(32, gt=0)
+    """Query heads."""
+    num_key_value_heads: int = Field(2, gt=0)
+    """Key and value heads, each shared by a group of query heads."""
+    head_dim: int = Field(128, gt=0)
+    """Channels of an attention head."""
+
+    intermediate_size: int | None = Field(None, gt=0)
+    """Width of a dense MLP; needed when the pattern has a `-` layer."""
+
+    n_routed_experts: int = Field(128, gt=0)
+    """Experts of a mixture layer."""
+    num_experts_per_tok: int = Field(6, gt=0)
+    """Experts that each token is sent to."""
+    moe_intermediate_size: int = Field(1856, gt=0)
+    """Width of a routed expert."""
+    moe_shared_expert_intermediate_size: int = Field(3712, gt=0)
+    """Width of the expert that sees every token."""
+    moe_latent_size: int | None = Field(None, gt=0)
+    """Width in which the routed experts work (LatentMoE); absent: the hidden size."""
+    n_group: int = Field(1, gt=0)
+    """Groups of experts for group-limited routing."""
+    topk_group: int = Field(1, gt=0)
+    """Groups of experts a token may use."""
+    norm_topk_prob: bool = True
+    """Whether the chosen experts' weights are divided by their sum."""
+    routed_scaling_factor: float = Field(1.0, gt=0)
+    """Factor on the chosen experts' weights."""
+
+    num_nextn_predict_layers: int = Field(0, ge=0, le=1)
+    """Multi-token-prediction blocks stored: 0 or 1 (the one block is shared over all depths)."""
+    mtp_hybrid_override_pattern: str | None = None
+    """Layer pattern of the multi-token-prediction block, `*E` in the released models."""
+
+    pad_token_id: int = Field(0, ge=0)
+    """Padding token, written to the exported configuration."""
+    bos_token_id: int = Field(1, ge=0)
+    """Beginning-of-text token, written to the exported configuration."""
+    eos_token_id: int = Field(2, ge=0)
+    """End-of-text token: stops generation."""
+
+    @property
+    def mamba_inner_size(self) -> int:
+        """Inner width of a Mamba-2 mixer: heads x head dimension, never `expand` x hidden."""
+        return self.mamba_num_heads * self.mamba_head_dim
+
+    @property
+    def conv_channels(self) -> int:
+        """Channels that pass the convolution: x, B and C."""
+        return self.mamba_inner_size + 2 * self.n_groups * self.ssm_state_size
+
+    @property
+    def expert_input_size(self) -> int:
+        """Width that a routed expert reads and writes: the latent's, or the hidden size."""
+        return self.moe_latent_size or self.hidden_size
+
+    @property
+    def mtp_pattern(self) -> str:
+        """Pattern of the multi-token-prediction block; empty when there is none."""
+        return (self.mtp_hybrid_override_pattern or "") if self.num_nextn_predict_layers else ""
+
+    @model_validator(mode="after")
+    def _check(self) -> "ModelConfig":
+        for key in ("hybrid_override_pattern", "mtp_hybrid_override_pattern"):
+            pattern = getattr(self, key)
+            if pattern is None:
+                continue
+            if not pattern:
+                raise ValueError(f"{key} is empty; write one letter of M * E - for each layer")
+            for position, letter in enumerate(pattern):
+                if letter not in LAYER_KINDS:
+                    raise ValueError(
+                        f"{key} has the letter {letter!r} at position {position}; "
+                        f"allowed are M * E - (Mamba, attention, experts, MLP)"
+                    )
+        pattern = self.hybrid_override_pattern
+        if set(pattern) == {"-"}:
+            raise ValueError(
+                f"hybrid_override_pattern = {pattern!r} mixes no tokens; "
+                f"add at least one M or * layer"
+            )
+        if self.num_hidden_layers not in (None, len(pattern)):
+            raise ValueError(
+                f"num_hidden_layers = {self.num_hidden_layers} but hybrid_override_pattern has "
+                f"{len(pattern)} letters; make them equal or leave num_hidden_layers out"
+            )
+        if self.num_nextn_predict_layers and not self.mtp_hybrid_override_pattern:
+            raise ValueError(
+                "num_nextn_predict_layers = 1 needs mtp_hybrid_override_pattern, for example '*E'"
+            )
+        if self.mtp_hybrid_override_pattern and set(self.mtp_hybrid_override_pattern) - set("*E"):
+            raise ValueError(
+                f"mtp_hybrid_override_pattern = {self.mtp_hybrid_override_pattern!r} may hold "
+                f"only * and E, the layers that readers of the checkpoint support"
+            )
+        if "-" in pattern and self.intermediate_size is None:
+            raise ValueError("hybrid_override_pattern has a - layer but intermediate_size is absent")
+        self._divides("num_key_value_heads", "num_attention_heads")
+        self._divides("n_groups", "mamba_num_heads")
+        self._divides("n_group", "n_routed_experts")
+        self._at_most("num_experts_per_tok", "n_routed_experts")
+        self._at_most("topk_group", "n_group")
+        reachable = self.n_routed_experts // self.n_group * self.topk_group
+        if self.num_experts_per_tok > reachable:
+            raise ValueError(
+                f"num_experts_per_tok = {self.num_experts_per_tok} is more than the {reachable} "
+                f"experts that topk_group = {self.topk_group} of n_group = {self.n_group} leave"
+            )
+        if self.num_experts_per_tok % self.topk_group:
+            raise ValueError(
+                f"topk_group = {self.topk_group} does not divide "
+                f"num_experts_per_tok = {self.num_experts_per_tok}"
+            )
+        low, high = self.time_step_limit
+        if math.isnan(low) or math.isnan(high) or not 0 <= low < high:
+            raise ValueError(
+                f"time_step_limit = [{low}, {high}] must be two numbers, 0 <= first < second"
+            )
+        self._at_most("time_step_min", "time_step_max")
+        for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
+            if getattr(self, key) >= self.vocab_size:
+                raise ValueError(
+                    f"{key} = {getattr(self, key)} is outside vocab_size = {self.vocab_size}"
+                )
+        return self
+
+    def _divides(self, small: str, large: str) -> None:
+        a, b = getattr(self, small), getattr(self, large)
+        if b % a:
+            near = min((d for d in range(1, b + 1) if b % d == 0), key=lambda d: abs(d - a))
+            raise ValueError(f"{small} = {a} does not divide {large} = {b}; {near} would")
+
+    def _at_most(self, small: str, large: str) -> None:
+        a, b = getattr(self, small), getattr(self, large)
+        if a > b:
+            raise ValueError(f"{small} = {a} is more than {large} = {b}")

@@ -1,0 +1,1 @@
+"""Operations: one function each, with a readable reference and faster rivals."""

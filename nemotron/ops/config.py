@@ -1,0 +1,22 @@
+"""Which implementation of each operation to use."""
+
+from nemotron.section import Section
+
+
+class OpsConfig(Section):
+    """One backend name per operation, or `auto`: the fastest that is fit for device and data."""
+
+    ssd: str = "auto"
+    """Selective state-space scan of the Mamba-2 mixer."""
+    causal_conv1d: str = "auto"
+    """Causal depthwise convolution with SiLU."""
+    attention: str = "auto"
+    """Causal grouped-query attention."""
+    grouped_linear: str = "auto"
+    """Matrix products of the routed experts."""
+    linear_cross_entropy: str = "auto"
+    """Head and cross entropy in one, without the logits of the whole batch."""
+    rms_norm: str = "auto"
+    """Root-mean-square normalisation."""
+    gated_rms_norm: str = "auto"
+    """Gate and grouped normalisation of the Mamba-2 mixer."""

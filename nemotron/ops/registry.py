@@ -1,0 +1,117 @@
+"""Choosing an implementation: each operation lists its backends from fastest to slowest."""
+
+import importlib.util
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from nemotron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a backend must be fit for: where the tensors are and which features they ask for."""
+
+    device: str
+    dtype: torch.dtype
+    needs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operation.
+
+    `features` names what it honours beyond the plain call (`documents`, `initial_state`,
+    `final_state`, `cache`, ...); a call that needs a feature outside this set makes it unfit.
+    """
+
+    name: str
+    function: Callable[..., Any]
+    devices: frozenset[str] = frozenset({"cpu", "cuda"})
+    dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16, torch.float64})
+    features: frozenset[str] = frozenset()
+    packages: tuple[str, ...] = ()
+    install: str = ""
+
+    def missing(self) -> str | None:
+        """Say which package is not installed, or return None."""
+        for package in self.packages:
+            if importlib.util.find_spec(package) is None:
+                return f"package {package} is not installed ({self.install})"
+        return None
+
+    def unfit(self, call: Call) -> str | None:
+        """Say why this backend cannot take the call, or return None when it can."""
+        if call.device not in self.devices:
+            return f"runs on {' or '.join(sorted(self.devices))}, not on {call.device}"
+        if call.dtype not in self.dtypes:
+            return f"does not take {str(call.dtype).removeprefix('torch.')}"
+        if lacking := call.needs - self.features:
+            return f"does not honour {', '.join(sorted(lacking))}"
+        return self.missing()
+
+
+@dataclass
+class Operation:
+    """An operation and its backends, fastest first; the last one fits every call."""
+
+    name: str
+    backends: Sequence[Backend]
+    pinned: str | None = None
+    _chosen: dict[Call, Callable[..., Any]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        OPERATIONS[self.name] = self
+
+    def backend(self, name: str) -> Backend:
+        """Return the backend of that name.
+
+        Raises:
+            UserError: when there is none, naming those that exist.
+        """
+        for backend in self.backends:
+            if backend.name == name:
+                return backend
+        known = ", ".join(backend.name for backend in self.backends)
+        raise UserError(f"ops.{self.name} = {name} is unknown; use auto or one of {known}.")
+
+    def pin(self, name: str) -> None:
+        """Use the named backend for every call, or choose by fitness again with `auto`.
+
+        Raises:
+            UserError: when the backend is unknown or its package is missing.
+        """
+        if name != "auto" and (reason := self.backend(name).missing()):
+            raise UserError(f"ops.{self.name} = {name}: {reason}; or remove the key.")
+        self.pinned = None if name == "auto" else name
+        self._chosen.clear()
+
+    def choose(self, call: Call) -> Backend:
+        """Return the backend that takes this call.
+
+        Raises:
+            UserError: when a pinned backend cannot take it.
+        """
+        if self.pinned is not None:
+            backend = self.backend(self.pinned)
+            if reason := backend.unfit(call):
+                raise UserError(f"ops.{self.name} = {self.pinned} {reason}; or remove the key.")
+            return backend
+        for backend in self.backends:
+            if backend.unfit(call) is None:
+                return backend
+        raise UserError(f"no backend of {self.name} takes {call}.")
+
+    def select(self, x: torch.Tensor, **needs: bool) -> Callable[..., Any]:
+        """Return the function for tensors like `x`; each true keyword is a needed feature."""
+        call = Call(x.device.type, x.dtype, frozenset(name for name, on in needs.items() if on))
+        function = self._chosen.get(call)
+        if function is None:
+            function = self._chosen[call] = self.choose(call).function
+        return function
+
+
+OPERATIONS: dict[str, Operation] = {}
+"""Every operation that has been imported, by name."""

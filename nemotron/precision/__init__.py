@@ -1,0 +1,1 @@
+"""Number formats, applied to a built model."""

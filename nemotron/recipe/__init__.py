@@ -1,0 +1,1 @@
+"""Recipes: one YAML file becomes one checked, frozen configuration."""

@@ -1,0 +1,1 @@
+"""The trainer: loss, optimizer, schedule, metrics and the loop."""

@@ -1,0 +1,158 @@
+"""The trainer's own sections and the configuration of a whole pre-training run."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from nemotron.data.config import DataConfig
+from nemotron.model.config import ModelConfig
+from nemotron.ops.config import OpsConfig
+from nemotron.precision.config import PrecisionConfig
+from nemotron.section import Section
+
+
+class BatchConfig(Section):
+    """How many tokens make one optimizer step, and in which portions they are computed."""
+
+    global_tokens: int = Field(gt=0)
+    """Tokens of one optimizer step."""
+    micro_batch: int = Field(1, gt=0)
+    """Rows computed at a time; changes memory and speed, not which rows a step sees."""
+
+
+class OptimizerConfig(Section):
+    """AdamW, gradient clipping and the router's bias."""
+
+    name: Literal["adamw"] = "adamw"
+    """Update rule."""
+    betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
+    """Decay rates of the two moments."""
+    eps: float = Field(1e-8, gt=0)
+    """Added to the root of the second moment."""
+    weight_decay: float = Field(0.1, ge=0)
+    """Decay of matrices and convolution weights; vectors are never decayed."""
+    clip: float | None = Field(1.0, gt=0)
+    """Largest global gradient norm; absent: no clipping."""
+    router_bias_update_rate: float = Field(1e-3, ge=0)
+    """Step of the router's correction bias, once per optimizer step."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "OptimizerConfig":
+        for beta in self.betas:
+            if not 0 <= beta < 1:
+                raise ValueError(f"betas = {list(self.betas)} must lie in [0, 1)")
+        return self
+
+
+class ScheduleConfig(Section):
+    """Learning rate over training; every length in tokens or in steps, not both."""
+
+    kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
+    """Shape: warm-up then stable then decay, or decay from the end of the warm-up, or none."""
+    peak: float = Field(gt=0)
+    """Highest learning rate."""
+    min: float = Field(0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    total_tokens: float | None = Field(None, gt=0)
+    """Length of the run, in tokens."""
+    total_steps: int | None = Field(None, gt=0)
+    """Length of the run, in optimizer steps."""
+    warmup_tokens: float | None = Field(None, ge=0)
+    """Length of the linear warm-up from zero, in tokens."""
+    warmup_steps: int | None = Field(None, ge=0)
+    """Length of the linear warm-up from zero, in optimizer steps."""
+    decay_tokens: float | None = Field(None, gt=0)
+    """Length of the final decay (kind wsd), in tokens."""
+    decay_steps: int | None = Field(None, gt=0)
+    """Length of the final decay (kind wsd), in optimizer steps."""
+    decay: Literal["minus_sqrt", "linear", "cosine", "exponential"] = "minus_sqrt"
+    """Shape of the final decay (kind wsd)."""
+
+
+class LossConfig(Section):
+    """Weights of the terms beside next-token cross entropy."""
+
+    moe_aux_loss_coeff: float = Field(1e-4, ge=0)
+    """Factor of the sequence-level load-balancing loss, per mixture layer."""
+    mtp_num_depths: int = Field(2, gt=0)
+    """How many tokens ahead the multi-token-prediction block is unrolled in training."""
+    mtp_loss_factor: float = Field(0.3, ge=0)
+    """Factor of the mean multi-token-prediction loss over depths."""
+    mtp_detach_heads: bool = False
+    """Whether the multi-token-prediction loss leaves trunk, embedding and head untouched."""
+
+
+class EvaluationConfig(Section):
+    """Validation during training."""
+
+    every_steps: int | None = Field(None, gt=0)
+    """Optimizer steps between validations; absent: only at the end."""
+    tokens: int = Field(65536, gt=0)
+    """Tokens evaluated, shared over the sources."""
+
+
+class CheckpointConfig(Section):
+    """When the run is saved and how many checkpoints stay."""
+
+    every_steps: int | None = Field(None, gt=0)
+    """Optimizer steps between checkpoints; absent: only at the end or when stopped."""
+    keep: int = Field(3, ge=2)
+    """Newest checkpoints kept; at least two, so that a damaged one has a predecessor."""
+
+
+class LoggingConfig(Section):
+    """What mirrors metrics.jsonl."""
+
+    trackers: Annotated[
+        tuple[Literal["wandb", "tensorboard", "trackio"], ...], Field(strict=False)
+    ] = ()
+    """Mirrors of the metrics; metrics.jsonl is always written."""
+    project: str = Field("nemotron", min_length=1)
+    """Project name in the trackers."""
+    every_steps: int = Field(1, gt=0)
+    """Optimizer steps between lines in metrics.jsonl and on the screen."""
+
+
+class PretrainConfig(Section):
+    """Everything that makes one pre-training run."""
+
+    version: Literal[1] = 1
+    """Version of the recipe format."""
+    stage: Literal["pretrain"] = "pretrain"
+    """Kind of training."""
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run: its folder under `output`."""
+    output: str = "runs"
+    """Folder that holds the run's folder."""
+    seed: int = Field(1234, ge=0, lt=2**63)
+    """Seed of the initial weights and of the data order."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; `auto` takes a GPU when there is one."""
+    init_from: str | None = None
+    """Run, checkpoint or exported folder whose weights the run starts from; absent: fresh weights."""
+    recompute: Literal["none", "block"] = "none"
+    """Whether a block's activations are computed again in the backward pass to save memory."""
+    nonfinite_limit: int = Field(10, gt=0)
+    """Consecutive steps with a non-finite loss or gradient that end the run; each is skipped."""
+    model: ModelConfig
+    """Architecture."""
+    data: DataConfig = DataConfig()
+    """Text and rows."""
+    batch: BatchConfig
+    """Tokens per step."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """Update rule."""
+    schedule: ScheduleConfig
+    """Learning rate and length of the run."""
+    loss: LossConfig = LossConfig()
+    """Weights of the loss terms."""
+    precision: PrecisionConfig = PrecisionConfig()
+    """Number formats."""
+    ops: OpsConfig = OpsConfig()
+    """Implementations."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Saving."""
+    evaluation: EvaluationConfig = EvaluationConfig()
+    """Validation."""
+    logging: LoggingConfig = LoggingConfig()
+    """Trackers."""
