@@ -30,8 +30,6 @@ class ModelConfig(Section):
     """Standard deviation of the initial weights; outputs into the residual use it over sqrt(layers)."""
     tie_word_embeddings: bool = False
     """Whether the head uses the embedding's matrix."""
-    residual_in_fp32: bool = False
-    """Whether the residual stream stays in float32 under bf16 compute."""
 
     mamba_num_heads: int = Field(64, gt=0)
     """Heads of a Mamba-2 mixer; its inner width is heads times head dimension."""
@@ -155,7 +153,9 @@ class ModelConfig(Section):
                 f"only * and E, the layers that readers of the checkpoint support"
             )
         if "-" in pattern and self.intermediate_size is None:
-            raise ValueError("hybrid_override_pattern has a - layer but intermediate_size is absent")
+            raise ValueError(
+                "hybrid_override_pattern has a - layer but intermediate_size is absent"
+            )
         self._divides("num_key_value_heads", "num_attention_heads")
         self._divides("n_groups", "mamba_num_heads")
         self._divides("n_group", "n_routed_experts")

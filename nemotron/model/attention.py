@@ -1,0 +1,39 @@
+"""Grouped-query attention without positions: order comes from the Mamba layers."""
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nemotron.model.cache import AttentionState
+from nemotron.model.config import ModelConfig
+from nemotron.model.linear import Linear
+from nemotron.ops.attention import attention
+
+
+class Attention(nn.Module):
+    """Causal softmax attention; query head i reads key-value head i // (Hq / Hkv)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        queries = config.num_attention_heads * config.head_dim
+        keys = config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(config.hidden_size, queries)
+        self.k_proj = Linear(config.hidden_size, keys)
+        self.v_proj = Linear(config.hidden_size, keys)
+        self.o_proj = Linear(queries, config.hidden_size)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        seq_idx: Int[Tensor, "B T"] | None = None,
+        state: AttentionState | None = None,
+        start: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Attend within the row; with `state`, also to what was seen before, from `start` on."""
+        q, k, v = (
+            projection(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, Dh]
+            for projection in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        if state is not None:
+            k, v = state.append(k, v)
+        return self.o_proj(attention(q, k, v, seq_idx=seq_idx, start=start).flatten(2))

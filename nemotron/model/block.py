@@ -1,0 +1,51 @@
+"""One layer of the stack: a norm, one mixer, and the residual around them."""
+
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nemotron.model.attention import Attention
+from nemotron.model.cache import AttentionState, MambaState
+from nemotron.model.config import ModelConfig
+from nemotron.model.linear import RMSNorm
+from nemotron.model.mamba2 import Mamba2
+from nemotron.model.mlp import MLP
+from nemotron.model.moe import MoE
+from nemotron.model.router import RoutingStats
+
+
+class Block(nn.Module):
+    """hidden + mixer(norm(hidden)), with the mixer that the pattern's letter names."""
+
+    def __init__(self, config: ModelConfig, letter: str) -> None:
+        super().__init__()
+        self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+        self.mixer: nn.Module
+        if letter == "M":
+            self.mixer = Mamba2(config)
+        elif letter == "*":
+            self.mixer = Attention(config)
+        elif letter == "E":
+            self.mixer = MoE(config)
+        else:
+            assert letter == "-" and config.intermediate_size is not None, letter
+            self.mixer = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        seq_idx: Int[Tensor, "B T"] | None = None,
+        state: MambaState | AttentionState | None = None,
+        start: Int[Tensor, " B"] | None = None,
+        stats_name: str | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
+        """Apply the layer; the second result is the router's statistics if they were asked for."""
+        x, stats = self.norm(hidden), None
+        if isinstance(self.mixer, Mamba2):
+            y = self.mixer(x, seq_idx, state)
+        elif isinstance(self.mixer, Attention):
+            y = self.mixer(x, seq_idx, state, start)
+        elif isinstance(self.mixer, MoE):
+            y, stats = self.mixer(x, stats_name)
+        else:
+            y = self.mixer(x)
+        return hidden + y, stats

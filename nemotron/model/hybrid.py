@@ -1,0 +1,117 @@
+"""The language model: embedding, a stack of mixed layers, a head, and multi-token prediction."""
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from nemotron.model.block import Block
+from nemotron.model.cache import Cache
+from nemotron.model.config import ModelConfig
+from nemotron.model.init import init_weights
+from nemotron.model.linear import Embedding, Linear, RMSNorm
+from nemotron.model.mtp import MTP, shift_left
+from nemotron.model.router import RoutingStats
+
+
+class Backbone(nn.Module):
+    """Embedding, layers and final norm, under the names that released checkpoints use."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embeddings = Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            Block(config, letter) for letter in config.hybrid_override_pattern
+        )
+        self.norm_f = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
+
+
+class HybridLM(nn.Module):
+    """Hybrid Mamba-2 / attention / mixture-of-experts language model (Nemotron 3).
+
+    Parameters carry Hugging Face's on-disk names, except that the experts of a layer are stacked.
+    They stay float32; `compute_dtype` is the dtype of activations and matrix products.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.compute_dtype: torch.dtype | None = None
+        self.recompute_blocks = False
+        self.backbone = Backbone(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.backbone.embeddings.weight
+        self.mtp = MTP(config) if config.mtp_pattern else None
+
+    def init_weights(self, seed: int) -> None:
+        """Draw every parameter anew; the same seed gives the same tensors in any layout."""
+        init_weights(self, self.config, seed)
+
+    def forward(
+        self,
+        input_ids: Int[Tensor, "B T"],
+        seq_idx: Int[Tensor, "B T"] | None = None,
+        cache: Cache | None = None,
+        routing: list[RoutingStats] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Return the hidden states after the final norm; the head is applied by whoever needs it.
+
+        `seq_idx` numbers the documents of a row, which then do not see each other. `cache` is
+        continued in place. `routing` collects one entry per mixture layer, for training.
+        """
+        hidden = self.embed(input_ids)
+        start = None
+        if cache is not None:
+            seq_idx = cache.documents(input_ids.shape[1])
+            start = cache.start if cache.padded and cache.length else None
+        for index, block in enumerate(self.backbone.layers):
+            state = cache.layers[index] if cache is not None else None
+            name = f"backbone.layers.{index}" if routing is not None else None
+            if self.recompute_blocks and torch.is_grad_enabled():
+                # statistics are a result of the block, so the second run does not count again
+                hidden, stats = checkpoint(
+                    block, hidden, seq_idx, state, start, name, use_reentrant=False
+                )
+            else:
+                hidden, stats = block(hidden, seq_idx, state, start, name)
+            if stats is not None and routing is not None:
+                routing.append(stats)
+        if cache is not None:
+            cache.length += input_ids.shape[1]
+        return self.backbone.norm_f(hidden)
+
+    def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+        """Look up the embeddings, in the compute dtype; their gradient is summed in float32."""
+        embedded = self.backbone.embeddings(input_ids)
+        return embedded if self.compute_dtype is None else embedded.to(self.compute_dtype)
+
+    def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+        """Apply the head; training uses a fused loss instead, which never holds these."""
+        return self.lm_head(hidden)
+
+    def mtp_hidden(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        input_ids: Int[Tensor, "B T"],
+        seq_idx: Int[Tensor, "B T"] | None,
+        num_depths: int,
+        detach: bool = False,
+        routing: list[RoutingStats] | None = None,
+    ) -> list[Float[Tensor, "B T D"]]:
+        """Return the hidden states that predict 2, 3, … tokens ahead, one tensor per depth.
+
+        `detach` keeps the gradients of these depths out of trunk and embedding.
+        """
+        assert self.mtp is not None, "the configuration has no multi-token-prediction block"
+        results = []
+        if detach:
+            hidden = hidden.detach()
+        for _ in range(num_depths):
+            input_ids = shift_left(input_ids, seq_idx, vacated=0)
+            embedding = self.embed(input_ids)
+            if detach:
+                embedding = embedding.detach()
+            hidden = self.mtp(embedding, hidden, seq_idx, routing)
+            results.append(hidden)
+        return results

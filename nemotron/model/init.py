@@ -1,0 +1,61 @@
+"""Initial weights, as Megatron-LM draws them for hybrid models."""
+
+import hashlib
+import math
+
+import torch
+from torch import Tensor, nn
+
+from nemotron.model.config import ModelConfig
+
+RESIDUAL_OUTPUTS = (
+    "mixer.out_proj.weight",
+    "mixer.o_proj.weight",
+    "mixer.down_proj.weight",
+    "shared_experts.down_proj.weight",
+    "experts.down_proj",
+    "fc2_latent_proj.weight",
+)
+"""Projections that write into the residual stream: their spread shrinks with depth."""
+
+
+@torch.no_grad()
+def init_weights(model: nn.Module, config: ModelConfig, seed: int) -> None:
+    """Fill every parameter and buffer from a generator seeded by (seed, its name).
+
+    Source: NVIDIA/Megatron-LM: megatron/core/transformer/transformer_config.py (output std is
+    std / sqrt(layers) for hybrid models) and megatron/core/ssm/mamba_mixer.py.
+    """
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        tensor.copy_(_draw(name, tensor, config, _generator(seed, name)))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
+
+
+def _draw(name: str, like: Tensor, config: ModelConfig, generator: torch.Generator) -> Tensor:
+    def uniform(low: float, high: float) -> Tensor:
+        return torch.empty(like.shape).uniform_(low, high, generator=generator)
+
+    leaf = name.rsplit(".", 1)[-1]
+    if leaf == "A_log":
+        return uniform(1.0, 16.0).log_()
+    if leaf == "D":
+        return torch.ones(like.shape)
+    if leaf == "e_score_correction_bias":
+        return torch.zeros(like.shape)
+    if leaf == "dt_bias":
+        step = uniform(math.log(config.time_step_min), math.log(config.time_step_max)).exp_()
+        step.clamp_(min=config.time_step_floor)
+        return step + torch.log(-torch.expm1(-step))  # inverse of softplus
+    if ".conv1d." in name:
+        bound = 1 / math.sqrt(config.conv_kernel)  # Kaiming uniform with a = sqrt(5)
+        return uniform(-bound, bound)
+    if like.ndim == 1:
+        return torch.ones(like.shape)  # gains of norms
+    std = config.initializer_range
+    if name.endswith(RESIDUAL_OUTPUTS):
+        std /= math.sqrt(len(config.hybrid_override_pattern))
+    return torch.empty(like.shape).normal_(0.0, std, generator=generator)

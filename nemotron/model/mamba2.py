@@ -1,0 +1,98 @@
+"""The Mamba-2 mixer (Dao & Gu 2024, "Transformers are SSMs"), as Megatron-LM trains it."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nemotron.model.cache import MambaState
+from nemotron.model.config import ModelConfig
+from nemotron.model.linear import Linear, RMSNorm
+from nemotron.ops.causal_conv1d import causal_conv1d
+from nemotron.ops.gated_rms_norm import gated_rms_norm
+from nemotron.ops.ssd import ssd
+
+
+class CausalConv(nn.Module):
+    """Holds the weights of the depthwise convolution; the operation itself is in `ops`."""
+
+    def __init__(self, channels: int, kernel: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, kernel))
+        self.bias = nn.Parameter(torch.empty(channels)) if bias else None
+
+
+class Mamba2(nn.Module):
+    """Selective state-space mixer with scalar decay per head and a grouped gated norm."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.head_dim = config.mamba_num_heads, config.mamba_head_dim
+        self.num_groups, self.state_size = config.n_groups, config.ssm_state_size
+        self.time_step_limit = config.time_step_limit
+        inner, channels = config.mamba_inner_size, config.conv_channels
+        # in_proj -> [z, x, B, C, dt]
+        self.splits = [inner, channels, self.num_heads]
+        self.in_proj = Linear(config.hidden_size, sum(self.splits))
+        self.conv1d = CausalConv(channels, config.conv_kernel, config.use_conv_bias)
+        self.A_log = nn.Parameter(torch.empty(self.num_heads))
+        self.D = nn.Parameter(torch.empty(self.num_heads))
+        self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
+        self.norm = RMSNorm(inner, eps=config.layer_norm_epsilon)
+        self.out_proj = Linear(inner, config.hidden_size)
+
+    def forward(
+        self,
+        u: Float[Tensor, "B T D"],
+        seq_idx: Int[Tensor, "B T"] | None = None,
+        state: MambaState | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """Mix the tokens; a given `state` is continued and brought up to date in place."""
+        z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
+        conv_state = state.conv if state is not None else None
+        mixed = causal_conv1d(
+            xBC,
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            initial_state=conv_state,
+            seq_idx=seq_idx,
+        )
+        inner, bc = self.splits[0], self.num_groups * self.state_size
+        x, B, C = mixed.split([inner, bc, bc], dim=-1)
+        # The step size and the decay are float32 as in the CUDA kernels: exp() amplifies rounding.
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
+        if self.time_step_limit != (0.0, math.inf):
+            dt = dt.clamp(*self.time_step_limit)
+        y = ssd(
+            x.unflatten(-1, (self.num_heads, self.head_dim)),  # [B, T, H, P]
+            dt,
+            -self.A_log.exp(),
+            B.unflatten(-1, (self.num_groups, self.state_size)),  # [B, T, G, N]
+            C.unflatten(-1, (self.num_groups, self.state_size)),
+            self.D,
+            initial_state=state.ssm if state is not None else None,
+            seq_idx=seq_idx,
+            return_final_state=state is not None,
+        )
+        if state is not None:
+            y, state.ssm = y
+            state.conv = _last_inputs(state.conv, xBC, seq_idx)
+        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, self.num_groups, self.norm.eps)
+        return self.out_proj(y)
+
+
+def _last_inputs(
+    previous: Float[Tensor, "B W C"],
+    inputs: Float[Tensor, "B T C"],
+    seq_idx: Int[Tensor, "B T"] | None,
+) -> Float[Tensor, "B W C"]:
+    """Return the newest W convolution inputs, zero where they belong to an earlier document."""
+    width = previous.shape[1]
+    last = torch.cat([previous, inputs], dim=1)[:, -width:]
+    if seq_idx is None:
+        return last
+    # what was carried in belongs to document 0
+    ids = F.pad(seq_idx, (width, 0))[:, -width:]
+    return last * (ids == seq_idx[:, -1:]).unsqueeze(-1)

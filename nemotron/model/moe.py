@@ -1,0 +1,105 @@
+"""Mixture of experts: routed experts in full width or in a latent, beside one shared expert."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nemotron.model.config import ModelConfig
+from nemotron.model.linear import Linear
+from nemotron.model.mlp import MLP, squared_relu
+from nemotron.model.router import Router, Routing, RoutingStats
+from nemotron.ops.grouped_linear import grouped_linear
+
+
+class MoE(nn.Module):
+    """Routed squared-ReLU experts plus a shared one that sees every token in full width.
+
+    With `moe_latent_size` the routed experts read and write a narrower latent (LatentMoE): the
+    router, the shared expert and both projections' outer side stay in full width.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(
+            config.n_routed_experts, config.expert_input_size, config.moe_intermediate_size
+        )
+        self.shared_experts = MLP(config.hidden_size, config.moe_shared_expert_intermediate_size)
+        self.fc1_latent_proj = self.fc2_latent_proj = None
+        if config.moe_latent_size is not None:
+            self.fc1_latent_proj = Linear(config.hidden_size, config.moe_latent_size)
+            self.fc2_latent_proj = Linear(config.moe_latent_size, config.hidden_size)
+
+    def forward(
+        self, x: Float[Tensor, "B T D"], stats_name: str | None = None
+    ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
+        """Return the layer's output and, when `stats_name` is given, the router's statistics."""
+        tokens = x.flatten(0, 1)  # [M, D]
+        routing = self.gate(tokens)
+        latent = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
+        routed = self.experts(latent, routing)
+        if self.fc2_latent_proj is not None:
+            routed = self.fc2_latent_proj(routed)
+        stats = None
+        if stats_name is not None:
+            stats = self.gate.statistics(routing, num_rows=x.shape[0], name=stats_name)
+        return routed.view_as(x) + self.shared_experts(x), stats
+
+
+class Experts(nn.Module):
+    """All routed experts as two stacked matrices; every token reaches its K experts, none drops."""
+
+    def __init__(self, num_experts: int, input_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, input_size))
+        self.down_proj = nn.Parameter(torch.empty(num_experts, input_size, intermediate_size))
+
+    def forward(self, x: Float[Tensor, "M I"], routing: Routing) -> Float[Tensor, "M I"]:
+        """Send each token to its experts and add up what they return, weighted."""
+        experts = routing.experts
+        order = experts.flatten().argsort(stable=True)  # [R], copies sorted by expert
+        place = torch.empty_like(order)
+        place[order] = torch.arange(order.shape[0], device=order.device)
+        place = place.view_as(experts)  # [M, K], where each token's copies stand
+
+        token = order // experts.shape[1]
+        rows = _Dispatch.apply(x, token, place)  # [R, I]
+        hidden = grouped_linear(rows, self.up_proj.to(x.dtype), routing.counts)
+        # weights before the down projection, as Megatron-LM does in training
+        hidden = squared_relu(hidden, routing.weights.flatten()[order].unsqueeze(-1))
+        rows = grouped_linear(hidden, self.down_proj.to(x.dtype), routing.counts)
+        return _Combine.apply(rows, token, place)
+
+
+class _Dispatch(torch.autograd.Function):
+    """Copy each token to its experts' rows; the gradient is the adjoint, without atomic adds."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(place)
+        return x[token]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (place,) = ctx.saved_tensors
+        return _sum_copies(grad, place), None, None
+
+
+class _Combine(torch.autograd.Function):
+    """Add up each token's K rows; the gradient copies back to the experts' rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token: Tensor, place: Tensor) -> Tensor:
+        ctx.save_for_backward(token)
+        return _sum_copies(rows, place)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (token,) = ctx.saved_tensors
+        return grad[token], None, None
+
+
+def _sum_copies(rows: Float[Tensor, "R I"], place: Int[Tensor, "M K"]) -> Float[Tensor, "M I"]:
+    return rows[place.flatten()].unflatten(0, place.shape).sum(1)

@@ -1,0 +1,59 @@
+"""Multi-token prediction: one block, applied once for each token further ahead."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nemotron.model.block import Block
+from nemotron.model.config import ModelConfig
+from nemotron.model.linear import Linear, RMSNorm
+from nemotron.model.router import RoutingStats
+
+
+class MTP(nn.Module):
+    """The shared block: joins embedding and hidden state, mixes, normalises.
+
+    Released checkpoints keep the joining layers inside the first inner layer and the last norm
+    inside the last one, so the modules live there.
+    Source: NVIDIA/Megatron-LM: megatron/core/transformer/multi_token_prediction.py.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        size, eps = config.hidden_size, config.layer_norm_epsilon
+        self.layers = nn.ModuleList(Block(config, letter) for letter in config.mtp_pattern)
+        first, last = self.layers[0], self.layers[-1]
+        first.enorm = RMSNorm(size, eps)
+        first.hnorm = RMSNorm(size, eps)
+        first.eh_proj = Linear(2 * size, size)
+        last.final_layernorm = RMSNorm(size, eps)
+
+    def forward(
+        self,
+        embedding: Float[Tensor, "B T D"],
+        hidden: Float[Tensor, "B T D"],
+        seq_idx: Int[Tensor, "B T"] | None,
+        routing: list[RoutingStats] | None,
+    ) -> Float[Tensor, "B T D"]:
+        """Predict one token further: `hidden` of the depth before, `embedding` of the next token."""
+        first, last = self.layers[0], self.layers[-1]
+        joined = torch.cat([first.enorm(embedding), first.hnorm(hidden)], dim=-1)
+        x = first.eh_proj(joined)
+        for index, layer in enumerate(self.layers):
+            name = f"mtp.layers.{index}" if routing is not None else None
+            x, stats = layer(x, seq_idx, stats_name=name)
+            if stats is not None and routing is not None:
+                routing.append(stats)
+        return last.final_layernorm(x)
+
+
+def shift_left(
+    values: Int[Tensor, "B T"], seq_idx: Int[Tensor, "B T"] | None, vacated: int
+) -> Int[Tensor, "B T"]:
+    """Move each token one place towards the start of its document; the last place is `vacated`."""
+    shifted = F.pad(values[:, 1:], (0, 1), value=vacated)
+    if seq_idx is None:
+        return shifted
+    same_document = F.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (0, 1))
+    return shifted.masked_fill(~same_document, vacated)

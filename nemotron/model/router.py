@@ -1,0 +1,109 @@
+"""Which experts a token goes to, and the statistics that keep the experts balanced."""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nemotron.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Routing:
+    """What one call of a router decided.
+
+    `scores` are sigmoid probabilities before the correction bias, `weights` (float32) belong to
+    the chosen experts, `counts` are the tokens that each expert gets.
+    """
+
+    scores: Float[Tensor, "M E"]
+    experts: Int[Tensor, "M K"]
+    weights: Float[Tensor, "M K"]
+    counts: Int[Tensor, " E"]
+
+
+@dataclass(frozen=True)
+class RoutingStats:
+    """Load of one router in one call: tokens per expert and the balance loss, summed over tokens.
+
+    `aux_loss_sum` is the sum over rows of (tokens of the row) x (balance loss of the row), without
+    coefficient; it carries gradients, `counts` does not.
+    """
+
+    name: str
+    counts: Int[Tensor, " E"]
+    aux_loss_sum: Float[Tensor, ""]
+
+
+class Router(nn.Module):
+    """Sigmoid router in float32: the bias chooses, the unbiased score weighs.
+
+    Source: NVIDIA/Megatron-LM: megatron/core/transformer/moe/router.py.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
+        self.num_groups, self.top_groups = config.n_group, config.topk_group
+        self.normalise = config.norm_topk_prob
+        self.scaling = config.routed_scaling_factor
+        self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
+        self.e_score_correction_bias: Tensor
+        self.register_buffer(
+            "e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32)
+        )
+
+    def forward(self, x: Float[Tensor, "M D"]) -> Routing:
+        scores = F.linear(x.to(self.score_dtype), self.weight.to(self.score_dtype)).sigmoid()
+        experts = self._choose(scores.detach() + self.e_score_correction_bias)
+        weights = scores.gather(1, experts)
+        if self.normalise:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        counts = torch.bincount(experts.flatten(), minlength=self.num_experts)
+        return Routing(scores, experts, weights * self.scaling, counts)
+
+    @property
+    def score_dtype(self) -> torch.dtype:
+        """Float32, or float64 when the weights are: scores never round to bf16."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def _choose(self, biased: Float[Tensor, "M E"]) -> Int[Tensor, "M K"]:
+        if self.num_groups > 1:
+            # a group's score is the sum of its best top_k / top_groups experts
+            grouped = biased.unflatten(1, (self.num_groups, -1))  # [M, groups, E / groups]
+            best = grouped.topk(self.top_k // self.top_groups, dim=-1).values.sum(-1)
+            allowed = torch.zeros_like(best, dtype=torch.bool)
+            allowed.scatter_(1, best.topk(self.top_groups, dim=-1).indices, True)
+            biased = grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
+        return biased.topk(self.top_k, dim=-1).indices
+
+    def statistics(self, routing: Routing, num_rows: int, name: str) -> RoutingStats:
+        """Compute the sequence-level balance loss, beside the tokens per expert.
+
+        The loss looks at the unbiased top-k of scores normalised over all experts, not at the
+        routing used: per row, E * sum_e f_e * P_e with f_e the share of the row's assignments and
+        P_e its mean score (Switch Transformer, eq. 4; Megatron-LM's `seq_aux_loss`).
+        """
+        share = routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)
+        share = share.unflatten(0, (num_rows, -1))  # [B, T, E]
+        tokens = share.shape[1]
+        with torch.no_grad():
+            chosen = share.topk(self.top_k, dim=-1).indices.flatten(1)  # [B, T * K]
+            load = torch.zeros_like(share[:, 0])
+            load.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=load.dtype))
+            load /= self.top_k * tokens
+        # per row, tokens x mean score = sum of scores
+        aux_loss_sum = self.num_experts * (load * share.sum(1)).sum()
+        return RoutingStats(name, routing.counts, aux_loss_sum)
+
+    @torch.no_grad()
+    def update_bias(self, counts: Float[Tensor, " E"] | Int[Tensor, " E"], rate: float) -> None:
+        """Move the bias of under-used experts up and of over-used ones down by `rate`.
+
+        `counts` are the tokens of one whole optimizer step (aux-loss-free balancing, Wang et al.
+        2024; Megatron-LM: moe_utils.py, get_updated_expert_bias).
+        """
+        counts = counts.to(self.e_score_correction_bias)
+        self.e_score_correction_bias += rate * torch.sign(counts.mean() - counts)
