@@ -1,0 +1,103 @@
+"""Text to token ids and back."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+import xxhash
+from numpy.typing import NDArray
+
+from nemotron.data.corpus import EMBEDDED
+from nemotron.errors import UserError
+from nemotron.files import write_bytes
+
+
+class Tokenizer:
+    """A `tokenizer.json` and what the trainer must know of it."""
+
+    def __init__(self, content: bytes) -> None:
+        """Read the content of a `tokenizer.json`; raises `ValueError` when it is none."""
+        self.content = content
+        self.hash = xxhash.xxh128_hexdigest(content)
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(str(error)) from error
+        # Lengths and padding of a published file must not cut or fill documents.
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        self.vocab_size = max(vocabulary.values()) + 1
+        self.token_bytes = self._count_bytes(vocabulary)
+
+    def encode(self, text: str, *, specials: bool = False) -> list[int]:
+        """Return the ids of `text`; names like `</s>` in it are plain text unless `specials`."""
+        return self.encode_batch([text], specials=specials)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
+        """Encode many texts at once, on all cores."""
+        self._tokenizer.encode_special_tokens = not specials
+        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        return [encoding.ids for encoding in encodings]
+
+    def decode(self, ids: Iterable[int], *, skip_specials: bool = False) -> str:
+        """Return the text of `ids`; bytes that are no UTF-8 become replacement characters."""
+        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_specials)
+
+    def id(self, token: str) -> int:
+        """Return the id of a token.
+
+        Raises:
+            UserError: when the vocabulary has no such token.
+        """
+        found = self._tokenizer.token_to_id(token)
+        if found is None:
+            raise UserError(f"the tokenizer has no token {token!r}; name one that it has.")
+        return found
+
+    def save(self, path: Path) -> None:
+        """Write the `tokenizer.json`, byte for byte as it was read."""
+        write_bytes(path, self.content)
+
+    def _count_bytes(self, vocabulary: dict[str, int]) -> NDArray[np.int64]:
+        """Count the bytes of text that each id stands for; special tokens stand for none."""
+        kind = json.loads(self._tokenizer.to_str())
+        byte_level = "ByteLevel" in json.dumps(kind["decoder"])
+        special = {token["id"] for token in kind["added_tokens"] if token["special"]}
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in vocabulary.items():
+            if index in special:
+                continue
+            if byte_level:  # each character of the vocabulary stands for one byte
+                counts[index] = len(token)
+            elif len(token) == 6 and token.startswith("<0x"):  # SentencePiece's bytes
+                counts[index] = 1
+            else:
+                counts[index] = len(token.replace("\u2581", " ").encode())
+        return counts
+
+
+def load_tokenizer(name_or_path: str) -> Tokenizer:
+    """Return the embedded tokenizer for `embedded`, else that of a `tokenizer.json`.
+
+    Raises:
+        UserError: when there is no such file, or it is no tokenizer.
+    """
+    path = Path(name_or_path)
+    if name_or_path == "embedded":
+        path = EMBEDDED / "tokenizer.json"
+    elif path.is_dir():
+        path /= "tokenizer.json"
+    try:
+        return Tokenizer(path.read_bytes())
+    except FileNotFoundError:
+        raise UserError(
+            f"data.tokenizer: {path.resolve()} does not exist; "
+            "give the path of a tokenizer.json, or embedded."
+        ) from None
+    except (ValueError, KeyError) as error:
+        raise UserError(
+            f"data.tokenizer: {path.resolve()} is no tokenizer.json: {error}."
+        ) from None
