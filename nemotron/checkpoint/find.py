@@ -1,0 +1,67 @@
+"""Finding the newest checkpoint that is whole, and saying why others were passed over."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemotron.checkpoint.manifest import (
+    STEP_FOLDER,
+    CheckpointInfo,
+    DamagedCheckpoint,
+    folder_name,
+    verify,
+)
+from nemotron.errors import UserError
+
+
+@dataclass(frozen=True)
+class Search:
+    """The newest whole checkpoint of a folder, and one line for each newer one that is not."""
+
+    info: CheckpointInfo | None
+    skipped: tuple[str, ...]
+
+
+def steps(folder: Path) -> list[int]:
+    """Return the steps that have a checkpoint folder, newest first, whole or not."""
+    if not folder.is_dir():
+        return []
+    names = (STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted((int(match[1]) for match in names if match), reverse=True)
+
+
+def newest(folder: Path) -> Search:
+    """Return the newest checkpoint whose every file has the size and hash of its manifest.
+
+    Nothing is deserialised on the way.
+    """
+    candidates = steps(folder)
+    skipped = [
+        f"{path.name} is half-written (the save was interrupted); skipped"
+        for path in sorted(folder.glob("step-*.tmp"), reverse=True)
+        if not candidates or path.name > folder_name(candidates[0])
+    ]
+    for step in candidates:
+        try:
+            return Search(verify(folder / folder_name(step)), tuple(skipped))
+        except DamagedCheckpoint as damage:
+            skipped.append(f"{folder_name(step)} is damaged ({damage}); skipped")
+    return Search(None, tuple(skipped))
+
+
+def locate(path: Path) -> Search:
+    """Find the checkpoint meant by a run's folder, its `checkpoints` folder, or one checkpoint.
+
+    Raises:
+        UserError: when there is none that is whole.
+    """
+    if STEP_FOLDER.fullmatch(path.name):
+        try:
+            return Search(verify(path), ())
+        except DamagedCheckpoint as damage:
+            raise UserError(f"{path} is damaged: {damage}; use an older checkpoint.") from None
+    folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    found = newest(folder)
+    if found.info is None:
+        reasons = "".join(f"; {line}" for line in found.skipped)
+        raise UserError(f"{path} holds no complete checkpoint{reasons}.")
+    return found

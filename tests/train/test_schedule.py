@@ -1,0 +1,107 @@
+"""The learning-rate schedule against the published run's values and its own continuity."""
+
+import math
+
+import pytest
+
+from nemotron.errors import UserError
+from nemotron.train.config import ScheduleConfig
+from nemotron.train.schedule import build_schedule
+
+TOKENS = 25_165_824
+
+
+def super_schedule(**changes):
+    """The schedule of the shipped Super recipe, in iterations."""
+    values = {
+        "peak": 4.5e-4,
+        "min": 4.5e-6,
+        "total_steps": 992_411,
+        "warmup_steps": 7_949,
+        "decay_steps": 198_682,
+    }
+    return build_schedule(ScheduleConfig(**(values | changes)), TOKENS)
+
+
+@pytest.mark.parametrize(
+    "iteration, expected",
+    [
+        (1, 5.66108945e-08),
+        (1_000, 5.66108945e-05),
+        (7_949, 4.5e-4),
+        (793_729, 4.5e-4),
+        (793_730, 4.49000533e-04),
+        (794_723, 4.18489040e-04),
+        (800_000, 3.70852565e-04),
+        (843_400, 2.27248879e-04),
+        (893_070, 1.34983929e-04),
+        (943_000, 6.38498855e-05),
+        (992_411, 4.5e-06),
+        (993_404, 4.5e-06),
+    ],
+)
+def test_minus_sqrt_decay_has_the_values_of_the_super_run(iteration, expected):
+    # The published values have nine digits.
+    assert super_schedule().lr(iteration - 1) == pytest.approx(expected, rel=1e-8)
+
+
+def test_lengths_in_tokens_and_in_steps_are_the_same_schedule():
+    in_tokens = super_schedule(
+        total_steps=None,
+        warmup_steps=None,
+        decay_steps=None,
+        total_tokens=float(992_411 * TOKENS),
+        warmup_tokens=float(7_949 * TOKENS),
+        decay_tokens=float(198_682 * TOKENS),
+    )
+    for step in (0, 7_948, 7_949, 500_000, 793_729, 900_000, 992_410):
+        assert in_tokens.lr(step) == super_schedule().lr(step)
+
+
+def test_a_run_of_25_trillion_tokens_has_the_reported_number_of_steps():
+    schedule = ScheduleConfig(peak=1e-3, total_tokens=25e12, warmup_tokens=8.4e9, decay_tokens=5e12)
+    assert build_schedule(schedule, TOKENS).num_steps == 993_411
+
+
+@pytest.mark.parametrize(
+    "shape, quarter",
+    [
+        ("minus_sqrt", 0.5),
+        ("linear", 0.75),
+        ("cosine", (math.cos(math.pi / 4) + 1) / 2),
+        ("exponential", 2 * 0.5**0.25 - 1),
+    ],
+)
+def test_each_decay_shape_starts_at_the_peak_and_ends_at_the_minimum(shape, quarter):
+    config = ScheduleConfig(peak=1.0, min=0.2, total_steps=150, decay_steps=100, decay=shape)
+    schedule = build_schedule(config, 7)
+    assert schedule.lr(49) == 1.0
+    assert schedule.lr(74) == pytest.approx(0.2 + 0.8 * quarter)
+    assert schedule.lr(149) == pytest.approx(0.2)
+    assert schedule.lr(150) == 0.2
+
+
+@pytest.mark.parametrize("kind, middle", [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)])
+def test_other_kinds_decay_from_the_end_of_the_warm_up(kind, middle):
+    config = ScheduleConfig(kind=kind, peak=1.0, total_steps=30, warmup_steps=10)
+    schedule = build_schedule(config, 3)
+    assert schedule.lr(4) == pytest.approx(0.5)
+    assert schedule.lr(9) == 1.0
+    assert schedule.lr(19) == pytest.approx(middle)
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"total_steps": None}, "no length"),
+        ({"total_tokens": 1e9}, "total_tokens and total_steps"),
+        ({"decay_steps": None}, "wsd needs the length of its decay"),
+        ({"kind": "cosine"}, "takes no decay length"),
+        ({"warmup_steps": 900_000}, "do not fit"),
+        ({"min": 1e-3}, "above schedule.peak"),
+    ],
+)
+def test_an_impossible_schedule_is_answered_in_one_sentence(changes, words):
+    with pytest.raises(UserError, match=words) as error:
+        super_schedule(**changes)
+    assert "\n" not in str(error.value)
