@@ -1,0 +1,76 @@
+"""What `nemotron generate` does once the model is loaded."""
+
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from nemotron.data.tokenizer import Tokenizer
+from nemotron.errors import UserError
+from nemotron.generate.engine import Engine
+from nemotron.generate.sampling import Sampling
+from nemotron.generate.text import TextStream
+from nemotron.generate.weights import prepare_weights
+from nemotron.model.hybrid import HybridLM
+
+
+def generate(
+    model: HybridLM,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    *,
+    max_new_tokens: int = 128,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    seed: int | None = None,
+    stream: bool = True,
+    device: str = "auto",
+) -> int:
+    """Print each prompt with its continuation, and tokens per second to the error stream.
+
+    One prompt is printed while it grows if `stream` is on; several are printed when all are
+    done. Returns the exit code. The model is moved to `device` and its weights are converted for
+    decoding, so it cannot be trained afterwards.
+
+    Raises:
+        UserError: when a prompt is empty or a setting is impossible.
+    """
+    sampling = Sampling(temperature, top_k, top_p, seed)
+    ids = [tokenizer.encode(prompt) for prompt in prompts]
+    engine = Engine(prepare_weights(model.to(find_device(device))), {model.config.eos_token_id})
+    rows = [TextStream(tokenizer) for _ in ids]
+    live = stream and len(ids) == 1
+    texts = list(prompts)
+    if live and prompts[0]:
+        print(prompts[0], end="", flush=True)
+    for tokens in engine.stream(ids, max_new_tokens, sampling):
+        for index, token in enumerate(tokens):
+            if token is None:
+                continue
+            text = rows[index].push(token)
+            texts[index] += text
+            if live:
+                print(text, end="", flush=True)
+    for index, row in enumerate(rows):
+        print(row.close() if live else texts[index] + row.close())
+    print(engine.timing, file=sys.stderr)
+    return 0
+
+
+def find_device(name: str) -> torch.device:
+    """Return the device of that name; `auto` is the GPU when there is one.
+
+    Raises:
+        UserError: when there is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = name.partition(":")
+    if kind == "cpu" and not index:
+        return torch.device(name)
+    count = torch.cuda.device_count()
+    if kind == "cuda" and (not index or (index.isdigit() and int(index) < count)) and count:
+        return torch.device(name)
+    known = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
+    raise UserError(f"device = {name} is not on this machine; use {', '.join(known)}.")

@@ -1,0 +1,90 @@
+"""What the benchmark measures: two small models and the cases run on them."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nemotron.model.config import ModelConfig
+
+_SHARED = {
+    "vocab_size": 4096,
+    "hidden_size": 256,
+    "hybrid_override_pattern": "MEMEM*EMEMEM*E",
+    "mamba_num_heads": 16,
+    "mamba_head_dim": 32,
+    "ssm_state_size": 64,
+    "n_groups": 4,
+    "conv_kernel": 4,
+    "chunk_size": 128,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "moe_shared_expert_intermediate_size": 512,
+}
+
+PROXIES = {
+    "nano": ModelConfig(
+        **_SHARED, n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=256
+    ),
+    "super": ModelConfig(
+        **_SHARED,
+        n_routed_experts=64,
+        num_experts_per_tok=8,
+        moe_intermediate_size=192,
+        moe_latent_size=64,
+    ),
+}
+"""The layer kinds and proportions of Nano and Super at a size that two cores train in a second."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table: `target` and `aim` are ratios of the peer's best time to ours."""
+
+    name: str
+    kind: str
+    proxy: str
+    rows: int
+    tokens: int
+    dtypes: tuple[str, ...]
+    target: float
+    aim: float
+    kept: int = 5
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens trained on in a step, or new tokens of one decoding step."""
+        return self.rows * (self.tokens if self.kind == "train" else 1)
+
+    def programs(self, side: str) -> list[tuple[str, str]]:
+        """Return the (dtype, experts' implementation) settings among which a side's best is taken."""
+        if side == "ours":
+            return [(dtype, "") for dtype in self.dtypes]
+        kinds = ["eager", "grouped_mm"] + (["batched_mm"] if self.kind == "decode" else [])
+        # bf16 rows let the peer use fp32 too, should that be faster for it
+        dtypes = ("fp32",) if self.dtypes == ("fp32",) else ("fp32", "bf16")
+        return [(dtype, kind) for dtype in dtypes for kind in kinds]
+
+
+CASES = [
+    Case("nano-fp32", "train", "nano", 4, 512, ("fp32",), 1.4, 2.1),
+    Case("nano-bf16", "train", "nano", 4, 512, ("bf16",), 1.8, 2.8),
+    Case("super-bf16", "train", "super", 4, 512, ("bf16",), 1.8, 2.9),
+    Case("nano-8192", "train", "nano", 1, 8192, ("fp32", "bf16"), 2.3, 3.5, kept=2),
+    Case("ssd", "ssd", "nano", 1, 2048, ("fp32", "bf16"), 4.0, 10.0),
+    Case("decode-1", "decode", "nano", 1, 128, ("fp32", "bf16"), 2.3, 8.0),
+    Case("decode-8", "decode", "nano", 8, 128, ("fp32", "bf16"), 2.3, 8.0),
+]
+"""The rows of the table "Peer and target", in its order."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+DECODE_TOKENS = 32
+"""New tokens of one timed decoding step."""
+
+
+def draw_tokens(case: Case, step: int) -> torch.Tensor:
+    """Return random tokens, the same for both programs at the same step."""
+    generator = torch.Generator().manual_seed(step)
+    vocab = PROXIES[case.proxy].vocab_size
+    return torch.randint(vocab, (case.rows, case.tokens), generator=generator)

@@ -1,0 +1,198 @@
+"""One program of the benchmark in its own process: ours, or transformers' model as the peer.
+
+python tools/bench_worker.py ours|peer CASE DTYPE EXPERTS; then one command a line on stdin:
+`step N` answers with seconds, other processes' share of the cores and peak memory, `check FILE`
+writes loss and gradients (or the logits of a decoding case), `peak DTYPE` measures the machine.
+"""
+
+import json
+import os
+import resource
+import sys
+from typing import Protocol
+
+import torch
+from bench_cases import CASES, DECODE_TOKENS, DTYPES, PROXIES, Case, draw_tokens
+from bench_machine import Watch, matmul_peak
+from torch import Tensor
+
+from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.model.hybrid import HybridLM
+
+
+class Program(Protocol):
+    """A model that can be trained and decoded."""
+
+    def train(self, tokens: Tensor) -> float:
+        """Run one optimizer step and return the loss."""
+
+    def gradients(self, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
+        """Return loss and gradients without a step."""
+
+    def prefill(self, tokens: Tensor) -> Tensor:
+        """Read prompts and return the logits after them."""
+
+    def decode(self) -> Tensor:
+        """Append the likeliest token to every row and return the logits after it."""
+
+
+class Ours:
+    """The model and the step of `nemotron`, as the trainer runs them."""
+
+    def __init__(self, case: Case, dtype: str) -> None:
+        from nemotron.generate.weights import prepare_weights
+
+        self.model = HybridLM(PROXIES[case.proxy])
+        self.model.init_weights(0)
+        self.model.compute_dtype = DTYPES[dtype]
+        if case.kind == "decode":
+            prepare_weights(self.model)
+        else:
+            parameters = list(self.model.parameters())
+            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+    def train(self, tokens: Tensor) -> float:
+        loss = self._loss(tokens, moe_aux_loss_coeff=1e-4)
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def gradients(self, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
+        # the peer has no balance loss
+        loss = self._loss(tokens, moe_aux_loss_coeff=0.0)
+        loss.backward()
+        named = self.model.named_parameters()
+        return loss.item(), {n: p.grad for n, p in named if p.grad is not None}
+
+    def _loss(self, tokens: Tensor, moe_aux_loss_coeff: float) -> Tensor:
+        from nemotron.train.config import LossConfig
+        from nemotron.train.loss import count_tokens, losses, objective
+
+        config = LossConfig(moe_aux_loss_coeff=moe_aux_loss_coeff)
+        labels = torch.full_like(tokens, NO_LABEL)
+        labels[:, :-1] = tokens[:, 1:]
+        batch = Batch(tokens, labels, torch.zeros_like(tokens, dtype=torch.int32))
+        return objective(losses(self.model, batch, config), count_tokens(batch, 0), config)
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor) -> Tensor:
+        from nemotron.generate.engine import Engine
+
+        self.cache, self.logits = Engine(self.model).prefill(tokens.tolist())
+        return self.logits
+
+    @torch.inference_mode()
+    def decode(self) -> Tensor:
+        newest = self.logits.argmax(-1)
+        self.logits = self.model.logits(self.model(newest[:, None], cache=self.cache))[:, 0]
+        return self.logits
+
+
+class Peer:
+    """transformers' NemotronHForCausalLM with our weights and without its floor of the time step."""
+
+    def __init__(self, case: Case, dtype: str, experts: str) -> None:
+        from transformers import NemotronHConfig, NemotronHForCausalLM
+
+        config = PROXIES[case.proxy].model_dump(exclude_none=True)
+        config.pop("time_step_limit")
+        self.model = NemotronHForCausalLM(NemotronHConfig(**config))
+        ours = HybridLM(PROXIES[case.proxy])
+        ours.init_weights(0)
+        weights = {n.replace("backbone.", "model."): t for n, t in ours.state_dict().items()}
+        self.model.load_state_dict(weights)
+        self.model.to(DTYPES[dtype])
+        self.model.set_experts_implementation(experts)
+        for module in self.model.modules():
+            if hasattr(module, "time_step_limit"):
+                module.time_step_limit = (0.0, float("inf"))
+        if case.kind == "train":
+            self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
+
+    def train(self, tokens: Tensor) -> float:
+        loss = self.model(tokens, labels=tokens, use_cache=False).loss
+        self.optimizer.zero_grad()
+        loss.backward()
+        self.optimizer.step()
+        return loss.item()
+
+    def gradients(self, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
+        loss = self.model(tokens, labels=tokens, use_cache=False).loss
+        loss.backward()
+        named = self.model.named_parameters()
+        gradients = {n.replace("model.", "backbone.", 1): p.grad for n, p in named}
+        return loss.item(), {n: g for n, g in gradients.items() if g is not None}
+
+    @torch.inference_mode()
+    def prefill(self, tokens: Tensor) -> Tensor:
+        self.model.eval()
+        output = self.model(tokens, use_cache=True, logits_to_keep=1)
+        self.cache, self.logits = output.past_key_values, output.logits[:, -1]
+        return self.logits
+
+    @torch.inference_mode()
+    def decode(self) -> Tensor:
+        newest = self.logits.argmax(-1)
+        output = self.model(newest[:, None], past_key_values=self.cache, use_cache=True)
+        self.logits = output.logits[:, -1]
+        return self.logits
+
+
+def run_step(program: Program, case: Case, step: int) -> dict[str, float | bool]:
+    """Time one training step, or the mean token-step of a short continuation."""
+    tokens = draw_tokens(case, step)
+    if case.kind == "decode":
+        program.prefill(tokens)
+        program.decode()
+    with Watch() as watch:
+        if case.kind == "train":
+            program.train(tokens)
+        else:
+            for _ in range(DECODE_TOKENS):
+                program.decode()
+    seconds = watch.seconds / (1 if case.kind == "train" else DECODE_TOKENS)
+    peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {
+        "seconds": seconds,
+        "quiet": watch.quiet,
+        "others": watch.others,
+        "rss_gib": peak_gib,
+    }
+
+
+def write_check(program: Program, case: Case, path: str) -> None:
+    """Write what must agree before anything is timed."""
+    tokens = draw_tokens(case, step=0)
+    if case.kind == "train":
+        loss, results = program.gradients(tokens)
+        results = {**results, "loss": torch.tensor(loss)}
+    else:
+        results = {"logits 0": program.prefill(tokens)}
+        for index in range(1, DECODE_TOKENS):
+            results[f"logits {index}"] = program.decode()
+    torch.save({name: tensor.float() for name, tensor in results.items()}, path)
+
+
+def main() -> None:
+    """Answer commands until stdin ends."""
+    side, name, dtype, experts = sys.argv[1:5]
+    case = next(case for case in CASES if case.name == name)
+    # libraries may print; answers go to the real stdout alone
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    program: Program = Ours(case, dtype) if side == "ours" else Peer(case, dtype, experts)
+    for line in sys.stdin:
+        command, argument = line.split()
+        answer: object = None
+        if command == "step":
+            answer = run_step(program, case, int(argument))
+        elif command == "check":
+            write_check(program, case, argument)
+        else:
+            answer = matmul_peak(DTYPES[argument])
+        print(json.dumps(answer), file=answers, flush=True)
+
+
+if __name__ == "__main__":
+    main()
