@@ -7,9 +7,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import xxhash
+
+
+def sync(file: BinaryIO) -> None:
+    """Put what was written to an open file onto the disk."""
+    file.flush()
+    os.fsync(file.fileno())
 
 
 def sync_folder(folder: Path) -> None:
@@ -29,8 +35,7 @@ def write_bytes(path: Path, content: bytes) -> None:
             # mkstemp makes the file private; give it the rights that open() would have given.
             os.fchmod(file.fileno(), 0o666 & ~_umask())
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            sync(file)
         os.replace(name, path)
     except BaseException:
         Path(name).unlink(missing_ok=True)

@@ -63,7 +63,7 @@ WORDS = "|".join(
     [
         r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word with the space or sign before it
         r"\p{N}",  # one digit
-        r" ?[^\s\p{L}\p{N}]+(?:\n+[ \t]*)?",  # signs, with a line end and the next line's indentation
+        r" ?[^\s\p{L}\p{N}]+(?:\n+[ \t]*)?",  # signs, a line end and the next indentation
         r"\s*\n+[ \t]*",
         r"\s+(?!\S)",  # spaces less the one that belongs to the next word
         r"\s+",

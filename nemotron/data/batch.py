@@ -1,7 +1,8 @@
 """What the model is trained on in one step."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+import operator
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
@@ -34,12 +35,18 @@ class Batch:
     def split(self, micro_batch: int) -> Iterator[Self]:
         """Yield the rows in order, `micro_batch` at a time, without copying."""
         for start in range(0, self.input_ids.shape[0], micro_batch):
-            yield self._map(lambda tensor, start=start: tensor[start : start + micro_batch])
+            yield self._map(operator.itemgetter(slice(start, start + micro_batch)))
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch on another device."""
-        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._map(operator.methodcaller("to", device))
 
-    def _map(self, function) -> Self:
-        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
-        return type(self)(**{n: None if t is None else function(t) for n, t in tensors.items()})
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        weight = None if self.loss_weight is None else function(self.loss_weight)
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            labels=function(self.labels),
+            seq_idx=function(self.seq_idx),
+            loss_weight=weight,
+        )

@@ -31,7 +31,7 @@ class DataConfig(Section):
     )
     """What is read, in which proportion."""
     tokenizer: str = "embedded"
-    """`embedded` (the byte-level BPE that ships with the package) or a path of a `tokenizer.json`."""
+    """`embedded` (the byte-level BPE of the package) or the path of a `tokenizer.json`."""
     eod_token: str = Field("</s>", min_length=1)
     """Token that ends each document in the shards."""
     cache: str = "runs/data"
@@ -41,7 +41,7 @@ class DataConfig(Section):
     reset_documents: bool = False
     """Whether attention, convolution and state stop at document boundaries inside a row."""
     mask_eod_loss: bool = False
-    """Whether the prediction of the first token after an end-of-document is left out of the loss."""
+    """Whether the prediction of the token after an end of document is left out of the loss."""
     validation_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of documents, chosen by their hash, that are held out for validation."""
     max_epochs: float | None = Field(None, gt=0)

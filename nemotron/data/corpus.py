@@ -14,7 +14,7 @@ EMBEDDED = Path(__file__).parent / "embedded"
 def corpus_hash(domain: str) -> str:
     """Return the SHA-256 of a domain's text, as the manifest has it."""
     manifest = json.loads((EMBEDDED / "manifest.json").read_text())
-    return manifest["sha256"][f"{domain}.jsonl"]
+    return str(manifest["sha256"][f"{domain}.jsonl"])
 
 
 def load_documents(domain: str) -> list[str]:

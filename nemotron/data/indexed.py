@@ -13,19 +13,21 @@ import os
 import struct
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import BinaryIO, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from nemotron.errors import UserError
-from nemotron.files import sync_folder
+from nemotron.files import sync, sync_folder
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
 CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Id types; the codes 6 and 7 are floating point and hold no ids."""
+LONGEST_DOCUMENT = 2**31 - 1
+"""Tokens; the index holds lengths as int32."""
 CHECKED_AT_ONCE = 1 << 20
 """Sequences whose offsets are checked together, so that an index never has to fit in memory."""
 
@@ -121,7 +123,8 @@ class Shard:
             raise UserError(f"{self.idx} has version {version}; only version {VERSION} is known.")
         if code not in CODES:
             raise UserError(
-                f"{self.idx} has id type code {code}; token ids have one of {', '.join(map(str, CODES))}."
+                f"{self.idx} has id type code {code}; "
+                f"the codes of token ids are {', '.join(map(str, CODES))}."
             )
         if num_entries < 1:
             raise UserError(f"{self.idx} has an empty document index; its first entry must be 0.")
@@ -150,7 +153,7 @@ class Shard:
             if wrong.any():
                 i = int(wrong.argmax())
                 raise UserError(
-                    f"{self.idx} is damaged: sequence {first + i} has {lengths[i]} tokens and starts "
+                    f"{self.idx} is damaged: sequence {first + i} with {lengths[i]} tokens starts "
                     f"at byte {self.offsets[first + i]} of the .bin, "
                     f"where byte {ends[i] - lengths[i] * itemsize} is due."
                 )
@@ -165,9 +168,8 @@ class Shard:
         for first in range(0, len(self.documents) - 1, CHECKED_AT_ONCE):
             falls = np.diff(self.documents[first : first + CHECKED_AT_ONCE + 1]) < 0
             if falls.any():
-                raise UserError(
-                    f"{self.idx} is damaged: document {first + int(falls.argmax())} ends before it starts."
-                )
+                number = first + int(falls.argmax())
+                raise UserError(f"{self.idx} is damaged: document {number} ends before it starts.")
 
 
 class ShardWriter:
@@ -189,9 +191,11 @@ class ShardWriter:
         """Append a document.
 
         Raises:
-            OverflowError: when an id does not fit the type.
+            OverflowError: when an id does not fit the type, or the length the index.
         """
         tokens = np.asarray(tokens)
+        if len(tokens) > LONGEST_DOCUMENT:
+            raise OverflowError(f"a document of {len(tokens)} tokens does not fit the index")
         stored = tokens.astype(self.dtype)
         if not np.array_equal(stored, tokens):
             raise OverflowError(f"ids up to {tokens.max()} do not fit {self.dtype}")
@@ -209,10 +213,10 @@ class ShardWriter:
     ) -> None:
         try:
             if kind is None:
-                _sync(self._bin)
+                sync(self._bin)
                 with open(self._parts[1], "wb") as file:
                     self._write_index(file)
-                    _sync(file)
+                    sync(file)
                 for part, end in zip(self._parts, ("bin", "idx"), strict=True):
                     os.replace(part, f"{self.prefix}.{end}")
                 sync_folder(self.prefix.parent)
@@ -221,7 +225,7 @@ class ShardWriter:
             for part in self._parts:
                 part.unlink(missing_ok=True)
 
-    def _write_index(self, file) -> None:
+    def _write_index(self, file: BinaryIO) -> None:
         count = len(self.lengths)
         lengths = np.asarray(self.lengths, np.int64)
         ends = np.cumsum(lengths) * self.dtype.itemsize
@@ -229,8 +233,3 @@ class ShardWriter:
         file.write(lengths.astype("<i4").tobytes())
         file.write((ends - lengths * self.dtype.itemsize).astype("<i8").tobytes())
         file.write(np.arange(count + 1, dtype="<i8").tobytes())
-
-
-def _sync(file) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,13 +1,17 @@
 """The rows of every step, and the held-out rows of every domain."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.data.blend import Blend
 from nemotron.data.config import DataConfig
+from nemotron.data.fingerprint import check_same_data
 from nemotron.data.packing import pack
 from nemotron.data.source import Source
 from nemotron.data.tokenizer import load_tokenizer
@@ -51,13 +55,7 @@ class TrainingData:
         self.tokenizer = load_tokenizer(config.tokenizer)
         self.eod_id = self.tokenizer.id(config.eod_token)
         self._seed = seed
-        cache = Path(config.cache)
-        try:
-            cache.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(
-                f"data.cache: cannot make the folder {cache.absolute()}: {error}."
-            ) from error
+        _make_writable(Path(config.cache))
         limit = min(vocab_size, self.tokenizer.vocab_size)
         self.sources = {
             source.name: Source(source, config, self.tokenizer, seed=seed, limit=limit)
@@ -68,7 +66,7 @@ class TrainingData:
 
     @property
     def validation_domains(self) -> list[str]:
-        """Sources with held-out text."""
+        """Sources with held-out text, in the recipe's order."""
         return [n for n, source in self.sources.items() if source.validation.num_tokens > 1]
 
     def sample_ids(self, step: int) -> list[SampleId]:
@@ -87,12 +85,10 @@ class TrainingData:
         Raises:
             UserError: when a shard was changed since it was opened.
         """
-        windows = []
-        for sample_id in self.sample_ids(step)[rows]:
-            source = self.sources[sample_id.source]
+        for source in self.sources.values():
             source.shard.check_unchanged()
-            windows.append(source.window(sample_id.epoch, sample_id.sample))
-        return self._pack(windows)
+        ids = self.sample_ids(step)[rows]
+        return self._pack([self.sources[i.source].window(i.epoch, i.sample) for i in ids])
 
     def validation(self, domain: str, *, tokens: int, rows: int) -> Iterator[ValidationBatch]:
         """Yield held-out rows of a domain, `rows` at a time, always the same ones.
@@ -101,7 +97,7 @@ class TrainingData:
         """
         source = self.sources[domain]
         source.shard.check_unchanged()
-        share = max(1, tokens // self.config.seq_len // len(self.validation_domains))
+        share = max(1, tokens // len(self.validation_domains) // self.config.seq_len)
         windows = source.held_out_windows(share)
         for first in range(0, len(windows), rows):
             batch = self._pack(windows[first : first + rows])
@@ -117,21 +113,20 @@ class TrainingData:
         }
 
     def check_length(self, num_steps: int) -> None:
-        """Check that no source is read more often than `data.max_epochs` allows.
+        """Check that a run of `num_steps` reads no source more often than `data.max_epochs`.
 
         Raises:
             UserError: when one is, with the tokens it has and those that the run needs.
         """
-        if self.config.max_epochs is None:
-            return
+        limit = self.config.max_epochs
         for name, epochs in self.epochs(num_steps).items():
-            if epochs > self.config.max_epochs:
+            if limit is not None and epochs > limit:
                 source = self.sources[name]
+                needed = round(epochs * source.num_samples) * self.config.seq_len
                 raise UserError(
-                    f"data.sources: {name} has {source.train.num_tokens} tokens to train on, but "
-                    f"{num_steps} steps need {round(epochs * source.num_samples) * self.config.seq_len}"
-                    f" of it, {epochs:.2f} passes, where data.max_epochs = {self.config.max_epochs:g};"
-                    " train for fewer steps, lower its weight or raise data.max_epochs."
+                    f"data.sources: {num_steps} steps need {needed} tokens of {name}, which has "
+                    f"{source.train.num_tokens}: {epochs:.2f} passes, where data.max_epochs = "
+                    f"{limit:g}; train for fewer steps, lower its weight or raise data.max_epochs."
                 )
 
     def describe(self) -> list[str]:
@@ -145,15 +140,15 @@ class TrainingData:
         ]
 
     def fingerprint(self) -> dict[str, Any]:  # Any: strings and numbers, for JSON
-        """Return what the order and the content of all rows hang on, to be kept with a checkpoint."""
+        """Return what the order and content of all rows hang on, to be kept with a checkpoint."""
         return {
             "seed": self._seed,
             "rows_per_step": self.rows_per_step,
-            "seq_len": self.config.seq_len,
-            "validation_fraction": self.config.validation_fraction,
-            "mask_eod_loss": self.config.mask_eod_loss,
-            "tokenizer": self.tokenizer.hash,
-            "eod_id": self.eod_id,
+            "data.seq_len": self.config.seq_len,
+            "data.mask_eod_loss": self.config.mask_eod_loss,
+            "data.validation_fraction": self.config.validation_fraction,
+            "data.tokenizer": self.tokenizer.hash,
+            "data.eod_token": self.eod_id,
             "sources": {
                 name: {
                     "weight": source.weight,
@@ -164,40 +159,28 @@ class TrainingData:
             },
         }
 
-    def check_fingerprint(self, saved: dict[str, Any]) -> None:
-        """Check that a checkpoint's rows are ours.
+    def check_fingerprint(self, saved: Mapping[str, Any]) -> None:
+        """Check that the rows of a checkpoint, by its fingerprint, are ours.
 
         Raises:
             UserError: when they are not, naming the file or the setting that differs.
         """
-        now = self.fingerprint()
-        if list(saved["sources"]) != list(now["sources"]):
-            raise UserError(
-                f"data.sources was {', '.join(saved['sources'])} when the checkpoint was written and "
-                f"is {', '.join(now['sources'])} now; restore it or start a new run."
-            )
-        for name, source in now["sources"].items():
-            then = saved["sources"][name]
-            shard = self.sources[name].shard
-            if (then["tokens"], then["content"]) != (source["tokens"], source["content"]):
-                raise UserError(
-                    f"{shard.bin} is not the shard of the checkpoint: it has {source['tokens']} tokens "
-                    f"with hash {source['content']}, where there were {then['tokens']} with hash "
-                    f"{then['content']}; restore the file or start a new run."
-                )
-            if then["weight"] != source["weight"]:
-                raise UserError(
-                    f"data.sources: the weight of {name} was {then['weight']:g} when the checkpoint was "
-                    f"written and is {source['weight']:g} now; restore it or start a new run."
-                )
-        for key, value in now.items():
-            if key != "sources" and saved[key] != value:
-                raise UserError(
-                    f"{key} was {saved[key]} when the checkpoint was written and is {value} now; "
-                    "restore it or start a new run."
-                )
+        files = {name: source.shard.bin for name, source in self.sources.items()}
+        check_same_data(saved, self.fingerprint(), files)
 
-    def _pack(self, windows: list) -> Batch:
+    def _pack(self, windows: list[NDArray[np.int64]]) -> Batch:
         return pack(
             windows, self.config.seq_len, self.eod_id, mask_eod_loss=self.config.mask_eod_loss
         )
+
+
+def _make_writable(cache: Path) -> None:
+    """Make the cache folder, and find out now whether it can be written."""
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / ".lock").touch()
+    except OSError as error:
+        raise UserError(
+            f"data.cache: {cache.absolute()} cannot be written ({error.strerror}); "
+            "name a folder that can."
+        ) from error

@@ -5,6 +5,7 @@ import logging
 from collections.abc import Iterable
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import xxhash
 
@@ -110,7 +111,7 @@ def prepare_embedded(domain: str, cache: Path, tokenizer: Tokenizer, eod_token: 
     return prefix
 
 
-def _read_manifest(prefix: Path) -> dict:
+def _read_manifest(prefix: Path) -> dict[str, Any]:  # Any: what JSON holds
     path = manifest_path(prefix)
     try:
         manifest = json.loads(path.read_text())

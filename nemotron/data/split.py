@@ -11,7 +11,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from nemotron.data.indexed import Shard
-from nemotron.files import hash_file, locked, write_json
+from nemotron.files import hash_file, locked, sync, sync_folder, write_json
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Contents:
     hash: str
     """xxh128 over the documents in order, the same for every id type."""
     largest: int
-    """Largest id, or a negative one, with the document and the place in it where it first stands."""
+    """Largest id, or a negative one, with its first document and its first place in that."""
     largest_document: int
     largest_position: int
 
@@ -61,9 +61,9 @@ def split_shard(shard: Shard, fraction: float, cache: Path) -> Split:
     A document is held out by the hash of its ids alone: neither its place, nor the other
     documents, nor the shard's id type matters.
     """
-    bin_state = shard.bin.stat()
-    identity = (FORMAT, str(shard.prefix), hash_file(shard.idx), repr(fraction))
-    identity += (bin_state.st_size, bin_state.st_mtime_ns)
+    status = shard.bin.stat()
+    identity = [FORMAT, str(shard.prefix), hash_file(shard.idx), repr(fraction)]
+    identity += [status.st_size, status.st_mtime_ns]
     folder = cache / f"split-{xxhash.xxh64_hexdigest(json.dumps(identity).encode())}"
     with locked(cache / ".lock"):
         if not folder.exists():
@@ -81,9 +81,12 @@ def _store(split: Split, folder: Path) -> None:
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir()
     for name in ("train", "train_ends", "validation", "validation_ends"):
-        np.save(part / f"{name}.npy", getattr(split, name))
+        with open(part / f"{name}.npy", "wb") as file:
+            np.save(file, getattr(split, name))
+            sync(file)
     write_json(part / "contents.json", asdict(split.contents))
     part.rename(folder)
+    sync_folder(folder.parent)
 
 
 def _scan(shard: Shard, fraction: float) -> Split:

@@ -63,14 +63,14 @@ class Tokenizer:
 
     def _count_bytes(self, vocabulary: dict[str, int]) -> NDArray[np.int64]:
         """Count the bytes of text that each id stands for; special tokens stand for none."""
-        kind = json.loads(self._tokenizer.to_str())
-        byte_level = "ByteLevel" in json.dumps(kind["decoder"])
-        special = {token["id"] for token in kind["added_tokens"] if token["special"]}
+        layout = json.loads(self._tokenizer.to_str())
+        byte_level = "ByteLevel" in json.dumps(layout["decoder"])
+        added = {token["id"]: token for token in layout["added_tokens"]}
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for token, index in vocabulary.items():
-            if index in special:
-                continue
-            if byte_level:  # each character of the vocabulary stands for one byte
+            if index in added:
+                counts[index] = 0 if added[index]["special"] else len(token.encode())
+            elif byte_level:  # each character of the vocabulary stands for one byte
                 counts[index] = len(token)
             elif len(token) == 6 and token.startswith("<0x"):  # SentencePiece's bytes
                 counts[index] = 1
