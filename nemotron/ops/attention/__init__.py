@@ -1,0 +1,31 @@
+"""Causal grouped-query attention."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron.ops.attention import reference
+from nemotron.ops.registry import Operation
+
+operation = Operation("attention", [reference.backend])
+
+
+def attention(
+    q: Float[Tensor, "B T Hq Dh"],
+    k: Float[Tensor, "B S Hkv Dh"],
+    v: Float[Tensor, "B S Hkv Dh"],
+    *,
+    seq_idx: Int[Tensor, "B T"] | None = None,
+    start: Int[Tensor, " B"] | None = None,
+) -> Float[Tensor, "B T Hq Dh"]:
+    """Attend causally; the queries are the last T of S positions, scale is Dh ** -0.5.
+
+    Query head i reads key-value head i // (Hq / Hkv). `seq_idx` (only when S = T) keeps documents
+    apart; `start` hides the positions before `start[b]` from row b.
+    """
+    function = operation.select(
+        q,
+        documents=seq_idx is not None,
+        cache=k.shape[1] != q.shape[1],
+        start=start is not None,
+    )
+    return function(q, k, v, seq_idx, start)

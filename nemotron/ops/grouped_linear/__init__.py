@@ -1,0 +1,19 @@
+"""Matrix products of the routed experts: rows sorted by expert, one matrix each."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron.ops.grouped_linear import reference
+from nemotron.ops.registry import Operation
+
+operation = Operation("grouped_linear", [reference.backend])
+
+
+def grouped_linear(
+    x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
+) -> Float[Tensor, "R N"]:
+    """Multiply the first counts[0] rows by weight[0]ᵀ, the next counts[1] by weight[1]ᵀ, …
+
+    The counts add up to R: no row is dropped, and an expert without rows is fine.
+    """
+    return operation.select(x)(x, weight, counts)

@@ -1,0 +1,25 @@
+"""Language-model head and cross entropy in one."""
+
+from typing import Literal
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron.ops.linear_cross_entropy import reference
+from nemotron.ops.registry import Operation
+
+operation = Operation("linear_cross_entropy", [reference.backend])
+
+
+def linear_cross_entropy(
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, " M"],
+    *,
+    reduction: Literal["sum", "none"] = "sum",
+) -> Tensor:
+    """Return the cross entropy of softmax(hidden @ weightᵀ) in nats, float32.
+
+    Labels of -100 contribute nothing. `sum` gives a scalar, `none` one value per row.
+    """
+    return operation.select(hidden)(hidden, weight, labels, reduction)

@@ -1,0 +1,20 @@
+"""Root-mean-square normalisation."""
+
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron.ops.registry import Operation
+from nemotron.ops.rms_norm import reference
+
+operation = Operation("rms_norm", [reference.backend])
+
+
+def rms_norm(
+    x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float = 1e-5
+) -> Float[Tensor, "*batch D"]:
+    """Scale each vector to unit root mean square, then by `weight`.
+
+    The mean and the product are taken in float32; the result has the dtype of `x`.
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
+    """
+    return operation.select(x)(x, weight, eps)

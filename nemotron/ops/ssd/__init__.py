@@ -1,0 +1,37 @@
+"""Selective state-space scan of Mamba-2 (structured state-space duality)."""
+
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron.ops.registry import Operation
+from nemotron.ops.ssd import reference
+
+operation = Operation("ssd", [reference.backend])
+
+
+def ssd(
+    x: Float[Tensor, "B T H P"],
+    dt: Float[Tensor, "B T H"],
+    A: Float[Tensor, " H"],
+    B: Float[Tensor, "B T G N"],
+    C: Float[Tensor, "B T G N"],
+    D: Float[Tensor, " H"],
+    *,
+    initial_state: Float[Tensor, "B H P N"] | None = None,
+    seq_idx: Int[Tensor, "B T"] | None = None,
+    return_final_state: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Run the recurrence S_t = exp(dt_t A) S_{t-1} + dt_t x_t ⊗ B_t, y_t = S_t C_t + D x_t.
+
+    `dt` is positive and float32, `A` negative. With `seq_idx` the state is zero before the first
+    token of each document; `initial_state` belongs to document 0. Returns y in the dtype of `x`,
+    and the float32 state after the last token when asked for.
+    """
+    function = operation.select(
+        x,
+        documents=seq_idx is not None,
+        initial_state=initial_state is not None,
+        final_state=return_final_state,
+    )
+    y, final_state = function(x, dt, A, B, C, D, initial_state, seq_idx)
+    return (y, final_state) if return_final_state else y
