@@ -36,4 +36,5 @@ class Attention(nn.Module):
         )
         if state is not None:
             k, v = state.append(k, v)
+            seq_idx = None  # a cached row is one document, which begins at `start`
         return self.o_proj(attention(q, k, v, seq_idx=seq_idx, start=start).flatten(2))

@@ -63,7 +63,7 @@ class Cache:
     ) -> None:
         batch, device = start.shape[0], start.device
         self.start = start
-        self.padded = bool((start > 0).any())
+        self.last_start = int(start.max())
         self.length = 0
         self.layers: list[MambaState | AttentionState | None] = []
         for letter in config.hybrid_override_pattern:
@@ -77,16 +77,21 @@ class Cache:
             else:
                 self.layers.append(AttentionState() if letter == "*" else None)
 
-    def documents(self, num_tokens: int) -> Int[Tensor, "B T"] | None:
-        """Return document ids for the next tokens when some are padding, else None.
+    @property
+    def padded(self) -> bool:
+        """Whether any row has padding before its text."""
+        return self.last_start > 0
 
-        Padding is document 0 and the row's text document 1, so that the state carried into these
-        tokens (always document 0's) is dropped at the first token of the text.
+    def documents(self, num_tokens: int) -> Int[Tensor, "B T"] | None:
+        """Return document ids for the next tokens while some row has not begun, else None.
+
+        Padding is document 0 and a text that begins among these tokens document 1, so that the
+        state carried into them (always document 0's) is dropped at its first token.
         """
-        if not self.padded or self.length >= int(self.start.max()):
+        if not self.padded or self.length > self.last_start:
             return None
         position = torch.arange(
             self.length, self.length + num_tokens, device=self.start.device
         ).expand(self.start.shape[0], -1)
-        begins_here = (self.start > self.length)[:, None]
-        return ((position >= self.start[:, None]) & begins_here).to(torch.int32)
+        start = self.start[:, None]
+        return ((position >= start) & (start >= self.length)).to(torch.int32)

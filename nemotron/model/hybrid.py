@@ -64,7 +64,7 @@ class HybridLM(nn.Module):
         start = None
         if cache is not None:
             seq_idx = cache.documents(input_ids.shape[1])
-            start = cache.start if cache.padded and cache.length else None
+            start = cache.start if cache.padded else None
         for index, block in enumerate(self.backbone.layers):
             state = cache.layers[index] if cache is not None else None
             name = f"backbone.layers.{index}" if routing is not None else None

@@ -20,7 +20,7 @@ def attention(
     """Attend causally; the queries are the last T of S positions, scale is Dh ** -0.5.
 
     Query head i reads key-value head i // (Hq / Hkv). `seq_idx` (only when S = T) keeps documents
-    apart; `start` hides the positions before `start[b]` from row b.
+    apart; `start` hides the positions before `start[b]` from row b, except each from itself.
     """
     function = operation.select(
         q,

@@ -21,11 +21,13 @@ def attention(
     keys, values = (t.to(wide).repeat_interleave(repeat, dim=2) for t in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q.to(wide), keys) * q.shape[-1] ** -0.5
     position = torch.arange(total, device=q.device)
-    seen = (position <= position[total - length :, None]).expand(q.shape[0], -1, -1)  # [B, T, S]
+    queries = position[total - length :]
+    seen = (position <= queries[:, None]).expand(q.shape[0], -1, -1)  # [B, T, S]
     if seq_idx is not None:
         seen = seen & (seq_idx[:, :, None] == seq_idx[:, None, :])
     if start is not None:
-        seen = seen & (position >= start[:, None, None])
+        # padding sees itself, so that its (unused) output stays finite
+        seen = seen & ((position >= start[:, None, None]) | (position == queries[:, None]))
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values).to(q.dtype)
 
