@@ -24,7 +24,7 @@ import torch
 from bench_cases import CASES, DTYPES, PROXIES, Case
 from bench_machine import describe
 
-from nemotron.model.flops import forward_flops_per_token
+from nemotron.train.flops import training_flops_per_token
 
 TOLERANCE = 1e-5
 """Largest relative difference of loss, gradients or logits in float32."""
@@ -184,7 +184,7 @@ def format_row(case: Case, row: dict[str, Any], peaks: dict[str, float]) -> str:
             line += f", {result['tokens_per_s']:,.0f} tokens/s, {result['rss_gib']:.2f} GiB"
         if case.kind == "train":
             config, dtype = PROXIES[case.proxy], result["setting"].split()[1]
-            flops = 3 * forward_flops_per_token(config, case.tokens) * result["tokens_per_s"]
+            flops = training_flops_per_token(config, case.tokens, 0) * result["tokens_per_s"]
             share = flops / peaks[dtype]
             line += f", {flops / 1e9:.0f} GFLOP/s, {share:.0%} of the matmul peak"
         lines.append(line)

@@ -17,7 +17,12 @@ from bench_machine import Watch, matmul_peak
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.generate.engine import Engine
+from nemotron.generate.weights import prepare_weights
 from nemotron.model.hybrid import HybridLM
+from nemotron.train.config import LossConfig, OptimizerConfig
+from nemotron.train.loss import count_tokens, losses, objective
+from nemotron.train.optimizer import Optimizer
 
 
 class Program(Protocol):
@@ -40,22 +45,19 @@ class Ours:
     """The model and the step of `nemotron`, as the trainer runs them."""
 
     def __init__(self, case: Case, dtype: str) -> None:
-        from nemotron.generate.weights import prepare_weights
-
         self.model = HybridLM(PROXIES[case.proxy])
         self.model.init_weights(0)
         self.model.compute_dtype = DTYPES[dtype]
         if case.kind == "decode":
             prepare_weights(self.model)
         else:
-            parameters = list(self.model.parameters())
-            self.optimizer = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+            self.optimizer = Optimizer(self.model, OptimizerConfig())
 
     def train(self, tokens: Tensor) -> float:
         loss = self._loss(tokens, moe_aux_loss_coeff=1e-4)
         self.optimizer.zero_grad()
         loss.backward()
-        self.optimizer.step()
+        self.optimizer.step(lr=1e-4)
         return loss.item()
 
     def gradients(self, tokens: Tensor) -> tuple[float, dict[str, Tensor]]:
@@ -66,9 +68,6 @@ class Ours:
         return loss.item(), {n: p.grad for n, p in named if p.grad is not None}
 
     def _loss(self, tokens: Tensor, moe_aux_loss_coeff: float) -> Tensor:
-        from nemotron.train.config import LossConfig
-        from nemotron.train.loss import count_tokens, losses, objective
-
         config = LossConfig(moe_aux_loss_coeff=moe_aux_loss_coeff)
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:, :-1] = tokens[:, 1:]
@@ -77,8 +76,6 @@ class Ours:
 
     @torch.inference_mode()
     def prefill(self, tokens: Tensor) -> Tensor:
-        from nemotron.generate.engine import Engine
-
         self.cache, self.logits = Engine(self.model).prefill(tokens.tolist())
         return self.logits
 
