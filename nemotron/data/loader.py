@@ -69,11 +69,11 @@ class TrainingData:
         """Sources with held-out text, in the recipe's order."""
         return [n for n, source in self.sources.items() if source.validation.num_tokens > 1]
 
-    def sample_ids(self, step: int) -> list[SampleId]:
-        """Return the rows of a step, counted from 0, in their order."""
+    def sample_ids(self, step: int, rows: slice = slice(None)) -> list[SampleId]:
+        """Return the rows of a step, counted from 0, in their order, or some of them."""
         first = step * self.rows_per_step
         ids = []
-        for row in range(first, first + self.rows_per_step):
+        for row in range(first, first + self.rows_per_step)[rows]:
             number, index = self._blend.locate(row)
             name = self._names[number]
             ids.append(SampleId(name, *self.sources[name].place(index)))
@@ -87,7 +87,7 @@ class TrainingData:
         """
         for source in self.sources.values():
             source.shard.check_unchanged()
-        ids = self.sample_ids(step)[rows]
+        ids = self.sample_ids(step, rows)
         return self._pack([self.sources[i.source].window(i.epoch, i.sample) for i in ids])
 
     def validation(self, domain: str, *, tokens: int, rows: int) -> Iterator[ValidationBatch]:

@@ -1,0 +1,48 @@
+from fractions import Fraction
+
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from nemotron.data.blend import Blend
+
+WEIGHT = st.one_of(
+    st.floats(1e-3, 1e3), st.integers(1, 50).map(float), st.sampled_from([0.1, 0.3, 1e-6, 1e6])
+)
+
+
+def deviations(weights: list[float], rows: int) -> list[Fraction]:
+    """Distance of each source's rows from its share of the decimal weights, exactly."""
+    exact = [Fraction(repr(weight)) for weight in weights]
+    counts = Blend(weights).counts(rows)
+    return [abs(counts[i] - rows * w / sum(exact)) for i, w in enumerate(exact)]
+
+
+@given(st.lists(WEIGHT, min_size=1, max_size=3), st.integers(0, 10**12))
+def test_up_to_three_sources_stay_within_one_row_of_their_share(weights: list[float], rows: int):
+    assert max(deviations(weights, rows)) < 1
+
+
+@given(st.lists(WEIGHT, min_size=4, max_size=40), st.integers(0, 10**12))
+@example([1.0, 1.0, 2.0, 3.0, 5.0, 8.0, 13.0, 21.0, 34.0], 87)
+def test_many_sources_stay_within_two_rows_of_their_share(weights: list[float], rows: int):
+    assert max(deviations(weights, rows)) < 2
+
+
+@given(st.lists(WEIGHT, min_size=1, max_size=6), st.integers(0, 10**9))
+def test_a_row_is_the_next_of_its_source(weights: list[float], start: int):
+    blend = Blend(weights)
+    counts = blend.counts(start)
+    assert sum(counts.values()) == start
+    for row in range(start, start + 30):
+        source, index = blend.locate(row)
+        assert index == counts[source]
+        counts[source] += 1
+    assert counts == blend.counts(start + 30)
+
+
+def test_a_period_has_the_exact_shares_and_mixes_the_sources():
+    blend = Blend([0.5, 0.3, 0.2])
+    order = [blend.locate(row)[0] for row in range(20)]
+    assert order[:10] == order[10:]
+    assert [order[:10].count(source) for source in range(3)] == [5, 3, 2]
+    assert all(order[i : i + 4].count(0) in (1, 2, 3) for i in range(17))

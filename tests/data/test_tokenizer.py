@@ -1,0 +1,98 @@
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemotron.data.corpus import EMBEDDED
+from nemotron.data.tokenizer import Tokenizer, load_tokenizer
+from nemotron.errors import UserError
+
+TOKENIZER = load_tokenizer("embedded")
+TEXT = st.one_of(
+    st.text(),
+    st.text(alphabet="ab \n\t\r:(_)019é→🙂\u2028\x00"),
+    st.lists(st.sampled_from(["</s>", "<think>", " self", "def f(x):\n    ", "naïve"])).map(
+        "".join
+    ),
+)
+
+
+@given(TEXT)
+def test_text_comes_back_exactly(text: str):
+    assert TOKENIZER.decode(TOKENIZER.encode(text)) == text
+
+
+@given(TEXT)
+def test_byte_counts_add_up_to_the_bytes_of_the_text(text: str):
+    ids = np.array(TOKENIZER.encode(text), dtype=np.int64)
+    assert TOKENIZER.token_bytes[ids].sum() == len(text.encode())
+
+
+@given(TEXT)
+def test_text_never_becomes_a_special_token(text: str):
+    assert all(index >= 32 for index in TOKENIZER.encode(text))
+
+
+def test_special_tokens_have_the_ids_of_nemotron():
+    names = ["<unk>", "<s>", "</s>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    names += ["<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
+    assert [TOKENIZER.id(name) for name in names] == [0, 1, 2, *range(10, 18)]
+    assert [TOKENIZER.id(f"<SPECIAL_{i}>") for i in (3, 9, 18, 31)] == [3, 9, 18, 31]
+    assert TOKENIZER.vocab_size == 4096
+    assert TOKENIZER.token_bytes[:32].tolist() == [0] * 32
+
+
+def test_special_tokens_are_read_only_when_asked_for():
+    ids = TOKENIZER.encode("<think>no</think></s>", specials=True)
+    assert (ids[0], ids[-2:]) == (12, [13, 2])
+    assert TOKENIZER.decode(ids, skip_specials=True) == "no"
+    assert len(TOKENIZER.encode("<think>")) > 1
+
+
+def test_transformers_reads_the_file_alike():
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(EMBEDDED / "tokenizer.json"))
+    text = "def f(x):\n    return x**2  # naïve\n\nThou art 1600 years old. 🙂"
+    assert theirs(text)["input_ids"] == TOKENIZER.encode(text)
+    assert theirs.decode(TOKENIZER.encode(text), clean_up_tokenization_spaces=False) == text
+
+
+def test_a_sentencepiece_like_tokenizer_is_counted_in_bytes_too():
+    vocabulary = {"<unk>": 0, "</s>": 1, "▁": 2, "a": 3, "é": 4, "▁a": 5}
+    vocabulary |= {f"<0x{byte:02X}>": 6 + byte for byte in range(256)}
+    model = tokenizers.models.BPE(vocabulary, [("▁", "a")], byte_fallback=True, unk_token="<unk>")
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="never")
+    made.add_special_tokens(["</s>"])
+    tokenizer = Tokenizer(made.to_str().encode())
+    text = "a aé 🙂"
+    ids = np.array([*tokenizer.encode(text), tokenizer.id("</s>")])
+    assert tokenizer.token_bytes[ids].sum() == len(text.encode())
+
+
+def test_a_tokenizer_that_cuts_and_fills_is_used_whole(tmp_path: Path):
+    made = tokenizers.Tokenizer.from_str((EMBEDDED / "tokenizer.json").read_text())
+    made.enable_truncation(3)
+    made.enable_padding(length=50)
+    made.save(str(tmp_path / "tokenizer.json"))
+    text = "the quick brown fox"
+    assert load_tokenizer(str(tmp_path)).encode(text) == TOKENIZER.encode(text)
+
+
+def test_saving_keeps_every_byte(tmp_path: Path):
+    TOKENIZER.save(tmp_path / "tokenizer.json")
+    assert load_tokenizer(str(tmp_path / "tokenizer.json")).hash == TOKENIZER.hash
+
+
+def test_what_is_no_tokenizer_is_named(tmp_path: Path):
+    missing, broken = tmp_path / "missing.json", tmp_path / "broken.json"
+    broken.write_text('{"model": 3}')
+    with pytest.raises(UserError, match=rf"{missing} does not exist; give the path"):
+        load_tokenizer(str(missing))
+    with pytest.raises(UserError, match=rf"{broken} is no tokenizer.json: "):
+        load_tokenizer(str(broken))
+    with pytest.raises(UserError, match=r"no token '<eot>'"):
+        TOKENIZER.id("<eot>")
