@@ -197,7 +197,9 @@ def main() -> int:
     names = [case.name for case in CASES]
     parser.add_argument("--case", action="append", choices=names, help="run only this (repeatable)")
     parser.add_argument("--json", type=Path, help="append the results to this file, as one line")
-    parser.add_argument("--kept", type=int, help="undisturbed steps per program (default 5; 2 long)")
+    parser.add_argument(
+        "--kept", type=int, help="undisturbed steps per program (default 5; 2 long)"
+    )
     parser.add_argument("--patience", type=float, default=900, help="seconds to wait for quiet")
     options = parser.parse_args()
     peaks = measure_peaks()

@@ -40,20 +40,17 @@ def generate(
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     engine = Engine(prepare_weights(model.to(find_device(device))), {model.config.eos_token_id})
     rows = [TextStream(tokenizer) for _ in ids]
-    live = stream and len(ids) == 1
     texts = list(prompts)
-    if live and prompts[0]:
-        print(prompts[0], end="", flush=True)
+    live, shown = stream and len(ids) == 1, 0
     for tokens in engine.stream(ids, max_new_tokens, sampling):
         for index, token in enumerate(tokens):
-            if token is None:
-                continue
-            text = rows[index].push(token)
-            texts[index] += text
-            if live:
-                print(text, end="", flush=True)
-    for index, row in enumerate(rows):
-        print(row.close() if live else texts[index] + row.close())
+            if token is not None:
+                texts[index] += rows[index].push(token)
+        if live:
+            print(texts[0][shown:], end="", flush=True)
+            shown = len(texts[0])
+    texts = [text + row.close() for text, row in zip(texts, rows, strict=True)]
+    print(texts[0][shown:] if live else "\n\n".join(texts))
     print(engine.timing, file=sys.stderr)
     return 0
 

@@ -30,7 +30,9 @@ class Timing:
         read = self.prompt_tokens / max(self.prefill_s, 1e-9)
         line = f"prompt {self.prompt_tokens} tokens, {read:,.0f} tokens/s"
         if self.decode_s:
-            line += f"; new {self.new_tokens} tokens, {self.new_tokens / self.decode_s:,.1f} tokens/s"
+            line += (
+                f"; new {self.new_tokens} tokens, {self.new_tokens / self.decode_s:,.1f} tokens/s"
+            )
         return line
 
 

@@ -1,0 +1,88 @@
+"""The command: what it prints, and the answers to impossible wishes."""
+
+import pytest
+import torch
+
+from nemotron.data.tokenizer import Tokenizer, load_tokenizer
+from nemotron.errors import UserError
+from nemotron.generate.command import find_device, generate
+from nemotron.generate.engine import Engine
+from nemotron.generate.sampling import Sampling
+from nemotron.model.config import ModelConfig
+from nemotron.model.hybrid import HybridLM
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer("embedded")
+
+
+@pytest.fixture
+def model(tokenizer: Tokenizer) -> HybridLM:
+    """A tiny model with the embedded vocabulary; the command may change its weights."""
+    config = ModelConfig(
+        vocab_size=tokenizer.vocab_size,
+        hidden_size=16,
+        hybrid_override_pattern="M*",
+        mamba_num_heads=2,
+        mamba_head_dim=8,
+        n_groups=1,
+        ssm_state_size=4,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+    )
+    model = HybridLM(config)
+    model.init_weights(5)
+    return model
+
+
+def expected_text(model: HybridLM, tokenizer: Tokenizer, prompt: str, count: int) -> str:
+    engine = Engine(model, {model.config.eos_token_id})
+    new = engine.generate([tokenizer.encode(prompt)], count, Sampling(1.0, seed=9))[0]
+    return prompt + tokenizer.decode(new, skip_specials=True)
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_prompt_and_continuation_are_printed(
+    model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str], stream: bool
+) -> None:
+    expected = expected_text(model, tokenizer, "The first", 30)
+    code = generate(
+        model,
+        tokenizer,
+        ["The first"],
+        max_new_tokens=30,
+        temperature=1.0,
+        seed=9,
+        stream=stream,
+        device="cpu",
+    )
+    output = capsys.readouterr()
+    assert code == 0
+    assert output.out == expected + "\n"
+    assert "tokens/s" in output.err
+
+
+def test_several_prompts_are_printed_in_order(
+    model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompts = ["The first", "A second prompt, longer"]
+    expected = [expected_text(model, tokenizer, prompt, 12) for prompt in prompts]
+    generate(model, tokenizer, prompts, max_new_tokens=12, temperature=1.0, seed=9, device="cpu")
+    assert capsys.readouterr().out == "\n\n".join(expected) + "\n"
+
+
+def test_an_empty_prompt_is_refused(model: HybridLM, tokenizer: Tokenizer) -> None:
+    with pytest.raises(UserError, match="prompt 2 is empty; give it at least one token."):
+        generate(model, tokenizer, ["a", ""], device="cpu")
+
+
+@pytest.mark.parametrize("name", ["gpu", "cpu:1", "cuda:99", "", "cuda:x"])
+def test_an_unknown_device_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"device = {name} is not on this machine; use auto, cpu"):
+        find_device(name)
+
+
+def test_auto_is_the_gpu_when_there_is_one() -> None:
+    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

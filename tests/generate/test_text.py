@@ -1,0 +1,44 @@
+"""Streaming text: characters of several tokens appear whole, and nothing is lost."""
+
+import pytest
+
+from nemotron.data.tokenizer import Tokenizer, load_tokenizer
+from nemotron.generate.text import TextStream
+
+TEXT = "naïve café — 日本語 🧑‍🔬 Ω≈ç√ plain end"
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return load_tokenizer("embedded")
+
+
+def test_pieces_join_to_the_text_and_hold_whole_characters(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode(TEXT)
+    stream = TextStream(tokenizer)
+    pieces = [stream.push(token) for token in ids]
+    assert "" in pieces, "the text must have a character of several tokens"
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces)
+    assert "".join(pieces) + stream.close() == TEXT
+
+
+def test_a_character_left_unfinished_is_replaced_at_the_end(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("ok 🧑")[:-1]
+    stream = TextStream(tokenizer)
+    text = "".join(stream.push(token) for token in ids)
+    assert text.rstrip() == "ok"
+    assert text + stream.close() == tokenizer.decode(ids)
+    assert tokenizer.decode(ids).endswith("\N{REPLACEMENT CHARACTER}")
+
+
+def test_text_goes_on_after_bytes_that_are_no_character(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("🧑")[:-1] + tokenizer.encode(" fine 日 done")
+    stream = TextStream(tokenizer)
+    text = "".join(stream.push(token) for token in ids) + stream.close()
+    assert text == tokenizer.decode(ids)
+    assert text.endswith(" fine 日 done")
+
+
+def test_special_tokens_are_not_shown(tokenizer: Tokenizer) -> None:
+    stream = TextStream(tokenizer)
+    assert "".join(map(stream.push, [*tokenizer.encode("end"), tokenizer.id("</s>")])) == "end"
