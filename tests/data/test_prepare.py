@@ -1,0 +1,134 @@
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from nemotron.data.corpus import load_documents
+from nemotron.data.indexed import Shard
+from nemotron.data.prepare import open_shard, prepare_embedded, write_shard
+from nemotron.data.tokenizer import load_tokenizer
+from nemotron.errors import UserError
+
+TOKENIZER = load_tokenizer("embedded")
+TEXTS = ["One.", "naïve </s> text\n", "", "x = 3"]
+PREPARE = """
+import sys
+from pathlib import Path
+from nemotron.data.prepare import prepare_embedded
+from nemotron.data.tokenizer import load_tokenizer
+print("go", flush=True)
+print(prepare_embedded("verse", Path(sys.argv[1]), load_tokenizer("embedded"), "</s>"))
+"""
+
+
+def start(cache: Path) -> subprocess.Popen[str]:
+    """Prepare the embedded verse in another process."""
+    command = [sys.executable, "-c", PREPARE, str(cache)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+
+def texts_of(prefix: Path) -> list[str]:
+    shard = Shard(prefix)
+    documents = [shard.document(i).tolist() for i in range(shard.num_documents)]
+    assert all(document[-1] == 2 for document in documents)
+    return [TOKENIZER.decode(document[:-1]) for document in documents]
+
+
+@pytest.fixture(scope="module")
+def verse(tmp_path_factory) -> Path:
+    return prepare_embedded("verse", tmp_path_factory.mktemp("cache"), TOKENIZER, "</s>")
+
+
+def test_a_document_is_its_text_and_one_end(tmp_path: Path, caplog):
+    prefix = write_shard(TEXTS, tmp_path / "mine", TOKENIZER)
+    assert texts_of(prefix) == [text for text in TEXTS if text]
+    assert "skipped 1 documents without text" in caplog.text
+    manifest = json.loads((tmp_path / "mine.json").read_text())
+    assert manifest["text_bytes"] == sum(len(text.encode()) for text in TEXTS)
+    assert (manifest["documents"], manifest["eod_id"]) == (3, 2)
+    assert manifest["tokens"] == open_shard(prefix, TOKENIZER).num_tokens
+    assert sorted(os.listdir(tmp_path)) == ["mine.bin", "mine.idx", "mine.json"]
+
+
+def test_the_embedded_shard_holds_every_document_once(verse: Path):
+    found = texts_of(verse)
+    assert found != load_documents("verse")
+    assert sorted(found) == sorted(load_documents("verse"))
+
+
+def test_a_prepared_shard_is_used_again(verse: Path):
+    before = Path(f"{verse}.bin").stat()
+    assert prepare_embedded("verse", verse.parent, TOKENIZER, "</s>") == verse
+    assert Path(f"{verse}.bin").stat() == before
+
+
+@pytest.mark.parametrize("end", ["bin", "idx", "json"])
+def test_a_damaged_shard_is_made_again(verse: Path, end: str):
+    good = {e: Path(f"{verse}.{e}").read_bytes() for e in ("bin", "idx", "json")}
+    if end == "json":
+        os.remove(f"{verse}.json")
+    else:
+        with open(f"{verse}.{end}", "r+b") as file:
+            file.seek(-5, os.SEEK_END)
+            file.write(b"\x07")
+    assert prepare_embedded("verse", verse.parent, TOKENIZER, "</s>") == verse
+    assert {e: Path(f"{verse}.{e}").read_bytes() for e in good} == good
+
+
+def test_a_killed_preparation_leaves_nothing_that_counts(tmp_path: Path, verse: Path):
+    good = {end: Path(f"{verse}.{end}").read_bytes() for end in ("bin", "idx", "json")}
+    seen = set()
+    for delay in (0.05, 0.25, 0.4, 0.5):
+        process = start(tmp_path)
+        assert process.stdout is not None
+        assert process.stdout.readline() == "go\n"
+        time.sleep(delay)
+        process.kill()
+        process.communicate()
+        seen |= {path.suffix for path in tmp_path.iterdir()}
+        if (tmp_path / f"{verse.name}.json").exists():
+            break
+    prefix = prepare_embedded("verse", tmp_path, TOKENIZER, "</s>")
+    assert {end: Path(f"{prefix}.{end}").read_bytes() for end in good} == good
+    assert sorted(os.listdir(tmp_path)) == [".lock", *(f"{prefix.name}.{end}" for end in good)]
+
+
+def test_two_processes_at_once_make_one_whole_shard(tmp_path: Path, verse: Path):
+    processes = [start(tmp_path), start(tmp_path)]
+    answers = [process.communicate()[0].split() for process in processes]
+    assert answers[0] == answers[1] == ["go", str(tmp_path / verse.name)]
+    for end in ("bin", "idx", "json"):
+        assert (tmp_path / f"{verse.name}.{end}").read_bytes() == Path(
+            f"{verse}.{end}"
+        ).read_bytes()
+
+
+def test_a_shard_of_another_tokenizer_is_refused_with_both_hashes(tmp_path: Path):
+    prefix = write_shard(TEXTS, tmp_path / "mine", TOKENIZER)
+    manifest = json.loads((tmp_path / "mine.json").read_text())
+    (tmp_path / "mine.json").write_text(json.dumps(manifest | {"tokenizer": "abc"}))
+    with pytest.raises(
+        UserError, match=rf"mine was made with the tokenizer abc, .* {TOKENIZER.hash}"
+    ):
+        open_shard(prefix, TOKENIZER)
+    (tmp_path / "mine.json").write_text("[]")
+    with pytest.raises(UserError, match=r"mine\.json is no shard manifest"):
+        open_shard(prefix, TOKENIZER)
+
+
+def test_a_shard_of_another_end_of_document_is_refused(tmp_path: Path):
+    prefix = write_shard(TEXTS, tmp_path / "mine", TOKENIZER, eod_token="<|im_end|>")
+    with pytest.raises(UserError, match=r"ends its documents with id 11, .* </s> is id 2; name"):
+        open_shard(prefix, TOKENIZER)
+    assert open_shard(prefix, TOKENIZER, eod_token="<|im_end|>").document(0)[-1] == 11
+
+
+def test_a_shard_without_documents_is_refused(tmp_path: Path):
+    prefix = write_shard(["", ""], tmp_path / "none", TOKENIZER)
+    assert Shard(prefix).num_documents == 0
+    with pytest.raises(UserError, match=r"none\.bin holds no tokens; give a shard with documents"):
+        open_shard(prefix, TOKENIZER)
