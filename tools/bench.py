@@ -18,7 +18,7 @@ import time
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from bench_cases import CASES, DTYPES, PROXIES, Case
@@ -55,7 +55,7 @@ class Worker:
             text=True,
         )
 
-    def __enter__(self) -> "Worker":
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -157,7 +157,7 @@ def compare_ssd(patience_s: float) -> dict[str, Any]:
     """Run the scan's own benchmark and return its row."""
     script = Path(__file__).with_name("bench_ssd.py")
     command = [sys.executable, script, "--json", "--patience", str(patience_s)]
-    run = subprocess.run(command, capture_output=True, text=True)
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise NotQuiet(run.stderr.strip().splitlines()[-1])
     return {"case": "ssd", **json.loads(run.stdout.splitlines()[-1])}

@@ -6,6 +6,7 @@ import subprocess
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 
@@ -21,7 +22,7 @@ class Watch:
     others: float = 0.0
     _begin: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0))
 
-    def __enter__(self) -> "Watch":
+    def __enter__(self) -> Self:
         self._begin = (time.perf_counter(), _busy_seconds(), _own_seconds())
         return self
 
@@ -76,11 +77,13 @@ def describe() -> dict[str, object]:
             break
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     git = ["git", "-C", str(Path(__file__).parent)]
-    commit = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True)
-    changed = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True)
+    commit, changed = (
+        subprocess.run([*git, *arguments], capture_output=True, text=True, check=False).stdout
+        for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain"])
+    )
     return {
-        "commit": commit.stdout.strip() or None,
-        "uncommitted_changes": bool(changed.stdout.strip()),
+        "commit": commit.strip() or None,
+        "uncommitted_changes": bool(changed.strip()),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

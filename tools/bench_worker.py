@@ -49,7 +49,7 @@ class Ours:
         self.model.init_weights(0)
         self.model.compute_dtype = DTYPES[dtype]
         if case.kind == "decode":
-            prepare_weights(self.model)
+            self.engine = Engine(prepare_weights(self.model))
         else:
             self.optimizer = Optimizer(self.model, OptimizerConfig())
 
@@ -74,15 +74,12 @@ class Ours:
         batch = Batch(tokens, labels, torch.zeros_like(tokens, dtype=torch.int32))
         return objective(losses(self.model, batch, config), count_tokens(batch, 0), config)
 
-    @torch.inference_mode()
     def prefill(self, tokens: Tensor) -> Tensor:
-        self.cache, self.logits = Engine(self.model).prefill(tokens.tolist())
+        self.cache, self.logits = self.engine.prefill(tokens.tolist())
         return self.logits
 
-    @torch.inference_mode()
     def decode(self) -> Tensor:
-        newest = self.logits.argmax(-1)
-        self.logits = self.model.logits(self.model(newest[:, None], cache=self.cache))[:, 0]
+        self.logits = self.engine.advance(self.cache, self.logits.argmax(-1))
         return self.logits
 
 

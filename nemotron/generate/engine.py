@@ -66,7 +66,6 @@ class Engine:
                     row.append(token)
         return rows
 
-    @torch.inference_mode()
     def stream(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
     ) -> Iterator[list[int | None]]:
@@ -85,8 +84,6 @@ class Engine:
         cache, logits = self.prefill(prompts)
         running = [True] * len(prompts)
         for index in range(max_new_tokens):
-            if index:
-                logits = self.model.logits(self.model(newest[:, None], cache=cache))[:, 0]
             newest = choose(logits, sampling, None if uniforms is None else uniforms[:, index])
             tokens = newest.tolist()  # the step's one wait for the device
             now = time.perf_counter()
@@ -99,9 +96,10 @@ class Engine:
             running = [
                 on and token not in self.stop for token, on in zip(tokens, running, strict=True)
             ]
-            if not any(running):
+            if not any(running) or index == max_new_tokens - 1:
                 return
             begin = time.perf_counter()  # what the caller did with the token is not counted
+            logits = self.advance(cache, newest)
 
     @torch.inference_mode()
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Float[Tensor, "B V"]]:
@@ -115,6 +113,11 @@ class Engine:
         for piece in ids.split(self.prefill_tokens, dim=1):
             hidden = model(piece, cache=cache)
         return cache, model.logits(hidden[:, -1])
+
+    @torch.inference_mode()
+    def advance(self, cache: Cache, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+        """Append one token to every row; return the logits of the next one."""
+        return self.model.logits(self.model(tokens[:, None], cache=cache)[:, 0])
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if max_new_tokens < 1:

@@ -1,7 +1,5 @@
 """Weights in the form in which decoding reads them fastest; a model so prepared only generates."""
 
-import torch
-
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Linear
 from nemotron.model.moe import Experts

@@ -86,7 +86,7 @@ class HybridLM(nn.Module):
         embedded = self.backbone.embeddings(input_ids)
         return embedded if self.compute_dtype is None else embedded.to(self.compute_dtype)
 
-    def logits(self, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B T V"]:
+    def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         """Apply the head; training uses a fused loss instead, which never holds these."""
         return self.lm_head(hidden)
 

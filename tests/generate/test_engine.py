@@ -39,15 +39,15 @@ def test_cached_logits_are_those_of_one_pass(model: HybridLM, pieces: list[int])
 
 
 @pytest.mark.parametrize("prefill_tokens", [512, 7, 6, 1])
-@torch.inference_mode()
 def test_padding_does_not_reach_a_shorter_prompt(model: HybridLM, prefill_tokens: int) -> None:
     # a row that begins at a piece's edge (19 - 12 = 7), one inside, and a single token
     prompts = random_prompts(19, 12, 1, 7)
-    cache, logits = Engine(model, prefill_tokens=prefill_tokens).prefill(prompts)
-    further = torch.tensor([[5], [6], [7], [8]])
-    after = model.logits(model(further, cache=cache))[:, 0]
+    engine = Engine(model, prefill_tokens=prefill_tokens)
+    cache, logits = engine.prefill(prompts)
+    further = torch.tensor([5, 6, 7, 8])
+    after = engine.advance(cache, further)
     for row, prompt in enumerate(prompts):
-        alone = full_logits(model, prompt + further[row].tolist())
+        alone = full_logits(model, [*prompt, int(further[row])])
         assert relative(logits[row], alone[-2]) <= TOLERANCE
         assert relative(after[row], alone[-1]) <= TOLERANCE
 
@@ -143,9 +143,7 @@ def test_prefill_and_decoding_are_those_of_transformers(
     )
     engine = Engine(model)
     assert engine.generate(prompts, 8, GREEDY) == theirs.sequences[:, 9:].tolist()
-    with torch.inference_mode():
-        cache, logits = engine.prefill(prompts)
-        for step, expected in enumerate(theirs.logits):
-            assert relative(logits, expected) <= 2e-5
-            newest = theirs.sequences[:, 9 + step, None]
-            logits = model.logits(model(newest, cache=cache))[:, 0]
+    cache, logits = engine.prefill(prompts)
+    for step, expected in enumerate(theirs.logits):
+        assert relative(logits, expected) <= 2e-5
+        logits = engine.advance(cache, theirs.sequences[:, 9 + step])
