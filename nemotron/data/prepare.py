@@ -101,7 +101,7 @@ def prepare_embedded(domain: str, cache: Path, tokenizer: Tokenizer, eod_token: 
     prefix = cache.absolute() / f"{domain}-{xxhash.xxh64_hexdigest(json.dumps(what).encode())}"
     with locked(cache / ".lock"):
         if not _is_whole(prefix):
-            for leftover in cache.glob(f"{prefix.name}.*.tmp"):
+            for leftover in cache.glob(f"*{prefix.name}.*.tmp"):
                 leftover.unlink()
             texts = load_documents(domain)
             # Neighbours in the corpus are scenes of one play: mix them, the same way everywhere.

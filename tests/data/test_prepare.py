@@ -2,7 +2,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +19,6 @@ import sys
 from pathlib import Path
 from nemotron.data.prepare import prepare_embedded
 from nemotron.data.tokenizer import load_tokenizer
-print("go", flush=True)
 print(prepare_embedded("verse", Path(sys.argv[1]), load_tokenizer("embedded"), "</s>"))
 """
 
@@ -79,28 +77,53 @@ def test_a_damaged_shard_is_made_again(verse: Path, end: str):
     assert {e: Path(f"{verse}.{e}").read_bytes() for e in good} == good
 
 
-def test_a_killed_preparation_leaves_nothing_that_counts(tmp_path: Path, verse: Path):
-    good = {end: Path(f"{verse}.{end}").read_bytes() for end in ("bin", "idx", "json")}
-    seen = set()
-    for delay in (0.05, 0.25, 0.4, 0.5):
-        process = start(tmp_path)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "go\n"
-        time.sleep(delay)
-        process.kill()
-        process.communicate()
-        seen |= {path.suffix for path in tmp_path.iterdir()}
-        if (tmp_path / f"{verse.name}.json").exists():
-            break
-    prefix = prepare_embedded("verse", tmp_path, TOKENIZER, "</s>")
-    assert {end: Path(f"{prefix}.{end}").read_bytes() for end in good} == good
-    assert sorted(os.listdir(tmp_path)) == [".lock", *(f"{prefix.name}.{end}" for end in good)]
+KILL_EVERYWHERE = """
+import os, signal, sys
+from pathlib import Path
+from nemotron.data import prepare
+from nemotron.data.tokenizer import load_tokenizer
+
+cache, deaths = Path(sys.argv[1]), 0
+prepare.load_documents = lambda domain: ["one", "two", "three"]
+
+def die_at(last):
+    seen = 0
+    def hook(event, arguments):
+        nonlocal seen
+        if event in ("open", "os.rename", "os.remove") and str(cache) in str(arguments[0]):
+            seen += 1
+            if seen == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+while True:
+    child = os.fork()
+    if not child:
+        die_at(deaths + 1)
+        prepare.prepare_embedded("verse", cache, load_tokenizer("embedded"), "</s>")
+        os._exit(0)
+    if os.waitpid(child, 0)[1] == 0:
+        break
+    deaths += 1
+print(deaths)
+"""
+
+
+def test_a_preparation_killed_at_any_file_operation_leaves_nothing_that_counts(tmp_path: Path):
+    command = [sys.executable, "-c", KILL_EVERYWHERE, str(tmp_path)]
+    answer = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert int(answer.stdout) > 8
+    (manifest,) = tmp_path.glob("verse-*.json")
+    prefix = manifest.with_suffix("")
+    assert sorted(texts_of(prefix)) == ["one", "three", "two"]
+    ends = ("bin", "idx", "json")
+    assert sorted(os.listdir(tmp_path)) == [".lock", *(f"{prefix.name}.{end}" for end in ends)]
 
 
 def test_two_processes_at_once_make_one_whole_shard(tmp_path: Path, verse: Path):
     processes = [start(tmp_path), start(tmp_path)]
     answers = [process.communicate()[0].split() for process in processes]
-    assert answers[0] == answers[1] == ["go", str(tmp_path / verse.name)]
+    assert answers[0] == answers[1] == [str(tmp_path / verse.name)]
     for end in ("bin", "idx", "json"):
         assert (tmp_path / f"{verse.name}.{end}").read_bytes() == Path(
             f"{verse}.{end}"
