@@ -18,13 +18,13 @@ class Batch:
     """Rows of tokens with the token that follows each.
 
     `labels[b, t]` is the token after `input_ids[b, t]`, or `NO_LABEL`. `seq_idx` numbers the
-    documents of a row from 0; a number is never used again in its row. `loss_weight` is absent
-    when every label counts the same.
+    documents of a row from 0; a number is never used again in its row; without it the row is one
+    document. `loss_weight` is absent when every label counts the same.
     """
 
     input_ids: Int[Tensor, "B T"]
     labels: Int[Tensor, "B T"]
-    seq_idx: Int[Tensor, "B T"]
+    seq_idx: Int[Tensor, "B T"] | None
     loss_weight: Float[Tensor, "B T"] | None = None
 
     @property
@@ -42,11 +42,10 @@ class Batch:
         return self._map(operator.methodcaller("to", device))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        weight = None if self.loss_weight is None else function(self.loss_weight)
         return replace(
             self,
             input_ids=function(self.input_ids),
             labels=function(self.labels),
-            seq_idx=function(self.seq_idx),
-            loss_weight=weight,
+            seq_idx=None if self.seq_idx is None else function(self.seq_idx),
+            loss_weight=None if self.loss_weight is None else function(self.loss_weight),
         )

@@ -1,0 +1,112 @@
+"""What is written down about an optimizer step."""
+
+import math
+import resource
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron.model.hybrid import HybridLM
+from nemotron.model.router import Router
+from nemotron.train.loss import TokenCounts
+from nemotron.train.metrics import Record
+from nemotron.train.optimizer import GradientNorms
+from nemotron.train.state import Skip
+from nemotron.train.sums import StepSums
+
+GIB = float(1 << 30)
+
+
+class Stopwatch:
+    """Seconds of each part of a step, by a clock that cannot go backwards."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, name: str) -> None:
+        """Book the time since the last lap under `name`, waiting for the device first."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self.seconds[name] = now - self._last
+        self._last = now
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What came out of one optimizer step; sums and norms are still on the device."""
+
+    counts: TokenCounts
+    sums: StepSums
+    norms: GradientNorms
+    loss: float
+    grad_norm: float
+    clip: float
+    lr: float
+    skip: Skip | None
+    spike: bool
+    seconds: dict[str, float]
+
+    def values(self, model: HybridLM, peak_tokens_per_s: float) -> Record:
+        """Return the step's metrics; reading them waits for the device."""
+        step_s = sum(self.seconds.values())
+        speed = self.counts.tokens / step_s
+        return {
+            "loss/total": self.loss,
+            **self.sums.values(self.counts),
+            "lr": self.lr,
+            "grad_norm/total": self.grad_norm,
+            **{f"grad_norm/{kind}": norm for kind, norm in self.norms.by_kind().items()},
+            "clip_coef": self.clip,
+            **expert_values(model, self.sums.load),
+            "perf/tokens_per_s": speed,
+            "perf/mfu": speed / peak_tokens_per_s,
+            "perf/step_s": step_s,
+            **{f"perf/{part}_s": seconds for part, seconds in self.seconds.items()},
+        }
+
+    def events(self) -> list[str]:
+        """Return a sentence for whatever was out of the ordinary."""
+        if self.skip is not None:
+            broken = [k for k, norm in self.norms.by_kind().items() if not math.isfinite(norm)]
+            where = f" (gradients of {', '.join(broken)})" if broken else ""
+            return [f"skipped the update: {self.skip.value}{where}"]
+        return [f"loss spike: {self.loss:.4f}"] if self.spike else []
+
+
+def expert_values(model: HybridLM, load: dict[str, Tensor]) -> dict[str, float]:
+    """Return load and bias of each router; `load` is the tokens per expert of the whole step."""
+    values: dict[str, float] = {}
+    for layer, counts in load.items():
+        router = model.get_submodule(f"{layer}.mixer.gate")
+        assert isinstance(router, Router), layer
+        tokens = counts.tolist()
+        mean = sum(tokens) / len(tokens)
+        shares = [count / sum(tokens) for count in tokens if count]
+        entropy = -sum(share * math.log(share) for share in shares)
+        bias = router.e_score_correction_bias
+        name = f"moe/{layer.removeprefix('backbone.')}"
+        values[f"{name}/load_max_over_mean"] = max(tokens) / mean
+        values[f"{name}/load_entropy"] = entropy / math.log(len(tokens)) if len(tokens) > 1 else 1.0
+        values[f"{name}/experts_unused"] = tokens.count(0)
+        values[f"{name}/bias_min"] = bias.min().item()
+        values[f"{name}/bias_max"] = bias.max().item()
+    return values
+
+
+def memory_values(device: torch.device) -> dict[str, float]:
+    """Return resident memory now and at its peak, and the peak on the GPU, in GiB."""
+    # Linux counts the peak in KiB
+    values = {"mem/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
+    statistics = Path("/proc/self/statm")
+    if statistics.exists():
+        pages = int(statistics.read_text().split()[1])
+        values["mem/rss_gib"] = pages * resource.getpagesize() / GIB
+    if device.type == "cuda":
+        values["mem/gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
+    return values

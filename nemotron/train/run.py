@@ -1,0 +1,117 @@
+"""One run, from its configuration to its exit code: check, build, restore, train, say what is next."""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron.checkpoint.read import read_model
+from nemotron.data.loader import TrainingData
+from nemotron.errors import UserError
+from nemotron.model.config import ModelConfig
+from nemotron.model.hybrid import HybridLM
+from nemotron.ops.registry import OPERATIONS
+from nemotron.precision.apply import DTYPES
+from nemotron.train.config import PretrainConfig
+from nemotron.train.flops import measure_matmul_peak
+from nemotron.train.run_directory import RunDirectory
+from nemotron.train.schedule import Schedule, build_schedule
+from nemotron.train.screen import Screen
+from nemotron.train.session import Session
+from nemotron.train.signals import StopRequest
+from nemotron.train.trackers import check_trackers
+from nemotron.train.trainer import Trainer
+
+ReadModel = Callable[[Path], tuple[ModelConfig, dict[str, Tensor]]]
+
+
+def train(
+    config: PretrainConfig,
+    *,
+    resume: bool = False,
+    stop_at: int | None = None,
+    recipe_path: str = "",
+    read_initial: ReadModel = read_model,
+    allow_changed: Sequence[str] = (),
+) -> int:
+    """Train as the recipe says, or go on from the run's newest whole checkpoint.
+
+    `stop_at` ends the run after that step as a signal would. `read_initial` reads the weights
+    that `init_from` names. `allow_changed` lists keys in which a resumed run may differ from its
+    beginning. Returns the exit code: 0 done, 1 failed, 75 stopped and can be resumed.
+
+    Raises:
+        UserError: when something that the user gave is wrong.
+    """
+    schedule = build_schedule(config.schedule, config.batch.global_tokens)
+    check_trackers(config.logging.trackers)
+    device = _pick_device(config.device)
+    folder = RunDirectory(config)
+    folder.check(schedule.num_steps, resume=resume, allow_changed=allow_changed)
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest())
+        screen = Screen()
+        stack.callback(screen.close)
+        for operation, backend in config.ops:
+            OPERATIONS[operation].pin(backend)
+        data = _open_data(config, schedule)
+        peak_flops = measure_matmul_peak(device, DTYPES[config.precision.compute])
+        trainer = Trainer(config, schedule, data, device, peak_flops)
+        stack.enter_context(folder)
+        session = Session(trainer, folder, screen, stop, stop_at)
+        if not (resume and session.restore()) and config.init_from is not None:
+            _load_initial(trainer.model, config.init_from, read_initial)
+        return session.run(recipe_path)
+
+
+def _pick_device(name: str) -> torch.device:
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "device = cuda, but no GPU can be used here; run `nemotron doctor`, or use device: auto."
+        )
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.device(name)
+
+
+def _open_data(config: PretrainConfig, schedule: Schedule) -> TrainingData:
+    tokens, seq_len = config.batch.global_tokens, config.data.seq_len
+    if tokens % seq_len:
+        near = max(1, round(tokens / seq_len)) * seq_len
+        raise UserError(
+            f"batch.global_tokens = {tokens} is no multiple of data.seq_len = {seq_len}; "
+            f"use {near}."
+        )
+    data = TrainingData(
+        config.data,
+        seed=config.seed,
+        rows_per_step=tokens // seq_len,
+        vocab_size=config.model.vocab_size,
+    )
+    data.check_length(schedule.num_steps)
+    return data
+
+
+def _load_initial(model: HybridLM, path: str, read: ReadModel) -> None:
+    """Start from saved weights; every tensor must be there, with its shape, and no other."""
+    saved_config, weights = read(Path(path))
+    own = model.state_dict()
+    problems = [f"{name} is absent" for name in own if name not in weights]
+    problems += [f"{name} is too many" for name in weights if name not in own]
+    problems += [
+        f"{name} has shape {list(weights[name].shape)} instead of {list(tensor.shape)}"
+        for name, tensor in own.items()
+        if name in weights and weights[name].shape != tensor.shape
+    ]
+    if problems:
+        old, new = saved_config.model_dump(), model.config.model_dump()
+        keys = [f"model.{key} = {old[key]} there" for key in old if old[key] != new[key]]
+        raise UserError(
+            f"init_from: the weights in {path} do not fit the recipe ({', '.join(keys)}): "
+            f"{'; '.join(problems[:10])}."
+        )
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(weights[name])

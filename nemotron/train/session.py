@@ -1,0 +1,191 @@
+"""Between the loop and the world: what is told, saved and said at the end of a run."""
+
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+
+from nemotron.checkpoint.find import newest
+from nemotron.checkpoint.manifest import folder_name
+from nemotron.checkpoint.write import CheckpointNotSaved, save
+from nemotron.errors import UserError
+from nemotron.train import provenance
+from nemotron.train.flops import count_parameters
+from nemotron.train.metrics import MetricsFile, Record
+from nemotron.train.run_directory import RunDirectory
+from nemotron.train.screen import Screen
+from nemotron.train.signals import StopRequest
+from nemotron.train.trackers import TRACKERS, Mirrors, TrackedRun
+from nemotron.train.trainer import Diverged, Hooks, Trainer
+
+DONE, FAILED, STOPPED = 0, 1, 75
+"""Exit codes; 75 (EX_TEMPFAIL) asks a scheduler to start the same command again."""
+
+
+class Session:
+    """One start of a run: from the restored state to the next exit."""
+
+    def __init__(
+        self,
+        trainer: Trainer,
+        folder: RunDirectory,
+        screen: Screen,
+        stop: StopRequest,
+        stop_at: int | None,
+    ) -> None:
+        self._trainer, self._folder, self._screen = trainer, folder, screen
+        self._stop, self._stop_at = stop, stop_at
+        self._saved_step: int | None = None
+        self._validation: Record = {}
+        trackers = {name: TRACKERS[name]() for name in trainer.config.logging.trackers}
+        self._mirrors = Mirrors(trackers, screen.tell)
+
+    def restore(self) -> bool:
+        """Go to the newest whole checkpoint; says whether there was one.
+
+        Raises:
+            UserError: when there are checkpoints, but none of them is whole or fits.
+        """
+        found = newest(self._folder.checkpoints)
+        for line in found.skipped:
+            self._screen.tell(line)
+        if found.info is None:
+            if any("damaged" in line for line in found.skipped):
+                raise UserError(
+                    f"{self._folder.checkpoints} holds no complete checkpoint; remove the damaged "
+                    f"ones to start at step 0, or give the run another name."
+                )
+            self._screen.tell(f"{self._folder.path} has no checkpoint; starting at step 0")
+            return False
+        self._trainer.restore(found.info)
+        self._saved_step = found.info.step
+        self._screen.tell(f"resumed at step {found.info.step} from {found.info.folder}")
+        return True
+
+    def run(self, recipe_path: str) -> int:
+        """Train; returns the exit code."""
+        trainer, folder, screen = self._trainer, self._folder, self._screen
+        state, num_steps = trainer.state, trainer.schedule.num_steps
+        if state.step >= num_steps:
+            self._tell_results("this run is finished")
+            return DONE
+        screen.open_log(folder.log)
+        run_id = self._describe(recipe_path)
+        with MetricsFile(folder.metrics, last_step=state.step) as self._metrics:
+            self._mirrors.start(self._tracked(run_id))
+            screen.start(folder.path.name, num_steps)
+            try:
+                if not self._must_stop():
+                    trainer.run(Hooks(self._report, self._save_or_warn, self._must_stop))
+                self._save()
+            except (Diverged, CheckpointNotSaved) as problem:
+                screen.stop()
+                screen.tell(f"failed: {problem}")
+                if self._saved_step is not None:
+                    screen.tell(f"the newest checkpoint is {folder_name(self._saved_step)}")
+                return FAILED
+            finally:
+                screen.stop()
+                self._mirrors.finish()
+        if state.step < num_steps:
+            reason = self._stop.signal or f"--stop-at {self._stop_at}"
+            screen.tell(f"stopped by {reason} after step {state.step} of {num_steps}, saved")
+            screen.tell(f"go on: {self._command('train', self._folder.recipe, '--resume')}")
+            return STOPPED
+        self._tell_results("done")
+        return DONE
+
+    def _must_stop(self) -> bool:
+        reached = self._stop_at is not None and self._trainer.state.step >= self._stop_at
+        return reached or self._stop.signal is not None
+
+    def _report(self, record: Record) -> None:
+        self._metrics.write(record)
+        self._mirrors.log(record)
+        self._screen.show(record)
+        if record["kind"] == "validation":
+            self._validation = record
+
+    def _save_or_warn(self) -> None:
+        try:
+            self._save()
+        except CheckpointNotSaved as problem:
+            self._screen.tell(f"warning: {problem}; training goes on")
+
+    def _save(self) -> None:
+        """Write a checkpoint of this step unless it is there already."""
+        trainer, step = self._trainer, self._trainer.state.step
+        if step == self._saved_step:
+            return
+        self._metrics.sync()
+        start = time.perf_counter()
+        save(
+            self._folder.checkpoints,
+            step,
+            trainer.tensors(),
+            trainer.json_state(),
+            trainer.config.model,
+            trainer.config.checkpoint.keep,
+        )
+        self._saved_step = step
+        self._screen.tell(f"saved {folder_name(step)} in {time.perf_counter() - start:.1f} s")
+
+    def _describe(self, recipe_path: str) -> str:
+        """Write what the run is to its folder and the screen; returns the run's identifier."""
+        trainer, folder, screen = self._trainer, self._folder, self._screen
+        config, data = trainer.config, trainer.data
+        folder.write_description(data.tokenizer.content)
+        count = count_parameters(trainer.model, config.model)
+        sizes = {"parameters": count.total, "active": count.active, "mtp": count.mtp}
+        facts = provenance.collect(trainer.device)
+        facts |= {"recipe": recipe_path, "seed": config.seed, **sizes}
+        facts["matmul_peak_flops"] = trainer.peak_flops
+        run_id = provenance.record_start(folder.provenance, trainer.state.step, facts)
+        mtp = f" + {count.mtp:,} for multi-token prediction" if count.mtp else ""
+        screen.tell(f"run        {folder.path} ({trainer.device}, {config.precision.compute})")
+        screen.tell(f"model      {count.total:,} parameters, {count.active:,} active{mtp}")
+        for line in data.describe():
+            screen.tell(f"data       {line}")
+        screen.tell(
+            f"training   {trainer.schedule.num_steps:,} steps of {config.batch.global_tokens:,} "
+            f"tokens; matrix products reach {trainer.peak_flops / 1e9:,.0f} GFLOP/s here"
+        )
+        return run_id
+
+    def _tracked(self, run_id: str) -> TrackedRun:
+        config = self._trainer.config
+        return TrackedRun(
+            project=config.logging.project,
+            name=config.name,
+            id=run_id,
+            folder=self._folder.path,
+            step=self._trainer.state.step,
+            config=config.model_dump(mode="json"),
+        )
+
+    def _tell_results(self, how: str) -> None:
+        folder, state = self._folder, self._trainer.state
+        bits = self._validation.get("validation/bits_per_byte")
+        quality = f", validation {bits:.3f} bits per byte" if isinstance(bits, float) else ""
+        for line in (
+            f"{how}: {state.step:,} steps, {state.tokens:,} tokens{quality}",
+            f"  metrics      {folder.metrics}",
+            f"  checkpoint   {folder.checkpoints / folder_name(state.step)}",
+            "next:",
+            f"  {self._command('generate', folder.path, '--prompt', 'Once upon a time')}",
+            f"  {self._command('export', folder.path, '--out', folder.path / 'export')}",
+        ):
+            self._screen.tell(line)
+
+    def _command(self, *arguments: str | Path) -> str:
+        return shlex.join([*_program(), *map(str, arguments)])
+
+
+def _program() -> list[str]:
+    """Return how this program can be started again from the same folder."""
+    if Path(sys.argv[0]).name == "nemotron":
+        on_path = shutil.which("nemotron")
+        same = on_path is not None and Path(on_path).samefile(sys.argv[0])
+        return ["nemotron" if same else sys.argv[0]]
+    return [sys.executable, "-m", "nemotron"]
