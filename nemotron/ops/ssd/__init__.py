@@ -4,9 +4,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.registry import Operation
-from nemotron.ops.ssd import reference
+from nemotron.ops.ssd import chunked, reference
 
-operation = Operation("ssd", [reference.backend])
+operation = Operation("ssd", [chunked.backend, reference.backend])
 
 
 def ssd(
