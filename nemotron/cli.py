@@ -1,0 +1,228 @@
+"""The command line: each command calls one function, and user errors become one sentence."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import click
+import typer
+
+from nemotron import __version__
+from nemotron.errors import UserError
+
+DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+
+app = typer.Typer(
+    name="nemotron",
+    help="Train hybrid Mamba-2 / attention / mixture-of-experts language models.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+recipe_app = typer.Typer(help="Look at recipes without running them.", no_args_is_help=True)
+app.add_typer(recipe_app, name="recipe")
+
+RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (.yaml).", metavar="RECIPE")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(help="Changes such as schedule.peak=3e-4.", metavar="[KEY=VALUE]..."),
+]
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        print(f"nemotron {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: nemotron train recipes/tiny/pretrain.yaml schedule.peak=1e-3")
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if any.")
+    ] = False,
+    stop_at: Annotated[
+        int | None, typer.Option(min=1, help="Save and stop after this step (exit code 75).")
+    ] = None,
+    allow_changed: Annotated[
+        list[str] | None,
+        typer.Option(help="Key that may differ from the run that is resumed; repeatable."),
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check and say what would run; write nothing.")
+    ] = False,
+) -> int:
+    """Train a model as the recipe says."""
+    from nemotron.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    if dry_run:
+        from nemotron.train.run import dry_run as describe
+
+        return describe(loaded.config)
+    from nemotron.loading import read_weights
+    from nemotron.train.run import train as run
+
+    return run(
+        loaded.config,
+        resume=resume,
+        stop_at=stop_at,
+        recipe_path=" ".join([str(recipe), *(overrides or [])]),
+        read_initial=read_weights,
+        allow_changed=allow_changed or [],
+    )
+
+
+@recipe_app.command("show", epilog="Example: nemotron recipe show recipes/tiny/pretrain.yaml")
+def recipe_show(recipe: RecipeFile, overrides: Overrides = None) -> int:
+    """Print the resolved recipe and where each value comes from."""
+    from nemotron.recipe.load import load_recipe
+    from nemotron.recipe.show import show
+
+    print(show(load_recipe(recipe, overrides or [])))
+    return DONE
+
+
+@recipe_app.command("check", epilog="Example: nemotron recipe check recipes/nano/pretrain.yaml")
+def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> int:
+    """Check a recipe and print one line."""
+    from nemotron.recipe.load import load_recipe
+
+    loaded = load_recipe(recipe, overrides or [])
+    print(f"{recipe}: fine; it makes the run {loaded.config.output}/{loaded.config.name}")
+    return DONE
+
+
+@recipe_app.command(
+    "diff", epilog="Example: nemotron recipe diff recipes/nano/pretrain.yaml recipes/super/pretrain.yaml"
+)
+def recipe_diff(first: RecipeFile, second: RecipeFile) -> int:
+    """Print the values in which two recipes differ."""
+    from nemotron.recipe.load import load_recipe
+    from nemotron.recipe.show import diff
+
+    for key, a, b in diff(load_recipe(first), load_recipe(second)):
+        print(f"{key}: {a} -> {b}")
+    return DONE
+
+
+@recipe_app.command("schema", epilog="Example: nemotron recipe schema > recipes/schema.json")
+def recipe_schema() -> int:
+    """Print the JSON schema of recipes, for editors."""
+    from nemotron.recipe.show import schema
+
+    print(schema(), end="")
+    return DONE
+
+
+@app.command(epilog="Example: nemotron doctor")
+def doctor() -> int:
+    """Say what this machine can run, and why not where it cannot."""
+    from nemotron.doctor import doctor as run
+
+    return run()
+
+
+@app.command(epilog='Example: nemotron generate runs/tiny --prompt "def read("')
+def generate(
+    model: Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 128,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Choose among so many tokens.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Choose within this probability.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Makes the choices repeatable.")] = None,
+    stream: Annotated[bool, typer.Option(help="Print while generating.")] = True,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+) -> int:
+    """Continue one or more prompts."""
+    from nemotron.generate.command import generate as run
+    from nemotron.loading import load_with_tokenizer
+
+    loaded, tokenizer = load_with_tokenizer(model)
+    return run(
+        loaded,
+        tokenizer,
+        prompt,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stream=stream,
+        device=device,
+    )
+
+
+@app.command(epilog="Example: nemotron export runs/tiny --out exported/tiny")
+def export(
+    run: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write; default: RUN/export.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    mamba_fp32: Annotated[
+        bool, typer.Option("--mamba-fp32", help="Write A_log, D and dt_bias in float32.")
+    ] = False,
+    check: Annotated[bool, typer.Option(help="End with the self-check.")] = True,
+    max_shard_gb: Annotated[float, typer.Option(help="Largest file, in 10^9 bytes.")] = 5.0,
+) -> int:
+    """Write the model as a Hugging Face folder, and check it in a fresh process."""
+    from nemotron.hf.command import export as run_export
+
+    return run_export(
+        run,
+        out,
+        overwrite=overwrite,
+        mamba_fp32=mamba_fp32,
+        check=check,
+        max_shard_bytes=int(max_shard_gb * 1e9),
+    )
+
+
+@app.command("import", epilog="Example: nemotron import exported/tiny --out runs/imported")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+) -> int:
+    """Read a Hugging Face folder into a run that can be trained on and exported again."""
+    from nemotron.hf.command import import_ as run_import
+
+    return run_import(folder, out, overwrite=overwrite)
+
+
+def main(arguments: list[str] | None = None) -> NoReturn:
+    """Run a command and exit: 0 done, 1 failed, 2 wrong input, 75 stopped, 130 interrupted."""
+    sys.exit(run(arguments))
+
+
+def run(arguments: list[str] | None = None) -> int:
+    """Run a command and return its exit code; a user's mistake is told in one sentence."""
+    try:
+        result = app(arguments, standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else DONE
+    except UserError as error:
+        return _tell(str(error), WRONG_INPUT)
+    except click.exceptions.Exit as error:
+        return error.exit_code
+    except click.ClickException as error:
+        hint = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
+        return _tell(f"{' '.join(error.format_message().split())}{hint}", WRONG_INPUT)
+    except (KeyboardInterrupt, click.Abort):
+        return INTERRUPTED
+    except BrokenPipeError:
+        # whoever read our output has left; give the interpreter somewhere to flush to
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return DONE
+
+
+def _tell(sentence: str, code: int) -> int:
+    print(f"nemotron: {sentence}", file=sys.stderr)
+    return code

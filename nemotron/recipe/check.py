@@ -1,0 +1,131 @@
+"""Rules across sections, and keys that would have no effect. Reads like a list."""
+
+from collections.abc import Iterator
+
+from pydantic import BaseModel
+
+from nemotron.errors import UserError
+from nemotron.recipe.explain import place_of
+from nemotron.recipe.read import Path_
+from nemotron.train.config import PretrainConfig
+
+Finding = tuple[str, str]
+"""A dotted key and what is wrong with it."""
+
+
+def check(config: PretrainConfig, places: dict[Path_, str], source: str) -> None:
+    """Raise UserError for the first rule that the recipe breaks."""
+    given = {".".join(path) for path in places if not _is_default(config, path)}
+    for key, problem in [*impossible(config), *without_effect(config, given)]:
+        place = place_of(places, tuple(key.split(".")), source)
+        raise UserError(f"{place}: {key} {problem}")
+
+
+def _is_default(section: BaseModel, path: Path_) -> bool:
+    """Say whether a key was given the value that it has anyway."""
+    key, *rest = path
+    value = getattr(section, key)
+    if rest and isinstance(value, BaseModel):
+        return _is_default(value, tuple(rest))
+    return bool(value == type(section).model_fields[key].default)
+
+
+def impossible(config: PretrainConfig) -> Iterator[Finding]:
+    """Yield the values that contradict each other."""
+    model, data, batch, schedule = config.model, config.data, config.batch, config.schedule
+    if data.seq_len > model.max_position_embeddings:
+        yield (
+            "data.seq_len",
+            f"= {data.seq_len} is over model.max_position_embeddings = "
+            f"{model.max_position_embeddings}; shorten the rows or raise that limit.",
+        )
+    if batch.global_tokens % data.seq_len:
+        near = max(1, round(batch.global_tokens / data.seq_len)) * data.seq_len
+        yield (
+            "batch.global_tokens",
+            f"= {batch.global_tokens} is not divisible by data.seq_len = {data.seq_len}; "
+            f"the nearest is {near}.",
+        )
+    elif (rows := batch.global_tokens // data.seq_len) % batch.micro_batch:
+        near = min(
+            (d for d in range(1, rows + 1) if rows % d == 0),
+            key=lambda d: abs(d - batch.micro_batch),
+        )
+        yield (
+            "batch.micro_batch",
+            f"= {batch.micro_batch} does not divide the {rows} rows of a step "
+            f"(batch.global_tokens / data.seq_len); the nearest is {near}.",
+        )
+    if schedule.min > schedule.peak:
+        yield "schedule.min", f"= {schedule.min} is over schedule.peak = {schedule.peak}."
+    for length in ("total", "warmup", "decay"):
+        tokens, steps = f"{length}_tokens", f"{length}_steps"
+        if getattr(schedule, tokens) is not None and getattr(schedule, steps) is not None:
+            yield f"schedule.{steps}", f"and schedule.{tokens} are both given; keep one."
+    if schedule.total_tokens is None and schedule.total_steps is None:
+        yield "schedule", "has no length; add total_steps or total_tokens."
+        return
+    if schedule.kind == "wsd" and schedule.decay_tokens is None and schedule.decay_steps is None:
+        yield "schedule", "of kind wsd needs decay_steps or decay_tokens; kind: constant never decays."
+        return
+    total, warmup, decay = (_tokens(config, length) for length in ("total", "warmup", "decay"))
+    if warmup + decay > total:
+        yield (
+            "schedule",
+            f"warms up for {warmup:.0f} and decays for {decay:.0f} tokens, more than the "
+            f"{total:.0f} of the whole run; shorten one of them.",
+        )
+    if model.mtp_pattern and config.loss.mtp_num_depths + 1 >= data.seq_len:
+        yield (
+            "loss.mtp_num_depths",
+            f"= {config.loss.mtp_num_depths} leaves no targets in rows of data.seq_len = "
+            f"{data.seq_len}.",
+        )
+
+
+def _tokens(config: PretrainConfig, length: str) -> float:
+    steps = getattr(config.schedule, f"{length}_steps")
+    if steps is not None:
+        return float(steps * config.batch.global_tokens)
+    return float(getattr(config.schedule, f"{length}_tokens") or 0.0)
+
+
+def without_effect(config: PretrainConfig, given: set[str]) -> Iterator[Finding]:
+    """Yield the keys that were given a value of their own but change nothing in this recipe."""
+    for keys, idle, because in _conditions(config):
+        if idle:
+            for key in keys:
+                if key in given:
+                    yield key, f"has no effect because {because}; remove the key."
+
+
+def _conditions(config: PretrainConfig) -> Iterator[tuple[list[str], bool, str]]:
+    """Yield keys, whether nothing reads them, and why."""
+    model, schedule = config.model, config.schedule
+    layers = model.hybrid_override_pattern + model.mtp_pattern
+    fields = list(type(model).model_fields)
+
+    def starting(*prefixes: str) -> list[str]:
+        return [f"model.{name}" for name in fields if name.startswith(prefixes)]
+
+    mamba = starting("mamba_", "n_groups", "ssm_", "conv_", "use_conv", "chunk_", "time_step")
+    yield mamba, "M" not in layers, "the pattern has no M layer"
+    attention = starting("num_attention_heads", "num_key_value_heads", "head_dim")
+    yield attention, "*" not in layers, "the pattern has no * layer"
+    experts = [
+        *starting("n_routed", "num_experts", "moe_", "n_group", "topk_group", "norm_topk"),
+        "model.routed_scaling_factor",
+        "loss.moe_aux_loss_coeff",
+        "optimizer.router_bias_update_rate",
+    ]
+    experts.remove("model.n_groups")
+    yield experts, "E" not in layers, "the pattern has no E layer"
+    yield ["model.intermediate_size"], "-" not in layers, "the pattern has no - layer"
+    ahead = [f"loss.{name}" for name in type(config.loss).model_fields if name.startswith("mtp_")]
+    ahead.append("model.mtp_hybrid_override_pattern")
+    yield ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0"
+    decay = ["schedule.decay", "schedule.decay_steps", "schedule.decay_tokens"]
+    yield decay, schedule.kind != "wsd", f"schedule.kind = {schedule.kind}"
+    yield ["schedule.min"], schedule.kind == "constant", "schedule.kind = constant"
+    trackers = config.logging.trackers
+    yield ["logging.project"], not trackers, "logging.trackers is empty"

@@ -1,0 +1,130 @@
+"""A validation error as one sentence: where, what is wrong, what would be right."""
+
+import difflib
+import re
+from typing import Any, get_args
+
+from pydantic import BaseModel, ValidationError
+
+from nemotron.recipe.read import Path_
+from nemotron.train.config import PretrainConfig
+
+EXPECTED = {
+    "int_type": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a finite number",
+    "bool_type": "must be true or false",
+    "string_type": "must be text",
+    "tuple_type": "must be a list",
+    "model_type": "must be a mapping of keys",
+    "model_attributes_type": "must be a mapping of keys",
+    "dict_type": "must be a mapping of keys",
+}
+
+
+def explain(error: ValidationError, places: dict[Path_, str], source: str) -> str:
+    """Return the sentence for the first problem; `places` says where each key stands."""
+    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    problem: dict[str, Any] = dict(problems[0])
+    path = tuple(str(part) for part in problem["loc"])
+    key, value = ".".join(path), problem["input"]
+    kind, context = problem["type"], problem.get("ctx", {})
+    if kind == "extra_forbidden":
+        return f"{place_of(places, path, source)}: {_unknown(path)}"
+    if kind == "missing":
+        text = _description(path)
+        return f"{place_of(places, path, source)}: {key} is missing; add it ({text})."
+    if kind == "value_error":
+        message = str(context["error"])
+        named = re.match(r"[a-z_0-9]+", message)
+        if named and (*path, named.group()) in places:
+            path = (*path, named.group())
+        prefix = ".".join(str(part) for part in problem["loc"])
+        dot = f"{prefix}." if prefix else ""
+        return f"{place_of(places, path, source)}: {dot}{message}."
+    if kind in EXPECTED:
+        rule = EXPECTED[kind]
+    elif kind == "literal_error":
+        rule = f"must be one of {context['expected'].replace(chr(39), '')}"
+        if isinstance(value, str):
+            allowed = re.findall(r"'([^']*)'", context["expected"])
+            near = difflib.get_close_matches(value, allowed, 1)
+            rule += f"; did you mean {near[0]}?" if near else ""
+    else:
+        rule = problem["msg"].replace("Input should", "must").replace("Value should", "must")
+        rule = rule.replace("String should", "must").replace("Tuple should", "must")
+    return f"{place_of(places, path, source)}: {key} = {_short(value)} {rule}{_end(rule)}"
+
+
+def place_of(places: dict[Path_, str], path: Path_, source: str) -> str:
+    """Return `file:line` of the key, or of the nearest mapping around it that was written."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in places:
+            return places[path[:length]]
+    return source
+
+
+def _end(rule: str) -> str:
+    return "" if rule.endswith("?") else "."
+
+
+def _short(value: Any) -> str:
+    text = "null" if value is None else str(value)
+    if isinstance(value, bool):
+        text = text.lower()
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _unknown(path: Path_) -> str:
+    *section_path, key = path
+    section = _section(tuple(section_path)) or PretrainConfig
+    where = f" under {'.'.join(section_path)}" if section_path else ""
+    homes = [".".join(home) for home in _homes() if home[-1] == key and home[:-1] != path[:-1]]
+    if homes:
+        holder = homes[0].rpartition(".")[0]
+        right = f"it belongs under `{holder}`" if holder else "it belongs at the top"
+        return f"the key {key} is unknown{where}; {right} ({homes[0]})."
+    near = difflib.get_close_matches(key, list(section.model_fields), 1, 0.5)
+    if near:
+        return f"the key {key} is unknown{where}; the nearest known one is `{near[0]}`."
+    return f"the key {key} is unknown{where}; known are {', '.join(section.model_fields)}."
+
+
+def _section(path: Path_) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = PretrainConfig
+    for part in path:
+        if section is None:
+            return None
+        if part.isdigit():
+            continue
+        found = section.model_fields.get(part)
+        section = _model_in(found.annotation) if found else None
+    return section
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    for argument in get_args(annotation):
+        if found := _model_in(argument):
+            return found
+    return None
+
+
+def _homes() -> list[Path_]:
+    homes: list[Path_] = []
+    for name, field in PretrainConfig.model_fields.items():
+        homes.append((name,))
+        section = _model_in(field.annotation)
+        if section is not None:
+            homes.extend((name, key) for key in section.model_fields)
+    return homes
+
+
+def _description(path: Path_) -> str:
+    section = _section(path[:-1])
+    found = section.model_fields.get(path[-1]) if section else None
+    return (found.description or "needed").rstrip(".") if found else "needed"

@@ -1,0 +1,92 @@
+"""A recipe for people: resolved with the origin of each value, compared, and as a JSON schema."""
+
+import json
+from typing import Any
+
+from nemotron.recipe.load import Recipe
+from nemotron.recipe.read import Path_
+from nemotron.train.config import PretrainConfig
+
+SCHEMA_LINE = "# yaml-language-server: $schema="
+
+
+def show(recipe: Recipe) -> str:
+    """Return the whole resolved recipe as YAML, each value with a comment that says its origin."""
+    lines: list[str] = []
+    _add(lines, recipe.config.model_dump(mode="json"), (), recipe.places)
+    width = min(60, max(len(text) for text, _ in _split(lines)))
+    return "\n".join(
+        f"{text:<{width}}  # {origin}" if origin else text for text, origin in _split(lines)
+    )
+
+
+def diff(first: Recipe, second: Recipe) -> list[tuple[str, str, str]]:
+    """Return (key, value in the first, value in the second) for every value that differs."""
+    a, b = (_flat(recipe.config.model_dump(mode="json")) for recipe in (first, second))
+    keys = [*a, *(key for key in b if key not in a)]
+    return [
+        (key, a.get(key, "absent"), b.get(key, "absent")) for key in keys if a.get(key) != b.get(key)
+    ]
+
+
+def schema() -> str:
+    """Return the JSON schema of recipes, for completion and checks in an editor."""
+    document = PretrainConfig.model_json_schema()
+    document["title"] = "nemotron recipe"
+    document["properties"]["extends"] = {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "description": "Recipe, or recipes, whose values this one starts from.",
+    }
+    _loosen(document)
+    return json.dumps(document, indent=2) + "\n"
+
+
+def _loosen(node: Any) -> None:
+    """Drop `required`, because a base may give a key, and allow `${key}` in place of any value."""
+    if isinstance(node, dict):
+        node.pop("required", None)
+        for item in node.values():
+            _loosen(item)
+        if node.get("type") in ("integer", "number", "boolean"):
+            plain = {key: node.pop(key) for key in list(node) if key not in ("description", "title")}
+            default = plain.pop("default", None)
+            node["anyOf"] = [plain, {"type": "string", "pattern": r"^\$\{.*\}$"}]
+            if default is not None:
+                node["default"] = default
+    elif isinstance(node, list):
+        for item in node:
+            _loosen(item)
+
+
+def _add(lines: list[str], values: dict[str, Any], path: Path_, places: dict[Path_, str]) -> None:
+    indent = "  " * len(path)
+    for key, value in values.items():
+        here = (*path, key)
+        if isinstance(value, dict):
+            lines.append(f"{indent}{key}:\0")
+            _add(lines, value, here, places)
+        else:
+            origin = places.get(here, "default")
+            lines.append(f"{indent}{key}: {_text(value)}\0{origin}")
+
+
+def _split(lines: list[str]) -> list[tuple[str, str]]:
+    return [(line.partition("\0")[0], line.partition("\0")[2]) for line in lines]
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
+    result = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[f"{prefix}{key}"] = _text(value)
+    return result
+
+
+def _text(value: Any) -> str:
+    """Return the value as YAML that reads back as itself."""
+    if isinstance(value, float):
+        return repr(value).replace("inf", ".inf")
+    text = json.dumps(value, ensure_ascii=False)
+    return text.replace("Infinity", ".inf")
