@@ -1,0 +1,92 @@
+"""AdamW's groups, norms and clipping against torch's own functions."""
+
+import copy
+
+import pytest
+import torch
+from conftest import MODEL
+
+from nemotron.model.config import ModelConfig
+from nemotron.model.hybrid import HybridLM
+from nemotron.train.config import OptimizerConfig
+from nemotron.train.optimizer import (
+    GradientNorms,
+    Optimizer,
+    clip_coefficient,
+    decays,
+    parameter_kinds,
+)
+
+CONFIG = ModelConfig.model_validate(MODEL)
+
+
+@pytest.fixture
+def model() -> HybridLM:
+    model = HybridLM(CONFIG)
+    model.init_weights(3)
+    generator = torch.Generator().manual_seed(4)
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+def test_vectors_and_biases_are_not_decayed_but_convolution_and_router_are(model):
+    undecayed = {n.rsplit("mixer.", 1)[-1] for n, p in model.named_parameters() if not decays(n, p)}
+    assert {"A_log", "D", "dt_bias", "norm.weight", "conv1d.bias"} <= undecayed
+    decayed = {n for n, p in model.named_parameters() if decays(n, p)}
+    assert "backbone.layers.0.mixer.conv1d.weight" in decayed
+    assert "backbone.layers.1.mixer.gate.weight" in decayed
+    assert {"backbone.embeddings.weight", "lm_head.weight"} <= decayed
+    assert not any("norm" in name for name in decayed)
+
+
+def test_a_step_is_torchs_adamw_after_torchs_clipping(model):
+    expected = copy.deepcopy(model)
+    for own, other in zip(model.parameters(), expected.parameters(), strict=True):
+        other.grad = own.grad.clone()
+    config = OptimizerConfig(weight_decay=0.3, clip=0.7)
+    optimizer = Optimizer(model, config)
+    kinds = parameter_kinds(optimizer.parameters, CONFIG)
+    norm = GradientNorms(optimizer.gradients(), kinds).total().item()
+    optimizer.step(0.01, clip_coefficient(norm, config.clip))
+
+    reference_norm = torch.nn.utils.clip_grad_norm_(expected.parameters(), 0.7)
+    assert norm == pytest.approx(reference_norm.item(), rel=1e-5)
+    groups = [
+        {
+            "params": [p for n, p in expected.named_parameters() if decays(n, p) is decayed],
+            "weight_decay": 0.3 if decayed else 0.0,
+        }
+        for decayed in (True, False)
+    ]
+    torch.optim.AdamW(groups, lr=0.01, betas=config.betas, eps=config.eps, fused=False).step()
+    for (name, own), other in zip(model.named_parameters(), expected.parameters(), strict=True):
+        # the fused kernel rounds in another order
+        torch.testing.assert_close(own, other, rtol=2e-6, atol=2e-6, msg=name)
+
+
+def test_norms_by_kind_cover_every_parameter_once(model):
+    kinds = parameter_kinds(dict(model.named_parameters()), CONFIG)
+    gradients = {n: p.grad for n, p in model.named_parameters()}
+    by_kind = GradientNorms(gradients, kinds).by_kind()
+    names = {"embed", "mamba", "attention", "router", "experts", "shared", "latent", "mlp"}
+    assert set(by_kind) == names | {"head", "mtp"}
+    total = GradientNorms(gradients, kinds).total().item()
+    assert sum(norm**2 for norm in by_kind.values()) == pytest.approx(total**2, rel=1e-5)
+    experts = [p.grad.norm() ** 2 for n, p in model.named_parameters() if n.startswith("backbone.layers.1.mixer.experts")]
+    assert by_kind["experts"] == pytest.approx(sum(experts).item() ** 0.5, rel=1e-5)
+
+
+def test_a_small_gradient_is_left_alone():
+    assert clip_coefficient(0.9, 1.0) == 1.0
+    assert clip_coefficient(4.0, 1.0) == pytest.approx(0.25)
+    assert clip_coefficient(4.0, None) == 1.0
+
+
+def test_the_moments_exist_before_the_first_step(model):
+    optimizer = Optimizer(model, OptimizerConfig())
+    tensors = optimizer.tensors()
+    assert len(tensors) == 3 * len(list(model.parameters()))
+    optimizer.step(0.1)
+    assert optimizer.tensors().keys() == tensors.keys()
+    assert tensors["step.lm_head.weight"].item() == 1

@@ -1,0 +1,211 @@
+"""Kill a training run again and again, also inside its saves, and see whether a bit is lost.
+
+A run is trained once undisturbed. A second one is killed by SIGKILL at random moments, every
+other time while a checkpoint is being written, committed or removed; each next start resumes.
+At the end the two must agree in every tensor and every logged number.
+
+    python tools/kill_test.py --kills 30 --seed 1
+"""
+
+import argparse
+import json
+import os
+import random
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from nemotron.checkpoint.find import newest  # noqa: E402
+from nemotron.checkpoint.manifest import CheckpointInfo  # noqa: E402
+from nemotron.checkpoint.metadata import SafeReader  # noqa: E402
+from nemotron.checkpoint.read import load_tensors, read_state  # noqa: E402
+from nemotron.train.metrics import read_metrics  # noqa: E402
+
+WORKER = """
+import json, sys, torch
+torch.set_num_threads(1)
+from nemotron.train.config import PretrainConfig
+from nemotron.train.run import train
+sys.exit(train(PretrainConfig.model_validate(json.loads(sys.argv[1])), resume=True))
+"""
+
+RECIPE = {
+    "device": "cpu",
+    "model": {
+        "vocab_size": 4096,
+        "hidden_size": 32,
+        "hybrid_override_pattern": "ME*-",
+        "mamba_num_heads": 4,
+        "mamba_head_dim": 8,
+        "n_groups": 2,
+        "ssm_state_size": 8,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 48,
+        "n_routed_experts": 6,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 24,
+        "moe_shared_expert_intermediate_size": 24,
+        "moe_latent_size": 16,
+        "num_nextn_predict_layers": 1,
+        "mtp_hybrid_override_pattern": "*E",
+    },
+    "batch": {"global_tokens": 192, "micro_batch": 2},
+    "optimizer": {"betas": [0.9, 0.95]},
+    "evaluation": {"every_steps": 5, "tokens": 512},
+    "checkpoint": {"every_steps": 1, "keep": 2},
+}
+
+MOMENTS = ("created", "__0_0.distcp", ".metadata", "model.json", "state.json", "manifest.json")
+"""What to wait for inside a checkpoint that is being written, before the kill."""
+COMMITTED, REMOVING, ANYTIME = "committed", "removing", "anytime"
+
+MEASURED = ("perf/", "mem/")
+"""Metrics that depend on the clock and the machine's load."""
+
+
+def main() -> int:
+    """Run the test; returns 0 when nothing was lost."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of the run")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as temporary:
+        return kill_test(options, options.folder or Path(temporary))
+
+
+def kill_test(options: argparse.Namespace, folder: Path) -> int:
+    """Train undisturbed and disturbed, print a line for each kill, compare."""
+    draw = random.Random(options.seed)
+    whole, killed = (recipe(folder, name, options.steps) for name in ("whole", "killed"))
+    start = time.monotonic()
+    if start_worker(whole).wait() != 0:
+        print("the undisturbed run failed")
+        return 1
+    per_step = (time.monotonic() - start) / options.steps
+    print(f"{'kill':>4}  {'moment':<14} {'after step':>10}  {'checkpoints left behind'}", flush=True)
+    run = folder / "killed"
+    for number in range(1, options.kills + 1):
+        moment = draw.choice([ANYTIME] * 6 + [COMMITTED, REMOVING, *MOMENTS])
+        process = start_worker(killed)
+        kill(process, run / "checkpoints", moment, draw, per_step)
+        if process.returncode != -9:
+            print(f"{number:>4}  the run ended by itself; give it more --steps")
+            return 1
+        print(f"{number:>4}  {moment:<14} {last_step(run):>10}  {listing(run)}", flush=True)
+    if start_worker(killed).wait() != 0:
+        print("the last start failed")
+        return 1
+    problems = differences(folder / "whole", run)
+    print("; ".join(problems) or f"{options.kills} kills; every tensor and logged number is equal")
+    return 1 if problems else 0
+
+
+def recipe(folder: Path, name: str, steps: int) -> dict:
+    """Return the recipe of one of the two runs."""
+    schedule = {"peak": 1e-2, "total_steps": steps, "warmup_steps": 2, "decay_steps": steps // 2}
+    data = {"cache": str(folder / "cache"), "seq_len": 48}
+    return RECIPE | {"name": name, "output": str(folder), "schedule": schedule, "data": data}
+
+
+def start_worker(config: dict) -> subprocess.Popen:
+    """Start or resume a run in a process of its own."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.Popen(
+        [sys.executable, "-c", WORKER, json.dumps(config)],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+    )
+
+
+def kill(
+    process: subprocess.Popen, folder: Path, moment: str, draw: random.Random, per_step: float
+) -> None:
+    """Wait for the moment, and a little longer, then kill."""
+    before = names(folder)
+    if moment == ANYTIME:
+        # from the first imports to some steps into the training
+        time.sleep(draw.uniform(0.5, 6.0) + draw.uniform(0, 3 * per_step))
+    else:
+        while process.poll() is None and not reached(folder, moment, before):
+            pass
+        time.sleep(draw.uniform(0, 0.004))
+    process.kill()
+    process.wait()
+
+
+def reached(folder: Path, moment: str, before: set[str]) -> bool:
+    """Say whether a save of this start is at the moment."""
+    for name in names(folder) - before:
+        if moment == COMMITTED and name[5:].isdigit():
+            return True
+        if moment == REMOVING and name.endswith(".old"):
+            return True
+        if name.endswith(".tmp") and (moment == "created" or (folder / name / moment).exists()):
+            return True
+    return False
+
+
+def names(folder: Path) -> set[str]:
+    """Return what lies in the checkpoints folder."""
+    return set(os.listdir(folder)) if folder.is_dir() else set()
+
+
+def listing(run: Path) -> str:
+    """Describe what a kill left in the checkpoints folder."""
+    folder = run / "checkpoints"
+    files = {n: sorted(os.listdir(folder / n)) for n in sorted(names(folder))}
+    return ", ".join(
+        n if n[5:].isdigit() else f"{n} ({len(content)} files)" for n, content in files.items()
+    )
+
+
+def last_step(run: Path) -> int:
+    """Return the last step in the metrics."""
+    metrics = run / "metrics.jsonl"
+    records = read_metrics(metrics) if metrics.exists() else []
+    return int(records[-1]["step"]) if records else 0
+
+
+def differences(run: Path, other: Path) -> list[str]:
+    """Return what differs between two runs: tensors, counters, metrics."""
+    infos = [newest(folder / "checkpoints").info for folder in (run, other)]
+    assert None not in infos, infos
+    first, second = (all_tensors(info) for info in infos)
+    problems = [n for n in first if n not in second or not torch.equal(first[n], second[n])]
+    if first.keys() != second.keys():
+        problems.append("names of tensors")
+    if read_state(infos[0]) != read_state(infos[1]):
+        problems.append("state.json")
+    if computed_metrics(run) != computed_metrics(other):
+        problems.append("metrics.jsonl")
+    more = [f"{len(problems) - 5} more"] if len(problems) > 5 else []
+    return [f"{problem} differs" for problem in problems[:5]] + more
+
+
+def all_tensors(info: CheckpointInfo) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint."""
+    saved = SafeReader(info).read_metadata().state_dict_metadata
+    tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in saved.items()}
+    load_tensors(info, tensors)
+    return tensors
+
+
+def computed_metrics(run: Path) -> list[dict]:
+    """Return the metrics without what was measured by a clock."""
+    records = read_metrics(run / "metrics.jsonl")
+    return [{k: v for k, v in r.items() if not k.startswith(MEASURED)} for r in records]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
