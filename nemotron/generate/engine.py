@@ -75,10 +75,9 @@ class Engine:
             UserError: as `generate`, before the first token.
         """
         self._check(prompts, max_new_tokens)
-        device = self.model.lm_head.weight.device
         uniforms = draw_uniforms(prompts, max_new_tokens, sampling)
         if uniforms is not None:
-            uniforms = uniforms.to(device)
+            uniforms = uniforms.to(self.model.backbone.embeddings.weight.device)
         self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
         begin = time.perf_counter()
         cache, logits = self.prefill(prompts)
@@ -105,11 +104,11 @@ class Engine:
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Float[Tensor, "B V"]]:
         """Read the prompts; return the states after them and the logits of the next token."""
         model, longest = self.model, max(map(len, prompts))
-        device = model.lm_head.weight.device
+        table = model.backbone.embeddings.weight
         padded = [[PADDING] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        ids: Int[Tensor, "B T"] = torch.tensor(padded, device=device)
-        start = torch.tensor([longest - len(prompt) for prompt in prompts], device=device)
-        cache = Cache(model.config, start, dtype=model.compute_dtype or model.lm_head.weight.dtype)
+        ids: Int[Tensor, "B T"] = torch.tensor(padded, device=table.device)
+        start = torch.tensor([longest - len(prompt) for prompt in prompts], device=table.device)
+        cache = Cache(model.config, start, dtype=model.compute_dtype or table.dtype)
         for piece in ids.split(self.prefill_tokens, dim=1):
             hidden = model(piece, cache=cache)
         return cache, model.logits(hidden[:, -1])

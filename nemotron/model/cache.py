@@ -13,8 +13,8 @@ from nemotron.model.config import ModelConfig
 class MambaState:
     """State of one Mamba-2 layer: the last convolution inputs and the state-space state.
 
-    `conv` holds the last W-1 inputs before the activation; `ssm` is float32 whatever the model's
-    dtype, as serving engines keep it.
+    `conv` holds the last W-1 inputs before the activation; `ssm` is float32 even in a bf16 model,
+    as serving engines keep it.
     """
 
     conv: Float[Tensor, "B W C"]
@@ -72,7 +72,14 @@ class Cache:
                     batch, config.conv_kernel - 1, config.conv_channels, dtype=dtype, device=device
                 )
                 heads, channels = config.mamba_num_heads, config.mamba_head_dim
-                ssm = torch.zeros(batch, heads, channels, config.ssm_state_size, device=device)
+                ssm = torch.zeros(
+                    batch,
+                    heads,
+                    channels,
+                    config.ssm_state_size,
+                    dtype=torch.promote_types(dtype, torch.float32),
+                    device=device,
+                )
                 self.layers.append(MambaState(conv, ssm))
             else:
                 self.layers.append(AttentionState() if letter == "*" else None)

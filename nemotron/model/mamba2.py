@@ -50,6 +50,8 @@ class Mamba2(nn.Module):
         state: MambaState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens; a given `state` is continued and brought up to date in place."""
+        if state is not None and seq_idx is None and u.shape[1] == 1:
+            return self.step(u, state)
         z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
         conv_state = state.conv if state is not None else None
         mixed = causal_conv1d(
@@ -61,13 +63,9 @@ class Mamba2(nn.Module):
         )
         inner, bc = self.splits[0], self.num_groups * self.state_size
         x, B, C = mixed.split([inner, bc, bc], dim=-1)
-        # The step size and the decay are float32 as in the CUDA kernels: exp() amplifies rounding.
-        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
-        if self.time_step_limit != (0.0, math.inf):
-            dt = dt.clamp(*self.time_step_limit)
         y = ssd(
             x.unflatten(-1, (self.num_heads, self.head_dim)),  # [B, T, H, P]
-            dt,
+            self._time_step(dt),
             -self.A_log.exp(),
             B.unflatten(-1, (self.num_groups, self.state_size)),  # [B, T, G, N]
             C.unflatten(-1, (self.num_groups, self.state_size)),
@@ -77,10 +75,38 @@ class Mamba2(nn.Module):
             return_final_state=state is not None,
         )
         if state is not None:
-            y, state.ssm = y
+            y, state.ssm = y[0], y[1].contiguous()
             state.conv = _last_inputs(state.conv, xBC, seq_idx)
         y = gated_rms_norm(y.flatten(2), z, self.norm.weight, self.num_groups, self.norm.eps)
         return self.out_proj(y)
+
+    def step(self, u: Float[Tensor, "B 1 D"], state: MambaState) -> Float[Tensor, "B 1 D"]:
+        """Mix one token of each row by the recurrence itself; `state` changes in place."""
+        z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
+        window = torch.cat([state.conv, xBC], dim=1)  # [B, W, C]
+        state.conv = window[:, 1:]
+        mixed = (window * self.conv1d.weight.squeeze(1).T).sum(1)
+        if self.conv1d.bias is not None:
+            mixed = mixed + self.conv1d.bias
+        inner, bc = self.splits[0], self.num_groups * self.state_size
+        x, B, C = F.silu(mixed).split([inner, bc, bc], dim=-1)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))  # [B, H, P]
+        dt = self._time_step(dt.squeeze(1))  # [B, H]
+
+        # S <- exp(dt A) S + dt x ⊗ B, then y = S C + D x
+        state.ssm.mul_(torch.exp(dt * -self.A_log.exp())[..., None, None])
+        # every group by itself, the channels of its heads side by side: [B G, H P / G, N]
+        states = state.ssm.view(B.shape[0] * self.num_groups, -1, self.state_size)
+        B, C = (t.reshape(states.shape[0], 1, self.state_size) for t in (B, C))
+        states.addcmul_((dt.unsqueeze(-1) * x).view(*states.shape[:2], 1), B)
+        y = torch.bmm(C, states.transpose(1, 2)).view_as(x)
+        y = torch.addcmul(y, x, self.D.unsqueeze(-1)).view(u.shape[0], 1, inner).to(u.dtype)
+        return self.out_proj(gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps))
+
+    def _time_step(self, dt: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:
+        """Return the step size, in float32 as the CUDA kernels do: exp() amplifies rounding."""
+        dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
+        return dt if self.time_step_limit == (0.0, math.inf) else dt.clamp(*self.time_step_limit)
 
 
 def _last_inputs(
