@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, NoReturn
 
-import click
 import typer
 
 from nemotron import __version__
@@ -210,17 +209,24 @@ def run(arguments: list[str] | None = None) -> int:
         return result if isinstance(result, int) else DONE
     except UserError as error:
         return _tell(str(error), WRONG_INPUT)
-    except click.exceptions.Exit as error:
+    except typer.Exit as error:
         return error.exit_code
-    except click.ClickException as error:
-        hint = f" (see {error.ctx.command_path} --help)" if getattr(error, "ctx", None) else ""
-        return _tell(f"{' '.join(error.format_message().split())}{hint}", WRONG_INPUT)
-    except (KeyboardInterrupt, click.Abort):
+    except typer.TyperException as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "nemotron"
+        return _tell(f"{_message(error)} See {command} --help.", WRONG_INPUT)
+    except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except BrokenPipeError:
         # whoever read our output has left; give the interpreter somewhere to flush to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
+
+
+def _message(error: typer.TyperException) -> str:
+    format_message = getattr(error, "format_message", None)
+    text = " ".join(str(format_message() if format_message else error).split())
+    return text if text.endswith(".") else f"{text}."
 
 
 def _tell(sentence: str, code: int) -> int:

@@ -58,7 +58,8 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> Document:
         links = " -> ".join(str(link) for link in (*chain, path))
         raise UserError(f"{chain[-1]}: extends names a file that does not exist: {links}.")
     own = read_yaml(path)
-    place = own.places.pop(("extends",), str(path))
+    place = own.places.get(("extends",), str(path))
+    own.places = {key: line for key, line in own.places.items() if key[0] != "extends"}
     bases = own.values.pop("extends", [])
     bases = [bases] if isinstance(bases, str) else bases
     if not isinstance(bases, list) or not all(isinstance(base, str) for base in bases):

@@ -1,0 +1,42 @@
+# Everything sets itself up in .venv from Python 3.11+ and the package index.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/installed
+
+.DEFAULT_GOAL := help
+.PHONY: help venv train test check format typed bench clean
+
+help:  ## Say what can be made
+	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+
+$(STAMP): pyproject.toml constraints.txt tools/setup.sh
+	@sh tools/setup.sh "$(PYTHON)" "$(VENV)"
+	@touch $(STAMP)
+
+venv: $(STAMP)  ## Set up .venv
+
+train: $(STAMP)  ## Train the tiny model, resume it, sample from it, export it
+	@sh tools/first_run.sh "$(BIN)/python"
+
+test: check  ## Run all checks and tests
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+check: $(STAMP)  ## Formatting, lint, types and import floors
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: $(STAMP)  ## Put the code into the house's format
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+typed: $(STAMP)  ## Run the tests of model and operations with checked shape types
+	$(BIN)/python -m pytest tests/ops tests/model --jaxtyping-packages=nemotron,beartype.beartype
+
+bench: $(STAMP)  ## Compare speed and memory with transformers
+	$(BIN)/python tools/bench.py
+
+clean:  ## Remove .venv and caches; runs stay
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
