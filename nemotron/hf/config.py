@@ -1,0 +1,302 @@
+"""`config.json`: written for every reader of NemotronH, read in all its published variants."""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import ValidationError
+
+from nemotron.errors import UserError
+from nemotron.model.config import LAYER_KINDS, ModelConfig
+
+Values = dict[str, Any]  # Any: whatever a config.json holds
+
+ALWAYS = (
+    "vocab_size",
+    "hidden_size",
+    "max_position_embeddings",
+    "layer_norm_epsilon",
+    "initializer_range",
+    "tie_word_embeddings",
+    "pad_token_id",
+    "bos_token_id",
+    "eos_token_id",
+)
+MAMBA = (
+    "mamba_num_heads",
+    "mamba_head_dim",
+    "n_groups",
+    "ssm_state_size",
+    "conv_kernel",
+    "use_conv_bias",
+    "chunk_size",
+    "time_step_min",
+    "time_step_max",
+    "time_step_floor",
+)
+ATTENTION = ("num_attention_heads", "num_key_value_heads", "head_dim")
+EXPERTS = (
+    "n_routed_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "moe_shared_expert_intermediate_size",
+    "moe_latent_size",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+)
+COPIED = (*ALWAYS, *MAMBA, *ATTENTION, *EXPERTS)
+"""Keys that mean the same, under the same name, in our configuration."""
+
+FIXED: Values = {
+    "attention_bias": False,
+    "mlp_bias": False,
+    "use_bias": False,
+    "mamba_proj_bias": False,
+    "mlp_hidden_act": "relu2",
+    "mamba_hidden_act": "silu",
+    "attention_dropout": 0.0,
+    "hidden_dropout": 0.0,
+    "sliding_window": None,
+}
+"""What the architecture has no choice in: written for readers, demanded when read."""
+
+FIXED_EXPERTS: Values = {"n_shared_experts": 1}
+"""The same for mixture layers; vLLM multiplies the shared expert's width by this number."""
+
+HINTS: Values = {
+    "residual_in_fp32": False,
+    "mamba_ssm_cache_dtype": "float32",
+    "use_cache": True,
+    "use_mamba_kernels": True,
+    "num_logits_to_keep": 1,
+    "rescale_prenorm_residual": True,
+}
+"""Written for readers; no value of theirs changes the mathematics."""
+
+UNUSED = frozenset(HINTS) | {
+    "_name_or_path",
+    "architectures",
+    "dtype",
+    "expand",
+    "moe_shared_expert_overlap",
+    "output_router_logits",
+    "partial_rotary_factor",
+    "rope_theta",
+    "torch_dtype",
+    "transformers_version",
+}
+"""Keys of published files that nothing in the model depends on."""
+
+UNCLAMPED = (0.0, math.inf)
+NO_LIMIT = 1e9
+"""From here on a time-step limit stands for none: JSON has no infinity, some write a huge number."""
+
+HUGE = 1e30
+"""What we write for an infinite upper limit beside a lower one, because JSON has no infinity."""
+
+NEWER_NAMES = {"linear_attention": "M", "full_attention": "*"}
+LETTERS = {name: letter for letter, name in LAYER_KINDS.items()} | NEWER_NAMES
+
+
+def to_hf(config: ModelConfig) -> Values:
+    """Return the content of `config.json`.
+
+    Both the pattern string and the list of layer kinds are written, the latter with the older
+    names, because each reader knows only some. `time_step_limit` is left out unless it clamps.
+    """
+    pattern, mtp = config.hybrid_override_pattern, config.mtp_pattern
+    values: Values = {
+        "architectures": ["NemotronHForCausalLM"],
+        "model_type": "nemotron_h",
+        "torch_dtype": "bfloat16",
+        "num_hidden_layers": len(pattern),
+        "hybrid_override_pattern": pattern,
+        "layers_block_type": [LAYER_KINDS[letter] for letter in pattern],
+        "norm_eps": config.layer_norm_epsilon,
+        # the published files hold a width even where no layer uses it
+        "intermediate_size": config.intermediate_size or config.moe_intermediate_size,
+        "num_nextn_predict_layers": 1 if mtp else 0,
+    }
+    values |= {key: getattr(config, key) for key in (*ALWAYS, *MAMBA, *ATTENTION)}
+    values |= FIXED | HINTS
+    if "E" in pattern + mtp:
+        values |= {key: getattr(config, key) for key in EXPERTS}
+        values |= FIXED_EXPERTS | {"moe_shared_expert_overlap": False}
+    if mtp:
+        values["mtp_hybrid_override_pattern"] = mtp
+        values["mtp_layers_block_type"] = [LAYER_KINDS[letter] for letter in mtp]
+    if config.time_step_limit != UNCLAMPED:
+        low, high = config.time_step_limit
+        values["time_step_limit"] = [low, min(high, HUGE)]
+    return values
+
+
+@dataclass(frozen=True)
+class HFConfig:
+    """What a `config.json` means to us, and what in it was passed over, one clause each."""
+
+    model: ModelConfig
+    notes: tuple[str, ...]
+
+
+def from_hf(values: Values, where: str) -> HFConfig:
+    """Read the content of a `config.json`; `where` names the file in messages.
+
+    Raises:
+        UserError: when it is another architecture, or asks for what the model cannot do.
+    """
+    read = _Reader(values, where)
+    if values.get("model_type") != "nemotron_h":
+        raise read.refuse("model_type", "only nemotron_h can be read")
+    if "quantization_config" in values:
+        raise UserError(
+            f"{where}: quantization_config says that the weights are packed; "
+            f"use the bfloat16 checkpoint of this model."
+        )
+    pattern = read.pattern("hybrid_override_pattern", "layers_block_type")
+    if pattern is None:
+        raise UserError(f"{where}: hybrid_override_pattern and layers_block_type are both absent.")
+    mtp = None
+    if blocks := values.get("num_nextn_predict_layers") or 0:
+        mtp = read.pattern("mtp_hybrid_override_pattern", "mtp_layers_block_type")
+        if mtp is None:
+            raise UserError(
+                f"{where}: num_nextn_predict_layers = {blocks}, but mtp_hybrid_override_pattern "
+                f"and mtp_layers_block_type are both absent."
+            )
+        if blocks != 1:
+            read.notes.append(
+                f"num_nextn_predict_layers = {blocks} is read as one block that depths share"
+            )
+    kinds = pattern + (mtp or "")
+    read.check_fixed(FIXED | (FIXED_EXPERTS if "E" in kinds else {}))
+    if values.get("residual_in_fp32"):
+        read.notes.append("residual_in_fp32 is passed over: residuals have the compute dtype")
+    model = read.build(
+        read.dimensions(kinds)
+        | {"hybrid_override_pattern": pattern, "num_hidden_layers": values.get("num_hidden_layers")}
+        | {"num_nextn_predict_layers": 1 if mtp else 0, "mtp_hybrid_override_pattern": mtp}
+        | {"layer_norm_epsilon": read.epsilon(), "time_step_limit": read.time_step_limit()}
+        | {"eos_token_id": read.eos_token_id()}
+    )
+    read.note_unknown_keys()
+    return HFConfig(model, tuple(read.notes))
+
+
+class _Reader:
+    """One `config.json` being read: its values, its name in messages, what was passed over."""
+
+    def __init__(self, values: Values, where: str) -> None:
+        self.values, self.where = values, where
+        self.notes: list[str] = []
+
+    def refuse(self, key: str, rule: str) -> UserError:
+        return UserError(f"{self.where}: {key} = {self.values.get(key)!r}; {rule}.")
+
+    def pattern(self, string_key: str, list_key: str) -> str | None:
+        """Return the layer letters from whichever form is there; both must agree."""
+        string, kinds = self.values.get(string_key), self.values.get(list_key)
+        if kinds is None:
+            return string
+        if not isinstance(kinds, list):
+            raise self.refuse(list_key, "it must be a list of layer kinds")
+        for kind in kinds:
+            if kind not in LETTERS:
+                raise UserError(
+                    f"{self.where}: {list_key} holds {kind!r}; known are {', '.join(LETTERS)}."
+                )
+        letters = "".join(LETTERS[kind] for kind in kinds)
+        if string not in (None, letters):
+            raise UserError(
+                f"{self.where}: {string_key} = {string!r} and {list_key} = {letters!r} differ."
+            )
+        return letters
+
+    def check_fixed(self, fixed: Values) -> None:
+        """Refuse a value that the architecture has no layer for."""
+        for key, value in fixed.items():
+            if key in self.values and self.values[key] != value:
+                raise self.refuse(key, f"the model supports only {value!r}")
+
+    def dimensions(self, kinds: str) -> Values:
+        """Return the copied keys; those without a safe default must be there."""
+        needed = ["vocab_size", "hidden_size"]
+        if "M" in kinds:
+            needed += MAMBA[: MAMBA.index("use_conv_bias")]
+        if "*" in kinds:
+            needed += ATTENTION
+        if "E" in kinds:
+            needed += EXPERTS[: EXPERTS.index("moe_latent_size")]
+            needed.append("routed_scaling_factor")
+        if "-" in kinds:
+            needed.append("intermediate_size")
+        if absent := [key for key in needed if self.values.get(key) is None]:
+            raise UserError(f"{self.where}: {', '.join(absent)} is absent; the layers need it.")
+        found = {k: self.values[k] for k in COPIED if self.values.get(k) is not None}
+        if "-" in kinds:
+            found["intermediate_size"] = self.values["intermediate_size"]
+        return found
+
+    def epsilon(self) -> float:
+        """Return the epsilon of the norms, which has two names."""
+        names = ("layer_norm_epsilon", "norm_eps")
+        found = {self.values[name] for name in names if self.values.get(name) is not None}
+        if len(found) > 1:
+            raise self.refuse("norm_eps", f"layer_norm_epsilon = {self.values[names[0]]!r} differs")
+        return found.pop() if found else 1e-5
+
+    def time_step_limit(self) -> tuple[float, float]:
+        """Return the clamp on the time step; absent, infinite and huge mean none."""
+        limit = self.values.get("time_step_limit")
+        if limit is None:
+            return UNCLAMPED
+        try:
+            low, high = map(_number, limit)
+        except (TypeError, ValueError, KeyError):
+            raise self.refuse("time_step_limit", "it must be two numbers") from None
+        return low, math.inf if high >= NO_LIMIT else high
+
+    def eos_token_id(self) -> int:
+        """Return the end-of-text token; chat models list several, of which the first counts."""
+        eos = self.values.get("eos_token_id")
+        if isinstance(eos, list) and eos:
+            self.notes.append(f"of eos_token_id = {eos} only {eos[0]} ends a text here")
+            return eos[0]
+        return 2 if eos is None else eos
+
+    def build(self, values: Values) -> ModelConfig:
+        """Return the validated configuration."""
+        try:
+            return ModelConfig.model_validate(values)
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            key = ".".join(map(str, first["loc"]))
+            reason = first["msg"].removeprefix("Value error, ")
+            raise UserError(f"{self.where}: {f'{key}: ' * bool(key)}{reason}.") from None
+
+    def note_unknown_keys(self) -> None:
+        """Say which keys mean nothing to us; remote code gets a sentence of its own."""
+        if "auto_map" in self.values:
+            self.notes.append("auto_map names remote code: ignored, nothing of it was run")
+        known = {*to_hf_keys(), *UNUSED, "auto_map"}
+        if unknown := sorted(set(self.values) - known):
+            self.notes.append(f"keys not used: {', '.join(unknown)}")
+
+
+def to_hf_keys() -> frozenset[str]:
+    """Return every key that `to_hf` may write."""
+    pattern = {"hybrid_override_pattern", "layers_block_type", "num_hidden_layers"}
+    mtp = {"num_nextn_predict_layers", "mtp_hybrid_override_pattern", "mtp_layers_block_type"}
+    others = {"model_type", "norm_eps", "intermediate_size", "time_step_limit"}
+    return frozenset({*COPIED, *FIXED, *FIXED_EXPERTS, *pattern, *mtp, *others})
+
+
+def _number(value: object) -> float:
+    """Read a number, also as transformers 5 writes infinity: {"__float__": "Infinity"}."""
+    if isinstance(value, dict):
+        value = value["__float__"]
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        raise TypeError(value)
+    return float(value)

@@ -1,0 +1,152 @@
+"""Reading a folder in Hugging Face's layout: every tensor must be there, and no other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron.errors import UserError
+from nemotron.files import hash_file
+from nemotron.hf.build import shapes
+from nemotron.hf.config import from_hf
+from nemotron.hf.names import DiskTensor, disk_tensors
+from nemotron.hf.shards import ShardedFolder, StoredTensor, read_json
+from nemotron.model.config import ModelConfig
+
+CONFIG = "config.json"
+REPORT = "export_report.json"
+
+FLOATS = ("BF16", "F16", "F32")
+"""Stored dtypes whose every value float32 can hold."""
+
+PACKED_DTYPES = {"U8": "NVFP4", "F8_E4M3": "FP8", "F8_E5M2": "FP8"}
+SCALES = ("_scale", "_scale_2", "_scale_inv", "_packed")
+
+TIED_HEAD = "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class LoadedFolder:
+    """A model read from a folder.
+
+    `weights` are float32 under the names of `HybridLM.state_dict()`; `notes` says, one clause
+    each, what in the folder was passed over.
+    """
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    notes: tuple[str, ...]
+
+
+def is_exported(path: Path) -> bool:
+    """Say whether `path` is a folder in Hugging Face's layout."""
+    return (path / CONFIG).is_file()
+
+
+def read_folder(folder: Path) -> LoadedFolder:
+    """Read configuration and weights; bfloat16 values become the equal float32 ones.
+
+    Raises:
+        UserError: when a tensor is missing, too many, of another shape or packed, when a file is
+            damaged, or when the configuration asks for what the model cannot do.
+    """
+    read = from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
+    stored = ShardedFolder(folder)
+    _refuse_packed(stored)
+    tensors = disk_tensors(read.model)
+    if read.model.tie_word_embeddings and TIED_HEAD not in stored.tensors:
+        tensors = [tensor for tensor in tensors if tensor.name != TIED_HEAD]
+    _check_names(folder, tensors, list(stored.tensors))
+    _check_shapes(folder, tensors, stored.tensors)
+    _check_hashes(folder, {entry.file for entry in stored.tensors.values()})
+    weights = _collect(read.model, tensors, stored)
+    if read.model.tie_word_embeddings:
+        _tie(folder, weights)
+    return LoadedFolder(read.model, weights, read.notes)
+
+
+def _collect(
+    config: ModelConfig, tensors: Sequence[DiskTensor], stored: ShardedFolder
+) -> dict[str, Tensor]:
+    """Fill the model's tensors one disk tensor at a time."""
+    shape_of, weights = shapes(config), dict[str, Tensor]()
+    for tensor in tensors:
+        if tensor.source not in weights:
+            weights[tensor.source] = torch.empty(shape_of[tensor.source])
+        tensor.part_of(weights[tensor.source]).copy_(stored.read(tensor.name))
+    return weights
+
+
+def _tie(folder: Path, weights: dict[str, Tensor]) -> None:
+    embedding = weights["backbone.embeddings.weight"]
+    if not torch.equal(weights.setdefault(TIED_HEAD, embedding), embedding):
+        raise UserError(
+            f"{folder}: tie_word_embeddings = true, but {TIED_HEAD} differs from "
+            f"backbone.embeddings.weight; set it to false in {CONFIG}."
+        )
+    weights[TIED_HEAD] = embedding
+
+
+def _refuse_packed(stored: ShardedFolder) -> None:
+    for name, entry in stored.tensors.items():
+        if entry.dtype in PACKED_DTYPES or name.endswith(SCALES):
+            kind = PACKED_DTYPES.get(entry.dtype, "quantized")
+            raise UserError(
+                f"{stored.folder} is a packed {kind} checkpoint ({name} is {entry.dtype}); "
+                f"use the bfloat16 checkpoint of this model."
+            )
+
+
+def _check_names(folder: Path, expected: Sequence[DiskTensor], found: Sequence[str]) -> None:
+    names, there = {tensor.name for tensor in expected}, set(found)
+    missing = [tensor.name for tensor in expected if tensor.name not in there]
+    extra = sorted(there - names)
+    problems = []
+    for what, some in (("missing", missing), ("too many", extra)):
+        mtp = [name for name in some if name.startswith("mtp.")]
+        others = [name for name in some if not name.startswith("mtp.")]
+        if mtp:
+            problems.append(f"{len(mtp)} tensors of multi-token prediction are {what} ({mtp[0]} …)")
+        if others:
+            listed = ", ".join(others[:10]) + (" …" if len(others) > 10 else "")
+            problems.append(f"{len(others)} tensors are {what}: {listed}")
+    if not problems:
+        return
+    advice = f"the tensors must be those of {CONFIG}"
+    if missing and all(name.startswith("mtp.") for name in missing):
+        advice = (
+            "transformers drops them when it saves: take the original folder, or set "
+            f"num_nextn_predict_layers to 0 in {CONFIG}"
+        )
+    raise UserError(f"{folder}: {'; '.join(problems)}; {advice}.")
+
+
+def _check_shapes(
+    folder: Path, expected: Sequence[DiskTensor], found: dict[str, StoredTensor]
+) -> None:
+    problems = []
+    for tensor in expected:
+        entry = found[tensor.name]
+        if entry.shape != tensor.shape:
+            shapes = f"{list(entry.shape)} instead of {list(tensor.shape)}"
+            problems.append(f"{tensor.name} has shape {shapes}")
+        elif entry.dtype not in FLOATS:
+            problems.append(f"{tensor.name} is {entry.dtype} instead of {' or '.join(FLOATS)}")
+    if problems:
+        more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
+        raise UserError(f"{folder}: {'; '.join(problems[:10])}{more}.")
+
+
+def _check_hashes(folder: Path, files: set[str]) -> None:
+    """Compare the files with the hashes that our own export wrote beside them, if it did."""
+    if not (folder / REPORT).is_file():
+        return
+    hashes = read_json(folder / REPORT).get("xxh128", {})
+    for name in sorted(files):
+        if name in hashes and hash_file(folder / name) != hashes[name]:
+            raise UserError(
+                f"{folder / name} is not what was exported: its content does not match its hash in "
+                f"{REPORT}; remove that file if the change was meant."
+            )

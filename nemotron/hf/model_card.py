@@ -1,0 +1,117 @@
+"""README.md of an exported model: what it is and where it comes from, by the run's own records."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from nemotron.checkpoint.manifest import CheckpointInfo
+from nemotron.checkpoint.read import read_state
+from nemotron.hf.build import build_on_meta
+from nemotron.hf.source import CheckpointSource
+from nemotron.model.config import LAYER_KINDS, ModelConfig
+
+HEADER = """---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nemotron_h, mamba-2, mixture-of-experts]
+# license: name one before you publish this model
+---
+"""
+
+USE = """## Use
+
+```python
+import math
+import transformers
+
+model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
+tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+for module in model.modules():  # up to 5.23, transformers raises small time steps to 0.001
+    if hasattr(module, "time_step_limit"):
+        module.time_step_limit = {limit}
+```
+
+or, with the package that wrote it: `model = nemotron.load(FOLDER)`, then
+`model.logits(model(input_ids))`.
+"""
+
+
+def model_card(source: CheckpointSource) -> str:
+    """Return the text of the model card."""
+    sections = [
+        f"# {source.run.name if source.run else source.info.folder.name}\n",
+        "A language model with the NemotronH architecture, written by `nemotron-train`.\n",
+        _table("Architecture", _architecture(source.config)),
+        _table("Training", _training(source.info, source.run)),
+        USE.replace("{limit}", _python(source.config.time_step_limit)),
+    ]
+    return HEADER + "\n" + "\n".join(sections)
+
+
+def _architecture(config: ModelConfig) -> list[tuple[str, object]]:
+    kinds = {LAYER_KINDS[k]: config.hybrid_override_pattern.count(k) for k in LAYER_KINDS}
+    layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
+    meta = build_on_meta(config)
+    mtp = sum(p.numel() for p in meta.mtp.parameters()) if meta.mtp else 0
+    rows: list[tuple[str, object]] = [
+        ("layers", f"`{config.hybrid_override_pattern}` ({layers})"),
+        ("parameters", f"{sum(p.numel() for p in meta.parameters()) - mtp:,}"),
+    ]
+    if mtp:
+        rows.append(("multi-token prediction", f"`{config.mtp_pattern}`, {mtp:,} parameters"))
+    return [*rows, ("vocabulary", f"{config.vocab_size:,}"), ("hidden size", config.hidden_size)]
+
+
+def _training(info: CheckpointInfo, run: Path | None) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [("step", f"{info.step:,}")]
+    state = read_state(info)
+    if "trainer" in state:
+        rows.append(("tokens seen", f"{state['trainer']['tokens']:,}"))
+    data = state.get("data", {})
+    for name, source in data.get("sources", {}).items():
+        facts = (
+            f"weight {source['weight']}, {source['tokens']:,} tokens, hash `{source['content']}`"
+        )
+        rows.append((f"data: {name}", facts))
+    rows += [(key, data[key]) for key in ("seed", "data.tokenizer", "data.seq_len") if key in data]
+    if run is None:
+        return rows
+    recipe, provenance = run / "recipe.yaml", run / "provenance.json"
+    if recipe.is_file():
+        rows.append(("recipe (sha256)", f"`{hashlib.sha256(recipe.read_bytes()).hexdigest()}`"))
+    if provenance.is_file():
+        rows += _provenance(json.loads(provenance.read_text()))
+    return rows
+
+
+def _provenance(facts: dict[str, Any]) -> list[tuple[str, object]]:  # Any: JSON
+    rows: list[tuple[str, object]] = [("run", facts["id"])]
+    if "imported" in facts:
+        rows.append(("imported from", facts["imported"]["from"]))
+    if facts["starts"]:
+        last = facts["starts"][-1]
+        rows.append(("last start", last["time"]))
+        rows += [
+            (name, value) for part in ("code", "versions") for name, value in last[part].items()
+        ]
+    return rows
+
+
+def _table(title: str, rows: list[tuple[str, object]]) -> str:
+    lines = [
+        f"## {title}\n",
+        "| | |",
+        "|---|---|",
+        *(f"| {key} | {_cell(value)} |" for key, value in rows),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: object) -> str:
+    return str(value).replace("|", "\\|").replace("\n", " ")
+
+
+def _python(limit: tuple[float, float]) -> str:
+    low, high = limit
+    return f"({low}, {'math.inf' if high == float('inf') else high})"

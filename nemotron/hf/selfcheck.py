@@ -1,0 +1,183 @@
+"""Checks an export against its checkpoint: `python -m nemotron.hf.selfcheck FOLDER CHECKPOINT`.
+
+It runs in a process of its own, so that nothing in the exporting process's memory can hide a
+mistake in the files.
+"""
+
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron.errors import UserError
+from nemotron.files import hash_file, write_json
+from nemotron.hf.build import build_around, shapes
+from nemotron.hf.folder import REPORT, read_folder
+from nemotron.hf.names import DiskTensor, disk_tensors
+from nemotron.hf.rival import NotComparable, lack_of_memory, load_with_transformers
+from nemotron.hf.shards import INDEX, ShardedFolder
+from nemotron.hf.source import CheckpointSource, open_checkpoint
+from nemotron.model.hybrid import HybridLM
+
+TOLERANCE = 2e-5
+"""Largest difference of logits, over the largest logit, between two float32 implementations."""
+
+MTP_DEPTHS = 2
+STORED_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
+
+
+class Failed(Exception):
+    """A check that did not hold; says what was found."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """One line of the table; `outcome` is ok, skipped or FAILED."""
+
+    check: str
+    outcome: str
+    detail: str
+
+
+class SelfCheck:
+    """The checks of one exported folder."""
+
+    def __init__(self, folder: Path, source: CheckpointSource) -> None:
+        self._folder, self._source = folder, source
+        self._stored = ShardedFolder(folder)
+        self._tensors = self._schema()
+
+    def run(self) -> list[Result]:
+        """Make every check; one that fails does not stop the next."""
+        return [
+            _result("names, shapes, dtypes", self.check_schema),
+            _result("values on disk", self.check_values),
+            _result("nemotron.load", self.check_own_loader),
+            _result("transformers", self.check_transformers),
+        ]
+
+    @property
+    def files(self) -> list[str]:
+        """The folder's safetensors files."""
+        return sorted({stored.file for stored in self._stored.tensors.values()})
+
+    def check_schema(self) -> str:
+        """Compare names, shapes, dtypes and total size with what the configuration asks for."""
+        expected = {t.name: (t.shape, STORED_NAMES[t.dtype]) for t in self._tensors}
+        found = {name: (t.shape, t.dtype) for name, t in self._stored.tensors.items()}
+        wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
+        if wrong:
+            raise Failed(f"{len(wrong)} tensors are not as they should be: {', '.join(wrong[:10])}")
+        total = sum(tensor.num_bytes for tensor in self._tensors)
+        if self._stored.total_size != total:
+            raise Failed(f"total_size in {INDEX} is {self._stored.total_size} instead of {total}")
+        return f"{len(expected):,} tensors, {total:,} bytes in {len(self.files)} files"
+
+    def check_values(self) -> str:
+        """Compare every bit on disk with the checkpoint's tensor, rounded as it should be."""
+        read = self._source.reader()
+        for tensor in self._tensors:
+            if not _same_bits(self._stored.read(tensor.name), read(tensor)):
+                raise Failed(f"{tensor.name} differs from the checkpoint")
+        return "every bit is the checkpoint's"
+
+    def check_own_loader(self) -> str:
+        """Compare logits and multi-token prediction of the loaded folder with the checkpoint's."""
+        lack_of_memory(self._source.config, copies=2)
+        loaded, expected = self._load(), self._round_checkpoint()
+        for output, wanted in zip(_outputs(loaded), _outputs(expected), strict=True):
+            if not torch.equal(output, wanted):
+                raise Failed("the loaded folder computes something else than the checkpoint")
+        mtp = " and multi-token prediction" if loaded.mtp is not None else ""
+        return f"logits{mtp} equal the checkpoint's"
+
+    def check_transformers(self) -> str:
+        """Load with transformers, without its time-step floor, and compare tensors and logits."""
+        lack_of_memory(self._source.config, copies=2)
+        theirs, version = load_with_transformers(self._folder, self._source.config)
+        weights = theirs.state_dict()
+        for tensor in self._tensors:
+            if not tensor.name.startswith("mtp."):
+                value = tensor.part_of(weights[tensor.source.replace("backbone.", "model.", 1)])
+                if not _same_bits(value, self._stored.read(tensor.name).to(value.dtype)):
+                    raise Failed(f"{tensor.name} has another value once transformers loaded it")
+        ours = self._load()
+        logits = _outputs(ours)[0]
+        with torch.no_grad():
+            expected = theirs(input_ids=_tokens(ours)).logits
+        difference = ((logits - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= TOLERANCE:
+            raise Failed(f"logits differ by {difference:.1e} of the largest, limit {TOLERANCE:.0e}")
+        return f"{version}: tensors equal, logits within {difference:.1e} (limit {TOLERANCE:.0e})"
+
+    def _schema(self) -> list[DiskTensor]:
+        """Return the schema with the Mamba vectors in the dtype that the export chose."""
+        wide = disk_tensors(self._source.config, mamba_fp32=True)
+        vectors = (t.name for t in wide if t.name.endswith(".A_log"))
+        stored = self._stored.tensors.get(next(vectors, ""))
+        return wide if stored and stored.dtype == "F32" else disk_tensors(self._source.config)
+
+    def _load(self) -> HybridLM:
+        loaded = read_folder(self._folder)
+        return build_around(loaded.config, loaded.weights)
+
+    def _round_checkpoint(self) -> HybridLM:
+        """Return the checkpoint's model with the precision of the export."""
+        read, config = self._source.reader(), self._source.config
+        weights = {name: torch.empty(shape) for name, shape in shapes(config).items()}
+        for tensor in self._tensors:
+            tensor.part_of(weights[tensor.source]).copy_(read(tensor))
+        return build_around(config, weights)
+
+
+def _outputs(model: HybridLM) -> list[Tensor]:
+    """Return the logits and the hidden states of each multi-token-prediction depth."""
+    ids = _tokens(model)
+    with torch.no_grad():
+        hidden = model(ids)
+        outputs = [model.logits(hidden)]
+        if model.mtp is not None:
+            outputs += model.mtp_hidden(hidden, ids, None, MTP_DEPTHS)
+    return outputs
+
+
+def _tokens(model: HybridLM) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(model.config.vocab_size, (2, 65), generator=generator)
+
+
+def _same_bits(a: Tensor, b: Tensor) -> bool:
+    """Compare bit patterns, so that NaN equals itself and 0 differs from -0."""
+    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    return a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
+
+
+def _result(name: str, check: Callable[[], str]) -> Result:
+    try:
+        return Result(name, "ok", check())
+    except NotComparable as reason:
+        return Result(name, "skipped", str(reason))
+    except (Failed, UserError) as problem:
+        return Result(name, "FAILED", str(problem))
+
+
+def main(folder: Path, checkpoint: Path) -> int:
+    """Make the checks, print one table, write the report; returns 1 when one failed."""
+    check = SelfCheck(folder, open_checkpoint(checkpoint))
+    results = check.run()
+    for result in results:
+        print(f"  {result.check:22} {result.outcome:8} {result.detail}")
+    report = {
+        "checkpoint": checkpoint.name,
+        "checks": [asdict(result) for result in results],
+        "xxh128": {name: hash_file(folder / name) for name in check.files},
+    }
+    write_json(folder / REPORT, report)
+    return int(any(result.outcome == "FAILED" for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))

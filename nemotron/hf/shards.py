@@ -1,0 +1,195 @@
+"""Folders of safetensors files: written shard by shard, read once every header was checked."""
+
+import json
+import struct
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from nemotron.errors import UserError
+from nemotron.files import sync, write_json
+from nemotron.hf.names import DiskTensor
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+HEADER_LIMIT = 100_000_000
+"""Longest header that the format allows, in bytes."""
+
+NOT_SAFETENSORS = {
+    b"<": "is an HTML page; the download failed",
+    b"version https://git-lfs": "is a Git LFS pointer; fetch the file itself with git lfs pull",
+}
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a tensor lies in a folder; `dtype` is the format's own name, such as BF16."""
+
+    file: str
+    dtype: str
+    shape: tuple[int, ...]
+
+
+def write_shards(
+    folder: Path,
+    tensors: Sequence[DiskTensor],
+    read: Callable[[DiskTensor], Tensor],
+    max_shard_bytes: int,
+) -> int:
+    """Write the tensors as numbered shards with an index; returns their size in bytes.
+
+    `read` gives one tensor at a time, so that no more than one shard is in memory.
+    """
+    shards = _plan(tensors, max_shard_bytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        weight_map |= {tensor.name: name for tensor in shard}
+        content = {tensor.name: read(tensor) for tensor in shard}
+        save_file(content, folder / name, metadata={"format": "pt"})
+        # safetensors makes the file private; give it the rights that open() would have given
+        (folder / name).chmod(folder.stat().st_mode & 0o666)
+        with open(folder / name, "rb") as file:
+            sync(file)
+    total = sum(tensor.num_bytes for tensor in tensors)
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    write_json(folder / INDEX, index)
+    return total
+
+
+def _plan(tensors: Sequence[DiskTensor], max_shard_bytes: int) -> list[list[DiskTensor]]:
+    """Cut the list into shards; a tensor that is larger than a shard gets one of its own."""
+    shards: list[list[DiskTensor]] = []
+    size = 0
+    for tensor in tensors:
+        if not shards or size + tensor.num_bytes > max_shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.num_bytes
+    return shards
+
+
+class ShardedFolder:
+    """The safetensors files of a folder, opened by memory map.
+
+    Raises:
+        UserError: when a file is missing, cut short, no safetensors, or lies outside the folder.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.total_size: int | None = None
+        weight_map = self._read_index()
+        self.tensors: dict[str, StoredTensor] = {}
+        for name in dict.fromkeys(weight_map.values()) if weight_map else [SINGLE]:
+            for key, stored in _read_header(_inside(folder, name)).items():
+                if key in self.tensors:
+                    raise UserError(f"{folder}: {key} is in {self.tensors[key].file} and {name}.")
+                self.tensors[key] = stored
+        for key, name in weight_map.items():
+            if key not in self.tensors or self.tensors[key].file != name:
+                raise UserError(f"{folder / INDEX}: {key} is not in {name}, where it should be.")
+        self._files = {
+            name: _open(folder / name) for name in {stored.file for stored in self.tensors.values()}
+        }
+
+    def read(self, name: str) -> Tensor:
+        """Return a tensor as it is stored."""
+        try:
+            return self._files[self.tensors[name].file].get_tensor(name)
+        except SafetensorError as error:
+            file = self.folder / self.tensors[name].file
+            raise UserError(f"{file}: {name} cannot be read: {error}.") from None
+
+    def _read_index(self) -> dict[str, str]:
+        path = self.folder / INDEX
+        if not path.exists():
+            if not (self.folder / SINGLE).exists():
+                raise UserError(f"{self.folder} holds neither {INDEX} nor {SINGLE}.")
+            return {}
+        index = read_json(path)
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise UserError(f"{path} has no weight_map; it is no index of safetensors files.")
+        metadata = index.get("metadata")
+        if isinstance(metadata, dict):
+            self.total_size = metadata.get("total_size")
+        return weight_map
+
+
+def read_json(path: Path) -> dict:
+    """Return the JSON object in a file.
+
+    Raises:
+        UserError: when there is none.
+    """
+    try:
+        content = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist.") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is no JSON: {error}.") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path} is no JSON object.")
+    return content
+
+
+def _inside(folder: Path, name: object) -> Path:
+    """Return the file of that name; links may lead only into the hub's own cache of blobs."""
+    if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
+        raise UserError(f"{folder / INDEX}: {name!r} is no plain file name inside the folder.")
+    path, home = folder / name, folder.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    if path.resolve().parent not in allowed:
+        raise UserError(f"{path} is a link that leads out of the folder; copy the file there.")
+    return path
+
+
+def _open(path: Path) -> safe_open:
+    try:
+        return safe_open(path, framework="pt")
+    except SafetensorError as error:
+        raise UserError(f"{path} is no safetensors file: {error}.") from None
+
+
+def _read_header(path: Path) -> dict[str, StoredTensor]:
+    """Read and check the header of a safetensors file against the file's size."""
+    if not path.is_file():
+        raise UserError(f"{path} is missing; the index names it.")
+    size = path.stat().st_size
+    if size == 0:
+        raise UserError(f"{path} is empty.")
+    with open(path, "rb") as file:
+        start = file.read(8)
+        beginning = start + file.read(24)
+        for mark, meaning in NOT_SAFETENSORS.items():
+            if beginning.lstrip().startswith(mark):
+                raise UserError(f"{path} {meaning}.")
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else HEADER_LIMIT
+        if length >= HEADER_LIMIT:
+            raise UserError(f"{path} ({size} bytes) is no safetensors file.")
+        if size < 8 + length:
+            raise UserError(f"{path} is cut short: {size} bytes, the header alone is {8 + length}.")
+        file.seek(8)
+        header = file.read(length)
+    try:
+        entries = json.loads(header)
+        entries.pop("__metadata__", None)
+        end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+        tensors = {
+            name: StoredTensor(path.name, entry["dtype"], tuple(entry["shape"]))
+            for name, entry in entries.items()
+        }
+    except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+        raise UserError(f"{path} is no safetensors file: its header is damaged.") from None
+    if size != end:
+        raise UserError(f"{path} is cut short: {size} bytes instead of {end}.")
+    return tensors

@@ -1,0 +1,70 @@
+"""The weights of a run's checkpoint, read one tensor at a time."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron.checkpoint.find import locate
+from nemotron.checkpoint.manifest import CheckpointInfo
+from nemotron.checkpoint.read import MODEL_PREFIX, load_tensors, read_model_config
+from nemotron.hf.build import shapes
+from nemotron.hf.names import DiskTensor
+from nemotron.model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class CheckpointSource:
+    """A verified checkpoint; `skipped` says which newer ones are damaged."""
+
+    info: CheckpointInfo
+    config: ModelConfig
+    skipped: tuple[str, ...] = ()
+
+    @property
+    def run(self) -> Path | None:
+        """The run's folder, when the checkpoint lies in one."""
+        return run_of(self.info.folder)
+
+    def reader(self) -> "TensorReader":
+        """Return what reads its tensors as they belong on disk."""
+        return TensorReader(self)
+
+
+class TensorReader:
+    """Gives tensors for export; keeps the last one read, because experts share theirs."""
+
+    def __init__(self, source: CheckpointSource) -> None:
+        self._info = source.info
+        self._shapes = shapes(source.config)
+        self._last: tuple[str, Tensor] | None = None
+
+    def __call__(self, tensor: DiskTensor) -> Tensor:
+        if self._last is None or self._last[0] != tensor.source:
+            # the old one is let go before memory for the next is taken
+            self._last = None
+            master = torch.empty(self._shapes[tensor.source])
+            load_tensors(self._info, {MODEL_PREFIX + tensor.source: master})
+            self._last = (tensor.source, master)
+        return tensor.export(self._last[1])
+
+
+def run_of(path: Path) -> Path | None:
+    """Return the run's folder, given it, its `checkpoints` folder, or one checkpoint."""
+    path = path.absolute()
+    for folder in (path, path.parent, path.parent.parent):
+        if (folder / "checkpoints").is_dir():
+            return folder
+    return None
+
+
+def open_checkpoint(path: Path) -> CheckpointSource:
+    """Open the newest whole checkpoint of a run's folder, or the checkpoint at `path`.
+
+    Raises:
+        UserError: when there is none.
+    """
+    found = locate(path)
+    assert found.info is not None
+    return CheckpointSource(found.info, read_model_config(found.info), found.skipped)

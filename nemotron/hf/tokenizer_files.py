@@ -1,0 +1,110 @@
+"""The small files beside the weights: how to tokenize and how to generate."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+
+from nemotron.errors import UserError
+from nemotron.files import write_bytes, write_json
+from nemotron.model.config import ModelConfig
+
+TOKENIZER = "tokenizer.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
+
+KEPT = ("tokenizer_config.json", "special_tokens_map.json", GENERATION, CHAT_TEMPLATE)
+"""Files of an imported folder that its run keeps, and an export of that run writes again."""
+
+KEPT_FOLDER = "hf"
+"""Where a run keeps them."""
+
+
+def write_tokenizer_files(run: Path, target: Path, config: ModelConfig) -> None:
+    """Write the tokenizer and its companions: those the run was imported with, else our own.
+
+    Raises:
+        UserError: when the run has no tokenizer, or one with more tokens than the model.
+    """
+    content = read_tokenizer(run)
+    tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
+    if largest >= config.vocab_size:
+        raise UserError(
+            f"{run / TOKENIZER} has token id {largest}, vocab_size is {config.vocab_size}; "
+            f"this is not the tokenizer of the model."
+        )
+    write_bytes(target / TOKENIZER, content)
+    for name, values in _own_files(tokenizer, config).items():
+        write_json(target / name, values)
+    for name in KEPT:
+        kept = run / KEPT_FOLDER / name
+        if kept.is_file():
+            write_bytes(target / name, kept.read_bytes())
+
+
+def read_tokenizer(run: Path) -> bytes:
+    """Return the content of the run's `tokenizer.json`.
+
+    Raises:
+        UserError: when there is none.
+    """
+    try:
+        return (run / TOKENIZER).read_bytes()
+    except FileNotFoundError:
+        raise UserError(
+            f"{run / TOKENIZER} does not exist; the model needs its tokenizer."
+        ) from None
+
+
+def read_kept_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
+    """Return the companions that a folder brings, and notes on what was left out of them.
+
+    Raises:
+        UserError: when one of them is no JSON.
+    """
+    kept, notes = {}, []
+    for name in KEPT:
+        path = folder / name
+        if not path.is_file():
+            continue
+        content = path.read_bytes()
+        if path.suffix == ".json":
+            try:
+                values = json.loads(content)
+            except ValueError as error:
+                raise UserError(f"{path} is no JSON: {error}.") from None
+            if isinstance(values, dict) and values.pop("auto_map", None) is not None:
+                notes.append(f"auto_map in {name} names remote code: left out, nothing was run")
+                content = json.dumps(values, indent=2).encode()
+        kept[name] = content
+    return kept, notes
+
+
+def _own_files(
+    tokenizer: tokenizers.Tokenizer, config: ModelConfig
+) -> dict[str, dict[str, Any]]:  # Any: JSON
+    ids = {
+        "bos_token": config.bos_token_id,
+        "eos_token": config.eos_token_id,
+        "pad_token": config.pad_token_id,
+    }
+    named = {role: tokenizer.id_to_token(token_id) for role, token_id in ids.items()}
+    special = {role: token for role, token in named.items() if token is not None}
+    return {
+        "tokenizer_config.json": {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "add_bos_token": False,
+            "clean_up_tokenization_spaces": False,
+            "model_max_length": config.max_position_embeddings,
+            **special,
+        },
+        "special_tokens_map.json": special,
+        GENERATION: {
+            **{f"{role}_id": token_id for role, token_id in ids.items()},
+            "do_sample": True,
+            "temperature": 1.0,
+            "top_p": 1.0,
+        },
+    }
