@@ -18,7 +18,7 @@ import time
 from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self, cast
 
 import torch
 from bench_cases import CASES, DTYPES, PROXIES, Case
@@ -54,22 +54,22 @@ class Worker:
             stderr=subprocess.DEVNULL,
             text=True,
         )
+        self._requests = cast(IO[str], self._process.stdin)
+        self._answers = cast(IO[str], self._process.stdout)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.close()
-        self._process.stdout.close()
+        self._requests.close()
+        self._answers.close()
         self._process.wait()
 
     def ask(self, command: str, argument: object) -> Any:
         """Send one command and wait for its answer."""
-        assert self._process.stdin and self._process.stdout
-        self._process.stdin.write(f"{command} {argument}\n")
-        self._process.stdin.flush()
-        line = self._process.stdout.readline()
+        self._requests.write(f"{command} {argument}\n")
+        self._requests.flush()
+        line = self._answers.readline()
         if not line:
             raise RuntimeError(f"{self.label} ended with exit code {self._process.wait()}")
         return json.loads(line)

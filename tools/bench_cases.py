@@ -57,7 +57,7 @@ class Case:
         return self.rows * (self.tokens if self.kind == "train" else 1)
 
     def programs(self, side: str) -> list[tuple[str, str]]:
-        """Return the (dtype, experts' implementation) settings among which a side's best is taken."""
+        """Return the (dtype, experts) settings among which a side's best is taken."""
         if side == "ours":
             return [(dtype, "") for dtype in self.dtypes]
         kinds = ["eager", "grouped_mm"] + (["batched_mm"] if self.kind == "decode" else [])

@@ -71,7 +71,7 @@ class Ours:
         config = LossConfig(moe_aux_loss_coeff=moe_aux_loss_coeff)
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:, :-1] = tokens[:, 1:]
-        batch = Batch(tokens, labels, torch.zeros_like(tokens, dtype=torch.int32))
+        batch = Batch(tokens, labels, seq_idx=None)
         return objective(losses(self.model, batch, config), count_tokens(batch, 0), config)
 
     def prefill(self, tokens: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class Ours:
 
 
 class Peer:
-    """transformers' NemotronHForCausalLM with our weights and without its floor of the time step."""
+    """transformers' NemotronHForCausalLM, our weights, without its floor of the time step."""
 
     def __init__(self, case: Case, dtype: str, experts: str) -> None:
         from transformers import NemotronHConfig, NemotronHForCausalLM

@@ -74,7 +74,7 @@ def test_several_prompts_are_printed_in_order(
 
 
 def test_an_empty_prompt_is_refused(model: HybridLM, tokenizer: Tokenizer) -> None:
-    with pytest.raises(UserError, match="prompt 2 is empty; give it at least one token."):
+    with pytest.raises(UserError, match="prompt 2 is empty; give it at least one token"):
         generate(model, tokenizer, ["a", ""], device="cpu")
 
 

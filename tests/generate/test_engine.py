@@ -94,7 +94,8 @@ def test_timing_counts_prompt_and_new_tokens(model: HybridLM) -> None:
     engine.generate(random_prompts(9, 4), 5, GREEDY)
     # the first token of each row comes out of the prompt's pass
     assert (engine.timing.prompt_tokens, engine.timing.new_tokens) == (13, 2 * 4)
-    assert engine.timing.prefill_s > 0 and engine.timing.decode_s > 0
+    assert engine.timing.prefill_s > 0
+    assert engine.timing.decode_s > 0
 
 
 @pytest.mark.parametrize(
