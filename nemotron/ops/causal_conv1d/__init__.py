@@ -3,10 +3,10 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.causal_conv1d import reference
+from nemotron.ops.causal_conv1d import reference, taps
 from nemotron.ops.registry import Operation
 
-operation = Operation("causal_conv1d", [reference.backend])
+operation = Operation("causal_conv1d", [taps.backend, reference.backend])
 
 
 def causal_conv1d(

@@ -3,10 +3,10 @@
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron.ops.gated_rms_norm import reference
+from nemotron.ops.gated_rms_norm import fused, reference
 from nemotron.ops.registry import Operation
 
-operation = Operation("gated_rms_norm", [reference.backend])
+operation = Operation("gated_rms_norm", [fused.backend, reference.backend])
 
 
 def gated_rms_norm(

@@ -3,10 +3,10 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.grouped_linear import reference
+from nemotron.ops.grouped_linear import grouped_mm, loop, reference
 from nemotron.ops.registry import Operation
 
-operation = Operation("grouped_linear", [reference.backend])
+operation = Operation("grouped_linear", [grouped_mm.backend, loop.backend, reference.backend])
 
 
 def grouped_linear(
@@ -16,4 +16,6 @@ def grouped_linear(
 
     The counts add up to R: no row is dropped, and an expert without rows is fine.
     """
-    return operation.select(x)(x, weight, counts)
+    widths = weight.shape[1:]
+    function = operation.select(x, any_width=any(width % 8 for width in widths))
+    return function(x, weight, counts)

@@ -5,10 +5,10 @@ from typing import Literal
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.linear_cross_entropy import reference
+from nemotron.ops.linear_cross_entropy import chunked, reference
 from nemotron.ops.registry import Operation
 
-operation = Operation("linear_cross_entropy", [reference.backend])
+operation = Operation("linear_cross_entropy", [chunked.backend, reference.backend])
 
 
 def linear_cross_entropy(

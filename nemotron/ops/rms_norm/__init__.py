@@ -4,9 +4,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.ops.registry import Operation
-from nemotron.ops.rms_norm import reference
+from nemotron.ops.rms_norm import fused, reference
 
-operation = Operation("rms_norm", [reference.backend])
+operation = Operation("rms_norm", [fused.backend, reference.backend])
 
 
 def rms_norm(

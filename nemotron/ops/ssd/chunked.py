@@ -304,21 +304,6 @@ def _block(
     return _Block(x, dt, A, B, C, state, ids, last_id, span.length)
 
 
-def _step(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, state: Tensor
-) -> tuple[Tensor, Tensor]:
-    """One token of decoding: the recurrence itself."""
-    b, _, H, P = x.shape
-    G, N = B.shape[2:]
-    wide = dt.dtype
-    u = (x[:, 0] * dt[:, 0, :, None]).view(b, G, H // G * P, 1)
-    decay = torch.exp(dt[:, 0] * A)[..., None, None]
-    outer = u * B.to(wide).view(b, G, 1, N)  # [b G RP N]
-    state = torch.addcmul(outer.view(b, H, P, N), state, decay)
-    y = (state.view(b, G, -1, N) * C.to(wide).view(b, G, 1, N)).sum(-1).view(b, 1, H, P)
-    return torch.addcmul(y, x.to(wide), D[:, None]).to(x.dtype), state
-
-
 def ssd(
     x: Float[Tensor, "B T H P"],
     dt: Float[Tensor, "B T H"],
@@ -329,9 +314,7 @@ def ssd(
     initial_state: Float[Tensor, "B H P N"] | None,
     seq_idx: Int[Tensor, "B T"] | None,
 ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"]]:
-    """Scan in chunks; decoding one token takes the recurrence directly."""
-    if x.shape[1] == 1 and initial_state is not None and seq_idx is None:
-        return _step(x, dt, A, B, C, D, initial_state)
+    """Scan in chunks."""
     return _ChunkedScan.apply(x, dt, A, B, C, D, initial_state, seq_idx)
 
 

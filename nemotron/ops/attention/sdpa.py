@@ -1,0 +1,67 @@
+"""torch's fused attention; on CPUs each document of a row is a call of its own."""
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from nemotron.ops.registry import Backend
+
+
+def attention(
+    q: Float[Tensor, "B T Hq Dh"],
+    k: Float[Tensor, "B S Hkv Dh"],
+    v: Float[Tensor, "B S Hkv Dh"],
+    seq_idx: Int[Tensor, "B T"] | None,
+    start: Int[Tensor, " B"] | None,
+) -> Float[Tensor, "B T Hq Dh"]:
+    """Attend by document on CPUs: no T x T mask, no work between documents."""
+    if seq_idx is None or start is not None or q.device.type != "cpu":
+        return _attend(q, k, v, seq_idx, start)
+    rows = []
+    for row in range(q.shape[0]):
+        lengths = torch.unique_consecutive(seq_idx[row], return_counts=True)[1].tolist()
+        documents = zip(*(t[row : row + 1].split(lengths, dim=1) for t in (q, k, v)), strict=True)
+        rows.append(torch.cat([_attend(*document, None, None) for document in documents], dim=1))
+    return torch.cat(rows)
+
+
+def _attend(
+    q: Float[Tensor, "B T Hq Dh"],
+    k: Float[Tensor, "B S Hkv Dh"],
+    v: Float[Tensor, "B S Hkv Dh"],
+    seq_idx: Int[Tensor, "B T"] | None,
+    start: Int[Tensor, " B"] | None,
+) -> Float[Tensor, "B T Hq Dh"]:
+    """One call for the whole batch, with a mask only where causality does not say it all."""
+    length, total = q.shape[1], k.shape[1]
+    mask = None
+    is_causal = length == total and length > 1
+    if seq_idx is not None or start is not None or not (is_causal or length == 1):
+        mask, is_causal = _seen(length, total, seq_idx, start, q.device), False
+    y = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=is_causal,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return y.transpose(1, 2)
+
+
+def _seen(
+    length: int, total: int, seq_idx: Tensor | None, start: Tensor | None, device: torch.device
+) -> Bool[Tensor, "B 1 T S"]:
+    position = torch.arange(total, device=device)
+    seen = (position <= position[total - length :, None])[None]  # [1, T, S]
+    if seq_idx is not None:
+        seen = seen & (seq_idx[:, :, None] == seq_idx[:, None, :])
+    if start is not None:
+        own = position == position[total - length :, None]
+        # padding sees itself, so that no row of the softmax is empty
+        seen = (seen & (position >= start[:, None, None])) | own
+    return seen.unsqueeze(1)
+
+
+backend = Backend("sdpa", attention, features=frozenset({"documents", "cache", "start"}))

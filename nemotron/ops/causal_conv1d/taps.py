@@ -1,0 +1,155 @@
+"""Tap by tap over blocks of tokens that stay in the cache, with a hand-written gradient."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron.ops.registry import Backend
+
+BLOCK_ELEMENTS = 1 << 18
+"""Elements of the float32 block that is worked on at a time: about one core's cache."""
+
+
+class _TapsConv(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        initial_state: Tensor | None,
+        seq_idx: Tensor | None,
+        activation: bool,
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, bias, initial_state, seq_idx)
+        ctx.activation = activation
+        y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for row, tokens in _blocks(x):
+            sums = _convolve(_Window(x, weight, initial_state, seq_idx, row, tokens), bias)
+            y[row, tokens] = F.silu(sums, inplace=True) if activation else sums
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, bias, initial_state, seq_idx = ctx.saved_tensors
+        taps = weight.shape[1]
+        wide = torch.promote_types(x.dtype, torch.float32)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        grad_weight = torch.zeros(taps, x.shape[2], dtype=wide, device=x.device)
+        grad_bias = torch.zeros(x.shape[2], dtype=wide, device=x.device)
+        grad_state = torch.zeros_like(initial_state) if initial_state is not None else None
+        # gradient of the inputs of a block, and of the W - 1 inputs before it, newest block first
+        later: Tensor | None = None
+        for row, tokens in reversed(_blocks(x)):
+            window = _Window(x, weight, initial_state, seq_idx, row, tokens)
+            grad_sums = grad[row, tokens].to(wide)
+            if ctx.activation:
+                sums = _convolve(window, bias)
+                sigmoid = sums.sigmoid()
+                slope = sums.mul_(1 - sigmoid).add_(1).mul_(sigmoid)  # d silu
+                grad_sums = slope.mul_(grad_sums)
+            grad_bias += grad_sums.sum(0)
+            length = grad_sums.shape[0]
+            inputs = torch.zeros(length + taps - 1, x.shape[2], dtype=wide, device=x.device)
+            for tap in range(taps):
+                part = window.masked(grad_sums, tap)
+                grad_weight[tap] += (part * window.inputs(tap)).sum(0)
+                inputs[tap : tap + length].addcmul_(part, window.weight[tap])
+            if later is not None and tokens.stop < x.shape[1]:
+                inputs[length:] += later
+            grad_x[row, tokens] = inputs[taps - 1 :]
+            later = inputs[: taps - 1]
+            if tokens.start == 0 and grad_state is not None:
+                grad_state[row] = later
+        return (
+            grad_x,
+            grad_weight.T.to(weight.dtype),
+            None if bias is None else grad_bias.to(bias.dtype),
+            grad_state,
+            None,
+            None,
+        )
+
+
+class _Window:
+    """A block of tokens of one row, with the W - 1 inputs that come before it."""
+
+    def __init__(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        initial_state: Tensor | None,
+        seq_idx: Tensor | None,
+        row: int,
+        tokens: slice,
+    ) -> None:
+        wide = torch.promote_types(x.dtype, torch.float32)
+        self.length, before = tokens.stop - tokens.start, weight.shape[1] - 1
+        self.weight = weight.to(wide).T.contiguous()  # [W C]
+        missing = max(0, before - tokens.start)
+        values = x[row, max(0, tokens.start - before) : tokens.stop].to(wide)
+        if missing:
+            if initial_state is None:
+                head = values.new_zeros(missing, values.shape[1])
+            else:
+                head = initial_state[row, before - missing :].to(wide)
+            values = torch.cat([head, values])
+        self.values = values  # [length + W - 1, C]
+        self.ids = None
+        if seq_idx is not None:
+            # what comes before the row belongs to document 0
+            self.ids = F.pad(seq_idx[row], (before, 0))[tokens.start : tokens.stop + before]
+
+    def inputs(self, tap: int) -> Tensor:
+        return self.values[tap : tap + self.length]
+
+    def masked(self, values: Tensor, tap: int) -> Tensor:
+        """Zero the tokens whose input at this tap belongs to another document."""
+        if self.ids is None:
+            return values
+        last = self.ids.shape[0] - self.length
+        same = self.ids[tap : tap + self.length] == self.ids[last:]
+        return values * same.unsqueeze(-1)
+
+
+def _convolve(window: _Window, bias: Tensor | None) -> Tensor:
+    taps = window.weight.shape[0]
+    sums = window.masked(window.inputs(0) * window.weight[0], 0)
+    for tap in range(1, taps):
+        if window.ids is None:
+            sums.addcmul_(window.inputs(tap), window.weight[tap])
+        else:
+            sums += window.masked(window.inputs(tap) * window.weight[tap], tap)
+    return sums if bias is None else sums.add_(bias)
+
+
+def _blocks(x: Tensor) -> list[tuple[int, slice]]:
+    size = max(8, BLOCK_ELEMENTS // x.shape[2])
+    return [
+        (row, slice(first, min(first + size, x.shape[1])))
+        for row in range(x.shape[0])
+        for first in range(0, x.shape[1], size)
+    ]
+
+
+def causal_conv1d(
+    x: Float[Tensor, "B T C"],
+    weight: Float[Tensor, "C W"],
+    bias: Float[Tensor, " C"] | None,
+    initial_state: Float[Tensor, "B W1 C"] | None,
+    seq_idx: Int[Tensor, "B T"] | None,
+    activation: bool,
+) -> Float[Tensor, "B T C"]:
+    """The reference's sum, block by block."""
+    return _TapsConv.apply(x, weight, bias, initial_state, seq_idx, activation)
+
+
+backend = Backend(
+    "taps",
+    causal_conv1d,
+    devices=frozenset({"cpu"}),
+    features=frozenset({"documents", "initial_state"}),
+)
