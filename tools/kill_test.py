@@ -93,7 +93,9 @@ def kill_test(options: argparse.Namespace, folder: Path) -> int:
         print("the undisturbed run failed")
         return 1
     per_step = (time.monotonic() - start) / options.steps
-    print(f"{'kill':>4}  {'moment':<14} {'after step':>10}  {'checkpoints left behind'}", flush=True)
+    print(
+        f"{'kill':>4}  {'moment':<14} {'after step':>10}  {'checkpoints left behind'}", flush=True
+    )
     run = folder / "killed"
     for number in range(1, options.kills + 1):
         moment = draw.choice([ANYTIME] * 6 + [COMMITTED, REMOVING, *MOMENTS])

@@ -19,9 +19,7 @@ class Sums:
     bytes: int = 0
 
     def __add__(self, other: "Sums") -> "Sums":
-        return Sums(
-            self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes
-        )
+        return Sums(self.nats + other.nats, self.tokens + other.tokens, self.bytes + other.bytes)
 
     def metrics(self, name: str) -> dict[str, float]:
         """Return the derived values; absent where there is nothing to divide by."""
@@ -41,7 +39,8 @@ def evaluate(
     model: HybridLM, data: TrainingData, *, tokens: int, rows: int, device: torch.device
 ) -> dict[str, float]:
     """Return the metrics of all domains; the same rows every time, `rows` of them at once."""
-    total, values = Sums(), {}
+    total = Sums()
+    values: dict[str, float] = {}
     for domain in data.validation_domains:
         sums = Sums()
         for portion in data.validation(domain, tokens=tokens, rows=rows):

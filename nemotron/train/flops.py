@@ -42,7 +42,9 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, num_mtp_depths: 
     Backward counts twice the forward; recomputation is not counted. The causal half of attention
     is counted, and the scan with the published chunk length whatever the kernel uses.
     """
-    forward = sum(_layer_flops(config, letter, seq_len) for letter in config.hybrid_override_pattern)
+    forward = sum(
+        _layer_flops(config, letter, seq_len) for letter in config.hybrid_override_pattern
+    )
     head = 2 * config.hidden_size * config.vocab_size
     depth = sum(_layer_flops(config, letter, seq_len) for letter in config.mtp_pattern)
     depth += 4 * config.hidden_size**2 + head

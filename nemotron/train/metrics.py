@@ -18,7 +18,7 @@ class MetricsFile:
         self.path = path
         if path.exists():
             _cut_after(path, last_step)
-        self._file = open(path, "a", encoding="utf-8")
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
 
     def write(self, record: Record) -> None:
         """Append one line; NaN and infinity, which JSON lacks, become null."""

@@ -1,4 +1,4 @@
-"""One run, from its configuration to its exit code: check, build, restore, train, say what is next."""
+"""One run, from its configuration to its exit code: check, build, restore, train."""
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
@@ -14,12 +14,18 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.registry import OPERATIONS
 from nemotron.precision.apply import DTYPES
+from nemotron.train.backends import choose_backends, describe
 from nemotron.train.config import PretrainConfig
-from nemotron.train.flops import measure_matmul_peak
+from nemotron.train.flops import (
+    count_parameters,
+    measure_matmul_peak,
+    training_flops_per_token,
+)
+from nemotron.train.loss import num_depths
 from nemotron.train.run_directory import RunDirectory
 from nemotron.train.schedule import Schedule, build_schedule
 from nemotron.train.screen import Screen
-from nemotron.train.session import Session
+from nemotron.train.session import DONE, Session
 from nemotron.train.signals import StopRequest
 from nemotron.train.trackers import check_trackers
 from nemotron.train.trainer import Trainer
@@ -66,10 +72,42 @@ def train(
         return session.run(recipe_path)
 
 
+def dry_run(config: PretrainConfig) -> int:
+    """Print what `train` would do, as far as it can be known without writing anything.
+
+    Raises:
+        UserError: as `train` does.
+    """
+    schedule = build_schedule(config.schedule, config.batch.global_tokens)
+    check_trackers(config.logging.trackers)
+    device = _pick_device(config.device)
+    folder = RunDirectory(config)
+    folder.check(schedule.num_steps, resume=True)
+    with torch.device("meta"):
+        model = HybridLM(config.model)
+    count = count_parameters(model, config.model)
+    depths = num_depths(model, config.loss)
+    tokens = schedule.num_steps * config.batch.global_tokens
+    flops = training_flops_per_token(config.model, config.data.seq_len, depths) * tokens
+    mtp = f" + {count.mtp:,} for multi-token prediction" if count.mtp else ""
+    documents = config.data.reset_documents
+    choices = choose_backends(device, DTYPES[config.precision.compute], documents)
+    state = "exists, would go on by --resume" if folder.path.exists() else "new"
+    for line in (
+        f"run        {folder.path} ({state})",
+        f"model      {count.total:,} parameters, {count.active:,} active{mtp}",
+        f"training   {schedule.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
+        *(f"operations {line}" for line in describe(choices, device)),
+    ):
+        print(line)
+    return DONE
+
+
 def _pick_device(name: str) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
-            "device = cuda, but no GPU can be used here; run `nemotron doctor`, or use device: auto."
+            "device = cuda, but no GPU can be used here; "
+            "run `nemotron doctor`, or use device: auto."
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

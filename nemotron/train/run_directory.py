@@ -177,7 +177,7 @@ def dump_recipe(config: PretrainConfig) -> str:
     yaml.Representer = _Representer
     text = io.StringIO()
     yaml.dump(_plain(config.model_dump()), text)
-    return f"# Resolved recipe: every setting of this run. Go on with it by --resume.\n{text.getvalue()}"
+    return f"# Every setting of this run; go on with it by --resume.\n{text.getvalue()}"
 
 
 class _Representer(RoundTripRepresenter):

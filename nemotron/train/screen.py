@@ -32,7 +32,7 @@ class Screen:
 
     def open_log(self, path: Path) -> None:
         """Append everything said so far, and from now on, to a file."""
-        self._log = open(path, "a", encoding="utf-8")
+        self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
         for line in self._early:
             self._to_log(line)
         self._early.clear()
@@ -108,7 +108,7 @@ class Screen:
             stream, self._stream, self._live = self._stream, None, None
             if stream is sys.stdout:
                 # else Python complains once more while it flushes at exit
-                sys.stdout = open(os.devnull, "w")
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until exit)
 
     def _to_log(self, text: str) -> None:
         if self._log is None:

@@ -4,13 +4,17 @@ import shlex
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.manifest import folder_name
 from nemotron.checkpoint.write import CheckpointNotSaved, save
 from nemotron.errors import UserError
+from nemotron.precision.apply import DTYPES
 from nemotron.train import provenance
+from nemotron.train.backends import choose_backends
+from nemotron.train.backends import describe as describe_backends
 from nemotron.train.flops import count_parameters
 from nemotron.train.metrics import MetricsFile, Record
 from nemotron.train.run_directory import RunDirectory
@@ -26,6 +30,8 @@ DONE, FAILED, STOPPED = 0, 1, 75
 class Session:
     """One start of a run: from the restored state to the next exit."""
 
+    _metrics: MetricsFile
+
     def __init__(
         self,
         trainer: Trainer,
@@ -38,8 +44,8 @@ class Session:
         self._stop, self._stop_at = stop, stop_at
         self._saved_step: int | None = None
         self._validation: Record = {}
-        trackers = {name: TRACKERS[name]() for name in trainer.config.logging.trackers}
-        self._mirrors = Mirrors(trackers, screen.tell)
+        names: tuple[str, ...] = trainer.config.logging.trackers
+        self._mirrors = Mirrors({name: TRACKERS[name]() for name in names}, screen.tell)
 
     def restore(self) -> bool:
         """Go to the newest whole checkpoint; says whether there was one.
@@ -72,7 +78,8 @@ class Session:
             return DONE
         screen.open_log(folder.log)
         run_id = self._describe(recipe_path)
-        with MetricsFile(folder.metrics, last_step=state.step) as self._metrics:
+        with MetricsFile(folder.metrics, last_step=state.step) as metrics:
+            self._metrics = metrics
             self._mirrors.start(self._tracked(run_id))
             screen.start(folder.path.name, num_steps)
             try:
@@ -141,10 +148,15 @@ class Session:
         facts = provenance.collect(trainer.device)
         facts |= {"recipe": recipe_path, "seed": config.seed, **sizes}
         facts["matmul_peak_flops"] = trainer.peak_flops
+        dtype, documents = DTYPES[config.precision.compute], config.data.reset_documents
+        choices = choose_backends(trainer.device, dtype, documents)
+        facts["backends"] = {choice.operation: asdict(choice) for choice in choices}
         run_id = provenance.record_start(folder.provenance, trainer.state.step, facts)
         mtp = f" + {count.mtp:,} for multi-token prediction" if count.mtp else ""
         screen.tell(f"run        {folder.path} ({trainer.device}, {config.precision.compute})")
         screen.tell(f"model      {count.total:,} parameters, {count.active:,} active{mtp}")
+        for line in describe_backends(choices, trainer.device):
+            screen.tell(f"operations {line}")
         for line in data.describe():
             screen.tell(f"data       {line}")
         screen.tell(

@@ -6,6 +6,7 @@ import io
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -54,9 +55,7 @@ class Wandb:
     def start(self, run: TrackedRun) -> str:
         import wandb
 
-        mode = os.environ.get("WANDB_MODE")
-        if mode is None and not os.environ.get("WANDB_API_KEY"):
-            mode = "offline"
+        offline = not os.environ.get("WANDB_API_KEY") and "WANDB_MODE" not in os.environ
         # the resolved recipe is all that is sent: no host, no code, no command line
         settings = wandb.Settings(
             silent=True,
@@ -74,14 +73,12 @@ class Wandb:
             resume="allow",
             dir=str(run.folder),
             config=run.config,
-            mode=mode,
+            mode="offline" if offline else None,  # None: what WANDB_MODE says
             settings=settings,
         )
-        if mode == "offline":
-            return (
-                f"offline in {run.folder / 'wandb'} (set WANDB_API_KEY, or `wandb sync` it later)"
-            )
-        return str(self._run.url)
+        if self._run.url is not None:
+            return str(self._run.url)
+        return f"offline in {run.folder / 'wandb'} (set WANDB_API_KEY, or `wandb sync` it later)"
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self._run.log(values, step=step)
@@ -130,8 +127,10 @@ class Trackio:
         self._run.log(values, step=step)
 
     def finish(self) -> None:
+        import trackio
+
         with contextlib.redirect_stdout(io.StringIO()):
-            self._run.finish()
+            trackio.finish()
 
 
 TRACKERS: dict[str, Callable[[], Tracker]] = {
@@ -166,7 +165,7 @@ class Mirrors:
     def start(self, run: TrackedRun) -> None:
         """Start all of them and tell where each can be looked at."""
         for name, tracker in list(self._trackers.items()):
-            where = self._guard(name, lambda tracker=tracker: tracker.start(run))
+            where = self._guard(name, partial(tracker.start, run))
             if where is not None:
                 self._tell(f"{name}: {where}")
 
@@ -175,7 +174,7 @@ class Mirrors:
         values = {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
         step = int(values.pop("step"))
         for name, tracker in list(self._trackers.items()):
-            self._guard(name, lambda tracker=tracker: tracker.log(step, values))
+            self._guard(name, partial(tracker.log, step, values))
 
     def finish(self) -> None:
         """Let all of them send what is left."""

@@ -32,7 +32,7 @@ SUPER = ModelConfig(
 )
 
 
-@pytest.mark.parametrize("config, depths, gigaflops", [(NANO, 0, 20.8), (SUPER, 2, 85.4)])
+@pytest.mark.parametrize(("config", "depths", "gigaflops"), [(NANO, 0, 20.8), (SUPER, 2, 85.4)])
 def test_flops_per_token_of_the_published_models(config, depths, gigaflops):
     # the published figures have three digits
     assert training_flops_per_token(config, 8192, depths) / 1e9 == pytest.approx(
@@ -41,7 +41,8 @@ def test_flops_per_token_of_the_published_models(config, depths, gigaflops):
 
 
 @pytest.mark.parametrize(
-    "config, total, active, mtp", [(NANO, 31.578, 3.580, 0.0), (SUPER, 120.67, 12.77, 2.943)]
+    ("config", "total", "active", "mtp"),
+    [(NANO, 31.578, 3.580, 0.0), (SUPER, 120.67, 12.77, 2.943)],
 )
 def test_parameters_of_the_published_models(config, total, active, mtp):
     with torch.device("meta"):

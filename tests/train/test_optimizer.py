@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import MODEL
+from tiny_run import MODEL
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
@@ -73,7 +73,11 @@ def test_norms_by_kind_cover_every_parameter_once(model):
     assert set(by_kind) == names | {"head", "mtp"}
     total = GradientNorms(gradients, kinds).total().item()
     assert sum(norm**2 for norm in by_kind.values()) == pytest.approx(total**2, rel=1e-5)
-    experts = [p.grad.norm() ** 2 for n, p in model.named_parameters() if n.startswith("backbone.layers.1.mixer.experts")]
+    experts = [
+        p.grad.norm() ** 2
+        for n, p in model.named_parameters()
+        if n.startswith("backbone.layers.1.mixer.experts")
+    ]
     assert by_kind["experts"] == pytest.approx(sum(experts).item() ** 0.5, rel=1e-5)
 
 

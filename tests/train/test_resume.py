@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 
 from comparison import assert_same_run, computed_metrics
+
 from nemotron.train.config import PretrainConfig
 from nemotron.train.run import train
 
@@ -59,7 +60,8 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, undisturbed):
     process = start(config)
     wait_for_step(config, 5, process)
     process.kill()
-    assert process.wait() == -signal.SIGKILL
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
     run = Path(config.output) / config.name
     assert not (run / "checkpoints" / "step-00000008").exists()
     assert train(config, resume=True) == 0
@@ -71,7 +73,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(recipe, undisturb
     process = start(config)
     wait_for_step(config, 1, process)
     process.kill()
-    process.wait()
+    process.communicate()
     run = Path(config.output) / config.name
     assert train(config, resume=True) == 0
     assert_same_run(run, undisturbed)

@@ -24,7 +24,7 @@ def super_schedule(**changes):
 
 
 @pytest.mark.parametrize(
-    "iteration, expected",
+    ("iteration", "expected"),
     [
         (1, 5.66108945e-08),
         (1_000, 5.66108945e-05),
@@ -64,7 +64,7 @@ def test_a_run_of_25_trillion_tokens_has_the_reported_number_of_steps():
 
 
 @pytest.mark.parametrize(
-    "shape, quarter",
+    ("shape", "quarter"),
     [
         ("minus_sqrt", 0.5),
         ("linear", 0.75),
@@ -81,7 +81,7 @@ def test_each_decay_shape_starts_at_the_peak_and_ends_at_the_minimum(shape, quar
     assert schedule.lr(150) == 0.2
 
 
-@pytest.mark.parametrize("kind, middle", [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)])
+@pytest.mark.parametrize(("kind", "middle"), [("cosine", 0.5), ("linear", 0.5), ("constant", 1.0)])
 def test_other_kinds_decay_from_the_end_of_the_warm_up(kind, middle):
     config = ScheduleConfig(kind=kind, peak=1.0, total_steps=30, warmup_steps=10)
     schedule = build_schedule(config, 3)
@@ -91,7 +91,7 @@ def test_other_kinds_decay_from_the_end_of_the_warm_up(kind, middle):
 
 
 @pytest.mark.parametrize(
-    "changes, words",
+    ("changes", "words"),
     [
         ({"total_steps": None}, "no length"),
         ({"total_tokens": 1e9}, "total_tokens and total_steps"),

@@ -109,7 +109,8 @@ def test_a_step_that_is_not_finite_leaves_everything_but_data_and_schedule(recip
     assert (subject.state.step, subject.state.tokens) == (2, 310)
     assert (subject.state.skipped_steps, subject.state.nonfinite_in_a_row) == (1, 1)
     following = subject.train_step(2)
-    assert following.skip is None and following.lr == subject.schedule.lr(2)
+    assert following.skip is None
+    assert following.lr == subject.schedule.lr(2)
     assert subject.state.nonfinite_in_a_row == 0
 
 
@@ -120,7 +121,8 @@ def test_a_batch_without_targets_is_skipped_and_is_no_nan(recipe, monkeypatch):
     monkeypatch.setattr(subject.data, "batch", lambda step: empty)
     result = subject.train_step(0)
     assert result.skip is Skip.NO_TARGETS
-    assert subject.state.nonfinite_in_a_row == 0 and subject.state.skipped_steps == 1
+    assert subject.state.nonfinite_in_a_row == 0
+    assert subject.state.skipped_steps == 1
 
 
 def test_a_run_that_diverges_ends_with_a_sentence_that_names_the_step(recipe, capsys):
@@ -169,9 +171,7 @@ def test_validation_is_cross_entropy_of_the_logits_and_its_bits_per_byte(recipe)
             tokens += int((labels != -100).sum())
             size += portion.num_bytes
     assert values["validation/loss"] == pytest.approx(nats / tokens, rel=1e-6)
-    assert values["validation/bits_per_byte"] == pytest.approx(
-        nats / math.log(2) / size, rel=1e-6
-    )
+    assert values["validation/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
     assert values["validation/perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
     assert {"validation/prose/loss", "validation/numbers/bits_per_byte"} <= values.keys()
 

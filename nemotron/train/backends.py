@@ -1,0 +1,49 @@
+"""Which implementation of each operation a run will use, and why not a faster one."""
+
+from dataclasses import dataclass
+
+import torch
+
+from nemotron.ops.registry import OPERATIONS, Call
+
+AWARE_OF_DOCUMENTS = {"ssd", "causal_conv1d", "attention"}
+"""Operations that mix tokens, so that documents in a row matter to them."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend of one operation, and the reason against each that would come before it."""
+
+    operation: str
+    backend: str
+    passed_over: dict[str, str]
+
+
+def choose_backends(device: torch.device, dtype: torch.dtype, documents: bool) -> list[Choice]:
+    """Return what training calls will use.
+
+    Raises:
+        UserError: when the recipe pins a backend that cannot take them.
+    """
+    choices = []
+    for name, operation in sorted(OPERATIONS.items()):
+        needs = {"documents"} if documents and name in AWARE_OF_DOCUMENTS else set()
+        call = Call(device.type, dtype, frozenset(needs))
+        chosen = operation.choose(call)
+        passed_over = {}
+        for backend in operation.backends:
+            if backend is chosen:
+                break
+            passed_over[backend.name] = backend.unfit(call) or "another one is pinned"
+        choices.append(Choice(name, chosen.name, passed_over))
+    return choices
+
+
+def describe(choices: list[Choice], device: torch.device) -> list[str]:
+    """Return lines for the start of a run; backends for other devices go without saying."""
+    lines = [", ".join(f"{choice.operation} {choice.backend}" for choice in choices)]
+    for choice in choices:
+        for name, reason in choice.passed_over.items():
+            if f"not on {device.type}" not in reason:
+                lines.append(f"{choice.operation}: {name} is not used: {reason}")
+    return lines
