@@ -98,7 +98,8 @@ def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> int:
 
 
 @recipe_app.command(
-    "diff", epilog="Example: nemotron recipe diff recipes/nano/pretrain.yaml recipes/super/pretrain.yaml"
+    "diff",
+    epilog="Example: nemotron recipe diff recipes/nano/pretrain.yaml recipes/super/pretrain.yaml",
 )
 def recipe_diff(first: RecipeFile, second: RecipeFile) -> int:
     """Print the values in which two recipes differ."""
@@ -161,9 +162,7 @@ def generate(
 @app.command(epilog="Example: nemotron export runs/tiny --out exported/tiny")
 def export(
     run: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
-    out: Annotated[
-        Path | None, typer.Option(help="Folder to write; default: RUN/export.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN/export.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
     mamba_fp32: Annotated[
         bool, typer.Option("--mamba-fp32", help="Write A_log, D and dt_bias in float32.")

@@ -10,9 +10,6 @@ from typing import Self
 
 import torch
 
-MAX_OTHERS = 0.10
-"""Share of the cores that other processes may use during a measurement."""
-
 
 @dataclass
 class Watch:
@@ -33,11 +30,6 @@ class Watch:
         # the kernel counts in hundredths of a second, so tiny negatives are rounding
         self.others = max(others, 0.0) / (self.seconds * (os.cpu_count() or 1))
 
-    @property
-    def quiet(self) -> bool:
-        """Whether the measurement may be used."""
-        return self.others <= MAX_OTHERS
-
 
 def _busy_seconds() -> float:
     """Seconds that all cores together worked since boot, stolen time included."""
@@ -53,17 +45,17 @@ def _own_seconds() -> float:
     return times.user + times.system
 
 
-def matmul_peak(dtype: torch.dtype, size: int = 2048) -> tuple[float, bool]:
-    """Return the best FLOP/s of a square product over two seconds, and whether it was quiet."""
+def matmul_peak(dtype: torch.dtype, size: int = 2048) -> tuple[float, float]:
+    """Return the best FLOP/s of a square product over two seconds, and the others' share then."""
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     torch.mm(a, b)
-    best, quiet = 0.0, False
+    best, others = 0.0, 1.0
     end = time.perf_counter() + 2
     while time.perf_counter() < end:
         with Watch() as watch:
             torch.mm(a, b)
-        best, quiet = max(best, 2 * size**3 / watch.seconds), quiet or watch.quiet
-    return best, quiet
+        best, others = max((best, others), (2 * size**3 / watch.seconds, watch.others))
+    return best, others
 
 
 def describe() -> dict[str, object]:

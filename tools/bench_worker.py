@@ -149,7 +149,6 @@ def run_step(program: Program, case: Case, step: int) -> dict[str, float | bool]
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "seconds": seconds,
-        "quiet": watch.quiet,
         "others": watch.others,
         "rss_gib": peak_gib,
     }

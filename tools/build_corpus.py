@@ -54,9 +54,17 @@ SHORTEST_SCENE = 400
 
 VOCAB_SIZE = 4096
 NAMED_SPECIALS = {
-    **{0: "<unk>", 1: "<s>", 2: "</s>", 10: "<|im_start|>", 11: "<|im_end|>"},
-    **{12: "<think>", 13: "</think>", 14: "<tool_call>", 15: "</tool_call>"},
-    **{16: "<tool_response>", 17: "</tool_response>"},
+    0: "<unk>",
+    1: "<s>",
+    2: "</s>",
+    10: "<|im_start|>",
+    11: "<|im_end|>",
+    12: "<think>",
+    13: "</think>",
+    14: "<tool_call>",
+    15: "</tool_call>",
+    16: "<tool_response>",
+    17: "</tool_response>",
 }
 """Where the tokenizer of Nemotron 3 has them."""
 NUM_SPECIALS = 32

@@ -140,7 +140,7 @@ def kill(
         time.sleep(draw.uniform(0.5, 6.0) + draw.uniform(0, 3 * per_step))
     else:
         while process.poll() is None and not reached(folder, moment, before):
-            pass
+            time.sleep(0.0005)  # a busy loop would take the run's core
         time.sleep(draw.uniform(0, 0.004))
     process.kill()
     process.wait()

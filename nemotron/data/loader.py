@@ -8,11 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotron.data.batch import NO_LABEL, Batch
-from nemotron.data.blend import Blend
+from nemotron.data.batch import NO_LABEL, Batch, pack
 from nemotron.data.config import DataConfig
 from nemotron.data.fingerprint import check_same_data
-from nemotron.data.packing import pack
+from nemotron.data.order import Blend
 from nemotron.data.source import Source
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.errors import UserError

@@ -20,8 +20,8 @@ from nemotron.hf.tokenizer_files import KEPT_FOLDER
 
 
 def export(
-    run: str,
-    out: str | None = None,
+    run: str | Path,
+    out: str | Path | None = None,
     *,
     overwrite: bool = False,
     mamba_fp32: bool = False,
@@ -62,7 +62,7 @@ def export(
     return 0
 
 
-def import_(folder: str, out: str, *, overwrite: bool = False) -> int:
+def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> int:
     """Make a run out of a folder of safetensors: a checkpoint, its tokenizer and provenance.
 
     Returns the exit code.

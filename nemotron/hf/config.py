@@ -91,7 +91,7 @@ UNUSED = frozenset(HINTS) | {
 
 UNCLAMPED = (0.0, math.inf)
 NO_LIMIT = 1e9
-"""From here on a time-step limit stands for none: JSON has no infinity, some write a huge number."""
+"""A time-step limit from here on means none: JSON has no infinity, some write a huge number."""
 
 HUGE = 1e30
 """What we write for an infinite upper limit beside a lower one, because JSON has no infinity."""
@@ -260,11 +260,11 @@ class _Reader:
 
     def eos_token_id(self) -> int:
         """Return the end-of-text token; chat models list several, of which the first counts."""
-        eos = self.values.get("eos_token_id")
+        eos = self.values.get("eos_token_id", 2)
         if isinstance(eos, list) and eos:
             self.notes.append(f"of eos_token_id = {eos} only {eos[0]} ends a text here")
-            return eos[0]
-        return 2 if eos is None else eos
+            eos = eos[0]
+        return eos
 
     def build(self, values: Values) -> ModelConfig:
         """Return the validated configuration."""

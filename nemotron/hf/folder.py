@@ -90,13 +90,15 @@ def _tie(folder: Path, weights: dict[str, Tensor]) -> None:
 
 
 def _refuse_packed(stored: ShardedFolder) -> None:
-    for name, entry in stored.tensors.items():
-        if entry.dtype in PACKED_DTYPES or name.endswith(SCALES):
-            kind = PACKED_DTYPES.get(entry.dtype, "quantized")
-            raise UserError(
-                f"{stored.folder} is a packed {kind} checkpoint ({name} is {entry.dtype}); "
-                f"use the bfloat16 checkpoint of this model."
-            )
+    dtypes = {entry.dtype for entry in stored.tensors.values()}
+    kinds = [kind for dtype, kind in PACKED_DTYPES.items() if dtype in dtypes]
+    scales = [name for name in stored.tensors if name.endswith(SCALES)]
+    if kinds or scales:
+        sign = f"it has {scales[0]}" if scales else f"its tensors are {', '.join(sorted(dtypes))}"
+        raise UserError(
+            f"{stored.folder} is a packed {' or '.join(kinds) or 'quantized'} checkpoint "
+            f"({sign}); use the bfloat16 checkpoint of this model."
+        )
 
 
 def _check_names(folder: Path, expected: Sequence[DiskTensor], found: Sequence[str]) -> None:

@@ -46,7 +46,7 @@ def write_shards(
     `read` gives one tensor at a time, so that no more than one shard is in memory.
     """
     shards = _plan(tensors, max_shard_bytes)
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         weight_map |= {tensor.name: name for tensor in shard}

@@ -27,7 +27,8 @@ class Block(nn.Module):
         elif letter == "E":
             self.mixer = MoE(config)
         else:
-            assert letter == "-" and config.intermediate_size is not None, letter
+            assert letter == "-", letter
+            assert config.intermediate_size is not None
             self.mixer = MLP(config.hidden_size, config.intermediate_size)
 
     def forward(

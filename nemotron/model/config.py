@@ -27,7 +27,7 @@ class ModelConfig(Section):
     layer_norm_epsilon: float = Field(1e-5, gt=0)
     """Added to the mean square in every normalisation."""
     initializer_range: float = Field(0.02, gt=0)
-    """Standard deviation of the initial weights; outputs into the residual use it over sqrt(layers)."""
+    """Standard deviation of initial weights; those into the residual have it over sqrt(layers)."""
     tie_word_embeddings: bool = False
     """Whether the head uses the embedding's matrix."""
 

@@ -74,8 +74,10 @@ class Mamba2(nn.Module):
             seq_idx=seq_idx,
             return_final_state=state is not None,
         )
-        if state is not None:
-            y, state.ssm = y[0], y[1].contiguous()
+        if isinstance(y, tuple):
+            assert state is not None
+            y, final_state = y
+            state.ssm = final_state.contiguous()
             state.conv = _last_inputs(state.conv, xBC, seq_idx)
         y = gated_rms_norm(y.flatten(2), z, self.norm.weight, self.num_groups, self.norm.eps)
         return self.out_proj(y)

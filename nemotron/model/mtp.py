@@ -36,16 +36,17 @@ class MTP(nn.Module):
         seq_idx: Int[Tensor, "B T"] | None,
         routing: list[RoutingStats] | None,
     ) -> Float[Tensor, "B T D"]:
-        """Predict one token further: `hidden` of the depth before, `embedding` of the next token."""
+        """Predict one token further from the depth before and the next token's embedding."""
         first, last = self.layers[0], self.layers[-1]
-        joined = torch.cat([first.enorm(embedding), first.hnorm(hidden)], dim=-1)
-        x = first.eh_proj(joined)
+        part = first.get_submodule
+        joined = torch.cat([part("enorm")(embedding), part("hnorm")(hidden)], dim=-1)
+        x = part("eh_proj")(joined)
         for index, layer in enumerate(self.layers):
             name = f"mtp.layers.{index}" if routing is not None else None
             x, stats = layer(x, seq_idx, stats_name=name)
             if stats is not None and routing is not None:
                 routing.append(stats)
-        return last.final_layernorm(x)
+        return last.get_submodule("final_layernorm")(x)
 
 
 def shift_left(

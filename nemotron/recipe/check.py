@@ -66,7 +66,10 @@ def impossible(config: PretrainConfig) -> Iterator[Finding]:
         yield "schedule", "has no length; add total_steps or total_tokens."
         return
     if schedule.kind == "wsd" and schedule.decay_tokens is None and schedule.decay_steps is None:
-        yield "schedule", "of kind wsd needs decay_steps or decay_tokens; kind: constant never decays."
+        yield (
+            "schedule",
+            "of kind wsd needs decay_steps or decay_tokens; kind: constant never decays.",
+        )
         return
     total, warmup, decay = (_tokens(config, length) for length in ("total", "warmup", "decay"))
     if warmup + decay > total:

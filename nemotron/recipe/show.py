@@ -25,7 +25,9 @@ def diff(first: Recipe, second: Recipe) -> list[tuple[str, str, str]]:
     a, b = (_flat(recipe.config.model_dump(mode="json")) for recipe in (first, second))
     keys = [*a, *(key for key in b if key not in a)]
     return [
-        (key, a.get(key, "absent"), b.get(key, "absent")) for key in keys if a.get(key) != b.get(key)
+        (key, a.get(key, "absent"), b.get(key, "absent"))
+        for key in keys
+        if a.get(key) != b.get(key)
     ]
 
 
@@ -48,7 +50,9 @@ def _loosen(node: Any) -> None:
         for item in node.values():
             _loosen(item)
         if node.get("type") in ("integer", "number", "boolean"):
-            plain = {key: node.pop(key) for key in list(node) if key not in ("description", "title")}
+            plain = {
+                key: node.pop(key) for key in list(node) if key not in ("description", "title")
+            }
             default = plain.pop("default", None)
             node["anyOf"] = [plain, {"type": "string", "pattern": r"^\$\{.*\}$"}]
             if default is not None:
@@ -75,7 +79,7 @@ def _split(lines: list[str]) -> list[tuple[str, str]]:
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    result = {}
+    result: dict[str, str] = {}
     for key, value in values.items():
         if isinstance(value, dict):
             result |= _flat(value, f"{prefix}{key}.")

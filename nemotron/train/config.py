@@ -129,7 +129,7 @@ class PretrainConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a GPU when there is one."""
     init_from: str | None = None
-    """Run, checkpoint or exported folder whose weights the run starts from; absent: fresh weights."""
+    """Run, checkpoint or exported folder whose weights the run starts from; absent: fresh ones."""
     recompute: Literal["none", "block"] = "none"
     """Whether a block's activations are computed again in the backward pass to save memory."""
     nonfinite_limit: int = Field(10, gt=0)

@@ -6,15 +6,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.data.batch import Batch
+from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.mtp import shift_left
 from nemotron.model.router import RoutingStats
 from nemotron.ops.linear_cross_entropy import linear_cross_entropy
 from nemotron.train.config import LossConfig
-
-NO_LOSS = -100
-"""Label of a position that has no target."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +45,8 @@ def num_depths(model: HybridLM, config: LossConfig) -> int:
 
 def count_tokens(batch: Batch, depths: int) -> TokenCounts:
     """Count the targets of every term from the labels alone, before any forward pass."""
-    mtp = tuple(int((labels != NO_LOSS).sum()) for labels in _depth_labels(batch, depths))
-    return TokenCounts(int((batch.labels != NO_LOSS).sum()), mtp, batch.labels.numel())
+    mtp = tuple(int((labels != NO_LABEL).sum()) for labels in _depth_labels(batch, depths))
+    return TokenCounts(int((batch.labels != NO_LABEL).sum()), mtp, batch.labels.numel())
 
 
 def losses(model: HybridLM, batch: Batch, config: LossConfig) -> LossTerms:
@@ -60,7 +57,7 @@ def losses(model: HybridLM, batch: Batch, config: LossConfig) -> LossTerms:
     """
     routing: list[RoutingStats] = []
     hidden = model(batch.input_ids, batch.seq_idx, routing=routing)
-    head = model.lm_head.weight
+    head: Tensor = model.lm_head.weight
     main = linear_cross_entropy(hidden.flatten(0, 1), head, batch.labels.flatten())
 
     depths = num_depths(model, config)
@@ -97,6 +94,6 @@ def objective(terms: LossTerms, counts: TokenCounts, config: LossConfig) -> Floa
 def _depth_labels(batch: Batch, depths: int) -> list[Int[Tensor, "B T"]]:
     labels, results = batch.labels, []
     for _ in range(depths):
-        labels = shift_left(labels, batch.seq_idx, vacated=NO_LOSS)
+        labels = shift_left(labels, batch.seq_idx, vacated=NO_LABEL)
         results.append(labels)
     return results

@@ -1,8 +1,12 @@
+import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.data.batch import NO_LABEL, Batch, pack
+
+EOD = 2
+WINDOWS = st.lists(st.lists(st.integers(0, 6), min_size=8, max_size=8), min_size=1, max_size=4)
 
 
 def make_batch(rows: int, length: int, weighted: bool) -> Batch:
@@ -35,3 +39,32 @@ def test_a_batch_moves_with_all_its_tensors():
     tensors = (moved.input_ids, moved.labels, moved.seq_idx, moved.loss_weight)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
     assert make_batch(2, 3, weighted=False).to("meta").loss_weight is None
+
+
+@given(WINDOWS, st.booleans())
+def test_rows_agree_with_the_definition(windows: list[list[int]], mask_eod_loss: bool):
+    batch = pack([np.array(w) for w in windows], 7, EOD, mask_eod_loss=mask_eod_loss)
+    for row, window in enumerate(windows):
+        document = 0
+        for t in range(7):
+            label = NO_LABEL if mask_eod_loss and window[t] == EOD else window[t + 1]
+            assert batch.input_ids[row, t] == window[t]
+            assert batch.labels[row, t] == label
+            assert batch.seq_idx[row, t] == document
+            document += window[t] == EOD
+    assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
+    assert batch.seq_idx.dtype == torch.int32
+
+
+@given(WINDOWS)
+def test_document_numbers_start_at_zero_and_never_come_back(windows: list[list[int]]):
+    steps = pack([np.array(w) for w in windows], 7, EOD, mask_eod_loss=False).seq_idx
+    assert torch.equal(steps[:, 0], torch.zeros(len(windows), dtype=torch.int32))
+    assert set(steps.diff(dim=1).flatten().tolist()) <= {0, 1}
+
+
+def test_a_short_window_is_filled_without_labels():
+    batch = pack([np.array([4, 5, EOD]), np.arange(3, 9)], 5, EOD, mask_eod_loss=False)
+    assert batch.input_ids.tolist() == [[4, 5, EOD, EOD, EOD], [3, 4, 5, 6, 7]]
+    assert batch.labels.tolist() == [[5, EOD, NO_LABEL, NO_LABEL, NO_LABEL], [4, 5, 6, 7, 8]]
+    assert batch.num_loss_tokens == 7

@@ -164,6 +164,13 @@ def test_held_out_rows_are_fixed_and_keep_to_the_budget(data: TrainingData):
     assert torch.equal(first, torch.cat([part.batch.input_ids for part in everything])[:3])
 
 
+def test_held_out_text_that_fills_its_rows_gets_no_row_without_labels(folder: Path):
+    tokens = make_data(folder).sources["a"].validation.num_tokens
+    (part,) = make_data(folder, seq_len=tokens - 1).validation("a", tokens=10**6, rows=9)
+    assert tuple(part.batch.labels.shape) == (1, tokens - 1)
+    assert part.batch.num_loss_tokens == tokens - 1
+
+
 def test_the_bytes_of_held_out_labels_are_those_of_the_text(tmp_path: Path):
     texts = [f"Document {i}: naïve → {'ß' * (i % 5)}\n" for i in range(60)]
     prefix = write_shard(texts, tmp_path / "text", load_tokenizer("embedded"))

@@ -13,6 +13,8 @@ from nemotron.model.hybrid import HybridLM
 
 transformers = pytest.importorskip("transformers", reason="the extra `hf` is not installed")
 
+torch.set_num_threads(1)  # the tensors are tiny, and tests share the cores
+
 SIZES = {
     "nano": {
         "hybrid_override_pattern": "MEM*EME",
@@ -117,7 +119,7 @@ def build_ours(size: str, seed: int = 1, **changes: object) -> HybridLM:
 
 
 def build_theirs(size: str) -> nn.Module:
-    """Return transformers' model as it comes, apart from its slow and exact attention and experts."""
+    """Return transformers' model as it comes, with its plainest attention and experts."""
     config = transformers.NemotronHConfig(
         **(COMMON | SIZES[size]), attn_implementation="eager", experts_implementation="eager"
     )

@@ -21,8 +21,9 @@ def attention(
     rows = []
     for row in range(q.shape[0]):
         lengths = torch.unique_consecutive(seq_idx[row], return_counts=True)[1].tolist()
-        documents = zip(*(t[row : row + 1].split(lengths, dim=1) for t in (q, k, v)), strict=True)
-        rows.append(torch.cat([_attend(*document, None, None) for document in documents], dim=1))
+        queries, keys, values = (t[row : row + 1].split(lengths, dim=1) for t in (q, k, v))
+        documents = zip(queries, keys, values, strict=True)
+        rows.append(torch.cat([_attend(*qkv, None, None) for qkv in documents], dim=1))
     return torch.cat(rows)
 
 

@@ -11,9 +11,7 @@ from nemotron.ops.registry import Backend
 
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float
-    ) -> Tensor:
+    def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
         wide = torch.promote_types(y.dtype, torch.float32)
         gated = torch.nn.functional.silu(z.to(wide)).mul_(y)
         gated = gated.unflatten(-1, (groups, -1))

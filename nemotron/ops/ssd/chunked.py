@@ -164,9 +164,7 @@ class _Block:
     def output(self, D: Float[Tensor, " H"], y: Float[Tensor, "b T H P"]) -> None:
         """Write y of this block."""
         # decay -> M, in place
-        inside = torch.bmm(
-            self.decay.mul_(self.CB.unsqueeze(1)).view(-1, self.Q, self.Q), self.u
-        )
+        inside = torch.bmm(self.decay.mul_(self.CB.unsqueeze(1)).view(-1, self.Q, self.Q), self.u)
         carried = self._ungrouped(torch.bmm(self.C, self.incoming()))
         total = carried.mul_(self._by_group(self.into)).add_(self._from_heads(inside))
         total.addcmul_(self.x.to(total.dtype), D.view(self.G, self.R, 1))
@@ -275,7 +273,9 @@ class _ChunkedScan(torch.autograd.Function):
             part = block.gradients(dy[:, span.tokens], A, D, dstate)
             for whole, piece in zip((dx, ddt, dB, dC), (*part[:2], *part[3:5]), strict=True):
                 view = whole[:, span.tokens].unflatten(1, (-1, span.length))
-                view.copy_(piece.view(view.shape) if piece.ndim == view.ndim else piece.flatten(3, 4))
+                view.copy_(
+                    piece.view(view.shape) if piece.ndim == view.ndim else piece.flatten(3, 4)
+                )
             dA += part[2]
             dD += part[5]
             dstate = part[6]

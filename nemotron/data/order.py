@@ -1,10 +1,16 @@
-"""Which source each row comes from: exact shares, computed for any row without a table."""
+"""Which source each row comes from, and which of its samples: computed for any row, no table."""
 
 import heapq
 import math
+import struct
 from collections.abc import Sequence
 from fractions import Fraction
 from typing import NamedTuple
+
+import xxhash
+
+ROUNDS = 6
+"""Of the network that shuffles; two rounds are far from uniform, a test says."""
 
 
 class _Node(NamedTuple):
@@ -63,3 +69,21 @@ class Blend:
 def _share(rows: int, part: _Node, whole: _Node) -> int:
     """Return `rows * part / whole`, rounded to the nearest whole number, halves up."""
     return (2 * rows * part.weight + whole.weight) // (2 * whole.weight)
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Return where the permutation named by `key` (64 bits) sends `index`.
+
+    A Feistel network permutes the next even power of two; indices that land outside the range
+    walk on until they land inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    half = max(1, (size - 1).bit_length() + 1 >> 1)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for number in range(ROUNDS):
+            mixed = xxhash.xxh64_intdigest(struct.pack("<BQ", number, right), key)
+            left, right = right, left ^ (mixed & mask)
+        index = left << half | right
+        if index < size:
+            return index

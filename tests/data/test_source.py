@@ -3,7 +3,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron.data.indexed import Shard, ShardWriter
-from nemotron.data.stream import Stream
+from nemotron.data.source import Stream
 
 DOCUMENTS = [[1, 2, 3], [], [4], [5, 6, 7, 8, 9], [10, 11], [12]]
 
