@@ -1,5 +1,6 @@
 """Squared-ReLU feed-forward: the dense layer `-` and the shared expert."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,36 +9,65 @@ from torch import Tensor, nn
 
 from nemotron.model.linear import Linear
 
+BLOCK_ELEMENTS = 1 << 17
+"""Elements that a CPU treats at once: what they become on the way then stays in its cache."""
+
 
 class _SquaredReLU(torch.autograd.Function):
-    """relu(x)² times an optional weight per row; only `x` and the weight are kept for backward."""
+    """relu(x)²; only `x` is kept for backward."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.relu().square_()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return x.relu().mul_(grad).mul_(2)
+
+
+class _WeightedSquaredReLU(torch.autograd.Function):
+    """relu(x)² times a weight per row: float32 inside, as Megatron-LM's fused kernel, rounded once.
+
+    Source: NVIDIA/Megatron-LM: megatron/core/fusions/fused_weighted_squared_relu.py.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        y = x.relu()
-        if weight is None:
-            return y.square_()
-        # float32 product, rounded once, as Megatron-LM's fused weighted squared ReLU does
-        return (y.to(weight.dtype).square_() * weight).to(x.dtype)
+        result = torch.empty_like(x)
+        for x_rows, weight_rows, result_rows in _blocks(x, weight, result):
+            y = x_rows.to(weight.dtype).relu()
+            result_rows.copy_(y.square_().mul_(weight_rows))
+        return result
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
-        y = x.relu()
-        if weight is None:
-            return y.mul_(grad).mul_(2), None
-        y, grad = y.to(weight.dtype), grad.to(weight.dtype)
-        product = y * grad
-        grad_weight = (product * y).sum(-1, keepdim=True) if ctx.needs_input_grad[1] else None
-        return (product.mul_(2) * weight).to(x.dtype), grad_weight
+        grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
+        for x_rows, weight_rows, grad_rows, grad_x_rows, grad_weight_rows in _blocks(
+            x, weight, grad, grad_x, grad_weight
+        ):
+            y = x_rows.to(weight.dtype).relu()
+            product = y * grad_rows
+            torch.sum(y.mul_(product), -1, keepdim=True, out=grad_weight_rows)
+            grad_x_rows.copy_(product.mul_(weight_rows * 2))
+        return grad_x, grad_weight
+
+
+def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Cut matrices of equal length into blocks of rows; on a GPU one block is all of them."""
+    rows, width = tensors[0].shape
+    height = max(1, BLOCK_ELEMENTS // width) if tensors[0].device.type == "cpu" else max(1, rows)
+    return zip(*(tensor.split(height) for tensor in tensors), strict=True)
 
 
 def squared_relu(
     x: Float[Tensor, "*batch F"], weight: Float[Tensor, "*batch 1"] | None = None
 ) -> Float[Tensor, "*batch F"]:
-    """Return relu(x)², times `weight` (float32) when it is given, in the dtype of `x`."""
-    return _SquaredReLU.apply(x, weight)
+    """Return relu(x)² in the dtype of `x`; of a matrix, times a float32 `weight` for each row."""
+    return _SquaredReLU.apply(x) if weight is None else _WeightedSquaredReLU.apply(x, weight)
 
 
 class MLP(nn.Module):

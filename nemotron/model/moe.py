@@ -10,7 +10,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear
 from nemotron.model.mlp import MLP, squared_relu
 from nemotron.model.router import Router, Routing, RoutingStats
-from nemotron.ops.grouped_linear import grouped_linear
+from nemotron.ops.grouped_linear import grouped_linear, row_multiple
 
 
 class MoE(nn.Module):
@@ -58,19 +58,40 @@ class Experts(nn.Module):
 
     def forward(self, x: Float[Tensor, "M I"], routing: Routing) -> Float[Tensor, "M I"]:
         """Send each token to its experts and add up what they return, weighted."""
-        experts = routing.experts
-        order = experts.flatten().argsort(stable=True)  # [R], copies sorted by expert
-        place = torch.empty_like(order)
-        place[order] = torch.arange(order.shape[0], device=order.device)
-        place = place.view_as(experts)  # [M, K], where each token's copies stand
-
-        token = order // experts.shape[1]
+        token, place, counts = _arrange(routing, row_multiple(x))
         rows = _Dispatch.apply(x, token, place)  # [R, I]
-        hidden = grouped_linear(rows, self.up_proj.to(x.dtype), routing.counts)
+        # rows that only fill up an expert's share weigh nothing, so they change no gradient
+        weights = routing.weights.new_zeros(token.shape[0])
+        weights = weights.scatter(0, place.flatten(), routing.weights.flatten())
+        hidden = grouped_linear(rows, self.up_proj.to(x.dtype), counts)
         # weights before the down projection, as Megatron-LM does in training
-        hidden = squared_relu(hidden, routing.weights.flatten()[order].unsqueeze(-1))
-        rows = grouped_linear(hidden, self.down_proj.to(x.dtype), routing.counts)
+        hidden = squared_relu(hidden, weights.unsqueeze(-1))
+        rows = grouped_linear(hidden, self.down_proj.to(x.dtype), counts)
         return _Combine.apply(rows, token, place)
+
+
+def _arrange(
+    routing: Routing, multiple: int
+) -> tuple[Int[Tensor, " R"], Int[Tensor, "M K"], Int[Tensor, " E"]]:
+    """Line up the copies of all tokens by expert, each expert's share rounded up to `multiple`.
+
+    Returns the token in each row (token 0 where a row only fills up), the row of each token's
+    copies, and the rows of each expert.
+    """
+    experts = routing.experts.flatten()
+    order = experts.argsort(stable=True)
+    row = torch.arange(order.shape[0], device=order.device)
+    counts, total = routing.counts, order.shape[0]
+    if multiple > 1:
+        counts = (counts + multiple - 1) // multiple * multiple
+        filled = (counts - routing.counts).cumsum(0) - (counts - routing.counts)
+        row = row + filled[experts[order]]
+        total = int(counts.sum())
+    token = order.new_zeros(total)
+    token[row] = order // routing.experts.shape[1]
+    place = torch.empty_like(order)
+    place[order] = row
+    return token, place.view_as(routing.experts), counts
 
 
 class _Dispatch(torch.autograd.Function):

@@ -1,5 +1,6 @@
 """Matrix products of the routed experts: rows sorted by expert, one matrix each."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
@@ -19,3 +20,12 @@ def grouped_linear(
     widths = weight.shape[1:]
     function = operation.select(x, any_width=any(width % 8 for width in widths))
     return function(x, weight, counts)
+
+
+def row_multiple(x: Tensor) -> int:
+    """Return to which multiple the rows of a group are best rounded up, for tensors like `x`.
+
+    oneDNN compiles a bf16 product for every distinct shape; few shapes keep it from compiling
+    in every step. The products are right for any counts.
+    """
+    return 64 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1

@@ -8,9 +8,6 @@ from torch import Tensor
 
 from nemotron.ops.registry import Backend
 
-ROW_MULTIPLE = 64
-"""oneDNN compiles one bf16 product per distinct shape; rounding the rows up keeps them few."""
-
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
@@ -19,7 +16,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.groups = _groups(counts)
         y = x.new_empty(x.shape[0], weight.shape[1])
         for expert, rows in ctx.groups:
-            _product(x[rows], weight[expert].T, y[rows])
+            torch.mm(x[rows], weight[expert].T, out=y[rows])
         return y
 
     @staticmethod
@@ -29,15 +26,12 @@ class _GroupedLinear(torch.autograd.Function):
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x)
             for expert, rows in ctx.groups:
-                _product(grad[rows], weight[expert], grad_x[rows])
+                torch.mm(grad[rows], weight[expert], out=grad_x[rows])
         if ctx.needs_input_grad[1]:
             used = len(ctx.groups) == weight.shape[0]
             grad_weight = torch.empty_like(weight) if used else torch.zeros_like(weight)
             for expert, rows in ctx.groups:
-                left, right = grad[rows], x[rows]
-                if _is_rounded(x):
-                    left, right = _round_up(left), _round_up(right)
-                torch.mm(left.T, right, out=grad_weight[expert])
+                torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])
         return grad_x, grad_weight, None
 
 
@@ -49,23 +43,6 @@ def _groups(counts: Tensor) -> list[tuple[int, slice]]:
             groups.append((expert, slice(start, start + count)))
         start += count
     return groups
-
-
-def _product(x: Tensor, matrix: Tensor, out: Tensor) -> None:
-    if _is_rounded(x) and x.shape[0] % ROW_MULTIPLE:
-        out.copy_(torch.mm(_round_up(x), matrix)[: x.shape[0]])
-    else:
-        torch.mm(x, matrix, out=out)
-
-
-def _is_rounded(x: Tensor) -> bool:
-    return x.dtype == torch.bfloat16 and x.device.type == "cpu"
-
-
-def _round_up(x: Tensor) -> Tensor:
-    """Add rows of zeros up to the next multiple; they change no product and no gradient."""
-    missing = -x.shape[0] % ROW_MULTIPLE
-    return torch.nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 def grouped_linear(
