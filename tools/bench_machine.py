@@ -58,6 +58,17 @@ def matmul_peak(dtype: torch.dtype, size: int = 2048) -> tuple[float, float]:
     return best, others
 
 
+def copy_bandwidth(size: int = 1 << 26) -> float:
+    """Return bytes read and written per second when memory much larger than caches is copied."""
+    source, target = torch.ones(size), torch.empty(size)
+    best = 0.0
+    for _ in range(5):
+        start = time.perf_counter()
+        target.copy_(source)
+        best = max(best, 2 * source.nbytes / (time.perf_counter() - start))
+    return best
+
+
 def describe() -> dict[str, object]:
     """Name processor, memory, versions and commit, for the line that `--json` appends."""
     import transformers

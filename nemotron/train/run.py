@@ -12,9 +12,9 @@ from nemotron.data.loader import TrainingData
 from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from nemotron.ops.describe import choose_backends, describe
 from nemotron.ops.registry import OPERATIONS
 from nemotron.precision.apply import DTYPES
-from nemotron.train.backends import choose_backends, describe
 from nemotron.train.config import PretrainConfig
 from nemotron.train.flops import (
     count_parameters,

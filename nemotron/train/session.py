@@ -11,10 +11,10 @@ from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.manifest import folder_name
 from nemotron.checkpoint.write import CheckpointNotSaved, save
 from nemotron.errors import UserError
+from nemotron.ops.describe import choose_backends
+from nemotron.ops.describe import describe as describe_backends
 from nemotron.precision.apply import DTYPES
 from nemotron.train import provenance
-from nemotron.train.backends import choose_backends
-from nemotron.train.backends import describe as describe_backends
 from nemotron.train.flops import count_parameters
 from nemotron.train.metrics import MetricsFile, Record
 from nemotron.train.run_directory import RunDirectory

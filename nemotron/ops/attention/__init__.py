@@ -3,10 +3,10 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.attention import reference, sdpa
+from nemotron.ops.attention import flash_attn, reference, sdpa
 from nemotron.ops.registry import Operation
 
-operation = Operation("attention", [sdpa.backend, reference.backend])
+operation = Operation("attention", [flash_attn.backend, sdpa.backend, reference.backend])
 
 
 def attention(

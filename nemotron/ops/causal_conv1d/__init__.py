@@ -3,10 +3,10 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.causal_conv1d import reference, taps
+from nemotron.ops.causal_conv1d import package, reference, taps
 from nemotron.ops.registry import Operation
 
-operation = Operation("causal_conv1d", [taps.backend, reference.backend])
+operation = Operation("causal_conv1d", [package.backend, taps.backend, reference.backend])
 
 
 def causal_conv1d(
@@ -24,6 +24,10 @@ def causal_conv1d(
     with `seq_idx`, inputs of another document count as zero. Result in the dtype of `x`.
     """
     function = operation.select(
-        x, documents=seq_idx is not None, initial_state=initial_state is not None
+        x,
+        documents=seq_idx is not None,
+        initial_state=initial_state is not None,
+        documents_after_a_state=seq_idx is not None and initial_state is not None,
+        any_width=x.shape[2] % 8 != 0,
     )
     return function(x, weight, bias, initial_state, seq_idx, activation)

@@ -34,4 +34,8 @@ def causal_conv1d(
     return (F.silu(y) if activation else y).to(x.dtype)
 
 
-backend = Backend("reference", causal_conv1d, features=frozenset({"documents", "initial_state"}))
+backend = Backend(
+    "reference",
+    causal_conv1d,
+    features=frozenset({"documents", "initial_state", "documents_after_a_state", "any_width"}),
+)

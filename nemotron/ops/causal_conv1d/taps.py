@@ -151,5 +151,5 @@ backend = Backend(
     "taps",
     causal_conv1d,
     devices=frozenset({"cpu"}),
-    features=frozenset({"documents", "initial_state"}),
+    features=frozenset({"documents", "initial_state", "documents_after_a_state", "any_width"}),
 )

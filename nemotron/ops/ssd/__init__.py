@@ -4,9 +4,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.registry import Operation
-from nemotron.ops.ssd import chunked, reference
+from nemotron.ops.ssd import chunked, mamba_ssm, reference
 
-operation = Operation("ssd", [chunked.backend, reference.backend])
+operation = Operation("ssd", [mamba_ssm.backend, chunked.backend, reference.backend])
 
 
 def ssd(

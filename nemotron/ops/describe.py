@@ -1,10 +1,32 @@
-"""Which implementation of each operation a run will use, and why not a faster one."""
+"""Which backend of each operation a run will use, and why not a faster one."""
 
 from dataclasses import dataclass
 
 import torch
 
-from nemotron.ops.registry import OPERATIONS, Call
+from nemotron.ops import (
+    attention,
+    causal_conv1d,
+    gated_rms_norm,
+    grouped_linear,
+    linear_cross_entropy,
+    rms_norm,
+    ssd,
+)
+from nemotron.ops.registry import Call, Operation
+
+ALL: tuple[Operation, ...] = tuple(
+    module.operation
+    for module in (
+        attention,
+        causal_conv1d,
+        gated_rms_norm,
+        grouped_linear,
+        linear_cross_entropy,
+        rms_norm,
+        ssd,
+    )
+)
 
 AWARE_OF_DOCUMENTS = {"ssd", "causal_conv1d", "attention"}
 """Operations that mix tokens, so that documents in a row matter to them."""
@@ -26,17 +48,24 @@ def choose_backends(device: torch.device, dtype: torch.dtype, documents: bool) -
         UserError: when the recipe pins a backend that cannot take them.
     """
     choices = []
-    for name, operation in sorted(OPERATIONS.items()):
-        needs = {"documents"} if documents and name in AWARE_OF_DOCUMENTS else set()
-        call = Call(device.type, dtype, frozenset(needs))
+    for operation in ALL:
+        call = training_call(operation, device, dtype, documents)
         chosen = operation.choose(call)
         passed_over = {}
         for backend in operation.backends:
             if backend is chosen:
                 break
             passed_over[backend.name] = backend.unfit(call) or "another one is pinned"
-        choices.append(Choice(name, chosen.name, passed_over))
+        choices.append(Choice(operation.name, chosen.name, passed_over))
     return choices
+
+
+def training_call(
+    operation: Operation, device: torch.device, dtype: torch.dtype, documents: bool
+) -> Call:
+    """Return what a training step asks of an operation."""
+    needs = {"documents"} if documents and operation.name in AWARE_OF_DOCUMENTS else set()
+    return Call(device.type, dtype, frozenset(needs))
 
 
 def describe(choices: list[Choice], device: torch.device) -> list[str]:
