@@ -1,0 +1,219 @@
+"""What the pages say is true of the code: commands, paths, keys, examples, tables."""
+
+import ast
+import importlib
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+from pages import PAGES, ROOT, Block, Command, blocks, commands, prose, spans
+from pydantic import BaseModel
+from ruamel.yaml import YAML
+
+from nemotron import cli
+from nemotron.model.hybrid import HybridLM
+from nemotron.ops.registry import OPERATIONS
+from nemotron.recipe.load import load_recipe
+from nemotron.train.config import PretrainConfig
+from nemotron.train.flops import count_parameters
+
+COMMANDS = commands()
+OURS = [command for command in COMMANDS if command.words[0] == "nemotron"]
+OTHER_PROGRAMS = {".", "git", "cd"}
+FOLDERS = ("nemotron/", "recipes/", "tests/", "tools/", "docs/")
+
+
+def name_of(item: Command | Block | Path) -> str:
+    return item.name if isinstance(item, Path) else item.where
+
+
+@pytest.fixture
+def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the recipes, and with those that the pages tell the reader to write."""
+    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    for block in blocks("yaml"):
+        if path := written_to(block):
+            (tmp_path / path).write_text(block.text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def written_to(block: Block) -> str | None:
+    """Return the file that the block's first line names."""
+    match = re.match(r"# (recipes/\S+\.yaml)\n", block.text)
+    return match[1] if match else None
+
+
+def parse(words: tuple[str, ...]) -> tuple[str, dict[str, Any]]:
+    """Return the subcommand and its parameters as the command line understands them."""
+    command: Any = typer.main.get_command(cli.app)
+    context, names, rest = None, ["nemotron"], list(words[1:])
+    while True:
+        context = command.make_context(names[-1], rest, parent=context)
+        if not hasattr(command, "resolve_command"):
+            return " ".join(names[1:]), context.params
+        name, command, rest = command.resolve_command(
+            context, [*context._protected_args, *context.args]
+        )
+        names.append(name)
+
+
+@pytest.mark.parametrize("command", OURS, ids=name_of)
+def test_the_command_line_understands_each_command(command: Command):
+    subcommand, _ = parse(command.words)
+    assert subcommand
+
+
+def test_a_command_that_does_not_exist_would_be_noticed():
+    with pytest.raises(Exception, match="polish"):
+        parse(("nemotron", "polish"))
+    with pytest.raises(Exception, match="--fast"):
+        parse(("nemotron", "train", "a.yaml", "--fast"))
+
+
+@pytest.mark.parametrize("command", OURS, ids=name_of)
+def test_recipes_and_overrides_in_commands_are_valid(command: Command, newcomer: Path):
+    _, given = parse(command.words)
+    if command.answer.startswith("nemotron: "):
+        return  # shown because it is wrong; its answer is compared below
+    for key in {"recipe", "first", "second"} & given.keys():
+        if str(given[key]).startswith("recipes/"):
+            load_recipe(given[key], given.get("overrides") or [])
+        else:
+            assert re.fullmatch(r"runs/[\w-]+/recipe\.yaml|RECIPE", str(given[key]))
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in OURS if c.answer.startswith("nemotron: ")], ids=name_of
+)
+def test_mistakes_are_answered_as_the_pages_show(
+    command: Command, newcomer: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.run(list(command.words[1:])) == 2
+    assert capsys.readouterr().err == command.answer
+
+
+def test_every_other_command_exists():
+    targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    for command in COMMANDS:
+        program, *rest = command.words
+        if program == "make":
+            wanted = [word for word in rest if "=" not in word]
+            assert set(wanted) <= set(targets), command.where
+        elif program in ("python", ".venv/bin/python"):
+            script = rest[1].replace(".", "/") if rest[0] == "-m" else rest[0]
+            known = (ROOT / script).exists() or script in ("pytest", "nemotron")
+            assert known, f"{command.where}: {script}"
+        elif program != "nemotron":
+            assert program in OTHER_PROGRAMS, command.where
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("https://", "http://")):
+            continue
+        name, _, anchor = target.partition("#")
+        path = page.parent / name if name else page
+        assert path.exists(), f"{page.name} links to {target}"
+        if anchor:
+            headings = re.findall(r"^#+ (.+)$", path.read_text(), re.MULTILINE)
+            anchors = [re.sub(r"[^\w -]", "", h).lower().replace(" ", "-") for h in headings]
+            assert anchor in anchors, f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_files_named_in_sentences_exist(page: Path):
+    for span in spans(page):
+        if span.startswith(FOLDERS) and not re.search(r"[<>A-Z ]", span):
+            assert list(ROOT.glob(span)), f"{page.name}: {span}"
+
+
+@pytest.mark.parametrize("block", blocks("python"), ids=name_of)
+def test_python_examples_compile_and_import_what_exists(block: Block):
+    tree = ast.parse(block.text, block.where)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nemotron"):
+            module = importlib.import_module(str(node.module))
+            for name in node.names:
+                assert hasattr(module, name.name), name.name
+
+
+def test_the_example_that_makes_a_shard_makes_one(newcomer: Path):
+    [block] = [b for b in blocks("python") if "write_shard" in b.text]
+    (newcomer / "texts" / "more").mkdir(parents=True)
+    for number in range(7):
+        (newcomer / "texts" / "more" / f"{number}.txt").write_text(f"Letter {number}.\n" * 50)
+    exec(compile(block.text, block.where, "exec"), {})
+    assert {path.name for path in Path("data").iterdir()} == {
+        "letters.bin",
+        "letters.idx",
+        "letters.json",
+    }
+
+
+def unknown_keys(values: dict[str, Any], section: type[BaseModel], prefix: str = "") -> list[str]:
+    found = []
+    for key, value in values.items():
+        field = section.model_fields.get(key)
+        if field is None:
+            found.append(prefix + key)
+        elif isinstance(value, dict):
+            found += unknown_keys(value, field.annotation, f"{prefix}{key}.")  # type: ignore[arg-type]
+    return found
+
+
+@pytest.mark.parametrize("block", blocks("yaml"), ids=name_of)
+def test_recipes_in_the_pages_are_valid(block: Block, newcomer: Path):
+    if path := written_to(block):
+        load_recipe(path)
+    else:
+        values = YAML(typ="safe", pure=True).load(block.text) or {}
+        assert unknown_keys(values, PretrainConfig) == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_recipe_keys_in_sentences_exist(page: Path):
+    sections = {
+        name: field.annotation
+        for name, field in PretrainConfig.model_fields.items()
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel)
+    }
+    for span in spans(page):
+        match = re.fullmatch(r"([a-z]+)\.([a-z_]+)(?:[:=].*)?", span)
+        if match and match[1] in sections and match[2] not in ("json", "yaml", "py"):
+            assert match[2] in sections[match[1]].model_fields, f"{page.name}: {span}"
+
+
+def rows_of(table: str, page: str) -> list[list[str]]:
+    """Return the cells of the table whose header begins with the given words."""
+    after = (ROOT / page).read_text().split(table, 1)[1].split("\n\n", 1)[0]
+    lines = [line for line in after.splitlines() if line.startswith("|")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
+
+
+def test_the_page_on_backends_lists_those_that_are_registered():
+    for path in (ROOT / "nemotron" / "ops").glob("*/__init__.py"):
+        importlib.import_module(f"nemotron.ops.{path.parent.name}")
+    told = {
+        row[0].strip("`"): re.findall(r"`(\w+)`", row[1])
+        for row in rows_of("| Operation | Backends", "docs/backends.md")
+    }
+    assert told == {
+        name: [backend.name for backend in operation.backends]
+        for name, operation in OPERATIONS.items()
+    }
+
+
+@pytest.mark.parametrize("row", rows_of("| Recipe | Parameters", "README.md"), ids=lambda r: r[0])
+def test_the_readme_counts_parameters_right(row: list[str]):
+    path, told = row[0].strip("`"), row[1]
+    config = load_recipe(ROOT / path).config.model
+    with torch.device("meta"):
+        count = count_parameters(HybridLM(config), config)
+    unit, letter = (1e9, "B") if count.total > 1e9 else (1e6, "M")
+    assert told == f"{count.total / unit:.2f} {letter} ({count.active / unit:.2f} {letter})"
