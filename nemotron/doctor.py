@@ -6,6 +6,7 @@ import platform
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from nemotron.ops.describe import ALL, training_call
@@ -70,7 +71,7 @@ def _packages(device: torch.device) -> Table:
             version, line = "missing", install
             if name in ONLY_CUDA and device.type != "cuda":
                 line = "only of use with a CUDA device"
-        table.add_row(name, version, line)
+        table.add_row(name, version, escape(line))
     return table
 
 
@@ -89,4 +90,4 @@ def _backends(device: torch.device, dtype: torch.dtype) -> Table:
 
 
 def _state(backend: Backend, call: Call) -> str:
-    return backend.unfit(call) or "fit, but slower than the one used"
+    return escape(backend.unfit(call) or "fit, but slower than the one used")

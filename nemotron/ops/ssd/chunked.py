@@ -192,7 +192,8 @@ class _Block:
         dCB = self._masked(pairs.sum(1))  # [bnG Q Q]
         # d loss / d cs gains in t and loses in s from each pair; t = s would only add rounding
         pairs.mul_(self.CB.tril(-1).unsqueeze(1))
-        double = torch.float64  # the two sums nearly cancel
+        # sums that nearly cancel are taken in float64: a long time step multiplies what is left
+        double = torch.float64
         dcs = pairs.sum(-1, dtype=double).sub_(pairs.sum(-2, dtype=double))  # [bnG R Q]
         weights = self.decay.mul_(self.CB.unsqueeze(1)).view(-1, Q, Q)
         du = self._from_heads(torch.bmm(weights.mT, dy_heads))
@@ -200,7 +201,7 @@ class _Block:
         # through the states
         from_state = self._ungrouped(torch.bmm(self.B, outgoing))
         from_state.mul_(self._by_group(self.out_of))
-        leaving = (from_state * self.x).sum(-1).flatten(3).mul_(self.dt)  # [b n Q H]
+        leaving = (from_state * self.x).sum(-1).flatten(3).mul_(self.dt).double()  # [b n Q H]
         leaving[:, :, -1] = 0  # the last token enters the state undecayed
         du = from_state.add_(du)  # [b n Q G R P]
         incoming = self.incoming()

@@ -1,0 +1,82 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from comparison import doubled, results, worst
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemotron.ops.linear_cross_entropy import chunked, linear_cross_entropy, reference
+
+
+def draw(tokens: int, width: int = 12, vocab: int = 37) -> list[Tensor]:
+    g = torch.Generator().manual_seed(tokens)
+    labels = torch.randint(vocab, (tokens,), generator=g)
+    labels[torch.rand(tokens, generator=g) < 0.2] = -100
+    return [
+        torch.randn(tokens, width, generator=g),
+        torch.randn(vocab, width, generator=g),
+        labels,
+    ]
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+@pytest.mark.parametrize("tokens", [1, 7, 600, 1100])
+def test_losses_and_gradients_are_those_of_torch(tokens: int, reduction: str):
+    hidden, weight, labels = draw(tokens)
+
+    def torchs(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        return F.cross_entropy(hidden @ weight.T, labels, reduction=reduction)
+
+    exact = results(torchs, doubled([hidden, weight, labels]))
+    for function in (reference.linear_cross_entropy, chunked.linear_cross_entropy):
+        found = results(function, doubled([hidden, weight, labels]), reduction)
+        assert worst(found, exact) <= 1e-12
+        assert worst(results(function, [hidden, weight, labels], reduction), exact) <= 1e-5
+
+
+def test_bfloat16_logits_lose_only_their_own_digits():
+    hidden, weight, labels = draw(600)
+    inputs = [hidden.bfloat16(), weight.bfloat16(), labels]
+    exact = results(reference.linear_cross_entropy, doubled(inputs), "sum")
+    assert worst(results(chunked.linear_cross_entropy, inputs, "sum"), exact) <= 2e-2
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_rows_without_labels_count_nothing(reduction: str):
+    hidden, weight, labels = draw(20)
+    found = results(chunked.linear_cross_entropy, [hidden, weight, labels.fill_(-100)], reduction)
+    assert not any(tensor.any() for tensor in found)
+
+
+def test_large_logits_do_not_overflow():
+    hidden, weight, labels = draw(50)
+    inputs = [hidden * 1e4, weight, labels]
+    exact = results(reference.linear_cross_entropy, doubled(inputs), "sum")
+    assert worst(results(chunked.linear_cross_entropy, inputs, "sum"), exact) <= 1e-5
+
+
+class LargestTensor(TorchDispatchMode):
+    """Remembers the most elements that any result of an operator had."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, Tensor):
+                self.elements = max(self.elements, tensor.numel())
+        return result
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_the_logits_of_all_tokens_never_exist(reduction: str):
+    tokens, vocab = 4096, 3000
+    hidden, weight, labels = draw(tokens, width=8, vocab=vocab)
+    hidden.requires_grad_(), weight.requires_grad_()
+    with LargestTensor() as seen:
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction)
+        loss.sum().backward()
+    assert weight.grad.abs().sum() > 0
+    assert seen.elements <= tokens * vocab / 4
