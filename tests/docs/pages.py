@@ -27,11 +27,15 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """A command line that a page shows, and what it shows as its answer."""
+    """A command line that a page shows, and what it shows as its answer.
+
+    `in_sentence` says that it may be no more than the command's name.
+    """
 
     where: str
     words: tuple[str, ...]
     answer: str = ""
+    in_sentence: bool = False
 
 
 def blocks(language: str) -> list[Block]:
@@ -61,7 +65,7 @@ def commands() -> list[Command]:
     found = []
     for block in blocks("sh"):
         for number, line in enumerate(block.text.splitlines()):
-            if words := shlex.split(line, comments=True):
+            if words := shlex.split(line.partition(" > ")[0], comments=True):
                 found.append(Command(f"{block.page.name}:{block.line + number}", tuple(words)))
     for block in blocks("console"):
         for part in re.split(r"^\$ ", block.text, flags=re.MULTILINE)[1:]:
@@ -70,5 +74,6 @@ def commands() -> list[Command]:
     for page in PAGES:
         for span in spans(page):
             if span.startswith(("nemotron ", "make ", "python ")):
-                found.append(Command(page.name, tuple(shlex.split(span))))
+                words = shlex.split(span.partition(" > ")[0])
+                found.append(Command(page.name, tuple(words), in_sentence=True))
     return found
