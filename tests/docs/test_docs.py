@@ -99,6 +99,20 @@ def test_mistakes_are_answered_as_the_pages_show(
     assert capsys.readouterr().err == command.answer
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_options_named_in_sentences_exist(page: Path):
+    for span in spans(page):
+        if match := re.match(r"(--[a-z-]+[a-z0-9-]*)", span):
+            assert match[1] in known_options(typer.main.get_command(cli.app)), span
+
+
+def known_options(command: Any) -> set[str]:
+    found = {option for parameter in command.params for option in parameter.opts}
+    for inner in getattr(command, "commands", {}).values():
+        found |= known_options(inner)
+    return found
+
+
 def test_every_other_command_exists():
     targets = re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
     for command in COMMANDS:
