@@ -60,8 +60,7 @@ def train(
         stop = stack.enter_context(StopRequest())
         screen = Screen()
         stack.callback(screen.close)
-        for operation, backend in config.ops:
-            OPERATIONS[operation].pin(backend)
+        _pin_backends(config)
         data = _open_data(config, schedule)
         peak_flops = measure_matmul_peak(device, DTYPES[config.precision.compute])
         trainer = Trainer(config, schedule, data, device, peak_flops)
@@ -83,6 +82,7 @@ def dry_run(config: PretrainConfig) -> int:
     device = _pick_device(config.device)
     folder = RunDirectory(config)
     folder.check(schedule.num_steps, resume=True)
+    _pin_backends(config)
     with torch.device("meta"):
         model = HybridLM(config.model)
     count = count_parameters(model, config.model)
@@ -112,6 +112,11 @@ def _pick_device(name: str) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.device(name)
+
+
+def _pin_backends(config: PretrainConfig) -> None:
+    for operation, backend in config.ops:
+        OPERATIONS[operation].pin(backend)
 
 
 def _open_data(config: PretrainConfig, schedule: Schedule) -> TrainingData:

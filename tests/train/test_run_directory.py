@@ -156,3 +156,8 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(recipe, capsys, tmp_pa
     assert "ssd" in out
     assert "(new)" in out
     assert listing(tmp_path) == before
+
+
+def test_a_dry_run_refuses_a_backend_that_does_not_exist(recipe):
+    with pytest.raises(UserError, match=r"ops.ssd = fast is unknown; use auto or one of .*chunked"):
+        dry_run(recipe(ops={"ssd": "fast"}))
