@@ -13,3 +13,19 @@ echo "setting up $venv (a few minutes the first time)"
 # torch first and by its exact version: whatever depends on it then asks for nothing more
 $pip torch
 $pip --editable '.[hf,track,dev]'
+
+# References that only tests read. Neither is compiled, and tests say so where one is missing.
+$pip --no-deps --only-binary :all: megatron-core || echo "no megatron-core for this Python" >&2
+references=$venv/references
+if [ ! -d "$references/mamba_ssm" ]; then
+    mkdir -p "$references"
+    # only unpacked: its kernels need a GPU, its PyTorch references do not
+    if MAMBA_SKIP_CUDA_BUILD=TRUE $venv/bin/python -m pip --disable-pip-version-check download --quiet --no-deps \
+        --no-build-isolation --no-binary mamba-ssm --constraint constraints.txt \
+        --dest "$references" mamba-ssm; then
+        tar -xzf "$references"/mamba_ssm-*.tar.gz -C "$references" --strip-components 1 \
+            --wildcards '*/mamba_ssm/*'
+    else
+        echo "no sources of mamba-ssm" >&2
+    fi
+fi
