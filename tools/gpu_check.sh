@@ -1,0 +1,16 @@
+#!/bin/sh
+# Everything that needs a GPU, in one call: gpu_check.sh [PYTHON] (default: python3, with the
+# project's packages installed). Prints versions, runs the tests of the GPU kernels, then trains.
+set -eu
+cd "$(dirname "$0")/.."
+python=${1:-python3}
+runs=$(mktemp -d)
+trap 'rm -rf "$runs"' EXIT
+
+"$python" -m nemotron doctor
+nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv
+"$python" -m pytest -m gpu tests
+for compute in fp32 bf16; do
+    "$python" -m nemotron train recipes/tiny/smoke.yaml device=cuda precision.compute=$compute \
+        output="$runs" name=$compute
+done
