@@ -229,5 +229,7 @@ def _message(error: typer.TyperException) -> str:
 
 
 def _tell(sentence: str, code: int) -> int:
-    print(f"nemotron: {sentence}", file=sys.stderr)
+    # what a user typed may hold control characters
+    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
+    print(f"nemotron: {shown}", file=sys.stderr)
     return code

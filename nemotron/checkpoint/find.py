@@ -60,6 +60,8 @@ def locate(path: Path) -> Search:
         except DamagedCheckpoint as damage:
             raise UserError(f"{path} is damaged: {damage}; use an older checkpoint.") from None
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if not path.exists():
+        raise UserError(f"{path.absolute()} does not exist; give a run or a checkpoint.")
     found = newest(folder)
     if found.info is None:
         reasons = "".join(f"; {line}" for line in found.skipped)

@@ -97,6 +97,14 @@ def _unwrap(value: Any) -> Any:
 
 def _merge(below: Document, above: Document) -> None:
     """Lay `above` over `below`: mappings are merged, everything else is replaced."""
+    for path, text in _texts(above.values):
+        try:
+            OmegaConf.create([text])
+        except OmegaConfBaseException as error:
+            place = above.places.get(path, "recipe")
+            raise UserError(
+                f"{place}: {'.'.join(path)} = {text} is no reference; write ${{section.key}}."
+            ) from error
     for path in list(below.places):
         if _replaced(below.values, above.values, path):
             del below.places[path]

@@ -62,9 +62,12 @@ def parse_yaml(text: str, source: str) -> Any:  # Any: whatever the text holds
     except DuplicateKeyError as error:
         first, second = error.context_mark, error.problem_mark
         key = str(error.problem).split('"')[1] if '"' in str(error.problem) else "?"
+        lines = text.splitlines()[first.line : second.line + 1]
+        begins = [line[second.column :].startswith(key) for line in lines]
+        line = first.line + (begins.index(True) if True in begins else 0) + 1
         raise UserError(
-            f"{source}:{second.line + 1}: the key {key} is given twice in the mapping that begins "
-            f"at line {first.line + 1}; keep one of them."
+            f"{source}:{second.line + 1}: the key {key} is given twice, first at line {line}; "
+            f"keep one of them."
         ) from error
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark

@@ -57,10 +57,10 @@ class Session:
         for line in found.skipped:
             self._screen.tell(line)
         if found.info is None:
-            if any("damaged" in line for line in found.skipped):
+            if damaged := [line for line in found.skipped if "damaged" in line]:
                 raise UserError(
-                    f"{self._folder.checkpoints} holds no complete checkpoint; remove the damaged "
-                    f"ones to start at step 0, or give the run another name."
+                    f"{self._folder.checkpoints} holds no complete checkpoint: {damaged[0]}; "
+                    f"remove the damaged ones to start at step 0, or give the run another name."
                 )
             self._screen.tell(f"{self._folder.path} has no checkpoint; starting at step 0")
             return False

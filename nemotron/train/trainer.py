@@ -11,6 +11,7 @@ from torch import Tensor
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import MODEL_PREFIX, load_tensors, read_state
 from nemotron.data.loader import TrainingData
+from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import update_router_bias
 from nemotron.precision.apply import apply as apply_precision
@@ -136,6 +137,11 @@ class Trainer:
             UserError: when the checkpoint does not fit the model, or the data was changed.
         """
         saved = read_state(info)
+        if "data" not in saved:
+            raise UserError(
+                f"{info.folder} holds weights only, nothing to go on from; "
+                f"start a new run with init_from: {info.folder}."
+            )
         self.data.check_fingerprint(saved["data"])
         tensors = self.tensors()
         load_tensors(info, tensors)

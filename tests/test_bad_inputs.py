@@ -1,0 +1,423 @@
+"""Bad inputs: each gets exit code 2 and one sentence, and changes nothing on the disk."""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from nemotron.cli import run
+from nemotron.data.prepare import write_shard
+from nemotron.data.tokenizer import load_tokenizer
+
+RECIPE = """\
+name: mine
+output: runs
+device: cpu
+model:
+  vocab_size: 4096
+  hidden_size: 24
+  hybrid_override_pattern: ME*-
+  mamba_num_heads: 4
+  mamba_head_dim: 6
+  n_groups: 2
+  ssm_state_size: 8
+  num_attention_heads: 4
+  num_key_value_heads: 2
+  head_dim: 6
+  intermediate_size: 40
+  n_routed_experts: 6
+  num_experts_per_tok: 2
+  moe_intermediate_size: 20
+  moe_shared_expert_intermediate_size: 28
+  num_nextn_predict_layers: 1
+  mtp_hybrid_override_pattern: "*E"
+data:
+  cache: cache
+  seq_len: 32
+  validation_fraction: 0.1
+  sources:
+    - {name: text, weight: 1.0, prefix: shards/text}
+batch:
+  global_tokens: 128
+  micro_batch: 2
+schedule:
+  peak: 1.0e-2
+  total_steps: 4
+  warmup_steps: 1
+  decay_steps: 2
+optimizer:
+  weight_decay: 0.1
+checkpoint:
+  every_steps: 2
+  keep: 2
+evaluation:
+  every_steps: 4
+  tokens: 64
+"""
+
+
+@pytest.fixture(scope="session")
+def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which everything is right: recipe, shards, a stopped run, its export."""
+    world = tmp_path_factory.mktemp("valid")
+    tokenizer = load_tokenizer("embedded")
+    (world / "shards").mkdir()
+    texts = [f"Text {i}: the river runs to the sea, and stone {i % 7} stays.\n" for i in range(90)]
+    write_shard(texts, world / "shards" / "text", tokenizer)
+    (world / "mine.yaml").write_text(RECIPE)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world)
+        assert run(["train", "mine.yaml"]) == 0
+        assert run(["train", "mine.yaml", "name=half", "--stop-at", "2"]) == 75
+        assert run(["export", "runs/mine", "--out", "exported"]) == 0
+    return world
+
+
+@pytest.fixture
+def world(valid: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of it to break, as the current folder."""
+    copy = tmp_path / "world"
+    shutil.copytree(valid, copy, symlinks=True)
+    monkeypatch.chdir(copy)
+    return copy
+
+
+TRAIN = ["train", "mine.yaml", "name=new"]
+CHECK = ["recipe", "check", "mine.yaml"]
+RESUME = ["train", "mine.yaml", "name=half", "--resume"]
+IMPORT = ["import", "exported", "--out", "imported"]
+GENERATE = ["generate", "runs/mine", "--prompt", "The river"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is broken, the command, and what the answer must name."""
+
+    name: str
+    spoil: Callable[[Path], object]
+    command: list[str]
+    words: tuple[str, ...]
+
+
+def edit(old: str, new: str) -> Callable[[Path], object]:
+    """Replace a piece of the recipe."""
+
+    def spoil(world: Path) -> None:
+        text = (world / "mine.yaml").read_text()
+        assert old in text
+        (world / "mine.yaml").write_text(text.replace(old, new, 1))
+
+    return spoil
+
+
+def line(old: str) -> int:
+    return RECIPE[: RECIPE.index(old)].count("\n") + 1
+
+
+def write(name: str, content: str | bytes) -> Callable[[Path], object]:
+    data = content.encode() if isinstance(content, str) else content
+    return lambda world: (world / name).write_bytes(data)
+
+
+def nothing(world: Path) -> None:
+    """Leave everything as it is: the command itself is wrong."""
+
+
+def remove(name: str) -> Callable[[Path], object]:
+    return lambda world: (world / name).unlink()
+
+
+def truncate(name: str, by: int) -> Callable[[Path], object]:
+    return lambda world: os.truncate(world / name, (world / name).stat().st_size - by)
+
+
+def patch(name: str, at: int, data: bytes) -> Callable[[Path], object]:
+    """Overwrite bytes; a negative place counts from the end."""
+
+    def spoil(world: Path) -> None:
+        with open(world / name, "r+b") as file:
+            file.seek(at, os.SEEK_SET if at >= 0 else os.SEEK_END)
+            file.write(data)
+
+    return spoil
+
+
+def both(*steps: Callable[[Path], object]) -> Callable[[Path], object]:
+    return lambda world: [step(world) for step in steps]
+
+
+def occupy(name: str) -> Callable[[Path], object]:
+    """Put a folder with a file in it where something is to be written."""
+
+    def spoil(world: Path) -> None:
+        (world / name).mkdir()
+        (world / name / "mine.txt").write_text("kept")
+
+    return spoil
+
+
+def weights(change: Callable[[dict], object]) -> Callable[[Path], object]:
+    """Change the tensors of the export, whose hash is then no longer known."""
+
+    def spoil(world: Path) -> None:
+        (file,) = (world / "exported").glob("*.safetensors")
+        tensors = load_file(file)
+        change(tensors)
+        save_file(tensors, file, metadata={"format": "pt"})
+        index = world / "exported" / "model.safetensors.index.json"
+        if index.exists():
+            values = json.loads(index.read_text())
+            values["weight_map"] = dict.fromkeys(tensors, file.name)
+            index.write_text(json.dumps(values))
+
+    return spoil
+
+
+PICKLE = b"\x80\x04cos\nsystem\n(S'touch executed'\ntR."
+
+RECIPE_ROWS = [
+    Row("1 unknown key", edit("optimizer:", "optimzer:"), CHECK,
+        (f"mine.yaml:{line('optimizer:')}", "optimzer", "`optimizer`")),
+    Row("2 wrong section", edit("  seq_len: 32", "  seq_len: 32\n  weight_decay: 0.1"), CHECK,
+        (f"mine.yaml:{line('seq_len') + 1}", "weight_decay", "belongs under `optimizer`")),
+    Row("3 text for a number", edit("peak: 1.0e-2", "peak: fast"), CHECK,
+        (f"mine.yaml:{line('peak')}", "schedule.peak", "fast", "number")),
+    Row("3 fraction for a whole number", edit("total_steps: 4", "total_steps: 1.5"), CHECK,
+        (f"mine.yaml:{line('total_steps')}", "schedule.total_steps", "1.5", "whole number")),
+    Row("3 truth for a number", edit("total_steps: 4", "total_steps: true"), CHECK,
+        ("schedule.total_steps", "true", "whole number")),
+    Row("5 duplicate key", edit("  micro_batch: 2", "  micro_batch: 2\n  micro_batch: 1"), CHECK,
+        (f"{line('micro_batch')}", f"{line('micro_batch') + 1}", "micro_batch")),
+    Row("6 tab", edit("  seq_len: 32", "\tseq_len: 32"), CHECK, ("mine.yaml:", r"'\t'")),
+    Row("6 bad indent", edit("  seq_len: 32", "   seq_len: 32"), CHECK, ("mine.yaml",)),
+    Row("6 not a mapping", write("mine.yaml", "- a\n- b\n"), CHECK, ("mine.yaml", "mapping")),
+    Row("6 empty", write("mine.yaml", ""), CHECK, ("mine.yaml", "empty")),
+    Row("6 binary", write("mine.yaml", bytes(range(256))), CHECK, ("mine.yaml",)),
+    Row("6 missing file", remove("mine.yaml"), CHECK, ("mine.yaml", "no such file")),
+    Row("6 folder", both(remove("mine.yaml"), lambda w: (w / "mine.yaml").mkdir()), CHECK,
+        ("mine.yaml",)),
+    Row("7 base missing", edit("name: mine", "extends: base.yaml\nname: mine"), CHECK,
+        ("mine.yaml -> base.yaml", "does not exist")),
+    Row("7 circle", both(edit("name: mine", "extends: b.yaml\nname: mine"),
+        write("b.yaml", "extends: mine.yaml\n")), CHECK, ("mine.yaml -> b.yaml -> mine.yaml",)),
+    Row("8 missing path", nothing, [*CHECK, "schedule.a.b=1"],
+        ("command line", "the key a is unknown under schedule")),
+    Row("8 no equals sign", nothing, [*CHECK, "schedule.peak"], ("schedule.peak", "key=value")),
+    Row("9 unresolved", edit("peak: 1.0e-2", "peak: ${schedule.peek}"), CHECK,
+        (f"mine.yaml:{line('peak')}", "schedule.peak", "${schedule.peek}")),
+    Row("9 circle", both(edit("peak: 1.0e-2", "peak: ${schedule.min}"),
+        edit("  warmup_steps", "  min: ${schedule.peak}\n  warmup_steps")), CHECK,
+        ("schedule.peak", "${schedule.min}")),
+    Row("10 letter", edit("pattern: ME*-", "pattern: MEX-"), CHECK,
+        ("'X'", "position 2", "M", "*", "E", "-")),
+    Row("10 empty pattern", edit("pattern: ME*-", "pattern: ''"), CHECK,
+        ("hybrid_override_pattern",)),
+    Row("11 length", edit("vocab_size: 4096", "vocab_size: 4096\n  num_hidden_layers: 5"), CHECK,
+        ("num_hidden_layers = 5", "4")),
+    Row("12 too many experts a token", edit("per_tok: 2", "per_tok: 7"), CHECK, ("7", "6")),
+    Row("12 no expert", edit("per_tok: 2", "per_tok: 0"), CHECK, ("num_experts_per_tok", "0")),
+    Row("12 groups", edit("per_tok: 2", "per_tok: 2\n  n_group: 4\n  topk_group: 2"), CHECK,
+        ("n_group", "4", "6")),
+    Row("13 heads", edit("key_value_heads: 2", "key_value_heads: 3"), CHECK,
+        ("num_attention_heads", "4", "num_key_value_heads", "3")),
+    Row("13 mamba groups", edit("n_groups: 2", "n_groups: 3"), CHECK,
+        ("mamba_num_heads", "4", "n_groups", "3")),
+    Row("16 global batch", edit("global_tokens: 128", "global_tokens: 100"), CHECK,
+        ("global_tokens = 100", "32", "nearest is 96")),
+    Row("16 micro batch", edit("micro_batch: 2", "micro_batch: 3"), CHECK,
+        ("micro_batch = 3", "4 rows", "nearest is")),
+    Row("17 row length", edit("hidden_size: 24", "hidden_size: 24\n  max_position_embeddings: 16"),
+        CHECK, ("seq_len = 32", "16")),
+    Row("19 missing package", nothing, [*TRAIN, "ops.ssd=mamba_ssm"],
+        ("mamba_ssm", "pip install", "remove the key")),
+    Row("19 unknown backend", nothing, [*TRAIN, "ops.ssd=fastest"], ("fastest", "chunked")),
+    Row("20 negative rate", edit("peak: 1.0e-2", "peak: -1"), CHECK, ("schedule.peak", "-1")),
+    Row("20 rate is no number", edit("peak: 1.0e-2", "peak: .nan"), CHECK,
+        ("schedule.peak", "nan")),
+    Row("20 infinite rate", edit("peak: 1.0e-2", "peak: .inf"), CHECK, ("schedule.peak", "inf")),
+    Row("20 warm-up too long", edit("warmup_steps: 1", "warmup_steps: 9"), CHECK,
+        ("warms up", "512")),
+    Row("20 no weight", edit("weight: 1.0", "weight: 0.0"), CHECK, ("weight", "0")),
+    Row("20 no sources", edit("    - {name: text, weight: 1.0, prefix: shards/text}", "    []"),
+        CHECK, ("sources",)),
+    Row("21 prediction without pattern", edit('  mtp_hybrid_override_pattern: "*E"\n', ""), CHECK,
+        ("mtp_hybrid_override_pattern",)),
+    Row("21 negative loss weight", nothing, [*CHECK, "loss.mtp_loss_factor=-0.1"],
+        ("mtp_loss_factor", "-0.1")),
+    Row("nothing reads it", edit("pattern: ME*-", "pattern: ME*E"), CHECK,
+        ("intermediate_size", "no effect", "no - layer")),
+]  # fmt: skip
+
+DATA_ROWS = [
+    Row("24 missing path", edit("prefix: shards/text", "prefix: shards/nothing"), TRAIN,
+        ("nothing.bin", "does not exist", "/world/")),
+    Row("25 bin without idx", remove("shards/text.idx"), TRAIN, ("text.idx", "does not exist")),
+    Row("25 idx without bin", remove("shards/text.bin"), TRAIN, ("text.bin", "does not exist")),
+    Row("25 magic", patch("shards/text.idx", 0, b"NOTANIDX"), TRAIN, ("text.idx", "MMIDIDX")),
+    Row("25 version", patch("shards/text.idx", 9, struct.pack("<Q", 7)), TRAIN,
+        ("text.idx", "version 7")),
+    Row("25 short idx", truncate("shards/text.idx", 8), TRAIN, ("text.idx", "bytes")),
+    Row("25 short bin", truncate("shards/text.bin", 10), TRAIN, ("text.bin", "bytes")),
+    Row("26 no token at all", lambda w: write_shard([], w / "shards" / "text",
+        load_tokenizer("embedded")), TRAIN, ("text", "no tokens")),
+    Row("27 id outside", both(patch("shards/text.bin", 0, b"\xff\xff"),
+        remove("shards/text.json")), TRAIN, ("65535", "document 0, position 0", "4095")),
+    Row("28 no tokenizer", nothing, [*TRAIN, "data.tokenizer=nowhere.json"],
+        ("nowhere.json", "does not exist")),
+    Row("28 not a tokenizer", write("t.json", "{}"), [*TRAIN, "data.tokenizer=t.json"],
+        ("t.json", "no tokenizer.json")),
+    Row("28 another tokenizer", lambda w: (w / "t.json").write_text(
+        (w / "runs/mine/tokenizer.json").read_text() + "\n"), [*TRAIN, "data.tokenizer=t.json"],
+        ("made with the tokenizer", "data.tokenizer is")),
+    Row("32 too little text", nothing, [*TRAIN, "data.max_epochs=0.01"],
+        ("passes", "max_epochs")),
+]  # fmt: skip
+
+SHARD = "exported/model-00001-of-00001.safetensors"
+
+FOLDER_ROWS = [
+    Row("35 cut short", truncate(SHARD, 100), IMPORT, ("model", "cut short", "bytes")),
+    Row("35 empty", write(SHARD, b""), IMPORT, ("model", "empty")),
+    Row("35 a web page", write(SHARD, "<!doctype html><p>404</p>"), IMPORT, ("model",)),
+    Row("36 flipped bit", patch(SHARD, -3, b"\x55"), IMPORT, ("model", "hash")),
+    Row("38 pickle for weights", write(SHARD, PICKLE), IMPORT, ("model",)),
+    Row("40 missing tensor", weights(lambda t: t.pop("backbone.norm_f.weight")), IMPORT,
+        ("missing", "backbone.norm_f.weight")),
+    Row("40 extra tensor", weights(lambda t: t.update(surplus=torch.zeros(2))), IMPORT,
+        ("too many", "surplus")),
+    Row("40 no prediction head", weights(
+        lambda t: [t.pop(name) for name in list(t) if name.startswith("mtp.")]), IMPORT,
+        ("missing", "mtp")),
+    Row("42 packed", weights(lambda t: t.update({
+        "lm_head.weight": torch.zeros(4096, 12, dtype=torch.uint8),
+        "lm_head.weight_scale": torch.zeros(4096, 2).to(torch.float8_e4m3fn)})), IMPORT,
+        ("NVFP4", "bfloat16")),
+    Row("42 another family", lambda w: (w / "exported/config.json").write_text(
+        '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'), IMPORT, ("llama",)),
+    Row("no configuration", remove("exported/config.json"), IMPORT, ("config.json",)),
+    Row("62 target of an import", occupy("imported"), IMPORT,
+        ("imported", "--overwrite")),
+    Row("62 target of an export", occupy("out"),
+        ["export", "runs/mine", "--out", "out"], ("out", "--overwrite")),
+    Row("62 inside the checkpoints", nothing,
+        ["export", "runs/mine", "--out", "runs/mine/checkpoints/out"], ("checkpoints",)),
+    Row("export of nothing", nothing, ["export", "runs/none"], ("runs/none", "does not exist")),
+]  # fmt: skip
+
+NEWEST = "runs/half/checkpoints/step-00000002"
+ONLY = f"{NEWEST}/__0_0.distcp"
+
+RUN_ROWS = [
+    Row("37 tensors missing", remove(ONLY), RESUME, ("step-00000002", "__0_0.distcp")),
+    Row("37 metadata empty", write(f"{NEWEST}/.metadata", b""), RESUME,
+        ("step-00000002", ".metadata")),
+    Row("36 flipped bit", patch(ONLY, -50, b"\x55\xaa"), RESUME, ("__0_0.distcp", "hash")),
+    Row("38 planted pickle", write(f"{NEWEST}/.metadata", PICKLE), RESUME,
+        ("step-00000002", ".metadata")),
+    Row("39 other width", nothing, [*RESUME, "model.hidden_size=48"],
+        ("hidden_size", "24", "48")),
+    Row("44 seed", nothing, [*RESUME, "seed=9"], ("seed", "1234", "9")),
+    Row("44 batch", nothing, [*RESUME, "batch.global_tokens=256"], ("global_tokens", "128", "256")),
+    Row("33 shard replaced", lambda w: write_shard(["Other text. " * 9] * 90, w / "shards" / "text",
+        load_tokenizer("embedded")), RESUME, ("text.bin", "tokens", "hash")),
+    Row("43 weights only", lambda w: [run(["import", "exported", "--out", "runs/half2"]),
+        edit("name: mine", "name: half2")(w)], ["train", "mine.yaml", "--resume"],
+        ("runs/half2", "init_from")),
+    Row("46 finished", nothing, ["train", "mine.yaml"], ("runs/mine", "finished", "name")),
+    Row("46 not finished", nothing, ["train", "mine.yaml", "name=half"], ("half", "--resume")),
+    Row("46 another recipe", nothing, ["train", "mine.yaml", "name=half", "schedule.peak=3e-3"],
+        ("schedule.peak", "0.01", "0.003")),
+    Row("a file in its place", write("runs/new", ""), TRAIN, ("runs/new", "file")),
+    Row("48 init_from nowhere", nothing, [*TRAIN, "init_from=nowhere"],
+        ("nowhere", "does not exist")),
+    Row("39 init_from another size", nothing, [*TRAIN, "init_from=runs/mine",
+        "model.hidden_size=48"], ("init_from", "hidden_size")),
+    Row("54 no GPU", nothing, [*TRAIN, "device=cuda"], ("cuda", "doctor")),
+    Row("temperature", nothing, [*GENERATE, "--temperature", "-1"], ("temperature", "-1")),
+    Row("top p", nothing, [*GENERATE, "--top-p", "1.5"], ("top_p", "1.5")),
+    Row("empty prompt", nothing, ["generate", "runs/mine", "--prompt", ""], ("prompt",)),
+    Row("generate from nothing", nothing, ["generate", "nowhere", "--prompt", "a"],
+        ("nowhere", "does not exist")),
+    Row("generate without checkpoint", lambda w: shutil.rmtree(w / "runs/mine/checkpoints"),
+        GENERATE, ("runs/mine",)),
+    Row("unknown command", nothing, ["trian"], ("trian",)),
+    Row("unknown option", nothing, [*TRAIN, "--resum"], ("--resum", "--resume")),
+    Row("no recipe", nothing, ["train"], ("RECIPE",)),
+    Row("unknown tracker", nothing, [*TRAIN, "logging.trackers=[wnadb]"], ("wnadb", "wandb")),
+]  # fmt: skip
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """Return every path below the folder with what is there.
+
+    The cache may gain what is known of good shards, and a lock names who held it last.
+    """
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_relative_to(folder / "cache") or path.name == "lock":
+            continue
+        if path.is_symlink() or path.is_dir():
+            found[str(path)] = os.readlink(path) if path.is_symlink() else "folder"
+        else:
+            found[str(path)] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+@pytest.mark.parametrize(
+    "row", RECIPE_ROWS + DATA_ROWS + FOLDER_ROWS + RUN_ROWS, ids=lambda row: row.name
+)
+def test_a_bad_input_gets_one_sentence(row: Row, world: Path, capsys: pytest.CaptureFixture):
+    if row.name.startswith("54") and torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    row.spoil(world)
+    before = snapshot(world)
+    capsys.readouterr()
+    code = run(row.command)
+    answer = capsys.readouterr().err
+    assert code == 2, answer
+    assert len(answer.strip().splitlines()) <= 3
+    missing = [word for word in row.words if word not in answer]
+    assert not missing, answer
+    assert "Traceback" not in answer
+    assert snapshot(world) == before
+
+
+def test_numbers_may_be_written_as_people_do(world: Path, capsys: pytest.CaptureFixture):
+    # row 4 of the table is no mistake
+    for text in ("1e-2", "1.0e-2", "0.01", ".01"):
+        assert run([*CHECK, f"schedule.peak={text}"]) == 0
+    assert run([*CHECK, "schedule.total_steps=1_000"]) == 0
+
+
+def test_a_run_in_use_is_named_with_its_holder(world: Path, capsys: pytest.CaptureFixture):
+    from nemotron.recipe.load import load_recipe
+    from nemotron.train.run_directory import RunDirectory
+
+    config = load_recipe("mine.yaml", ["name=half"]).config
+    with RunDirectory(config):
+        before = snapshot(world)
+        assert run(RESUME) == 2
+        answer = capsys.readouterr().err
+        assert f"in use by process {os.getpid()}" in answer or str(os.getpid()) in answer
+        assert socket.gethostname() in answer
+        assert snapshot(world) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux" or os.geteuid() != 0, reason="needs chattr as root")
+def test_a_folder_that_cannot_be_written_is_found_before_training(
+    world: Path, capsys: pytest.CaptureFixture
+):
+    # root may write where modes forbid it, so a file stands where the folder should be
+    (world / "blocked").write_text("")
+    assert run([*TRAIN, "output=blocked/runs"]) == 2
+    assert "blocked" in capsys.readouterr().err
