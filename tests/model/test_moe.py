@@ -1,0 +1,85 @@
+import pytest
+import torch
+from models import build_config
+
+from nemotron.model import moe
+from nemotron.model.moe import MoE
+
+
+def build_layer(**changes: object) -> MoE:
+    generator = torch.Generator().manual_seed(2)
+    layer = MoE(build_config(**changes)).double()
+    with torch.no_grad():
+        for tensor in [*layer.parameters(), *layer.buffers()]:
+            tensor.copy_(0.4 * torch.randn(tensor.shape, generator=generator))
+    return layer
+
+
+def draw(rows: int, length: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(rows, length, 24, generator=generator, dtype=torch.float64)
+
+
+def by_token(layer: MoE, x: torch.Tensor) -> torch.Tensor:
+    """Token after token, weights after the down projection as transformers has them."""
+    routing = layer.gate(x.flatten(0, 1))
+    results = []
+    for t, u in enumerate(x.flatten(0, 1)):
+        latent = u if layer.fc1_latent_proj is None else layer.fc1_latent_proj.weight @ u
+        total = torch.zeros_like(latent)
+        for expert, weight in zip(routing.experts[t], routing.weights[t], strict=True):
+            hidden = (layer.experts.up_proj[expert] @ latent).relu() ** 2
+            total = total + weight * (layer.experts.down_proj[expert] @ hidden)
+        if layer.fc2_latent_proj is not None:
+            total = layer.fc2_latent_proj.weight @ total
+        shared = (layer.shared_experts.up_proj.weight @ u).relu() ** 2
+        results.append(total + layer.shared_experts.down_proj.weight @ shared)
+    return torch.stack(results).view_as(x)
+
+
+@pytest.mark.parametrize("multiple", [1, 4, 64])
+@pytest.mark.parametrize("latent", [None, 9])
+def test_the_layer_is_a_loop_over_tokens(
+    monkeypatch: pytest.MonkeyPatch, latent: int | None, multiple: int
+):
+    monkeypatch.setattr(moe, "row_multiple", lambda _: multiple)
+    layer, x = build_layer(moe_latent_size=latent), draw(2, 13).requires_grad_()
+    found, _ = layer(x)
+    expected = by_token(layer, x)
+    assert (found - expected).abs().max() <= 1e-12
+    inputs = [x, *layer.parameters()]
+    cotangent = torch.randn(found.shape, dtype=torch.float64)
+    for ours, theirs in zip(
+        torch.autograd.grad(found, inputs, cotangent),
+        torch.autograd.grad(expected, inputs, cotangent),
+        strict=True,
+    ):
+        assert (ours - theirs).abs().max() <= 1e-11 * max(1.0, theirs.abs().max().item())
+
+
+def test_no_token_is_dropped_when_all_want_the_same_experts():
+    layer, x = build_layer(), draw(1, 40)
+    layer.gate.e_score_correction_bias.copy_(torch.tensor([9.0, 9, 9, 0, 0, 0, 0]))
+    assert layer.gate(x.flatten(0, 1)).counts.tolist() == [40, 40, 40, 0, 0, 0, 0]
+    assert (layer(x)[0] - by_token(layer, x)).abs().max() <= 1e-12
+
+
+def test_identity_projections_make_a_latent_layer_a_plain_one():
+    plain, latent = build_layer(moe_latent_size=None), build_layer(moe_latent_size=24)
+    with torch.no_grad():
+        latent.fc1_latent_proj.weight.copy_(torch.eye(24))
+        latent.fc2_latent_proj.weight.copy_(torch.eye(24))
+        for part in ("gate", "experts", "shared_experts"):
+            getattr(latent, part).load_state_dict(getattr(plain, part).state_dict())
+    x = draw(2, 9)
+    assert (plain(x)[0] - latent(x)[0]).abs().max() <= 1e-13
+
+
+def test_bfloat16_stays_near_float64():
+    layer, x = build_layer(), draw(2, 50)
+    exact = layer(x)[0]
+    narrow = layer.float()(x.bfloat16())[0]
+    assert narrow.dtype == torch.bfloat16
+    # a few tokens may choose another expert, because the router reads rounded inputs
+    error = (narrow.double() - exact).norm() / exact.norm()
+    assert error <= 3e-2

@@ -1,0 +1,44 @@
+import torch
+from models import build, gradients, tokens
+
+from nemotron.data.batch import Batch
+from nemotron.train.config import LossConfig
+from nemotron.train.loss import count_tokens, losses, objective
+
+
+def test_computing_blocks_again_changes_no_bit_and_counts_no_token_twice():
+    config = LossConfig(mtp_num_depths=2)
+    batch = Batch(tokens(2, 33), tokens(2, 33, seed=1), torch.arange(33).ge(20).int().expand(2, 33))
+    results = []
+    for again in (False, True):
+        model = build(dtype=torch.float32)
+        model.recompute_blocks = again
+        terms = losses(model, batch, config)
+        loss = objective(terms, count_tokens(batch, 2), config)
+        found = gradients(model, loss)
+        results.append((loss.detach(), found, [stats.counts for stats in terms.routing]))
+    (loss, grads, counts), (loss_again, grads_again, counts_again) = results
+    assert torch.equal(loss, loss_again)
+    assert grads.keys() == grads_again.keys()
+    for name, gradient in grads.items():
+        assert torch.equal(gradient, grads_again[name]), name
+    for one, two in zip(counts, counts_again, strict=True):
+        assert torch.equal(one, two)
+        assert int(one.sum()) == 2 * 33 * 3
+
+
+def test_less_is_kept_for_the_backward_pass():
+    kept = []
+    for again in (False, True):
+        model = build(dtype=torch.float32)
+        model.recompute_blocks = again
+        sizes = []
+
+        def keep(tensor: torch.Tensor, sizes: list = sizes) -> torch.Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(tokens(2, 64))
+        kept.append(sum(sizes))
+    assert kept[1] < kept[0] / 4
