@@ -211,12 +211,17 @@ def run(arguments: list[str] | None = None) -> int:
     except typer.Exit as error:
         return error.exit_code
     except typer.TyperException as error:
+        if not (message := _message(error)):
+            return WRONG_INPUT  # no command was given, and the help has been shown
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "nemotron"
-        return _tell(f"{_message(error)} See {command} --help.", WRONG_INPUT)
+        return _tell(f"{message} See {command} --help.", WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit) as error:
+        # typer turns a broken pipe that it sees into an exit
+        if BrokenPipeError not in (type(error), type(error.__context__)):
+            raise
         # whoever read our output has left; give the interpreter somewhere to flush to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
@@ -225,7 +230,7 @@ def run(arguments: list[str] | None = None) -> int:
 def _message(error: typer.TyperException) -> str:
     format_message = getattr(error, "format_message", None)
     text = " ".join(str(format_message() if format_message else error).split())
-    return text if text.endswith(".") else f"{text}."
+    return text if not text or text.endswith(".") else f"{text}."
 
 
 def _tell(sentence: str, code: int) -> int:
