@@ -33,7 +33,7 @@ format: $(STAMP)  ## Put the code into the house's format
 	$(BIN)/ruff check --fix .
 
 typed: $(STAMP)  ## Run the tests of model and operations with checked shape types
-	$(BIN)/python -m pytest tests/ops tests/model --jaxtyping-packages=nemotron,beartype.beartype
+	$(BIN)/python -m pytest tests/ops tests/model --jaxtyping-packages=nemotron.ops,nemotron.model,beartype.beartype
 
 bench: $(STAMP)  ## Compare speed and memory with transformers
 	$(BIN)/python tools/bench.py

@@ -26,8 +26,8 @@ def attention(
     return y.view_as(q)
 
 
-def _document_ends(seq_idx: Int[Tensor, "B T"]) -> tuple[Int[Tensor, " documents+1"], int]:
-    """Return where documents end, counted through all rows from 0, and the longest length."""
+def _document_ends(seq_idx: Int[Tensor, "B T"]) -> tuple[Int[Tensor, " N"], int]:
+    """Return the documents' first tokens in all rows end to end, the end, and the longest."""
     first = torch.ones_like(seq_idx, dtype=torch.bool)
     first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
     starts = first.flatten().nonzero().flatten()
