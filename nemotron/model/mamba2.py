@@ -1,6 +1,7 @@
 """The Mamba-2 mixer (Dao & Gu 2024, "Transformers are SSMs"), as Megatron-LM trains it."""
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,7 +53,7 @@ class Mamba2(nn.Module):
         """Mix the tokens; a given `state` is continued and brought up to date in place."""
         if state is not None and seq_idx is None and u.shape[1] == 1:
             return self.step(u, state)
-        z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
+        z, xBC, dt = _Split.apply(self.in_proj(u), self.splits)
         conv_state = state.conv if state is not None else None
         mixed = causal_conv1d(
             xBC,
@@ -62,7 +63,7 @@ class Mamba2(nn.Module):
             seq_idx=seq_idx,
         )
         inner, bc = self.splits[0], self.num_groups * self.state_size
-        x, B, C = mixed.split([inner, bc, bc], dim=-1)
+        x, B, C = _Split.apply(mixed, [inner, bc, bc])
         y = ssd(
             x.unflatten(-1, (self.num_heads, self.head_dim)),  # [B, T, H, P]
             self._time_step(dt),
@@ -109,6 +110,22 @@ class Mamba2(nn.Module):
         """Return the step size, in float32 as the CUDA kernels do: exp() amplifies rounding."""
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         return dt if self.time_step_limit == (0.0, math.inf) else dt.clamp(*self.time_step_limit)
+
+
+class _Split(torch.autograd.Function):
+    """Cut the channels; backward writes each part in its place with all cores, torch's with one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, sizes: list[int]) -> tuple[Tensor, ...]:
+        ctx.sizes = sizes
+        return x.split(sizes, dim=-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        whole = grads[0].new_empty(*grads[0].shape[:-1], sum(ctx.sizes))
+        for part, grad in zip(whole.split(ctx.sizes, dim=-1), grads, strict=True):
+            part.copy_(grad)
+        return whole, None
 
 
 def _last_inputs(

@@ -1,6 +1,5 @@
 """Squared-ReLU feed-forward: the dense layer `-` and the shared expert."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -8,9 +7,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron.model.linear import Linear
-
-BLOCK_ELEMENTS = 1 << 17
-"""Elements that a CPU treats at once: what they become on the way then stays in its cache."""
+from nemotron.ops.blocks import row_blocks
 
 
 class _SquaredReLU(torch.autograd.Function):
@@ -37,7 +34,7 @@ class _WeightedSquaredReLU(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         result = torch.empty_like(x)
-        for x_rows, weight_rows, result_rows in _blocks(x, weight, result):
+        for x_rows, weight_rows, result_rows in row_blocks(x, weight, result):
             y = x_rows.to(weight.dtype).relu()
             result_rows.copy_(y.square_().mul_(weight_rows))
         return result
@@ -46,7 +43,7 @@ class _WeightedSquaredReLU(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
         x, weight = ctx.saved_tensors
         grad_x, grad_weight = torch.empty_like(x), torch.empty_like(weight)
-        for x_rows, weight_rows, grad_rows, grad_x_rows, grad_weight_rows in _blocks(
+        for x_rows, weight_rows, grad_rows, grad_x_rows, grad_weight_rows in row_blocks(
             x, weight, grad, grad_x, grad_weight
         ):
             y = x_rows.to(weight.dtype).relu()
@@ -54,13 +51,6 @@ class _WeightedSquaredReLU(torch.autograd.Function):
             torch.sum(y.mul_(product), -1, keepdim=True, out=grad_weight_rows)
             grad_x_rows.copy_(product.mul_(weight_rows * 2))
         return grad_x, grad_weight
-
-
-def _blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Cut matrices of equal length into blocks of rows; on a GPU one block is all of them."""
-    rows, width = tensors[0].shape
-    height = max(1, BLOCK_ELEMENTS // width) if tensors[0].device.type == "cpu" else max(1, rows)
-    return zip(*(tensor.split(height) for tensor in tensors), strict=True)
 
 
 def squared_relu(

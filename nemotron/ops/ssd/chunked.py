@@ -193,8 +193,8 @@ class _Block:
         # d loss / d cs gains in t and loses in s from each pair; t = s would only add rounding
         pairs.mul_(self.CB.tril(-1).unsqueeze(1))
         # sums that nearly cancel are taken in float64: a long time step multiplies what is left
-        double = torch.float64
-        dcs = pairs.sum(-1, dtype=double).sub_(pairs.sum(-2, dtype=double))  # [bnG R Q]
+        exact = pairs.double()
+        dcs = exact.sum(-1).sub_(exact.sum(-2))  # [bnG R Q]
         weights = self.decay.mul_(self.CB.unsqueeze(1)).view(-1, Q, Q)
         du = self._from_heads(torch.bmm(weights.mT, dy_heads))
 
