@@ -1,45 +1,163 @@
+"""The command line: help that is true, exit codes, what each command hands on."""
+
+import os
 import re
+import shlex
 import subprocess
 import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
 import nemotron
-from nemotron.cli import run
+from nemotron.cli import app, run
 
-COMMANDS = ["train", "recipe", "doctor", "generate", "export", "import"]
+ROOT = Path(__file__).parents[1]
+RECIPE = str(ROOT / "recipes/tiny/smoke.yaml")
 
 
-def test_every_command_is_listed_with_one_line(capsys: pytest.CaptureFixture):
+def leaves(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """Yield every command that does something, with the words that call it."""
+    if not hasattr(command, "commands"):
+        yield words, command
+    for name, inner in getattr(command, "commands", {}).items():
+        yield from leaves(inner, (*words, name))
+
+
+COMMANDS = dict(leaves(typer.main.get_command(app)))
+
+
+def python(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=ROOT)
+
+
+def spoken(words: Sequence[str]) -> str:
+    return " ".join(words)
+
+
+def test_these_are_the_commands():
+    assert set(map(spoken, COMMANDS)) == {
+        "train",
+        "recipe show",
+        "recipe check",
+        "recipe diff",
+        "recipe schema",
+        "doctor",
+        "generate",
+        "export",
+        "import",
+    }
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]):
     assert run(["--help"]) == 0
-    output = capsys.readouterr().out
-    for command in COMMANDS:
-        assert re.search(rf"{command}\s+\w+", output), command
+    top = capsys.readouterr().out
+    assert run(["recipe", "--help"]) == 0
+    recipe = capsys.readouterr().out
+    for words in COMMANDS:
+        assert re.search(rf"^\W*{words[0]}\s", top, re.MULTILINE)
+        if len(words) > 1:
+            assert re.search(rf"^\W*{words[1]}\s", recipe, re.MULTILINE)
 
 
-@pytest.mark.parametrize("command", [*COMMANDS, "recipe show", "recipe check", "recipe diff"])
-def test_every_command_explains_itself_with_an_example(command: str, capsys: pytest.CaptureFixture):
-    assert run([*command.split(), "--help"]) == 0
-    output = capsys.readouterr().out
-    assert "Usage" in output
-    if command != "recipe":
-        assert "Example: nemotron" in output
+@pytest.mark.parametrize("words", COMMANDS, ids=spoken)
+def test_every_command_and_option_is_explained(
+    words: tuple[str, ...], capsys: pytest.CaptureFixture[str]
+):
+    assert run([*words, "--help"]) == 0
+    answer = capsys.readouterr().out
+    command = COMMANDS[words]
+    assert command.help
+    for parameter in command.params:
+        assert getattr(parameter, "help", None), parameter.name
+        if parameter.param_type_name == "option":
+            assert parameter.opts[0] in answer
 
 
-def test_the_module_is_the_command():
-    command = [sys.executable, "-m", "nemotron", "--version"]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert nemotron.__version__ in done.stdout
+@pytest.mark.parametrize("words", COMMANDS, ids=spoken)
+def test_the_example_of_every_command_is_understood(
+    words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+):
+    command = COMMANDS[words]
+    label, _, example = command.epilog.partition(": nemotron ")
+    assert label == "Example"
+    arguments = shlex.split(example.partition(" > ")[0])
+    assert tuple(arguments[: len(words)]) == words
+    # parses as the command line would, and runs nothing
+    given = command.make_context(words[-1], arguments[len(words) :]).params
+    monkeypatch.chdir(ROOT)
+    for key in {"recipe", "first", "second"} & given.keys():
+        assert Path(given[key]).is_file()
 
 
-def test_no_command_shows_the_help(capsys: pytest.CaptureFixture):
-    assert run([]) in (0, 2)
-    captured = capsys.readouterr()
-    assert "train" in captured.out + captured.err
+def test_the_module_runs_as_a_program():
+    done = python("-m", "nemotron", "--version")
+    assert (done.returncode, done.stdout) == (0, f"nemotron {nemotron.__version__}\n")
+    assert done.stderr == ""
 
 
-def test_output_into_a_closed_pipe_is_no_error():
-    command = f"{sys.executable} -m nemotron recipe schema | head -1"
-    done = subprocess.run(command, shell=True, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "{"
-    assert not done.stderr
+def test_a_mistake_ends_the_program_with_two_and_one_line():
+    done = python("-m", "nemotron", "recipe", "check", RECIPE, "seed=many")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "nemotron: command line: seed = many must be a whole number.\n"
+
+
+@pytest.mark.parametrize("words", [[], ["recipe"]], ids=spoken)
+def test_no_command_shows_the_help_and_nothing_else(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+):
+    assert run(words) == 2
+    answer = capsys.readouterr()
+    assert answer.out + answer.err
+    assert run([*words, "--help"]) == 0
+    assert capsys.readouterr().out.strip() == (answer.out + answer.err).strip()
+
+
+# more than a buffer, so that the command meets the closed pipe, and less, so that the end does
+@pytest.mark.parametrize(
+    "words", [["recipe", "schema"], ["recipe", "check", RECIPE]], ids=["more", "less"]
+)
+def test_a_reader_that_has_left_is_no_error(words: list[str]):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "nemotron", *words],
+            stdout=writing,
+            stderr=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+        )
+    finally:
+        os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_control_characters_of_what_was_typed_are_shown_not_sent(
+    capsys: pytest.CaptureFixture[str],
+):
+    assert run(["recipe", "check", "\x1b[31mred.yaml"]) == 2
+    answer = capsys.readouterr().err
+    assert "\x1b" not in answer
+    assert r"\x1b[31mred.yaml" in answer
+
+
+def test_a_dry_run_says_what_would_run_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(["train", RECIPE, "--dry-run"]) == 0
+    answer = capsys.readouterr().out
+    assert "6 steps, 1,536 tokens" in answer
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interruption_ends_with_130(monkeypatch: pytest.MonkeyPatch):
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nemotron.recipe.load.load_recipe", interrupted)
+    assert run(["recipe", "check", RECIPE]) == 130
