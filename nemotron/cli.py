@@ -168,7 +168,9 @@ def export(
         bool, typer.Option("--mamba-fp32", help="Write A_log, D and dt_bias in float32.")
     ] = False,
     check: Annotated[bool, typer.Option(help="End with the self-check.")] = True,
-    max_shard_gb: Annotated[float, typer.Option(help="Largest file, in 10^9 bytes.")] = 5.0,
+    max_shard_gb: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Largest file, in 10^9 bytes.")
+    ] = 5.0,
 ) -> int:
     """Write the model as a Hugging Face folder, and check it in a fresh process."""
     from nemotron.hf.command import export as run_export

@@ -79,6 +79,11 @@ def read_manifest(folder: Path) -> dict:
             f"has format {manifest.get('format')}, this version reads format {FORMAT}: "
             f"upgrade nemotron-train"
         )
+    if not isinstance(manifest.get("step"), int):
+        raise DamagedCheckpoint(f"{MANIFEST} names no step")
+    for name, entry in manifest["files"].items():
+        if not isinstance(entry, dict) or not {"bytes", "xxh128"} <= entry.keys():
+            raise DamagedCheckpoint(f"{MANIFEST} lacks size or hash of {name}")
     return manifest
 
 

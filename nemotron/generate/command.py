@@ -37,6 +37,9 @@ def generate(
         UserError: when a prompt is empty or a setting is impossible.
     """
     sampling = Sampling(temperature, top_k, top_p, seed)
+    for prompt in prompts:
+        if not _is_text(prompt):
+            raise UserError(f"prompt = {prompt!r} is not UTF-8 text; give it in that encoding.")
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     engine = Engine(prepare_weights(model.to(find_device(device))), {model.config.eos_token_id})
     rows = [TextStream(tokenizer) for _ in ids]
@@ -53,6 +56,11 @@ def generate(
     print(texts[0][shown:] if live else "\n\n".join(texts))
     print(engine.timing, file=sys.stderr)
     return 0
+
+
+def _is_text(prompt: str) -> bool:
+    """Say whether a word of the command line was UTF-8; Python keeps other bytes as surrogates."""
+    return not any("\ud800" <= character <= "\udfff" for character in prompt)
 
 
 def find_device(name: str) -> torch.device:

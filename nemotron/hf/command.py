@@ -78,8 +78,11 @@ def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> 
         )
     refuse_taken(target, KEPT_FOLDER, overwrite=overwrite)
     loaded = read_folder(origin)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = _fresh(target)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = _fresh(target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be made: {error.strerror}; choose another.") from error
     try:
         notes = write_run(origin, loaded, partial)
         publish(partial, target)

@@ -146,6 +146,8 @@ def _check_hashes(folder: Path, files: set[str]) -> None:
     if not (folder / REPORT).is_file():
         return
     hashes = read_json(folder / REPORT).get("xxh128", {})
+    if not isinstance(hashes, dict):
+        raise UserError(f"{folder / REPORT} is no report of an export; remove it.")
     for name in sorted(files):
         if name in hashes and hash_file(folder / name) != hashes[name]:
             raise UserError(

@@ -133,7 +133,7 @@ def read_json(path: Path) -> dict:
         content = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is no JSON object.")

@@ -108,21 +108,22 @@ def _merge(below: Document, above: Document) -> None:
     for path in list(below.places):
         if _replaced(below.values, above.values, path):
             del below.places[path]
-    # OmegaConf treats lists of mappings as one value, which is what "lists are replaced" means
-    merged = OmegaConf.merge(_container(below.values), _container(above.values))
-    assert isinstance(merged, DictConfig)
-    below.values = _raw(merged)
+    below.values = _laid_over(below.values, above.values)
     below.places.update(above.places)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = below.get(key)
+        if isinstance(old, dict) and isinstance(value, dict):
+            value = _laid_over(old, value)
+        merged[key] = value
+    return merged
 
 
 def _container(values: dict[str, Any]) -> DictConfig:
     return OmegaConf.create(values, flags={"allow_objects": False})
-
-
-def _raw(config: DictConfig) -> dict[str, Any]:
-    raw = OmegaConf.to_container(config, resolve=False)
-    assert isinstance(raw, dict)
-    return {str(key): value for key, value in raw.items()}
 
 
 def _replaced(below: Any, above: Any, path: Path_) -> bool:

@@ -173,4 +173,6 @@ def _join(*parts: str) -> str:
 
 
 def _duration(seconds: float | None) -> str:
-    return "-" if seconds is None else str(datetime.timedelta(seconds=round(seconds)))
+    if seconds is None or seconds > datetime.timedelta.max.total_seconds() / 2:
+        return "-"
+    return str(datetime.timedelta(seconds=round(seconds)))

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from nemotron.checkpoint.manifest import code_version
+from nemotron.errors import UserError
 from nemotron.files import write_json
 from nemotron.train.redaction import redact, redact_arguments
 
@@ -28,10 +29,17 @@ Facts = dict[str, Any]  # Any: nested JSON
 
 
 def record_start(path: Path, step: int, facts: Facts) -> str:
-    """Add an entry for this start of the run; returns the run's identifier, drawn once."""
+    """Add an entry for this start of the run; returns the run's identifier, drawn once.
+
+    Raises:
+        UserError: when the entries of earlier starts cannot be read.
+    """
     known: Facts = {"id": secrets.token_hex(4), "starts": []}
     if path.exists():
-        known = json.loads(path.read_text())
+        try:
+            known = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path} is no JSON: {error}; restore it or move it away.") from None
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     known["starts"].append(redact({"time": now, "step": step} | facts))
     write_json(path, known)

@@ -13,6 +13,7 @@ from types import TracebackType
 from typing import Any, NoReturn, Self
 
 from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from nemotron.checkpoint.find import steps
@@ -68,6 +69,10 @@ class RunDirectory:
         self._check_holder()
         if not self._holds_a_run():
             return
+        known = _flatten(self._config.model_dump())
+        for key in allow_changed:
+            if not any(_covers([key], name) for name in known):
+                raise UserError(f"--allow-changed {key}: the recipe has no such key; name one.")
         done = max(steps(self.checkpoints), default=0)
         allowed = (*FREE_TO_CHANGE, *allow_changed)
         changes = [line for key, line in self._changes() if not _covers(allowed, key)]
@@ -162,7 +167,16 @@ class RunDirectory:
         """Return each key that differs from the folder's recipe, with a clause old/new."""
         if not self.recipe.exists():
             return []
-        old = _flatten(YAML(typ="safe", pure=True).load(self.recipe.read_text()))
+        try:
+            read = YAML(typ="safe", pure=True).load(self.recipe.read_bytes().decode())
+        except (YAMLError, UnicodeDecodeError):
+            read = None
+        if not isinstance(read, dict):
+            raise UserError(
+                f"{self.recipe} is damaged, so what this run was is unknown; "
+                f"restore it, or give the new run another name."
+            )
+        old = _flatten(read)
         new = _flatten(_plain(self._config.model_dump()))
         return [
             (key, f"{key} was {old.get(key)}, is {new.get(key)}")

@@ -76,7 +76,8 @@ class Trainer:
                 hooks.report(self._record("train", self._step_values(result)))
             for text in result.events():
                 hooks.report(self._record("event", {"event": text}))
-            if is_last or due(step, config.evaluation.every_steps):
+            held_out = self.data.validation_domains
+            if held_out and (is_last or due(step, config.evaluation.every_steps)):
                 hooks.report(self._record("validation", self._validation()))
             if self.state.nonfinite_in_a_row == config.nonfinite_limit:
                 raise Diverged(

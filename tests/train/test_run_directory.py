@@ -101,7 +101,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_at_the_start(recipe, tmp_p
 
 def test_a_mistake_after_the_checks_leaves_no_folder(recipe):
     config = recipe(init_from="nowhere")
-    with pytest.raises(UserError, match="nowhere holds no complete checkpoint"):
+    with pytest.raises(UserError, match="nowhere does not exist"):
         train(config)
     assert not (Path(config.output) / config.name).exists()
 
