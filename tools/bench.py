@@ -165,12 +165,18 @@ def compare(case: Case, kept: int, patience: Patience) -> dict[str, Any]:
 
 def compare_ssd(patience_s: float) -> dict[str, Any]:
     """Run the scan's own benchmark and return its row."""
-    script = Path(__file__).with_name("bench_ssd.py")
-    command = [sys.executable, script, "--json", "--patience", str(patience_s)]
+    script = Path(__file__).with_name("bench_ops.py")
+    command = [sys.executable, script, "--op", "ssd", "--json", "--patience", str(patience_s)]
     run = subprocess.run(command, capture_output=True, text=True, check=False)
     if run.returncode:
         raise NotQuiet(run.stderr.strip().splitlines()[-1])
-    return {"case": "ssd", **json.loads(run.stdout.splitlines()[-1])}
+    results = [json.loads(line) for line in run.stdout.splitlines()]
+    row: dict[str, Any] = {"case": "ssd", "difference": results[0]["difference"]}
+    for side in ("ours", "peer"):
+        best = min(results, key=lambda result: result["seconds"][side])
+        row[side] = {"setting": f"{side} {best['dtype']}", "seconds": best["seconds"][side]}
+    row["ratio"] = row["peer"]["seconds"] / row["ours"]["seconds"]
+    return row
 
 
 def measure_peaks() -> dict[str, float]:

@@ -54,8 +54,8 @@ class Ours:
             self.optimizer = Optimizer(self.model, OptimizerConfig())
 
     def train(self, tokens: Tensor) -> float:
-        loss = self._loss(tokens, moe_aux_loss_coeff=1e-4)
         self.optimizer.zero_grad()
+        loss = self._loss(tokens, moe_aux_loss_coeff=1e-4)
         loss.backward()
         self.optimizer.step(lr=1e-4)
         return loss.item()
@@ -105,8 +105,8 @@ class Peer:
             self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=1e-4, fused=True)
 
     def train(self, tokens: Tensor) -> float:
-        loss = self.model(tokens, labels=tokens, use_cache=False).loss
         self.optimizer.zero_grad()
+        loss = self.model(tokens, labels=tokens, use_cache=False).loss
         loss.backward()
         self.optimizer.step()
         return loss.item()
