@@ -3,7 +3,7 @@ import types
 
 import pytest
 import torch
-from comparison import doubled, results, worst
+from against_reference import doubled, results, worst
 from torch import Tensor
 
 from nemotron.ops.attention import flash_attn, reference, sdpa

@@ -4,7 +4,7 @@ import types
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import doubled, results, worst
+from against_reference import doubled, results, worst
 from torch import Tensor
 
 from nemotron.ops.causal_conv1d import package, reference, taps

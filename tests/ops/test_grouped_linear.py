@@ -1,6 +1,6 @@
 import pytest
 import torch
-from comparison import doubled, results, worst
+from against_reference import doubled, results, worst
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor

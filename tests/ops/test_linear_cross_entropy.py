@@ -1,7 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import doubled, results, worst
+from against_reference import doubled, results, worst
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

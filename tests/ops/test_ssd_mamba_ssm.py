@@ -12,7 +12,7 @@ from pathlib import Path
 from unittest.mock import MagicMock
 
 import pytest
-from comparison import doubled, results, worst
+from against_reference import doubled, results, worst
 from test_ssd import draw
 from torch import Tensor
 

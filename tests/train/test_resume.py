@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from comparison import assert_same_run, computed_metrics
+from same_run import assert_same_run, computed_metrics
 
 from nemotron.train.config import PretrainConfig
 from nemotron.train.run import train

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from comparison import final_tensors
+from same_run import final_tensors
 
 from nemotron.data.loader import TrainingData
 from nemotron.errors import UserError
