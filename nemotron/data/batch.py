@@ -7,7 +7,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,13 +21,12 @@ class Batch:
 
     `labels[b, t]` is the token after `input_ids[b, t]`, or `NO_LABEL`. `seq_idx` numbers the
     documents of a row from 0; a number is never used again in its row; without it the row is one
-    document. `loss_weight` is absent when every label counts the same.
+    document.
     """
 
     input_ids: Int[Tensor, "B T"]
     labels: Int[Tensor, "B T"]
     seq_idx: Int[Tensor, "B T"] | None
-    loss_weight: Float[Tensor, "B T"] | None = None
 
     @property
     def num_loss_tokens(self) -> int:
@@ -49,7 +48,6 @@ class Batch:
             input_ids=function(self.input_ids),
             labels=function(self.labels),
             seq_idx=None if self.seq_idx is None else function(self.seq_idx),
-            loss_weight=None if self.loss_weight is None else function(self.loss_weight),
         )
 
 

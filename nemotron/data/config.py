@@ -34,7 +34,7 @@ class DataConfig(Section):
     """`embedded` (the byte-level BPE of the package) or the path of a `tokenizer.json`."""
     eod_token: str = Field("</s>", min_length=1)
     """Token that ends each document in the shards."""
-    cache: str = "runs/data"
+    cache: str = "runs/.cache"
     """Folder for the token shards made from the embedded corpus, and for validation splits."""
     seq_len: int = Field(512, gt=1)
     """Tokens in a row."""

@@ -57,7 +57,9 @@ def squared_relu(
     x: Float[Tensor, "*batch F"], weight: Float[Tensor, "*batch 1"] | None = None
 ) -> Float[Tensor, "*batch F"]:
     """Return relu(x)² in the dtype of `x`; of a matrix, times a float32 `weight` for each row."""
-    return _SquaredReLU.apply(x) if weight is None else _WeightedSquaredReLU.apply(x, weight)
+    if weight is not None:
+        return _WeightedSquaredReLU.apply(x, weight)
+    return _SquaredReLU.apply(x) if torch.is_grad_enabled() else x.relu().square_()
 
 
 class MLP(nn.Module):

@@ -1,5 +1,6 @@
 """Which experts a token goes to, and the statistics that keep the experts balanced."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -15,13 +16,17 @@ class Routing:
     """What one call of a router decided.
 
     `scores` are sigmoid probabilities before the correction bias, `weights` (float32) belong to
-    the chosen experts, `counts` are the tokens that each expert gets.
+    the chosen experts.
     """
 
     scores: Float[Tensor, "M E"]
     experts: Int[Tensor, "M K"]
     weights: Float[Tensor, "M K"]
-    counts: Int[Tensor, " E"]
+
+    @functools.cached_property
+    def counts(self) -> Int[Tensor, " E"]:
+        """Tokens that each expert gets."""
+        return torch.bincount(self.experts.flatten(), minlength=self.scores.shape[1])
 
 
 @dataclass(frozen=True)
@@ -61,8 +66,7 @@ class Router(nn.Module):
         weights = scores.gather(1, experts)
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        counts = torch.bincount(experts.flatten(), minlength=self.num_experts)
-        return Routing(scores, experts, weights * self.scaling, counts)
+        return Routing(scores, experts, weights * self.scaling)
 
     @property
     def score_dtype(self) -> torch.dtype:

@@ -23,10 +23,6 @@ class TokenCounts:
     tokens: int
     """Positions, with or without a target: the router's balance loss counts them all."""
 
-    def __add__(self, other: "TokenCounts") -> "TokenCounts":
-        mtp = tuple(a + b for a, b in zip(self.mtp, other.mtp, strict=True))
-        return TokenCounts(self.main + other.main, mtp, self.tokens + other.tokens)
-
 
 @dataclass(frozen=True)
 class LossTerms:

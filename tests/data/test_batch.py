@@ -9,23 +9,21 @@ EOD = 2
 WINDOWS = st.lists(st.lists(st.integers(0, 6), min_size=8, max_size=8), min_size=1, max_size=4)
 
 
-def make_batch(rows: int, length: int, weighted: bool) -> Batch:
+def make_batch(rows: int, length: int) -> Batch:
     ids = torch.arange(rows * length).reshape(rows, length)
     labels = torch.where(ids % 3 == 0, NO_LABEL, ids + 1)
-    weight = torch.rand(rows, length) if weighted else None
-    return Batch(ids, labels, (ids % length // 2).int(), weight)
+    return Batch(ids, labels, (ids % length // 2).int())
 
 
-@given(st.integers(1, 7), st.integers(1, 9), st.booleans())
-def test_portions_in_order_are_the_whole_batch(rows: int, micro_batch: int, weighted: bool):
-    batch = make_batch(rows, 5, weighted)
+@given(st.integers(1, 7), st.integers(1, 9))
+def test_portions_in_order_are_the_whole_batch(rows: int, micro_batch: int):
+    batch = make_batch(rows, 5)
     parts = list(batch.split(micro_batch))
     assert all(part.input_ids.shape[0] <= micro_batch for part in parts)
-    for name in ("input_ids", "labels", "seq_idx", *(["loss_weight"] if weighted else [])):
+    for name in ("input_ids", "labels", "seq_idx"):
         whole = torch.cat([getattr(part, name) for part in parts])
         assert torch.equal(whole, getattr(batch, name))
     assert sum(part.num_loss_tokens for part in parts) == batch.num_loss_tokens
-    assert weighted or all(part.loss_weight is None for part in parts)
 
 
 def test_tokens_without_a_label_do_not_count():
@@ -35,10 +33,9 @@ def test_tokens_without_a_label_do_not_count():
 
 
 def test_a_batch_moves_with_all_its_tensors():
-    moved = make_batch(2, 3, weighted=True).to("meta")
-    tensors = (moved.input_ids, moved.labels, moved.seq_idx, moved.loss_weight)
+    moved = make_batch(2, 3).to("meta")
+    tensors = (moved.input_ids, moved.labels, moved.seq_idx)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
-    assert make_batch(2, 3, weighted=False).to("meta").loss_weight is None
 
 
 @given(WINDOWS, st.booleans())

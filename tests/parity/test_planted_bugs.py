@@ -83,7 +83,7 @@ def biased_scores_as_weights(_: HybridLM, patch: Patch) -> None:
         weights = (routing.scores + self.e_score_correction_bias).gather(1, routing.experts)
         if self.normalise:
             weights = weights / weights.sum(-1, keepdim=True)
-        return Routing(routing.scores, routing.experts, weights * self.scaling, routing.counts)
+        return Routing(routing.scores, routing.experts, weights * self.scaling)
 
     patch.setattr(Router, "forward", wrong)
 

@@ -7,7 +7,8 @@ Per chunk of Q tokens, with a = dt A, cs its running sum inside the chunk and u 
 
 C . B is computed once per group, and the heads of a group stand side by side in the products with
 the state. Chunks are worked on in blocks that fit the cache; only the state at the start of each
-block is kept for the backward pass, everything else is computed again.
+block is kept for the backward pass, everything else is computed again. Products are taken in the
+dtype of x; decays, states and sums stay in float32.
 """
 
 from dataclasses import dataclass
@@ -67,9 +68,9 @@ def _running_sum(
     return result
 
 
-def _exp(exponent: Tensor, dtype: torch.dtype) -> Tensor:
-    """exp() of what is at most 0 where it counts; below -87, float32's exp is 0 and slow."""
-    return exponent.to(dtype, copy=True).clamp_(-87, 0).exp_()
+def _exp_(exponent: Tensor) -> Tensor:
+    """exp() in place of what is at most 0 where it counts; below -87 float32's is 0 and slow."""
+    return exponent.clamp_(-87, 0).exp_()
 
 
 class _Block:
@@ -85,7 +86,7 @@ class _Block:
         A: Float[Tensor, " H"],
         B: Float[Tensor, "b T G N"],
         C: Float[Tensor, "b T G N"],
-        state: Float[Tensor, "b G N R P"],
+        state: Float[Tensor, "b G N RP"],
         ids: Int[Tensor, "b T"] | None,
         last_id: Int[Tensor, " b"] | None,
         length: int,
@@ -93,18 +94,19 @@ class _Block:
         b, _, heads, self.P = x.shape
         self.G, self.N = B.shape[2:]
         self.b, self.Q, self.n, self.R = b, length, x.shape[1] // length, heads // self.G
-        wide = dt.dtype
+        self.narrow, self.wide = x.dtype, dt.dtype
         self.x = x.unflatten(1, (-1, length)).unflatten(3, (self.G, self.R))  # [b n Q G R P]
         self.dt = dt.unflatten(1, (-1, length))  # [b n Q H]
         self.ids = ids.unflatten(1, (-1, length)) if ids is not None else None
         # differences of float32 sums would lose the digits that exp() needs
         cs = _running_sum((self.dt * A).double(), self.ids)  # [b n Q H]
-        self.into = _exp(cs, wide)  # decay from the start of the chunk to the token
-        self.out_of = _exp(cs[:, :, -1:] - cs, wide)  # and from there to the end
+        self.into = _exp_(
+            cs.to(self.wide, copy=True)
+        )  # decay from the start of the chunk to the token
+        self.out_of = _exp_((cs[:, :, -1:] - cs).to(self.wide))  # and from there to the end
         self.carry = self.into[:, :, -1]  # [b n H]
         self.B, self.C = (
-            m.unflatten(1, (-1, length)).transpose(2, 3).to(wide).reshape(-1, length, self.N)
-            for m in (B, C)
+            m.unflatten(1, (-1, length)).transpose(2, 3).reshape(-1, length, self.N) for m in (B, C)
         )  # [bnG Q N]
         self.same = None
         if self.ids is not None:
@@ -115,15 +117,23 @@ class _Block:
             self.carry = self.into[:, :, -1]
             same = self.ids[:, :, :, None] == self.ids[:, :, None, :]
             self.same = same.repeat_interleave(self.G, dim=1).view(-1, length, length)
-        steps = cs.transpose(2, 3).contiguous()  # [b n H Q]
-        decay = steps[..., :, None] - steps[..., None, :]
-        self.decay = _exp(decay, wide).view(-1, self.R, length, length)  # [bnG R Q Q]
-        self.CB = self._masked(torch.bmm(self.C, self.B.mT))  # [bnG Q Q]
-        self.u = (self.x * self._by_group(self.dt)).permute(0, 1, 3, 4, 2, 5)
-        self.u = self.u.reshape(-1, length, self.P)  # [bnH Q P]
-        weight = self._by_group(self.out_of * self.dt)
-        self.weighted = self._grouped(self.x * weight)  # [bnG Q RP]
-        self.states = self._pass_on(state)  # [b n+1 G N R P]
+        # exp(cs_t - cs_s) is taken of the leading digits; the rest scales the tokens t and s
+        leading = cs.to(self.wide)
+        rest = self._by_group((cs - leading).to(self.wide))
+        self.finer_t, self.finer_s = rest.exp(), rest.neg().exp()  # [b n Q G R 1]
+        steps = leading.transpose(2, 3).contiguous()  # [b n H Q]
+        decay = _exp_(steps[..., :, None] - steps[..., None, :])
+        self.decay = decay.view(-1, self.R, length, length)  # [bnG R Q Q]
+        self.CB = self._masked(self._product(self.C, self.B.mT))  # [bnG Q Q]
+        self.u = self._by_head(self.x, self._by_group(self.dt) * self.finer_s)  # [bnH Q P]
+        self.weighted = self._by_side(self.x, self._by_group(self.out_of * self.dt))
+        self.states = self._pass_on(state)  # [b n+1 G N RP]
+
+    def _product(
+        self, left: Float[Tensor, "batch I J"], right: Float[Tensor, "batch J K"]
+    ) -> Float[Tensor, "batch I K"]:
+        """Multiply in the dtype of x, as the Triton kernels of mamba-ssm do; go on in `wide`."""
+        return torch.bmm(left.to(self.narrow), right.to(self.narrow)).to(self.wide)
 
     def _masked(self, pairs: Tensor) -> Tensor:
         pairs.tril_()
@@ -132,8 +142,22 @@ class _Block:
     def _by_group(self, values: Float[Tensor, "b n Q H"]) -> Float[Tensor, "b n Q G R 1"]:
         return values.unflatten(3, (self.G, self.R)).unsqueeze(-1)
 
-    def _grouped(self, values: Float[Tensor, "b n Q G R P"]) -> Float[Tensor, "bnG Q RP"]:
-        return values.transpose(2, 3).reshape(-1, self.Q, self.R * self.P)
+    def _by_head(
+        self, values: Float[Tensor, "b n Q G R P"], factor: Float[Tensor, "b n Q G R 1"]
+    ) -> Float[Tensor, "bnH Q P"]:
+        """Multiply and line up by head; the product is written in its place at once."""
+        order = (0, 1, 3, 4, 2, 5)
+        product = self.x.new_empty(self.b, self.n, self.G, self.R, self.Q, self.P)
+        torch.mul(values.permute(order), factor.permute(order), out=product)
+        return product.view(-1, self.Q, self.P)
+
+    def _by_side(
+        self, values: Float[Tensor, "b n Q G R P"], factor: Float[Tensor, "b n Q G R 1"]
+    ) -> Float[Tensor, "bnG Q RP"]:
+        """Multiply and put the heads of a group side by side."""
+        product = self.x.new_empty(self.b, self.n, self.G, self.Q, self.R, self.P)
+        torch.mul(values.transpose(2, 3), factor.transpose(2, 3), out=product)
+        return product.view(-1, self.Q, self.R * self.P)
 
     def _ungrouped(self, values: Float[Tensor, "bnG Q RP"]) -> Float[Tensor, "b n Q G R P"]:
         shape = (self.b, self.n, self.G, self.Q, self.R, self.P)
@@ -143,30 +167,31 @@ class _Block:
         shape = (self.b, self.n, self.G, self.R, self.Q, self.P)
         return values.view(shape).permute(0, 1, 4, 2, 3, 5)
 
-    def _carry_of(self, chunk: int) -> Float[Tensor, "b G 1 R 1"]:
-        return self.carry[:, chunk].view(self.b, self.G, 1, self.R, 1)
+    def _carries(self) -> tuple[Float[Tensor, "b G 1 RP"], ...]:
+        carries = self.carry.repeat_interleave(self.P, dim=2)
+        return carries.view(self.b, self.n, self.G, 1, self.R * self.P).unbind(1)
 
     def _pass_on(self, state: Tensor) -> Tensor:
-        shape = (self.b, self.n, self.G, self.N, self.R, self.P)
-        added = torch.bmm(self.B.mT, self.weighted).view(shape)
+        shape = (self.b, self.n, self.G, self.N, self.R * self.P)
+        added = self._product(self.B.mT, self.weighted).view(shape)
         states = added.new_empty(self.b, self.n + 1, *shape[2:])
         states[:, 0] = state
-        for chunk in range(self.n):
-            torch.addcmul(
-                added[:, chunk], states[:, chunk], self._carry_of(chunk), out=states[:, chunk + 1]
-            )
+        for chunk, carry in enumerate(self._carries()):
+            torch.addcmul(added[:, chunk], states[:, chunk], carry, out=states[:, chunk + 1])
         return states
 
     def incoming(self) -> Float[Tensor, "bnG N RP"]:
         """The state at the start of each chunk, the heads of a group side by side."""
-        return self.states[:, :-1].reshape(-1, self.N, self.R * self.P)
+        return self.states[:, :-1].flatten(0, 2)
 
     def output(self, D: Float[Tensor, " H"], y: Float[Tensor, "b T H P"]) -> None:
         """Write y of this block."""
         # decay -> M, in place
-        inside = torch.bmm(self.decay.mul_(self.CB.unsqueeze(1)).view(-1, self.Q, self.Q), self.u)
-        carried = self._ungrouped(torch.bmm(self.C, self.incoming()))
-        total = carried.mul_(self._by_group(self.into)).add_(self._from_heads(inside))
+        weights = self.decay.mul_(self.CB.unsqueeze(1)).view(-1, self.Q, self.Q)
+        inside = self._product(weights, self.u)
+        carried = self._ungrouped(self._product(self.C, self.incoming()))
+        total = carried.mul_(self._by_group(self.into))
+        total.addcmul_(self._from_heads(inside), self.finer_t)
         total.addcmul_(self.x.to(total.dtype), D.view(self.G, self.R, 1))
         y.unflatten(1, (-1, self.Q)).unflatten(3, (self.G, self.R)).copy_(total)
 
@@ -174,21 +199,22 @@ class _Block:
         self, dy: Float[Tensor, "b T H P"], A: Tensor, D: Tensor, dstate: Tensor
     ) -> tuple[Tensor, ...]:
         """Return dx, ddt, dA, dB, dC, dD of this block and the gradient of its first state."""
-        wide, G, R, Q, P, N = self.dt.dtype, self.G, self.R, self.Q, self.P, self.N
-        dy = dy.unflatten(1, (-1, Q)).unflatten(3, (G, R)).to(wide)  # [b n Q G R P]
-        dy_heads = dy.permute(0, 1, 3, 4, 2, 5).reshape(-1, Q, P)
-        dy_into = self._grouped(dy * self._by_group(self.into))  # [bnG Q RP]
+        G, R, Q, P, N = self.G, self.R, self.Q, self.P, self.N
+        dy = dy.unflatten(1, (-1, Q)).unflatten(3, (G, R))  # [b n Q G R P]
+        dy_heads = self._by_head(dy, self.finer_t)  # [bnH Q P]
+        dy_into = self._by_side(dy, self._by_group(self.into))  # [bnG Q RP]
 
         # gradients of the states at the end of each chunk, from the last chunk to the first
-        local = torch.bmm(self.C.mT, dy_into).view(self.b, self.n, G, N, R, P)
-        dstates = torch.empty_like(local)
-        for chunk in reversed(range(self.n)):
-            dstates[:, chunk] = dstate
-            dstate = torch.addcmul(local[:, chunk], dstate, self._carry_of(chunk))
-        outgoing = dstates.view(-1, N, R * P)
+        local = self._product(self.C.mT, dy_into).view(self.b, self.n, G, N, R * P)
+        dstates = torch.empty_like(self.states)
+        dstates[:, self.n] = dstate
+        for chunk, carry in reversed(list(enumerate(self._carries()))):
+            torch.addcmul(local[:, chunk], dstates[:, chunk + 1], carry, out=dstates[:, chunk])
+        dstate, ends = dstates[:, 0], dstates[:, 1:]
+        outgoing = ends.flatten(0, 2)  # [bnG N RP]
 
         # inside the chunk
-        pairs = torch.bmm(dy_heads, self.u.mT).view(-1, R, Q, Q).mul_(self.decay)
+        pairs = self._product(dy_heads, self.u.mT).view(-1, R, Q, Q).mul_(self.decay)
         dCB = self._masked(pairs.sum(1))  # [bnG Q Q]
         # d loss / d cs gains in t and loses in s from each pair; t = s would only add rounding
         pairs.mul_(self.CB.tril(-1).unsqueeze(1))
@@ -196,25 +222,25 @@ class _Block:
         exact = pairs.double()
         dcs = exact.sum(-1).sub_(exact.sum(-2))  # [bnG R Q]
         weights = self.decay.mul_(self.CB.unsqueeze(1)).view(-1, Q, Q)
-        du = self._from_heads(torch.bmm(weights.mT, dy_heads))
+        du = self._from_heads(self._product(weights.mT, dy_heads))
 
         # through the states
-        from_state = self._ungrouped(torch.bmm(self.B, outgoing))
+        from_state = self._ungrouped(self._product(self.B, outgoing))
         from_state.mul_(self._by_group(self.out_of))
         leaving = (from_state * self.x).sum(-1).flatten(3).mul_(self.dt).double()  # [b n Q H]
         leaving[:, :, -1] = 0  # the last token enters the state undecayed
-        du = from_state.add_(du)  # [b n Q G R P]
+        du = from_state.addcmul_(du, self.finer_s)  # [b n Q G R P]
         incoming = self.incoming()
-        carried = torch.bmm(self.C, incoming).mul_(dy_into).view(-1, Q, R, P).sum(-1)
-        dC = torch.bmm(dCB, self.B).baddbmm_(dy_into, incoming.mT)
-        dB = torch.bmm(dCB.mT, self.C).baddbmm_(self.weighted, outgoing.mT)
+        carried = self._product(self.C, incoming).mul_(dy_into).view(-1, Q, R, P).sum(-1)
+        dC = self._product(dCB, self.B).add_(self._product(dy_into, incoming.mT))
+        dB = self._product(dCB.mT, self.C).add_(self._product(self.weighted, outgoing.mT))
 
         ddt = (du * self.x).sum(-1).flatten(3)  # [b n Q H]
         shape = (self.b, self.n, G, R, Q)
         dcs = dcs.add_(carried.mT).view(shape).permute(0, 1, 4, 2, 3).flatten(3).sub_(leaving)
-        kept = (dstates * self.states[:, :-1]).sum((3, 5)).flatten(2)
+        kept = (ends * self.states[:, :-1]).sum(3).unflatten(-1, (R, P)).sum(-1).flatten(2)
         dcs[:, :, -1] += leaving.sum(2).addcmul_(kept, self.carry)
-        da = _running_sum(dcs, self.ids, reverse=True).to(wide)
+        da = _running_sum(dcs, self.ids, reverse=True).to(self.wide)
         dA = (da * self.dt).sum((0, 1, 2))
         ddt = ddt.addcmul_(da, A)
         dD = (dy * self.x).sum((0, 1, 2, 5)).flatten()
@@ -239,9 +265,9 @@ class _ChunkedScan(torch.autograd.Function):
         b, T, H, P = x.shape
         G, N = B.shape[2:]
         if initial_state is None:
-            state = dt.new_zeros(b, G, N, H // G, P)
+            state = dt.new_zeros(b, G, N, H // G * P)
         else:
-            state = initial_state.to(dt.dtype).view(b, G, H // G, P, N).permute(0, 1, 4, 2, 3)
+            state = initial_state.to(dt.dtype).reshape(b, G, H // G * P, N).mT
         spans = _spans(T, b * H)
         y = torch.empty_like(x, memory_format=torch.contiguous_format)
         starts = []
@@ -253,7 +279,7 @@ class _ChunkedScan(torch.autograd.Function):
         ctx.save_for_backward(x, dt, A, B, C, D, seq_idx, *starts)
         ctx.has_initial = initial_state is not None
         ctx.set_materialize_grads(False)
-        return y, state.permute(0, 1, 3, 4, 2).reshape(b, H, P, N)
+        return y, state.mT.reshape(b, H, P, N)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -261,9 +287,9 @@ class _ChunkedScan(torch.autograd.Function):
         b, T, H, P = x.shape
         G, N = B.shape[2:]
         if dfinal is None:
-            dstate = dt.new_zeros(b, G, N, H // G, P)
+            dstate = dt.new_zeros(b, G, N, H // G * P)
         else:
-            dstate = dfinal.to(dt.dtype).view(b, G, H // G, P, N).permute(0, 1, 4, 2, 3)
+            dstate = dfinal.to(dt.dtype).reshape(b, G, H // G * P, N).mT
         if dy is None:
             dy = torch.zeros_like(x)
         dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (x, B, C))
@@ -282,7 +308,7 @@ class _ChunkedScan(torch.autograd.Function):
             dstate = part[6]
         dinitial = None
         if ctx.has_initial:
-            dinitial = dstate.permute(0, 1, 3, 4, 2).reshape(b, H, P, N)
+            dinitial = dstate.mT.reshape(b, H, P, N)
         return dx, ddt, dA, dB, dC, dD, dinitial, None
 
 
