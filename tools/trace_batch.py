@@ -8,6 +8,7 @@ and the lines on which they begin; then the calls from the loop to a matrix prod
 totals beside their targets. Frames of PyTorch are not counted.
 """
 
+import argparse
 import contextlib
 import io
 import sys
@@ -189,9 +190,11 @@ def report(found: Trace) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    recipe, overrides = DEFAULT, arguments
-    if arguments and "=" not in arguments[0]:
-        recipe, overrides = Path(arguments[0]), arguments[1:]
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("words", nargs="*", metavar="[RECIPE] [KEY=VALUE ...]")
+    recipe, overrides = DEFAULT, parser.parse_args(arguments).words
+    if overrides and "=" not in overrides[0]:
+        recipe, overrides = Path(overrides[0]), overrides[1:]
     print(report(trace(recipe, overrides)))
 
 
