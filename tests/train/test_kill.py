@@ -8,7 +8,7 @@ TOOL = Path(__file__).parents[2] / "tools" / "kill_test.py"
 
 
 def test_four_kills_lose_no_bit():
-    command = [sys.executable, str(TOOL), "--kills", "4", "--steps", "16", "--seed", "11"]
+    command = [sys.executable, str(TOOL), "--kills", "4", "--steps", "40", "--seed", "11"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "4 kills; every tensor and logged number is equal" in done.stdout
