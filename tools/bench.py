@@ -2,10 +2,10 @@
 
 python tools/bench.py [--case NAME ...] [--json FILE]
 
-Both programs run in processes of their own and take turns, on the same weights and tokens. First
-loss and gradients must agree, then the peer's best settings are searched, then the clock counts.
-A step during which other processes used more than 10 % of the cores is dropped; a case that finds
-no quiet moment gives no figure.
+Both programs run in processes of their own and take turns, on the same weights and tokens; the
+scan also with fresh inputs and cold caches. First loss and gradients must agree, then the peer's
+best settings are searched, then the clock counts. A step during which other processes used more
+than 10 % of the cores is dropped; a case that finds no quiet moment gives no figure.
 """
 
 import argparse
@@ -163,22 +163,6 @@ def compare(case: Case, kept: int, patience: Patience) -> dict[str, Any]:
     return row
 
 
-def compare_ssd(patience_s: float) -> dict[str, Any]:
-    """Run the scan's own benchmark and return its row."""
-    script = Path(__file__).with_name("bench_ops.py")
-    command = [sys.executable, script, "--op", "ssd", "--json", "--patience", str(patience_s)]
-    run = subprocess.run(command, capture_output=True, text=True, check=False)
-    if run.returncode:
-        raise NotQuiet(run.stderr.strip().splitlines()[-1])
-    results = [json.loads(line) for line in run.stdout.splitlines()]
-    row: dict[str, Any] = {"case": "ssd", "difference": results[0]["difference"]}
-    for side in ("ours", "peer"):
-        best = min(results, key=lambda result: result["seconds"][side])
-        row[side] = {"setting": f"{side} {best['dtype']}", "seconds": best["seconds"][side]}
-    row["ratio"] = row["peer"]["seconds"] / row["ours"]["seconds"]
-    return row
-
-
 def measure_peaks() -> dict[str, float]:
     """Return the machine's FLOP/s in square matrix products, per dtype."""
     peaks = {}
@@ -196,8 +180,7 @@ def format_row(case: Case, row: dict[str, Any], peaks: dict[str, float]) -> str:
     for side in ("ours", "peer"):
         result = row[side]
         line = f"  {result['setting']:24s} {result['seconds']:.4g} s"
-        if case.kind != "ssd":
-            line += f", {result['tokens_per_s']:,.0f} tokens/s, {result['rss_gib']:.2f} GiB"
+        line += f", {result['tokens_per_s']:,.0f} tokens/s, {result['rss_gib']:.2f} GiB"
         if case.kind == "train":
             config, dtype = PROXIES[case.proxy], result["setting"].split()[1]
             flops = training_flops_per_token(config, case.tokens, 0) * result["tokens_per_s"]
@@ -227,11 +210,8 @@ def main() -> int:
         if options.case and case.name not in options.case:
             continue
         try:
-            if case.kind == "ssd":
-                row = compare_ssd(options.patience)
-            else:
-                patience = Patience(time.monotonic() + options.patience, options.max_others)
-                row = compare(case, options.kept or case.kept, patience)
+            patience = Patience(time.monotonic() + options.patience, options.max_others)
+            row = compare(case, options.kept or case.kept, patience)
         except (Disagreement, NotQuiet) as problem:
             print(f"{case.name}: no figure: {problem}", flush=True)
             failed.append({"case": case.name, "problem": str(problem)})

@@ -54,13 +54,17 @@ class Case:
     @property
     def tokens_per_step(self) -> int:
         """Tokens trained on in a step, or new tokens of one decoding step."""
-        return self.rows * (self.tokens if self.kind == "train" else 1)
+        return self.rows * (1 if self.kind == "decode" else self.tokens)
 
     def programs(self, side: str) -> list[tuple[str, str]]:
         """Return the (dtype, experts) settings among which a side's best is taken."""
         if side == "ours":
             return [(dtype, "") for dtype in self.dtypes]
-        kinds = ["eager", "grouped_mm"] + (["batched_mm"] if self.kind == "decode" else [])
+        kinds = {
+            "train": ["eager", "grouped_mm"],
+            "decode": ["eager", "grouped_mm", "batched_mm"],
+            "ssd": [""],
+        }[self.kind]
         # bf16 rows let the peer use fp32 too, should that be faster for it
         dtypes = ("fp32",) if self.dtypes == ("fp32",) else ("fp32", "bf16")
         return [(dtype, kind) for dtype in dtypes for kind in kinds]
@@ -71,7 +75,7 @@ CASES = [
     Case("nano-bf16", "train", "nano", 4, 512, ("bf16",), 1.8, 2.8),
     Case("super-bf16", "train", "super", 4, 512, ("bf16",), 1.8, 2.9),
     Case("nano-8192", "train", "nano", 1, 8192, ("fp32", "bf16"), 2.3, 3.5, kept=2),
-    Case("ssd", "ssd", "nano", 1, 2048, ("fp32", "bf16"), 4.0, 10.0),
+    Case("ssd", "ssd", "nano", 1, 2048, ("fp32", "bf16"), 4.0, 10.0, kept=15),
     Case("decode-1", "decode", "nano", 1, 128, ("fp32", "bf16"), 2.3, 8.0),
     Case("decode-8", "decode", "nano", 8, 128, ("fp32", "bf16"), 2.3, 8.0),
 ]

@@ -6,8 +6,7 @@ The speed of light is the longer of arithmetic at the machine's own matmul peak 
 input, output and gradient once at its copy bandwidth, both measured in the same run. The score
 1 / (1 + (T - T_sol) / (T_ref - T_sol)) is 0.5 for the readable reference and 1 at the limit (as
 NVIDIA/SOL-ExecBench: sol_score.py). Inputs are fresh in every repetition and caches are flushed;
-results are compared with the reference in float64 before and after. The scan has a peer besides:
-transformers' own `mamba2_chunk_scan`.
+results are compared with the reference in float64 before and after.
 """
 
 import argparse
@@ -140,15 +139,6 @@ WORKLOADS = [
 ]
 
 
-def peer_scan(
-    x: Tensor, dt: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor, *_: object
-) -> Tensor:
-    """Run transformers' scan in its own chunks of 128."""
-    from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
-
-    return mamba2_chunk_scan(x, dt, A, B, C, chunk_size=128, D=D)
-
-
 def results(
     function: Function, workload: Workload, inputs: list[Tensor], cotangent: Tensor
 ) -> list[Tensor]:
@@ -178,9 +168,8 @@ def difference(function: Function, workload: Workload, dtype: str, seed: int) ->
     reference = workload.operation.backend("reference").function
     # both are given the same numbers, rounded to the dtype that is tested
     dy = dy.to(DTYPES[dtype])
-    pairs = zip(
-        results(function, workload, inputs, dy), results(reference, workload, exact, dy), strict=True
-    )
+    found = results(function, workload, inputs, dy)
+    pairs = zip(found, results(reference, workload, exact, dy), strict=True)
     return max(float((ours - true).abs().max() / true.abs().max()) for ours, true in pairs)
 
 
@@ -237,8 +226,6 @@ def measure(
         "ours": chosen.function,
         "reference": workload.operation.backend("reference").function,
     }
-    if workload.name == "ssd":
-        functions["peer"] = peer_scan
     before = {name: difference(f, workload, dtype, seed=0) for name, f in functions.items()}
     seconds = median_seconds(functions, workload, dtype, options)
     after = difference(functions["ours"], workload, dtype, seed=1)

@@ -2,13 +2,15 @@
 
 python tools/bench_worker.py ours|peer CASE DTYPE EXPERTS; then one command a line on stdin:
 `step N` answers with seconds, other processes' share of the cores and peak memory, `check FILE`
-writes loss and gradients (or the logits of a decoding case), `peak DTYPE` measures the machine.
+writes loss and gradients (the logits of a decoding case, the output and gradients of the scan),
+`peak DTYPE` measures the machine.
 """
 
 import json
 import os
 import resource
 import sys
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -20,6 +22,7 @@ from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.generate.engine import Engine
 from nemotron.generate.weights import prepare_weights
 from nemotron.model.hybrid import HybridLM
+from nemotron.ops.ssd import ssd
 from nemotron.train.config import LossConfig, OptimizerConfig
 from nemotron.train.loss import count_tokens, losses, objective
 from nemotron.train.optimizer import Optimizer
@@ -133,19 +136,64 @@ class Peer:
         return self.logits
 
 
-def run_step(program: Program, case: Case, step: int) -> dict[str, float | bool]:
-    """Time one training step, or the mean token-step of a short continuation."""
+class Scan:
+    """The scan of one Mamba layer: our operation, or transformers' in the model's own chunks."""
+
+    def __init__(self, side: str, case: Case, dtype: str) -> None:
+        from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
+
+        self._peer = partial(mamba2_chunk_scan, chunk_size=PROXIES[case.proxy].chunk_size)
+        self._ours = side == "ours"
+        self._case, self._dtype = case, DTYPES[dtype]
+        self._flush = torch.empty(1 << 24)
+
+    def draw(self, step: int) -> None:
+        """Draw fresh inputs and drive them out of the caches."""
+        config = PROXIES[self._case.proxy]
+        generator = torch.Generator().manual_seed(step)
+        b, T, H = self._case.rows, self._case.tokens, config.mamba_num_heads
+        wide = (b, T, H, config.mamba_head_dim)
+        narrow = (b, T, config.n_groups, config.ssm_state_size)
+        x, B, C, self._dy = (
+            torch.randn(size, generator=generator).to(self._dtype)
+            for size in (wide, narrow, narrow, wide)
+        )
+        dt = torch.rand(b, T, H, generator=generator) * 0.1
+        A = -1 - 15 * torch.rand(H, generator=generator)
+        D = torch.randn(H, generator=generator)
+        named = {"x": x, "dt": dt, "A": A, "B": B, "C": C, "D": D}
+        self._inputs = {name: tensor.requires_grad_() for name, tensor in named.items()}
+        self._flush.fill_(step)
+
+    def run(self) -> Tensor:
+        """Run forward and backward and return the output."""
+        x, dt, A, B, C, D = self._inputs.values()
+        y = ssd(x, dt, A, B, C, D) if self._ours else self._peer(x, dt, A, B, C, D=D)
+        y.backward(self._dy)
+        return y.detach()
+
+    def gradients(self) -> dict[str, Tensor]:
+        """Return the gradients of the last run."""
+        return {f"d{n}": t.grad for n, t in self._inputs.items() if t.grad is not None}
+
+
+def run_step(program: Program | Scan, case: Case, step: int) -> dict[str, float | bool]:
+    """Time one training step, one scan, or the mean token-step of a short continuation."""
     tokens = draw_tokens(case, step)
-    if case.kind == "decode":
+    if isinstance(program, Scan):
+        program.draw(step)
+    elif case.kind == "decode":
         program.prefill(tokens)
         program.decode()
     with Watch() as watch:
-        if case.kind == "train":
+        if isinstance(program, Scan):
+            program.run()
+        elif case.kind == "train":
             program.train(tokens)
         else:
             for _ in range(DECODE_TOKENS):
                 program.decode()
-    seconds = watch.seconds / (1 if case.kind == "train" else DECODE_TOKENS)
+    seconds = watch.seconds / (DECODE_TOKENS if case.kind == "decode" else 1)
     peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     return {
         "seconds": seconds,
@@ -154,10 +202,13 @@ def run_step(program: Program, case: Case, step: int) -> dict[str, float | bool]
     }
 
 
-def write_check(program: Program, case: Case, path: str) -> None:
+def write_check(program: Program | Scan, case: Case, path: str) -> None:
     """Write what must agree before anything is timed."""
     tokens = draw_tokens(case, step=0)
-    if case.kind == "train":
+    if isinstance(program, Scan):
+        program.draw(0)
+        results = {"y": program.run(), **program.gradients()}
+    elif case.kind == "train":
         loss, results = program.gradients(tokens)
         results = {**results, "loss": torch.tensor(loss)}
     else:
@@ -174,7 +225,11 @@ def main() -> None:
     # libraries may print; answers go to the real stdout alone
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    program: Program = Ours(case, dtype) if side == "ours" else Peer(case, dtype, experts)
+    program: Program | Scan
+    if case.kind == "ssd":
+        program = Scan(side, case, dtype)
+    else:
+        program = Ours(case, dtype) if side == "ours" else Peer(case, dtype, experts)
     for line in sys.stdin:
         command, argument = line.split()
         answer: object = None

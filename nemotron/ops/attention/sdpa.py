@@ -40,6 +40,11 @@ def _attend(
     is_causal = length == total and length > 1
     if seq_idx is not None or start is not None or not (is_causal or length == 1):
         mask, is_causal = _seen(length, total, seq_idx, start, q.device), False
+    if length == 1:
+        # the query heads of a key-value head stand in as queries: torch would copy the keys
+        queries = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # [B, Hkv, R, Dh]
+        y = F.scaled_dot_product_attention(queries, k.transpose(1, 2), v.transpose(1, 2), mask)
+        return y.reshape_as(q)
     y = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),

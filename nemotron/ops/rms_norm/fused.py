@@ -3,12 +3,12 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.ops.blocks import BLOCK_ELEMENTS, row_blocks
 from nemotron.ops.registry import Backend
-from nemotron.ops.rms_norm import reference
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -52,7 +52,8 @@ def rms_norm(
 ) -> Float[Tensor, "*batch D"]:
     """The reference's formula, with a hand-written gradient."""
     if x.numel() <= BLOCK_ELEMENTS and not torch.is_grad_enabled():
-        return reference.rms_norm(x, weight, eps)
+        wide = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.rms_norm(wide, weight.shape, weight, eps).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)
 
 

@@ -68,20 +68,18 @@ class _Cut(NamedTuple):
     """log2 of `into`: the digits that exp(cs_t - cs_s) is taken of; the rest scales t and s."""
     finer_t: Float[Tensor, "b n Q G R 1"]
     finer_s: Float[Tensor, "b n Q G R 1"]
-    same: Bool[Tensor, "b n 1 Q Q"] | None
+    same: Bool[Tensor, "b n 1 Q Q"] | None = None
     """Pairs of tokens of one document; None where there is only one."""
 
     def blocks(self) -> "list[_Cut]":
         """Cut a row into blocks of chunks."""
-        return [_Cut(*parts) for parts in zip(*map(self.split, self), strict=True)]
+        parts = [self.split(tensor) for tensor in self if tensor is not None]
+        return [_Cut(*block) for block in zip(*parts, strict=True)]
 
-    def split(self, tensor: Tensor | None) -> tuple[Tensor | None, ...]:
+    def split(self, tensor: Float[Tensor, "b n *rest"]) -> tuple[Tensor, ...]:
         """Split what has the row's chunks as the blocks are."""
-        b, num_chunks, heads, _ = self.leading.shape
-        size = max(1, BLOCK_ELEMENTS // (b * heads * CHUNK * CHUNK))
-        if tensor is None:
-            return (None,) * math.ceil(num_chunks / size)
-        return tensor.split(size, dim=1)
+        b, _, heads, _ = self.leading.shape
+        return tensor.split(max(1, BLOCK_ELEMENTS // (b * heads * CHUNK * CHUNK)), dim=1)
 
 
 def _cut(
