@@ -1,11 +1,13 @@
 """Weights in the form in which decoding reads them fastest; a model so prepared only generates.
 
-On a CPU a token's time is the time to read the weights, and oneDNN reads its own blocked layout
-two to four times as fast as a row-major matrix; torch.compile's frozen graphs use the same calls.
+On a CPU a token's time is the time to read the weights and to start the operations. oneDNN reads
+its own blocked layout two to four times as fast as a row-major matrix (torch.compile's frozen
+graphs use the same calls), and of the experts only the chosen ones are read.
 """
 
 import torch
-from jaxtyping import Float
+import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.hybrid import HybridLM
@@ -15,29 +17,25 @@ from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import Routing
 
-DENSE_BYTES = 16 * 2**20
-"""Experts of a layer that are no larger than this are all computed for every token when few come:
-one product over all of them takes less time than starting one for each."""
-DENSE_TOKENS = 16
-"""Most tokens for which that holds."""
+FEW_TOKENS = 8
+"""Up to so many tokens pass their experts one by one; the experts read twice cost little yet."""
 
 
 @torch.no_grad()
 def prepare_weights(model: HybridLM) -> HybridLM:
-    """Cast the matrices to the compute dtype and pack them, in place; return the model."""
+    """Cast the matrices to the compute dtype and lay them out anew, in place; return the model."""
     dtype = model.compute_dtype or model.backbone.embeddings.weight.dtype
-    pack = _can_pack(model.backbone.embeddings.weight.device, dtype)
+    device = model.backbone.embeddings.weight.device
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, MoE):
                 child.experts.to(dtype)
                 child.shared_experts.to(dtype)
-                size = sum(p.numel() for p in child.experts.parameters()) * dtype.itemsize
-                if pack and size <= DENSE_BYTES:
-                    setattr(module, name, DenseMoE(child))
+                if device.type == "cpu":
+                    setattr(module, name, FewTokensMoE(child))
             elif isinstance(child, Linear):
                 child.to(dtype)
-                if pack:
+                if _can_pack(device, dtype):
                     setattr(module, name, PackedLinear(child.weight))
             elif isinstance(child, CausalConv):
                 # tap after tap, as one token's step reads them
@@ -59,56 +57,77 @@ class PackedLinear(nn.Module):
 
     def __init__(self, weight: Float[Tensor, "O I"]) -> None:
         super().__init__()
-        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), DENSE_TOKENS)
+        self.packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), FEW_TOKENS)
 
-    def forward(
-        self, x: Float[Tensor, "*batch I"], activation: str = "none"
-    ) -> Float[Tensor, "*batch O"]:
-        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, activation, [], "")
+    def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
+        return torch.ops.mkldnn._linear_pointwise(x, self.packed, None, "none", [], "")
 
 
-class DenseExperts(nn.Module):
-    """Small experts: a few tokens pass all of them at once, with weight 0 where not chosen.
+class ChosenExperts(nn.Module):
+    """Experts as tables whose rows are summed: reads those of a token's experts and no others.
 
-    `shared` is the expert that every token passes, when it reads the same input.
+    A product W x is the sum of the columns of W, each times an element of x: an embedding bag.
+    `shared` is the expert that every token passes, as wide as one or several routed ones, when it
+    reads the same input.
     """
 
-    def __init__(self, experts: Experts, shared: MLP | None = None) -> None:
+    def __init__(self, experts: Experts, shared: MLP | None) -> None:
         super().__init__()
-        self.num_experts, width, input_size = experts.up_proj.shape
-        self.routed_size = self.num_experts * width
-        # all experts side by side: [E F, I], and [I, E F], whose product also adds them up
-        up = [experts.up_proj.flatten(0, 1)]
-        down = [experts.down_proj.transpose(0, 1).reshape(input_size, -1)]
+        _, width, self.input_size = experts.up_proj.shape
+        up, down = experts.up_proj.mT, experts.down_proj.mT  # [E, I, F], [E, F, I]
+        num_experts = num_all = up.shape[0]
         if shared is not None:
-            up.append(shared.up_proj.weight)
-            down.append(shared.down_proj.weight)
-        self.up = PackedLinear(torch.cat(up))
-        self.down = PackedLinear(torch.cat(down, dim=1))
+            up = torch.cat([up, shared.up_proj.weight.unflatten(0, (-1, width)).mT])
+            down = torch.cat([down, shared.down_proj.weight.T.unflatten(0, (-1, width))])
+            num_all = up.shape[0]
+        self.up, self.down = up.flatten(0, 1).contiguous(), down.flatten(0, 1).contiguous()
+        self.up_rows = torch.arange(self.up.shape[0]).view(num_all, -1)
+        self.down_rows = torch.arange(self.down.shape[0]).view(num_all, -1)
+        self.always = torch.arange(num_experts, num_all)
+        # the same memory serves when many tokens come
+        for parameter, table in ((experts.up_proj, self.up), (experts.down_proj, self.down)):
+            parameter.data = table.view(num_all, -1, table.shape[1])[:num_experts].mT
 
     def forward(self, x: Float[Tensor, "M I"], routing: Routing) -> Float[Tensor, "M I"]:
-        weights = routing.weights.new_zeros(x.shape[0], self.num_experts, 1)
-        weights.squeeze(2).scatter_(1, routing.experts, routing.weights)
-        hidden = self.up(x, "relu").float().square_()  # [M, E F and the shared expert's]
-        hidden[:, : self.routed_size].view(x.shape[0], self.num_experts, -1).mul_(weights)
-        return self.down(hidden.to(x.dtype))
+        experts: Int[Tensor, "M K"] = routing.experts
+        weights = routing.weights
+        if extra := self.always.shape[0]:
+            experts = torch.cat([experts, self.always.expand(x.shape[0], -1)], dim=1)
+            weights = F.pad(weights, (0, extra), value=1.0)
+        chosen = experts.flatten()
+        rows = x.repeat_interleave(experts.shape[1], dim=0)  # [M K, I]
+        hidden = _sum_rows(self.up, self.up_rows[chosen], rows)  # [M K, F]
+        hidden = (hidden.relu_() * weights.view(-1, 1)).mul_(hidden).to(x.dtype)
+        rows = _sum_rows(self.down, self.down_rows[chosen], hidden)
+        return rows.view(*experts.shape, -1).sum(1)
 
 
-class DenseMoE(nn.Module):
-    """A mixture of small experts; with more than a few tokens it is computed as in training."""
+def _sum_rows(
+    table: Float[Tensor, "R O"], rows: Int[Tensor, "bags I"], weights: Float[Tensor, "bags I"]
+) -> Float[Tensor, "bags O"]:
+    return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+
+
+class FewTokensMoE(nn.Module):
+    """A mixture that treats a few tokens by themselves; with more it is computed as in training."""
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
         self.moe = moe
-        shared = moe.shared_experts if moe.fc1_latent_proj is None else None
-        self.experts = DenseExperts(moe.experts, shared)
+        # the shared expert goes along with the others where it can
+        width = moe.experts.up_proj.shape[1]
+        shared_width = moe.shared_experts.up_proj.weight.shape[0]
+        self.includes_shared = moe.fc1_latent_proj is None and shared_width % width == 0
+        self.experts = ChosenExperts(moe.experts, moe.shared_experts if self.includes_shared else None)
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         tokens, moe = x.flatten(0, 1), self.moe  # [M, D]
-        if tokens.shape[0] > DENSE_TOKENS:
+        if tokens.shape[0] > FEW_TOKENS:
             return moe(x)[0]
         routing = moe.gate(tokens)
-        if moe.fc1_latent_proj is None or moe.fc2_latent_proj is None:
-            return self.experts(tokens, routing).view_as(x)
-        latent = self.experts(moe.fc1_latent_proj(tokens), routing)
-        return moe.fc2_latent_proj(latent).view_as(x) + moe.shared_experts(x)
+        latent = tokens if moe.fc1_latent_proj is None else moe.fc1_latent_proj(tokens)
+        routed = self.experts(latent, routing)
+        if moe.fc2_latent_proj is not None:
+            routed = moe.fc2_latent_proj(routed)
+        routed = routed.view_as(x)
+        return routed if self.includes_shared else routed + moe.shared_experts(x)

@@ -93,17 +93,17 @@ class Mamba2(nn.Module):
             mixed = mixed + self.conv1d.bias
         inner, bc = self.splits[0], self.num_groups * self.state_size
         x, B, C = F.silu(mixed).split([inner, bc, bc], dim=-1)
-        x = x.unflatten(-1, (self.num_heads, self.head_dim))  # [B, H, P]
-        dt = self._time_step(dt.squeeze(1))  # [B, H]
+        x = x.view(*state.ssm.shape[:3], 1)  # [B, H, P, 1]
+        dt = self._time_step(dt).view(*state.ssm.shape[:2], 1, 1)
 
         # S <- exp(dt A) S + dt x ⊗ B, then y = S C + D x
-        state.ssm.mul_(torch.exp(dt * -self.A_log.exp())[..., None, None])
+        state.ssm.mul_(torch.exp(dt * -self.A_log.exp().view(-1, 1, 1)))
         # every group by itself, the channels of its heads side by side: [B G, H P / G, N]
-        states = state.ssm.view(B.shape[0] * self.num_groups, -1, self.state_size)
-        B, C = (t.reshape(states.shape[0], 1, self.state_size) for t in (B, C))
-        states.addcmul_((dt.unsqueeze(-1) * x).view(*states.shape[:2], 1), B)
-        y = torch.bmm(C, states.transpose(1, 2)).view_as(x)
-        y = torch.addcmul(y, x, self.D.unsqueeze(-1)).view(u.shape[0], 1, inner).to(u.dtype)
+        states = state.ssm.view(-1, inner // self.num_groups, self.state_size)
+        B, C = B.reshape(-1, 1, self.state_size), C.reshape(-1, self.state_size, 1)
+        states.addcmul_((dt * x).view(states.shape[0], -1, 1), B)
+        y = torch.bmm(states, C).view_as(x).addcmul_(x, self.D.view(-1, 1, 1))
+        y = y.view(-1, 1, inner).to(u.dtype)
         return self.out_proj(gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps))
 
     def _time_step(self, dt: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:

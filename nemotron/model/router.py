@@ -61,7 +61,8 @@ class Router(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "M D"]) -> Routing:
-        scores = F.linear(x.to(self.score_dtype), self.weight.to(self.score_dtype)).sigmoid()
+        dtype = self.score_dtype
+        scores = F.linear(x.to(dtype), self.weight.to(dtype)).sigmoid()
         experts = self._choose(scores.detach() + self.e_score_correction_bias)
         weights = scores.gather(1, experts)
         if self.normalise:

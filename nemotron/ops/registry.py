@@ -60,7 +60,7 @@ class Operation:
     name: str
     backends: Sequence[Backend]
     pinned: str | None = None
-    _chosen: dict[Call, Callable[..., Any]] = field(default_factory=dict)
+    _chosen: dict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         OPERATIONS[self.name] = self
@@ -106,10 +106,12 @@ class Operation:
 
     def select(self, x: torch.Tensor, **needs: bool) -> Callable[..., Any]:
         """Return the function for tensors like `x`; each true keyword is a needed feature."""
-        call = Call(x.device.type, x.dtype, frozenset(name for name, on in needs.items() if on))
-        function = self._chosen.get(call)
+        key = (x.device, x.dtype, *needs.items())
+        function = self._chosen.get(key)
         if function is None:
-            function = self._chosen[call] = self.choose(call).function
+            needed = frozenset(name for name, on in needs.items() if on)
+            call = Call(x.device.type, x.dtype, needed)
+            function = self._chosen[key] = self.choose(call).function
         return function
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemotron.generate.engine import Engine
-from nemotron.generate.weights import DENSE_TOKENS, prepare_weights
+from nemotron.generate.weights import FEW_TOKENS, prepare_weights
 from nemotron.model.hybrid import HybridLM
 
 PROMPTS = [[5, 3, 60, 1, 17, 17, 2], [9, 4]]
@@ -21,7 +21,7 @@ def continued_logits(model: HybridLM, prompts: list[list[int]]) -> torch.Tensor:
     return torch.stack(results).float()
 
 
-@pytest.mark.parametrize("copies", [1, DENSE_TOKENS + 1])
+@pytest.mark.parametrize("copies", [1, FEW_TOKENS + 1])
 def test_prepared_weights_give_the_same_logits(model: HybridLM, copies: int) -> None:
     prompts = PROMPTS * copies  # few and many rows go through the experts differently
     expected = continued_logits(model, prompts)
