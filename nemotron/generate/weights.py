@@ -73,7 +73,7 @@ class ChosenExperts(nn.Module):
 
     def __init__(self, experts: Experts, shared: MLP | None) -> None:
         super().__init__()
-        _, width, self.input_size = experts.up_proj.shape
+        width = experts.up_proj.shape[1]
         up, down = experts.up_proj.mT, experts.down_proj.mT  # [E, I, F], [E, F, I]
         num_experts = num_all = up.shape[0]
         if shared is not None:
@@ -118,7 +118,9 @@ class FewTokensMoE(nn.Module):
         width = moe.experts.up_proj.shape[1]
         shared_width = moe.shared_experts.up_proj.weight.shape[0]
         self.includes_shared = moe.fc1_latent_proj is None and shared_width % width == 0
-        self.experts = ChosenExperts(moe.experts, moe.shared_experts if self.includes_shared else None)
+        self.experts = ChosenExperts(
+            moe.experts, moe.shared_experts if self.includes_shared else None
+        )
 
     def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
         tokens, moe = x.flatten(0, 1), self.moe  # [M, D]

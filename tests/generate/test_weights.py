@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from nemotron.generate.engine import Engine
-from nemotron.generate.weights import FEW_TOKENS, prepare_weights
+from nemotron.generate.weights import FEW_TOKENS, FewTokensMoE, prepare_weights
+from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.moe import MoE
 
 PROMPTS = [[5, 3, 60, 1, 17, 17, 2], [9, 4]]
 
@@ -57,3 +59,30 @@ def test_float64_is_left_as_it_is(model: HybridLM) -> None:
     double = copy.deepcopy(model).double()
     expected = continued_logits(copy.deepcopy(double), PROMPTS)
     assert continued_logits(prepare_weights(double), PROMPTS).equal(expected)
+
+
+@pytest.mark.parametrize("tokens", [1, FEW_TOKENS])
+@pytest.mark.parametrize(("shared", "included"), [(12, True), (36, True), (20, False)])
+@torch.no_grad()
+def test_a_shared_expert_goes_along_where_it_can(shared: int, included: bool, tokens: int) -> None:
+    sizes = {"hidden_size": 16, "n_routed_experts": 5, "num_experts_per_tok": 2}
+    config = ModelConfig(
+        vocab_size=8,
+        hybrid_override_pattern="E",
+        moe_intermediate_size=12,
+        moe_shared_expert_intermediate_size=shared,
+        **sizes,
+    )
+    moe = MoE(config).double()
+    for index, parameter in enumerate(moe.parameters()):
+        torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(index))
+    x = torch.randn(1, tokens, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    expected = moe(x)[0]
+    few = FewTokensMoE(moe)
+    assert few.includes_shared == included
+    # float64: another order of sums
+    assert (few(x) - expected).abs().max() <= 1e-12 * expected.abs().max()
+    # the weights, laid out anew, still serve many tokens
+    assert (
+        few(x.repeat(1, 9, 1))[:, :tokens] - expected
+    ).abs().max() <= 1e-12 * expected.abs().max()
