@@ -10,9 +10,12 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nemotron.generate.step import JointAttention, MambaStep
+from nemotron.model.attention import Attention
+from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Linear
-from nemotron.model.mamba2 import CausalConv
+from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import Routing
@@ -25,31 +28,38 @@ FEW_TOKENS = 8
 def prepare_weights(model: HybridLM) -> HybridLM:
     """Cast the matrices to the compute dtype and lay them out anew, in place; return the model."""
     dtype = model.compute_dtype or model.backbone.embeddings.weight.dtype
-    device = model.backbone.embeddings.weight.device
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, MoE):
-                child.experts.to(dtype)
-                child.shared_experts.to(dtype)
-                if device.type == "cpu":
-                    setattr(module, name, FewTokensMoE(child))
-            elif isinstance(child, Linear):
-                child.to(dtype)
-                if _can_pack(device, dtype):
-                    setattr(module, name, PackedLinear(child.weight))
-            elif isinstance(child, CausalConv):
-                # tap after tap, as one token's step reads them
-                taps = child.weight.permute(2, 1, 0).contiguous()
-                child.weight = nn.Parameter(taps.permute(2, 1, 0))
+    _replace(model, model.config, dtype)
     return model.requires_grad_(False)
 
 
-def _can_pack(device: torch.device, dtype: torch.dtype) -> bool:
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
+def _replace(parent: nn.Module, config: ModelConfig, dtype: torch.dtype) -> None:
+    """Put what decodes faster in the place of every module below `parent`."""
+    for name, child in list(parent.named_children()):
+        if isinstance(child, Linear):
+            child.to(dtype)
+            if _can_pack(child.weight):
+                setattr(parent, name, PackedLinear(child.weight))
+            continue
+        if isinstance(child, MoE):
+            child.experts.to(dtype)
+            child.shared_experts.to(dtype)
+            if child.experts.up_proj.device.type == "cpu":
+                setattr(parent, name, FewTokensMoE(child))
+        elif isinstance(child, Mamba2):
+            child = MambaStep(child, config)
+            setattr(parent, name, child)
+        elif isinstance(child, Attention):
+            child = JointAttention(child, config)
+            setattr(parent, name, child)
+        _replace(child, config, dtype)
+
+
+def _can_pack(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
         return False
-    if dtype == torch.bfloat16:
+    if weight.dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
+    return weight.dtype == torch.float32
 
 
 class PackedLinear(nn.Module):
@@ -96,9 +106,9 @@ class ChosenExperts(nn.Module):
             weights = F.pad(weights, (0, extra), value=1.0)
         chosen = experts.flatten()
         rows = x.repeat_interleave(experts.shape[1], dim=0)  # [M K, I]
-        hidden = _sum_rows(self.up, self.up_rows[chosen], rows)  # [M K, F]
+        hidden = _sum_rows(self.up, self.up_rows.index_select(0, chosen), rows)  # [M K, F]
         hidden = (hidden.relu_() * weights.view(-1, 1)).mul_(hidden).to(x.dtype)
-        rows = _sum_rows(self.down, self.down_rows[chosen], hidden)
+        rows = _sum_rows(self.down, self.down_rows.index_select(0, chosen), hidden)
         return rows.view(*experts.shape, -1).sum(1)
 
 

@@ -30,11 +30,16 @@ class Attention(nn.Module):
         start: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Attend within the row; with `state`, also to what was seen before, from `start` on."""
-        q, k, v = (
-            projection(x).unflatten(-1, (-1, self.head_dim))  # [B, T, heads, Dh]
-            for projection in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.project(x))
         if state is not None:
             k, v = state.append(k, v)
             seq_idx = None  # a cached row is one document, which begins at `start`
         return self.o_proj(attention(q, k, v, seq_idx=seq_idx, start=start).flatten(2))
+
+    def project(
+        self, x: Float[Tensor, "B T D"]
+    ) -> tuple[
+        Float[Tensor, "B T Hq_Dh"], Float[Tensor, "B T Hkv_Dh"], Float[Tensor, "B T Hkv_Dh"]
+    ]:
+        """Return queries, keys and values, the heads side by side."""
+        return self.q_proj(x), self.k_proj(x), self.v_proj(x)

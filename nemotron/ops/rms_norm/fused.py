@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -47,13 +46,19 @@ def _rows(x: Float[Tensor, "*batch D"]) -> Float[Tensor, "M D"]:
     return x.reshape(-1, x.shape[-1])
 
 
+def inverse_rms(x: Float[Tensor, "*batch D"], eps: float) -> Float[Tensor, "*batch 1"]:
+    """Return 1 / sqrt(mean(x²) + eps) in float32 or wider, in few operations."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    norm = torch.linalg.vector_norm(x, 2, -1, True, dtype=wide)
+    return norm.square_().mul_(1 / x.shape[-1]).add_(eps).rsqrt_()
+
+
 def rms_norm(
     x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float
 ) -> Float[Tensor, "*batch D"]:
     """The reference's formula, with a hand-written gradient."""
     if x.numel() <= BLOCK_ELEMENTS and not torch.is_grad_enabled():
-        wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.rms_norm(wide, weight.shape, weight, eps).to(x.dtype)
+        return (x * weight).mul_(inverse_rms(x, eps)).to(x.dtype)
     return _RMSNorm.apply(x, weight, eps)
 
 
