@@ -22,7 +22,7 @@ class MambaStep(Mamba2):
         self.load_state_dict(mamba.state_dict(), assign=True)
         self.taps = self.conv1d.weight.squeeze(1).T.contiguous()  # [W, C]
         self.decay = -self.A_log.exp().view(-1, 1, 1)
-        self.skip, self.bias, self.gain = self.D.view(-1, 1, 1), self.dt_bias, self.norm.weight
+        self.skip, self.gain = self.D.view(-1, 1, 1), self.norm.weight
 
     def forward(
         self,
@@ -48,9 +48,9 @@ class MambaStep(Mamba2):
         state.ssm.mul_((dt * self.decay).exp_())
         # every group by itself, the channels of its heads side by side: [B G, H P / G, N]
         states = state.ssm.view(-1, inner // self.num_groups, self.state_size)
-        B, C = B.reshape(-1, 1, self.state_size), C.reshape(-1, self.state_size, 1)
+        B, C = (t.reshape(-1, 1, self.state_size) for t in (B, C))
         states.addcmul_((dt * x).view(states.shape[0], -1, 1), B)
-        y = torch.bmm(states, C).view_as(x).addcmul_(x, self.skip).to(u.dtype)
+        y = torch.bmm(C, states.mT).view_as(x).addcmul_(x, self.skip).to(u.dtype)
 
         gated = F.silu(z.to(self.gain.dtype)).view(x.shape[0], self.num_groups, -1)
         gated *= y.view_as(gated)
@@ -65,17 +65,15 @@ class JointAttention(Attention):
         with torch.device("meta"):
             super().__init__(config)
         self.load_state_dict(attention.state_dict(), assign=True)
-        parts = [self.q_proj.weight, self.k_proj.weight, self.v_proj.weight]
-        self.sizes = [part.shape[0] for part in parts]
-        with torch.device("meta"):
-            self.qkv_proj = Linear(parts[0].shape[1], sum(self.sizes))
+        parts = [part.weight for part in (self.q_proj, self.k_proj, self.v_proj)]
+        self.sizes: list[int] = [part.shape[0] for part in parts]
+        self.qkv_proj = Linear(parts[0].shape[1], sum(self.sizes))
         self.qkv_proj.weight = nn.Parameter(torch.cat(parts))
         del self.q_proj, self.k_proj, self.v_proj
 
     def project(
         self, x: Float[Tensor, "B T D"]
-    ) -> tuple[
-        Float[Tensor, "B T Hq_Dh"], Float[Tensor, "B T Hkv_Dh"], Float[Tensor, "B T Hkv_Dh"]
-    ]:
+    ) -> tuple[Float[Tensor, "B T Q"], Float[Tensor, "B T K"], Float[Tensor, "B T K"]]:
+        """As `Attention.project`."""
         q, k, v = self.qkv_proj(x).split(self.sizes, dim=-1)
         return q, k, v

@@ -38,8 +38,6 @@ class Attention(nn.Module):
 
     def project(
         self, x: Float[Tensor, "B T D"]
-    ) -> tuple[
-        Float[Tensor, "B T Hq_Dh"], Float[Tensor, "B T Hkv_Dh"], Float[Tensor, "B T Hkv_Dh"]
-    ]:
-        """Return queries, keys and values, the heads side by side."""
+    ) -> tuple[Float[Tensor, "B T Q"], Float[Tensor, "B T K"], Float[Tensor, "B T K"]]:
+        """Return queries, keys and values, the channels of their heads side by side."""
         return self.q_proj(x), self.k_proj(x), self.v_proj(x)

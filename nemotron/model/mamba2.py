@@ -51,8 +51,6 @@ class Mamba2(nn.Module):
         state: MambaState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens; a given `state` is continued and brought up to date in place."""
-        if state is not None and seq_idx is None and u.shape[1] == 1:
-            return self.step(u, state)
         z, xBC, dt = _Split.apply(self.in_proj(u), self.splits)
         conv_state = state.conv if state is not None else None
         mixed = causal_conv1d(
@@ -82,29 +80,6 @@ class Mamba2(nn.Module):
             state.conv = _last_inputs(state.conv, xBC, seq_idx)
         y = gated_rms_norm(y.flatten(2), z, self.norm.weight, self.num_groups, self.norm.eps)
         return self.out_proj(y)
-
-    def step(self, u: Float[Tensor, "B 1 D"], state: MambaState) -> Float[Tensor, "B 1 D"]:
-        """Mix one token of each row by the recurrence itself; `state` changes in place."""
-        z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
-        window = torch.cat([state.conv, xBC], dim=1)  # [B, W, C]
-        state.conv = window[:, 1:]
-        mixed = (window * self.conv1d.weight.squeeze(1).T).sum(1)
-        if self.conv1d.bias is not None:
-            mixed = mixed + self.conv1d.bias
-        inner, bc = self.splits[0], self.num_groups * self.state_size
-        x, B, C = F.silu(mixed).split([inner, bc, bc], dim=-1)
-        x = x.view(*state.ssm.shape[:3], 1)  # [B, H, P, 1]
-        dt = self._time_step(dt).view(*state.ssm.shape[:2], 1, 1)
-
-        # S <- exp(dt A) S + dt x ⊗ B, then y = S C + D x
-        state.ssm.mul_(torch.exp(dt * -self.A_log.exp().view(-1, 1, 1)))
-        # every group by itself, the channels of its heads side by side: [B G, H P / G, N]
-        states = state.ssm.view(-1, inner // self.num_groups, self.state_size)
-        B, C = B.reshape(-1, 1, self.state_size), C.reshape(-1, self.state_size, 1)
-        states.addcmul_((dt * x).view(states.shape[0], -1, 1), B)
-        y = torch.bmm(states, C).view_as(x).addcmul_(x, self.D.view(-1, 1, 1))
-        y = y.view(-1, 1, inner).to(u.dtype)
-        return self.out_proj(gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps))
 
     def _time_step(self, dt: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:
         """Return the step size, in float32 as the CUDA kernels do: exp() amplifies rounding."""
