@@ -65,8 +65,8 @@ class JointAttention(Attention):
         with torch.device("meta"):
             super().__init__(config)
         self.load_state_dict(attention.state_dict(), assign=True)
-        parts = [part.weight for part in (self.q_proj, self.k_proj, self.v_proj)]
-        self.sizes: list[int] = [part.shape[0] for part in parts]
+        parts: list[Tensor] = [part.weight for part in (self.q_proj, self.k_proj, self.v_proj)]
+        self.sizes = [part.shape[0] for part in parts]
         self.qkv_proj = Linear(parts[0].shape[1], sum(self.sizes))
         self.qkv_proj.weight = nn.Parameter(torch.cat(parts))
         del self.q_proj, self.k_proj, self.v_proj
