@@ -76,7 +76,7 @@ def main() -> int:
     """Run the test; returns 0 when nothing was lost."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=30)
-    parser.add_argument("--steps", type=int, default=60, help="optimizer steps of the run")
+    parser.add_argument("--steps", type=int, default=200, help="optimizer steps of the run")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="where to work; default: a temporary folder")
     options = parser.parse_args()
