@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.attention import Attention
-from nemotron.model.cache import MambaState
+from nemotron.model.cache import AttentionState, MambaState
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear
 from nemotron.model.mamba2 import Mamba2
@@ -71,9 +71,13 @@ class JointAttention(Attention):
         self.qkv_proj.weight = nn.Parameter(torch.cat(parts))
         del self.q_proj, self.k_proj, self.v_proj
 
-    def project(
-        self, x: Float[Tensor, "B T D"]
-    ) -> tuple[Float[Tensor, "B T Q"], Float[Tensor, "B T K"], Float[Tensor, "B T K"]]:
-        """As `Attention.project`."""
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        seq_idx: Int[Tensor, "B T"] | None = None,
+        state: AttentionState | None = None,
+        start: Int[Tensor, " B"] | None = None,
+    ) -> Float[Tensor, "B T D"]:
+        """As `Attention.forward`."""
         q, k, v = self.qkv_proj(x).split(self.sizes, dim=-1)
-        return q, k, v
+        return self.o_proj(self.attend(q, k, v, seq_idx, state, start))

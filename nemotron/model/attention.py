@@ -30,14 +30,21 @@ class Attention(nn.Module):
         start: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Attend within the row; with `state`, also to what was seen before, from `start` on."""
-        q, k, v = (part.unflatten(-1, (-1, self.head_dim)) for part in self.project(x))
+        q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return self.o_proj(self.attend(q, k, v, seq_idx, state, start))
+
+    def attend(
+        self,
+        q: Float[Tensor, "B T Q"],
+        k: Float[Tensor, "B T K"],
+        v: Float[Tensor, "B T K"],
+        seq_idx: Int[Tensor, "B T"] | None,
+        state: AttentionState | None,
+        start: Int[Tensor, " B"] | None,
+    ) -> Float[Tensor, "B T Q"]:
+        """Do what lies between the projections; the channels of the heads lie side by side."""
+        q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # [B, T, heads, Dh]
         if state is not None:
             k, v = state.append(k, v)
             seq_idx = None  # a cached row is one document, which begins at `start`
-        return self.o_proj(attention(q, k, v, seq_idx=seq_idx, start=start).flatten(2))
-
-    def project(
-        self, x: Float[Tensor, "B T D"]
-    ) -> tuple[Float[Tensor, "B T Q"], Float[Tensor, "B T K"], Float[Tensor, "B T K"]]:
-        """Return queries, keys and values, the channels of their heads side by side."""
-        return self.q_proj(x), self.k_proj(x), self.v_proj(x)
+        return attention(q, k, v, seq_idx=seq_idx, start=start).flatten(2)
