@@ -10,7 +10,7 @@ from nemotron.model.cache import AttentionState, MambaState
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear
 from nemotron.model.mamba2 import Mamba2
-from nemotron.ops.rms_norm.fused import inverse_rms
+from nemotron.ops.gated_rms_norm import gated_rms_norm
 
 
 class MambaStep(Mamba2):
@@ -50,12 +50,9 @@ class MambaStep(Mamba2):
         states = state.ssm.view(-1, inner // self.num_groups, self.state_size)
         B, C = (t.reshape(-1, 1, self.state_size) for t in (B, C))
         states.addcmul_((dt * x).view(states.shape[0], -1, 1), B)
-        y = torch.bmm(C, states.mT).view_as(x).addcmul_(x, self.skip).to(u.dtype)
-
-        gated = F.silu(z.to(self.gain.dtype)).view(x.shape[0], self.num_groups, -1)
-        gated *= y.view_as(gated)
-        y = gated.mul_(inverse_rms(gated, self.norm.eps)).view_as(z).mul_(self.gain)
-        return self.out_proj(y.to(u.dtype))
+        y = torch.bmm(C, states.mT).view_as(x).addcmul_(x, self.skip)
+        y = y.view_as(z).to(u.dtype)
+        return self.out_proj(gated_rms_norm(y, z, self.gain, self.num_groups, self.norm.eps))
 
 
 class JointAttention(Attention):

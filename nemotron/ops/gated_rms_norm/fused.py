@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemotron.ops.blocks import BLOCK_ELEMENTS, row_blocks
 from nemotron.ops.registry import Backend
+from nemotron.ops.rms_norm.fused import inverse_rms
 
 
 class _GatedRMSNorm(torch.autograd.Function):
@@ -68,7 +69,7 @@ def gated_rms_norm(
     if y.numel() <= BLOCK_ELEMENTS and not torch.is_grad_enabled():
         wide = torch.promote_types(y.dtype, torch.float32)
         gated = F.silu(z.to(wide)).mul_(y).unflatten(-1, (groups, -1))
-        return F.rms_norm(gated, gated.shape[-1:], None, eps).flatten(-2).mul_(weight).to(y.dtype)
+        return gated.mul_(inverse_rms(gated, eps)).flatten(-2).mul_(weight).to(y.dtype)
     return _GatedRMSNorm.apply(y, z, weight, groups, eps)
 
 
