@@ -2,13 +2,17 @@
 
 import os
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
 from nemotron import __version__
 from nemotron.errors import UserError
+
+if TYPE_CHECKING:
+    from nemotron.data.loader import TrainingData
 
 DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
 
@@ -21,6 +25,8 @@ app = typer.Typer(
 )
 recipe_app = typer.Typer(help="Look at recipes without running them.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
+data_app = typer.Typer(help="Prepare data, and look at it before a run.", no_args_is_help=True)
+app.add_typer(data_app, name="data")
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (.yaml).", metavar="RECIPE")]
 Overrides = Annotated[
@@ -118,6 +124,153 @@ def recipe_schema() -> int:
 
     print(schema(), end="")
     return DONE
+
+
+@data_app.command(
+    "prepare",
+    epilog="Example: nemotron data prepare texts/ 'more/*.jsonl.gz' --out data/letters",
+)
+def data_prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders, patterns (JSON lines, parquet, text; also .gz and .zst), or "
+            "hf://OWNER/NAME.",
+            metavar="SOURCE...",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="embedded, a tokenizer.json or its folder.")
+    ] = "embedded",
+    eod_token: Annotated[str, typer.Option(help="Token at the end of each document.")] = "</s>",
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    filters: Annotated[
+        list[str] | None,
+        typer.Option("--filter", help="Keep rows such as 'score >= 0.5' or 'lang == en'."),
+    ] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(help=r"Text between documents of a text file; \n is a line break."),
+    ] = None,
+    hold_out: Annotated[
+        float, typer.Option(min=0, max=0.999, help="Share of the documents to hold out, by hash.")
+    ] = 0.01,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Rows are conversations: messages and tools.")
+    ] = False,
+    messages: Annotated[str, typer.Option(help="Column of messages.")] = "messages",
+    tools: Annotated[str, typer.Option(help="Column of tools.")] = "tools",
+    thinking: Annotated[bool, typer.Option(help="Keep the reasoning of conversations.")] = True,
+    all_thinking: Annotated[
+        bool, typer.Option("--all-thinking", help="Keep reasoning of earlier turns, too.")
+    ] = False,
+    subset: Annotated[str | None, typer.Option(help="Subset of an hf:// data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of an hf:// data set.")] = "train",
+    revision: Annotated[str | None, typer.Option(help="Revision of an hf:// data set.")] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read an hf:// data set without storing it.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Processes; default: one for each core.")
+    ] = None,
+    max_bad_rows: Annotated[
+        int, typer.Option(min=0, help="Unreadable rows that are left out; one more stops.")
+    ] = 100,
+    max_row_mib: Annotated[
+        int, typer.Option(min=1, help="Longest row of JSON lines; a longer one is unreadable.")
+    ] = 256,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Look at the input and write nothing.")
+    ] = False,
+) -> int:
+    """Turn text or conversations into token shards; stopped, the same command goes on."""
+    from nemotron.data.prepare.command import prepare
+    from nemotron.data.prepare.options import ChatOptions, HubOptions, PrepareOptions
+
+    chats = ChatOptions(
+        messages_column=messages,
+        tools_column=tools,
+        enable_thinking=thinking,
+        truncate_history_thinking=not all_thinking,
+    )
+    options = PrepareOptions(
+        column=column,
+        filters=tuple(filters or ()),
+        separator=separator and separator.replace(r"\n", "\n").replace(r"\t", "\t"),
+        eod_token=eod_token,
+        validation_fraction=hold_out,
+        max_row_bytes=max_row_mib << 20,
+        hub=HubOptions(subset=subset, split=split, revision=revision, streaming=streaming),
+        chat=chats if chat else None,
+    )
+    return prepare(
+        sources,
+        out,
+        tokenizer=tokenizer,
+        options=options,
+        workers=workers,
+        max_bad_rows=max_bad_rows,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+
+
+@data_app.command("inspect", epilog="Example: nemotron data inspect recipes/tiny/pretrain.yaml")
+def data_inspect(
+    target: Annotated[
+        Path, typer.Argument(help="Recipe (.yaml), prepared folder, or shard without its ending.")
+    ],
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(min=0, help="Step whose rows are shown.")] = 0,
+    rows: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 2,
+    documents: Annotated[
+        int, typer.Option(min=1, help="Documents of each source to read for the statistics.")
+    ] = 100_000,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read every byte: checksums, indices, ids.")
+    ] = False,
+    plots: Annotated[Path | None, typer.Option(help="Folder to draw into.")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="Of a folder or shard: embedded or a tokenizer.json.")
+    ] = "embedded",
+    eod_token: Annotated[
+        str | None, typer.Option(help="Of a shard without a manifest; default: </s>.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option(min=2, help="Of a folder or shard: its rows.")] = 512,
+) -> int:
+    """Show what data is read: sources, lengths, duplicates, rows as text."""
+    from nemotron.data.inspect import inspect, open_path
+
+    if target.suffix in (".yaml", ".yml"):
+        data = _recipe_data(target, overrides)
+    else:
+        with tempfile.TemporaryDirectory() as cache:
+            data = open_path(
+                target, tokenizer=tokenizer, eod_token=eod_token, seq_len=seq_len, cache=cache
+            )
+            return inspect(
+                data, step=step, rows=rows, documents=documents, check=check, plots=plots
+            )
+    return inspect(data, step=step, rows=rows, documents=documents, check=check, plots=plots)
+
+
+@data_app.command("plan", epilog="Example: nemotron data plan recipes/tiny/pretrain.yaml")
+def data_plan(recipe: RecipeFile, overrides: Overrides = None) -> int:
+    """Show what a run takes from each source: tokens and passes; 1 when there are too many."""
+    from nemotron.data.plan import print_plan
+
+    return print_plan(_recipe_data(recipe, overrides))
+
+
+def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
+    from nemotron.recipe.load import load_recipe
+    from nemotron.train.course import plan_course
+    from nemotron.train.run import open_data
+
+    config = load_recipe(recipe, overrides or []).config
+    return open_data(config, plan_course(config))
 
 
 @app.command(epilog="Example: nemotron doctor")

@@ -70,6 +70,15 @@ def locked(path: Path) -> Iterator[None]:
         yield
 
 
+def try_lock(descriptor: int) -> bool:
+    """Lock an open file unless somebody else holds it; says whether it is ours now."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
 def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)

@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepared import write_prepared
 from safetensors.torch import load_file, save_file
 
 from nemotron.cli import run
-from nemotron.data.prepare import write_shard
-from nemotron.data.tokenizer import load_tokenizer
 from nemotron.recipe.load import load_recipe
 from nemotron.train.run_directory import RunDirectory
 
@@ -45,9 +44,8 @@ model:
 data:
   cache: cache
   seq_len: 32
-  validation_fraction: 0.1
   sources:
-    - {name: text, weight: 1.0, prefix: shards/text}
+    - {name: text, weight: 1.0, path: shards/text}
 batch:
   global_tokens: 128
   micro_batch: 2
@@ -71,10 +69,8 @@ evaluation:
 def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which everything is right: recipe, shards, a stopped run, its export."""
     world = tmp_path_factory.mktemp("valid")
-    tokenizer = load_tokenizer("embedded")
-    (world / "shards").mkdir()
     texts = [f"Text {i}: the river runs to the sea, and stone {i % 7} stays.\n" for i in range(90)]
-    write_shard(texts, world / "shards" / "text", tokenizer)
+    write_prepared(texts, world / "shards" / "text", validation_fraction=0.1)
     (world / "mine.yaml").write_text(RECIPE)
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(world)
@@ -259,9 +255,9 @@ RECIPE_ROWS = [
         ("schedule.peak", "nan")),
     Row("20 infinite rate", edit("peak: 1.0e-2", "peak: .inf"), CHECK, ("schedule.peak", "inf")),
     Row("20 warm-up too long", edit("warmup_steps: 1", "warmup_steps: 9"), CHECK,
-        ("warms up", "512")),
+        ("warm-up", "512")),
     Row("20 no weight", edit("weight: 1.0", "weight: 0.0"), CHECK, ("weight", "0")),
-    Row("20 no sources", edit("    - {name: text, weight: 1.0, prefix: shards/text}", "    []"),
+    Row("20 no sources", edit("    - {name: text, weight: 1.0, path: shards/text}", "    []"),
         CHECK, ("sources",)),
     Row("21 prediction without pattern", edit('  mtp_hybrid_override_pattern: "*E"\n', ""), CHECK,
         ("mtp_hybrid_override_pattern",)),
@@ -275,31 +271,71 @@ RECIPE_ROWS = [
         ("intermediate_size", "no effect", "no - layer")),
 ]  # fmt: skip
 
+SHARD_PREFIX = "shards/text/train-00000"
+PLAIN = remove("shards/text/manifest.json")
+"""Without its manifest the folder is one of shards that somebody else wrote."""
+
+
+def write_other(world: Path, name: str) -> None:
+    """Write a shard of other text in the place of a prepared one."""
+    write_prepared(["One.", "Two."], world / "other")
+    for end in ("bin", "idx"):
+        (world / "other" / f"train-00000.{end}").rename(world / "shards" / "text" / f"{name}.{end}")
+
+
 DATA_ROWS = [
-    Row("24 missing path", edit("prefix: shards/text", "prefix: shards/nothing"), TRAIN,
+    Row("24 missing path", edit("path: shards/text", "path: shards/nothing"), TRAIN,
         ("nothing.bin", "does not exist", "/world/")),
-    Row("24 a folder", edit("prefix: shards/text", "prefix: shards"), TRAIN,
-        ("shards.bin", "does not exist")),
-    Row("24 prefix with its ending", edit("prefix: shards/text", "prefix: shards/text.bin"), TRAIN,
-        ("text.bin.bin", "without its .bin or .idx ending")),
-    Row("25 bin without idx", remove("shards/text.idx"), TRAIN, ("text.idx", "does not exist")),
-    Row("25 idx without bin", remove("shards/text.bin"), TRAIN, ("text.bin", "does not exist")),
-    Row("25 magic", patch("shards/text.idx", 0, b"NOTANIDX"), TRAIN, ("text.idx", "MMIDIDX")),
-    Row("25 version", patch("shards/text.idx", 9, struct.pack("<Q", 7)), TRAIN,
-        ("text.idx", "version 7")),
-    Row("25 id type", patch("shards/text.idx", 17, b"\x63"), TRAIN, ("text.idx", "code 99")),
-    Row("25 garbage in the index", patch("shards/text.idx", 60, b"\xff" * 8), TRAIN,
-        ("text.idx", "damaged", "sequence 6")),
-    Row("25 garbage beside the shard", write("shards/text.json", "{"), TRAIN,
-        ("text.json", "manifest")),
-    Row("25 short idx", truncate("shards/text.idx", 8), TRAIN, ("text.idx", "bytes")),
-    Row("25 short bin", truncate("shards/text.bin", 10), TRAIN, ("text.bin", "bytes")),
-    Row("26 no token at all", lambda w: write_shard([], w / "shards" / "text",
-        load_tokenizer("embedded")), TRAIN, ("text", "no tokens")),
-    Row("27 id outside", both(patch("shards/text.bin", 0, b"\xff\xff"),
-        remove("shards/text.json")), TRAIN, ("65535", "document 0, position 0", "4095")),
+    Row("24 a folder without shards", edit("path: shards/text", "path: runs"), TRAIN,
+        ("runs", "manifest.json", "shards")),
+    Row("24 prefix with its ending", edit("shards/text", "shards/text/train-00000.bin"), TRAIN,
+        ("train-00000.bin.bin", "without its .bin or .idx ending")),
+    Row("25 bin without idx", remove(f"{SHARD_PREFIX}.idx"), TRAIN, ("idx", "does not exist")),
+    Row("25 idx without bin", remove(f"{SHARD_PREFIX}.bin"), TRAIN, ("bin", "does not exist")),
+    Row("25 magic", patch(f"{SHARD_PREFIX}.idx", 0, b"NOTANIDX"), TRAIN, (".idx", "MMIDIDX")),
+    Row("25 version", patch(f"{SHARD_PREFIX}.idx", 9, struct.pack("<Q", 7)), TRAIN,
+        (".idx", "version 7")),
+    Row("25 id type", patch(f"{SHARD_PREFIX}.idx", 17, b"\x63"), TRAIN, (".idx", "code 99")),
+    Row("25 sequence count", patch(f"{SHARD_PREFIX}.idx", 18, struct.pack("<Q", 7)), TRAIN,
+        (".idx", "7 sequences")),
+    Row("25 document count", patch(f"{SHARD_PREFIX}.idx", 26, struct.pack("<Q", 0)), TRAIN,
+        (".idx", "empty document index")),
+    Row("25 garbage in the index", both(patch(f"{SHARD_PREFIX}.idx", 60, b"\xff" * 8), PLAIN),
+        TRAIN, ("train-00000.idx", "damaged", "sequence 6")),
+    Row("25 garbage in the manifest", write("shards/text/manifest.json", "{"), TRAIN,
+        ("manifest.json", "prepare the folder again")),
+    Row("25 newer manifest", write("shards/text/manifest.json", '{"format": 9}'), TRAIN,
+        ("manifest.json", "format 9")),
+    Row("25 short idx", truncate(f"{SHARD_PREFIX}.idx", 8), TRAIN, (".idx", "bytes")),
+    Row("25 short bin", truncate(f"{SHARD_PREFIX}.bin", 10), TRAIN, (".bin", "bytes")),
+    Row("25 another shard under its name", lambda w: write_other(w, "train-00000"), TRAIN,
+        ("train-00000 has 2 documents", "manifest.json says")),
+    Row("26 no token at all", lambda w: write_prepared([], w / "shards" / "text"), TRAIN,
+        ("text", "no tokens")),
+    Row("27 id outside", both(patch(f"{SHARD_PREFIX}.bin", 0, b"\xff\xff"), PLAIN), TRAIN,
+        ("65535", "document 0, position 0", "4095")),
+    Row("27 id outside in a prepared shard", patch(f"{SHARD_PREFIX}.bin", 0, b"\xff\xff" * 900),
+        TRAIN, ("65535", "4095")),
     Row("27 vocabulary too small", nothing, [*TRAIN, "model.vocab_size=100"],
-        ("text.bin", "document 0, position", "model.vocab_size")),
+        ("shards/text", "holds the id", "model.vocab_size")),
+    Row("29 negative weight", edit("weight: 1.0", "weight: -1.0"), CHECK, ("weight", "-1")),
+    Row("29 unknown tier", edit("weight: 1.0", "tier: gold"), CHECK, ("gold", "tiers")),
+    Row("29 blend is missing", nothing, [*CHECK, "data.blend=none.yaml"], ("none.yaml",)),
+    Row("29 blend of odd length", write("b.json", '["0.3", "shards/text", "0.7"]'),
+        [*CHECK, "data.blend=b.json"], ("b.json", "3 entries")),
+    Row("29 blend weight of nothing", write("b.json", '[0, "shards/text"]'),
+        [*CHECK, "data.blend=b.json"], ("b.json", "above 0")),
+    Row("29 blend without sources", write("b.yaml", "texts: 3"),
+        [*CHECK, "data.blend=b.yaml"], ("b.yaml", "sources")),
+    Row("29 phase of odd length", edit("batch:\n", "phases: [{name: a, tokens: 100}]\nbatch:\n"),
+        CHECK, ("phases.0: tokens = 100", "128")),
+    Row("29 phase without an end", edit("batch:\n",
+        "phases: [{name: a}, {name: b, steps: 2}]\nbatch:\n"), CHECK, ("phases.0", "no length")),
+    Row("29 phases beyond the schedule", edit("batch:\n",
+        "phases: [{name: a, steps: 9}, {name: b}]\nbatch:\n"), CHECK,
+        ("phases.1", "nothing left")),
+    Row("29 samples without conversations", nothing,
+        [*TRAIN, "data.objective=samples"], ("data.objective = samples", "text")),
     Row("28 no such end of text", nothing, [*TRAIN, "data.eod_token=<nothing>"], ("<nothing>",)),
     Row("28 no tokenizer", nothing, [*TRAIN, "data.tokenizer=nowhere.json"],
         ("nowhere.json", "does not exist")),
@@ -312,9 +348,9 @@ DATA_ROWS = [
         ("t.json", "no tokenizer.json")),
     Row("32 no whole row", nothing,
         [*TRAIN, "data.seq_len=100000", "batch.global_tokens=200000"],
-        ("text.bin", "tokens to train on", "data.seq_len = 100000")),
+        ("shards/text", "tokens to train on", "data.seq_len = 100000")),
     Row("47 cache is a file", write("taken", ""),
-        [*TRAIN, "data.cache=taken", "data.validation_fraction=0.2"], ("data.cache", "taken")),
+        [*TRAIN, "data.cache=taken"], ("data.cache", "taken")),
     Row("32 too little text", nothing, [*TRAIN, "data.max_epochs=0.01"],
         ("passes", "max_epochs")),
 ]  # fmt: skip
@@ -412,8 +448,8 @@ RUN_ROWS = [
         ("hidden_size", "24", "48")),
     Row("44 seed", nothing, [*RESUME, "seed=9"], ("seed", "1234", "9")),
     Row("44 batch", nothing, [*RESUME, "batch.global_tokens=256"], ("global_tokens", "128", "256")),
-    Row("44 data", nothing, [*RESUME, "data.validation_fraction=0.2"],
-        ("data.validation_fraction", "0.1", "0.2")),
+    Row("44 data", nothing, [*RESUME, "data.mask_eod_loss=true"],
+        ("data.mask_eod_loss", "False", "True")),
     Row("44 row length", nothing, [*RESUME, "data.seq_len=64"], ("data.seq_len", "32", "64")),
     Row("44 vocabulary", nothing, [*RESUME, "model.vocab_size=4100"],
         ("model.vocab_size", "4096", "4100")),
@@ -427,8 +463,8 @@ RUN_ROWS = [
         ("runs/half/recipe.yaml", "damaged")),
     Row("46 recipe that is a list", write("runs/half/recipe.yaml", "- 1"), RESUME,
         ("runs/half/recipe.yaml", "damaged")),
-    Row("33 shard replaced", lambda w: write_shard(["Other text. " * 9] * 90, w / "shards" / "text",
-        load_tokenizer("embedded")), RESUME, ("text.bin", "tokens", "hash")),
+    Row("33 shard replaced", lambda w: write_prepared(["Other text. " * 9] * 90,
+        w / "shards" / "text"), RESUME, ("shards/text", "tokens", "hash")),
     Row("43 weights only", lambda w: [run(["import", "exported", "--out", "runs/half2"]),
         edit("name: mine", "name: half2")(w)], ["train", "mine.yaml", "--resume"],
         ("runs/half2", "init_from")),
@@ -539,9 +575,9 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(
     assert snapshot(world) == before
 
 
-@pytest.mark.parametrize("share", ["0", "0.0001"])
-def test_a_run_without_held_out_text_is_no_mistake(share: str, world: Path):
-    assert run([*TRAIN, f"data.validation_fraction={share}"]) == 0
+def test_a_run_without_held_out_text_is_no_mistake(world: Path):
+    write_prepared(["The river runs to the sea. " * 5] * 40, world / "shards" / "text")
+    assert run(TRAIN) == 0
     lines = Path("runs/new/metrics.jsonl").read_text().splitlines()
     kinds = {json.loads(line)["kind"] for line in lines}
     assert kinds == {"train"}

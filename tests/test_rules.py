@@ -108,6 +108,7 @@ def test_no_value_of_a_run_comes_from_the_environment():
         "train/provenance.py",  # records some of it
         "train/redaction.py",  # removes its secrets from what is written
         "train/trackers.py",  # asks whether there is an account
+        "data/prepare/run.py",  # keeps each of its processes to one core
         "hf/export.py",  # hands it on to the process that checks the export
     }
 

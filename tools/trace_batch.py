@@ -142,7 +142,12 @@ def trace(recipe: Path, overrides: list[str]) -> Trace:
     recorder = Recorder()
     told = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
-        own = [f"output={folder}/runs", f"data.cache={folder}/data", "device=cpu"]
+        own = [
+            f"output={folder}/runs",
+            f"data.cache={folder}/data",
+            "device=cpu",
+            "data.prefetch_steps=0",
+        ]
         words = ["train", str(recipe), *overrides, *own, "--stop-at", "1"]
         with (
             contextlib.redirect_stdout(told),

@@ -7,7 +7,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -21,12 +21,13 @@ class Batch:
 
     `labels[b, t]` is the token after `input_ids[b, t]`, or `NO_LABEL`. `seq_idx` numbers the
     documents of a row from 0; a number is never used again in its row; without it the row is one
-    document.
+    document. `loss_weight` weighs the loss of each label; without it every label counts 1.
     """
 
     input_ids: Int[Tensor, "B T"]
     labels: Int[Tensor, "B T"]
     seq_idx: Int[Tensor, "B T"] | None
+    loss_weight: Float[Tensor, "B T"] | None = None
 
     @property
     def num_loss_tokens(self) -> int:
@@ -39,8 +40,12 @@ class Batch:
             yield self._map(operator.itemgetter(slice(start, start + micro_batch)))
 
     def to(self, device: torch.device | str) -> Self:
-        """Return the batch on another device."""
-        return self._map(operator.methodcaller("to", device))
+        """Return the batch on another device; from pinned memory the copy goes on beside work."""
+        return self._map(operator.methodcaller("to", device, non_blocking=True))
+
+    def pin(self) -> Self:
+        """Return the batch in memory from which a GPU copies without waiting."""
+        return self._map(operator.methodcaller("pin_memory"))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
         return replace(
@@ -48,29 +53,55 @@ class Batch:
             input_ids=function(self.input_ids),
             labels=function(self.labels),
             seq_idx=None if self.seq_idx is None else function(self.seq_idx),
+            loss_weight=None if self.loss_weight is None else function(self.loss_weight),
         )
 
 
-def pack(
-    windows: Sequence[NDArray[np.int64]], seq_len: int, eod_id: int, *, mask_eod_loss: bool
-) -> Batch:
-    """Make rows of `seq_len` tokens from windows of up to one token more.
+@dataclass(frozen=True)
+class Row:
+    """The tokens of one row, one more than it has inputs, or fewer.
 
-    The token after an end-of-document starts the next document of the row. A shorter window is
-    filled up with ends of documents that have no label.
+    `starts` are the places at which a document begins, for rows of whole documents; without them
+    the token after an end of document begins the next one. `weights` weighs the prediction of each
+    token; 0 makes it none at all.
     """
-    tokens = np.full((len(windows), seq_len + 1), eod_id, np.int64)
-    labels = np.full((len(windows), seq_len), NO_LABEL, np.int64)
-    for row, window in enumerate(windows):
-        tokens[row, : len(window)] = window
-        labels[row, : len(window) - 1] = window[1:]
-    inputs = tokens[:, :-1]
-    ends = inputs == eod_id
-    if mask_eod_loss:
-        labels[ends] = NO_LABEL
-    seq_idx = np.cumsum(ends, axis=1) - ends
+
+    tokens: NDArray[np.int64]
+    starts: NDArray[np.int64] | None = None
+    weights: NDArray[np.float32] | None = None
+
+
+def pack(rows: Sequence[Row], seq_len: int, eod_id: int, *, mask_eod_loss: bool) -> Batch:
+    """Make a batch of rows with `seq_len` inputs.
+
+    A shorter row is filled up with ends of documents that have no label. In rows of whole
+    documents the first token of a document is nobody's label.
+    """
+    tokens = np.full((len(rows), seq_len + 1), eod_id, np.int64)
+    labels = np.full((len(rows), seq_len), NO_LABEL, np.int64)
+    seq_idx = np.zeros((len(rows), seq_len), np.int32)
+    weights = np.zeros((len(rows), seq_len), np.float32)
+    for number, row in enumerate(rows):
+        length = len(row.tokens)
+        tokens[number, :length] = row.tokens
+        labels[number, : length - 1] = row.tokens[1:]
+        inputs = tokens[number, :-1]
+        if row.starts is None:
+            ends = inputs == eod_id
+            if mask_eod_loss:
+                labels[number, ends] = NO_LABEL
+            seq_idx[number] = np.cumsum(ends) - ends
+        else:
+            begins = np.zeros(seq_len + 1, np.int32)
+            begins[[*row.starts, *([length] if length <= seq_len else [])]] = 1
+            seq_idx[number] = np.cumsum(begins)[:-1] - 1
+            labels[number, begins[1:] == 1] = NO_LABEL
+        weights[number, : length - 1] = 1.0 if row.weights is None else row.weights[1:]
+    labels[weights == 0] = NO_LABEL
+    weighted = np.any((weights != 1) & (labels != NO_LABEL))
     return Batch(
-        input_ids=torch.from_numpy(np.ascontiguousarray(inputs)),
+        input_ids=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
         labels=torch.from_numpy(labels),
-        seq_idx=torch.from_numpy(seq_idx.astype(np.int32)),
+        seq_idx=torch.from_numpy(seq_idx),
+        loss_weight=torch.from_numpy(weights) if weighted else None,
     )

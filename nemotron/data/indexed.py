@@ -4,13 +4,16 @@
 uint64 version, uint8 code of the id type, uint64 number of sequences S, uint64 length D of the
 document index, int32 lengths [S] in tokens, int64 offsets [S] in bytes, int64 document index [D]
 (0, then the number of sequences up to the end of each document), and int8 modes [S] in files of
-several modalities.
+several modalities. Shards of conversations have a third file, ours alone: `PREFIX.loss` holds a
+byte for each token, 1 for those that are learned.
 
 Source: NVIDIA/Megatron-LM: megatron/core/datasets/indexed_dataset.py.
 """
 
 import os
 import struct
+from array import array
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -38,10 +41,14 @@ def id_type(vocab_size: int) -> np.dtype:
 
 
 class Shard:
-    """A shard mapped into memory; opening it reads and checks the index only."""
+    """A shard whose files are mapped into memory when they are first read.
+
+    Opening it reads the header and the ends of the index, whatever its size; `check` reads the
+    whole index.
+    """
 
     def __init__(self, prefix: str | Path) -> None:
-        """Map the two files.
+        """Look at the two files.
 
         Raises:
             UserError: when one is missing, is no shard, is cut off or does not fit the other.
@@ -49,21 +56,56 @@ class Shard:
         self.prefix = Path(prefix).absolute()
         self.bin = Path(f"{self.prefix}.bin")
         self.idx = Path(f"{self.prefix}.idx")
+        self.loss = Path(f"{self.prefix}.loss")
         self._opened = self._identities()
-        code, num_sequences, num_entries = self._read_header()
-        self.dtype = np.dtype(CODES[code])
-        at = HEADER.size
-        self.lengths = self._index("<i4", at, num_sequences)
-        self.offsets = self._index("<i8", at + 4 * num_sequences, num_sequences)
-        self.documents = self._index("<i8", at + 12 * num_sequences, num_entries)
-        self._check_index()
-        self.num_documents = num_entries - 1
-        self.num_tokens = self._opened[self.bin][0] // self.dtype.itemsize
-        self.tokens: NDArray[np.integer] = (
-            np.memmap(self.bin, self.dtype, "r", shape=(self.num_tokens,))
-            if self.num_tokens
-            else np.empty(0, self.dtype)
-        )
+        with open(self.idx, "rb") as file:
+            code, self.num_sequences, num_entries = self._read_header(file.read(HEADER.size))
+            self._num_entries = num_entries
+            self.num_documents = num_entries - 1
+            self.dtype = np.dtype(CODES[code])
+            self.num_tokens = self._opened[self.bin][0] // self.dtype.itemsize
+            self._check_ends(file.fileno())
+
+    @cached_property
+    def tokens(self) -> NDArray[np.integer]:
+        """The ids of all documents, end to end, as a view of the file."""
+        if not self.num_tokens:
+            return np.empty(0, self.dtype)
+        return np.memmap(self.bin, self.dtype, "r", shape=(self.num_tokens,))
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the shard says which of its tokens are learned."""
+        return self.loss.exists()
+
+    @cached_property
+    def learned(self) -> NDArray[np.uint8]:
+        """1 for each token that is learned, as a view of the file.
+
+        Raises:
+            UserError: when the file does not fit the tokens.
+        """
+        if (size := self.loss.stat().st_size) != self.num_tokens:
+            raise UserError(
+                f"{self.loss} has {size} bytes for {self.num_tokens} tokens; prepare the "
+                "conversations again."
+            )
+        return np.memmap(self.loss, np.uint8, "r")
+
+    @cached_property
+    def lengths(self) -> NDArray[np.integer]:
+        """Tokens in each sequence."""
+        return self._index("<i4", 0, self.num_sequences)
+
+    @cached_property
+    def offsets(self) -> NDArray[np.integer]:
+        """Byte of the `.bin` at which each sequence begins."""
+        return self._index("<i8", 4 * self.num_sequences, self.num_sequences)
+
+    @cached_property
+    def documents(self) -> NDArray[np.integer]:
+        """0, then the number of sequences up to the end of each document."""
+        return self._index("<i8", 12 * self.num_sequences, self._num_entries)
 
     def starts(self, documents: slice | NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the position in `tokens` at which each document, or its successor, begins."""
@@ -107,11 +149,9 @@ class Shard:
             found[path] = (status.st_size, status.st_mtime_ns, status.st_ino)
         return found
 
-    def _read_header(self) -> tuple[int, int, int]:
+    def _read_header(self, header: bytes) -> tuple[int, int, int]:
         """Return id type code, number of sequences and length of the document index."""
         size = self._opened[self.idx][0]
-        with open(self.idx, "rb") as file:
-            header = file.read(HEADER.size)
         if not header.startswith(MAGIC[: len(header)]) or not header:
             raise UserError(f"{self.idx} is no shard index: it does not begin with MMIDIDX.")
         if len(header) < HEADER.size:
@@ -139,10 +179,33 @@ class Shard:
     def _index(self, dtype: DTypeLike, offset: int, length: int) -> NDArray[np.integer]:
         if not length:
             return np.empty(0, dtype)
-        return np.memmap(self.idx, dtype, "r", offset, (length,))
+        return np.memmap(self.idx, dtype, "r", HEADER.size + offset, (length,))
 
-    def _check_index(self) -> None:
-        """Check that sequences lie back to back, fill the .bin and are shared out to documents."""
+    def _check_ends(self, index: int) -> None:
+        """Check that the last sequence ends with the .bin and the last document with it."""
+        count, at = self.num_sequences, HEADER.size
+        end = 0
+        if count:
+            (length,) = struct.unpack("<i", os.pread(index, 4, at + 4 * (count - 1)))
+            (offset,) = struct.unpack("<q", os.pread(index, 8, at + 4 * count + 8 * (count - 1)))
+            end = offset + length * self.dtype.itemsize
+        if (size := self._opened[self.bin][0]) != end:
+            raise UserError(f"{self.bin} has {size} bytes; {self.idx.name} says {end}.")
+        at += 12 * count
+        (first,) = struct.unpack("<q", os.pread(index, 8, at))
+        (last,) = struct.unpack("<q", os.pread(index, 8, at + 8 * (self._num_entries - 1)))
+        if first != 0 or last != count:
+            raise UserError(
+                f"{self.idx} is damaged: its documents span the sequences {first} to "
+                f"{last}, but there are 0 to {count}."
+            )
+
+    def check(self) -> None:
+        """Check that sequences lie back to back and are shared out to documents.
+
+        Raises:
+            UserError: when they do not, with the first sequence or document that is wrong.
+        """
         itemsize = self.dtype.itemsize
         end = 0
         for first in range(0, len(self.lengths), CHECKED_AT_ONCE):
@@ -158,13 +221,6 @@ class Shard:
                     f"where byte {ends[i] - lengths[i] * itemsize} is due."
                 )
             end = int(ends[-1])
-        if (size := self._opened[self.bin][0]) != end:
-            raise UserError(f"{self.bin} has {size} bytes; {self.idx.name} says {end}.")
-        if self.documents[0] != 0 or self.documents[-1] != len(self.lengths):
-            raise UserError(
-                f"{self.idx} is damaged: its documents span the sequences {self.documents[0]} to "
-                f"{self.documents[-1]}, but there are 0 to {len(self.lengths)}."
-            )
         for first in range(0, len(self.documents) - 1, CHECKED_AT_ONCE):
             falls = np.diff(self.documents[first : first + CHECKED_AT_ONCE + 1]) < 0
             if falls.any():
@@ -173,34 +229,49 @@ class Shard:
 
 
 class ShardWriter:
-    """Writes a shard, one sequence a document; the two files appear when all is written.
+    """Writes a shard, one sequence a document; its files appear when all is written.
 
     Used as a context manager; when the block raises, nothing is left behind.
     """
 
-    def __init__(self, prefix: str | Path, dtype: DTypeLike) -> None:
+    def __init__(self, prefix: str | Path, dtype: DTypeLike, *, supervised: bool = False) -> None:
         """Open temporary files beside the prefix."""
         self.prefix = Path(prefix).absolute()
         self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.lengths: list[int] = []
+        self.lengths = array("q")
+        self._open_length = 0
         self._code = {np.dtype(name): code for code, name in CODES.items()}[self.dtype]
-        self._parts = [Path(f"{self.prefix}.{end}.{os.getpid()}.tmp") for end in ("bin", "idx")]
-        self._bin = open(self._parts[0], "wb")  # noqa: SIM115 - closed in __exit__
+        ends = ("bin", "idx", *(["loss"] if supervised else []))
+        self.files = {end: Path(f"{self.prefix}.{end}") for end in ends}
+        self._parts = {end: Path(f"{self.prefix}.{end}.{os.getpid()}.tmp") for end in ends}
+        self._open = {end: open(part, "wb") for end, part in self._parts.items()}  # noqa: SIM115
 
-    def add(self, tokens: ArrayLike) -> None:
-        """Append a document.
+    def add(self, tokens: ArrayLike, learned: ArrayLike | None = None) -> None:
+        """Append a document; raises as `extend` does."""
+        self.extend(tokens, learned)
+        self.end_document()
+
+    def extend(self, tokens: ArrayLike, learned: ArrayLike | None = None) -> None:
+        """Append to the open document, so that a long one never has to be there at once.
 
         Raises:
             OverflowError: when an id does not fit the type, or the length the index.
         """
         tokens = np.asarray(tokens)
-        if len(tokens) > LONGEST_DOCUMENT:
-            raise OverflowError(f"a document of {len(tokens)} tokens does not fit the index")
+        if self._open_length + len(tokens) > LONGEST_DOCUMENT:
+            raise OverflowError(f"a document of over {LONGEST_DOCUMENT} tokens does not fit")
         stored = tokens.astype(self.dtype)
         if not np.array_equal(stored, tokens):
             raise OverflowError(f"ids up to {tokens.max()} do not fit {self.dtype}")
-        self._bin.write(stored.tobytes())
-        self.lengths.append(len(stored))
+        self._open["bin"].write(stored.tobytes())
+        if learned is not None:
+            self._open["loss"].write(np.asarray(learned, np.uint8).tobytes())
+        self._open_length += len(stored)
+
+    def end_document(self) -> None:
+        """Close the open document; the next token belongs to another one."""
+        self.lengths.append(self._open_length)
+        self._open_length = 0
 
     def __enter__(self) -> Self:
         return self
@@ -213,23 +284,31 @@ class ShardWriter:
     ) -> None:
         try:
             if kind is None:
-                sync(self._bin)
-                with open(self._parts[1], "wb") as file:
-                    self._write_index(file)
+                self._write_index(self._open["idx"])
+                for file in self._open.values():
                     sync(file)
-                for part, end in zip(self._parts, ("bin", "idx"), strict=True):
-                    os.replace(part, f"{self.prefix}.{end}")
+                for end, part in self._parts.items():
+                    os.replace(part, self.files[end])
                 sync_folder(self.prefix.parent)
         finally:
-            self._bin.close()
-            for part in self._parts:
+            for file in self._open.values():
+                _close(file)
+            for part in self._parts.values():
                 part.unlink(missing_ok=True)
 
     def _write_index(self, file: BinaryIO) -> None:
         count = len(self.lengths)
-        lengths = np.asarray(self.lengths, np.int64)
+        lengths = np.frombuffer(self.lengths, np.int64)
         ends = np.cumsum(lengths) * self.dtype.itemsize
         file.write(HEADER.pack(MAGIC, VERSION, self._code, count, count + 1))
         file.write(lengths.astype("<i4").tobytes())
         file.write((ends - lengths * self.dtype.itemsize).astype("<i8").tobytes())
         file.write(np.arange(count + 1, dtype="<i8").tobytes())
+
+
+def _close(file: BinaryIO) -> None:
+    """Close a file that is given up: what a full disk did not take is no second error."""
+    try:
+        file.close()
+    except OSError:
+        os.close(file.fileno())

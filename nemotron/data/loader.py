@@ -5,23 +5,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
-from nemotron.data.batch import NO_LABEL, Batch, pack
-from nemotron.data.config import DataConfig
+from nemotron.data.batch import NO_LABEL, Batch, Row, pack
+from nemotron.data.config import DataConfig, SourceConfig
+from nemotron.data.embedded import prepare_embedded
 from nemotron.data.fingerprint import check_same_data
+from nemotron.data.folder import TokenSet, open_tokens
 from nemotron.data.order import Blend
-from nemotron.data.source import Source
-from nemotron.data.tokenizer import load_tokenizer
+from nemotron.data.source import HeldOut, Source
+from nemotron.data.stream import Stream
+from nemotron.data.timeline import RowLength, Timeline
+from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
+
+DESCRIBED = 20
+"""Sources that the log describes one by one."""
 
 
 @dataclass(frozen=True)
 class SampleId:
-    """Names one row: the sample number `sample` of pass `epoch` over `source`."""
+    """Names one row: the sample `sample` of pass `epoch` over `source` in rows of `seq_len`."""
 
     source: str
+    seq_len: int
     epoch: int
     sample: int
 
@@ -34,15 +39,28 @@ class ValidationBatch:
     num_bytes: int
 
 
+@dataclass(frozen=True)
+class _Mixture:
+    """Rows of one length in one phase: which source each comes from."""
+
+    seq_len: int
+    rows_per_step: int
+    blend: Blend
+    sources: tuple[Source, ...]
+    first_rows: tuple[int, ...]
+    """Rows that each source gave to earlier phases in this length."""
+
+
 class TrainingData:
     """Every row of a run as a pure function of (seed, step, position in the step).
 
     Nothing depends on what was asked before, on micro-batches or on the number of processes: a
-    run resumes at any step by asking for that step.
+    run resumes at any step by asking for that step. A source that comes again in a later phase
+    goes on where it stopped; in rows of another length it begins a pass of its own.
     """
 
     def __init__(
-        self, config: DataConfig, *, seed: int, rows_per_step: int, vocab_size: int
+        self, config: DataConfig, timeline: Timeline, *, seed: int, vocab_size: int
     ) -> None:
         """Open every source; embedded domains are tokenized into `config.cache` on first use.
 
@@ -50,131 +68,309 @@ class TrainingData:
             UserError: when the tokenizer, the cache or a shard is unfit.
         """
         self.config = config
-        self.rows_per_step = rows_per_step
+        self.timeline = timeline
         self.tokenizer = load_tokenizer(config.tokenizer)
         self.eod_id = self.tokenizer.id(config.eod_token)
         self._seed = seed
-        _make_writable(Path(config.cache))
-        limit = min(vocab_size, self.tokenizer.vocab_size)
-        self.sources = {
-            source.name: Source(source, config, self.tokenizer, seed=seed, limit=limit)
-            for source in config.sources
-        }
-        self._names = list(self.sources)
-        self._blend = Blend([source.weight for source in config.sources])
+        self._limit = min(vocab_size, self.tokenizer.vocab_size)
+        make_writable(Path(config.cache))
+        self.tokens: dict[str, TokenSet] = {}
+        self._configs: dict[str, SourceConfig] = {}
+        self._open_sources()
+        self._sources: dict[tuple[str, int], Source] = {}
+        self._mixtures: list[list[_Mixture]] = []
+        self._alternations: list[Blend] = []
+        self._mix_phases()
+        self._held_out = self._open_held_out()
 
     @property
     def validation_domains(self) -> list[str]:
         """Sources with held-out text, in the recipe's order."""
-        return [n for n, source in self.sources.items() if source.validation.num_tokens > 1]
+        return list(self._held_out)
+
+    def seq_len(self, step: int) -> int:
+        """Return the tokens in a row of this step."""
+        return self._mixture(step)[0].seq_len
+
+    def num_rows(self, step: int) -> int:
+        """Return the rows of a step."""
+        return self._mixture(step)[0].rows_per_step
 
     def sample_ids(self, step: int, rows: slice = slice(None)) -> list[SampleId]:
         """Return the rows of a step, counted from 0, in their order, or some of them."""
-        first = step * self.rows_per_step
-        ids = []
-        for row in range(first, first + self.rows_per_step)[rows]:
-            number, index = self._blend.locate(row)
-            name = self._names[number]
-            ids.append(SampleId(name, *self.sources[name].place(index)))
-        return ids
+        return [SampleId(source.name, source.seq_len, *at) for source, at in self._rows(step, rows)]
 
     def batch(self, step: int, rows: slice = slice(None)) -> Batch:
-        """Return the rows of a step, or those that one process takes.
+        """Return the rows of a step, or those that one process takes (`rows_of_rank`).
 
         Raises:
             UserError: when a shard was changed since it was opened.
         """
-        for source in self.sources.values():
-            source.shard.check_unchanged()
-        ids = self.sample_ids(step, rows)
-        return self._pack([self.sources[i.source].window(i.epoch, i.sample) for i in ids])
+        found = [source.row(*at) for source, at in self._rows(step, rows)]
+        return self._pack(found, self.seq_len(step))
 
     def validation(self, domain: str, *, tokens: int, rows: int) -> Iterator[ValidationBatch]:
         """Yield held-out rows of a domain, `rows` at a time, always the same ones.
 
         `tokens` is the budget of one evaluation; the domains share it equally, in whole rows.
         """
-        source = self.sources[domain]
-        source.shard.check_unchanged()
-        share = max(1, tokens // len(self.validation_domains) // self.config.seq_len)
-        windows = source.held_out_windows(share)
-        for first in range(0, len(windows), rows):
-            batch = self._pack(windows[first : first + rows])
+        share = max(1, tokens // len(self._held_out) // self.config.seq_len)
+        found = self._held_out[domain].rows(share)
+        for first in range(0, len(found), rows):
+            batch = self._pack(found[first : first + rows], self.config.seq_len)
             counted = batch.labels[batch.labels != NO_LABEL].numpy()
             yield ValidationBatch(batch, int(self.tokenizer.token_bytes[counted].sum()))
 
-    def epochs(self, num_steps: int) -> dict[str, float]:
-        """Return how many passes over each source a run of `num_steps` makes."""
-        counts = self._blend.counts(num_steps * self.rows_per_step)
-        return {
-            name: counts[number] / self.sources[name].num_samples
-            for number, name in enumerate(self._names)
-        }
+    def rows_read(self, step: int) -> dict[tuple[str, int], int]:
+        """Return the rows of each (source, length) in all steps before this one."""
+        last = self.timeline.phase_of(step)
+        total = dict.fromkeys(self._sources, 0)
+        for number in range(last + 1):
+            end = step if number == last else self.timeline.first_steps[number + 1]
+            for key, rows in self._count(number, end - self.timeline.first_steps[number]).items():
+                total[key] += rows
+        return total
 
-    def check_length(self, num_steps: int) -> None:
-        """Check that a run of `num_steps` reads no source more often than `data.max_epochs`.
+    def tokens_read(self, step: int) -> dict[str, int]:
+        """Return the tokens of each source in the rows of all steps before this one."""
+        total = dict.fromkeys(self.tokens, 0)
+        for (name, seq_len), rows in self.rows_read(step).items():
+            total[name] += rows * seq_len
+        return total
+
+    def epochs(self, step: int) -> dict[str, float]:
+        """Return how many passes over each source all steps before this one make."""
+        total = dict.fromkeys(self.tokens, 0.0)
+        for (name, seq_len), rows in self.rows_read(step).items():
+            total[name] += rows / self._sources[name, seq_len].num_rows
+        return total
+
+    def limit_of(self, name: str) -> float | None:
+        """Return the most passes that a source may be read."""
+        own = self._configs[name].max_epochs
+        return self.config.max_epochs if own is None else own
+
+    def check_length(self) -> None:
+        """Check that the run reads no source more often than its `max_epochs`.
 
         Raises:
-            UserError: when one is, with the tokens it has and those that the run needs.
+            UserError: when it does, with the tokens it has and those that the run needs.
         """
-        limit = self.config.max_epochs
+        num_steps = self.timeline.num_steps
+        needed = self.tokens_read(num_steps)
         for name, epochs in self.epochs(num_steps).items():
+            limit = self.limit_of(name)
             if limit is not None and epochs > limit:
-                source = self.sources[name]
-                needed = round(epochs * source.num_samples) * self.config.seq_len
                 raise UserError(
-                    f"data.sources: {num_steps} steps need {needed} tokens of {name}, which has "
-                    f"{source.train.num_tokens}: {epochs:.2f} passes, where data.max_epochs = "
-                    f"{limit:g}; train for fewer steps, lower its weight or raise data.max_epochs."
+                    f"data.sources: {num_steps} steps need {needed[name]} tokens of {name}, which "
+                    f"has {self.tokens[name].train.num_tokens}: {epochs:.2f} passes, where "
+                    f"max_epochs = {limit:g}; train for fewer steps, lower its weight or raise "
+                    "max_epochs."
                 )
 
     def describe(self) -> list[str]:
-        """Return one line for each source, for the log."""
-        total = sum(source.weight for source in self.sources.values())
-        return [
-            f"{name}: {source.weight / total:.1%} of the rows; {source.train.num_tokens:,} tokens "
-            f"in {len(source.train.documents):,} documents to train on, "
-            f"{source.validation.num_tokens:,} in {len(source.validation.documents):,} held out"
-            for name, source in self.sources.items()
-        ]
+        """Return a line for each source and each change of phase, for the log."""
+        num_steps = self.timeline.num_steps
+        needed, whole = self.tokens_read(num_steps), max(1, self.timeline.num_tokens)
+        lines = []
+        for name, tokens in list(self.tokens.items())[:DESCRIBED]:
+            train, held_out = tokens.train, tokens.validation
+            lines.append(
+                f"{name}: {needed[name] / whole:.1%} of the tokens; {train.num_tokens:,} tokens "
+                f"in {train.num_documents:,} documents to train on, "
+                f"{held_out.num_tokens:,} in {held_out.num_documents:,} held out"
+            )
+            lines += [
+                f"{name}: {source.packing}"
+                for (owner, _), source in self._sources.items()
+                if owner == name and source.packing
+            ]
+        if (more := len(self.tokens) - DESCRIBED) > 0:
+            lines.append(f"and {more:,} more sources")
+        if len(self.timeline.phases) > 1:
+            lines += self._describe_phases()
+        return lines
 
-    def fingerprint(self) -> dict[str, Any]:  # Any: strings and numbers, for JSON
+    def fingerprint(self) -> dict[str, Any]:  # Any: nested JSON
         """Return what the order and content of all rows hang on, to be kept with a checkpoint."""
         return {
             "seed": self._seed,
-            "rows_per_step": self.rows_per_step,
             "data.seq_len": self.config.seq_len,
+            "data.packing": self.config.packing.model_dump(),
+            "data.objective": self.config.objective,
             "data.mask_eod_loss": self.config.mask_eod_loss,
-            "data.validation_fraction": self.config.validation_fraction,
             "data.tokenizer": self.tokenizer.hash,
             "data.eod_token": self.eod_id,
             "sources": {
-                name: {
-                    "weight": source.weight,
-                    "tokens": source.contents.tokens,
-                    "content": source.contents.hash,
-                }
-                for name, source in self.sources.items()
+                name: {"tokens": tokens.train.num_tokens, "content": tokens.identity}
+                for name, tokens in self.tokens.items()
             },
+            "phases": [
+                {
+                    "name": phase.name,
+                    "num_steps": phase.num_steps,
+                    "tokens_per_step": phase.tokens_per_step,
+                    "lengths": [_describe_length(length) for length in phase.lengths],
+                }
+                for phase in self.timeline.phases
+            ],
         }
 
-    def check_fingerprint(self, saved: Mapping[str, Any]) -> None:
-        """Check that the rows of a checkpoint, by its fingerprint, are ours.
+    def check_fingerprint(self, saved: Mapping[str, Any], step: int) -> None:
+        """Check that the rows of the steps before `step`, by a checkpoint's fingerprint, are ours.
 
         Raises:
             UserError: when they are not, naming the file or the setting that differs.
         """
-        files = {name: source.shard.bin for name, source in self.sources.items()}
-        check_same_data(saved, self.fingerprint(), files)
+        files = {name: tokens.path for name, tokens in self.tokens.items()}
+        check_same_data(saved, self.fingerprint(), files, self.timeline.phase_of(max(0, step - 1)))
 
-    def _pack(self, windows: list[NDArray[np.int64]]) -> Batch:
-        return pack(
-            windows, self.config.seq_len, self.eod_id, mask_eod_loss=self.config.mask_eod_loss
+    def _open_sources(self) -> None:
+        named_by: dict[str, SourceConfig] = self._configs
+        for phase in self.timeline.phases:
+            for leaf in (leaf for length in phase.lengths for leaf in length.leaves):
+                source = leaf.source
+                known = named_by.setdefault(source.name, source)
+                if (known.path, known.validation) != (source.path, source.validation):
+                    raise UserError(
+                        f"phases: {source.name} is {known.path} in one place and {source.path} in "
+                        "another; give different data different names."
+                    )
+        for name, source in named_by.items():
+            if source.path is None:
+                path = str(prepare_embedded(name, self.config, self.tokenizer))
+                source = source.model_copy(update={"path": path})
+            self.tokens[name] = open_source(source, self.config, self.tokenizer, self._limit)
+
+    def _mix_phases(self) -> None:
+        given: dict[tuple[str, int], int] = {}
+        for number, phase in enumerate(self.timeline.phases):
+            mixtures = []
+            for length in phase.lengths:
+                sources = [self._source(leaf.source.name, length.seq_len) for leaf in length.leaves]
+                mixtures.append(
+                    _Mixture(
+                        length.seq_len,
+                        phase.tokens_per_step // length.seq_len,
+                        Blend([leaf.weight for leaf in length.leaves]),
+                        tuple(sources),
+                        tuple(given.get((s.name, s.seq_len), 0) for s in sources),
+                    )
+                )
+            self._mixtures.append(mixtures)
+            self._alternations.append(Blend([length.share for length in phase.lengths]))
+            for key, rows in self._count(number, phase.num_steps).items():
+                given[key] = given.get(key, 0) + rows
+
+    def _source(self, name: str, seq_len: int) -> Source:
+        key = name, seq_len
+        if key not in self._sources:
+            self._sources[key] = Source(
+                name, self.tokens[name], self.config, seq_len, seed=self._seed, limit=self._limit
+            )
+        return self._sources[key]
+
+    def _count(self, phase: int, steps: int) -> dict[tuple[str, int], int]:
+        """Return the rows of each (source, length) in the first steps of a phase."""
+        total: dict[tuple[str, int], int] = {}
+        shares = self._alternations[phase].counts(steps)
+        for index, mixture in enumerate(self._mixtures[phase]):
+            counts = mixture.blend.counts(shares[index] * mixture.rows_per_step)
+            for number, source in enumerate(mixture.sources):
+                total[source.name, source.seq_len] = counts[number]
+        return total
+
+    def _mixture(self, step: int) -> tuple[_Mixture, int]:
+        """Return the mixture of a step, and how many earlier steps of its phase are of it."""
+        phase = self.timeline.phase_of(step)
+        inside = step - self.timeline.first_steps[phase]
+        index, before = self._alternations[phase].locate(inside)
+        return self._mixtures[phase][index], before
+
+    def _rows(self, step: int, rows: slice) -> Iterator[tuple[Source, tuple[int, int]]]:
+        mixture, before = self._mixture(step)
+        first = before * mixture.rows_per_step
+        for row in range(first, first + mixture.rows_per_step)[rows]:
+            number, index = mixture.blend.locate(row)
+            source = mixture.sources[number]
+            yield source, source.place(mixture.first_rows[number] + index)
+
+    def _open_held_out(self) -> dict[str, HeldOut]:
+        streams = {name: tokens.validation for name, tokens in self.tokens.items()}
+        for extra in self.config.validation:
+            path = SourceConfig(name=extra.name, path=extra.path)
+            opened = open_source(path, self.config, self.tokenizer, self._limit)
+            streams[extra.name] = Stream([*opened.train.shards, *opened.validation.shards])
+        return {
+            name: HeldOut(name, stream, self.config, self._limit)
+            for name, stream in streams.items()
+            if stream.num_tokens > 1
+        }
+
+    def _describe_phases(self) -> Iterator[str]:
+        seen: dict[str, set[int]] = {}
+        for number, phase in enumerate(self.timeline.phases):
+            lengths = " and ".join(f"{length.seq_len:,}" for length in phase.lengths)
+            yield (
+                f"phase {phase.name}: from token {self.timeline.first_tokens[number]:,}, "
+                f"{phase.num_steps:,} steps of {phase.tokens_per_step:,} tokens in rows of "
+                f"{lengths}"
+            )
+            for length in phase.lengths:
+                for leaf in length.leaves:
+                    known = seen.setdefault(leaf.source.name, set())
+                    if known - {length.seq_len}:
+                        yield (
+                            f"phase {phase.name}: {leaf.source.name} begins a pass of its own in "
+                            f"rows of {length.seq_len:,}, beside that in rows of "
+                            f"{', '.join(f'{n:,}' for n in sorted(known - {length.seq_len}))}"
+                        )
+                    known.add(length.seq_len)
+
+    def _pack(self, rows: list[Row], seq_len: int) -> Batch:
+        return pack(rows, seq_len, self.eod_id, mask_eod_loss=self.config.mask_eod_loss)
+
+
+def rows_of_rank(num_rows: int, rank: int, num_ranks: int) -> slice:
+    """Return the rows of a step that one of `num_ranks` data-parallel ranks reads.
+
+    Ranks of one tensor- or context-parallel group share a data-parallel rank, and so its rows.
+
+    Raises:
+        UserError: when the ranks cannot share the rows evenly.
+    """
+    if num_rows % num_ranks:
+        raise UserError(
+            f"batch.global_tokens gives {num_rows} rows a step, which {num_ranks} data-parallel "
+            f"ranks cannot share; use a multiple of {num_ranks} rows."
         )
+    share = num_rows // num_ranks
+    return slice(rank * share, (rank + 1) * share)
 
 
-def _make_writable(cache: Path) -> None:
-    """Make the cache folder, and find out now whether it can be written."""
+def open_source(
+    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, limit: int
+) -> TokenSet:
+    """Open a source that has a path, with its held-out tokens.
+
+    Raises:
+        UserError: when a shard is unfit.
+    """
+    assert source.path is not None, source.name
+    opened = open_tokens(source.path, tokenizer, config.eod_token, limit)
+    if source.validation is None:
+        return opened
+    beside = open_tokens(source.validation, tokenizer, config.eod_token, limit)
+    held_out = Stream([*beside.train.shards, *beside.validation.shards])
+    return TokenSet(opened.path, opened.train, held_out, opened.manifest)
+
+
+def make_writable(cache: Path) -> None:
+    """Make the cache folder, and find out now whether it can be written.
+
+    Raises:
+        UserError: when it cannot.
+    """
     try:
         cache.mkdir(parents=True, exist_ok=True)
         (cache / ".lock").touch()
@@ -183,3 +379,11 @@ def _make_writable(cache: Path) -> None:
             f"data.cache: {cache.absolute()} cannot be written ({error.strerror}); "
             "name a folder that can."
         ) from error
+
+
+def _describe_length(length: RowLength) -> dict[str, Any]:  # Any: nested JSON
+    return {
+        "seq_len": length.seq_len,
+        "share": length.share,
+        "sources": {leaf.source.name: leaf.weight for leaf in length.leaves},
+    }

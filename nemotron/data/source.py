@@ -1,123 +1,166 @@
-"""One labelled source of rows: its documents end to end, cut into samples in a shuffled order."""
+"""The rows of one source: a shuffled order of them for each pass, computed for any row."""
 
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from nemotron.data.config import DataConfig, SourceConfig
-from nemotron.data.indexed import Shard
+from nemotron.data.batch import Row
+from nemotron.data.config import DataConfig
+from nemotron.data.folder import TokenSet
 from nemotron.data.order import permute
-from nemotron.data.prepare import open_shard, prepare_embedded
-from nemotron.data.split import split_shard
-from nemotron.data.tokenizer import Tokenizer
+from nemotron.data.packing import RowPlan, plan_rows
+from nemotron.data.stream import Stream
 from nemotron.errors import UserError
 
 log = logging.getLogger(__name__)
 
 
-class Stream:
-    """Documents of a shard, end to end; after the last comes the first again."""
+@dataclass(frozen=True)
+class RowReader:
+    """Makes rows of up to `seq_len + 1` tokens from a stream; `plan` for rows of whole documents.
 
-    def __init__(self, shard: Shard, documents: NDArray[np.int64], ends: NDArray[np.int64]) -> None:
-        """Take the documents' numbers and the tokens up to the end of each."""
-        self.shard = shard
-        self.documents = documents
-        self.ends = ends
-        self.num_tokens = int(ends[-1]) if len(ends) else 0
+    `limit` is the number that every id must be below; `per_sample` weighs each document's learned
+    tokens to 1 in all.
+    """
 
-    def read(self, start: int, count: int) -> NDArray[np.int64]:
-        """Return `count` tokens from position `start` on, around the end if need be."""
-        found = np.empty(count, np.int64)
-        filled = 0
-        while filled < count:
-            position = (start + filled) % self.num_tokens
-            place = int(np.searchsorted(self.ends, position, side="right"))
-            document = self.shard.document(int(self.documents[place]))
-            skipped = len(document) - (int(self.ends[place]) - position)
-            piece = document[skipped : skipped + count - filled]
-            found[filled : filled + len(piece)] = piece
-            filled += len(piece)
-        return found
+    stream: Stream
+    seq_len: int
+    limit: int
+    plan: RowPlan | None
+    per_sample: bool
+
+    def window(self, start: int, count: int) -> Row:
+        """Return `count` tokens of the stream from a position on."""
+        tokens = self._checked(self.stream.read(start, count))
+        if not self.stream.is_supervised:
+            return Row(tokens)
+        return Row(tokens, None, self.stream.read_learned(start, count).astype(np.float32))
+
+    def planned(self, number: int) -> Row:
+        """Return a row of whole documents."""
+        assert self.plan is not None
+        pieces = self.plan.pieces(number)
+        tokens = np.concatenate([self.stream.read(*piece) for piece in pieces])
+        starts = np.cumsum([0, *(length for _, length in pieces)])[:-1]
+        if not (self.stream.is_supervised or self.per_sample):
+            return Row(self._checked(tokens), starts)
+        weights = [self._weights(*piece) for piece in pieces]
+        return Row(self._checked(tokens), starts, np.concatenate(weights))
+
+    def _weights(self, start: int, length: int) -> NDArray[np.float32]:
+        weights = self.stream.read_learned(start, length).astype(np.float32)
+        weights[0] = 0  # the first token of a document is nobody's label
+        return weights / max(1.0, float(weights.sum())) if self.per_sample else weights
+
+    def _checked(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
+        if tokens.min() < 0 or tokens.max() >= self.limit:
+            wrong = tokens[(tokens < 0) | (tokens >= self.limit)][0]
+            raise UserError(
+                f"{self.stream.shards[0].bin.parent} holds the id {wrong}, but the vocabulary ends "
+                f"at {self.limit - 1}; restore the shards, or use their tokenizer and a "
+                "model.vocab_size that holds it."
+            )
+        return tokens
 
 
 class Source:
-    """Documents to train on, cut into samples of one row, and documents held out.
+    """The rows of one length of one source.
 
-    In each epoch the training stream is cut every `seq_len` tokens, from a place that only the
-    seed, the source's name and the epoch decide; neighbouring samples share one token.
+    Of documents end to end, each pass is cut every `seq_len` tokens, from a place that only the
+    seed, the source's name and the pass decide; neighbouring rows share one token.
     """
 
     def __init__(
-        self, config: SourceConfig, data: DataConfig, tokenizer: Tokenizer, *, seed: int, limit: int
+        self, name: str, tokens: TokenSet, data: DataConfig, seq_len: int, *, seed: int, limit: int
     ) -> None:
-        """Open the shard, preparing it first when it is an embedded domain.
-
-        `limit` is the number that every id must be below.
+        """Plan the rows; `limit` is the number that every id must be below.
 
         Raises:
-            UserError: when the shard is unfit, too short, or holds an id that is too large.
+            UserError: when the source has no whole row, or packing does not fit its documents.
         """
-        self.name = config.name
-        self.weight = config.weight
+        self.name = name
+        self.seq_len = seq_len
         self._seed = seed
-        self._limit = limit
-        self._seq_len = data.seq_len
-        cache = Path(data.cache)
-        prefix = config.prefix or prepare_embedded(config.name, cache, tokenizer, data.eod_token)
-        self.shard = open_shard(prefix, tokenizer, eod_token=data.eod_token)
-        split = split_shard(self.shard, data.validation_fraction, cache)
-        self.contents = split.contents
-        if not 0 <= self.contents.largest < limit:
+        self._reader = row_reader(name, tokens.train, tokens.identity, data, seq_len, limit)
+        plan = self._reader.plan
+        available = tokens.train.num_tokens
+        # the window of the last row may end at the first token again
+        self.num_rows = available // seq_len if plan is None else len(plan.row_ends)
+        if not self.num_rows or (plan is None and available <= seq_len):
             raise UserError(
-                f"{self.shard.bin} holds the id {self.contents.largest} (document "
-                f"{self.contents.largest_document}, position {self.contents.largest_position}), "
-                f"but the vocabulary ends at {limit - 1}; use the tokenizer of this shard and a "
-                "model.vocab_size that holds it."
+                f"{tokens.path} has {available} tokens to train on; a row of "
+                f"data.seq_len = {seq_len} takes {seq_len + 1}."
             )
-        self.train = Stream(self.shard, split.train, split.train_ends)
-        self.validation = Stream(self.shard, split.validation, split.validation_ends)
-        self.num_samples = self.train.num_tokens // data.seq_len
-        if self.train.num_tokens <= data.seq_len:
-            raise UserError(
-                f"{self.shard.bin} has {self.train.num_tokens} tokens to train on; a row of "
-                f"data.seq_len = {data.seq_len} takes {data.seq_len + 1}."
-            )
-        last = int(self.train.read(-1, 1)[0])
-        if last != (eod_id := tokenizer.id(data.eod_token)):
-            log.warning(
-                "%s: a document ends with id %d, not with data.eod_token = %s (id %d); "
-                "document boundaries may be missed",
-                *(self.shard.prefix, last, data.eod_token, eod_id),
-            )
+
+    @property
+    def packing(self) -> str | None:
+        """What packing made of the documents, in words; None for rows cut from end to end."""
+        plan = self._reader.plan
+        return None if plan is None else plan.counts.describe(self.seq_len + 1)
 
     def place(self, row: int) -> tuple[int, int]:
-        """Return epoch and sample of the source's row number `row`."""
-        epoch, index = divmod(row, self.num_samples)
-        return epoch, permute(index, self.num_samples, self._key(f"order/{epoch}"))
+        """Return pass and sample of the source's row number `row`."""
+        epoch, index = divmod(row, self.num_rows)
+        return epoch, permute(index, self.num_rows, self._key(f"order/{epoch}"))
 
-    def window(self, epoch: int, sample: int) -> NDArray[np.int64]:
-        """Return the `seq_len + 1` tokens of a sample."""
-        start = self._key(f"start/{epoch}") + sample * self._seq_len
-        return self._checked(self.train.read(start % self.train.num_tokens, self._seq_len + 1))
+    def row(self, epoch: int, sample: int) -> Row:
+        """Return a sample of a pass.
 
-    def held_out_windows(self, count: int) -> list[NDArray[np.int64]]:
-        """Return up to `count` held-out windows in fixed order; the last one may be shorter."""
-        tokens = self.validation.num_tokens
-        starts = range(0, min(tokens - 1, count * self._seq_len), self._seq_len)
-        lengths = [min(self._seq_len + 1, tokens - start) for start in starts]
-        pairs = zip(starts, lengths, strict=True)
-        return [self._checked(self.validation.read(*pair)) for pair in pairs]
-
-    def _checked(self, window: NDArray[np.int64]) -> NDArray[np.int64]:
-        if window.min() < 0 or window.max() >= self._limit:
-            raise UserError(
-                f"{self.shard.bin} holds ids outside 0 to {self._limit - 1} that were not there "
-                "when it was first read; restore the file."
-            )
-        return window
+        Raises:
+            UserError: when a shard was changed since it was opened, or holds an id too large.
+        """
+        if self._reader.plan is not None:
+            return self._reader.planned(sample)
+        start = self._key(f"start/{epoch}") + sample * self.seq_len
+        return self._reader.window(start % self._reader.stream.num_tokens, self.seq_len + 1)
 
     def _key(self, purpose: str) -> int:
         return xxhash.xxh64_intdigest(f"{self._seed}/{self.name}/{purpose}".encode())
+
+
+class HeldOut:
+    """Rows of documents that are never trained on, always the same ones."""
+
+    def __init__(self, name: str, stream: Stream, data: DataConfig, limit: int) -> None:
+        self._seq_len = data.seq_len
+        self._reader = row_reader(name, stream, stream.identity(), data, data.seq_len, limit)
+
+    def rows(self, count: int) -> list[Row]:
+        """Return up to `count` rows; the last one may be shorter."""
+        plan, seq_len = self._reader.plan, self._seq_len
+        if plan is not None:
+            return [self._reader.planned(i) for i in range(min(count, len(plan.row_ends)))]
+        tokens = self._reader.stream.num_tokens
+        starts = range(0, min(tokens - 1, count * seq_len), seq_len)
+        return [self._reader.window(at, min(seq_len + 1, tokens - at)) for at in starts]
+
+
+def row_reader(
+    name: str, stream: Stream, identity: str, data: DataConfig, seq_len: int, limit: int
+) -> RowReader:
+    """Return what makes rows of a stream, after checking that the packing fits its documents.
+
+    Raises:
+        UserError: when conversations would be cut, or samples counted where there are none.
+    """
+    packing = data.packing
+    if stream.is_supervised and (
+        packing.kind == "concatenate" or packing.long_documents == "split"
+    ):
+        raise UserError(
+            f"data.packing: {name} holds conversations, which rows must not cut; use kind: "
+            "best_fit or sequential, and long_documents: drop or truncate."
+        )
+    if data.objective == "samples" and not stream.is_supervised:
+        raise UserError(
+            f"data.objective = samples counts conversations, and {name} has none; use objective: "
+            "tokens, or prepare the source with --chat."
+        )
+    plan = None
+    if packing.kind != "concatenate":
+        plan = plan_rows(stream, identity, seq_len + 1, packing, Path(data.cache))
+    return RowReader(stream, seq_len, limit, plan, data.objective == "samples")

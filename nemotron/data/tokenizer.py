@@ -3,6 +3,7 @@
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tokenizers
@@ -12,6 +13,9 @@ from numpy.typing import NDArray
 from nemotron.data.corpus import EMBEDDED
 from nemotron.errors import UserError
 from nemotron.files import write_bytes
+
+WORDS_LEFT = 3
+"""Words at the end of a text that more text may change: the last one, and spaces before it."""
 
 
 class Tokenizer:
@@ -28,9 +32,11 @@ class Tokenizer:
         # Lengths and padding of a published file must not cut or fill documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        layout = json.loads(self._tokenizer.to_str())
+        self.is_piecewise = _is_piecewise(layout)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
-        self.token_bytes = self._count_bytes(vocabulary)
+        self.token_bytes = _count_bytes(vocabulary, layout)
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Return the ids of `text`; names like `</s>` in it are plain text unless `specials`."""
@@ -39,8 +45,19 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
         """Encode many texts at once, on all cores."""
         self._tokenizer.encode_special_tokens = not specials
-        encodings = self._tokenizer.encode_batch(texts, add_special_tokens=False)
+        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def safe_cut(self, text: str) -> int:
+        """Return a place before the end of `text` at which it may be cut without changing its ids.
+
+        What follows the text may still change its last words, so these are left to the second part;
+        0 where there is no such place.
+        """
+        if not self.is_piecewise:
+            return 0
+        words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
+        return int(words[-WORDS_LEFT][1][0]) if len(words) > WORDS_LEFT else 0
 
     def decode(self, ids: Iterable[int], *, skip_specials: bool = False) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become replacement characters."""
@@ -61,26 +78,40 @@ class Tokenizer:
         """Write the `tokenizer.json`, byte for byte as it was read."""
         write_bytes(path, self.content)
 
-    def _count_bytes(self, vocabulary: dict[str, int]) -> NDArray[np.int64]:
-        """Count the bytes of text that each id stands for; special tokens stand for none."""
-        layout = json.loads(self._tokenizer.to_str())
-        byte_level = "ByteLevel" in json.dumps(layout["decoder"])
-        added = {token["id"]: token for token in layout["added_tokens"]}
-        counts = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, index in vocabulary.items():
-            if index in added:
-                counts[index] = 0 if added[index]["special"] else len(token.encode())
-            elif byte_level:  # each character of the vocabulary stands for one byte
-                counts[index] = len(token)
-            elif len(token) == 6 and token.startswith("<0x"):  # SentencePiece's bytes
-                counts[index] = 1
-            else:
-                counts[index] = len(token.replace("\u2581", " ").encode())
-        return counts
+
+def _is_piecewise(layout: dict[str, Any]) -> bool:  # Any: nested JSON
+    """Say whether words are found by looking at the text alone, wherever it begins."""
+    steps = json.dumps(layout["pre_tokenizer"])
+    return (
+        layout["pre_tokenizer"] is not None
+        and layout["normalizer"] is None
+        and '"add_prefix_space": true' not in steps
+        and "Metaspace" not in steps
+        and all(token["special"] for token in layout["added_tokens"])
+    )
 
 
-def load_tokenizer(name_or_path: str) -> Tokenizer:
+def _count_bytes(vocabulary: dict[str, int], layout: dict[str, Any]) -> NDArray[np.int64]:
+    """Count the bytes of text that each id stands for; special tokens stand for none."""
+    byte_level = "ByteLevel" in json.dumps(layout["decoder"])
+    added = {token["id"]: token for token in layout["added_tokens"]}
+    counts = np.zeros(max(vocabulary.values()) + 1, dtype=np.int64)
+    for token, index in vocabulary.items():
+        if index in added:
+            counts[index] = 0 if added[index]["special"] else len(token.encode())
+        elif byte_level:  # each character of the vocabulary stands for one byte
+            counts[index] = len(token)
+        elif len(token) == 6 and token.startswith("<0x"):  # SentencePiece's bytes
+            counts[index] = 1
+        else:
+            counts[index] = len(token.replace("\u2581", " ").encode())
+    return counts
+
+
+def load_tokenizer(name_or_path: str, key: str = "data.tokenizer") -> Tokenizer:
     """Return the embedded tokenizer for `embedded`, else that of a `tokenizer.json`.
+
+    `key` is what the user calls the setting.
 
     Raises:
         UserError: when there is no such file, or it is no tokenizer.
@@ -94,10 +125,8 @@ def load_tokenizer(name_or_path: str) -> Tokenizer:
         return Tokenizer(path.read_bytes())
     except FileNotFoundError:
         raise UserError(
-            f"data.tokenizer: {path.resolve()} does not exist; "
+            f"{key}: {path.resolve()} does not exist; "
             "give the path of a tokenizer.json, or embedded."
         ) from None
     except (ValueError, KeyError) as error:
-        raise UserError(
-            f"data.tokenizer: {path.resolve()} is no tokenizer.json: {error}."
-        ) from None
+        raise UserError(f"{key}: {path.resolve()} is no tokenizer.json: {error}.") from None

@@ -70,10 +70,12 @@ def _training(info: CheckpointInfo, run: Path | None) -> list[tuple[str, object]
         rows.append(("tokens seen", f"{state['trainer']['tokens']:,}"))
     data = state.get("data", {})
     for name, source in data.get("sources", {}).items():
-        facts = (
-            f"weight {source['weight']}, {source['tokens']:,} tokens, hash `{source['content']}`"
-        )
-        rows.append((f"data: {name}", facts))
+        rows.append((f"data: {name}", f"{source['tokens']:,} tokens, hash `{source['content']}`"))
+    for phase in data.get("phases", []):
+        for length in phase["lengths"]:
+            whole = sum(length["sources"].values())
+            shares = (f"{name} {share / whole:.1%}" for name, share in length["sources"].items())
+            rows.append((f"blend of phase {phase['name']}", ", ".join(shares)))
     rows += [(key, data[key]) for key in ("seed", "data.tokenizer", "data.seq_len") if key in data]
     if run is None:
         return rows

@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 
 from nemotron.model.block import Block
@@ -50,8 +50,8 @@ class MTP(nn.Module):
 
 
 def shift_left(
-    values: Int[Tensor, "B T"], seq_idx: Int[Tensor, "B T"] | None, vacated: int
-) -> Int[Tensor, "B T"]:
+    values: Shaped[Tensor, "B T"], seq_idx: Int[Tensor, "B T"] | None, vacated: int
+) -> Shaped[Tensor, "B T"]:
     """Move each token one place towards the start of its document; the last place is `vacated`."""
     shifted = F.pad(values[:, 1:], (0, 1), value=vacated)
     if seq_idx is None:

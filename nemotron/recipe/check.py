@@ -1,5 +1,6 @@
 """Rules across sections, and keys that would have no effect. Reads like a list."""
 
+import re
 from collections.abc import Iterator
 
 from pydantic import BaseModel
@@ -8,6 +9,7 @@ from nemotron.errors import UserError
 from nemotron.recipe.explain import place_of
 from nemotron.recipe.read import Path_
 from nemotron.train.config import PretrainConfig
+from nemotron.train.course import Course, plan_course
 
 Finding = tuple[str, str]
 """A dotted key and what is wrong with it."""
@@ -16,9 +18,20 @@ Finding = tuple[str, str]
 def check(config: PretrainConfig, places: dict[Path_, str], source: str) -> None:
     """Raise UserError for the first rule that the recipe breaks."""
     given = {".".join(path) for path in places if not _is_default(config, path)}
-    for key, problem in [*impossible(config), *without_effect(config, given)]:
-        place = place_of(places, tuple(key.split(".")), source)
-        raise UserError(f"{place}: {key} {problem}")
+    for key, problem in impossible(config):
+        raise UserError(f"{_place(places, key, source)}: {key} {problem}")
+    try:
+        course = plan_course(config)
+    except UserError as error:
+        key = re.split(r"[ :]", str(error))[0]
+        place = _place(places, key, source)
+        raise UserError(f"{place}: {error}") from None
+    for key, problem in without_effect(config, course, given):
+        raise UserError(f"{_place(places, key, source)}: {key} {problem}")
+
+
+def _place(places: dict[Path_, str], key: str, source: str) -> str:
+    return place_of(places, tuple(key.split(".")), source)
 
 
 def _is_default(section: BaseModel, path: Path_) -> bool:
@@ -32,21 +45,17 @@ def _is_default(section: BaseModel, path: Path_) -> bool:
 
 def impossible(config: PretrainConfig) -> Iterator[Finding]:
     """Yield the values that contradict each other."""
-    model, data, batch, schedule = config.model, config.data, config.batch, config.schedule
-    if data.seq_len > model.max_position_embeddings:
-        yield (
-            "data.seq_len",
-            f"= {data.seq_len} is over model.max_position_embeddings = "
-            f"{model.max_position_embeddings}; shorten the rows or raise that limit.",
-        )
-    if batch.global_tokens % data.seq_len:
-        near = max(1, round(batch.global_tokens / data.seq_len)) * data.seq_len
-        yield (
-            "batch.global_tokens",
-            f"= {batch.global_tokens} is not divisible by data.seq_len = {data.seq_len}; "
-            f"the nearest is {near}.",
-        )
-    elif (rows := batch.global_tokens // data.seq_len) % batch.micro_batch:
+    model, data, batch = config.model, config.data, config.batch
+    for key, seq_len in _row_lengths(config):
+        if seq_len > model.max_position_embeddings:
+            yield (
+                key,
+                f"= {seq_len} is over model.max_position_embeddings = "
+                f"{model.max_position_embeddings}; shorten the rows or raise that limit.",
+            )
+    if batch.global_tokens % data.seq_len == 0 and (
+        (rows := batch.global_tokens // data.seq_len) % batch.micro_batch
+    ):
         near = min(
             (d for d in range(1, rows + 1) if rows % d == 0),
             key=lambda d: abs(d - batch.micro_batch),
@@ -56,28 +65,6 @@ def impossible(config: PretrainConfig) -> Iterator[Finding]:
             f"= {batch.micro_batch} does not divide the {rows} rows of a step "
             f"(batch.global_tokens / data.seq_len); the nearest is {near}.",
         )
-    if schedule.min > schedule.peak:
-        yield "schedule.min", f"= {schedule.min} is over schedule.peak = {schedule.peak}."
-    for length in ("total", "warmup", "decay"):
-        tokens, steps = f"{length}_tokens", f"{length}_steps"
-        if getattr(schedule, tokens) is not None and getattr(schedule, steps) is not None:
-            yield f"schedule.{steps}", f"and schedule.{tokens} are both given; keep one."
-    if schedule.total_tokens is None and schedule.total_steps is None:
-        yield "schedule", "has no length; add total_steps or total_tokens."
-        return
-    if schedule.kind == "wsd" and schedule.decay_tokens is None and schedule.decay_steps is None:
-        yield (
-            "schedule",
-            "of kind wsd needs decay_steps or decay_tokens; kind: constant never decays.",
-        )
-        return
-    total, warmup, decay = (_tokens(config, length) for length in ("total", "warmup", "decay"))
-    if warmup + decay > total:
-        yield (
-            "schedule",
-            f"warms up for {warmup:.0f} and decays for {decay:.0f} tokens, more than the "
-            f"{total:.0f} of the whole run; shorten one of them.",
-        )
     if model.mtp_pattern and config.loss.mtp_num_depths + 1 >= data.seq_len:
         yield (
             "loss.mtp_num_depths",
@@ -86,23 +73,28 @@ def impossible(config: PretrainConfig) -> Iterator[Finding]:
         )
 
 
-def _tokens(config: PretrainConfig, length: str) -> float:
-    steps = getattr(config.schedule, f"{length}_steps")
-    if steps is not None:
-        return float(steps * config.batch.global_tokens)
-    return float(getattr(config.schedule, f"{length}_tokens") or 0.0)
+def _row_lengths(config: PretrainConfig) -> Iterator[tuple[str, int]]:
+    """Yield every length of row with its key."""
+    yield "data.seq_len", config.data.seq_len
+    for index, length in enumerate(config.data.lengths):
+        yield f"data.lengths.{index}.seq_len", length.seq_len
+    for number, phase in enumerate(config.phases):
+        if phase.seq_len is not None:
+            yield f"phases.{number}.seq_len", phase.seq_len
+        for index, length in enumerate(phase.lengths):
+            yield f"phases.{number}.lengths.{index}.seq_len", length.seq_len
 
 
-def without_effect(config: PretrainConfig, given: set[str]) -> Iterator[Finding]:
+def without_effect(config: PretrainConfig, course: Course, given: set[str]) -> Iterator[Finding]:
     """Yield the keys that were given a value of their own but change nothing in this recipe."""
-    for keys, idle, because in _conditions(config):
+    for keys, idle, because in _conditions(config, course):
         if idle:
             for key in keys:
                 if key in given:
                     yield key, f"has no effect because {because}; remove the key."
 
 
-def _conditions(config: PretrainConfig) -> Iterator[tuple[list[str], bool, str]]:
+def _conditions(config: PretrainConfig, course: Course) -> Iterator[tuple[list[str], bool, str]]:
     """Yield keys, whether nothing reads them, and why."""
     model, schedule = config.model, config.schedule
     layers = model.hybrid_override_pattern + model.mtp_pattern
@@ -130,5 +122,11 @@ def _conditions(config: PretrainConfig) -> Iterator[tuple[list[str], bool, str]]
     decay = ["schedule.decay", "schedule.decay_steps", "schedule.decay_tokens"]
     yield decay, schedule.kind != "wsd", f"schedule.kind = {schedule.kind}"
     yield ["schedule.min"], schedule.kind == "constant", "schedule.kind = constant"
+    data = config.data
+    embedded = any(leaf.source.path is None for leaf in course.timeline.leaves)
+    yield ["data.validation_fraction"], not embedded, "no source is embedded text"
+    whole = data.packing.kind != "concatenate"
+    yield ["data.packing.long_documents"], not whole, "data.packing.kind = concatenate"
+    yield ["data.mask_eod_loss"], whole, f"data.packing.kind = {data.packing.kind}"
     trackers = config.logging.trackers
     yield ["logging.project"], not trackers, "logging.trackers is empty"

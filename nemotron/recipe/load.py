@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from ruamel.yaml.comments import CommentedMap, CommentedSeq
 
 from nemotron.errors import UserError
+from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check
 from nemotron.recipe.explain import explain
 from nemotron.recipe.read import Document, Path_, parse_yaml, plain_scalar, read_yaml
@@ -39,7 +40,9 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = Path(path)
     document = _read_with_bases(path, ())
     for override in overrides:
-        _merge(document, _read_override(override))
+        change = _read_override(override)
+        insert_blends(change, Path())
+        _merge(document, change)
     values = _resolve(document)
     try:
         config = PretrainConfig.model_validate(values)
@@ -58,6 +61,7 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> Document:
         links = " -> ".join(str(link) for link in (*chain, path))
         raise UserError(f"{chain[-1]}: extends names a file that does not exist: {links}.")
     own = read_yaml(path)
+    insert_blends(own, path.parent)
     place = own.places.get(("extends",), str(path))
     own.places = {key: line for key, line in own.places.items() if key[0] != "extends"}
     bases = own.values.pop("extends", [])
@@ -98,6 +102,8 @@ def _unwrap(value: Any) -> Any:
 def _merge(below: Document, above: Document) -> None:
     """Lay `above` over `below`: mappings are merged, everything else is replaced."""
     for path, text in _texts(above.values):
+        if "$" not in text:
+            continue
         try:
             OmegaConf.create([text])
         except OmegaConfBaseException as error:

@@ -29,6 +29,20 @@ def read_yaml(path: Path) -> Document:
     Raises:
         UserError: when the file cannot be read or parsed, with line and column.
     """
+    document = read_yaml_values(path)
+    if document.values is None:
+        raise UserError(f"{path} is empty; a recipe is a YAML mapping such as `name: my-run`.")
+    if not isinstance(document.values, dict):
+        raise UserError(f"{path}:1: the top must be a mapping such as `name: my-run`.")
+    return document
+
+
+def read_yaml_values(path: Path) -> Document:
+    """Read a YAML 1.2 file with any content.
+
+    Raises:
+        UserError: when the file cannot be read or parsed, with line and column.
+    """
     try:
         text = path.read_bytes().decode("utf-8")
     except FileNotFoundError as error:
@@ -42,10 +56,6 @@ def read_yaml(path: Path) -> Document:
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     values = parse_yaml(text, str(path))
-    if values is None:
-        raise UserError(f"{path} is empty; a recipe is a YAML mapping such as `name: my-run`.")
-    if not isinstance(values, CommentedMap):
-        raise UserError(f"{path}:1: the top must be a mapping such as `name: my-run`.")
     document = Document()
     document.values = _plain(values, str(path), (), document.places)
     return document

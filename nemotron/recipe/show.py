@@ -39,6 +39,11 @@ def schema() -> str:
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "Recipe, or recipes, whose values this one starts from.",
     }
+    for section in ("DataConfig", "PhaseConfig", "LengthConfig"):
+        properties = document["$defs"][section]["properties"]
+        inline = properties.get("blend", {}).get("anyOf", [])
+        file = {"type": "string", "description": "Path of a blend file, relative to this file."}
+        properties["blend"] = {"anyOf": [file, *inline]}
     _loosen(document)
     return json.dumps(document, indent=2) + "\n"
 
@@ -66,7 +71,7 @@ def _add(lines: list[str], values: dict[str, Any], path: Path_, places: dict[Pat
     indent = "  " * len(path)
     for key, value in values.items():
         here = (*path, key)
-        if isinstance(value, dict):
+        if isinstance(value, dict) and value:
             lines.append(f"{indent}{key}:\0")
             _add(lines, value, here, places)
         else:

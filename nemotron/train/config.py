@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from nemotron.data.config import DataConfig
+from nemotron.data.config import BlendConfig, DataConfig, LengthConfig, check_lengths
 from nemotron.model.config import ModelConfig
 from nemotron.ops.config import OpsConfig
 from nemotron.precision.config import PrecisionConfig
@@ -67,6 +67,39 @@ class ScheduleConfig(Section):
     """Length of the final decay (kind wsd), in optimizer steps."""
     decay: Literal["minus_sqrt", "linear", "cosine", "exponential"] = "minus_sqrt"
     """Shape of the final decay (kind wsd)."""
+
+
+class PhaseConfig(Section):
+    """A stretch of the run; what it leaves out is as in the rest of the recipe."""
+
+    name: str = Field(min_length=1)
+    """Label in logs."""
+    tokens: float | None = Field(None, gt=0)
+    """Length in tokens, whole steps; absent in the last one: to the end of the schedule."""
+    steps: int | None = Field(None, gt=0)
+    """Length in optimizer steps."""
+    blend: BlendConfig | None = None
+    """What is read, in which proportion; in a recipe also the path of a blend file."""
+    seq_len: int | None = Field(None, gt=1)
+    """Tokens in a row."""
+    lengths: Annotated[tuple[LengthConfig, ...], Field(strict=False)] = ()
+    """Lengths of row that alternate from step to step."""
+    global_tokens: int | None = Field(None, gt=0)
+    """Tokens of one optimizer step."""
+    schedule: ScheduleConfig | None = None
+    """Learning rate over this phase alone; absent: the run's schedule goes on."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PhaseConfig":
+        check_lengths(self.lengths)
+        if self.lengths and self.seq_len is not None:
+            raise ValueError("seq_len and lengths are both given; keep one of them")
+        total = self.schedule and (self.schedule.total_tokens or self.schedule.total_steps)
+        if total:
+            raise ValueError(
+                "schedule has a total length; remove it, the phase's own length counts"
+            )
+        return self
 
 
 class LossConfig(Section):
@@ -144,6 +177,8 @@ class PretrainConfig(Section):
     """Update rule."""
     schedule: ScheduleConfig
     """Learning rate and length of the run."""
+    phases: Annotated[tuple[PhaseConfig, ...], Field(strict=False)] = ()
+    """Stretches with another blend, length of row, batch or schedule; absent: all is one."""
     loss: LossConfig = LossConfig()
     """Weights of the loss terms."""
     precision: PrecisionConfig = PrecisionConfig()

@@ -16,10 +16,13 @@ from nemotron.train.config import LossConfig
 
 @dataclass(frozen=True)
 class TokenCounts:
-    """How many targets each term has; of a whole step, these are the denominators."""
+    """The weight of each term's targets, their number where all count 1.
 
-    main: int
-    mtp: tuple[int, ...]
+    Of a whole step, these are the denominators.
+    """
+
+    main: float
+    mtp: tuple[float, ...]
     tokens: int
     """Positions, with or without a target: the router's balance loss counts them all."""
 
@@ -41,8 +44,8 @@ def num_depths(model: HybridLM, config: LossConfig) -> int:
 
 def count_tokens(batch: Batch, depths: int) -> TokenCounts:
     """Count the targets of every term from the labels alone, before any forward pass."""
-    mtp = tuple(int((labels != NO_LABEL).sum()) for labels in _depth_labels(batch, depths))
-    return TokenCounts(int((batch.labels != NO_LABEL).sum()), mtp, batch.labels.numel())
+    main, *mtp = (_total_weight(*targets) for targets in _targets(batch, depths))
+    return TokenCounts(main, tuple(mtp), batch.labels.numel())
 
 
 def losses(model: HybridLM, batch: Batch, config: LossConfig) -> LossTerms:
@@ -54,9 +57,10 @@ def losses(model: HybridLM, batch: Batch, config: LossConfig) -> LossTerms:
     routing: list[RoutingStats] = []
     hidden = model(batch.input_ids, batch.seq_idx, routing=routing)
     head: Tensor = model.lm_head.weight
-    main = linear_cross_entropy(hidden.flatten(0, 1), head, batch.labels.flatten())
-
     depths = num_depths(model, config)
+    (labels, weights), *further_targets = _targets(batch, depths)
+    main = linear_cross_entropy(hidden.flatten(0, 1), head, labels, weights)
+
     trunk_calls = len(routing)
     mtp = []
     if depths:
@@ -65,8 +69,8 @@ def losses(model: HybridLM, batch: Batch, config: LossConfig) -> LossTerms:
         )
         if config.mtp_detach_heads:
             head = head.detach()
-        for depth_hidden, labels in zip(further, _depth_labels(batch, depths), strict=True):
-            mtp.append(linear_cross_entropy(depth_hidden.flatten(0, 1), head, labels.flatten()))
+        for depth_hidden, (labels, weights) in zip(further, further_targets, strict=True):
+            mtp.append(linear_cross_entropy(depth_hidden.flatten(0, 1), head, labels, weights))
 
     aux = torch.zeros((), device=hidden.device)
     for index, stats in enumerate(routing):
@@ -87,9 +91,22 @@ def objective(terms: LossTerms, counts: TokenCounts, config: LossConfig) -> Floa
     return loss + config.moe_aux_loss_coeff * terms.aux / max(counts.tokens, 1)
 
 
-def _depth_labels(batch: Batch, depths: int) -> list[Int[Tensor, "B T"]]:
-    labels, results = batch.labels, []
+Targets = tuple[Int[Tensor, " M"], Float[Tensor, " M"] | None]
+"""Labels and the weight of each; without weights every label counts 1."""
+
+
+def _targets(batch: Batch, depths: int) -> list[Targets]:
+    """Return the targets of the next token and of each depth beyond it."""
+    labels, weights = batch.labels, batch.loss_weight
+    results: list[Targets] = [(labels.flatten(), None if weights is None else weights.flatten())]
     for _ in range(depths):
         labels = shift_left(labels, batch.seq_idx, vacated=NO_LABEL)
-        results.append(labels)
+        if weights is not None:
+            weights = shift_left(weights, batch.seq_idx, vacated=0)
+        results.append((labels.flatten(), None if weights is None else weights.flatten()))
     return results
+
+
+def _total_weight(labels: Tensor, weights: Tensor | None) -> float:
+    counted = labels != NO_LABEL
+    return int(counted.sum()) if weights is None else float(weights[counted].double().sum())

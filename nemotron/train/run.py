@@ -16,6 +16,7 @@ from nemotron.ops.describe import choose_backends, describe
 from nemotron.ops.registry import OPERATIONS
 from nemotron.precision.apply import DTYPES
 from nemotron.train.config import PretrainConfig
+from nemotron.train.course import Course, plan_course
 from nemotron.train.flops import (
     count_parameters,
     measure_matmul_peak,
@@ -23,7 +24,6 @@ from nemotron.train.flops import (
 )
 from nemotron.train.loss import num_depths
 from nemotron.train.run_directory import RunDirectory
-from nemotron.train.schedule import Schedule, build_schedule
 from nemotron.train.screen import Screen
 from nemotron.train.session import DONE, Session
 from nemotron.train.signals import StopRequest
@@ -51,19 +51,20 @@ def train(
     Raises:
         UserError: when something that the user gave is wrong.
     """
-    schedule = build_schedule(config.schedule, config.batch.global_tokens)
+    course = plan_course(config)
     check_trackers(config.logging.trackers)
     device = _pick_device(config.device)
     folder = RunDirectory(config)
-    folder.check(schedule.num_steps, resume=resume, allow_changed=allow_changed)
+    folder.check(course.num_steps, resume=resume, allow_changed=allow_changed)
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
         screen = Screen()
         stack.callback(screen.close)
         _pin_backends(config)
-        data = _open_data(config, schedule)
+        data = open_data(config, course)
+        data.check_length()
         peak_flops = measure_matmul_peak(device, DTYPES[config.precision.compute])
-        trainer = Trainer(config, schedule, data, device, peak_flops)
+        trainer = Trainer(config, course, data, device, peak_flops)
         stack.enter_context(folder)
         session = Session(trainer, folder, screen, stop, stop_at)
         if not (resume and session.restore()) and config.init_from is not None:
@@ -77,17 +78,17 @@ def dry_run(config: PretrainConfig) -> int:
     Raises:
         UserError: as `train` does.
     """
-    schedule = build_schedule(config.schedule, config.batch.global_tokens)
+    course = plan_course(config)
     check_trackers(config.logging.trackers)
     device = _pick_device(config.device)
     folder = RunDirectory(config)
-    folder.check(schedule.num_steps, resume=True)
+    folder.check(course.num_steps, resume=True)
     _pin_backends(config)
     with torch.device("meta"):
         model = HybridLM(config.model)
     count = count_parameters(model, config.model)
     depths = num_depths(model, config.loss)
-    tokens = schedule.num_steps * config.batch.global_tokens
+    tokens = course.timeline.num_tokens
     flops = training_flops_per_token(config.model, config.data.seq_len, depths) * tokens
     mtp = f" + {count.mtp:,} for multi-token prediction" if count.mtp else ""
     documents = config.data.reset_documents
@@ -96,7 +97,7 @@ def dry_run(config: PretrainConfig) -> int:
     for line in (
         f"run        {folder.path} ({state})",
         f"model      {count.total:,} parameters, {count.active:,} active{mtp}",
-        f"training   {schedule.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
+        f"training   {course.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
         *(f"operations {line}" for line in describe(choices, device)),
     ):
         print(line)
@@ -119,22 +120,15 @@ def _pin_backends(config: PretrainConfig) -> None:
         OPERATIONS[operation].pin(backend)
 
 
-def _open_data(config: PretrainConfig, schedule: Schedule) -> TrainingData:
-    tokens, seq_len = config.batch.global_tokens, config.data.seq_len
-    if tokens % seq_len:
-        near = max(1, round(tokens / seq_len)) * seq_len
-        raise UserError(
-            f"batch.global_tokens = {tokens} is no multiple of data.seq_len = {seq_len}; "
-            f"use {near}."
-        )
-    data = TrainingData(
-        config.data,
-        seed=config.seed,
-        rows_per_step=tokens // seq_len,
-        vocab_size=config.model.vocab_size,
+def open_data(config: PretrainConfig, course: Course) -> TrainingData:
+    """Open the data of a run.
+
+    Raises:
+        UserError: when it is unfit.
+    """
+    return TrainingData(
+        config.data, course.timeline, seed=config.seed, vocab_size=config.model.vocab_size
     )
-    data.check_length(schedule.num_steps)
-    return data
 
 
 def _load_initial(model: HybridLM, path: str, read: ReadModel) -> None:

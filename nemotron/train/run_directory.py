@@ -1,7 +1,6 @@
 """The folder of a run: who may use it, and the files that describe the run."""
 
 import datetime
-import fcntl
 import io
 import json
 import os
@@ -18,7 +17,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from nemotron.checkpoint.find import steps
 from nemotron.errors import UserError
-from nemotron.files import write_bytes, write_text
+from nemotron.files import try_lock, write_bytes, write_text
 from nemotron.train.config import PretrainConfig
 
 FREE_TO_CHANGE = (
@@ -110,7 +109,7 @@ class RunDirectory:
                 f"{self.path} cannot be written: {error.strerror or error}; "
                 f"set `output` to a folder that can."
             ) from error
-        if not _try_lock(self._lock):
+        if not try_lock(self._lock):
             os.close(self._lock)
             self._refuse_holder()
         now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
@@ -148,7 +147,7 @@ class RunDirectory:
         except FileNotFoundError:
             return
         try:
-            if not _try_lock(descriptor):
+            if not try_lock(descriptor):
                 self._refuse_holder()
         finally:
             os.close(descriptor)
@@ -221,11 +220,3 @@ def _flatten(value: dict[str, Any], start: str = "") -> dict[str, Any]:  # Any: 
 
 def _covers(allowed: Sequence[str], key: str) -> bool:
     return any(key == prefix or key.startswith(f"{prefix}.") for prefix in allowed)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

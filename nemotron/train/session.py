@@ -72,7 +72,7 @@ class Session:
     def run(self, recipe_path: str) -> int:
         """Train; returns the exit code."""
         trainer, folder, screen = self._trainer, self._folder, self._screen
-        state, num_steps = trainer.state, trainer.schedule.num_steps
+        state, num_steps = trainer.state, trainer.course.num_steps
         if state.step >= num_steps:
             self._tell_results("this run is finished")
             return DONE
@@ -160,8 +160,9 @@ class Session:
         for line in data.describe():
             screen.tell(f"data       {line}")
         screen.tell(
-            f"training   {trainer.schedule.num_steps:,} steps of {config.batch.global_tokens:,} "
-            f"tokens; matrix products reach {trainer.peak_flops / 1e9:,.0f} GFLOP/s here"
+            f"training   {trainer.course.num_steps:,} steps, "
+            f"{trainer.course.timeline.num_tokens:,} tokens; matrix products reach "
+            f"{trainer.peak_flops / 1e9:,.0f} GFLOP/s here"
         )
         return run_id
 

@@ -11,20 +11,24 @@ from torch import Tensor
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import MODEL_PREFIX, load_tensors, read_state
 from nemotron.data.loader import TrainingData
+from nemotron.data.prefetch import Prefetcher
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import update_router_bias
 from nemotron.precision.apply import apply as apply_precision
 from nemotron.train.config import PretrainConfig
+from nemotron.train.course import Course
 from nemotron.train.evaluate import evaluate
 from nemotron.train.flops import training_flops_per_token
 from nemotron.train.loss import TokenCounts, count_tokens, losses, num_depths, objective
 from nemotron.train.metrics import Record
 from nemotron.train.optimizer import GradientNorms, Optimizer, clip_coefficient, parameter_kinds
 from nemotron.train.record import StepResult, Stopwatch, memory_values
-from nemotron.train.schedule import Schedule
 from nemotron.train.state import Skip, TrainerState
 from nemotron.train.sums import StepSums
+
+SOURCES_LOGGED = 64
+"""Sources up to which the tokens read from each are logged."""
 
 
 class Diverged(Exception):
@@ -46,21 +50,25 @@ class Trainer:
     def __init__(
         self,
         config: PretrainConfig,
-        schedule: Schedule,
+        course: Course,
         data: TrainingData,
         device: torch.device,
         peak_flops: float,
     ) -> None:
-        self.config, self.schedule, self.data, self.device = config, schedule, data, device
+        self.config, self.course, self.data, self.device = config, course, data, device
         torch.manual_seed(config.seed)
         self.model = build_model(config, device)
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.state = TrainerState()
         self._depths = num_depths(self.model, config.loss)
         self._kinds = parameter_kinds(self.optimizer.parameters, config.model)
-        flops = training_flops_per_token(config.model, config.data.seq_len, self._depths)
         self.peak_flops = peak_flops
-        self._peak_tokens_per_s = peak_flops / flops
+        self._batches = Prefetcher(
+            data.batch,
+            depth=config.data.prefetch_steps,
+            num_steps=course.num_steps,
+            pin=device.type == "cuda",
+        )
 
     def run(self, hooks: Hooks) -> None:
         """Train to the end of the schedule, or until `hooks.stop` answers yes after a step.
@@ -68,12 +76,12 @@ class Trainer:
         Raises:
             Diverged: when `nonfinite_limit` steps in a row were skipped for not being finite.
         """
-        config, num_steps = self.config, self.schedule.num_steps
+        config, num_steps = self.config, self.course.num_steps
         for step in range(self.state.step, num_steps):
             result = self.train_step(step)
             is_last = step + 1 == num_steps
             if is_last or due(step, config.logging.every_steps):
-                hooks.report(self._record("train", self._step_values(result)))
+                hooks.report(self._record("train", self._step_values(step, result)))
             for text in result.events():
                 hooks.report(self._record("event", {"event": text}))
             held_out = self.data.validation_domains
@@ -92,7 +100,7 @@ class Trainer:
     def train_step(self, step: int) -> StepResult:
         """Do the optimizer step with this index, counted from 0."""
         config, watch = self.config, Stopwatch(self.device)
-        batch = self.data.batch(step)
+        batch = self._batches.take(step)
         if not config.data.reset_documents:
             batch = replace(batch, seq_idx=None)
         counts = count_tokens(batch, self._depths)  # of the whole step, before any backward
@@ -100,7 +108,7 @@ class Trainer:
 
         self.optimizer.zero_grad()
         sums = StepSums(self._depths, self.device)
-        for micro in batch.split(config.batch.micro_batch):
+        for micro in batch.split(self._rows_at_once(step)):
             terms = losses(self.model, micro.to(self.device), config.loss)
             objective(terms, counts, config.loss).backward()
             sums.add(terms)
@@ -110,12 +118,12 @@ class Trainer:
         total = sums.objective(counts, config.loss)
         # once a step the host waits for two numbers: whether to update hangs on them
         loss, grad_norm = torch.stack([total, norms.total()]).tolist()
-        lr, clip = self.schedule.lr(step), clip_coefficient(grad_norm, config.optimizer.clip)
+        lr, clip = self.course.lr(step), clip_coefficient(grad_norm, config.optimizer.clip)
         skip = _reason_to_skip(counts, loss, grad_norm)
         if skip is None:
             self.optimizer.step(lr, clip)
             update_router_bias(self.model, sums.load, config.optimizer.router_bias_update_rate)
-        spike = self.state.advance(config.batch.global_tokens, loss, skip)
+        spike = self.state.advance(self.course.timeline.tokens_per_step(step), loss, skip)
         watch.lap("optimizer")
         return StepResult(
             counts, sums, norms, loss, grad_norm, clip, lr, skip, spike, watch.seconds
@@ -143,7 +151,7 @@ class Trainer:
                 f"{info.folder} holds weights only, nothing to go on from; "
                 f"start a new run with init_from: {info.folder}."
             )
-        self.data.check_fingerprint(saved["data"])
+        self.data.check_fingerprint(saved["data"], info.step)
         tensors = self.tensors()
         load_tensors(info, tensors)
         torch.set_rng_state(tensors["rng.cpu"])
@@ -153,12 +161,26 @@ class Trainer:
         state = self.state
         return {"kind": kind, "step": state.step, "data/tokens": state.tokens, **values}
 
-    def _step_values(self, result: StepResult) -> Record:
+    def _rows_at_once(self, step: int) -> int:
+        """Return the rows of a portion: as many tokens as `micro_batch` rows of `data.seq_len`."""
+        tokens = self.config.batch.micro_batch * self.config.data.seq_len
+        return max(1, tokens // self.data.seq_len(step))
+
+    def _step_values(self, step: int, result: StepResult) -> Record:
+        config = self.config.model
+        flops = training_flops_per_token(config, self.data.seq_len(step), self._depths)
         return {
-            **result.values(self.model, self._peak_tokens_per_s),
+            **result.values(self.model, self.peak_flops / flops),
+            **self._tokens_by_source(step + 1),
             "skipped_steps": self.state.skipped_steps,
             **memory_values(self.device),
         }
+
+    def _tokens_by_source(self, step: int) -> Record:
+        if len(self.data.tokens) > SOURCES_LOGGED:
+            return {}
+        read = self.data.tokens_read(step)
+        return {f"data/tokens/{name}": count for name, count in read.items()}
 
     def _validation(self) -> Record:
         budget, rows = self.config.evaluation.tokens, self.config.batch.micro_batch

@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron.data.batch import NO_LABEL, Batch, pack
+from nemotron.data.batch import NO_LABEL, Batch, Row, pack
 
 EOD = 2
 WINDOWS = st.lists(st.lists(st.integers(0, 6), min_size=8, max_size=8), min_size=1, max_size=4)
@@ -40,7 +40,7 @@ def test_a_batch_moves_with_all_its_tensors():
 
 @given(WINDOWS, st.booleans())
 def test_rows_agree_with_the_definition(windows: list[list[int]], mask_eod_loss: bool):
-    batch = pack([np.array(w) for w in windows], 7, EOD, mask_eod_loss=mask_eod_loss)
+    batch = pack([Row(np.array(w)) for w in windows], 7, EOD, mask_eod_loss=mask_eod_loss)
     for row, window in enumerate(windows):
         document = 0
         for t in range(7):
@@ -55,13 +55,38 @@ def test_rows_agree_with_the_definition(windows: list[list[int]], mask_eod_loss:
 
 @given(WINDOWS)
 def test_document_numbers_start_at_zero_and_never_come_back(windows: list[list[int]]):
-    steps = pack([np.array(w) for w in windows], 7, EOD, mask_eod_loss=False).seq_idx
+    steps = pack([Row(np.array(w)) for w in windows], 7, EOD, mask_eod_loss=False).seq_idx
     assert torch.equal(steps[:, 0], torch.zeros(len(windows), dtype=torch.int32))
     assert set(steps.diff(dim=1).flatten().tolist()) <= {0, 1}
 
 
 def test_a_short_window_is_filled_without_labels():
-    batch = pack([np.array([4, 5, EOD]), np.arange(3, 9)], 5, EOD, mask_eod_loss=False)
+    batch = pack([Row(np.array([4, 5, EOD])), Row(np.arange(3, 9))], 5, EOD, mask_eod_loss=False)
     assert batch.input_ids.tolist() == [[4, 5, EOD, EOD, EOD], [3, 4, 5, 6, 7]]
     assert batch.labels.tolist() == [[5, EOD, NO_LABEL, NO_LABEL, NO_LABEL], [4, 5, 6, 7, 8]]
     assert batch.num_loss_tokens == 7
+
+
+def test_rows_of_whole_documents_number_them_by_their_starts_and_predict_none_from_another():
+    row = Row(np.array([4, 5, EOD, 6, EOD, 7]), np.array([0, 3, 5]))
+    batch = pack([row], 7, EOD, mask_eod_loss=False)
+    assert batch.input_ids.tolist() == [[4, 5, EOD, 6, EOD, 7, EOD]]
+    assert batch.seq_idx.tolist() == [[0, 0, 0, 1, 1, 2, 3]]
+    none = NO_LABEL
+    assert batch.labels.tolist() == [[5, EOD, none, EOD, none, none, none]]
+    assert batch.loss_weight is None
+
+
+def test_weights_stand_beside_the_label_that_they_weigh():
+    tokens, starts = np.array([4, 5, 6, 7, 8]), np.array([0, 3])
+    row = Row(tokens, starts, np.array([0, 0, 1, 0, 0.5], np.float32))
+    batch = pack([row, Row(np.arange(3, 8))], 4, EOD, mask_eod_loss=False)
+    assert batch.labels.tolist() == [[NO_LABEL, 6, NO_LABEL, 8], [4, 5, 6, 7]]
+    assert batch.loss_weight.tolist() == [[0, 1, 0, 0.5], [1, 1, 1, 1]]
+
+
+def test_weights_that_are_nothing_or_one_are_told_by_labels_alone():
+    row = Row(np.array([4, 5, 6]), np.array([0]), np.array([0, 0, 1], np.float32))
+    batch = pack([row], 3, EOD, mask_eod_loss=False)
+    assert batch.labels.tolist() == [[NO_LABEL, 6, NO_LABEL]]
+    assert batch.loss_weight is None

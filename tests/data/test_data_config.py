@@ -9,9 +9,9 @@ from nemotron.data.config import DataConfig, SourceConfig
     [
         (
             [{"name": "web"}],
-            "'web' has no prefix and is no embedded domain; add the shard's prefix",
+            "'web' has no path and is no embedded domain; add the path of its shards",
         ),
-        ([{"name": "code"}, {"name": "code", "prefix": "x"}], "names 'code' twice; give each"),
+        ([{"name": "code"}, {"name": "code", "path": "x"}], "names 'code' twice; give each"),
         ([], "at least 1 item"),
         ([{"name": "code", "weight": 0.0}], "greater than 0"),
         ([{"name": "code", "weight": float("nan")}], "finite"),
@@ -22,6 +22,6 @@ def test_sources_that_make_no_blend_are_refused(sources: list[dict[str, object]]
         DataConfig.model_validate({"sources": sources})
 
 
-def test_a_source_of_ones_own_needs_only_a_name_and_a_prefix():
-    config = DataConfig(sources=[SourceConfig(name="web", prefix="shards/web")])
+def test_a_source_of_ones_own_needs_only_a_name_and_a_path():
+    config = DataConfig(sources=[SourceConfig(name="web", path="shards/web")])
     assert config.sources[0].weight == 1.0

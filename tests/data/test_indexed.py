@@ -170,7 +170,7 @@ def test_a_bad_shard_is_refused_in_one_sentence(tmp_path: Path, name: str):
     assert Shard(tmp_path / "s").num_tokens == 8
     damage(tmp_path / "s")
     with pytest.raises(UserError, match=sentence) as refusal:
-        Shard(tmp_path / "s")
+        Shard(tmp_path / "s").check()
     assert "\n" not in str(refusal.value)
 
 

@@ -15,8 +15,10 @@ from pydantic import BaseModel
 from ruamel.yaml import YAML
 
 from nemotron import cli
+from nemotron.data.config import BlendConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.registry import OPERATIONS
+from nemotron.recipe.blend import read_blend
 from nemotron.recipe.load import load_recipe
 from nemotron.train.config import PretrainConfig
 from nemotron.train.flops import count_parameters
@@ -37,6 +39,7 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
     for block in blocks("yaml"):
         if path := written_to(block):
+            (tmp_path / path).parent.mkdir(exist_ok=True)
             (tmp_path / path).write_text(block.text)
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -107,7 +110,11 @@ def test_options_named_in_sentences_exist(page: Path):
 
 
 def known_options(command: Any) -> set[str]:
-    found = {option for parameter in command.params for option in parameter.opts}
+    found = {
+        option
+        for parameter in command.params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
     for inner in getattr(command, "commands", {}).values():
         found |= known_options(inner)
     return found
@@ -160,19 +167,6 @@ def test_python_examples_compile_and_import_what_exists(block: Block):
                 assert hasattr(module, name.name), name.name
 
 
-def test_the_example_that_makes_a_shard_makes_one(newcomer: Path):
-    [block] = [b for b in blocks("python") if "write_shard" in b.text]
-    (newcomer / "texts" / "more").mkdir(parents=True)
-    for number in range(7):
-        (newcomer / "texts" / "more" / f"{number}.txt").write_text(f"Letter {number}.\n" * 50)
-    exec(compile(block.text, block.where, "exec"), {})
-    assert {path.name for path in Path("data").iterdir()} == {
-        "letters.bin",
-        "letters.idx",
-        "letters.json",
-    }
-
-
 def unknown_keys(values: dict[str, Any], section: type[BaseModel], prefix: str = "") -> list[str]:
     found = []
     for key, value in values.items():
@@ -186,7 +180,10 @@ def unknown_keys(values: dict[str, Any], section: type[BaseModel], prefix: str =
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=name_of)
 def test_recipes_in_the_pages_are_valid(block: Block, newcomer: Path):
-    if path := written_to(block):
+    path = written_to(block)
+    if path and "/blends/" in path:
+        BlendConfig.model_validate(read_blend(Path(path)).values)
+    elif path:
         load_recipe(path)
     else:
         values = YAML(typ="safe", pure=True).load(block.text) or {}

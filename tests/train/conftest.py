@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from prepared import write_prepared
 from tiny_run import build_recipe
 
-from nemotron.data.prepare import write_shard
-from nemotron.data.tokenizer import load_tokenizer
 from nemotron.train.config import PretrainConfig
 from nemotron.train.run import train
 
@@ -20,15 +19,14 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory) -> dict[str, str]:
-    """Two sources of invented text, as prefixes of Megatron shards."""
+    """Two sources of invented text, as prepared folders."""
     folder = tmp_path_factory.mktemp("shards")
-    tokenizer = load_tokenizer("embedded")
     draw = random.Random(5)
     words = ["the", "river", "runs", "to", "sea", "and", "stone", "stays", "0", "1", "if", "else"]
     prefixes = {}
     for name in ("prose", "numbers"):
         texts = [" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(120)]
-        prefixes[name] = str(write_shard(texts, folder / name, tokenizer))
+        prefixes[name] = str(write_prepared(texts, folder / name, validation_fraction=0.1))
     return prefixes
 
 

@@ -107,7 +107,9 @@ def test_a_mistake_after_the_checks_leaves_no_folder(recipe):
 
 
 def test_a_batch_that_is_no_whole_number_of_rows_names_the_nearest(recipe):
-    with pytest.raises(UserError, match=r"= 100 is no multiple of data.seq_len = 31; use 93"):
+    with pytest.raises(
+        UserError, match=r"= 100 is not divisible by data.seq_len = 31; the nearest is 93"
+    ):
         train(recipe(batch={"global_tokens": 100}))
 
 

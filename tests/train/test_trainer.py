@@ -9,13 +9,12 @@ import torch
 import torch.nn.functional as F
 from same_run import final_tensors
 
-from nemotron.data.loader import TrainingData
 from nemotron.errors import UserError
 from nemotron.train.config import PretrainConfig
+from nemotron.train.course import plan_course
 from nemotron.train.evaluate import evaluate
 from nemotron.train.metrics import read_metrics
-from nemotron.train.run import train
-from nemotron.train.schedule import build_schedule
+from nemotron.train.run import open_data, train
 from nemotron.train.state import SPIKE_MINIMUM, Skip, TrainerState
 from nemotron.train.trainer import Trainer
 
@@ -23,12 +22,8 @@ CPU = torch.device("cpu")
 
 
 def trainer(config: PretrainConfig) -> Trainer:
-    rows = config.batch.global_tokens // config.data.seq_len
-    data = TrainingData(
-        config.data, seed=config.seed, rows_per_step=rows, vocab_size=config.model.vocab_size
-    )
-    schedule = build_schedule(config.schedule, config.batch.global_tokens)
-    return Trainer(config, schedule, data, CPU, peak_flops=1e9)
+    course = plan_course(config)
+    return Trainer(config, course, open_data(config, course), CPU, peak_flops=1e9)
 
 
 def losses_of(config: PretrainConfig, steps: int) -> list[dict]:
@@ -110,7 +105,7 @@ def test_a_step_that_is_not_finite_leaves_everything_but_data_and_schedule(recip
     assert (subject.state.skipped_steps, subject.state.nonfinite_in_a_row) == (1, 1)
     following = subject.train_step(2)
     assert following.skip is None
-    assert following.lr == subject.schedule.lr(2)
+    assert following.lr == subject.course.lr(2)
     assert subject.state.nonfinite_in_a_row == 0
 
 
@@ -118,7 +113,7 @@ def test_a_batch_without_targets_is_skipped_and_is_no_nan(recipe, monkeypatch):
     subject = trainer(recipe())
     batch = subject.data.batch(0)
     empty = replace(batch, labels=torch.full_like(batch.labels, -100))
-    monkeypatch.setattr(subject.data, "batch", lambda step: empty)
+    monkeypatch.setattr(subject._batches, "take", lambda step: empty)
     result = subject.train_step(0)
     assert result.skip is Skip.NO_TARGETS
     assert subject.state.nonfinite_in_a_row == 0

@@ -35,12 +35,11 @@ def build_recipe(folder: Path, shards: dict[str, str], name: str, **changes) -> 
         "model": MODEL,
         "data": {
             "sources": [
-                {"name": "prose", "weight": 0.6, "prefix": shards["prose"]},
-                {"name": "numbers", "weight": 0.4, "prefix": shards["numbers"]},
+                {"name": "prose", "weight": 0.6, "path": shards["prose"]},
+                {"name": "numbers", "weight": 0.4, "path": shards["numbers"]},
             ],
             "cache": str(folder / "cache"),
             "seq_len": 31,
-            "validation_fraction": 0.1,
         },
         "batch": {"global_tokens": 31 * 5, "micro_batch": 2},
         "schedule": {"peak": 1e-2, "total_steps": 8, "warmup_steps": 2, "decay_steps": 3},

@@ -15,11 +15,13 @@ def linear_cross_entropy(
     hidden: Float[Tensor, "M D"],
     weight: Float[Tensor, "V D"],
     labels: Int[Tensor, " M"],
+    weights: Float[Tensor, " M"] | None = None,
     *,
     reduction: Literal["sum", "none"] = "sum",
 ) -> Tensor:
     """Return the cross entropy of softmax(hidden @ weightᵀ) in nats, float32.
 
-    Labels of -100 contribute nothing. `sum` gives a scalar, `none` one value per row.
+    Labels of -100 contribute nothing; the loss of each other label is multiplied by its weight,
+    which gets no gradient. `sum` gives a scalar, `none` one value per row.
     """
-    return operation.select(hidden)(hidden, weight, labels, reduction)
+    return operation.select(hidden)(hidden, weight, labels, reduction, weights)

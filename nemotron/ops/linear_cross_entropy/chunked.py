@@ -17,7 +17,9 @@ class _SummedLoss(torch.autograd.Function):
     """The gradient is computed with the loss, while the logits are at hand, and scaled later."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None
+    ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         kept = (labels != IGNORED).nonzero().squeeze(1)
@@ -31,11 +33,15 @@ class _SummedLoss(torch.autograd.Function):
             logits = torch.mm(part, matrix.T).to(wide)
             target = labels[rows].unsqueeze(1)
             shift = logits.logsumexp(1, keepdim=True)
-            total += (shift - logits.gather(1, target)).sum()
+            losses = shift - logits.gather(1, target)
+            share = None if weights is None else weights[rows].unsqueeze(1)
+            total += (losses if share is None else losses * share).sum()
             if grad_hidden is None and grad_weight is None:
                 continue
             slope = logits.sub_(shift).exp_()  # softmax
             slope.scatter_add_(1, target, slope.new_full(target.shape, -1.0))
+            if share is not None:
+                slope *= share
             narrow = slope.to(hidden.dtype)
             if grad_hidden is not None:
                 grad_hidden[rows] = torch.mm(narrow, matrix)
@@ -50,13 +56,13 @@ class _SummedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None
+        return grad_hidden, grad_weight, None, None
 
 
 class _LossPerToken(torch.autograd.Function):
@@ -101,10 +107,13 @@ def linear_cross_entropy(
     weight: Float[Tensor, "V D"],
     labels: Int[Tensor, " M"],
     reduction: Literal["sum", "none"],
+    weights: Float[Tensor, " M"] | None = None,
 ) -> Tensor:
     """The reference's loss, chunk by chunk."""
-    function = _SummedLoss if reduction == "sum" else _LossPerToken
-    return function.apply(hidden, weight, labels)
+    if reduction == "sum":
+        return _SummedLoss.apply(hidden, weight, labels, weights)
+    losses = _LossPerToken.apply(hidden, weight, labels)
+    return losses if weights is None else losses * weights
 
 
 backend = Backend("chunked", linear_cross_entropy)

@@ -15,11 +15,15 @@ def linear_cross_entropy(
     weight: Float[Tensor, "V D"],
     labels: Int[Tensor, " M"],
     reduction: Literal["sum", "none"],
+    weights: Float[Tensor, " M"] | None = None,
 ) -> Tensor:
     """Cross entropy of hidden @ weightᵀ in float32 or wider."""
     logits = hidden @ weight.to(hidden.dtype).T
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return F.cross_entropy(wide, labels, ignore_index=-100, reduction=reduction)
+    losses = F.cross_entropy(wide, labels, ignore_index=-100, reduction="none")
+    if weights is not None:
+        losses = losses * weights
+    return losses.sum() if reduction == "sum" else losses
 
 
 backend = Backend("reference", linear_cross_entropy)

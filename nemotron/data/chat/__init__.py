@@ -1,0 +1,1 @@
+"""Conversations: the chat template, and the rendering of rows with it."""

@@ -1,0 +1,78 @@
+"""The embedded corpus as prepared folders in the cache, made on first use."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import xxhash
+
+from nemotron.data.config import DataConfig
+from nemotron.data.corpus import corpus_hash, load_documents
+from nemotron.data.folder import MANIFEST, Manifest, read_manifest
+from nemotron.data.prepare.assemble import assemble
+from nemotron.data.prepare.options import PrepareOptions
+from nemotron.data.prepare.unit import write_texts
+from nemotron.data.tokenizer import Tokenizer
+from nemotron.errors import UserError
+from nemotron.files import hash_file, locked, sync_folder
+
+log = logging.getLogger(__name__)
+
+FORMAT = 2
+"""Part of the name of an embedded folder; raise it when its content changes."""
+
+
+def prepare_embedded(domain: str, config: DataConfig, tokenizer: Tokenizer) -> Path:
+    """Return the prepared folder of a domain in `config.cache`, made there on first use.
+
+    A folder is used again only when every file has the hash in its manifest; processes wait for
+    each other, and one that is killed leaves nothing that counts.
+    """
+    cache, fraction = Path(config.cache), config.validation_fraction
+    what = (FORMAT, corpus_hash(domain), tokenizer.hash, config.eod_token, fraction)
+    name = f"{domain}-{xxhash.xxh64_hexdigest(json.dumps(what).encode())}"
+    folder = cache.absolute() / name
+    with locked(cache / ".lock"):
+        if not _is_whole(folder):
+            texts = load_documents(domain)
+            # Neighbours in the corpus are scenes of one play: mix them, the same way everywhere.
+            texts.sort(key=lambda text: xxhash.xxh64_digest(text.encode()))
+            part = folder.with_suffix(".tmp")
+            shutil.rmtree(part, ignore_errors=True)
+            part.mkdir()
+            options = PrepareOptions(eod_token=config.eod_token, validation_fraction=fraction)
+            receipt = write_texts(texts, part, tokenizer, options)
+            assemble([receipt], part, tokenizer, options, [{"name": f"embedded {domain}"}])
+            shutil.rmtree(folder, ignore_errors=True)
+            part.rename(folder)
+            sync_folder(cache)
+            log.info("tokenized %s: %d documents into %s", domain, len(texts), folder)
+    return folder
+
+
+def _is_whole(folder: Path) -> bool:
+    if not (folder / MANIFEST).exists():
+        return False
+    try:
+        manifest = read_manifest(folder)
+    except UserError:
+        manifest = None
+    whole = manifest is not None and not damaged_files(folder, manifest)
+    if not whole:
+        log.warning("%s is damaged and is made again", folder)
+    return whole
+
+
+def damaged_files(folder: Path, manifest: Manifest) -> list[Path]:
+    """Return the files that are missing or have another hash than the manifest says."""
+    files = {
+        folder / name: facts
+        for shard in (*manifest.train, *manifest.validation)
+        for name, facts in shard.files.items()
+    }
+    return [
+        path
+        for path, facts in files.items()
+        if not path.exists() or hash_file(path) != facts.xxh128
+    ]

@@ -1,0 +1,226 @@
+"""Opening tokens: a folder that was prepared, a folder of Megatron's shards, or one shard."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import xxhash
+from pydantic import Field, ValidationError
+
+from nemotron.data.indexed import Shard
+from nemotron.data.stream import Stream
+from nemotron.data.tokenizer import Tokenizer
+from nemotron.errors import UserError
+from nemotron.section import Section
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+"""Of the manifest."""
+TOKENS_CHECKED = 1 << 22
+"""Tokens of a source that are compared with the vocabulary when it is opened; the others are when
+their row is read."""
+SEQUENCES_CHECKED = 1 << 22
+"""Sequences up to which the whole index of a source is checked when it is opened."""
+
+
+class FileFacts(Section):
+    """Size and content of a file."""
+
+    bytes: int
+    xxh128: str
+
+
+class ShardFacts(Section):
+    """One shard of a prepared folder."""
+
+    name: str
+    """Prefix inside the folder."""
+    documents: int
+    tokens: int
+    files: dict[str, FileFacts]
+
+
+class Counts(Section):
+    """What became of the rows that were read."""
+
+    rows: int = 0
+    """Rows, text files or conversations in the input, bad ones included."""
+    documents: int = 0
+    """Documents to train on."""
+    tokens: int = 0
+    """Their tokens, ends of documents included."""
+    held_out_documents: int = 0
+    held_out_tokens: int = 0
+    text_bytes: int = 0
+    """UTF-8 bytes of all documents."""
+    empty: int = 0
+    """Rows without any text, left out."""
+    filtered: int = 0
+    """Rows that a filter left out."""
+    bad: int = 0
+    """Rows that could not be read, left out."""
+    unsupervised: int = 0
+    """Conversations without a token to learn, left out."""
+    largest_id: int = -1
+
+    def plus(self, other: "Counts") -> "Counts":
+        """Return the counts of both."""
+        mine, theirs = self.model_dump(), other.model_dump()
+        summed = {key: mine[key] + theirs[key] for key in mine}
+        return Counts(**summed | {"largest_id": max(self.largest_id, other.largest_id)})
+
+
+class Manifest(Section):
+    """What a prepared folder holds and what it was made from."""
+
+    format: int
+    tokenizer: str
+    """Hash of the `tokenizer.json`."""
+    eod_token: str
+    eod_id: int
+    validation_fraction: float
+    inputs: Annotated[tuple[dict[str, Any], ...], Field(strict=False)]  # Any: what JSON holds
+    """Files and data sets that were read, in order."""
+    options: dict[str, Any]
+    """Every option that changes the output."""
+    counts: Counts
+    bad_rows: Annotated[tuple[str, ...], Field(strict=False)]
+    """The first rows that could not be read, with the reason."""
+    train: Annotated[tuple[ShardFacts, ...], Field(strict=False)]
+    validation: Annotated[tuple[ShardFacts, ...], Field(strict=False)]
+
+    @property
+    def content(self) -> str:
+        """Hash of the checksums of all shards, in order."""
+        shards = [shard.model_dump() for shard in (*self.train, *self.validation)]
+        return xxhash.xxh128_hexdigest(json.dumps(shards).encode())
+
+
+@dataclass(frozen=True)
+class TokenSet:
+    """Open tokens: those to train on and those held out."""
+
+    path: Path
+    train: Stream
+    validation: Stream
+    manifest: Manifest | None
+
+    @property
+    def identity(self) -> str:
+        """A hash that changes when the tokens do."""
+        return self.manifest.content if self.manifest else self.train.identity()
+
+
+def read_manifest(folder: Path) -> Manifest | None:
+    """Return the manifest of a folder, or None where there is none.
+
+    Raises:
+        UserError: when it is damaged or of another format.
+    """
+    path = folder / MANIFEST
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict) and content.get("format") != FORMAT:
+            raise UserError(
+                f"{path} has format {content.get('format')}; this version reads format {FORMAT}."
+            )
+        return Manifest.model_validate(content)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (ValidationError, ValueError):
+        raise UserError(
+            f"{path} is no manifest of prepared data; prepare the folder again, or remove the file "
+            "to read its shards as they are."
+        ) from None
+
+
+def open_tokens(path: str | Path, tokenizer: Tokenizer, eod_token: str, limit: int) -> TokenSet:
+    """Open what a source's `path` names; `limit` is the number that every id must be below.
+
+    Raises:
+        UserError: when there are no tokens, or they do not fit their manifest, the tokenizer, the
+            end of documents or the vocabulary.
+    """
+    path = Path(path)
+    manifest = read_manifest(path)
+    if manifest is None:
+        train = Stream([Shard(prefix) for prefix in _prefixes(path)])
+        found = TokenSet(path, train, Stream([]), None)
+        if sum(shard.num_sequences for shard in train.shards) <= SEQUENCES_CHECKED:
+            for shard in train.shards:
+                shard.check()
+    else:
+        _check_manifest(path, manifest, tokenizer, eod_token, limit)
+        streams = [Stream(_shards(path, side)) for side in (manifest.train, manifest.validation)]
+        found = TokenSet(path, streams[0], streams[1], manifest)
+    if not found.train.num_tokens:
+        raise UserError(
+            f"{path.absolute()} holds no tokens to train on; give shards with documents in them."
+        )
+    _check_first_tokens(found.train, limit)
+    return found
+
+
+def _prefixes(path: Path) -> list[Path]:
+    if not path.is_dir():
+        return [path]
+    found = sorted(index.with_suffix("") for index in path.glob("*.idx"))
+    if not found:
+        raise UserError(
+            f"{path.absolute()} holds neither {MANIFEST} nor shards (*.idx); "
+            "give a prepared folder, or a shard without its .bin or .idx ending."
+        )
+    return found
+
+
+def _shards(folder: Path, facts: tuple[ShardFacts, ...]) -> list[Shard]:
+    shards = []
+    for known in facts:
+        shard = Shard(folder / known.name)
+        if shard.num_tokens != known.tokens or shard.num_documents != known.documents:
+            raise UserError(
+                f"{shard.prefix} has {shard.num_documents} documents with {shard.num_tokens} "
+                f"tokens, where {folder / MANIFEST} says {known.documents} with {known.tokens}; "
+                "restore the shard or prepare the folder again."
+            )
+        shards.append(shard)
+    return shards
+
+
+def _check_manifest(
+    path: Path, manifest: Manifest, tokenizer: Tokenizer, eod_token: str, limit: int
+) -> None:
+    if manifest.tokenizer != tokenizer.hash:
+        raise UserError(
+            f"{path.absolute()} was made with the tokenizer {manifest.tokenizer}, but "
+            f"data.tokenizer is {tokenizer.hash}; name the tokenizer.json of these shards."
+        )
+    if manifest.eod_id != tokenizer.id(eod_token):
+        raise UserError(
+            f"{path.absolute()} ends its documents with id {manifest.eod_id}, but data.eod_token = "
+            f"{eod_token} is id {tokenizer.id(eod_token)}; name the shards' token."
+        )
+    if manifest.counts.largest_id >= limit:
+        raise UserError(
+            f"{path.absolute()} holds the id {manifest.counts.largest_id}, but the vocabulary ends "
+            f"at {limit - 1}; use a model.vocab_size that holds it."
+        )
+
+
+def _check_first_tokens(stream: Stream, limit: int) -> None:
+    """Compare the first tokens of every shard with the vocabulary."""
+    share = TOKENS_CHECKED // max(1, len(stream.shards))
+    for shard in stream.shards:
+        # Without its sign a negative id, which no vocabulary has, is the largest of all.
+        unsigned = shard.tokens[:share].astype(np.int64).view(np.uint64)
+        if unsigned.size and unsigned.max() >= limit:
+            at = int(unsigned.argmax())
+            document = int(np.searchsorted(shard.starts(slice(None)), at, side="right")) - 1
+            place = at - int(shard.starts(slice(document, document + 1))[0])
+            raise UserError(
+                f"{shard.bin} holds the id {int(shard.tokens[at])} (document {document}, position "
+                f"{place}), but the vocabulary ends at {limit - 1}; use the tokenizer of this "
+                "shard and a model.vocab_size that holds it."
+            )

@@ -1,0 +1,230 @@
+"""Looking at data before a run: what a blend resolves to, documents, duplicates, rows as text."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from nemotron.data.batch import NO_LABEL
+from nemotron.data.config import DataConfig, SourceConfig, leaves
+from nemotron.data.embedded import damaged_files
+from nemotron.data.folder import read_manifest
+from nemotron.data.loader import TrainingData
+from nemotron.data.stream import Stream
+from nemotron.data.timeline import single_phase
+from nemotron.errors import UserError
+
+DONE = 0
+SOURCES_SHOWN = 50
+SHOWN_CHARACTERS = 600
+"""Of a row, from each end of it half."""
+IDS_AT_ONCE = 1 << 22
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Lengths of documents in tokens, and how often documents repeat."""
+
+    lengths: NDArray[np.int64]
+    held_out: int
+    repeated: int
+    """Training documents that are also held out, here or in another source."""
+    scanned: int
+
+    def percentiles(self) -> list[int]:
+        """Return the 5th, 50th and 95th percentile and the longest."""
+        if not len(self.lengths):
+            return [0, 0, 0, 0]
+        return [int(v) for v in np.percentile(self.lengths, [5, 50, 95, 100])]
+
+
+def open_path(
+    path: Path, *, tokenizer: str, eod_token: str | None, seq_len: int, cache: str
+) -> TrainingData:
+    """Open a prepared folder, a folder of shards or one shard as a run of one step would.
+
+    Raises:
+        UserError: when it is unfit.
+    """
+    manifest = read_manifest(path)
+    end = eod_token or (manifest.eod_token if manifest else "</s>")
+    source = SourceConfig(name=path.name, path=str(path))
+    packing = {"kind": "best_fit", "long_documents": "truncate"}
+    chats = manifest is not None and manifest.options.get("chat") is not None
+    config = DataConfig.model_validate(
+        {
+            "sources": [source.model_dump()],
+            "tokenizer": tokenizer,
+            "eod_token": end,
+            "seq_len": seq_len,
+            "cache": cache,
+            **({"packing": packing} if chats else {}),
+        }
+    )
+    timeline = single_phase(leaves(config.blend), seq_len, seq_len)
+    return TrainingData(config, timeline, seed=0, vocab_size=2**31 - 1)
+
+
+def inspect(
+    data: TrainingData,
+    *,
+    step: int,
+    rows: int,
+    documents: int,
+    check: bool,
+    plots: Path | None,
+) -> int:
+    """Print what the data is; `documents` are read of each source for lengths and duplicates.
+
+    Raises:
+        UserError: when `check` finds a damaged file or an id outside the vocabulary.
+    """
+    console = Console(highlight=False)
+    for line in data.describe():
+        console.print(line)
+    found = gather_statistics(data, documents)
+    _print_sources(console, data, found)
+    if check:
+        for name, tokens in data.tokens.items():
+            check_all(name, tokens.path, tokens.train, data.tokenizer.vocab_size)
+        console.print("every file and every id is as it should be")
+    for row in range(min(rows, data.num_rows(step))):
+        console.print(show_row(data, step, row))
+    if plots is not None:
+        from nemotron.data.plots import draw
+
+        for path in draw(data, found, plots):
+            console.print(f"drawn: {path}")
+    return DONE
+
+
+def gather_statistics(data: TrainingData, documents: int) -> dict[str, Statistics]:
+    """Return the statistics of each source from its first documents.
+
+    Documents are the same when all their ids are. Held-out documents are compared with the
+    training documents of every source.
+    """
+    held_out = {
+        name: {_digest(tokens) for tokens in _documents(stream.validation, documents)}
+        for name, stream in data.tokens.items()
+    }
+    known = set().union(*held_out.values())
+    found = {}
+    for name, tokens in data.tokens.items():
+        lengths, repeated = [], 0
+        for document in _documents(tokens.train, documents):
+            lengths.append(len(document))
+            repeated += bool(known) and _digest(document) in known
+        kept = len(held_out[name])
+        found[name] = Statistics(np.asarray(lengths, np.int64), kept, repeated, len(lengths))
+    return found
+
+
+def check_all(name: str, path: Path, stream: Stream, vocab_size: int) -> None:
+    """Read every byte of a source.
+
+    Raises:
+        UserError: for the first file whose checksum or index is wrong, or the first id too large.
+    """
+    manifest = read_manifest(path)
+    if manifest is not None and (damaged := damaged_files(path, manifest)):
+        raise UserError(
+            f"{damaged[0]} is not what its manifest says; restore it or prepare {name} again."
+        )
+    for shard in stream.shards:
+        shard.check()
+        for start in range(0, shard.num_tokens, IDS_AT_ONCE):
+            part = shard.tokens[start : start + IDS_AT_ONCE]
+            wrong = np.flatnonzero((part < 0) | (part >= vocab_size))
+            if len(wrong):
+                at = start + int(wrong[0])
+                raise UserError(
+                    f"{shard.bin}: token {at} is {int(shard.tokens[at])}, but the vocabulary ends "
+                    f"at {vocab_size - 1}; use the tokenizer of this shard."
+                )
+
+
+def show_row(data: TrainingData, step: int, row: int) -> Text:
+    """Return a row as text: a rule between documents, what is not learned in grey."""
+    sample = data.sample_ids(step, slice(row, row + 1))[0]
+    batch = data.batch(step, slice(row, row + 1))
+    assert batch.seq_idx is not None
+    ids, documents = batch.input_ids[0].tolist(), batch.seq_idx[0].tolist()
+    learned = [True, *(batch.labels[0] != NO_LABEL).tolist()]
+    text = Text(
+        f"\nstep {step} row {row}: {sample.source}, pass {sample.epoch}, sample {sample.sample}, "
+        f"{documents[-1] + 1} documents, {sum(learned[1:])} of {len(ids)} tokens learned\n",
+        style="bold",
+    )
+    start = 0
+    for at in range(1, len(ids) + 1):
+        same = at < len(ids) and (documents[at], learned[at]) == (documents[start], learned[start])
+        if same:
+            continue
+        part = _shortened(data.tokenizer.decode(ids[start:at]))
+        text.append(part, style="" if learned[start] else "bright_black")
+        if at < len(ids) and documents[at] != documents[start]:
+            text.append(f"\n──── document {documents[at]}\n", style="cyan")
+        start = at
+    return text
+
+
+def _print_sources(console: Console, data: TrainingData, found: dict[str, Statistics]) -> None:
+    for phase in data.timeline.phases:
+        for length in phase.lengths:
+            table = Table(
+                title=f"phase {phase.name}, rows of {length.seq_len:,}",
+                title_justify="left",
+                box=None,
+                pad_edge=False,
+            )
+            for heading in ("source", "group", "tier"):
+                table.add_column(heading)
+            for heading in (
+                *("share", "tokens", "documents", "held out"),
+                *("p5", "p50", "p95", "longest", "repeated"),
+            ):
+                table.add_column(heading, justify="right")
+            whole = sum(leaf.weight for leaf in length.leaves)
+            for leaf in length.leaves[:SOURCES_SHOWN]:
+                name = leaf.source.name
+                train, facts = data.tokens[name].train, found[name]
+                table.add_row(
+                    *(name, leaf.group or "", leaf.source.tier or ""),
+                    f"{leaf.weight / whole:.3%}",
+                    f"{train.num_tokens:,}",
+                    f"{train.num_documents:,}",
+                    f"{data.tokens[name].validation.num_documents:,}",
+                    *(f"{value:,}" for value in facts.percentiles()),
+                    f"{facts.repeated:,} of {facts.scanned:,}",
+                )
+            console.print(table)
+            if (more := len(length.leaves) - SOURCES_SHOWN) > 0:
+                console.print(f"and {more:,} more sources")
+
+
+def _documents(stream: Stream, most: int) -> Iterator[NDArray[np.integer]]:
+    left = most
+    for shard in stream.shards:
+        for number in range(min(left, shard.num_documents)):
+            yield shard.document(number)
+        left -= min(left, shard.num_documents)
+        if not left:
+            return
+
+
+def _digest(tokens: NDArray[np.integer]) -> int:
+    return xxhash.xxh64_intdigest(tokens.astype("<i4").tobytes())
+
+
+def _shortened(text: str) -> str:
+    half = SHOWN_CHARACTERS // 2
+    if len(text) <= SHOWN_CHARACTERS:
+        return text
+    return f"{text[:half]} […{len(text) - SHOWN_CHARACTERS:,} characters…] {text[-half:]}"

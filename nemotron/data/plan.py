@@ -1,0 +1,91 @@
+"""What a whole run takes from each source, as a table: tokens, passes, and what is missing."""
+
+from dataclasses import dataclass
+from itertools import pairwise
+
+from rich.console import Console
+from rich.table import Table
+
+from nemotron.data.loader import TrainingData
+
+DONE, FAILED = 0, 1
+
+
+@dataclass(frozen=True)
+class SourcePlan:
+    """What a run needs of one source and what there is."""
+
+    name: str
+    group: str
+    available: int
+    needed: tuple[int, ...]
+    """Tokens in each phase."""
+    epochs: float
+    limit: float | None
+    """Most passes that are allowed."""
+
+    @property
+    def shortfall(self) -> int:
+        """Tokens that would have to be added to stay within the limit."""
+        if self.limit is None or self.epochs <= self.limit:
+            return 0
+        return round(sum(self.needed) / self.limit) - self.available
+
+
+def plan_sources(data: TrainingData) -> list[SourcePlan]:
+    """Work out the tokens of every source in every phase, without going through the run."""
+    timeline = data.timeline
+    read = [data.tokens_read(step) for step in timeline.first_steps]
+    epochs = data.epochs(timeline.num_steps)
+    groups = {leaf.source.name: leaf.group or "" for leaf in timeline.leaves}
+    return [
+        SourcePlan(
+            name,
+            groups[name],
+            tokens.train.num_tokens,
+            tuple(after[name] - before[name] for before, after in pairwise(read)),
+            epochs[name],
+            data.limit_of(name),
+        )
+        for name, tokens in data.tokens.items()
+    ]
+
+
+def print_plan(data: TrainingData) -> int:
+    """Print the plan; returns 1 when a source would be read more often than it may be."""
+    console, timeline = Console(), data.timeline
+    console.print(f"{timeline.num_steps:,} steps, {timeline.num_tokens:,} tokens", highlight=False)
+    table = Table(box=None, pad_edge=False)
+    table.add_column("source")
+    table.add_column("group")
+    for heading in ("tokens there", *(f"phase {phase.name}" for phase in timeline.phases)):
+        table.add_column(heading, justify="right")
+    for heading in ("share", "passes", "limit", "shortfall"):
+        table.add_column(heading, justify="right")
+    plans = plan_sources(data)
+    for plan in plans:
+        table.add_row(
+            plan.name,
+            plan.group,
+            f"{plan.available:,}",
+            *(f"{tokens:,}" for tokens in plan.needed),
+            f"{sum(plan.needed) / max(1, timeline.num_tokens):.3%}",
+            f"{plan.epochs:.2f}",
+            "" if plan.limit is None else f"{plan.limit:g}",
+            f"{plan.shortfall:,}" if plan.shortfall else "",
+        )
+    console.print(table)
+    weight = sum(leaf.weight for leaf in timeline.phases[0].lengths[0].leaves)
+    for gone in data.config.missing:
+        console.print(
+            f"missing: {gone.name}, {gone.weight:g} of {weight:g} weights in the original mixture; "
+            "its share went to the others in proportion",
+            highlight=False,
+        )
+    short = [plan.name for plan in plans if plan.shortfall]
+    if short:
+        console.print(
+            f"too many passes over {', '.join(short)}: train for fewer tokens, lower the weight, "
+            "add data or raise max_epochs"
+        )
+    return FAILED if short else DONE

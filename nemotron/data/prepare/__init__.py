@@ -1,0 +1,1 @@
+"""From text to shards: what is read, how it becomes tokens, who does it, what is written."""

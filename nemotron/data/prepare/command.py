@@ -1,0 +1,76 @@
+"""What `nemotron data prepare` says."""
+
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemotron.data.folder import Manifest
+from nemotron.data.prepare.inputs import plan
+from nemotron.data.prepare.options import PrepareOptions
+from nemotron.data.prepare.run import prepare as run
+from nemotron.data.tokenizer import load_tokenizer
+
+DONE = 0
+
+
+def prepare(
+    sources: Sequence[str],
+    out: Path,
+    *,
+    tokenizer: str,
+    options: PrepareOptions,
+    workers: int | None,
+    max_bad_rows: int,
+    overwrite: bool,
+    dry_run: bool,
+) -> int:
+    """Prepare data and say what came of it.
+
+    Raises:
+        UserError: as `nemotron.data.prepare.run.prepare` does.
+    """
+    if dry_run:
+        load_tokenizer(tokenizer, "--tokenizer").id(options.eod_token)
+        made = plan(sources, options)
+        size = sum(unit.size for unit in made.units)
+        print(
+            f"{len(made.inputs):,} inputs, {size / 1e6:,.1f} MB, would become up to "
+            f"{len(made.units):,} shards in {out}"
+        )
+        return DONE
+    manifest = run(
+        sources,
+        out,
+        tokenizer=tokenizer,
+        options=options,
+        workers=workers or len(os.sched_getaffinity(0)),
+        max_bad_rows=max_bad_rows,
+        overwrite=overwrite,
+    )
+    for line in describe(manifest, out):
+        print(line)
+    for line in manifest.bad_rows:
+        print(f"left out: {line}", file=sys.stderr)
+    return DONE
+
+
+def describe(manifest: Manifest, out: Path) -> list[str]:
+    """Return what a prepared folder holds, in words."""
+    counts = manifest.counts
+    lines = [
+        f"{out}: {counts.documents:,} documents with {counts.tokens:,} tokens to train on, "
+        f"{counts.held_out_documents:,} with {counts.held_out_tokens:,} held out, from "
+        f"{counts.rows:,} rows and {counts.text_bytes / 1e6:,.1f} MB of text"
+    ]
+    left_out = {
+        "empty": counts.empty,
+        "filtered out": counts.filtered,
+        "unreadable": counts.bad,
+        "without anything to learn": counts.unsupervised,
+    }
+    if any(left_out.values()):
+        told = ", ".join(f"{number:,} {what}" for what, number in left_out.items() if number)
+        lines.append(f"left out: {told}")
+    lines.append(f"use it as: sources: [{{name: {out.name}, path: {out}}}]")
+    return lines

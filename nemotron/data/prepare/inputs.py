@@ -1,0 +1,180 @@
+"""Which files and data sets are read, and how they are shared out to units of work."""
+
+import glob
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nemotron.data.prepare.hub import HUB, describe_hub
+from nemotron.data.prepare.options import PrepareOptions
+from nemotron.errors import UserError
+
+COMPRESSED = (".gz", ".zst")
+KINDS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".txt": "text",
+    ".md": "text",
+    ".text": "text",
+}
+"""How a file is read, by its ending; a file named by itself with another ending is text."""
+SMALLEST_UNIT = 32 << 20
+"""Bytes of input that one process turns into one shard, if there is so much."""
+MOST_UNITS = 4096
+"""Larger inputs get larger shards, not more of them."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A part of one input: bytes of JSON lines, row groups of parquet, rows or parts of a data
+    set, or a whole file (`start` 0, `stop` its size)."""
+
+    kind: str
+    path: str
+    start: int
+    stop: int
+    size: int
+    """Bytes on disk, for the progress."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What one process turns into one shard."""
+
+    number: int
+    pieces: tuple[Piece, ...]
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk."""
+        return sum(piece.size for piece in self.pieces)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All units of a preparation, and the inputs by which it is known again."""
+
+    units: tuple[Unit, ...]
+    inputs: tuple[dict[str, Any], ...]  # Any: strings and numbers
+    stamps: tuple[int, ...]
+    """When each input was changed last; a resumed preparation refuses others."""
+
+
+def plan(sources: Sequence[str], options: PrepareOptions) -> Plan:
+    """Find every input and cut them into units, the same ones on every machine.
+
+    Raises:
+        UserError: when a source does not exist, holds nothing readable or cannot be read.
+    """
+    inputs: list[dict[str, Any]] = []
+    stamps: list[int] = []
+    pieces: list[Piece] = []
+    files = []
+    for source in sources:
+        if source.startswith(HUB):
+            facts, parts = describe_hub(source, options.hub)
+            inputs.append(facts)
+            stamps.append(0)
+            pieces += [Piece("hub", source, *part) for part in parts]
+        else:
+            files += list(_files(source))
+    sizes = [_size(path) for path in files]
+    target = max(SMALLEST_UNIT, -(-sum(sizes) // MOST_UNITS))
+    for path, size in zip(files, sizes, strict=True):
+        inputs.append({"name": path, "bytes": size})
+        stamps.append(os.stat(path).st_mtime_ns)
+        pieces += _cut(path, size, target, options)
+    return Plan(tuple(_units(pieces, target)), tuple(inputs), tuple(stamps))
+
+
+def kind_of(path: str) -> str | None:
+    """Return how a file is read, or None when its ending says nothing."""
+    name = path.lower()
+    for ending in COMPRESSED:
+        name = name.removesuffix(ending)
+    return KINDS.get(os.path.splitext(name)[1])
+
+
+def open_parquet(path: str) -> Any:  # Any: pyarrow has no types
+    """Open a parquet file.
+
+    Raises:
+        UserError: when it is none.
+    """
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        return pyarrow.parquet.ParquetFile(path, memory_map=True)
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{path} is no readable parquet file: {' '.join(str(error).split())[:200]}"
+        ) from None
+
+
+def _files(source: str) -> Iterator[str]:
+    if os.path.isdir(source):
+        found = [str(path) for path in sorted(Path(source).rglob("*")) if path.is_file()]
+        readable = [path for path in found if kind_of(path)]
+        if not readable:
+            raise UserError(
+                f"{source} holds no file to read ({', '.join(KINDS)}, also with "
+                f"{' or '.join(COMPRESSED)}); name the files one by one to read them as text."
+            )
+        yield from readable
+        return
+    if os.path.isfile(source):
+        yield source
+        return
+    found = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+    if not found:
+        raise UserError(
+            f"{source} does not exist; name files, folders or patterns, or a data set of the hub "
+            f"as {HUB}owner/name."
+        )
+    yield from found
+
+
+def _size(path: str) -> int:
+    try:
+        with open(path, "rb"):
+            return os.stat(path).st_size
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+
+
+def _cut(path: str, size: int, target: int, options: PrepareOptions) -> Iterator[Piece]:
+    """Yield pieces of a file that can be read independently of each other."""
+    kind = kind_of(path) or "text"
+    if options.chat is not None and kind == "text":
+        raise UserError(f"{path} is text; conversations are read from JSON lines and parquet.")
+    if kind == "parquet":
+        groups = open_parquet(path).metadata
+        for number in range(groups.num_row_groups):
+            group = groups.row_group(number)
+            stored = sum(group.column(i).total_compressed_size for i in range(group.num_columns))
+            yield Piece(kind, path, number, number + 1, stored)
+    elif kind == "jsonl" and not path.lower().endswith(COMPRESSED):
+        for start in range(0, size, target):
+            stop = min(start + target, size)
+            yield Piece(kind, path, start, stop, stop - start)
+    else:
+        yield Piece(kind, path, 0, size, size)
+
+
+def _units(pieces: Sequence[Piece], target: int) -> Iterator[Unit]:
+    """Yield units of neighbouring pieces; each part of a data set is a unit of its own."""
+    gathered: list[Piece] = []
+    number = size = 0
+    for piece in pieces:
+        if gathered and (size + piece.size > target or "hub" in (piece.kind, gathered[0].kind)):
+            yield Unit(number, tuple(gathered))
+            number, gathered, size = number + 1, [], 0
+        gathered.append(piece)
+        size += piece.size
+    if gathered:
+        yield Unit(number, tuple(gathered))

@@ -1,0 +1,99 @@
+"""What `nemotron data prepare` is told, as far as it changes the output."""
+
+import json
+import operator
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from nemotron.errors import UserError
+from nemotron.section import Section
+
+COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    ">=": operator.ge,
+    "<=": operator.le,
+    ">": operator.gt,
+    "<": operator.lt,
+    "~": lambda value, pattern: re.search(pattern, value) is not None,
+}
+
+
+class ChatOptions(Section):
+    """How conversations are read and rendered."""
+
+    messages_column: str = "messages"
+    tools_column: str = "tools"
+    enable_thinking: bool = True
+    """Whether reasoning is kept."""
+    truncate_history_thinking: bool = True
+    """Whether reasoning before the last user message is left out."""
+
+
+class HubOptions(Section):
+    """Which part of a data set is read."""
+
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    streaming: bool = False
+
+
+class PrepareOptions(Section):
+    """Everything that the output depends on, besides the input and the tokenizer."""
+
+    column: str = "text"
+    filters: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    separator: str | None = None
+    """Text between two documents of a text file; absent: a file is a document."""
+    eod_token: str = "</s>"
+    validation_fraction: float = Field(0.01, ge=0, lt=1)
+    max_row_bytes: int = Field(1 << 28, gt=0)
+    """A longer row of a JSON-lines file counts as bad, so that memory stays bounded."""
+    hub: HubOptions = HubOptions()
+    chat: ChatOptions | None = None
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A comparison that a row must pass, such as `score >= 0.5`."""
+
+    column: str
+    comparison: str
+    value: Any  # Any: text, number or truth value
+
+    def passes(self, row: Mapping[str, Any]) -> bool:
+        """Say whether a row passes; one without the column, or of another type, does not."""
+        try:
+            return COMPARISONS[self.comparison](row[self.column], self.value)
+        except (KeyError, TypeError):
+            return False
+
+
+def parse_filter(text: str) -> Filter:
+    """Read a filter as a user writes it: COLUMN, a comparison, a JSON value or plain text.
+
+    Raises:
+        UserError: when it is none.
+    """
+    match = re.fullmatch(r"\s*([\w.-]+)\s*(==|!=|>=|<=|>|<|~)\s*(.+?)\s*", text)
+    if match is None:
+        raise UserError(
+            f"--filter {text!r} is no comparison; write for example 'score >= 0.5', "
+            "'lang == en' or 'url ~ ^https'."
+        )
+    column, comparison, value = match.groups()
+    try:
+        parsed = json.loads(value)
+    except json.JSONDecodeError:
+        parsed = value
+    if comparison == "~":
+        try:
+            re.compile(parsed := value)
+        except re.error as error:
+            raise UserError(f"--filter {text!r}: {error}; correct the pattern.") from None
+    return Filter(column, comparison, parsed)

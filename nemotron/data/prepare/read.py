@@ -1,0 +1,235 @@
+"""Rows of files and data sets, one after the other, in memory that does not grow."""
+
+import codecs
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, BinaryIO, cast
+
+from nemotron.data.prepare.hub import read_hub
+from nemotron.data.prepare.inputs import COMPRESSED, Piece, open_parquet
+from nemotron.data.prepare.options import PrepareOptions
+from nemotron.errors import UserError
+
+BLOCK = 1 << 20
+"""Bytes of a text file that are read at a time."""
+ROWS_AT_ONCE = 64
+"""Rows of a parquet file that are decoded at a time."""
+
+Tick = Callable[[int], None]
+"""Called with the bytes of input that were read since the last call."""
+Place = Callable[[], str]
+"""Says where a row stands; counting lines is left until somebody asks."""
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A row that cannot be used: where it stands and why."""
+
+    where: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Text of a document; a long document comes in several."""
+
+    text: str
+    is_last: bool
+
+
+def read_rows(
+    piece: Piece, options: PrepareOptions, tick: Tick
+) -> Iterator[tuple[Place, Mapping[str, Any]] | Bad]:
+    """Yield place and content of every row of a piece of JSON lines, parquet or a data set.
+
+    Raises:
+        UserError: when the file itself is damaged.
+    """
+    if piece.kind == "jsonl":
+        yield from _read_json_lines(piece, options.max_row_bytes, tick)
+    elif piece.kind == "parquet":
+        yield from _read_parquet(piece, _columns(options), tick)
+    else:
+        for number, row in read_hub(piece.path, options.hub, piece.start, piece.stop):
+            yield partial(_row_name, piece.path, number), row
+        tick(piece.size)
+
+
+def read_text(piece: Piece, separator: str | None, tick: Tick) -> Iterator[Chunk | Bad]:
+    """Yield the documents of a text file in chunks; bytes that are no UTF-8 make the file bad."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest, done = "", 0
+    compressed = piece.path.lower().endswith(COMPRESSED)
+    with _open(piece.path) as file:
+        try:
+            while block := _damage_named(piece.path, file, lambda f: f.read(BLOCK)):
+                rest += decoder.decode(block)
+                done += len(block)
+                tick(0 if compressed else len(block))
+                if separator is None:
+                    yield Chunk(rest, is_last=False)
+                    rest = ""
+                    continue
+                *whole, rest = rest.split(separator)
+                for text in whole:
+                    yield Chunk(text, is_last=True)
+                keep = len(separator) - 1  # what may be the beginning of a separator
+                if len(rest) > max(BLOCK, keep):
+                    yield Chunk(rest[: len(rest) - keep], is_last=False)
+                    rest = rest[len(rest) - keep :]
+            rest += decoder.decode(b"", final=True)
+        except UnicodeDecodeError as error:
+            yield Bad(f"{piece.path} near byte {done + error.start}", "is no UTF-8 text")
+            return
+    yield Chunk(rest, is_last=True)
+    tick(piece.size if compressed else 0)
+
+
+def line_number(path: str, offset: int) -> int:
+    """Return the number, from 1, of the line that begins at a byte of a file."""
+    lines = 1
+    with open(path, "rb") as file:
+        while offset > 0 and (block := file.read(min(BLOCK, offset))):
+            lines += block.count(b"\n")
+            offset -= len(block)
+    return lines
+
+
+def _columns(options: PrepareOptions) -> list[str] | None:
+    """Return the columns that are read; None for all, where a filter may need any."""
+    if options.filters:
+        return None
+    if options.chat is not None:
+        return [options.chat.messages_column, options.chat.tools_column]
+    return [options.column]
+
+
+def _read_json_lines(
+    piece: Piece, most: int, tick: Tick
+) -> Iterator[tuple[Place, Mapping[str, Any]] | Bad]:
+    compressed = piece.path.lower().endswith(COMPRESSED)
+    with _open(piece.path) as file:
+        if piece.start:
+            # the line that reaches into this piece belongs to the one before
+            file.seek(piece.start - 1)
+            _skip_line(file)
+        at, number = file.tell(), 0
+        while compressed or at < piece.stop:
+            line = _damage_named(piece.path, file, lambda f: f.readline(most + 1))
+            if not line:
+                break
+            number += 1
+            too_long = len(line) > most and not line.endswith(b"\n")
+            if too_long:
+                _skip_line(file)
+            end = at + len(line) if not too_long else file.tell()
+            place = (
+                partial(_line_name_at, piece.path, at)
+                if piece.start
+                else partial(_line_name, piece.path, number)
+            )
+            yield from _parse_line(line, place, too_long, most)
+            if not compressed:
+                tick(end - at)
+            at = end
+    if compressed:
+        tick(piece.size)
+
+
+def _parse_line(
+    line: bytes, place: Place, too_long: bool, most: int
+) -> Iterator[tuple[Place, Mapping[str, Any]] | Bad]:
+    if too_long:
+        yield Bad(place(), f"is longer than {most} bytes, the most for a row")
+        return
+    if not line.strip():
+        return
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError:
+        yield Bad(place(), "is no UTF-8 text")
+    except (ValueError, RecursionError) as error:
+        yield Bad(place(), f"is no JSON ({getattr(error, 'msg', 'nested too deep')})")
+    else:
+        if isinstance(row, dict):
+            yield place, row
+        else:
+            yield Bad(place(), "is no JSON object")
+
+
+def _line_name(path: str, number: int) -> str:
+    return f"{path}:{number}"
+
+
+def _line_name_at(path: str, offset: int) -> str:
+    return f"{path}:{line_number(path, offset)}"
+
+
+def _row_name(path: str, number: int) -> str:
+    return f"{path} row {number}"
+
+
+def _read_parquet(
+    piece: Piece, columns: list[str] | None, tick: Tick
+) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    import pyarrow
+
+    file = open_parquet(piece.path)
+    names = set(file.schema_arrow.names)
+    chosen = None if columns is None else [name for name in columns if name in names]
+    first = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+    number = first
+    try:
+        for batch in file.iter_batches(
+            ROWS_AT_ONCE,
+            row_groups=list(range(piece.start, piece.stop)),
+            columns=chosen,
+            use_threads=False,
+        ):
+            for row in batch.to_pylist():
+                yield partial(_row_name, piece.path, number), row
+                number += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        raise UserError(
+            f"{piece.path}: row group {piece.start} (rows {first} on) cannot be read: "
+            f"{_reason(error)}"
+        ) from None
+    tick(piece.size)
+
+
+def _open(path: str) -> BinaryIO:
+    lower = path.lower()
+    if lower.endswith(".gz"):
+        return cast(BinaryIO, gzip.open(path, "rb"))
+    if lower.endswith(".zst"):
+        import zstandard
+
+        return io.BufferedReader(zstandard.open(path, "rb"))
+    return open(path, "rb")
+
+
+def _damage_named(path: str, file: BinaryIO, read: Callable[[BinaryIO], bytes]) -> bytes:
+    try:
+        return read(file)
+    except (EOFError, zlib.error, OSError) as error:
+        reason = _reason(error)
+    except Exception as error:  # zstandard's own kind, which is imported only when needed
+        if type(error).__name__ != "ZstdError":
+            raise
+        reason = _reason(error)
+    raise UserError(f"{path} is damaged: {reason}")
+
+
+def _skip_line(file: BinaryIO) -> None:
+    while (part := file.readline(BLOCK)) and not part.endswith(b"\n"):
+        pass
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split())[:200]
+    return f"{text.rstrip('.')}."

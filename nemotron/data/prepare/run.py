@@ -1,0 +1,292 @@
+"""Preparing a data set with many processes; killed, the same command goes on where it was."""
+
+import json
+import multiprocessing
+import os
+import shutil
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from multiprocessing import connection
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+from nemotron.data.folder import FORMAT, Manifest, read_manifest
+from nemotron.data.prepare.assemble import assemble
+from nemotron.data.prepare.inputs import Plan, Unit, plan
+from nemotron.data.prepare.options import PrepareOptions, parse_filter
+from nemotron.data.prepare.progress import Progress
+from nemotron.data.prepare.unit import Receipt, write_unit
+from nemotron.data.tokenizer import Tokenizer, load_tokenizer
+from nemotron.errors import UserError
+from nemotron.files import sync_folder, try_lock, write_json
+
+POLLED_S = 0.5
+"""Seconds between two looks at the progress."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told once."""
+
+    folder: Path
+    work: Path
+    tokenizer: str
+    options: PrepareOptions
+    max_bad_rows: int
+
+
+class TooManyBadRows(UserError):
+    """More rows cannot be read than the user allows."""
+
+
+def prepare(
+    sources: Sequence[str],
+    out: Path,
+    *,
+    tokenizer: str = "embedded",
+    options: PrepareOptions,
+    workers: int,
+    max_bad_rows: int,
+    overwrite: bool = False,
+) -> Manifest:
+    """Write `out` with shards and manifest; the same input gives the same bytes.
+
+    Finished shards lie in `OUT.partial` until all are there; given again, a command that was
+    stopped goes on with the others.
+
+    Raises:
+        UserError: when the input, an option or the disk is not fit; what was finished stays.
+    """
+    encoder = load_tokenizer(tokenizer, "--tokenizer")
+    encoder.id(options.eod_token)
+    for text in options.filters:
+        parse_filter(text)
+    made = plan(sources, options)
+    folder, work = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.work")
+    if out.exists() and not overwrite:
+        return _finished(out, work, _identity(made, encoder, options))
+    job = Job(folder, work, tokenizer, options, max_bad_rows)
+    try:
+        with _workplace(job, made, encoder):
+            receipts = _write_units(made, job, workers)
+            if not any(receipt.train for receipt in receipts):
+                raise UserError(
+                    f"{', '.join(sources)}: there is no document to train on "
+                    f"({_why_empty(receipts)}); nothing was written."
+                )
+            manifest = assemble(receipts, folder, encoder, options, made.inputs)
+            if out.exists():
+                shutil.rmtree(out)
+            folder.rename(out)
+            sync_folder(out.parent)
+            shutil.rmtree(work)
+    except OSError as error:
+        where = error.filename or folder
+        raise UserError(
+            f"{where} cannot be written: {error.strerror or error}; make room and give the same "
+            "command again: finished shards are kept."
+        ) from None
+    return manifest
+
+
+def _identity(made: Plan, tokenizer: Tokenizer, options: PrepareOptions) -> dict[str, Any]:
+    """Return everything that the output depends on, as the manifest has it."""
+    return {
+        "format": FORMAT,
+        "tokenizer": tokenizer.hash,
+        "options": options.model_dump(mode="json"),
+        "inputs": list(made.inputs),
+    }
+
+
+def _finished(out: Path, work: Path, identity: dict[str, Any]) -> Manifest:
+    """Return the manifest of an output that is there and is what would be made."""
+    manifest = read_manifest(out) if out.is_dir() else None
+    if manifest is None:
+        raise UserError(f"{out} exists and is no prepared data; choose another --out.")
+    known = manifest.model_dump(mode="json")
+    if any(known[key] != value for key, value in identity.items()):
+        raise UserError(
+            f"{out} was prepared from other input or with other options; choose another --out, "
+            "or replace it with --overwrite."
+        )
+    shutil.rmtree(work, ignore_errors=True)
+    return manifest
+
+
+@contextmanager
+def _workplace(job: Job, made: Plan, tokenizer: Tokenizer) -> Iterator[None]:
+    """Hold the folders of an unfinished preparation, new or begun by the same command."""
+    plan_file = job.work / "plan.json"
+    identity = _identity(made, tokenizer, job.options) | {"stamps": list(made.stamps)}
+    job.work.mkdir(parents=True, exist_ok=True)
+    with open(job.work / "lock", "a") as lock:
+        if not try_lock(lock.fileno()):
+            raise UserError(f"{job.work} is in use by another preparation; wait for it to end.")
+        if plan_file.exists() and json.loads(plan_file.read_text()) != identity:
+            raise UserError(
+                f"{job.folder} was begun with other input or options; give the command that began "
+                f"it, or remove {job.folder} and {job.work}."
+            )
+        job.folder.mkdir(exist_ok=True)
+        _remove_unfinished(job.folder)
+        if not plan_file.exists():
+            write_json(plan_file, identity)
+        try:
+            yield
+        except BaseException:
+            _remove_unfinished(job.folder)
+            if not any(job.folder.iterdir()):
+                shutil.rmtree(job.folder)
+                shutil.rmtree(job.work)
+            raise
+
+
+def _remove_unfinished(folder: Path) -> None:
+    for leftover in folder.glob("*.tmp"):
+        leftover.unlink()
+
+
+def _write_units(made: Plan, job: Job, workers: int) -> list[Receipt]:
+    """Return the receipts of all units in order, writing those that are not there."""
+    receipts = {unit.number: found for unit in made.units if (found := _receipt(job, unit))}
+    _check_bad_rows(receipts, job)
+    todo = [unit for unit in made.units if unit.number not in receipts]
+    done = sum(unit.size for unit in made.units if unit.number in receipts)
+    total = sum(unit.size for unit in made.units)
+    with Progress(total, done) as progress:
+        results = (
+            _in_this_process(todo, job, progress)
+            if min(workers, len(todo)) <= 1
+            else _in_processes(todo, job, min(workers, len(todo)), progress)
+        )
+        with closing(results):
+            for number, receipt in results:
+                receipts[number] = receipt
+                _check_bad_rows(receipts, job)
+    return [receipts[unit.number] for unit in made.units]
+
+
+def _in_this_process(
+    todo: Sequence[Unit], job: Job, progress: Progress
+) -> Generator[tuple[int, Receipt], None, None]:
+    tokenizer = load_tokenizer(job.tokenizer)
+    for unit in todo:
+        yield unit.number, _work(unit, job, tokenizer, progress.advance)
+
+
+def _in_processes(
+    todo: Sequence[Unit], job: Job, workers: int, progress: Progress
+) -> Generator[tuple[int, Receipt], None, None]:
+    context = multiprocessing.get_context("spawn")
+    counter = context.Value("q", 0)
+    with ProcessPoolExecutor(
+        workers, mp_context=context, initializer=_start_worker, initargs=(job, counter)
+    ) as pool:
+        running = {pool.submit(_work_here, unit): unit.number for unit in todo}
+        try:
+            while running:
+                done, _ = wait(running, POLLED_S, FIRST_COMPLETED)
+                progress.reach(counter.value)
+                for future in done:
+                    yield running.pop(future), future.result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was ended from outside (out of memory?); use fewer --workers "
+                "and give the same command again: finished shards are kept."
+            ) from None
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+            if running:
+                for process in multiprocessing.active_children():
+                    process.terminate()
+
+
+_worker: tuple[Job, "Synchronized[int]", Tokenizer] | None = None
+"""What this process works with, if it is a worker."""
+
+
+def _start_worker(job: Job, counter: "Synchronized[int]") -> None:
+    global _worker
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    _worker = job, counter, load_tokenizer(job.tokenizer)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Die when the parent does: nobody would clean up after an orphan that still writes."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    connection.wait([parent.sentinel])
+    os._exit(1)
+
+
+def _work_here(unit: Unit) -> Receipt:
+    assert _worker is not None
+    job, counter, tokenizer = _worker
+
+    def tick(size: int) -> None:
+        with counter.get_lock():
+            counter.value += size
+
+    return _work(unit, job, tokenizer, tick)
+
+
+def _work(unit: Unit, job: Job, tokenizer: Tokenizer, tick: Any) -> Receipt:
+    found: list[str] = []
+
+    def on_bad(text: str) -> None:
+        found.append(text)
+        if len(found) > job.max_bad_rows:
+            raise _too_many(found[0], len(found), job)
+
+    receipt = write_unit(unit, job.folder, tokenizer, job.options, tick, on_bad)
+    write_json(_receipt_path(job, unit), receipt.model_dump(mode="json"))
+    return receipt
+
+
+def _receipt_path(job: Job, unit: Unit) -> Path:
+    return job.work / f"unit-{unit.number:05d}.json"
+
+
+def _receipt(job: Job, unit: Unit) -> Receipt | None:
+    """Return the receipt of a unit that is finished; its files are there in full size."""
+    path = _receipt_path(job, unit)
+    if not path.exists():
+        return None
+    receipt = Receipt.model_validate_json(path.read_bytes())
+    files = {
+        job.folder / name: facts.bytes
+        for shard in (receipt.train, receipt.validation)
+        if shard
+        for name, facts in shard.files.items()
+    }
+    whole = all(path.exists() and path.stat().st_size == size for path, size in files.items())
+    return receipt if whole else None
+
+
+def _check_bad_rows(receipts: dict[int, Receipt], job: Job) -> None:
+    count = sum(receipt.counts.bad for receipt in receipts.values())
+    if count > job.max_bad_rows:
+        first = next(receipts[n].bad_rows[0] for n in sorted(receipts) if receipts[n].bad_rows)
+        raise _too_many(first, count, job)
+
+
+def _too_many(first: str, count: int, job: Job) -> TooManyBadRows:
+    return TooManyBadRows(
+        f"{first} ({count} bad rows so far, --max-bad-rows {job.max_bad_rows}); correct the input, "
+        "or allow more and give the command again: finished shards are kept."
+    )
+
+
+def _why_empty(receipts: Sequence[Receipt]) -> str:
+    counts = {
+        key: sum(getattr(receipt.counts, key) for receipt in receipts)
+        for key in ("rows", "empty", "filtered", "bad", "held_out_documents", "unsupervised")
+    }
+    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items() if value)

@@ -1,0 +1,224 @@
+"""One unit of work: its rows become a shard to train on and a shard that is held out."""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from nemotron.data.chat.encode import encode_conversation
+from nemotron.data.folder import Counts, FileFacts, ShardFacts
+from nemotron.data.indexed import ShardWriter, id_type
+from nemotron.data.prepare.encode import Ids, encode_documents
+from nemotron.data.prepare.inputs import Piece, Unit
+from nemotron.data.prepare.options import PrepareOptions, parse_filter
+from nemotron.data.prepare.read import Bad, Chunk, Place, Tick, read_rows, read_text
+from nemotron.data.tokenizer import Tokenizer
+from nemotron.files import hash_file
+from nemotron.section import Section
+
+HASHED = 1 << 18
+"""Tokens of a document whose hash decides whether it is held out."""
+BAD_ROWS_NAMED = 20
+
+TRAIN, VALIDATION = "train", "validation"
+
+Kept = tuple[Place, Mapping[str, Any]]  # Any: what a row holds
+
+
+class Receipt(Section):
+    """What a finished unit wrote."""
+
+    counts: Counts
+    bad_rows: tuple[str, ...]
+    train: ShardFacts | None
+    validation: ShardFacts | None
+
+
+class Tally:
+    """Counts while a unit is read."""
+
+    def __init__(self, on_bad: Callable[[str], None]) -> None:
+        self.counts = dict.fromkeys(Counts.model_fields, 0) | {"largest_id": -1}
+        self.bad_rows: list[str] = []
+        self._on_bad = on_bad
+
+    def bad(self, row: Bad) -> None:
+        self.counts["bad"] += 1
+        text = f"{row.where} {row.why}"
+        if len(self.bad_rows) < BAD_ROWS_NAMED:
+            self.bad_rows.append(text)
+        self._on_bad(text)
+
+
+def write_unit(
+    unit: Unit,
+    folder: Path,
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+    tick: Tick,
+    on_bad: Callable[[str], None],
+) -> Receipt:
+    """Write the shards of a unit; either all of their files appear or none counts.
+
+    `on_bad` is told each bad row at once, and may raise to stop.
+    """
+    tally = Tally(on_bad)
+    if options.chat is not None:
+        documents = _conversations(unit, tokenizer, options, tick, tally)
+        return write_documents(documents, folder, unit.number, tokenizer, options, tally)
+    chunks = (chunk for piece in unit.pieces for chunk in _texts(piece, options, tick, tally))
+    encoded = _good(encode_documents(chunks, tokenizer), tally)
+    return write_documents(encoded, folder, unit.number, tokenizer, options, tally)
+
+
+def write_texts(
+    texts: Iterable[str], folder: Path, tokenizer: Tokenizer, options: PrepareOptions
+) -> Receipt:
+    """Write documents that are at hand as unit 0."""
+    tally = Tally(lambda text: None)
+    encoded = _good(encode_documents((Chunk(t, True) for t in texts), tokenizer), tally)
+    return write_documents(encoded, folder, 0, tokenizer, options, tally)
+
+
+def write_documents(
+    parts: Iterable[tuple[Ids, list[int] | None]],
+    folder: Path,
+    number: int,
+    tokenizer: Tokenizer,
+    options: PrepareOptions,
+    tally: Tally,
+) -> Receipt:
+    """Write encoded documents, some in several parts; each ends with the end of document.
+
+    The second of a pair says of each id whether it is learned, in conversations: these have their
+    own ends and get no other.
+    """
+    counts, supervised = tally.counts, options.chat is not None
+    eod = [] if supervised else [tokenizer.id(options.eod_token)]
+    dtype = id_type(tokenizer.vocab_size)
+    with ExitStack() as stack:
+        train, validation = (
+            stack.enter_context(
+                ShardWriter(folder / f"{side}-{number:05d}", dtype, supervised=supervised)
+            )
+            for side in (TRAIN, VALIDATION)
+        )
+        chosen: ShardWriter | None = None
+        held: list[int] = []
+        for part, learned in parts:
+            counts["text_bytes"] += part.num_bytes
+            held += part.ids
+            if part.is_last and chosen is None and not held:
+                counts["empty"] += 1
+                continue
+            if part.is_last:
+                held += eod
+            if chosen is None and (part.is_last or len(held) >= HASHED):
+                held_out = _is_held_out(held, options.validation_fraction)
+                chosen = validation if held_out else train
+            if chosen is not None:
+                counts["largest_id"] = max(counts["largest_id"], *held)
+                chosen.extend(held, learned)
+                held = []
+                if part.is_last:
+                    chosen.end_document()
+                    chosen = None
+    counts["documents"], counts["tokens"] = len(train.lengths), sum(train.lengths)
+    counts["held_out_documents"] = len(validation.lengths)
+    counts["held_out_tokens"] = sum(validation.lengths)
+    return Receipt(
+        counts=Counts(**counts),
+        bad_rows=tuple(tally.bad_rows),
+        train=_facts(train),
+        validation=_facts(validation),
+    )
+
+
+def _is_held_out(ids: list[int], fraction: float) -> bool:
+    """Decide by the document's own ids: neither its place nor the other documents matter."""
+    digest = xxhash.xxh64_intdigest(np.asarray(ids, "<i4").tobytes())
+    return digest < fraction * 2**64
+
+
+def _facts(writer: ShardWriter) -> ShardFacts | None:
+    """Describe a finished shard; one without documents is removed."""
+    if not writer.lengths:
+        for path in writer.files.values():
+            path.unlink()
+        return None
+    return ShardFacts(
+        name=writer.prefix.name,
+        documents=len(writer.lengths),
+        tokens=sum(writer.lengths),
+        files={
+            path.name: FileFacts(bytes=path.stat().st_size, xxh128=hash_file(path))
+            for path in writer.files.values()
+        },
+    )
+
+
+def _texts(
+    piece: Piece, options: PrepareOptions, tick: Tick, tally: Tally
+) -> Iterator[Chunk | Bad]:
+    """Yield the texts of a piece; rows that a filter leaves out are counted."""
+    if piece.kind == "text":
+        yield from _counted(read_text(piece, options.separator, tick), tally)
+        return
+    for place, row in _rows(piece, options, tick, tally):
+        text = row.get(options.column)
+        if isinstance(text, str):
+            yield Chunk(text, is_last=True)
+        elif options.column in row:
+            tally.bad(Bad(place(), f"has a {options.column} that is no text"))
+        else:
+            names = ", ".join(row) or "none"
+            tally.bad(Bad(place(), f"has no column {options.column} (its columns: {names})"))
+
+
+def _rows(piece: Piece, options: PrepareOptions, tick: Tick, tally: Tally) -> Iterator[Kept]:
+    """Yield the rows that pass every filter."""
+    filters = [parse_filter(text) for text in options.filters]
+    for found in read_rows(piece, options, tick):
+        tally.counts["rows"] += 1
+        if isinstance(found, Bad):
+            tally.bad(found)
+        elif all(condition.passes(found[1]) for condition in filters):
+            yield found
+        else:
+            tally.counts["filtered"] += 1
+
+
+def _counted(chunks: Iterable[Chunk | Bad], tally: Tally) -> Iterator[Chunk | Bad]:
+    for chunk in chunks:
+        tally.counts["rows"] += isinstance(chunk, Bad) or chunk.is_last
+        yield chunk
+
+
+def _good(encoded: Iterable[Ids | Bad], tally: Tally) -> Iterator[tuple[Ids, None]]:
+    for part in encoded:
+        if isinstance(part, Bad):
+            tally.bad(part)
+        else:
+            yield part, None
+
+
+def _conversations(
+    unit: Unit, tokenizer: Tokenizer, options: PrepareOptions, tick: Tick, tally: Tally
+) -> Iterator[tuple[Ids, list[int]]]:
+    """Yield the training sequences of every conversation."""
+    assert options.chat is not None
+    for piece in unit.pieces:
+        for place, row in _rows(piece, options, tick, tally):
+            try:
+                sequences = encode_conversation(row, tokenizer, options.chat)
+            except ValueError as error:
+                tally.bad(Bad(place(), str(error)))
+                continue
+            for sequence in sequences:
+                if any(sequence.learned):
+                    yield Ids(sequence.ids, sequence.num_bytes, is_last=True), sequence.learned
+                else:
+                    tally.counts["unsupervised"] += 1
