@@ -27,7 +27,7 @@ def write_ids(documents: Iterable[list[int]], folder: Path, *, validation_fracti
     folder.mkdir(parents=True, exist_ok=True)
     options = PrepareOptions(validation_fraction=validation_fraction)
     tokenizer = load_tokenizer("embedded")
-    parts = ((Ids(document, 0, is_last=True), None) for document in documents)
+    parts = (Ids(document, 0, is_last=True) for document in documents)
     receipt = write_documents(parts, folder, 0, tokenizer, options, Tally(print))
     assemble([receipt], folder, tokenizer, options, [])
     return folder

@@ -10,10 +10,11 @@ byte for each token, 1 for those that are learned.
 Source: NVIDIA/Megatron-LM: megatron/core/datasets/indexed_dataset.py.
 """
 
+import mmap
 import os
 import struct
 from array import array
-from functools import cached_property
+from functools import lru_cache
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -31,6 +32,10 @@ CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Id types; the codes 6 and 7 are floating point and hold no ids."""
 LONGEST_DOCUMENT = 2**31 - 1
 """Tokens; the index holds lengths as int32."""
+MAPPED_AT_ONCE = 512
+"""Files that stay mapped, of all shards together."""
+Identity = tuple[int, int, int]
+"""Size, time of change and inode of a file."""
 CHECKED_AT_ONCE = 1 << 20
 """Sequences whose offsets are checked together, so that an index never has to fit in memory."""
 
@@ -66,20 +71,18 @@ class Shard:
             self.num_tokens = self._opened[self.bin][0] // self.dtype.itemsize
             self._check_ends(file.fileno())
 
-    @cached_property
+    @property
     def tokens(self) -> NDArray[np.integer]:
         """The ids of all documents, end to end, as a view of the file."""
-        if not self.num_tokens:
-            return np.empty(0, self.dtype)
-        return np.memmap(self.bin, self.dtype, "r", shape=(self.num_tokens,))
+        return _view(self.bin, self._opened[self.bin], self.dtype.str, 0, self.num_tokens)
 
     @property
     def is_supervised(self) -> bool:
         """Whether the shard says which of its tokens are learned."""
         return self.loss.exists()
 
-    @cached_property
-    def learned(self) -> NDArray[np.uint8]:
+    @property
+    def learned(self) -> NDArray[np.integer]:
         """1 for each token that is learned, as a view of the file.
 
         Raises:
@@ -90,19 +93,19 @@ class Shard:
                 f"{self.loss} has {size} bytes for {self.num_tokens} tokens; prepare the "
                 "conversations again."
             )
-        return np.memmap(self.loss, np.uint8, "r")
+        return _view(self.loss, self._opened[self.bin], "<u1", 0, self.num_tokens)
 
-    @cached_property
+    @property
     def lengths(self) -> NDArray[np.integer]:
         """Tokens in each sequence."""
         return self._index("<i4", 0, self.num_sequences)
 
-    @cached_property
+    @property
     def offsets(self) -> NDArray[np.integer]:
         """Byte of the `.bin` at which each sequence begins."""
         return self._index("<i8", 4 * self.num_sequences, self.num_sequences)
 
-    @cached_property
+    @property
     def documents(self) -> NDArray[np.integer]:
         """0, then the number of sequences up to the end of each document."""
         return self._index("<i8", 12 * self.num_sequences, self._num_entries)
@@ -134,7 +137,7 @@ class Shard:
                     f"{now[path][0]} now); put the old file back and resume."
                 )
 
-    def _identities(self) -> dict[Path, tuple[int, int, int]]:
+    def _identities(self) -> dict[Path, Identity]:
         """Return size in bytes, time of change and inode of both files."""
         found = {}
         for path, other in ((self.bin, self.idx), (self.idx, self.bin)):
@@ -176,10 +179,8 @@ class Shard:
             )
         return code, num_sequences, num_entries
 
-    def _index(self, dtype: DTypeLike, offset: int, length: int) -> NDArray[np.integer]:
-        if not length:
-            return np.empty(0, dtype)
-        return np.memmap(self.idx, dtype, "r", HEADER.size + offset, (length,))
+    def _index(self, dtype: str, offset: int, length: int) -> NDArray[np.integer]:
+        return _view(self.idx, self._opened[self.idx], dtype, HEADER.size + offset, length)
 
     def _check_ends(self, index: int) -> None:
         """Check that the last sequence ends with the .bin and the last document with it."""
@@ -226,6 +227,21 @@ class Shard:
             if falls.any():
                 number = first + int(falls.argmax())
                 raise UserError(f"{self.idx} is damaged: document {number} ends before it starts.")
+
+
+def _view(
+    path: Path, identity: Identity, dtype: str, offset: int, length: int
+) -> NDArray[np.integer]:
+    return (
+        np.frombuffer(_map(path, identity), dtype, length, offset) if length else np.empty(0, dtype)
+    )
+
+
+@lru_cache(MAPPED_AT_ONCE)
+def _map(path: Path, identity: Identity) -> mmap.mmap:
+    """Map a file; those used last stay mapped, because each takes a file descriptor."""
+    with open(path, "rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
 class ShardWriter:

@@ -16,6 +16,7 @@ from nemotron.data.config import DataConfig, SourceConfig, leaves
 from nemotron.data.embedded import damaged_files
 from nemotron.data.folder import read_manifest
 from nemotron.data.loader import TrainingData
+from nemotron.data.plan import wide_console
 from nemotron.data.stream import Stream
 from nemotron.data.timeline import single_phase
 from nemotron.errors import UserError
@@ -85,7 +86,7 @@ def inspect(
     Raises:
         UserError: when `check` finds a damaged file or an id outside the vocabulary.
     """
-    console = Console(highlight=False)
+    console = wide_console()
     for line in data.describe():
         console.print(line)
     found = gather_statistics(data, documents)

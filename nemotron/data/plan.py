@@ -1,5 +1,6 @@
 """What a whole run takes from each source, as a table: tokens, passes, and what is missing."""
 
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -9,6 +10,16 @@ from rich.table import Table
 from nemotron.data.loader import TrainingData
 
 DONE, FAILED = 0, 1
+
+
+FILE_WIDTH = 200
+"""Characters of a line where there is no terminal to fit into."""
+
+
+def wide_console() -> Console:
+    """Return a console whose tables are not squeezed when the output goes to a file."""
+    width = None if sys.stdout.isatty() else FILE_WIDTH
+    return Console(highlight=False, width=width, soft_wrap=False)
 
 
 @dataclass(frozen=True)
@@ -53,8 +64,8 @@ def plan_sources(data: TrainingData) -> list[SourcePlan]:
 
 def print_plan(data: TrainingData) -> int:
     """Print the plan; returns 1 when a source would be read more often than it may be."""
-    console, timeline = Console(), data.timeline
-    console.print(f"{timeline.num_steps:,} steps, {timeline.num_tokens:,} tokens", highlight=False)
+    console, timeline = wide_console(), data.timeline
+    console.print(f"{timeline.num_steps:,} steps, {timeline.num_tokens:,} tokens")
     table = Table(box=None, pad_edge=False)
     table.add_column("source")
     table.add_column("group")
@@ -80,7 +91,6 @@ def print_plan(data: TrainingData) -> int:
         console.print(
             f"missing: {gone.name}, {gone.weight:g} of {weight:g} weights in the original mixture; "
             "its share went to the others in proportion",
-            highlight=False,
         )
     short = [plan.name for plan in plans if plan.shortfall]
     if short:

@@ -155,6 +155,8 @@ def _resolve(document: Document) -> dict[str, Any]:
         if text == "???":
             place = document.places.get(path, "recipe")
             raise UserError(f"{place}: {'.'.join(path)} = ??? has no value yet; give it one.")
+    if not any("$" in text for _, text in _texts(document.values)):
+        return document.values
     config = _container(document.values)
     for path, text in _texts(document.values):
         if "${" not in text:

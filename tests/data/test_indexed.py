@@ -5,6 +5,7 @@ sequence a document) and `SEQUENCES` (int32, several sequences a document).
 """
 
 import importlib.util
+import json
 import os
 import struct
 import subprocess
@@ -60,6 +61,15 @@ def test_every_id_type_is_read_and_written_byte_for_byte(tmp_path: Path, code: i
     assert len(os.listdir(tmp_path)) == 4
 
 
+def test_the_index_of_one_document_of_three_tokens_has_62_bytes(tmp_path: Path):
+    with ShardWriter(tmp_path / "one", np.int32) as writer:
+        writer.add([7, 8, 131071])
+    index = (tmp_path / "one.idx").read_bytes()
+    assert len(index) == 62
+    assert index == b"MMIDIDX\x00\x00" + struct.pack("<QBQQiqqq", 1, 4, 1, 2, 3, 0, 0, 1)
+    assert (tmp_path / "one.bin").read_bytes() == struct.pack("<iii", 7, 8, 131071)
+
+
 @given(st.lists(st.lists(st.integers(0, 2**16 - 1), max_size=9), max_size=9))
 def test_any_documents_come_back(tmp_path_factory, documents: list[list[int]]):
     prefix = tmp_path_factory.mktemp("shard") / "any"
@@ -81,20 +91,51 @@ def test_megatrons_files_are_read_and_written_alike(tmp_path: Path):
         assert ours.read_bytes() == theirs.read_bytes()
 
 
+INTERCHANGE = """
+import json, sys
+import numpy, torch
+from megatron.core.datasets.indexed_dataset import IndexedDataset, IndexedDatasetBuilder
+folder, cases = sys.argv[1], json.loads(open(sys.argv[1] + "/cases.json").read())
+read = {}
+for name, documents in cases.items():
+    dtype = numpy.dtype(name)
+    builder = IndexedDatasetBuilder(f"{folder}/theirs-{name}.bin", dtype=dtype.type)
+    for document in documents:
+        ids = torch.from_numpy(numpy.array(document, dtype=dtype).astype(numpy.int64))
+        builder.add_document(ids, [len(document)])
+    builder.finalize(f"{folder}/theirs-{name}.idx")
+    ours = IndexedDataset(f"{folder}/ours-{name}")
+    assert ours.index.dtype == dtype.type
+    read[name] = [ours[i].tolist() for i in range(len(ours))]
+    assert ours.document_indices.tolist() == list(range(len(documents) + 1))
+json.dump(read, open(f"{folder}/read.json", "w"))
+"""
+
+
 @pytest.mark.slow
-def test_megatron_reads_ours(tmp_path: Path):
+def test_megatron_reads_ours_and_we_read_megatrons_byte_for_byte(tmp_path: Path):
     if importlib.util.find_spec("megatron") is None:
         pytest.skip("megatron-core is not installed (pip install --no-deps megatron-core)")
-    with ShardWriter(tmp_path / "ours", np.int32) as writer:
-        for document in SEQUENCES:
-            writer.add(document)
-    program = (
-        "import sys; from megatron.core.datasets.indexed_dataset import IndexedDataset;"
-        "print([d.tolist() for d in IndexedDataset(sys.argv[1])])"
-    )
-    command = [sys.executable, "-W", "ignore", "-c", program, str(tmp_path / "ours")]
-    answer = subprocess.run(command, capture_output=True, text=True, check=True)
-    assert answer.stdout.strip().splitlines()[-1] == str(SEQUENCES)
+    draw = np.random.default_rng(8)
+    cases = {}
+    for name in ("uint8", "int8", "int16", "int32", "int64", "uint16"):
+        most = np.iinfo(name).max
+        # empty ones, ordinary ones, the largest id, and one of a million tokens
+        lengths = [*draw.integers(0, 40, 60).tolist(), 0, 1, 1_000_003 if name == "int32" else 999]
+        cases[name] = [draw.integers(0, most, n, endpoint=True).tolist() for n in lengths]
+        cases[name][3] = [most, 0, most]
+        with ShardWriter(tmp_path / f"ours-{name}", name) as writer:
+            for document in cases[name]:
+                writer.add(np.array(document, dtype=np.int64))
+    (tmp_path / "cases.json").write_text(json.dumps(cases))
+    command = [sys.executable, "-W", "ignore", "-c", INTERCHANGE, str(tmp_path)]
+    subprocess.run(command, capture_output=True, text=True, check=True)
+    assert json.loads((tmp_path / "read.json").read_text()) == cases
+    for name, documents in cases.items():
+        for end in ("bin", "idx"):
+            ours, theirs = (tmp_path / f"{who}-{name}.{end}" for who in ("ours", "theirs"))
+            assert ours.read_bytes() == theirs.read_bytes(), (name, end)
+        assert read_documents(tmp_path / f"theirs-{name}") == documents
 
 
 def test_more_than_two_to_the_31_tokens_are_addressed_right(tmp_path: Path):

@@ -34,6 +34,24 @@ def test_losses_and_gradients_are_those_of_torch(tokens: int, reduction: str):
         assert worst(results(function, [hidden, weight, labels], reduction), exact) <= 1e-5
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_weighted_losses_and_gradients_are_those_of_torch(reduction: str):
+    hidden, weight, labels = draw(1100)
+    weights = torch.rand(1100, generator=torch.Generator().manual_seed(1))
+
+    def torchs(hidden: Tensor, weight: Tensor, labels: Tensor, *_: object) -> Tensor:
+        losses = F.cross_entropy(hidden @ weight.T, labels, reduction="none")
+        losses = losses * weights.to(losses.dtype)
+        return losses.sum() if reduction == "sum" else losses
+
+    exact = results(torchs, doubled([hidden, weight, labels]))
+    for function in (reference.linear_cross_entropy, chunked.linear_cross_entropy):
+        found = results(function, doubled([hidden, weight, labels]), reduction, weights.double())
+        assert worst(found, exact) <= 1e-12
+        single = results(function, [hidden, weight, labels], reduction, weights)
+        assert worst(single, exact) <= 1e-5
+
+
 def test_bfloat16_logits_lose_only_their_own_digits():
     hidden, weight, labels = draw(600)
     inputs = [hidden.bfloat16(), weight.bfloat16(), labels]

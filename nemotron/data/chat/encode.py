@@ -2,29 +2,19 @@
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from nemotron.data.chat.render import Rendered, training_sequences
+from nemotron.data.prepare.encode import Ids
 from nemotron.data.prepare.options import ChatOptions
 from nemotron.data.tokenizer import Tokenizer
-
-
-@dataclass(frozen=True)
-class EncodedSequence:
-    """Ids of one training sequence; `learned` is 1 for those that the assistant produced."""
-
-    ids: list[int]
-    learned: list[int]
-    num_bytes: int
-    """UTF-8 bytes of the rendered text."""
 
 
 def encode_conversation(
     row: Mapping[str, Any],  # Any: what a row holds
     tokenizer: Tokenizer,
     options: ChatOptions,
-) -> list[EncodedSequence]:
+) -> list[Ids]:
     """Return the training sequences of a row with messages and perhaps tools.
 
     Raises:
@@ -52,7 +42,7 @@ def _parsed(value: Any) -> Any:  # Any: nested JSON
         return value
 
 
-def encode_rendered(rendered: Rendered, tokenizer: Tokenizer) -> EncodedSequence:
+def encode_rendered(rendered: Rendered, tokenizer: Tokenizer) -> Ids:
     """Encode what the assistant produced apart from what it was given, as generation does."""
     ids: list[int] = []
     learned: list[int] = []
@@ -63,4 +53,4 @@ def encode_rendered(rendered: Rendered, tokenizer: Tokenizer) -> EncodedSequence
             ids += new
             learned += [value] * len(new)
         at = stop
-    return EncodedSequence(ids, learned, len(rendered.text.encode()))
+    return Ids(ids, len(rendered.text.encode()), is_last=True, learned=learned)

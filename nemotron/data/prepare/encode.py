@@ -8,18 +8,24 @@ from nemotron.data.tokenizer import Tokenizer
 
 LONG = 1 << 18
 """Characters from which a document is encoded in pieces."""
-BATCH_CHARACTERS = 1 << 20
+BATCH_CHARACTERS = 1 << 17
 """Characters given to the tokenizer together."""
-BATCH_DOCUMENTS = 1024
+BATCH_DOCUMENTS = 256
 
 
 @dataclass(frozen=True)
 class Ids:
-    """Token ids of a document, or a piece of them, and the UTF-8 bytes that they stand for."""
+    """Token ids of a document, or a piece of them, and the UTF-8 bytes that they stand for.
+
+    In conversations `learned` says of each id whether it is learned (1 or 0), and `family` is what
+    decides whether the document is held out: the same for all sequences of one conversation.
+    """
 
     ids: list[int]
     num_bytes: int
     is_last: bool
+    learned: list[int] | None = None
+    family: list[int] | None = None
 
 
 class LongDocument:

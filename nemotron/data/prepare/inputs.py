@@ -22,7 +22,7 @@ KINDS = {
     ".text": "text",
 }
 """How a file is read, by its ending; a file named by itself with another ending is text."""
-SMALLEST_UNIT = 32 << 20
+SMALLEST_UNIT = 8 << 20
 """Bytes of input that one process turns into one shard, if there is so much."""
 MOST_UNITS = 4096
 """Larger inputs get larger shards, not more of them."""

@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import xxhash
+from numpy.typing import NDArray
 
 from nemotron.data.chat.encode import encode_conversation
 from nemotron.data.folder import Counts, FileFacts, ShardFacts
@@ -22,6 +24,7 @@ from nemotron.section import Section
 HASHED = 1 << 18
 """Tokens of a document whose hash decides whether it is held out."""
 BAD_ROWS_NAMED = 20
+NO_IDS = np.empty(0, np.int32)
 
 TRAIN, VALIDATION = "train", "validation"
 
@@ -84,20 +87,19 @@ def write_texts(
 
 
 def write_documents(
-    parts: Iterable[tuple[Ids, list[int] | None]],
+    parts: Iterable[Ids],
     folder: Path,
     number: int,
     tokenizer: Tokenizer,
     options: PrepareOptions,
     tally: Tally,
 ) -> Receipt:
-    """Write encoded documents, some in several parts; each ends with the end of document.
+    """Write encoded documents, some in several parts.
 
-    The second of a pair says of each id whether it is learned, in conversations: these have their
-    own ends and get no other.
+    Each ends with the end of document, but for conversations, which have ends of their own.
     """
     counts, supervised = tally.counts, options.chat is not None
-    eod = [] if supervised else [tokenizer.id(options.eod_token)]
+    eod = NO_IDS if supervised else np.asarray([tokenizer.id(options.eod_token)], np.int32)
     dtype = id_type(tokenizer.vocab_size)
     with ExitStack() as stack:
         train, validation = (
@@ -107,22 +109,23 @@ def write_documents(
             for side in (TRAIN, VALIDATION)
         )
         chosen: ShardWriter | None = None
-        held: list[int] = []
-        for part, learned in parts:
+        held = NO_IDS  # of the open document, until it is known to which side it belongs
+        for part in parts:
             counts["text_bytes"] += part.num_bytes
-            held += part.ids
-            if part.is_last and chosen is None and not held:
+            held = np.concatenate([held, np.asarray(part.ids, np.int32)])
+            if part.is_last and chosen is None and not len(held):
                 counts["empty"] += 1
                 continue
             if part.is_last:
-                held += eod
+                held = np.concatenate([held, eod])
             if chosen is None and (part.is_last or len(held) >= HASHED):
-                held_out = _is_held_out(held, options.validation_fraction)
+                family = held if part.family is None else np.asarray(part.family, np.int32)
+                held_out = _is_held_out(family, options.validation_fraction)
                 chosen = validation if held_out else train
             if chosen is not None:
-                counts["largest_id"] = max(counts["largest_id"], *held)
-                chosen.extend(held, learned)
-                held = []
+                counts["largest_id"] = max(counts["largest_id"], int(held.max(initial=-1)))
+                chosen.extend(held, part.learned)
+                held = NO_IDS
                 if part.is_last:
                     chosen.end_document()
                     chosen = None
@@ -137,9 +140,9 @@ def write_documents(
     )
 
 
-def _is_held_out(ids: list[int], fraction: float) -> bool:
+def _is_held_out(ids: NDArray[np.int32], fraction: float) -> bool:
     """Decide by the document's own ids: neither its place nor the other documents matter."""
-    digest = xxhash.xxh64_intdigest(np.asarray(ids, "<i4").tobytes())
+    digest = xxhash.xxh64_intdigest(ids.astype("<i4").tobytes())
     return digest < fraction * 2**64
 
 
@@ -197,17 +200,17 @@ def _counted(chunks: Iterable[Chunk | Bad], tally: Tally) -> Iterator[Chunk | Ba
         yield chunk
 
 
-def _good(encoded: Iterable[Ids | Bad], tally: Tally) -> Iterator[tuple[Ids, None]]:
+def _good(encoded: Iterable[Ids | Bad], tally: Tally) -> Iterator[Ids]:
     for part in encoded:
         if isinstance(part, Bad):
             tally.bad(part)
         else:
-            yield part, None
+            yield part
 
 
 def _conversations(
     unit: Unit, tokenizer: Tokenizer, options: PrepareOptions, tick: Tick, tally: Tally
-) -> Iterator[tuple[Ids, list[int]]]:
+) -> Iterator[Ids]:
     """Yield the training sequences of every conversation."""
     assert options.chat is not None
     for piece in unit.pieces:
@@ -218,7 +221,7 @@ def _conversations(
                 tally.bad(Bad(place(), str(error)))
                 continue
             for sequence in sequences:
-                if any(sequence.learned):
-                    yield Ids(sequence.ids, sequence.num_bytes, is_last=True), sequence.learned
+                if any(sequence.learned or ()):
+                    yield replace(sequence, family=sequences[0].ids)
                 else:
                     tally.counts["unsupervised"] += 1

@@ -9,14 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron.data.chat.render import (
-    TEMPLATE,
-    Rendered,
-    check_messages,
-    render,
-    training_sequences,
-)
-from nemotron.data.chat.template import fill, load_template
+from nemotron.data.chat.check import check_messages
+from nemotron.data.chat.render import Rendered, render, training_sequences
+from nemotron.data.chat.template import TEMPLATE, fill, load_template
 from nemotron.data.corpus import EMBEDDED
 
 GOLDEN = Path(__file__).parent / "golden" / "three_turns.txt"

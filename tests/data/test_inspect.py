@@ -1,0 +1,132 @@
+"""Looking at data: the numbers are those of the data, duplicates are found, damage is named."""
+
+from pathlib import Path
+
+import pytest
+from prepared import write_prepared
+
+from nemotron.cli import run
+from nemotron.data.inspect import gather_statistics, open_path
+
+RECIPE = """\
+extends: {smoke}
+name: mine
+data:
+  cache: {folder}/cache
+  seq_len: 32
+  max_epochs: {limit}
+  sources:
+    - name: web
+      weight: 3
+      sources:
+        - {{name: one, path: {folder}/one}}
+        - {{name: two, path: {folder}/two}}
+    - {{name: three, weight: 1, path: {folder}/three, max_epochs: 100}}
+  missing:
+    - {{name: books, weight: 2.5}}
+schedule: {{total_steps: 15}}
+phases:
+  - {{name: first, steps: 10}}
+  - {{name: second, steps: 5, blend: {{sources: [{{name: three, path: {folder}/three}}]}}}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("inspect")
+    texts = [f"Text {i} of the first kind. " * (1 + i % 9) for i in range(200)]
+    one = write_prepared(texts, folder / "one", validation_fraction=0.2)
+    held_out = (
+        open_path(
+            one, tokenizer="embedded", eod_token=None, seq_len=32, cache=str(folder / "cache")
+        )
+        .tokens["one"]
+        .validation
+    )
+    copies = [
+        open_text(shard.document(i)) for shard in held_out.shards for i in range(3)
+    ]  # fmt: skip
+    write_prepared([*copies, *(f"Second {i}." for i in range(90))], folder / "two")
+    write_prepared([f"Third {i}. " * 3 for i in range(90)], folder / "three")
+    return folder
+
+
+def open_text(ids) -> str:
+    from nemotron.data.tokenizer import load_tokenizer
+
+    return load_tokenizer("embedded").decode(ids[:-1])
+
+
+def write_recipe(folder: Path, limit: str = "null") -> Path:
+    smoke = Path(__file__).parents[2] / "recipes/tiny/smoke.yaml"
+    path = folder / f"mine-{limit}.yaml"
+    path.write_text(RECIPE.format(folder=folder, smoke=smoke, limit=limit))
+    return path
+
+
+def test_inspecting_a_recipe_shows_shares_duplicates_and_rows(folder: Path, capsys):
+    assert run(["data", "inspect", str(write_recipe(folder)), "--rows", "8", "--check"]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line.split()}
+    assert "37.500%" in lines["one"]
+    assert lines["two"][-3:] == ["3", "of", "93"]  # copies of what is held out of `one`
+    assert lines["three"][1] == "100.000%"  # in the last table, that of the second phase
+    assert "phase second: from token 2,560" in out
+    assert "every file and every id is as it should be" in out
+    assert "──── document 1" in out
+    assert "step 0 row 0:" in out
+
+
+def test_statistics_are_those_of_the_documents(folder: Path):
+    data = open_path(
+        folder / "three", tokenizer="embedded", eod_token=None, seq_len=32,
+        cache=str(folder / "cache"),
+    )  # fmt: skip
+    facts = gather_statistics(data, 50)["three"]
+    [shard] = data.tokens["three"].train.shards
+    assert facts.lengths.tolist() == [len(shard.document(i)) for i in range(50)]
+    assert facts.percentiles()[3] == max(facts.lengths)
+    assert (facts.scanned, facts.repeated) == (50, 0)
+
+
+def test_pictures_are_drawn_where_they_are_wanted(folder: Path, tmp_path: Path, capsys):
+    pytest.importorskip("matplotlib")
+    arguments = [str(folder / "one"), "--plots", str(tmp_path / "plots"), "--rows", "0"]
+    assert run(["data", "inspect", *arguments]) == 0
+    told = capsys.readouterr().out
+    for name in ("lengths.png", "shares.png"):
+        assert (tmp_path / "plots" / name).read_bytes()[:4] == b"\x89PNG"
+        assert name in told
+
+
+def test_a_flipped_bit_is_found_by_the_check_alone(folder: Path, capsys):
+    write_prepared(["Some text here. " * 9] * 40, folder / "rotten")
+    path = folder / "rotten" / "train-00000.bin"
+    content = bytearray(path.read_bytes())
+    content[100] ^= 1
+    path.write_bytes(content)
+    assert run(["data", "inspect", str(folder / "rotten")]) == 0
+    capsys.readouterr()
+    assert run(["data", "inspect", str(folder / "rotten"), "--check"]) == 2
+    assert "train-00000.bin is not what its manifest says" in capsys.readouterr().err
+
+
+def test_the_plan_counts_tokens_and_passes_of_every_phase(folder: Path, capsys):
+    assert run(["data", "plan", str(write_recipe(folder))]) == 0
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line.split()}
+    # 10 steps of 8 rows of 32 tokens: 3/8 of the rows each, then 2/8; then 5 steps of one source
+    assert lines["one"][3:5] == ["960", "0"]
+    assert lines["two"][3:5] == ["960", "0"]
+    assert lines["three"][2:4] == ["640", "1,280"]
+    assert "missing: books, 2.5 of 4 weights" in out
+
+
+def test_the_plan_fails_above_the_limit_and_names_the_shortfall(folder: Path, capsys):
+    assert run(["data", "plan", str(write_recipe(folder, "1.01"))]) == 1
+    out = capsys.readouterr().out
+    lines = {line.split()[0]: line.split() for line in out.splitlines() if line.split()}
+    available = int(lines["two"][2].replace(",", ""))
+    assert lines["two"][-1] == f"{round(960 / 1.01) - available:,}"
+    assert "too many passes over" in out
+    assert "three" not in out.rpartition("too many passes over")[2].split(":")[0]
