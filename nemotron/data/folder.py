@@ -9,6 +9,7 @@ import numpy as np
 import xxhash
 from pydantic import Field, ValidationError
 
+from nemotron.data.config import DataConfig, SourceConfig
 from nemotron.data.indexed import Shard
 from nemotron.data.stream import Stream
 from nemotron.data.tokenizer import Tokenizer
@@ -161,6 +162,23 @@ def open_tokens(path: str | Path, tokenizer: Tokenizer, eod_token: str, limit: i
         )
     _check_first_tokens(found.train, limit)
     return found
+
+
+def open_source(
+    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, limit: int
+) -> TokenSet:
+    """Open a source that has a path, with its held-out tokens.
+
+    Raises:
+        UserError: when a shard is unfit.
+    """
+    assert source.path is not None, source.name
+    opened = open_tokens(source.path, tokenizer, config.eod_token, limit)
+    if source.validation is None:
+        return opened
+    beside = open_tokens(source.validation, tokenizer, config.eod_token, limit)
+    held_out = Stream([*beside.train.shards, *beside.validation.shards])
+    return TokenSet(opened.path, opened.train, held_out, opened.manifest)
 
 
 def _prefixes(path: Path) -> list[Path]:

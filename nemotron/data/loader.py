@@ -9,12 +9,12 @@ from nemotron.data.batch import NO_LABEL, Batch, Row, pack
 from nemotron.data.config import DataConfig, SourceConfig
 from nemotron.data.embedded import prepare_embedded
 from nemotron.data.fingerprint import check_same_data
-from nemotron.data.folder import TokenSet, open_tokens
-from nemotron.data.order import Blend
+from nemotron.data.folder import TokenSet, open_source
+from nemotron.data.mixture import Mixtures
 from nemotron.data.source import HeldOut, Source
 from nemotron.data.stream import Stream
 from nemotron.data.timeline import RowLength, Timeline
-from nemotron.data.tokenizer import Tokenizer, load_tokenizer
+from nemotron.data.tokenizer import load_tokenizer
 from nemotron.errors import UserError
 
 DESCRIBED = 20
@@ -37,18 +37,6 @@ class ValidationBatch:
 
     batch: Batch
     num_bytes: int
-
-
-@dataclass(frozen=True)
-class _Mixture:
-    """Rows of one length in one phase: which source each comes from."""
-
-    seq_len: int
-    rows_per_step: int
-    blend: Blend
-    sources: tuple[Source, ...]
-    first_rows: tuple[int, ...]
-    """Rows that each source gave to earlier phases in this length."""
 
 
 class TrainingData:
@@ -77,10 +65,7 @@ class TrainingData:
         self.tokens: dict[str, TokenSet] = {}
         self._configs: dict[str, SourceConfig] = {}
         self._open_sources()
-        self._sources: dict[tuple[str, int], Source] = {}
-        self._mixtures: list[list[_Mixture]] = []
-        self._alternations: list[Blend] = []
-        self._mix_phases()
+        self.mixtures = Mixtures(timeline, self._rows_of)
         self._held_out = self._open_held_out()
 
     @property
@@ -90,11 +75,11 @@ class TrainingData:
 
     def seq_len(self, step: int) -> int:
         """Return the tokens in a row of this step."""
-        return self._mixture(step)[0].seq_len
+        return self.mixtures.locate(step)[0].seq_len
 
     def num_rows(self, step: int) -> int:
         """Return the rows of a step."""
-        return self._mixture(step)[0].rows_per_step
+        return self.mixtures.locate(step)[0].rows_per_step
 
     def sample_ids(self, step: int, rows: slice = slice(None)) -> list[SampleId]:
         """Return the rows of a step, counted from 0, in their order, or some of them."""
@@ -121,28 +106,18 @@ class TrainingData:
             counted = batch.labels[batch.labels != NO_LABEL].numpy()
             yield ValidationBatch(batch, int(self.tokenizer.token_bytes[counted].sum()))
 
-    def rows_read(self, step: int) -> dict[tuple[str, int], int]:
-        """Return the rows of each (source, length) in all steps before this one."""
-        last = self.timeline.phase_of(step)
-        total = dict.fromkeys(self._sources, 0)
-        for number in range(last + 1):
-            end = step if number == last else self.timeline.first_steps[number + 1]
-            for key, rows in self._count(number, end - self.timeline.first_steps[number]).items():
-                total[key] += rows
-        return total
-
     def tokens_read(self, step: int) -> dict[str, int]:
         """Return the tokens of each source in the rows of all steps before this one."""
         total = dict.fromkeys(self.tokens, 0)
-        for (name, seq_len), rows in self.rows_read(step).items():
+        for (name, seq_len), rows in self.mixtures.rows_read(step).items():
             total[name] += rows * seq_len
         return total
 
     def epochs(self, step: int) -> dict[str, float]:
         """Return how many passes over each source all steps before this one make."""
         total = dict.fromkeys(self.tokens, 0.0)
-        for (name, seq_len), rows in self.rows_read(step).items():
-            total[name] += rows / self._sources[name, seq_len].num_rows
+        for (name, seq_len), rows in self.mixtures.rows_read(step).items():
+            total[name] += rows / self.mixtures.sources[name, seq_len].num_rows
         return total
 
     def limit_of(self, name: str) -> float | None:
@@ -182,7 +157,7 @@ class TrainingData:
             )
             lines += [
                 f"{name}: {source.packing}"
-                for (owner, _), source in self._sources.items()
+                for (owner, _), source in self.mixtures.sources.items()
                 if owner == name and source.packing
             ]
         if (more := len(self.tokens) - DESCRIBED) > 0:
@@ -242,58 +217,13 @@ class TrainingData:
                 source = source.model_copy(update={"path": path})
             self.tokens[name] = open_source(source, self.config, self.tokenizer, self._limit)
 
-    def _mix_phases(self) -> None:
-        given: dict[tuple[str, int], int] = {}
-        for number, phase in enumerate(self.timeline.phases):
-            mixtures = []
-            for length in phase.lengths:
-                sources = [self._source(leaf.source.name, length.seq_len) for leaf in length.leaves]
-                mixtures.append(
-                    _Mixture(
-                        length.seq_len,
-                        phase.tokens_per_step // length.seq_len,
-                        Blend([leaf.weight for leaf in length.leaves]),
-                        tuple(sources),
-                        tuple(given.get((s.name, s.seq_len), 0) for s in sources),
-                    )
-                )
-            self._mixtures.append(mixtures)
-            self._alternations.append(Blend([length.share for length in phase.lengths]))
-            for key, rows in self._count(number, phase.num_steps).items():
-                given[key] = given.get(key, 0) + rows
-
-    def _source(self, name: str, seq_len: int) -> Source:
-        key = name, seq_len
-        if key not in self._sources:
-            self._sources[key] = Source(
-                name, self.tokens[name], self.config, seq_len, seed=self._seed, limit=self._limit
-            )
-        return self._sources[key]
-
-    def _count(self, phase: int, steps: int) -> dict[tuple[str, int], int]:
-        """Return the rows of each (source, length) in the first steps of a phase."""
-        total: dict[tuple[str, int], int] = {}
-        shares = self._alternations[phase].counts(steps)
-        for index, mixture in enumerate(self._mixtures[phase]):
-            counts = mixture.blend.counts(shares[index] * mixture.rows_per_step)
-            for number, source in enumerate(mixture.sources):
-                total[source.name, source.seq_len] = counts[number]
-        return total
-
-    def _mixture(self, step: int) -> tuple[_Mixture, int]:
-        """Return the mixture of a step, and how many earlier steps of its phase are of it."""
-        phase = self.timeline.phase_of(step)
-        inside = step - self.timeline.first_steps[phase]
-        index, before = self._alternations[phase].locate(inside)
-        return self._mixtures[phase][index], before
+    def _rows_of(self, name: str, seq_len: int) -> Source:
+        tokens = self.tokens[name]
+        return Source(name, tokens, self.config, seq_len, seed=self._seed, limit=self._limit)
 
     def _rows(self, step: int, rows: slice) -> Iterator[tuple[Source, tuple[int, int]]]:
-        mixture, before = self._mixture(step)
-        first = before * mixture.rows_per_step
-        for row in range(first, first + mixture.rows_per_step)[rows]:
-            number, index = mixture.blend.locate(row)
-            source = mixture.sources[number]
-            yield source, source.place(mixture.first_rows[number] + index)
+        mixture, before = self.mixtures.locate(step)
+        return mixture.rows(before, rows)
 
     def _open_held_out(self) -> dict[str, HeldOut]:
         streams = {name: tokens.validation for name, tokens in self.tokens.items()}
@@ -346,23 +276,6 @@ def rows_of_rank(num_rows: int, rank: int, num_ranks: int) -> slice:
         )
     share = num_rows // num_ranks
     return slice(rank * share, (rank + 1) * share)
-
-
-def open_source(
-    source: SourceConfig, config: DataConfig, tokenizer: Tokenizer, limit: int
-) -> TokenSet:
-    """Open a source that has a path, with its held-out tokens.
-
-    Raises:
-        UserError: when a shard is unfit.
-    """
-    assert source.path is not None, source.name
-    opened = open_tokens(source.path, tokenizer, config.eod_token, limit)
-    if source.validation is None:
-        return opened
-    beside = open_tokens(source.validation, tokenizer, config.eod_token, limit)
-    held_out = Stream([*beside.train.shards, *beside.validation.shards])
-    return TokenSet(opened.path, opened.train, held_out, opened.manifest)
 
 
 def make_writable(cache: Path) -> None:

@@ -64,8 +64,7 @@ def data(folder: Path) -> TrainingData:
 
 def sources_of(data: TrainingData) -> dict[str, Source]:
     """Return the rows of each source of a run with one length of row."""
-    [mixture] = data._mixtures[0]
-    return {source.name: source for source in mixture.sources}
+    return {name: source for (name, _), source in data.mixtures.sources.items()}
 
 
 def ids_of(data: TrainingData, domain: str) -> set[int]:

@@ -118,7 +118,7 @@ def test_packed_rows_of_a_run_hold_every_whole_document_once_a_pass(tmp_path: Pa
         packing=PackingConfig(kind="best_fit"),
     )
     rows = TrainingData(config, single_phase(leaves(config.blend), 11, 11), seed=1, vocab_size=4096)
-    [source] = [s for m in rows._mixtures[0] for s in m.sources]
+    [source] = rows.mixtures.sources.values()
     found: Counter[int] = Counter()
     for step in range(source.num_rows):
         batch = rows.batch(step)

@@ -64,7 +64,7 @@ def test_a_source_goes_on_where_the_phase_before_left_it(folder: Path):
     assert len(set(ids)) == len(ids)
     for name in "abc":
         own = [(s.epoch, s.sample) for s in ids if s.source == name]
-        rows = data._sources[name, 8]
+        rows = data.mixtures.sources[name, 8]
         assert own == [rows.place(number) for number in range(len(own))]
 
 
@@ -76,7 +76,10 @@ def test_rows_of_another_length_are_a_pass_of_their_own_and_the_log_says_so(fold
     assert data.batch(4).input_ids.shape == (2, 16)
     told = [line for line in data.describe() if "pass of its own" in line]
     assert told == ["phase two: b begins a pass of its own in rows of 16, beside that in rows of 8"]
-    read, rows = data.rows_read(8), {key: source.num_rows for key, source in data._sources.items()}
+    read, rows = (
+        data.mixtures.rows_read(8),
+        {key: source.num_rows for key, source in data.mixtures.sources.items()},
+    )
     assert data.epochs(8)["b"] == pytest.approx(
         read["b", 8] / rows["b", 8] + read["b", 16] / rows["b", 16]
     )
