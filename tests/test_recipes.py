@@ -6,15 +6,19 @@ from pathlib import Path
 import pytest
 import torch
 
+from nemotron.data.config import BlendConfig, leaves
 from nemotron.hf.names import disk_tensors
 from nemotron.model.hybrid import HybridLM
+from nemotron.recipe.blend import read_blend
 from nemotron.recipe.load import load_recipe
 from nemotron.train.config import PretrainConfig
+from nemotron.train.course import plan_course
 from nemotron.train.flops import count_parameters
 from nemotron.train.schedule import Schedule, build_schedule
 
 RECIPES = Path(__file__).parents[1] / "recipes"
-COMPLETE = sorted(path for path in RECIPES.rglob("*.yaml") if path.name != "model.yaml")
+BLENDS = sorted(RECIPES.rglob("blends/*.yaml"))
+COMPLETE = sorted(p for p in RECIPES.rglob("*.yaml") if p.name != "model.yaml" and p not in BLENDS)
 PUBLISHED = ["nano", "super"]
 
 
@@ -32,9 +36,34 @@ def test_every_recipe_loads_with_a_model_and_a_schedule_that_can_be_built(path: 
     with torch.device("meta"):
         model = HybridLM(config.model)
     assert count_parameters(model, config.model).total > 0
-    schedule = schedule_of(config)
-    assert 0 < schedule.lr(0) <= schedule.peak
-    assert schedule.lr(schedule.num_steps - 1) == pytest.approx(schedule.min, rel=0.01)
+    course = plan_course(config)
+    assert 0 < course.lr(0) <= config.schedule.peak
+    assert course.lr(course.num_steps - 1) == pytest.approx(config.schedule.min, rel=0.01)
+
+
+# Sums and numbers of entries of the files in NVIDIA-NeMo/Nemotron.
+@pytest.mark.parametrize(
+    ("name", "entries", "total"),
+    [
+        ("nano/blends/open", 23, 23.0),
+        ("super/blends/phase1", 29, 80.4),
+        ("super/blends/phase2", 27, 82.9),
+        ("super/blends/long_context", 28, 103.6),
+    ],
+)
+def test_blends_have_the_published_weights(name: str, entries: int, total: float):
+    blend = BlendConfig.model_validate(read_blend(RECIPES / f"{name}.yaml").values)
+    assert len(leaves(blend)) == entries
+    assert sum(leaf.weight for leaf in leaves(blend)) == pytest.approx(total, abs=1e-9)
+
+
+def test_super_changes_its_blend_after_four_fifths_of_the_tokens():
+    diversity, quality = plan_course(load("super")).timeline.phases
+    assert diversity.num_steps == 794_723
+    assert diversity.num_steps + quality.num_steps == 993_411
+    names = [{leaf.source.name for leaf in p.lengths[0].leaves} for p in (diversity, quality)]
+    assert names[0] - names[1] == {"cc-v2-medium-quality", "cc-v2.1-medium-quality"}
+    assert not names[1] - names[0]
 
 
 # Trunk and MTP block were counted on the published configurations; the active parameters are

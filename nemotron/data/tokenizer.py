@@ -1,5 +1,6 @@
 """Text to token ids and back."""
 
+import bisect
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -48,16 +49,21 @@ class Tokenizer:
         encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
-    def safe_cut(self, text: str) -> int:
-        """Return a place before the end of `text` at which it may be cut without changing its ids.
+    def encode_start(self, text: str) -> tuple[list[int], int]:
+        """Return ids that whatever follows `text` cannot change, and how many characters they are.
 
-        What follows the text may still change its last words, so these are left to the second part;
-        0 where there is no such place.
+        The last words are left out, because more text may change them; 0 characters where the
+        ids of a beginning cannot be told, as with tokenizers that look at the text as a whole.
         """
         if not self.is_piecewise:
-            return 0
-        words = self._tokenizer.pre_tokenizer.pre_tokenize_str(text)
-        return int(words[-WORDS_LEFT][1][0]) if len(words) > WORDS_LEFT else 0
+            return [], 0
+        self._tokenizer.encode_special_tokens = True
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        words = [-1 if word is None else word for word in encoding.word_ids]
+        end = bisect.bisect_left(words, words[-1] - WORDS_LEFT + 1) if words else 0
+        ids = encoding.ids[:end]
+        start = self.decode(ids)
+        return (ids, len(start)) if text.startswith(start) else ([], 0)
 
     def decode(self, ids: Iterable[int], *, skip_specials: bool = False) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become replacement characters."""
@@ -80,13 +86,13 @@ class Tokenizer:
 
 
 def _is_piecewise(layout: dict[str, Any]) -> bool:  # Any: nested JSON
-    """Say whether words are found by looking at the text alone, wherever it begins."""
+    """Say whether words do not hang on where a text begins, and ids decode to the very text."""
     steps = json.dumps(layout["pre_tokenizer"])
     return (
         layout["pre_tokenizer"] is not None
         and layout["normalizer"] is None
+        and (layout["decoder"] or {}).get("type") == "ByteLevel"
         and '"add_prefix_space": true' not in steps
-        and "Metaspace" not in steps
         and all(token["special"] for token in layout["added_tokens"])
     )
 

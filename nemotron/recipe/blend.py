@@ -62,7 +62,8 @@ def _insert(document: Document, values: Any, path: Path_, folder: Path) -> None:
         if path == ("data",):
             del values["blend"]
             document.places.pop((*path, "blend"), None)
-            values.update(found.values)
+            # a file replaces a base's blend as a whole, also in what it leaves out
+            values.update({"tiers": {}, "validation": [], "missing": []} | found.values)
             at: Path_ = path
         else:
             values["blend"] = found.values

@@ -12,7 +12,7 @@ from nemotron.errors import UserError
 from nemotron.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
-SHIPPED = sorted(p for p in (ROOT / "recipes").rglob("*.yaml"))
+SHIPPED = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "blends")
 COMPLETE = [path for path in SHIPPED if path.name != "model.yaml"]
 TINY = str(ROOT / "recipes/tiny/pretrain.yaml")
 

@@ -8,6 +8,8 @@ from nemotron.data.tokenizer import Tokenizer
 
 LONG = 1 << 18
 """Characters from which a document is encoded in pieces."""
+WINDOW = 1 << 16
+"""Characters of a piece."""
 BATCH_CHARACTERS = 1 << 17
 """Characters given to the tokenizer together."""
 BATCH_DOCUMENTS = 256
@@ -31,7 +33,7 @@ class Ids:
 class LongDocument:
     """Encodes one document that comes in chunks; the ids are those of the whole text."""
 
-    def __init__(self, tokenizer: Tokenizer, window: int = LONG) -> None:
+    def __init__(self, tokenizer: Tokenizer, window: int = WINDOW) -> None:
         self._tokenizer = tokenizer
         self._window = self._first_window = window
         self._rest = ""
@@ -42,21 +44,18 @@ class LongDocument:
         start = 0
         while len(self._rest) - start >= self._window:
             part = self._rest[start : start + self._window]
-            cut = self._tokenizer.safe_cut(part)
-            if not cut:
+            ids, length = self._tokenizer.encode_start(part)
+            if not length:
                 self._window *= 2
                 continue
-            yield self._encode(part[:cut], is_last=False)
-            start += cut
+            yield Ids(ids, len(part[:length].encode()), is_last=False)
+            start += length
             self._window = self._first_window
         self._rest = self._rest[start:]
 
     def finish(self) -> Ids:
         """Return the ids of what is left."""
-        return self._encode(self._rest, is_last=True)
-
-    def _encode(self, text: str, *, is_last: bool) -> Ids:
-        return Ids(self._tokenizer.encode(text), len(text.encode()), is_last)
+        return Ids(self._tokenizer.encode(self._rest), len(self._rest.encode()), is_last=True)
 
 
 def encode_documents(chunks: Iterable[Chunk | Bad], tokenizer: Tokenizer) -> Iterator[Ids | Bad]:
