@@ -1,4 +1,5 @@
 import math
+from collections import Counter
 from fractions import Fraction
 
 from hypothesis import example, given
@@ -76,3 +77,17 @@ def test_neighbours_do_not_stay_together():
     apart = [abs(permute(i, size, 5) - permute(i + 1, size, 5)) for i in range(size - 1)]
     # Two random places are size / 3 apart on average, with standard deviation size / sqrt(18).
     assert abs(sum(apart) / len(apart) - size / 3) < 4 * size / math.sqrt(18 * size)
+
+
+def test_a_million_rows_realise_any_blend_to_a_ten_thousandth():
+    weights = [14.0, 0.05, 6.5, 1.8, 22.4, 1 / 3, 1e-3, *(0.1 * i for i in range(1, 30))]
+    blend, rows = Blend(weights), 10**6
+    counted = Counter(blend.locate(row)[0] for row in range(0, rows, 997))
+    assert sum(counted.values()) == 1004
+    counts = blend.counts(rows)
+    assert sum(counts.values()) == rows
+    for number, weight in enumerate(weights):
+        assert abs(counts[number] / rows - weight / sum(weights)) < 1e-4
+        # every 997th row alone is a sample of about 1,000: five standard deviations
+        share = weight / sum(weights)
+        assert abs(counted[number] / 1004 - share) < 5 * math.sqrt(share / 1004) + 2 / 1004

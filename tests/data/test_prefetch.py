@@ -62,3 +62,10 @@ def test_a_mistake_is_told_at_its_own_step():
     assert steps_of(subject, [0, 1]) == [0, 1]
     with pytest.raises(UserError, match="step 2 is broken"):
         subject.take(2)
+
+
+@pytest.mark.gpu
+def test_rows_for_a_gpu_wait_in_pinned_memory():
+    batch = Prefetcher(Reader(), depth=2, num_steps=9, pin=True).take(3)
+    assert batch.input_ids.is_pinned()
+    assert torch.equal(batch.to("cuda").labels.cpu(), batch.labels)

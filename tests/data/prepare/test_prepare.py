@@ -10,6 +10,8 @@ import sys
 import time
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from nemotron.cli import run
@@ -232,6 +234,40 @@ def test_a_mistake_leaves_nothing_behind(
     shutil.rmtree("none.partial", ignore_errors=True)
     shutil.rmtree("none.work", ignore_errors=True)
     assert sorted(os.listdir(world)) == before
+
+
+def test_an_unreadable_row_group_ends_with_a_sentence(world: Path, monkeypatch, capsys):
+    monkeypatch.chdir(world)
+    rows = [{"text": f"Row {i} " * 20} for i in range(200)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), "c.parquet", row_group_size=100)
+    group = pyarrow.parquet.ParquetFile("c.parquet").metadata.row_group(1)
+    with open("c.parquet", "r+b") as file:
+        file.seek(group.column(0).data_page_offset)
+        file.write(b"\x5a" * 40)
+    assert run(["data", "prepare", "c.parquet", "--out", "group"]) == 2
+    error = capsys.readouterr().err
+    assert "c.parquet: row group 1 (rows 100 on) cannot be read" in error
+    assert error.count("\n") == 1
+    assert not [name for name in os.listdir() if name.startswith("group")]
+
+
+@pytest.mark.parametrize("streaming", [[], ["--streaming"]], ids=["stored", "streamed"])
+def test_a_data_set_gives_what_its_files_give(world: Path, monkeypatch, streaming: list[str]):
+    # a folder in the place of a name on the hub: the library reads both alike
+    monkeypatch.chdir(world)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(world / "hf"))
+    rows = [{"text": text, "number": i} for i, text in enumerate(load_documents("docs")[:200])]
+    Path("set").mkdir(exist_ok=True)
+    for number, part in enumerate((rows[:120], rows[120:])):
+        table = pyarrow.Table.from_pylist(part)
+        pyarrow.parquet.write_table(table, f"set/train-{number}.parquet")
+    out = f"set-out{len(streaming)}"
+    arguments = [f"hf://{world}/set", "--filter", "number != 7", *streaming, "--workers", "1"]
+    assert run(["data", "prepare", *arguments, "--out", out]) == 0
+    train, held_out = (texts_of(world / out, side) for side in ("train", "validation"))
+    assert sorted(train + held_out) == sorted(r["text"] for r in rows if r["number"] != 7)
+    assert read_manifest(world / out).counts.filtered == 1
 
 
 def test_a_dry_run_looks_and_writes_nothing(world: Path, monkeypatch, capsys):
