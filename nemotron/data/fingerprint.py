@@ -21,6 +21,11 @@ def check_same_data(
     Raises:
         UserError: when they differ, naming the file or the setting.
     """
+    if "phases" not in saved:
+        raise UserError(
+            "the checkpoint was written by an older version, which kept no phases; start a new "
+            "run with init_from."
+        )
     for key, value in now.items():
         if key not in ("sources", "phases") and saved.get(key) != value:
             _refuse(key, saved.get(key), value)

@@ -1,6 +1,7 @@
 """Opening tokens: a folder that was prepared, a folder of Megatron's shards, or one shard."""
 
 import json
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +16,8 @@ from nemotron.data.stream import Stream
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.section import Section
+
+log = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -152,6 +155,7 @@ def open_tokens(path: str | Path, tokenizer: Tokenizer, eod_token: str, limit: i
         if sum(shard.num_sequences for shard in train.shards) <= SEQUENCES_CHECKED:
             for shard in train.shards:
                 shard.check()
+        _warn_of_other_ends(train, tokenizer.id(eod_token), eod_token)
     else:
         _check_manifest(path, manifest, tokenizer, eod_token, limit)
         streams = [Stream(_shards(path, side)) for side in (manifest.train, manifest.validation)]
@@ -179,6 +183,15 @@ def open_source(
     beside = open_tokens(source.validation, tokenizer, config.eod_token, limit)
     held_out = Stream([*beside.train.shards, *beside.validation.shards])
     return TokenSet(opened.path, opened.train, held_out, opened.manifest)
+
+
+def _warn_of_other_ends(stream: Stream, eod_id: int, eod_token: str) -> None:
+    if stream.num_tokens and (last := int(stream.shards[-1].tokens[-1])) != eod_id:
+        log.warning(
+            "%s: a document ends with id %d, not with data.eod_token = %s (id %d); "
+            "document boundaries may be missed",
+            *(stream.shards[-1].prefix, last, eod_token, eod_id),
+        )
 
 
 def _prefixes(path: Path) -> list[Path]:

@@ -30,6 +30,7 @@ FREE_TO_CHANGE = (
     "batch.micro_batch",
     "data.cache",
     "data.max_epochs",
+    "data.prefetch_steps",
     "ops",
     "checkpoint",
     "evaluation",

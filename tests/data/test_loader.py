@@ -285,6 +285,15 @@ def test_another_end_of_documents_than_that_of_the_shards_is_refused(folder: Pat
     assert "ends its documents with id 2, but data.eod_token = <|im_end|> is id 11" in text
 
 
+def test_foreign_documents_without_the_right_end_are_warned_of(folder: Path, caplog):
+    with ShardWriter(folder / "foreign", np.int32) as writer:
+        writer.add([5, 6, 7, 8] * 20)
+    make_data(folder, sources=[SourceConfig(name="f", path=str(folder / "foreign"))])
+    assert (
+        "foreign: a document ends with id 8, not with data.eod_token = </s> (id 2)" in caplog.text
+    )
+
+
 @pytest.fixture
 def own(tmp_path: Path) -> TrainingData:
     write_numbered(tmp_path / "a", 100, 40)

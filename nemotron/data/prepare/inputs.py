@@ -83,6 +83,11 @@ def plan(sources: Sequence[str], options: PrepareOptions) -> Plan:
         else:
             files += list(_files(source))
     sizes = [_size(path) for path in files]
+    known: set[str] = set()
+    for path in files:
+        if (real := os.path.realpath(path)) in known:
+            raise UserError(f"{path} is named twice; name each file once.")
+        known.add(real)
     target = max(SMALLEST_UNIT, -(-sum(sizes) // MOST_UNITS))
     for path, size in zip(files, sizes, strict=True):
         inputs.append({"name": path, "bytes": size})

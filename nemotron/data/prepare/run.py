@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -215,6 +216,7 @@ def _start_worker(job: Job, counter: "Synchronized[int]") -> None:
     global _worker
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
     _worker = job, counter, load_tokenizer(job.tokenizer)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

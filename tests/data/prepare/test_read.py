@@ -155,6 +155,12 @@ def test_sources_that_hold_nothing_are_refused(tmp_path: Path):
             plan([source], OPTIONS)
 
 
+def test_a_file_that_is_named_twice_is_refused(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("Once.")
+    with pytest.raises(UserError, match=r"a\.txt is named twice; name each file once"):
+        plan([str(tmp_path), str(tmp_path / "a*")], OPTIONS)
+
+
 def test_kinds_are_told_by_the_ending_before_the_compression():
     names = ["a.jsonl", "b.JSONL.gz", "c.txt.zst", "d.parquet", "e.md", "f.tar"]
     kinds = ["jsonl", "jsonl", "text", "parquet", "text", None]
