@@ -63,11 +63,17 @@ class Experts(nn.Module):
         # rows that only fill up an expert's share weigh nothing, so they change no gradient
         weights = routing.weights.new_zeros(token.shape[0])
         weights = weights.scatter(0, place.flatten(), routing.weights.flatten())
-        hidden = grouped_linear(rows, self.up_proj.to(x.dtype), counts)
+        hidden = self.multiply(rows, self.up_proj, counts)
         # weights before the down projection, as Megatron-LM does in training
         hidden = squared_relu(hidden, weights.unsqueeze(-1))
-        rows = grouped_linear(hidden, self.down_proj.to(x.dtype), counts)
+        rows = self.multiply(hidden, self.down_proj, counts)
         return _Combine.apply(rows, token, place)
+
+    def multiply(
+        self, rows: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
+    ) -> Float[Tensor, "R N"]:
+        """Multiply each expert's rows by its matrix, cast to the dtype of the rows."""
+        return grouped_linear(rows, weight.to(rows.dtype), counts)
 
 
 def _arrange(

@@ -1,12 +1,74 @@
 """Which number format the layers compute in."""
 
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
 
 from nemotron.section import Section
+
+Format = Literal["bf16", "fp8_current", "fp8_block", "mxfp8", "nvfp4"]
+Preset = Literal["bf16", "fp8_current", "fp8_block", "mxfp8", "nvfp4", "nvfp4_super"]
+
+
+class PrecisionRule(Section):
+    """A format for the linear layers that meet every condition given."""
+
+    format: Format
+    """Number format of the three matrix products; bf16: not quantised."""
+    kind: str | None = None
+    """Kind of layer, such as mamba.in_proj, moe.experts or attention.*."""
+    name: str | None = None
+    """Pattern of the module's name, such as backbone.layers.1.*."""
+    first_block: int | None = Field(None, ge=0)
+    """First block of a range, counted from 0."""
+    last_block: int | None = Field(None, ge=0)
+    """Last block of a range."""
+    tail: float | None = Field(None, gt=0, le=1)
+    """Share of the blocks, counted from the end, rounded to whole blocks."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "PrecisionRule":
+        if not self.model_fields_set - {"format"}:
+            raise ValueError("format stands alone; give the rule a condition, or use preset")
+        return self
+
+
+class PrecisionSwitch(Section):
+    """A change of the preset during the run."""
+
+    step: int = Field(gt=0)
+    """Optimizer step, counted from 0, from which the preset holds."""
+    preset: Preset
+    """Formats from then on; the rules of the recipe stay in front."""
 
 
 class PrecisionConfig(Section):
     """Compute precision; the master weights and the optimizer's moments are always float32."""
 
     compute: Literal["fp32", "bf16"] = "fp32"
-    """Format of activations and of the matrix products."""
+    """Format of activations and of the matrix products that are not quantised."""
+    preset: Preset = "bf16"
+    """Formats of the linear layers: nvfp4_super is Super's pre-training, bf16 quantises nothing."""
+    rules: Annotated[tuple[PrecisionRule, ...], Field(strict=False)] = ()
+    """Rules before those of the preset; the first that fits decides."""
+    switches: Annotated[tuple[PrecisionSwitch, ...], Field(strict=False)] = ()
+    """Changes of the preset during the run, in order."""
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any layer may be quantised at any time."""
+        presets = [self.preset, *(switch.preset for switch in self.switches)]
+        formats = [*presets, *(rule.format for rule in self.rules)]
+        return any(name != "bf16" for name in formats)
+
+    @model_validator(mode="after")
+    def _check(self) -> "PrecisionConfig":
+        steps = [switch.step for switch in self.switches]
+        if steps != sorted(set(steps)):
+            raise ValueError(f"switches are at the steps {steps}; put them in order, each once")
+        if self.quantizes and self.compute != "bf16":
+            raise ValueError(
+                f"compute = {self.compute} cannot be quantised further; use compute: bf16 with a "
+                "preset or rules that quantise"
+            )
+        return self

@@ -15,6 +15,7 @@ from nemotron.data.prefetch import Prefetcher
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import update_router_bias
+from nemotron.precision.apply import Quantization
 from nemotron.precision.apply import apply as apply_precision
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course
@@ -58,6 +59,7 @@ class Trainer:
         self.config, self.course, self.data, self.device = config, course, data, device
         torch.manual_seed(config.seed)
         self.model = build_model(config, device)
+        self.quantization = Quantization(self.model, config.precision, config.seed)
         self.optimizer = Optimizer(self.model, config.optimizer)
         self.state = TrainerState()
         self._depths = num_depths(self.model, config.loss)
@@ -108,7 +110,8 @@ class Trainer:
 
         self.optimizer.zero_grad()
         sums = StepSums(self._depths, self.device)
-        for micro in batch.split(self._rows_at_once(step)):
+        for number, micro in enumerate(batch.split(rows := self._rows_at_once(step))):
+            self.quantization.begin(step, number * rows * micro.input_ids.shape[1])
             terms = losses(self.model, micro.to(self.device), config.loss)
             objective(terms, counts, config.loss).backward()
             sums.add(terms)

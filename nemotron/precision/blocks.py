@@ -1,0 +1,25 @@
+"""Blocks of a matrix that share a scale: cut out with zeros around them, and put together again."""
+
+import torch.nn.functional as F
+from jaxtyping import Float, Shaped
+from torch import Tensor
+
+
+def block_amax(x: Float[Tensor, "M K"], height: int, width: int) -> Float[Tensor, "rows columns"]:
+    """Return the largest magnitude of each block of `height` rows and `width` columns.
+
+    The last blocks may be partial.
+    """
+    rows, columns = -(-x.shape[0] // height), -(-x.shape[1] // width)
+    padded = F.pad(x, (0, columns * width - x.shape[1], 0, rows * height - x.shape[0]))
+    blocks = padded.view(rows, height, columns, width)
+    return blocks.abs().amax((1, 3)).float()
+
+
+def spread(
+    scales: Shaped[Tensor, "rows columns"], height: int, width: int, shape: tuple[int, int]
+) -> Shaped[Tensor, "M K"]:
+    """Give every element of a matrix of this shape the value of its block."""
+    wide = scales.repeat_interleave(width, 1) if width > 1 else scales
+    tall = wide.repeat_interleave(height, 0) if height > 1 else wide
+    return tall[: shape[0], : shape[1]]

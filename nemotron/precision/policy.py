@@ -1,0 +1,144 @@
+"""From rules to a table: which format each linear layer computes in, and why."""
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from nemotron.precision.config import PrecisionConfig, PrecisionRule
+
+KINDS = {
+    "in_proj": "mamba.in_proj",
+    "out_proj": "mamba.out_proj",
+    "q_proj": "attention.q_proj",
+    "k_proj": "attention.k_proj",
+    "v_proj": "attention.v_proj",
+    "o_proj": "attention.o_proj",
+    "experts": "moe.experts",
+    "shared_experts.up_proj": "moe.shared_experts",
+    "shared_experts.down_proj": "moe.shared_experts",
+    "fc1_latent_proj": "moe.latent",
+    "fc2_latent_proj": "moe.latent",
+    "up_proj": "mlp",
+    "down_proj": "mlp",
+}
+"""Kind of a layer by its name inside a mixer. Router, embedding, head, norms, convolution and scan
+are no linear layers of this table and are never quantised."""
+SUPER_TAIL = 14 / 88
+"""Share of the last blocks that Super keeps in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Rules, and the format of everything that they leave."""
+
+    rules: tuple[PrecisionRule, ...]
+    default: str
+
+
+def _rule(format: str, **conditions: object) -> PrecisionRule:
+    return PrecisionRule.model_validate({"format": format, **conditions})
+
+
+PRESETS = {
+    "bf16": Preset((), "bf16"),
+    "fp8_current": Preset((_rule("bf16", last_block=1), _rule("bf16", tail=2 / 88)), "fp8_current"),
+    "fp8_block": Preset((_rule("bf16", last_block=1), _rule("bf16", tail=2 / 88)), "fp8_block"),
+    "mxfp8": Preset((), "mxfp8"),
+    "nvfp4": Preset((), "nvfp4"),
+    "nvfp4_super": Preset(
+        (
+            _rule("bf16", name="mtp.*"),
+            _rule("bf16", tail=SUPER_TAIL),
+            _rule("bf16", kind="attention.*"),
+            _rule("bf16", kind="moe.latent"),
+            _rule("mxfp8", kind="mamba.out_proj"),
+        ),
+        "nvfp4",
+    ),
+}
+"""Published assignments of formats.
+
+Sources: Super's technical report, section 2.2; NVIDIA-NeMo/Megatron-Bridge: training/
+mixed_precision.py (two blocks at either end for FP8) and perf_recipes/nemotronh/te_quant.cfg.
+"""
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one linear layer computes in."""
+
+    module: str
+    kind: str
+    format: str
+    reason: str
+
+
+def kind_of(module: str) -> str | None:
+    """Return the kind of a linear layer by its name, or None for what is none of the table."""
+    match = re.search(r"\.mixer\.(.+)$", module)
+    return KINDS.get(match[1]) if match else None
+
+
+def resolve(
+    modules: Sequence[str], num_blocks: int, config: PrecisionConfig, preset: str
+) -> list[Assignment]:
+    """Return the assignment of every linear layer among the named modules, in order."""
+    rules = [*config.rules, *PRESETS[preset].rules]
+    table = []
+    for module in modules:
+        kind = kind_of(module)
+        if kind is None:
+            continue
+        match = re.match(r"backbone\.layers\.(\d+)\.", module)
+        block = int(match[1]) if match else None
+        for rule in rules:
+            if _fits(rule, module, kind, block, num_blocks):
+                table.append(Assignment(module, kind, rule.format, _why(rule, num_blocks)))
+                break
+        else:
+            default = PRESETS[preset].default
+            table.append(Assignment(module, kind, default, f"default of {preset}"))
+    return table
+
+
+def summarize(table: Sequence[Assignment]) -> list[str]:
+    """Return a line for each format and kind, with how many layers it has and why."""
+    counts = Counter((line.format, line.kind, line.reason) for line in table)
+    return [f"{format:<11} {kind} x {n}: {why}" for (format, kind, why), n in counts.items()]
+
+
+def tail_blocks(share: float, num_blocks: int) -> int:
+    """Return how many blocks at the end a share is."""
+    return round(share * num_blocks)
+
+
+def _fits(rule: PrecisionRule, module: str, kind: str, block: int | None, num_blocks: int) -> bool:
+    if rule.kind is not None and not fnmatchcase(kind, rule.kind):
+        return False
+    if rule.name is not None and not fnmatchcase(module, rule.name):
+        return False
+    in_range = (rule.first_block, rule.last_block, rule.tail) != (None, None, None)
+    if in_range and block is None:
+        return False
+    if block is None:
+        return True
+    first = rule.first_block or 0
+    if rule.tail is not None:
+        first = max(first, num_blocks - tail_blocks(rule.tail, num_blocks))
+    return first <= block <= (num_blocks if rule.last_block is None else rule.last_block)
+
+
+def _why(rule: PrecisionRule, num_blocks: int) -> str:
+    parts = []
+    if rule.kind is not None:
+        parts.append(f"kind {rule.kind}")
+    if rule.name is not None:
+        parts.append(f"name {rule.name}")
+    if rule.tail is not None:
+        parts.append(f"last {tail_blocks(rule.tail, num_blocks)} of {num_blocks} blocks")
+    if rule.first_block is not None or rule.last_block is not None:
+        last = num_blocks - 1 if rule.last_block is None else rule.last_block
+        parts.append(f"blocks {rule.first_block or 0} to {last}")
+    return ", ".join(parts)

@@ -1,0 +1,114 @@
+"""Rules: which layer gets which format, for the published model and for any other."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from nemotron.model.hybrid import HybridLM
+from nemotron.precision.apply import Quantization, assign, preset_at
+from nemotron.precision.config import PrecisionConfig
+from nemotron.precision.policy import tail_blocks
+from nemotron.recipe.load import load_recipe
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+
+
+def config(**values: object) -> PrecisionConfig:
+    return PrecisionConfig.model_validate({"compute": "bf16", **values})
+
+
+def meta_model(name: str) -> HybridLM:
+    with torch.device("meta"):
+        return HybridLM(load_recipe(RECIPES / name).config.model)
+
+
+def counts_of(table) -> Counter:
+    return Counter((line.format, line.kind) for line in table)
+
+
+def test_super_has_the_published_assignment():
+    table = assign(meta_model("super/pretrain.yaml"), config(), "nvfp4_super")
+    found = counts_of(table)
+    # the last 14 of 88 blocks hold 6 Mamba, 1 attention and 7 MoE layers
+    assert found["nvfp4", "mamba.in_proj"] == 34
+    assert found["mxfp8", "mamba.out_proj"] == 34
+    assert found["nvfp4", "moe.experts"] == 33
+    assert found["nvfp4", "moe.shared_experts"] == 66
+    assert found["bf16", "mamba.out_proj"] == found["bf16", "mamba.in_proj"] == 6
+    assert not [line for line in table if line.format != "bf16" and "attention" in line.kind]
+    assert not [line for line in table if line.format != "bf16" and line.kind == "moe.latent"]
+    assert not [line for line in table if line.format != "bf16" and line.module.startswith("mtp.")]
+    reasons = {line.reason for line in table if line.module.startswith("backbone.layers.74.")}
+    assert reasons == {"last 14 of 88 blocks"}
+    assert {line.reason for line in table if line.module == "backbone.layers.0.mixer.in_proj"} == {
+        "default of nvfp4_super"
+    }
+
+
+def test_a_tail_is_the_share_of_any_depth():
+    assert [tail_blocks(14 / 88, depth) for depth in (88, 52, 10, 4)] == [14, 8, 2, 1]
+
+
+def test_the_first_rule_that_fits_decides_and_rules_come_before_the_preset():
+    rules = [
+        {"format": "bf16", "name": "backbone.layers.0.*"},
+        {"format": "fp8_block", "kind": "mamba.*", "first_block": 2, "last_block": 2},
+        {"format": "mxfp8", "kind": "attention.*"},
+    ]
+    table = assign(meta_model("tiny/pretrain.yaml"), config(rules=rules), "nvfp4")
+    by_name = {line.module: line.format for line in table}
+    assert by_name["backbone.layers.0.mixer.in_proj"] == "bf16"
+    assert by_name["backbone.layers.2.mixer.in_proj"] == "fp8_block"
+    assert by_name["backbone.layers.3.mixer.q_proj"] == "mxfp8"
+    assert by_name["mtp.layers.0.mixer.o_proj"] == "mxfp8"
+    assert by_name["backbone.layers.5.mixer.in_proj"] == "nvfp4"
+
+
+def test_what_is_no_linear_layer_is_in_no_table():
+    names = {line.module for line in assign(meta_model("tiny/pretrain.yaml"), config(), "nvfp4")}
+    for part in ("gate", "norm", "conv1d", "embeddings", "lm_head", "eh_proj"):
+        assert not [name for name in names if name.endswith(part)]
+
+
+def test_switches_change_the_preset_at_their_step():
+    changing = config(
+        preset="nvfp4_super",
+        switches=[{"step": 5, "preset": "mxfp8"}, {"step": 9, "preset": "bf16"}],
+    )
+    presets = [preset_at(changing, step) for step in (0, 4, 5, 8, 9, 100)]
+    assert presets == ["nvfp4_super"] * 2 + ["mxfp8"] * 2 + ["bf16"] * 2
+
+
+def test_a_model_changes_its_formats_and_keeps_its_parameters():
+    model = HybridLM(load_recipe(RECIPES / "tiny/smoke.yaml").config.model)
+    model.init_weights(1)
+    model.compute_dtype = torch.bfloat16
+    before = {name: id(parameter) for name, parameter in model.named_parameters()}
+    ids = torch.arange(64).view(2, 32)
+    plain = model(ids)
+    changing = config(preset="nvfp4", switches=[{"step": 1, "preset": "bf16"}])
+    quantization = Quantization(model, changing, seed=3)
+    assert not torch.equal(model(ids), plain)
+    quantization.begin(1, 0)
+    assert torch.equal(model(ids), plain)
+    assert {name: id(parameter) for name, parameter in model.named_parameters()} == before
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"preset": "nvfp4", "compute": "fp32"}, "cannot be quantised further; use compute: bf16"),
+        ({"rules": [{"format": "mxfp8"}]}, "format stands alone; give the rule a condition"),
+        (
+            {"switches": [{"step": 9, "preset": "bf16"}, {"step": 5, "preset": "mxfp8"}]},
+            "put them in order, each once",
+        ),
+        ({"preset": "nvfp5"}, "Input should be"),
+    ],
+)
+def test_settings_that_cannot_be_meant_are_refused(values: dict, sentence: str):
+    with pytest.raises(ValidationError, match=sentence):
+        config(**values)
