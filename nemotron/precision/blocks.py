@@ -11,9 +11,21 @@ def block_amax(x: Float[Tensor, "M K"], height: int, width: int) -> Float[Tensor
     The last blocks may be partial.
     """
     rows, columns = -(-x.shape[0] // height), -(-x.shape[1] // width)
-    padded = F.pad(x, (0, columns * width - x.shape[1], 0, rows * height - x.shape[0]))
+    padded = x
+    if x.shape != (rows * height, columns * width):
+        padded = F.pad(x, (0, columns * width - x.shape[1], 0, rows * height - x.shape[0]))
     blocks = padded.view(rows, height, columns, width)
     return blocks.abs().amax((1, 3)).float()
+
+
+def scale_blocks(
+    x: Float[Tensor, "M K"], scales: Float[Tensor, "rows columns"], height: int, width: int
+) -> Float[Tensor, "M K"]:
+    """Multiply every element of a matrix by the value of its block."""
+    if x.shape[0] % height or x.shape[1] % width:
+        return x * spread(scales, height, width, (x.shape[0], x.shape[1]))
+    blocks = x.view(scales.shape[0], height, scales.shape[1], width)
+    return (blocks * scales[:, None, :, None]).view(x.shape)
 
 
 def spread(

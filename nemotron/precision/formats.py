@@ -50,11 +50,11 @@ def round_e2m1(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Round to the nearest E2M1 value, ties to even, saturating at 6; NaN becomes 6."""
     magnitude = _magnitude(y)
     step = _step(magnitude)
-    return ((magnitude / step).round_() * step).copysign_(y.nan_to_num(E2M1_MAX))
+    return magnitude.div_(step).round_().mul_(step).copysign_(y)
 
 
 def round_e2m1_stochastically(
-    y: Float[Tensor, "*shape"], bits: Int[Tensor, "*shape"]
+    y: Float[Tensor, "*shape"], bits: UInt8[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
     """Round to one of the two neighbours, up with the probability of the distance from below.
 
@@ -62,11 +62,10 @@ def round_e2m1_stochastically(
     is rounded down to a multiple of 1/256.
     """
     magnitude = _magnitude(y)
-    # one rounding of |y| + u * step, as the fused instruction has
-    raised = (magnitude.double() + bits.double() / 256 * _step(magnitude).double()).float()
+    # the product is exact, so this is the one rounding that the fused instruction has
+    raised = bits.float().mul_(1 / 256).mul_(_step(magnitude)).add_(magnitude)
     step = _step(raised)
-    result = ((raised / step).floor_() * step).clamp_(max=E2M1_MAX)
-    return result.copysign_(y.nan_to_num(E2M1_MAX))
+    return raised.div_(step).floor_().mul_(step).clamp_(max=E2M1_MAX).copysign_(y)
 
 
 def encode_e2m1(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -74,14 +73,14 @@ def encode_e2m1(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     table = torch.zeros(int(2 * E2M1_MAX) + 1, dtype=torch.uint8, device=values.device)
     doubled = torch.tensor(E2M1_VALUES, device=values.device).mul(2).long()
     table[doubled] = torch.arange(8, dtype=torch.uint8, device=values.device)
-    codes = table[(values.abs() * 2).long()]
-    return codes | (values.signbit().to(torch.uint8) << 3)
+    codes = table.index_select(0, values.abs().mul_(2).int().flatten()).view(values.shape)
+    return codes.bitwise_or_(values.signbit().to(torch.uint8).bitwise_left_shift_(3))
 
 
 def decode_e2m1(codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return the value of each code."""
     table = torch.tensor((*E2M1_VALUES, *(-v for v in E2M1_VALUES)), device=codes.device)
-    return table[codes.long()]
+    return table.index_select(0, codes.int().flatten()).view(codes.shape)
 
 
 def pack_e2m1(codes: UInt8[Tensor, "*rows K"]) -> UInt8[Tensor, "*rows half"]:
@@ -115,9 +114,15 @@ def decode_e8m0(bytes_: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def _magnitude(y: Tensor) -> Tensor:
-    return y.float().abs().nan_to_num(E2M1_MAX).clamp_(max=E2M1_MAX)
+    """Return a new tensor of magnitudes up to 6; fmin takes the number beside a NaN."""
+    largest = torch.tensor(E2M1_MAX, device=y.device)
+    return torch.fmin(y.float().abs(), largest)
 
 
 def _step(magnitude: Tensor) -> Tensor:
-    """Return the distance of neighbours at each magnitude: 0.5 below 2, 1 below 4, then 2."""
-    return 0.5 + 0.5 * (magnitude >= 2) + (magnitude >= 4)
+    """Return the distance of neighbours at each magnitude: 0.5 below 2, 1 below 4, then 2.
+
+    That is half of the power of two in the magnitude, but at least 0.5.
+    """
+    power = magnitude.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    return power.clamp_(min=1).mul_(0.5)

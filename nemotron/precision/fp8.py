@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nemotron.precision.blocks import block_amax, spread
+from nemotron.precision.blocks import block_amax, scale_blocks
 from nemotron.precision.formats import E4M3, FLT_MAX, FP8, divide, to_fp8
 
 BLOCK = 128
@@ -36,10 +36,7 @@ class ScaledFP8:
 
     def dequantize(self) -> Float[Tensor, "M K"]:
         """Return the values in float32."""
-        rows, columns = self.elements.shape
-        return self.elements.float() * spread(
-            self.scale_inv, self.height, self.width, (rows, columns)
-        )
+        return scale_blocks(self.elements.float(), self.scale_inv, self.height, self.width)
 
 
 def quantize_current(
@@ -87,5 +84,5 @@ def encode_scale(
 
 
 def _cast(x: Tensor, format: FP8, scale: Tensor, height: int, width: int) -> ScaledFP8:
-    scaled = x.float() * spread(scale, height, width, (x.shape[0], x.shape[1]))
+    scaled = scale_blocks(x.float(), scale, height, width)
     return ScaledFP8(to_fp8(scaled, format), scale, 1 / scale, height, width)

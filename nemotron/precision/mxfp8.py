@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nemotron.precision.blocks import block_amax, spread
+from nemotron.precision.blocks import block_amax, scale_blocks
 from nemotron.precision.formats import E4M3, FP8, ceil_to_e8m0, decode_e8m0, power_of_two, to_fp8
 
 BLOCK = 32
@@ -33,10 +33,7 @@ class MXFP8:
 
     def dequantize(self) -> Float[Tensor, "M K"]:
         """Return the values in float32, exactly."""
-        rows, columns = self.elements.shape
-        return self.elements.float() * spread(
-            decode_e8m0(self.scales), self.height, BLOCK, (rows, columns)
-        )
+        return scale_blocks(self.elements.float(), decode_e8m0(self.scales), self.height, BLOCK)
 
 
 def quantize(x: Float[Tensor, "M K"], format: FP8 = E4M3, *, square: bool = False) -> MXFP8:
@@ -46,5 +43,4 @@ def quantize(x: Float[Tensor, "M K"], format: FP8 = E4M3, *, square: bool = Fals
     scales = ceil_to_e8m0(block_amax(x.float(), height, BLOCK) * reciprocal)
     # 2^(127 - byte): the float32 power of the opposite sign, down to the subnormal 2^-127
     factors = power_of_two(127 - scales.long())
-    shape = (x.shape[0], x.shape[1])
-    return MXFP8(to_fp8(x.float() * spread(factors, height, BLOCK, shape), format), scales, height)
+    return MXFP8(to_fp8(scale_blocks(x.float(), factors, height, BLOCK), format), scales, height)

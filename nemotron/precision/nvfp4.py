@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nemotron.precision.blocks import block_amax, spread
+from nemotron.precision.blocks import block_amax, scale_blocks, spread
 from nemotron.precision.formats import (
     E2M1_MAX,
     E4M3,
@@ -58,9 +58,7 @@ class NVFP4:
 
     def unscaled(self) -> Float[Tensor, "M K"]:
         """Return elements times block scales: at most 6 significant bits, exact in bfloat16."""
-        scales = self.scales.view(E4M3.dtype).float()
-        rows, columns = self.elements.shape
-        return self.elements * spread(scales, 1, BLOCK, (rows, columns))
+        return self._scaled(self.scales.view(E4M3.dtype).float())
 
     def dequantize(self) -> Float[Tensor, "M K"]:
         """Return the values in float32, in the kernel's order.
@@ -68,8 +66,11 @@ class NVFP4:
         Source: transformer_engine/common/cast/nvfp4/dequantize_nvfp4.cuh.
         """
         scales = self.scales.view(E4M3.dtype).float() * self.amax * _reciprocal(GLOBAL_MAX)
-        rows, columns = self.elements.shape
-        return self.elements * spread(scales, 1, BLOCK, (rows, columns))
+        return self._scaled(scales)
+
+    def _scaled(self, scales: Tensor) -> Tensor:
+        # where the rows do not divide by a square's, it has scales for more rows than there are
+        return scale_blocks(self.elements, scales[: self.elements.shape[0]], 1, BLOCK)
 
 
 @dataclass(frozen=True)
@@ -92,7 +93,7 @@ def quantize(
     *,
     square: bool = False,
     amax: Float[Tensor, ""] | None = None,
-    bits: Int[Tensor, "M K"] | None = None,
+    bits: UInt8[Tensor, "M K"] | None = None,
 ) -> NVFP4:
     """Quantise a matrix in blocks of 16 along its last dimension, or in squares of 16 by 16.
 
@@ -107,8 +108,7 @@ def quantize(
     scales = to_fp8((blocks * folded).clamp(max=FLT_MAX), E4M3)
     # one over a zero scale is infinite: such a block decodes to zeros, whatever its codes are
     factors = (1 / (scales.float() * (1 / encode))).clamp(max=FLT_MAX)
-    shape = (x.shape[0], x.shape[1])
-    y = wide * spread(factors, height, BLOCK, shape)
+    y = scale_blocks(wide, factors, height, BLOCK)
     elements = round_e2m1(y) if bits is None else round_e2m1_stochastically(y, bits)
     padded_rows = blocks.shape[0] * height
     per_row = spread(scales.view(torch.uint8), height, 1, (padded_rows, blocks.shape[1]))
