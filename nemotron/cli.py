@@ -84,12 +84,25 @@ def train(
 
 
 @recipe_app.command("show", epilog="Example: nemotron recipe show recipes/tiny/pretrain.yaml")
-def recipe_show(recipe: RecipeFile, overrides: Overrides = None) -> int:
+def recipe_show(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    precision: Annotated[
+        bool, typer.Option("--precision", help="Print the format of every linear layer instead.")
+    ] = False,
+) -> int:
     """Print the resolved recipe and where each value comes from."""
     from nemotron.recipe.load import load_recipe
     from nemotron.recipe.show import show
 
-    print(show(load_recipe(recipe, overrides or [])))
+    loaded = load_recipe(recipe, overrides or [])
+    if precision:
+        from nemotron.train.run import describe_precision
+
+        for line in describe_precision(loaded.config):
+            print(line)
+        return DONE
+    print(show(loaded))
     return DONE
 
 

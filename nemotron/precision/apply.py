@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.linear import quantized_grouped_linear, quantized_linear
 from nemotron.precision.policy import Assignment, kind_of, resolve
-from nemotron.precision.schemes import SCHEMES, Draw
+from nemotron.precision.schemes import SCHEMES, Draw, NVFP4Scheme
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -32,22 +32,33 @@ class Quantization:
 
     def __init__(self, model: nn.Module, config: PrecisionConfig, seed: int) -> None:
         self._model, self._config, self._seed = model, config, seed
-        self._preset: str | None = None
+        self.preset: str | None = None
+        options = config.nvfp4
+        self._schemes = SCHEMES | {
+            "nvfp4": NVFP4Scheme(
+                options.hadamard, options.stochastic_rounding, options.square_weights
+            )
+        }
         self._step = self._first_token = 0
         self._calls: dict[str, int] = {}
         self.table: list[Assignment] = []
         """What every linear layer computes in now."""
         self.begin(0, 0)
 
-    def begin(self, step: int, first_token: int) -> None:
-        """Enter a portion of a step, whose first token has this number in the whole batch."""
+    def begin(self, step: int, first_token: int) -> bool:
+        """Enter a portion of a step, whose first token has this number in the whole batch.
+
+        Returns whether the formats change here, to those of another preset.
+        """
         self._step, self._first_token = step, first_token
         self._calls.clear()
-        if (preset := preset_at(self._config, step)) != self._preset:
-            self._preset = preset
-            self.table = assign(self._model, self._config, preset)
-            for line in self.table:
-                self._bind(self._model.get_submodule(line.module), line)
+        if (preset := preset_at(self._config, step)) == self.preset:
+            return False
+        self.preset = preset
+        self.table = assign(self._model, self._config, preset)
+        for line in self.table:
+            self._bind(self._model.get_submodule(line.module), line)
+        return True
 
     def _bind(self, module: nn.Module, line: Assignment) -> None:
         grouped = line.kind == "moe.experts"
@@ -55,7 +66,7 @@ class Quantization:
         vars(module).pop(hook, None)
         if line.format == "bf16":
             return
-        scheme = SCHEMES[line.format]
+        scheme = self._schemes[line.format]
 
         def linear(x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])

@@ -42,6 +42,17 @@ class PrecisionSwitch(Section):
     """Formats from then on; the rules of the recipe stay in front."""
 
 
+class NVFP4Config(Section):
+    """Ingredients of NVFP4 training; each can be left out to see what it does."""
+
+    hadamard: bool = True
+    """Whether the weight gradient's operands are transformed."""
+    stochastic_rounding: bool = True
+    """Whether gradients are rounded stochastically."""
+    square_weights: bool = True
+    """Whether weights share a scale in squares of 16 instead of rows of 16."""
+
+
 class PrecisionConfig(Section):
     """Compute precision; the master weights and the optimizer's moments are always float32."""
 
@@ -53,6 +64,9 @@ class PrecisionConfig(Section):
     """Rules before those of the preset; the first that fits decides."""
     switches: Annotated[tuple[PrecisionSwitch, ...], Field(strict=False)] = ()
     """Changes of the preset during the run, in order."""
+
+    nvfp4: NVFP4Config = NVFP4Config()
+    """Ingredients of the format nvfp4."""
 
     @property
     def quantizes(self) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
+from nemotron.errors import UserError
 from nemotron.precision.config import PrecisionConfig, PrecisionRule
 
 KINDS = {
@@ -84,9 +85,13 @@ def kind_of(module: str) -> str | None:
 def resolve(
     modules: Sequence[str], num_blocks: int, config: PrecisionConfig, preset: str
 ) -> list[Assignment]:
-    """Return the assignment of every linear layer among the named modules, in order."""
+    """Return the assignment of every linear layer among the named modules, in order.
+
+    Raises:
+        UserError: when a rule of the recipe decides nothing.
+    """
     rules = [*config.rules, *PRESETS[preset].rules]
-    table = []
+    table, used = [], set()
     for module in modules:
         kind = kind_of(module)
         if kind is None:
@@ -96,10 +101,17 @@ def resolve(
         for rule in rules:
             if _fits(rule, module, kind, block, num_blocks):
                 table.append(Assignment(module, kind, rule.format, _why(rule, num_blocks)))
+                used.add(id(rule))
                 break
         else:
             default = PRESETS[preset].default
             table.append(Assignment(module, kind, default, f"default of {preset}"))
+    for number, rule in enumerate(config.rules):
+        if id(rule) not in used:
+            raise UserError(
+                f"precision.rules.{number} decides no layer ({_why(rule, num_blocks)}); remove it, "
+                "or correct its conditions or its place among the rules."
+            )
     return table
 
 

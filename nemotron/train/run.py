@@ -14,7 +14,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.describe import choose_backends, describe
 from nemotron.ops.registry import OPERATIONS
-from nemotron.precision.apply import DTYPES
+from nemotron.precision.apply import DTYPES, assign, preset_at
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course, plan_course
 from nemotron.train.flops import (
@@ -102,6 +102,27 @@ def dry_run(config: PretrainConfig) -> int:
     ):
         print(line)
     return DONE
+
+
+def describe_precision(config: PretrainConfig) -> list[str]:
+    """Return the format of every linear layer at the start and after each switch, with reasons.
+
+    Raises:
+        UserError: when a rule fits no layer.
+    """
+    with torch.device("meta"):
+        model = HybridLM(config.model)
+    lines = []
+    for step in (0, *(switch.step for switch in config.precision.switches)):
+        preset = preset_at(config.precision, step)
+        lines.append(f"from step {step}: preset {preset}")
+        table = assign(model, config.precision, preset)
+        width = max((len(line.module) for line in table), default=0)
+        lines += [
+            f"  {line.module:<{width}}  {line.format:<11}  {line.kind}: {line.reason}"
+            for line in table
+        ]
+    return lines
 
 
 def _pick_device(name: str) -> torch.device:

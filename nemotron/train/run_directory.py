@@ -17,7 +17,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from nemotron.checkpoint.find import steps
 from nemotron.errors import UserError
-from nemotron.files import try_lock, write_bytes, write_text
+from nemotron.files import try_lock, write_bytes, write_json, write_text
 from nemotron.train.config import PretrainConfig
 
 FREE_TO_CHANGE = (
@@ -51,6 +51,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.log = self.path / "log.txt"
         self.tokenizer = self.path / "tokenizer.json"
+        self.precision = self.path / "precision.json"
         self.checkpoints = self.path / "checkpoints"
         self._config = config
         self._lock = -1
@@ -133,6 +134,10 @@ class RunDirectory:
         """Write the resolved recipe and the tokenizer."""
         write_text(self.recipe, dump_recipe(self._config))
         write_bytes(self.tokenizer, tokenizer)
+
+    def write_precision(self, table: list[dict[str, str]]) -> None:
+        """Write which format each linear layer computes in, and why."""
+        write_json(self.precision, table)
 
     @property
     def _lock_path(self) -> Path:

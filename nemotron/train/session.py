@@ -14,6 +14,7 @@ from nemotron.errors import UserError
 from nemotron.ops.describe import choose_backends
 from nemotron.ops.describe import describe as describe_backends
 from nemotron.precision.apply import DTYPES
+from nemotron.precision.policy import summarize
 from nemotron.train import provenance
 from nemotron.train.flops import count_parameters
 from nemotron.train.metrics import MetricsFile, Record
@@ -157,6 +158,11 @@ class Session:
         screen.tell(f"model      {count.total:,} parameters, {count.active:,} active{mtp}")
         for line in describe_backends(choices, trainer.device):
             screen.tell(f"operations {line}")
+        if config.precision.quantizes:
+            table = trainer.quantization.table
+            folder.write_precision([asdict(line) for line in table])
+            for line in summarize(table):
+                screen.tell(f"precision  {line}")
         for line in data.describe():
             screen.tell(f"data       {line}")
         screen.tell(

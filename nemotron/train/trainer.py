@@ -80,6 +80,9 @@ class Trainer:
         """
         config, num_steps = self.config, self.course.num_steps
         for step in range(self.state.step, num_steps):
+            if self.quantization.begin(step, 0):
+                text = f"precision: preset {self.quantization.preset} from here on"
+                hooks.report(self._record("event", {"event": text}))
             result = self.train_step(step)
             is_last = step + 1 == num_steps
             if is_last or due(step, config.logging.every_steps):
@@ -159,6 +162,7 @@ class Trainer:
         load_tensors(info, tensors)
         torch.set_rng_state(tensors["rng.cpu"])
         self.state = TrainerState(**saved["trainer"])
+        self.quantization.begin(self.state.step, 0)
 
     def _record(self, kind: str, values: Record) -> Record:
         state = self.state

@@ -7,6 +7,8 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from nemotron.cli import run
+from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.precision.apply import Quantization, assign, preset_at
 from nemotron.precision.config import PrecisionConfig
@@ -71,6 +73,30 @@ def test_what_is_no_linear_layer_is_in_no_table():
     names = {line.module for line in assign(meta_model("tiny/pretrain.yaml"), config(), "nvfp4")}
     for part in ("gate", "norm", "conv1d", "embeddings", "lm_head", "eh_proj"):
         assert not [name for name in names if name.endswith(part)]
+
+
+def test_a_rule_that_decides_nothing_is_refused():
+    for rule in (
+        {"format": "bf16", "kind": "mamba.inproj"},
+        {"format": "bf16", "first_block": 10},
+    ):
+        rules = [{"format": "mxfp8", "kind": "moe.*"}, rule]
+        with pytest.raises(UserError, match=r"precision.rules.1 decides no layer \((kind|blocks)"):
+            assign(meta_model("tiny/pretrain.yaml"), config(rules=rules), "nvfp4")
+
+
+def test_the_table_is_shown_for_every_switch(capsys):
+    words = ["precision.compute=bf16", "precision.preset=nvfp4_super"]
+    words.append("precision.switches=[{step: 3, preset: mxfp8}]")
+    recipe = str(RECIPES / "tiny/pretrain.yaml")
+    assert run(["recipe", "show", recipe, *words, "--precision"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "from step 0: preset nvfp4_super"
+    assert "from step 3: preset mxfp8" in lines
+    [first] = [line for line in lines if "backbone.layers.0.mixer.out_proj" in line][:1]
+    assert first.split() == [
+        "backbone.layers.0.mixer.out_proj", "mxfp8", "mamba.out_proj:", "kind", "mamba.out_proj",
+    ]  # fmt: skip
 
 
 def test_switches_change_the_preset_at_their_step():

@@ -1,0 +1,59 @@
+"""A run in low precision: it learns, resumes to the bit, and changes its format when told."""
+
+import json
+from pathlib import Path
+
+import pytest
+from same_run import assert_same_run, final_tensors
+
+from nemotron.train.metrics import read_metrics
+from nemotron.train.run import train
+
+
+def precision(preset: str, **changes: object) -> dict:
+    return {"compute": "bf16", "preset": preset, **changes}
+
+
+@pytest.mark.parametrize("preset", ["nvfp4_super", "mxfp8", "fp8_current", "fp8_block"])
+def test_every_preset_learns(recipe, preset: str):
+    config = recipe(preset, precision=precision(preset))
+    assert train(config) == 0
+    records = read_metrics(Path(config.output) / preset / "metrics.jsonl")
+    losses = [r["loss/main"] for r in records if r["kind"] == "train"]
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_a_resumed_run_draws_the_same_bits_across_a_change_of_format(recipe, capsys):
+    changing = precision("nvfp4", switches=[{"step": 4, "preset": "mxfp8"}])
+    whole, stopped = (recipe(name, precision=changing) for name in ("whole", "stopped"))
+    assert train(whole) == 0
+    told = capsys.readouterr().out
+    assert "precision: preset mxfp8 from here on" in told
+    assert "precision  nvfp4       mamba.in_proj x 1: default of nvfp4" in told
+    for step in (2, 4, 6):
+        assert train(stopped, resume=step > 2, stop_at=step) == 75
+    assert train(stopped, resume=True) == 0
+    folder = Path(whole.output)
+    assert_same_run(folder / "stopped", folder / "whole")
+    assert all(t.dtype.itemsize != 1 for n, t in final_tensors(folder / "whole").items()
+               if n.startswith("model."))  # fmt: skip
+    table = json.loads((folder / "whole" / "precision.json").read_text())
+    assert {line["format"] for line in table} == {"nvfp4"}
+    plain = recipe("plain", precision=precision("nvfp4"))
+    assert train(plain) == 0
+    losses = [
+        [
+            r["loss/main"]
+            for r in read_metrics(folder / name / "metrics.jsonl")
+            if r["kind"] == "train"
+        ]
+        for name in ("whole", "plain")
+    ]
+    assert losses[0][:4] == losses[1][:4]
+    assert losses[0][5:] != losses[1][5:]
+
+
+def test_a_run_may_go_on_in_another_format(recipe):
+    assert train(recipe("moves", precision=precision("nvfp4")), stop_at=4) == 75
+    config = recipe("moves", precision=precision("bf16"))
+    assert train(config, resume=True, allow_changed=["precision"]) == 0

@@ -1,0 +1,137 @@
+"""Train one small model in each number format from the same seeds and data, and compare.
+
+    python tools/precision_study.py --out study [--seeds 1 2 3] [--steps 300] [--variants ...]
+
+Prints the final validation loss of each variant, relative to bfloat16 at the same seed, with its
+step time and peak memory, and draws the differences of the training losses. A run that is
+finished is not repeated, so the command can be given again with more seeds or variants.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.table import Table
+
+from nemotron.train.metrics import Record, read_metrics
+
+ROOT = Path(__file__).parents[1]
+BASE = "bf16"
+VARIANTS = {
+    BASE: ["precision.preset=bf16"],
+    "fp8_current": ["precision.preset=fp8_current"],
+    "mxfp8": ["precision.preset=mxfp8"],
+    "nvfp4_super": ["precision.preset=nvfp4_super"],
+    "nvfp4, no tail": ["precision.preset=nvfp4_super", "precision.rules=[{rule}]"],
+    "nvfp4, no Hadamard": ["precision.preset=nvfp4_super", "precision.nvfp4.hadamard=false"],
+    "nvfp4, nearest": ["precision.preset=nvfp4_super", "precision.nvfp4.stochastic_rounding=false"],
+    "nvfp4, 1-D weights": ["precision.preset=nvfp4_super", "precision.nvfp4.square_weights=false"],
+}
+"""Settings of each variant; without a tail the last blocks are quantised like the others."""
+NO_TAIL = "{format: nvfp4, kind: 'moe.*experts'}, {format: nvfp4, kind: mamba.in_proj}"
+SMOOTHED = 20
+"""Steps over which a drawn loss is averaged."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--recipe", default=str(ROOT / "recipes/tiny/smoke.yaml"))
+    parser.add_argument("--set", nargs="*", default=[], help="further settings, as KEY=VALUE")
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    runs: dict[tuple[str, int], list[Record]] = {}
+    for seed in options.seeds:
+        for variant in dict.fromkeys([BASE, *options.variants]):
+            runs[variant, seed] = run(options, variant, seed)
+            print(f"{variant}, seed {seed}: {final_loss(runs[variant, seed]):.4f}", flush=True)
+    report(options, runs)
+    draw(options, runs)
+
+
+def run(options: argparse.Namespace, variant: str, seed: int) -> list[Record]:
+    """Train a variant unless it is done; returns its metrics."""
+    name = f"{variant.replace(', ', '-').replace(' ', '-')}-{seed}-{options.steps}"
+    folder = options.out / "runs" / name
+    if not (folder / "finished").exists():
+        settings = [setting.replace("{rule}", NO_TAIL) for setting in VARIANTS[variant]]
+        command = [sys.executable, "-m", "nemotron", "train", options.recipe, f"name={name}"]
+        command += [f"output={options.out}/runs", f"data.cache={options.out}/cache", f"seed={seed}"]
+        command += [f"schedule.total_steps={options.steps}", "precision.compute=bf16", *settings]
+        command += options.set
+        if folder.exists():
+            command.append("--resume")
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        (folder / "finished").touch()
+    return read_metrics(folder / "metrics.jsonl")
+
+
+def final_loss(records: list[Record]) -> float:
+    return float([r for r in records if r["kind"] == "validation"][-1]["validation/loss"])
+
+
+def report(options: argparse.Namespace, runs: dict[tuple[str, int], list[Record]]) -> None:
+    """Print and store the table."""
+    table = Table("variant", *(f"seed {seed}" for seed in options.seeds), "mean", "step", "memory")
+    facts = {}
+    for variant in dict.fromkeys(v for v, _ in runs):
+        losses = [final_loss(runs[variant, seed]) for seed in options.seeds]
+        bases = [final_loss(runs[BASE, seed]) for seed in options.seeds]
+        gaps = [loss / base - 1 for loss, base in zip(losses, bases, strict=True)]
+        times, memory = costs(runs, variant, options.seeds)
+        base_times, base_memory = costs(runs, BASE, options.seeds)
+        facts[variant] = {"losses": losses, "gaps": gaps, "step_ratio": times / base_times}
+        table.add_row(
+            variant,
+            *(f"{loss:.4f} ({gap:+.2%})" for loss, gap in zip(losses, gaps, strict=True)),
+            f"{statistics.fmean(gaps):+.2%}",
+            f"{times / base_times:.2f}x",
+            f"{memory / base_memory:.2f}x",
+        )
+    Console(width=140).print(table)
+    (options.out / "study.json").write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def costs(
+    runs: dict[tuple[str, int], list[Record]], variant: str, seeds: list[int]
+) -> tuple[float, float]:
+    """Return the median seconds of a step and the peak memory in GiB, over all seeds."""
+    steps = [r for seed in seeds for r in runs[variant, seed] if r["kind"] == "train"]
+    seconds = statistics.median(float(r["perf/step_s"]) for r in steps)
+    return seconds, max(float(r["mem/peak_gib"]) for r in steps)
+
+
+def draw(options: argparse.Namespace, runs: dict[tuple[str, int], list[Record]]) -> None:
+    """Draw how far each variant's training loss lies from bfloat16's, averaged over the seeds."""
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.subplots()
+    for variant in dict.fromkeys(v for v, _ in runs if v != BASE):
+        gaps = []
+        for seed in options.seeds:
+            pairs = zip(losses_of(runs[variant, seed]), losses_of(runs[BASE, seed]), strict=True)
+            gaps.append([a / b - 1 for a, b in pairs])
+        mean = [statistics.fmean(step) for step in zip(*gaps, strict=True)]
+        smooth = [statistics.fmean(mean[max(0, i - SMOOTHED) : i + 1]) for i in range(len(mean))]
+        axes.plot(range(1, len(smooth) + 1), [100 * gap for gap in smooth], label=variant)
+    axes.axhline(0, color="black", linewidth=0.8)
+    axes.set(xlabel="step", ylabel="training loss over bfloat16's, %")
+    axes.legend()
+    figure.savefig(options.out / "losses.png", dpi=120)
+
+
+def losses_of(records: list[Record]) -> list[float]:
+    return [float(r["loss/main"]) for r in records if r["kind"] == "train"]
+
+
+if __name__ == "__main__":
+    main()
