@@ -58,6 +58,8 @@ class Screen:
                 self._print(self._progress.line(self._columns()))
         elif record["kind"] == "validation":
             self.tell(_validation_line(record))
+        elif record["kind"] == "event":
+            self.tell(f"step {record['step']}: {record['event']}")
         self._refresh()
 
     def tell(self, text: str) -> None:

@@ -162,7 +162,7 @@ class Trainer:
         load_tensors(info, tensors)
         torch.set_rng_state(tensors["rng.cpu"])
         self.state = TrainerState(**saved["trainer"])
-        self.quantization.begin(self.state.step, 0)
+        self.quantization.begin(max(0, self.state.step - 1), 0)
 
     def _record(self, kind: str, values: Record) -> Record:
         state = self.state
