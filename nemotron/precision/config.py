@@ -71,9 +71,15 @@ class PrecisionConfig(Section):
     @property
     def quantizes(self) -> bool:
         """Whether any layer may be quantised at any time."""
+        return any(name != "bf16" for name in self._named())
+
+    def names(self, start: str) -> bool:
+        """Say whether a preset or rule of that name, or beginning with it, is given."""
+        return any(name.startswith(start) for name in self._named())
+
+    def _named(self) -> list[str]:
         presets = [self.preset, *(switch.preset for switch in self.switches)]
-        formats = [*presets, *(rule.format for rule in self.rules)]
-        return any(name != "bf16" for name in formats)
+        return [*presets, *(rule.format for rule in self.rules)]
 
     @model_validator(mode="after")
     def _check(self) -> "PrecisionConfig":

@@ -28,7 +28,13 @@ def philox(counter: Int[Tensor, "calls 4"], key: tuple[int, int]) -> Int[Tensor,
 
 
 def random_bytes(
-    rows: int, columns: int, *, key: tuple[int, int], first_row: int = 0, stream: int = 0
+    rows: int,
+    columns: int,
+    *,
+    key: tuple[int, int],
+    first_row: int = 0,
+    stream: int = 0,
+    device: torch.device | str = "cpu",
 ) -> UInt8[Tensor, "rows columns"]:
     """Return 8 random bits for each element of a matrix.
 
@@ -36,11 +42,13 @@ def random_bytes(
     the number of the first row: a part of a matrix gets the bits that it has in the whole.
     """
     calls = -(-columns // BYTES_PER_CALL)
-    row = torch.arange(first_row, first_row + rows).repeat_interleave(calls)
-    call = torch.arange(calls).repeat(rows)
+    row = torch.arange(first_row, first_row + rows, device=device).repeat_interleave(calls)
+    call = torch.arange(calls, device=device).repeat(rows)
     counter = torch.stack([call, row & LOW, row >> 32, torch.full_like(row, stream)], -1)
-    words = philox(counter, key).to(torch.uint32)  # little-endian: the low byte comes first
-    return words.view(torch.uint8).view(rows, calls * BYTES_PER_CALL)[:, :columns]
+    words = philox(counter, key)
+    # of each word the four low bytes, the lowest first
+    low = words.view(torch.uint8).view(-1, BYTES_PER_CALL // 4, 8)[:, :, :4]
+    return low.reshape(rows, calls * BYTES_PER_CALL)[:, :columns]
 
 
 def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:

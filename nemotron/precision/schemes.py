@@ -6,6 +6,7 @@ Source: NVIDIA/TransformerEngine: transformer_engine/common/recipe/__init__.py.
 """
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch.nn.functional as F
@@ -107,12 +108,10 @@ class NVFP4Scheme:
         turned = self._turned(dy)
         row_bits = turned_bits = None
         if self.stochastic and draw is not None:
-            size, first = (dy.shape[0], dy.shape[1]), draw.first_token
-            row_bits = random_bytes(*size, key=draw.key, first_row=first, stream=0)
-            by_token = random_bytes(
-                turned.shape[1], size[1], key=draw.key, first_row=first, stream=1
-            )
-            turned_bits = by_token.T
+            columns = dy.shape[1]
+            bits = partial(random_bytes, key=draw.key, first_row=draw.first_token, device=dy.device)
+            row_bits = bits(dy.shape[0], columns, stream=0)
+            turned_bits = bits(turned.shape[1], columns, stream=1).T
         return (
             _nvfp4_operand(nvfp4.quantize(dy, bits=row_bits)),
             _nvfp4_operand(nvfp4.quantize(turned, bits=turned_bits)),

@@ -128,5 +128,7 @@ def _conditions(config: PretrainConfig, course: Course) -> Iterator[tuple[list[s
     whole = data.packing.kind != "concatenate"
     yield ["data.packing.long_documents"], not whole, "data.packing.kind = concatenate"
     yield ["data.mask_eod_loss"], whole, f"data.packing.kind = {data.packing.kind}"
+    ingredients = [f"precision.nvfp4.{name}" for name in type(config.precision.nvfp4).model_fields]
+    yield ingredients, not config.precision.names("nvfp4"), "no layer is in nvfp4"
     trackers = config.logging.trackers
     yield ["logging.project"], not trackers, "logging.trackers is empty"

@@ -141,3 +141,14 @@ def test_ingredients_can_be_left_out():
     for change in ({"hadamard": False}, {"stochastic": False}, {"square_weights": False}):
         other = run(quantized_linear, x, weight, dy, NVFP4Scheme(**change), DRAW)
         assert any(not torch.equal(a, b) for a, b in zip(full, other, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", SCHEMES)
+def test_a_gpu_quantises_to_the_same_values(name: str):
+    x, weight, dy = inputs()
+    here = run(quantized_linear, x, weight, dy, SCHEMES[name], DRAW)
+    there = run(quantized_linear, x.cuda(), weight.cuda(), dy.cuda(), SCHEMES[name], DRAW)
+    for ours, theirs in zip(here, there, strict=True):
+        # the same operands; float32 sums in another order, then one rounding to bfloat16
+        assert (theirs.cpu().float() - ours.float()).norm() <= 2**-8 * ours.float().norm()
