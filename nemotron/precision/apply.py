@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.linear import quantized_grouped_linear, quantized_linear
 from nemotron.precision.policy import Assignment, kind_of, resolve
-from nemotron.precision.schemes import SCHEMES, Draw, NVFP4Scheme
+from nemotron.precision.schemes import SCHEMES, Draw, NVFP4Scheme, Scheme
+from nemotron.precision.telemetry import Telemetry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -41,6 +42,7 @@ class Quantization:
         }
         self._step = self._first_token = 0
         self._calls: dict[str, int] = {}
+        self._observed = Telemetry()
         self.table: list[Assignment] = []
         """What every linear layer computes in now."""
         self.begin(0, 0)
@@ -60,6 +62,22 @@ class Quantization:
             self._bind(self._model.get_submodule(line.module), line)
         return True
 
+    def metrics(self) -> dict[str, float]:
+        """Return what was measured of the operands since this was last asked for."""
+        return self._observed.take()
+
+    def _is_observed(self) -> bool:
+        every = self._config.observe_every_steps
+        return every is not None and (self._step + 1) % every == 0 and torch.is_grad_enabled()
+
+    def _observe(self, name: str, scheme: Scheme, x: Tensor, weight: Tensor, y: Tensor) -> None:
+        """Measure the operands of a product; the gradient's when it comes."""
+        observe, narrow = self._observed.observe, weight.detach().to(torch.bfloat16)
+        observe(name, "x", x, scheme.activation(x.detach()))
+        observe(name, "w", narrow, scheme.weight(narrow)[0])
+        if y.requires_grad:
+            y.register_hook(lambda dy: observe(name, "dy", dy, scheme.gradient(dy, None)[0]))
+
     def _bind(self, module: nn.Module, line: Assignment) -> None:
         grouped = line.kind == "moe.experts"
         hook = "multiply" if grouped else "forward"
@@ -71,11 +89,19 @@ class Quantization:
         def linear(x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
             y = quantized_linear(rows, _weight(module), scheme, self._draw(line.module))
+            if self._is_observed():
+                self._observe(line.module, scheme, rows, _weight(module), y)
             return y.view(*x.shape[:-1], -1)
 
         def experts(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
             draw = self._draw(line.module)
-            return quantized_grouped_linear(rows, weight, counts, scheme, draw)
+            y = quantized_grouped_linear(rows, weight, counts, scheme, draw)
+            if self._is_observed():
+                shares = counts.tolist()
+                parts = zip(rows.split(shares), weight, y.split(shares), strict=True)
+                for x, matrix, product in (part for part in parts if part[0].numel()):
+                    self._observe(line.module, scheme, x, matrix, product)
+            return y
 
         function: Callable[..., Tensor] = experts if grouped else linear
         vars(module)[hook] = function

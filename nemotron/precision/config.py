@@ -65,6 +65,8 @@ class PrecisionConfig(Section):
     switches: Annotated[tuple[PrecisionSwitch, ...], Field(strict=False)] = ()
     """Changes of the preset during the run, in order."""
 
+    observe_every_steps: int | None = Field(None, gt=0)
+    """Optimizer steps between measurements of what quantising does; absent: none."""
     nvfp4: NVFP4Config = NVFP4Config()
     """Ingredients of the format nvfp4."""
 

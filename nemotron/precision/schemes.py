@@ -5,16 +5,17 @@ needed along two: `row` along its last dimension, `turned` along its first.
 Source: NVIDIA/TransformerEngine: transformer_engine/common/recipe/__init__.py.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.precision import fp8, hadamard, mxfp8, nvfp4
-from nemotron.precision.formats import E4M3, E5M2
+from nemotron.precision.formats import E2M1_MAX, E4M3, E5M2
 from nemotron.precision.random_bits import random_bytes
 
 
@@ -23,6 +24,10 @@ class Operand:
     """A decoded side of a product: `values` along the contracted dimension, times `scale`."""
 
     values: Float[Tensor, "rows K"]
+    elements: Tensor
+    """[rows, K]: what the codes alone stand for."""
+    largest: float
+    """Largest magnitude that a code stands for."""
     scale: Float[Tensor, ""] | None = None
 
 
@@ -76,9 +81,8 @@ class KeptNVFP4:
 
     def operand(self) -> Operand:
         """Decode elements and block scales; the global scale is left to the product."""
-        found = self.matrix.unpack()
-        values = found.unscaled()
-        return Operand(values.T if self.turned else values, found.scale)
+        operand = _nvfp4_operand(self.matrix.unpack())
+        return _turned(operand) if self.turned else operand
 
 
 @dataclass(frozen=True)
@@ -133,8 +137,8 @@ class KeptFP8:
 
     def operand(self) -> Operand:
         """Decode it."""
-        values = self.matrix.dequantize()
-        return Operand(values.T if self.turned else values)
+        operand = _fp8_operand(self.matrix)
+        return _turned(operand) if self.turned else operand
 
 
 @dataclass(frozen=True)
@@ -145,18 +149,18 @@ class MXFP8Scheme:
     """
 
     def activation(self, x: Float[Tensor, "M K"]) -> Operand:
-        return Operand(mxfp8.quantize(x).dequantize())
+        return _fp8_operand(mxfp8.quantize(x))
 
     def kept_activation(self, x: Float[Tensor, "M K"]) -> KeptFP8:
         return KeptFP8(mxfp8.quantize(x.T.contiguous()))
 
     def weight(self, w: Float[Tensor, "N K"]) -> tuple[Operand, KeptFP8]:
         turned = KeptFP8(mxfp8.quantize(w.T.contiguous()))
-        return Operand(mxfp8.quantize(w).dequantize()), turned
+        return _fp8_operand(mxfp8.quantize(w)), turned
 
     def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Operand, Operand]:
         turned = mxfp8.quantize(dy.T.contiguous())
-        return Operand(mxfp8.quantize(dy).dequantize()), Operand(turned.dequantize())
+        return _fp8_operand(mxfp8.quantize(dy)), _fp8_operand(turned)
 
 
 @dataclass(frozen=True)
@@ -167,18 +171,18 @@ class CurrentFP8Scheme:
     """
 
     def activation(self, x: Float[Tensor, "M K"]) -> Operand:
-        return Operand(fp8.quantize_current(x, E4M3).dequantize())
+        return _fp8_operand(fp8.quantize_current(x, E4M3))
 
     def kept_activation(self, x: Float[Tensor, "M K"]) -> KeptFP8:
         return KeptFP8(fp8.quantize_current(x, E4M3), turned=True)
 
     def weight(self, w: Float[Tensor, "N K"]) -> tuple[Operand, KeptFP8]:
         found = fp8.quantize_current(w, E4M3)
-        return Operand(found.dequantize()), KeptFP8(found, turned=True)
+        return _fp8_operand(found), KeptFP8(found, turned=True)
 
     def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Operand, Operand]:
-        values = fp8.quantize_current(dy, E5M2).dequantize()
-        return Operand(values), Operand(values.T)
+        found = _fp8_operand(fp8.quantize_current(dy, E5M2))
+        return found, _turned(found)
 
 
 @dataclass(frozen=True)
@@ -189,22 +193,31 @@ class BlockFP8Scheme:
     """
 
     def activation(self, x: Float[Tensor, "M K"]) -> Operand:
-        return Operand(fp8.quantize_blocks(x).dequantize())
+        return _fp8_operand(fp8.quantize_blocks(x))
 
     def kept_activation(self, x: Float[Tensor, "M K"]) -> KeptFP8:
         return KeptFP8(fp8.quantize_blocks(x.T.contiguous()))
 
     def weight(self, w: Float[Tensor, "N K"]) -> tuple[Operand, KeptFP8]:
         found = fp8.quantize_blocks(w, square=True)
-        return Operand(found.dequantize()), KeptFP8(found, turned=True)
+        return _fp8_operand(found), KeptFP8(found, turned=True)
 
     def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Operand, Operand]:
         turned = fp8.quantize_blocks(dy.T.contiguous())
-        return Operand(fp8.quantize_blocks(dy).dequantize()), Operand(turned.dequantize())
+        return _fp8_operand(fp8.quantize_blocks(dy)), _fp8_operand(turned)
 
 
 def _nvfp4_operand(found: nvfp4.NVFP4) -> Operand:
-    return Operand(found.unscaled(), found.scale)
+    return Operand(found.unscaled(), found.elements, E2M1_MAX, found.scale)
+
+
+def _fp8_operand(found: mxfp8.MXFP8 | fp8.ScaledFP8) -> Operand:
+    largest = torch.finfo(found.elements.dtype).max
+    return Operand(found.dequantize(), found.elements, largest)
+
+
+def _turned(operand: Operand) -> Operand:
+    return replace(operand, values=operand.values.T, elements=operand.elements.T)
 
 
 SCHEMES: dict[str, Scheme] = {

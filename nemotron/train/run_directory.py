@@ -31,6 +31,7 @@ FREE_TO_CHANGE = (
     "data.cache",
     "data.max_epochs",
     "data.prefetch_steps",
+    "precision.observe_every_steps",
     "ops",
     "checkpoint",
     "evaluation",

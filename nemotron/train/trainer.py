@@ -179,6 +179,7 @@ class Trainer:
         return {
             **result.values(self.model, self.peak_flops / flops),
             **self._tokens_by_source(step + 1),
+            **self.quantization.metrics(),
             "skipped_steps": self.state.skipped_steps,
             **memory_values(self.device),
         }
