@@ -25,6 +25,14 @@ class PrecisionRule(Section):
     """Last block of a range."""
     tail: float | None = Field(None, gt=0, le=1)
     """Share of the blocks, counted from the end, rounded to whole blocks."""
+    tail_blocks: int | None = Field(None, gt=0)
+    """Number of blocks, counted from the end."""
+
+    @property
+    def is_of_blocks(self) -> bool:
+        """Whether the rule names blocks, so that layers outside the stack never fit."""
+        limits = (self.first_block, self.last_block, self.tail, self.tail_blocks)
+        return any(limit is not None for limit in limits)
 
     @model_validator(mode="after")
     def _check(self) -> "PrecisionRule":

@@ -1,6 +1,6 @@
 """The random Hadamard transform of the weight gradient's operands, in chunks of 16 tokens.
 
-Source: NVIDIA/TransformerEngine: transformer_engine/pytorch/tensor/nvfp4_tensor.py.
+Source: NVIDIA/TransformerEngine: transformer_engine/pytorch/custom_recipes/reference_nvfp4.py.
 """
 
 from functools import cache

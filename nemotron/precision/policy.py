@@ -44,8 +44,10 @@ def _rule(format: str, **conditions: object) -> PrecisionRule:
 
 PRESETS = {
     "bf16": Preset((), "bf16"),
-    "fp8_current": Preset((_rule("bf16", last_block=1), _rule("bf16", tail=2 / 88)), "fp8_current"),
-    "fp8_block": Preset((_rule("bf16", last_block=1), _rule("bf16", tail=2 / 88)), "fp8_block"),
+    "fp8_current": Preset(
+        (_rule("bf16", last_block=1), _rule("bf16", tail_blocks=2)), "fp8_current"
+    ),
+    "fp8_block": Preset((_rule("bf16", last_block=1), _rule("bf16", tail_blocks=2)), "fp8_block"),
     "mxfp8": Preset((), "mxfp8"),
     "nvfp4": Preset((), "nvfp4"),
     "nvfp4_super": Preset(
@@ -131,15 +133,16 @@ def _fits(rule: PrecisionRule, module: str, kind: str, block: int | None, num_bl
         return False
     if rule.name is not None and not fnmatchcase(module, rule.name):
         return False
-    in_range = (rule.first_block, rule.last_block, rule.tail) != (None, None, None)
-    if in_range and block is None:
-        return False
     if block is None:
-        return True
-    first = rule.first_block or 0
-    if rule.tail is not None:
-        first = max(first, num_blocks - tail_blocks(rule.tail, num_blocks))
+        return not rule.is_of_blocks
+    first = max(rule.first_block or 0, num_blocks - _tail(rule, num_blocks))
     return first <= block <= (num_blocks if rule.last_block is None else rule.last_block)
+
+
+def _tail(rule: PrecisionRule, num_blocks: int) -> int:
+    """Return how many blocks at the end a rule allows."""
+    by_share = num_blocks if rule.tail is None else tail_blocks(rule.tail, num_blocks)
+    return min(by_share, num_blocks if rule.tail_blocks is None else rule.tail_blocks)
 
 
 def _why(rule: PrecisionRule, num_blocks: int) -> str:
@@ -148,8 +151,8 @@ def _why(rule: PrecisionRule, num_blocks: int) -> str:
         parts.append(f"kind {rule.kind}")
     if rule.name is not None:
         parts.append(f"name {rule.name}")
-    if rule.tail is not None:
-        parts.append(f"last {tail_blocks(rule.tail, num_blocks)} of {num_blocks} blocks")
+    if rule.tail is not None or rule.tail_blocks is not None:
+        parts.append(f"last {_tail(rule, num_blocks)} of {num_blocks} blocks")
     if rule.first_block is not None or rule.last_block is not None:
         last = num_blocks - 1 if rule.last_block is None else rule.last_block
         parts.append(f"blocks {rule.first_block or 0} to {last}")

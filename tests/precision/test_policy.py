@@ -54,6 +54,14 @@ def test_a_tail_is_the_share_of_any_depth():
     assert [tail_blocks(14 / 88, depth) for depth in (88, 52, 10, 4)] == [14, 8, 2, 1]
 
 
+@pytest.mark.parametrize("preset", ["fp8_current", "fp8_block"])
+def test_fp8_leaves_two_blocks_at_either_end(preset: str):
+    table = assign(meta_model("tiny/pretrain.yaml"), config(), preset)
+    kept = {line.module.split(".")[2] for line in table if line.format == "bf16"}
+    assert kept == {"0", "1", "8", "9"}
+    assert {line.format for line in table} == {"bf16", preset}
+
+
 def test_the_first_rule_that_fits_decides_and_rules_come_before_the_preset():
     rules = [
         {"format": "bf16", "name": "backbone.layers.0.*"},
