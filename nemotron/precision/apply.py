@@ -88,13 +88,14 @@ class Quantization:
 
         def linear(x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
-            y = quantized_linear(rows, _weight(module), scheme, self._draw(line.module))
+            draw = self._draw(line.module, by_token=True)
+            y = quantized_linear(rows, _weight(module), scheme, draw)
             if self._is_observed():
                 self._observe(line.module, scheme, rows, _weight(module), y)
             return y.view(*x.shape[:-1], -1)
 
         def experts(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-            draw = self._draw(line.module)
+            draw = self._draw(line.module, by_token=False)
             y = quantized_grouped_linear(rows, weight, counts, scheme, draw)
             if self._is_observed():
                 shares = counts.tolist()
@@ -106,11 +107,13 @@ class Quantization:
         function: Callable[..., Tensor] = experts if grouped else linear
         vars(module)[hook] = function
 
-    def _draw(self, module: str) -> Draw:
+    def _draw(self, module: str, *, by_token: bool) -> Draw:
+        """Name the bits of a call; rows sorted by expert have no token's number of their own."""
         call = self._calls[module] = self._calls.get(module, -1) + 1
-        name = f"{self._seed}/{self._step}/{module}/{call}"
+        portion = "" if by_token else f"/{self._first_token}"
+        name = f"{self._seed}/{self._step}/{module}/{call}{portion}"
         digest = xxhash.xxh64_intdigest(name.encode())
-        return Draw((digest >> 32, digest & 0xFFFFFFFF), self._first_token)
+        return Draw((digest >> 32, digest & 0xFFFFFFFF), self._first_token if by_token else 0)
 
 
 def preset_at(config: PrecisionConfig, step: int) -> str:

@@ -146,3 +146,18 @@ def test_a_model_changes_its_formats_and_keeps_its_parameters():
 def test_settings_that_cannot_be_meant_are_refused(values: dict, sentence: str):
     with pytest.raises(ValidationError, match=sentence):
         config(**values)
+
+
+def test_every_layer_call_step_and_portion_draws_bits_of_its_own():
+    model = HybridLM(load_recipe(RECIPES / "tiny/smoke.yaml").config.model)
+    quantization = Quantization(model, config(preset="nvfp4"), seed=3)
+    draws = []
+    for step, first_token in ((0, 0), (0, 64), (1, 0)):
+        quantization.begin(step, first_token)
+        for name in ("a", "b", "a"):
+            for by_token in (True, False):
+                draws.append(quantization._draw(name, by_token=by_token))
+    assert len(set(draws)) == len(draws)
+    quantization.begin(0, 64)
+    again = [quantization._draw(n, by_token=b) for n in ("a", "b", "a") for b in (True, False)]
+    assert again == draws[6:12]
