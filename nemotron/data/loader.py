@@ -73,6 +73,11 @@ class TrainingData:
         """Sources with held-out text, in the recipe's order."""
         return list(self._held_out)
 
+    @property
+    def has_conversations(self) -> bool:
+        """Whether any source says which of its tokens are learned."""
+        return any(tokens.train.is_supervised for tokens in self.tokens.values())
+
     def seq_len(self, step: int) -> int:
         """Return the tokens in a row of this step."""
         return self.mixtures.locate(step)[0].seq_len

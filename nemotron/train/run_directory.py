@@ -136,6 +136,19 @@ class RunDirectory:
         write_text(self.recipe, dump_recipe(self._config))
         write_bytes(self.tokenizer, tokenizer)
 
+    def write_chat_files(self, template: str, eos_ids: list[int], others: dict[str, int]) -> None:
+        """Write what an export of a model that learned conversations brings along.
+
+        `hf/` holds companions that take the place of an export's own: the chat template, and the
+        tokens at which generation stops.
+        """
+        companions = self.path / "hf"
+        companions.mkdir(exist_ok=True)
+        write_text(companions / "chat_template.jinja", template)
+        sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
+        ids = {"eos_token_id": eos_ids, **others}
+        write_json(companions / "generation_config.json", ids | sampling)
+
     def write_precision(self, table: list[dict[str, str]]) -> None:
         """Write which format each linear layer computes in, and why."""
         write_json(self.precision, table)

@@ -10,6 +10,7 @@ from pathlib import Path
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.manifest import folder_name
 from nemotron.checkpoint.write import CheckpointNotSaved, save
+from nemotron.data.chat.template import TEMPLATE, TURN_END
 from nemotron.errors import UserError
 from nemotron.ops.describe import choose_backends
 from nemotron.ops.describe import describe as describe_backends
@@ -144,6 +145,13 @@ class Session:
         trainer, folder, screen = self._trainer, self._folder, self._screen
         config, data = trainer.config, trainer.data
         folder.write_description(data.tokenizer.content)
+        if data.has_conversations:
+            ends = dict.fromkeys([config.model.eos_token_id, data.tokenizer.id(TURN_END)])
+            others = {
+                "bos_token_id": config.model.bos_token_id,
+                "pad_token_id": config.model.pad_token_id,
+            }
+            folder.write_chat_files(TEMPLATE, list(ends), others)
         count = count_parameters(trainer.model, config.model)
         sizes = {"parameters": count.total, "active": count.active, "mtp": count.mtp}
         facts = provenance.collect(trainer.device)

@@ -14,6 +14,9 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 TEMPLATE = resources.files(__package__).joinpath("template.jinja").read_text(encoding="utf-8")
 """Our chat template, as it stands in an export."""
 
+TURN_END = "<|im_end|>"
+"""Token at the end of a turn, at which generation stops."""
+
 PAGE = "page being written"  # no name of a template can have spaces
 
 
