@@ -1,6 +1,7 @@
 """The rows of one source: a shuffled order of them for each pass, computed for any row."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -85,7 +86,7 @@ class Source:
         self.name = name
         self.seq_len = seq_len
         self._seed = seed
-        self._reader = row_reader(name, tokens.train, tokens.identity, data, seq_len, limit)
+        self._reader = row_reader(name, tokens.train, lambda: tokens.identity, data, seq_len, limit)
         plan = self._reader.plan
         available = tokens.train.num_tokens
         # the window of the last row may end at the first token again
@@ -127,7 +128,7 @@ class HeldOut:
 
     def __init__(self, name: str, stream: Stream, data: DataConfig, limit: int) -> None:
         self._seq_len = data.seq_len
-        self._reader = row_reader(name, stream, stream.identity(), data, data.seq_len, limit)
+        self._reader = row_reader(name, stream, stream.identity, data, data.seq_len, limit)
 
     def rows(self, count: int) -> list[Row]:
         """Return up to `count` rows; the last one may be shorter."""
@@ -140,9 +141,16 @@ class HeldOut:
 
 
 def row_reader(
-    name: str, stream: Stream, identity: str, data: DataConfig, seq_len: int, limit: int
+    name: str,
+    stream: Stream,
+    identity: Callable[[], str],
+    data: DataConfig,
+    seq_len: int,
+    limit: int,
 ) -> RowReader:
     """Return what makes rows of a stream, after checking that the packing fits its documents.
+
+    `identity` is asked for only where rows are planned: of foreign shards it reads every file.
 
     Raises:
         UserError: when conversations would be cut, or samples counted where there are none.
@@ -162,5 +170,5 @@ def row_reader(
         )
     plan = None
     if packing.kind != "concatenate":
-        plan = plan_rows(stream, identity, seq_len + 1, packing, Path(data.cache))
+        plan = plan_rows(stream, identity(), seq_len + 1, packing, Path(data.cache))
     return RowReader(stream, seq_len, limit, plan, data.objective == "samples")

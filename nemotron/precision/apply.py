@@ -6,6 +6,7 @@ import torch
 import xxhash
 from torch import Tensor, nn
 
+from nemotron.ops.grouped_linear.loop import groups_of
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.linear import quantized_grouped_linear, quantized_linear
 from nemotron.precision.policy import Assignment, kind_of, resolve
@@ -98,10 +99,8 @@ class Quantization:
             draw = self._draw(line.module, by_token=False)
             y = quantized_grouped_linear(rows, weight, counts, scheme, draw)
             if self._is_observed():
-                shares = counts.tolist()
-                parts = zip(rows.split(shares), weight, y.split(shares), strict=True)
-                for x, matrix, product in (part for part in parts if part[0].numel()):
-                    self._observe(line.module, scheme, x, matrix, product)
+                for expert, share in groups_of(counts):
+                    self._observe(line.module, scheme, rows[share], weight[expert], y[share])
             return y
 
         function: Callable[..., Tensor] = experts if grouped else linear

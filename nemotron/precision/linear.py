@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron.ops.grouped_linear.loop import groups_of
 from nemotron.precision.schemes import Draw, Kept, Scheme, multiply
 
 
@@ -47,7 +48,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.scheme, ctx.draw = scheme, draw
         y = x.new_empty(x.shape[0], weight.shape[1])
         ctx.groups = []
-        for expert, rows in _groups(counts):
+        for expert, rows in groups_of(counts):
             row, turned = scheme.weight(weight[expert].to(torch.bfloat16))
             kept = scheme.kept_activation(x[rows]) if ctx.needs_input_grad[1] else None
             ctx.groups.append((expert, rows, turned, kept))
@@ -101,13 +102,3 @@ def quantized_grouped_linear(
     An expert without rows is skipped; its gradient is zero.
     """
     return _GroupedLinear.apply(x, weight, counts, scheme, draw)
-
-
-def _groups(counts: Tensor) -> list[tuple[int, slice]]:
-    """Return each expert that has rows, with its rows."""
-    groups, start = [], 0
-    for expert, count in enumerate(counts.tolist()):
-        if count:
-            groups.append((expert, slice(start, start + count)))
-        start += count
-    return groups

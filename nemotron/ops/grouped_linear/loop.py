@@ -13,7 +13,7 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        ctx.groups = _groups(counts)
+        ctx.groups = groups_of(counts)
         y = x.new_empty(x.shape[0], weight.shape[1])
         for expert, rows in ctx.groups:
             torch.mm(x[rows], weight[expert].T, out=y[rows])
@@ -35,8 +35,8 @@ class _GroupedLinear(torch.autograd.Function):
         return grad_x, grad_weight, None
 
 
-def _groups(counts: Tensor) -> list[tuple[int, slice]]:
-    """Return each expert that has rows, with its rows."""
+def groups_of(counts: Tensor) -> list[tuple[int, slice]]:
+    """Return each expert that has rows, with its rows; waits for the device of the counts."""
     groups, start = [], 0
     for expert, count in enumerate(counts.tolist()):
         if count:
