@@ -80,6 +80,7 @@ def prepare(
                     f"{', '.join(sources)}: there is no document to train on "
                     f"({_why_empty(receipts)}); nothing was written."
                 )
+            _remove_unfinished(folder)  # what an orphan of a killed command began while it died
             manifest = assemble(receipts, folder, encoder, options, made.inputs)
             if out.exists():
                 shutil.rmtree(out)
@@ -214,18 +215,24 @@ _worker: tuple[Job, "Synchronized[int]", Tokenizer] | None = None
 
 def _start_worker(job: Job, counter: "Synchronized[int]") -> None:
     global _worker
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    _worker = job, counter, load_tokenizer(job.tokenizer)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    if connection.wait([_parent_sentinel()], timeout=0):
+        os._exit(1)  # the parent died while this process was starting
     threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
+    _worker = job, counter, load_tokenizer(job.tokenizer)
 
 
 def _end_with_parent() -> None:
     """Die when the parent does: nobody would clean up after an orphan that still writes."""
+    connection.wait([_parent_sentinel()])
+    os._exit(1)
+
+
+def _parent_sentinel() -> int:
     parent = multiprocessing.parent_process()
     assert parent is not None
-    connection.wait([parent.sentinel])
-    os._exit(1)
+    return parent.sentinel
 
 
 def _work_here(unit: Unit) -> Receipt:
