@@ -75,7 +75,7 @@ class Ours:
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:, :-1] = tokens[:, 1:]
         batch = Batch(tokens, labels, seq_idx=None)
-        return objective(losses(self.model, batch, config), count_tokens(batch, 0), config)
+        return objective(losses(self.model, batch, config), count_tokens(batch), config)
 
     def prefill(self, tokens: Tensor) -> Tensor:
         self.cache, self.logits = self.engine.prefill(tokens.tolist())

@@ -7,7 +7,8 @@ from typing import Self
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+import torch.nn.functional as F
+from jaxtyping import Float, Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -22,12 +23,14 @@ class Batch:
     `labels[b, t]` is the token after `input_ids[b, t]`, or `NO_LABEL`. `seq_idx` numbers the
     documents of a row from 0; a number is never used again in its row; without it the row is one
     document. `loss_weight` weighs the loss of each label; without it every label counts 1.
+    `ahead` holds what `look_ahead` found; it is found before ranks share the tokens of a row.
     """
 
     input_ids: Int[Tensor, "B T"]
     labels: Int[Tensor, "B T"]
     seq_idx: Int[Tensor, "B T"] | None
     loss_weight: Float[Tensor, "B T"] | None = None
+    ahead: "tuple[Ahead, ...]" = ()
 
     @property
     def num_loss_tokens(self) -> int:
@@ -37,24 +40,68 @@ class Batch:
     def split(self, micro_batch: int) -> Iterator[Self]:
         """Yield the rows in order, `micro_batch` at a time, without copying."""
         for start in range(0, self.input_ids.shape[0], micro_batch):
-            yield self._map(operator.itemgetter(slice(start, start + micro_batch)))
+            yield self.map(operator.itemgetter(slice(start, start + micro_batch)))
+
+    def look_ahead(self, num_depths: int) -> Self:
+        """Return the batch with inputs and targets for predicting 2, 3, … tokens ahead."""
+        input_ids, labels, weight = self.input_ids, self.labels, self.loss_weight
+        ahead = []
+        for _ in range(num_depths):
+            input_ids = shift_left(input_ids, self.seq_idx, vacated=0)
+            labels = shift_left(labels, self.seq_idx, vacated=NO_LABEL)
+            weight = None if weight is None else shift_left(weight, self.seq_idx, vacated=0)
+            ahead.append(Ahead(input_ids, labels, weight))
+        return replace(self, ahead=tuple(ahead))
 
     def to(self, device: torch.device | str) -> Self:
         """Return the batch on another device; from pinned memory the copy goes on beside work."""
-        return self._map(operator.methodcaller("to", device, non_blocking=True))
+        return self.map(operator.methodcaller("to", device, non_blocking=True))
 
     def pin(self) -> Self:
         """Return the batch in memory from which a GPU copies without waiting."""
-        return self._map(operator.methodcaller("pin_memory"))
+        return self.map(operator.methodcaller("pin_memory"))
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Return the batch with the function applied to every tensor of [B, T]."""
         return replace(
             self,
             input_ids=function(self.input_ids),
             labels=function(self.labels),
             seq_idx=None if self.seq_idx is None else function(self.seq_idx),
             loss_weight=None if self.loss_weight is None else function(self.loss_weight),
+            ahead=tuple(depth.map(function) for depth in self.ahead),
         )
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Inputs and targets of one depth of multi-token prediction, lined up with the batch's."""
+
+    input_ids: Int[Tensor, "B T"]
+    """The tokens so many places further in their document; 0 beyond its end."""
+    labels: Int[Tensor, "B T"]
+    loss_weight: Float[Tensor, "B T"] | None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+        """Apply a function to every tensor."""
+        weight = None if self.loss_weight is None else function(self.loss_weight)
+        return replace(
+            self,
+            input_ids=function(self.input_ids),
+            labels=function(self.labels),
+            loss_weight=weight,
+        )
+
+
+def shift_left(
+    values: Shaped[Tensor, "B T"], seq_idx: Int[Tensor, "B T"] | None, vacated: int
+) -> Shaped[Tensor, "B T"]:
+    """Move each token one place towards the start of its document; the last place is `vacated`."""
+    shifted = F.pad(values[:, 1:], (0, 1), value=vacated)
+    if seq_idx is None:
+        return shifted
+    same_document = F.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (0, 1))
+    return shifted.masked_fill(~same_document, vacated)
 
 
 @dataclass(frozen=True)

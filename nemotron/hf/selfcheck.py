@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemotron.data.batch import Batch
 from nemotron.errors import UserError
 from nemotron.files import hash_file, write_json
 from nemotron.hf.build import build_around, shapes
@@ -140,7 +141,8 @@ def _outputs(model: HybridLM) -> list[Tensor]:
         hidden = model(ids)
         outputs = [model.logits(hidden)]
         if model.mtp is not None:
-            outputs += model.mtp_hidden(hidden, ids, None, MTP_DEPTHS)
+            ahead = Batch(ids, ids, None).look_ahead(MTP_DEPTHS).ahead
+            outputs += model.mtp_hidden(hidden, [depth.input_ids for depth in ahead], None)
     return outputs
 
 

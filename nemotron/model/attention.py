@@ -1,5 +1,7 @@
 """Grouped-query attention without positions: order comes from the Mamba layers."""
 
+from typing import Protocol
+
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -9,8 +11,25 @@ from nemotron.model.linear import Linear
 from nemotron.ops.attention import attention
 
 
+class AttentionCore(Protocol):
+    """Attention over heads; `parallel` puts another in its place where ranks share a row."""
+
+    def __call__(
+        self,
+        q: Float[Tensor, "B T Hq Dh"],
+        k: Float[Tensor, "B S Hkv Dh"],
+        v: Float[Tensor, "B S Hkv Dh"],
+        *,
+        seq_idx: Int[Tensor, "B T"] | None,
+        start: Int[Tensor, " B"] | None,
+    ) -> Float[Tensor, "B T Hq Dh"]:
+        """Attend causally, as `ops.attention` does."""
+
+
 class Attention(nn.Module):
     """Causal softmax attention; query head i reads key-value head i // (Hq / Hkv)."""
+
+    core: AttentionCore
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -21,6 +40,7 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, keys)
         self.v_proj = Linear(config.hidden_size, keys)
         self.o_proj = Linear(queries, config.hidden_size)
+        self.core = attention
 
     def forward(
         self,
@@ -47,4 +67,4 @@ class Attention(nn.Module):
         if state is not None:
             k, v = state.append(k, v)
             seq_idx = None  # a cached row is one document, which begins at `start`
-        return attention(q, k, v, seq_idx=seq_idx, start=start).flatten(2)
+        return self.core(q, k, v, seq_idx=seq_idx, start=start).flatten(2)

@@ -1,7 +1,11 @@
 """One layer of the stack: a norm, one mixer, and the residual around them."""
 
+from functools import partial
+
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from nemotron.model.attention import Attention
 from nemotron.model.cache import AttentionState, MambaState
@@ -14,10 +18,15 @@ from nemotron.model.router import RoutingStats
 
 
 class Block(nn.Module):
-    """hidden + mixer(norm(hidden)), with the mixer that the pattern's letter names."""
+    """hidden + mixer(norm(hidden)), with the mixer that the pattern's letter names.
+
+    With `recompute`, backward computes the activations again instead of keeping them.
+    """
 
     def __init__(self, config: ModelConfig, letter: str) -> None:
         super().__init__()
+        self.letter = letter
+        self.recompute = False
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer: nn.Module
         if letter == "M":
@@ -40,6 +49,22 @@ class Block(nn.Module):
         stats_name: str | None = None,
     ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
         """Apply the layer; the second result is the router's statistics if they were asked for."""
+        inputs = (hidden, seq_idx, state, start, stats_name)
+        if not self.recompute or not torch.is_grad_enabled():
+            return self._apply_mixer(*inputs)
+        # statistics are a result, so the second run does not count again; nor does it choose
+        # experts again, since another choice would send other tokens to other ranks
+        contexts = {"context_fn": _keep_choices} if self.letter == "E" else {}
+        return checkpoint(self._apply_mixer, *inputs, use_reentrant=False, **contexts)
+
+    def _apply_mixer(
+        self,
+        hidden: Tensor,
+        seq_idx: Tensor | None,
+        state: MambaState | AttentionState | None,
+        start: Tensor | None,
+        stats_name: str | None,
+    ) -> tuple[Tensor, RoutingStats | None]:
         x, stats = self.norm(hidden), None
         if isinstance(self.mixer, Mamba2):
             y = self.mixer(x, seq_idx, state)
@@ -50,3 +75,6 @@ class Block(nn.Module):
         else:
             y = self.mixer(x)
         return hidden + y, stats
+
+
+_keep_choices = partial(create_selective_checkpoint_contexts, [torch.ops.aten.topk.default])

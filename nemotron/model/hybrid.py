@@ -1,16 +1,17 @@
 """The language model: embedding, a stack of mixed layers, a head, and multi-token prediction."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from nemotron.model.block import Block
 from nemotron.model.cache import Cache
 from nemotron.model.config import ModelConfig
 from nemotron.model.init import init_weights
-from nemotron.model.linear import Embedding, Linear, RMSNorm
-from nemotron.model.mtp import MTP, shift_left
+from nemotron.model.linear import Embedding, Head, RMSNorm
+from nemotron.model.mtp import MTP
 from nemotron.model.router import RoutingStats
 
 
@@ -37,9 +38,8 @@ class HybridLM(nn.Module):
         super().__init__()
         self.config = config
         self.compute_dtype: torch.dtype | None = None
-        self.recompute_blocks = False
         self.backbone = Backbone(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Head(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
         self.mtp = MTP(config) if config.mtp_pattern else None
@@ -65,16 +65,10 @@ class HybridLM(nn.Module):
         if cache is not None:
             seq_idx = cache.documents(input_ids.shape[1])
             start = cache.start if cache.padded else None
-        for index, block in enumerate(self.backbone.layers):
-            state = cache.layers[index] if cache is not None else None
+        for index, block in self.backbone.layers.named_children():
+            state = cache.layers[int(index)] if cache is not None else None
             name = f"backbone.layers.{index}" if routing is not None else None
-            if self.recompute_blocks and torch.is_grad_enabled():
-                # statistics are a result of the block, so the second run does not count again
-                hidden, stats = checkpoint(
-                    block, hidden, seq_idx, state, start, name, use_reentrant=False
-                )
-            else:
-                hidden, stats = block(hidden, seq_idx, state, start, name)
+            hidden, stats = block(hidden, seq_idx, state, start, name)
             if stats is not None and routing is not None:
                 routing.append(stats)
         if cache is not None:
@@ -93,22 +87,22 @@ class HybridLM(nn.Module):
     def mtp_hidden(
         self,
         hidden: Float[Tensor, "B T D"],
-        input_ids: Int[Tensor, "B T"],
+        inputs_ahead: Sequence[Int[Tensor, "B T"]],
         seq_idx: Int[Tensor, "B T"] | None,
-        num_depths: int,
         detach: bool = False,
         routing: list[RoutingStats] | None = None,
     ) -> list[Float[Tensor, "B T D"]]:
         """Return the hidden states that predict 2, 3, … tokens ahead, one tensor per depth.
 
-        `detach` keeps the gradients of these depths out of trunk and embedding.
+        `inputs_ahead` are the tokens 1, 2, … places further in their document
+        (`Batch.look_ahead`). `detach` keeps the gradients of these depths out of trunk and
+        embedding.
         """
         assert self.mtp is not None, "the configuration has no multi-token-prediction block"
         results = []
         if detach:
             hidden = hidden.detach()
-        for _ in range(num_depths):
-            input_ids = shift_left(input_ids, seq_idx, vacated=0)
+        for input_ids in inputs_ahead:
             embedding = self.embed(input_ids)
             if detach:
                 embedding = embedding.detach()

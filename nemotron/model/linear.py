@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nemotron.ops.linear_cross_entropy import linear_cross_entropy
 from nemotron.ops.rms_norm import rms_norm
 
 
@@ -17,6 +18,22 @@ class Linear(nn.Module):
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
         return F.linear(x, self.weight.to(x.dtype))
+
+
+class Head(Linear):
+    """The language-model head: logits, or the loss that never holds all of them."""
+
+    def loss(
+        self,
+        hidden: Float[Tensor, "B T D"],
+        labels: Int[Tensor, "B T"],
+        weights: Float[Tensor, "B T"] | None = None,
+        detach: bool = False,
+    ) -> Float[Tensor, ""]:
+        """Return the summed cross entropy in nats; `detach` keeps gradients out of the head."""
+        weight = self.weight.detach() if detach else self.weight
+        flat = None if weights is None else weights.flatten()
+        return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), flat)
 
 
 class RMSNorm(nn.Module):

@@ -1,7 +1,7 @@
 """The Mamba-2 mixer (Dao & Gu 2024, "Transformers are SSMs"), as Megatron-LM trains it."""
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -25,8 +25,24 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
 
+class TokenMixing(Protocol):
+    """What of a Mamba-2 mixer crosses tokens; `parallel` puts another where ranks share a row."""
+
+    def __call__(
+        self,
+        mixer: "Mamba2",
+        xBC: Float[Tensor, "B T C"],
+        dt: Float[Tensor, "B T H"],
+        seq_idx: Int[Tensor, "B T"] | None,
+        state: MambaState | None,
+    ) -> Float[Tensor, "B T I"]:
+        """Convolve and scan, with the weights of `mixer`."""
+
+
 class Mamba2(nn.Module):
     """Selective state-space mixer with scalar decay per head and a grouped gated norm."""
+
+    mix: TokenMixing
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -43,6 +59,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.norm = RMSNorm(inner, eps=config.layer_norm_epsilon)
         self.out_proj = Linear(inner, config.hidden_size)
+        self.mix = mix_tokens
 
     def forward(
         self,
@@ -52,39 +69,59 @@ class Mamba2(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens; a given `state` is continued and brought up to date in place."""
         z, xBC, dt = _Split.apply(self.in_proj(u), self.splits)
-        conv_state = state.conv if state is not None else None
-        mixed = causal_conv1d(
-            xBC,
-            self.conv1d.weight.squeeze(1),
-            self.conv1d.bias,
-            initial_state=conv_state,
-            seq_idx=seq_idx,
-        )
-        inner, bc = self.splits[0], self.num_groups * self.state_size
-        x, B, C = _Split.apply(mixed, [inner, bc, bc])
-        y = ssd(
-            x.unflatten(-1, (self.num_heads, self.head_dim)),  # [B, T, H, P]
-            self._time_step(dt),
-            -self.A_log.exp(),
-            B.unflatten(-1, (self.num_groups, self.state_size)),  # [B, T, G, N]
-            C.unflatten(-1, (self.num_groups, self.state_size)),
-            self.D,
-            initial_state=state.ssm if state is not None else None,
-            seq_idx=seq_idx,
-            return_final_state=state is not None,
-        )
-        if isinstance(y, tuple):
-            assert state is not None
-            y, final_state = y
-            state.ssm = final_state.contiguous()
-            state.conv = _last_inputs(state.conv, xBC, seq_idx)
-        y = gated_rms_norm(y.flatten(2), z, self.norm.weight, self.num_groups, self.norm.eps)
+        y = self.mix(self, xBC, self._time_step(dt), seq_idx, state)
+        y = gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps)
         return self.out_proj(y)
+
+    def split(
+        self, xBC: Float[Tensor, "B T C"]
+    ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B T G N"], Float[Tensor, "B T G N"]]:
+        """Cut the channels of the convolution into heads of x and groups of B and C."""
+        inner, bc = self.splits[0], self.num_groups * self.state_size
+        x, B, C = _Split.apply(xBC, [inner, bc, bc])
+        groups = (self.num_groups, self.state_size)
+        x = x.unflatten(-1, (self.num_heads, self.head_dim))
+        return x, B.unflatten(-1, groups), C.unflatten(-1, groups)
 
     def _time_step(self, dt: Float[Tensor, "*batch H"]) -> Float[Tensor, "*batch H"]:
         """Return the step size, in float32 as the CUDA kernels do: exp() amplifies rounding."""
         dt = F.softplus(dt.to(self.dt_bias.dtype) + self.dt_bias)
         return dt if self.time_step_limit == (0.0, math.inf) else dt.clamp(*self.time_step_limit)
+
+
+def mix_tokens(
+    mixer: Mamba2,
+    xBC: Float[Tensor, "B T C"],
+    dt: Float[Tensor, "B T H"],
+    seq_idx: Int[Tensor, "B T"] | None,
+    state: MambaState | None,
+) -> Float[Tensor, "B T I"]:
+    """Convolve and scan whole rows; a given `state` is continued and brought up to date."""
+    mixed = causal_conv1d(
+        xBC,
+        mixer.conv1d.weight.squeeze(1),
+        mixer.conv1d.bias,
+        initial_state=state.conv if state is not None else None,
+        seq_idx=seq_idx,
+    )
+    x, B, C = mixer.split(mixed)
+    y = ssd(
+        x,
+        dt,
+        -mixer.A_log.exp(),
+        B,
+        C,
+        mixer.D,
+        initial_state=state.ssm if state is not None else None,
+        seq_idx=seq_idx,
+        return_final_state=state is not None,
+    )
+    if isinstance(y, tuple):
+        assert state is not None
+        y, final_state = y
+        state.ssm = final_state.contiguous()
+        state.conv = _last_inputs(state.conv, xBC, seq_idx)
+    return y.flatten(2)
 
 
 class _Split(torch.autograd.Function):

@@ -1,8 +1,7 @@
 """Multi-token prediction: one block, applied once for each token further ahead."""
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.block import Block
@@ -47,14 +46,3 @@ class MTP(nn.Module):
             if stats is not None and routing is not None:
                 routing.append(stats)
         return last.get_submodule("final_layernorm")(x)
-
-
-def shift_left(
-    values: Shaped[Tensor, "B T"], seq_idx: Int[Tensor, "B T"] | None, vacated: int
-) -> Shaped[Tensor, "B T"]:
-    """Move each token one place towards the start of its document; the last place is `vacated`."""
-    shifted = F.pad(values[:, 1:], (0, 1), value=vacated)
-    if seq_idx is None:
-        return shifted
-    same_document = F.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (0, 1))
-    return shifted.masked_fill(~same_document, vacated)

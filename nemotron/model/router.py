@@ -1,6 +1,7 @@
 """Which experts a token goes to, and the statistics that keep the experts balanced."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -48,12 +49,16 @@ class Router(nn.Module):
     Source: NVIDIA/Megatron-LM: megatron/core/transformer/moe/router.py.
     """
 
+    sum_over_row: Callable[[Float[Tensor, "B E"]], Float[Tensor, "B E"]] | None
+    """Adds up the load over the ranks that share the tokens of a row; absent: there are none."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
         self.num_groups, self.top_groups = config.n_group, config.topk_group
         self.normalise = config.norm_topk_prob
         self.scaling = config.routed_scaling_factor
+        self.sum_over_row = None
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.e_score_correction_bias: Tensor
         self.register_buffer(
@@ -93,12 +98,13 @@ class Router(nn.Module):
         """
         share = routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)
         share = share.unflatten(0, (num_rows, -1))  # [B, T, E]
-        tokens = share.shape[1]
         with torch.no_grad():
             chosen = share.topk(self.top_k, dim=-1).indices.flatten(1)  # [B, T * K]
             load = torch.zeros_like(share[:, 0])
             load.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=load.dtype))
-            load /= self.top_k * tokens
+            if self.sum_over_row is not None:
+                load = self.sum_over_row(load)
+            load /= load.sum(-1, keepdim=True)  # top-k x tokens of the row
         # per row, tokens x mean score = sum of scores
         aux_loss_sum = self.num_experts * (load * share.sum(1)).sum()
         return RoutingStats(name, routing.counts, aux_loss_sum)

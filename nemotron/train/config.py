@@ -7,8 +7,12 @@ from pydantic import Field, model_validator
 from nemotron.data.config import BlendConfig, DataConfig, LengthConfig, check_lengths
 from nemotron.model.config import ModelConfig
 from nemotron.ops.config import OpsConfig
+from nemotron.parallel.config import ParallelConfig
 from nemotron.precision.config import PrecisionConfig
 from nemotron.section import Section
+
+LayerKind = Literal["mamba", "attention", "moe", "mlp"]
+"""Kinds of layers, as `LAYER_KINDS` names them."""
 
 
 class BatchConfig(Section):
@@ -163,8 +167,11 @@ class PretrainConfig(Section):
     """Where to compute; `auto` takes a GPU when there is one."""
     init_from: str | None = None
     """Run, checkpoint or exported folder whose weights the run starts from; absent: fresh ones."""
-    recompute: Literal["none", "block"] = "none"
-    """Whether a block's activations are computed again in the backward pass to save memory."""
+    recompute: (
+        Literal["none", "block"]
+        | Annotated[tuple[LayerKind, ...], Field(strict=False, min_length=1)]
+    ) = "none"
+    """Blocks whose activations backward computes again, to save memory: none, all, or kinds."""
     nonfinite_limit: int = Field(10, gt=0)
     """Consecutive steps with a non-finite loss or gradient that end the run; each is skipped."""
     model: ModelConfig
@@ -185,9 +192,15 @@ class PretrainConfig(Section):
     """Number formats."""
     ops: OpsConfig = OpsConfig()
     """Implementations."""
+    parallel: ParallelConfig = ParallelConfig()
+    """Layout over processes."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation."""
     logging: LoggingConfig = LoggingConfig()
     """Trackers."""
+
+    def recomputes(self, kind: str) -> bool:
+        """Say whether the activations of layers of this kind are computed again."""
+        return self.recompute == "block" or kind in self.recompute

@@ -7,7 +7,6 @@ import torch
 
 from nemotron.data.loader import TrainingData
 from nemotron.model.hybrid import HybridLM
-from nemotron.ops.linear_cross_entropy import linear_cross_entropy
 
 
 @dataclass(frozen=True)
@@ -47,9 +46,7 @@ def evaluate(
             batch = portion.batch.to(device)
             seq_idx = batch.seq_idx if data.config.reset_documents else None
             hidden = model(batch.input_ids, seq_idx)
-            loss_sum = linear_cross_entropy(
-                hidden.flatten(0, 1), model.lm_head.weight, batch.labels.flatten()
-            )
+            loss_sum = model.lm_head.loss(hidden, batch.labels)
             sums += Sums(loss_sum.item(), portion.batch.num_loss_tokens, portion.num_bytes)
         values |= sums.metrics(f"validation/{domain}")
         total += sums

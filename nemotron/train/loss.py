@@ -3,14 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.mtp import shift_left
 from nemotron.model.router import RoutingStats
-from nemotron.ops.linear_cross_entropy import linear_cross_entropy
 from nemotron.train.config import LossConfig
 
 
@@ -42,36 +40,43 @@ def num_depths(model: HybridLM, config: LossConfig) -> int:
     return config.mtp_num_depths if model.mtp is not None else 0
 
 
-def count_tokens(batch: Batch, depths: int) -> TokenCounts:
+def count_tokens(batch: Batch) -> TokenCounts:
     """Count the targets of every term from the labels alone, before any forward pass."""
-    main, *mtp = (_total_weight(*targets) for targets in _targets(batch, depths))
+    main, *mtp = (_total_weight(*targets) for targets in _targets(batch))
     return TokenCounts(main, tuple(mtp), batch.labels.numel())
 
 
 def losses(model: HybridLM, batch: Batch, config: LossConfig) -> LossTerms:
     """Run the model on a micro-batch and return every loss term as a sum.
 
-    Source of the multi-token-prediction term: NVIDIA/Megatron-LM:
+    The depths of multi-token prediction are those of `batch.ahead`.
+    Source of their term: NVIDIA/Megatron-LM:
     megatron/core/transformer/multi_token_prediction.py, process_mtp_loss.
     """
     routing: list[RoutingStats] = []
     hidden = model(batch.input_ids, batch.seq_idx, routing=routing)
-    head: Tensor = model.lm_head.weight
-    depths = num_depths(model, config)
-    (labels, weights), *further_targets = _targets(batch, depths)
-    main = linear_cross_entropy(hidden.flatten(0, 1), head, labels, weights)
+    return head_losses(model, hidden, batch, config, routing)
 
-    trunk_calls = len(routing)
-    mtp = []
+
+def head_losses(
+    model: HybridLM,
+    hidden: Float[Tensor, "B T D"],
+    batch: Batch,
+    config: LossConfig,
+    routing: list[RoutingStats],
+) -> LossTerms:
+    """Return the loss terms, given the hidden states and statistics of the trunk."""
+    main = model.lm_head.loss(hidden, batch.labels, batch.loss_weight)
+    trunk_calls, depths = len(routing), len(batch.ahead)
+    mtp: list[Tensor] = []
     if depths:
-        further = model.mtp_hidden(
-            hidden, batch.input_ids, batch.seq_idx, depths, config.mtp_detach_heads, routing
+        detach = config.mtp_detach_heads
+        inputs = [depth.input_ids for depth in batch.ahead]
+        further = model.mtp_hidden(hidden, inputs, batch.seq_idx, detach, routing)
+        mtp += (
+            model.lm_head.loss(depth_hidden, depth.labels, depth.loss_weight, detach)
+            for depth_hidden, depth in zip(further, batch.ahead, strict=True)
         )
-        if config.mtp_detach_heads:
-            head = head.detach()
-        for depth_hidden, (labels, weights) in zip(further, further_targets, strict=True):
-            mtp.append(linear_cross_entropy(depth_hidden.flatten(0, 1), head, labels, weights))
-
     aux = torch.zeros((), device=hidden.device)
     for index, stats in enumerate(routing):
         # the shared block is called once per depth, so its balance loss is averaged over depths
@@ -91,20 +96,10 @@ def objective(terms: LossTerms, counts: TokenCounts, config: LossConfig) -> Floa
     return loss + config.moe_aux_loss_coeff * terms.aux / max(counts.tokens, 1)
 
 
-Targets = tuple[Int[Tensor, " M"], Float[Tensor, " M"] | None]
-"""Labels and the weight of each; without weights every label counts 1."""
-
-
-def _targets(batch: Batch, depths: int) -> list[Targets]:
-    """Return the targets of the next token and of each depth beyond it."""
-    labels, weights = batch.labels, batch.loss_weight
-    results: list[Targets] = [(labels.flatten(), None if weights is None else weights.flatten())]
-    for _ in range(depths):
-        labels = shift_left(labels, batch.seq_idx, vacated=NO_LABEL)
-        if weights is not None:
-            weights = shift_left(weights, batch.seq_idx, vacated=0)
-        results.append((labels.flatten(), None if weights is None else weights.flatten()))
-    return results
+def _targets(batch: Batch) -> list[tuple[Tensor, Tensor | None]]:
+    """Return labels and weights of the next token and of each depth beyond it."""
+    further = [(depth.labels, depth.loss_weight) for depth in batch.ahead]
+    return [(batch.labels, batch.loss_weight), *further]
 
 
 def _total_weight(labels: Tensor, weights: Tensor | None) -> float:

@@ -13,6 +13,8 @@ from nemotron.checkpoint.read import MODEL_PREFIX, load_tensors, read_state
 from nemotron.data.loader import TrainingData
 from nemotron.data.prefetch import Prefetcher
 from nemotron.errors import UserError
+from nemotron.model.block import Block
+from nemotron.model.config import LAYER_KINDS
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import update_router_bias
 from nemotron.precision.apply import Quantization
@@ -108,7 +110,8 @@ class Trainer:
         batch = self._batches.take(step)
         if not config.data.reset_documents:
             batch = replace(batch, seq_idx=None)
-        counts = count_tokens(batch, self._depths)  # of the whole step, before any backward
+        batch = batch.look_ahead(self._depths)
+        counts = count_tokens(batch)  # of the whole step, before any backward
         watch.lap("data")
 
         self.optimizer.zero_grad()
@@ -200,7 +203,9 @@ def build_model(config: PretrainConfig, device: torch.device) -> HybridLM:
     with torch.device("meta"):
         model = HybridLM(config.model)
     apply_precision(model, config.precision)
-    model.recompute_blocks = config.recompute == "block"
+    for block in model.modules():
+        if isinstance(block, Block):
+            block.recompute = config.recomputes(LAYER_KINDS[block.letter])
     model.to_empty(device=device)
     if config.model.tie_word_embeddings:
         # materialising gave each of the two names a tensor of its own

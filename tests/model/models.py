@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from nemotron.model.block import Block
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 
@@ -43,6 +44,12 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float64, **changes: object) 
             tensor += 0.2 * torch.randn(tensor.shape, generator=generator)
     model.compute_dtype = dtype
     return model.to(dtype)
+
+
+def recompute(model: HybridLM, again: bool) -> None:
+    for module in model.modules():
+        if isinstance(module, Block):
+            module.recompute = again
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

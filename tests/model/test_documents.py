@@ -35,7 +35,8 @@ def test_changing_document_one_leaves_the_next_bit_equal():
     results = []
     for row in (ids, other):
         hidden = model(row, seq_idx)
-        results.append([hidden, *model.mtp_hidden(hidden, row, seq_idx, 2)])
+        ahead = [depth.input_ids for depth in Batch(row, row, seq_idx).look_ahead(2).ahead]
+        results.append([hidden, *model.mtp_hidden(hidden, ahead, seq_idx)])
     for one, two in zip(*results, strict=True):
         assert not torch.equal(one[:, :40], two[:, :40])
         assert torch.equal(one[:, 40:], two[:, 40:])
@@ -60,7 +61,7 @@ def test_losses_and_gradients_of_a_packed_row_are_the_sums_of_its_documents():
     seq_idx = numbers(LENGTHS)
 
     def total(batch: Batch) -> torch.Tensor:
-        terms = losses(model, batch, config)
+        terms = losses(model, batch.look_ahead(2), config)
         return terms.main + sum(terms.mtp)
 
     packed = total(Batch(ids[:, :-1], labels, seq_idx))

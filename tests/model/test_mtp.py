@@ -4,9 +4,8 @@ import torch
 import torch.nn.functional as F
 from models import build, gradients, tokens
 
-from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.data.batch import NO_LABEL, Batch, shift_left
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.mtp import shift_left
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import count_tokens, losses, objective
 
@@ -37,8 +36,8 @@ def test_every_depth_follows_the_formulas():
     model, row = build(), tokens(1, 41)
     ids, labels = row[:, :-1], row[:, 1:]
     config = LossConfig(mtp_num_depths=2, mtp_loss_factor=0.3, moe_aux_loss_coeff=0.0)
-    batch = Batch(ids, labels, None)
-    terms, counts = losses(model, batch, config), count_tokens(batch, 2)
+    batch = Batch(ids, labels, None).look_ahead(2)
+    terms, counts = losses(model, batch, config), count_tokens(batch)
     expected = by_depth(model, ids, labels, 2)
     assert (counts.main, counts.mtp, counts.tokens) == (40, (39, 38), 40)
     for ours, theirs in zip(terms.mtp, expected, strict=True):
@@ -55,7 +54,7 @@ def test_every_depth_follows_the_formulas():
 
 def test_detached_heads_train_only_the_block():
     model, row = build(), tokens(1, 30)
-    batch = Batch(row[:, :-1], row[:, 1:], None)
+    batch = Batch(row[:, :-1], row[:, 1:], None).look_ahead(2)
     config = LossConfig(mtp_num_depths=2, mtp_detach_heads=True)
     reached = gradients(model, sum(losses(model, batch, config).mtp))
     assert reached
@@ -67,13 +66,14 @@ def test_detached_heads_train_only_the_block():
 def test_the_shared_block_gets_the_sum_of_what_two_copies_would_get():
     model, ids = build(), tokens(1, 25)
     hidden = model(ids).detach()
-    one, two = model.mtp_hidden(hidden, ids, None, 2)
+    after = shift_left(ids, None, vacated=0)
+    later = shift_left(after, None, vacated=0)
+    one, two = model.mtp_hidden(hidden, [after, later], None)
     cotangents = [torch.randn(one.shape, dtype=torch.float64) for _ in range(2)]
     shared = gradients(model, (one * cotangents[0]).sum() + (two * cotangents[1]).sum())
     first, second = build(), build()
-    (g,) = first.mtp_hidden(hidden, ids, None, 1)
-    after = shift_left(ids, None, vacated=0)
-    (h,) = second.mtp_hidden(g, after, None, 1)
+    (g,) = first.mtp_hidden(hidden, [after], None)
+    (h,) = second.mtp_hidden(g, [later], None)
     loss = (g * cotangents[0]).sum() + (h * cotangents[1]).sum()
     copies = gradients(first, loss)
     others = {n: p.grad for n, p in second.named_parameters() if p.grad is not None}

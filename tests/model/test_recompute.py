@@ -1,5 +1,5 @@
 import torch
-from models import build, gradients, tokens
+from models import build, gradients, recompute, tokens
 
 from nemotron.data.batch import Batch
 from nemotron.train.config import LossConfig
@@ -9,12 +9,13 @@ from nemotron.train.loss import count_tokens, losses, objective
 def test_computing_blocks_again_changes_no_bit_and_counts_no_token_twice():
     config = LossConfig(mtp_num_depths=2)
     batch = Batch(tokens(2, 33), tokens(2, 33, seed=1), torch.arange(33).ge(20).int().expand(2, 33))
+    batch = batch.look_ahead(2)
     results = []
     for again in (False, True):
         model = build(dtype=torch.float32)
-        model.recompute_blocks = again
+        recompute(model, again)
         terms = losses(model, batch, config)
-        loss = objective(terms, count_tokens(batch, 2), config)
+        loss = objective(terms, count_tokens(batch), config)
         found = gradients(model, loss)
         results.append((loss.detach(), found, [stats.counts for stats in terms.routing]))
     (loss, grads, counts), (loss_again, grads_again, counts_again) = results
@@ -31,7 +32,7 @@ def test_less_is_kept_for_the_backward_pass():
     kept = []
     for again in (False, True):
         model = build(dtype=torch.float32)
-        model.recompute_blocks = again
+        recompute(model, again)
         sizes = []
 
         def keep(tensor: torch.Tensor, sizes: list = sizes) -> torch.Tensor:

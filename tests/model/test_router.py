@@ -86,7 +86,7 @@ def test_the_bias_moves_towards_balance_by_its_rate():
 
 def test_the_bias_of_a_model_is_stored_in_float32_and_moves_with_the_counts_of_a_step():
     model = build(dtype=torch.float32)
-    batch = Batch(tokens(2, 31), tokens(2, 31, seed=1), None)
+    batch = Batch(tokens(2, 31), tokens(2, 31, seed=1), None).look_ahead(2)
     routing = losses(model, batch, LossConfig(mtp_num_depths=2)).routing
     names = [stats.name for stats in routing]
     assert names == ["backbone.layers.1", "mtp.layers.1", "mtp.layers.1"]

@@ -13,11 +13,13 @@ import torch.nn.functional as F
 from test_transformers import LOGITS
 from torch import Tensor
 
-from nemotron.model import attention, mamba2, mlp, moe
+from nemotron.model import mamba2, mlp, moe
+from nemotron.model.attention import Attention
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.moe import MoE
 from nemotron.model.router import Router, Routing
+from nemotron.ops.attention import attention
 
 Kind = TypeVar("Kind")
 Patch = pytest.MonkeyPatch
@@ -159,22 +161,24 @@ def state_inputs_swapped(_: HybridLM, patch: Patch) -> None:
     patch.setattr(mamba2, "ssd", lambda x, dt, A, B, C, D, **rest: right(x, dt, A, C, B, D, **rest))
 
 
-def key_heads_interleaved(_: HybridLM, patch: Patch) -> None:
-    right = attention.attention
+def key_heads_interleaved(model: HybridLM, patch: Patch) -> None:
+    right = attention
 
     def wrong(q: Tensor, k: Tensor, v: Tensor, **rest: object) -> Tensor:
         repeats = q.shape[2] // k.shape[2]
         return right(q, k.repeat(1, 1, repeats, 1), v.repeat(1, 1, repeats, 1), **rest)
 
-    patch.setattr(attention, "attention", wrong)
+    for layer in every(model, Attention):
+        patch.setattr(layer, "core", wrong)
 
 
-def attention_sees_the_future(_: HybridLM, patch: Patch) -> None:
+def attention_sees_the_future(model: HybridLM, patch: Patch) -> None:
     def wrong(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
         heads = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(*heads, enable_gqa=True).transpose(1, 2)
 
-    patch.setattr(attention, "attention", wrong)
+    for layer in every(model, Attention):
+        patch.setattr(layer, "core", wrong)
 
 
 def drawn_again_after_loading(model: HybridLM, _: Patch) -> None:

@@ -16,9 +16,9 @@ def test_the_objective_is_the_weighted_mean_of_each_term(recipe):
     config = recipe()
     batch = open_data(config, plan_course(config)).batch(0)
     weights = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(3))
-    batch = replace(batch, loss_weight=weights)
+    batch = replace(batch, loss_weight=weights).look_ahead(2)
     model = build_model(config, torch.device("cpu"))
-    terms, counts = losses(model, batch, config.loss), count_tokens(batch, 2)
+    terms, counts = losses(model, batch, config.loss), count_tokens(batch)
     assert counts.main == pytest.approx(weights[batch.labels != -100].sum().item(), rel=1e-6)
 
     def mean(hidden: torch.Tensor, ahead: int) -> float:
@@ -36,14 +36,15 @@ def test_the_objective_is_the_weighted_mean_of_each_term(recipe):
         return total / whole
 
     hidden = model(batch.input_ids, batch.seq_idx)
-    further = model.mtp_hidden(hidden, batch.input_ids, batch.seq_idx, 2, False, [])
+    inputs = [depth.input_ids for depth in batch.ahead]
+    further = model.mtp_hidden(hidden, inputs, batch.seq_idx)
     # float32 sums in another order
     assert terms.main.item() / counts.main == pytest.approx(mean(hidden, 0), rel=1e-5)
     for ahead, depth in enumerate(further, start=1):
         term = terms.mtp[ahead - 1].item() / counts.mtp[ahead - 1]
         assert term == pytest.approx(mean(depth, ahead), rel=1e-5)
-    plain = objective(losses(model, replace(batch, loss_weight=None), config.loss),
-                      count_tokens(replace(batch, loss_weight=None), 2), config.loss)  # fmt: skip
+    alike = replace(batch, loss_weight=None).look_ahead(2)
+    plain = objective(losses(model, alike, config.loss), count_tokens(alike), config.loss)
     assert plain.item() != pytest.approx(objective(terms, counts, config.loss).item(), rel=1e-4)
 
 
@@ -53,8 +54,8 @@ def test_a_run_over_weighted_samples_trains_and_portions_change_nothing(recipe):
     model = build_model(config, torch.device("cpu"))
     batch = data.batch(2)
     weights = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(4))
-    batch = replace(batch, loss_weight=weights)
-    counts = count_tokens(batch, 2)
+    batch = replace(batch, loss_weight=weights).look_ahead(2)
+    counts = count_tokens(batch)
     whole = objective(losses(model, batch, config.loss), counts, config.loss)
     parts = [objective(losses(model, p, config.loss), counts, config.loss) for p in batch.split(2)]
     assert sum(part.item() for part in parts) == pytest.approx(whole.item(), rel=1e-5)

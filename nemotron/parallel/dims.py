@@ -1,0 +1,233 @@
+"""Sizes of the mesh and the rules that they obey: arithmetic only, before anything starts."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nemotron.errors import UserError
+from nemotron.model.config import ModelConfig
+from nemotron.parallel.config import ParallelConfig
+
+Finding = tuple[str, str]
+"""A dotted key of the recipe and what is wrong with it, as `recipe/check.py` has them."""
+
+
+@dataclass(frozen=True)
+class ParallelDims:
+    """Sizes of every axis; ranks are numbered with `tp` fastest, then cp, dp_shard, … , pp."""
+
+    pp: int = 1
+    dp_replicate: int = 1
+    dp_shard: int = 1
+    cp: int = 1
+    tp: int = 1
+    ep: int = 1
+
+    @property
+    def world(self) -> int:
+        """Number of processes."""
+        return self.pp * self.dp_replicate * self.dp_shard * self.cp * self.tp
+
+    @property
+    def fsdp(self) -> int:
+        """Ranks over which dense weights are sharded: those of `cp` share weights, too."""
+        return self.dp_shard * self.cp
+
+    @property
+    def efsdp(self) -> int:
+        """Ranks over which the weights of one rank's experts are sharded."""
+        return self.dp_shard * self.cp * self.tp // self.ep
+
+    @property
+    def batch(self) -> int:
+        """Ranks, or groups of them, that read different rows."""
+        return self.dp_replicate * self.dp_shard
+
+
+def resolve_dims(config: ParallelConfig, world: int) -> ParallelDims:
+    """Return the sizes for so many processes, `auto` replaced.
+
+    Raises:
+        UserError: when the sizes do not make up that number.
+    """
+    others = config.pp * config.dp_replicate * config.cp * config.tp
+    if config.dp_shard == "auto":
+        if world % others:
+            near = max(others, round(world / others) * others)
+            raise UserError(
+                f"parallel: pp x dp_replicate x cp x tp = {others} does not divide the {world} "
+                f"processes; start {near}, or change one of them."
+            )
+        shard = world // others
+    else:
+        shard = config.dp_shard
+        if others * shard != world:
+            raise UserError(
+                f"parallel: pp x dp_replicate x dp_shard x cp x tp = {others * shard}, but there "
+                f"{'is 1 process' if world == 1 else f'are {world} processes'}; start "
+                f"{others * shard}, or set parallel.dp_shard=auto."
+            )
+    return ParallelDims(config.pp, config.dp_replicate, shard, config.cp, config.tp, config.ep)
+
+
+def violations(
+    dims: ParallelDims,
+    model: ModelConfig,
+    config: ParallelConfig,
+    *,
+    seq_lens: list[int],
+    rows_per_step: list[int],
+    micro_batch: int,
+) -> Iterator[Finding]:
+    """Yield every rule that this layout breaks, each with the nearest legal value.
+
+    `seq_lens` and `rows_per_step` are those of the run's phases, side by side.
+    Source of the rules: pytorch/torchtitan: torchtitan/distributed/parallel_dims.py;
+    NVIDIA/Megatron-LM: megatron/core/ssm/mamba_mixer.py and mamba_context_parallel.py.
+    """
+    layers = model.hybrid_override_pattern + model.mtp_pattern
+    yield from _tensor(dims, model, layers)
+    yield from _expert(dims, model, layers)
+    yield from _context(dims, model, config, layers)
+    yield from _pipeline(dims, model, config)
+    for seq_len, rows in zip(seq_lens, rows_per_step, strict=True):
+        yield from _rows(dims, model, seq_len, rows, micro_batch)
+
+
+def _tensor(dims: ParallelDims, model: ModelConfig, layers: str) -> Iterator[Finding]:
+    tp = dims.tp
+    if "M" in layers:
+        for key in ("mamba_num_heads", "n_groups"):
+            if (size := getattr(model, key)) % tp:
+                yield "parallel.tp", _does_not_divide(tp, f"model.{key}", size)
+    if "*" in layers:
+        if model.num_attention_heads % tp:
+            heads = model.num_attention_heads
+            yield "parallel.tp", _does_not_divide(tp, "model.num_attention_heads", heads)
+        kv = model.num_key_value_heads
+        if tp % kv and kv % tp:
+            near = nearest(tp, [n for n in range(1, tp * 2 + kv) if not (n % kv and kv % n)])
+            yield (
+                "parallel.tp",
+                f"= {tp} neither divides model.num_key_value_heads = {kv} nor is a multiple of "
+                f"it; the nearest is {near}.",
+            )
+    widths = {"vocab_size": model.vocab_size}
+    if "E" in layers:
+        widths["moe_shared_expert_intermediate_size"] = model.moe_shared_expert_intermediate_size
+    if "-" in layers and model.intermediate_size is not None:
+        widths["intermediate_size"] = model.intermediate_size
+    for key, size in widths.items():
+        if size % tp:
+            yield "parallel.tp", _does_not_divide(tp, f"model.{key}", size)
+
+
+def _expert(dims: ParallelDims, model: ModelConfig, layers: str) -> Iterator[Finding]:
+    ranks = dims.dp_shard * dims.cp * dims.tp
+    if dims.ep == 1:
+        return
+    if "E" not in layers:
+        yield "parallel.ep", f"= {dims.ep}, but the pattern has no E layer; use 1."
+        return
+    if ranks % dims.ep:
+        yield (
+            "parallel.ep",
+            f"= {dims.ep} does not divide dp_shard x cp x tp = {ranks}; "
+            f"the nearest is {nearest(dims.ep, divisors(ranks))}.",
+        )
+    if model.n_routed_experts % dims.ep:
+        experts = model.n_routed_experts
+        yield "parallel.ep", _does_not_divide(dims.ep, "model.n_routed_experts", experts)
+
+
+def _context(
+    dims: ParallelDims, model: ModelConfig, config: ParallelConfig, layers: str
+) -> Iterator[Finding]:
+    if dims.cp == 1 or config.mamba_context != "all_to_all" or "M" not in layers:
+        return
+    heads, groups = model.mamba_num_heads // dims.tp, max(1, model.n_groups // dims.tp)
+    fits = [n for n in range(1, heads + 1) if heads % n == 0 and not (n % groups and groups % n)]
+    if dims.cp not in fits:
+        yield (
+            "parallel.cp",
+            f"= {dims.cp} cannot share {heads} Mamba heads in {groups} groups (mamba_context = "
+            f"all_to_all); the nearest is {nearest(dims.cp, fits)}, or use state_passing.",
+        )
+
+
+def _pipeline(dims: ParallelDims, model: ModelConfig, config: ParallelConfig) -> Iterator[Finding]:
+    pipeline, pattern = config.pipeline, model.hybrid_override_pattern
+    if pipeline.stages_per_rank > 1 and pipeline.schedule != "interleaved_1f1b":
+        yield (
+            "parallel.pipeline.stages_per_rank",
+            f"= {pipeline.stages_per_rank} needs schedule: interleaved_1f1b; use 1.",
+        )
+    stages = dims.pp * pipeline.stages_per_rank
+    if dims.pp > 1 and stages > len(pattern):
+        near = max(1, len(pattern) // pipeline.stages_per_rank)
+        yield (
+            "parallel.pp",
+            f"= {dims.pp} makes {stages} stages of {len(pattern)} layers; the nearest is {near}.",
+        )
+    if pipeline.stages == "auto" or dims.pp == 1:
+        return
+    parts = pipeline.stages.split("|")
+    if "".join(parts) != pattern:
+        yield (
+            "parallel.pipeline.stages",
+            f"= {pipeline.stages!r} is not model.hybrid_override_pattern = {pattern!r} with | "
+            "between stages; use auto.",
+        )
+    elif len(parts) != stages or not all(parts):
+        yield (
+            "parallel.pipeline.stages",
+            f"= {pipeline.stages!r} has {len([p for p in parts if p])} stages with layers; "
+            f"parallel.pp x stages_per_rank = {stages} are needed.",
+        )
+
+
+def _rows(
+    dims: ParallelDims, model: ModelConfig, seq_len: int, rows: int, micro_batch: int
+) -> Iterator[Finding]:
+    if rows % dims.batch:
+        near = max(1, round(rows / dims.batch)) * dims.batch
+        yield (
+            "batch.global_tokens",
+            f"gives {rows} rows of {seq_len} tokens a step, which dp_replicate x dp_shard = "
+            f"{dims.batch} ranks cannot share; the nearest is {near * seq_len}.",
+        )
+    elif (own := rows // dims.batch) % micro_batch:
+        yield (
+            "batch.micro_batch",
+            f"= {micro_batch} does not divide the {own} rows of each rank; the nearest is "
+            f"{nearest(micro_batch, divisors(own))}.",
+        )
+    pieces = (2 * dims.cp if dims.cp > 1 else 1) * dims.tp
+    if seq_len % pieces:
+        near = max(1, round(seq_len / pieces)) * pieces
+        what = "2 x cp x tp" if dims.cp > 1 else "tp"
+        yield (
+            "data.seq_len",
+            f"= {seq_len} is not divisible by {what} = {pieces}; the nearest is {near}.",
+        )
+    elif dims.cp > 1 and seq_len // (2 * dims.cp) < model.conv_kernel - 1:
+        yield (
+            "parallel.cp",
+            f"= {dims.cp} leaves chunks of {seq_len // (2 * dims.cp)} tokens, shorter than the "
+            f"{model.conv_kernel - 1} that the convolution looks back; lower it.",
+        )
+
+
+def _does_not_divide(value: int, key: str, size: int) -> str:
+    legal = divisors(size)
+    shown = ", ".join(map(str, legal)) if len(legal) <= 12 else f"{nearest(value, legal)}"
+    return f"= {value} does not divide {key} = {size}; use {shown}."
+
+
+def divisors(number: int) -> list[int]:
+    """Return the divisors of a number, smallest first."""
+    return [d for d in range(1, number + 1) if number % d == 0]
+
+
+def nearest(value: int, legal: list[int]) -> int:
+    """Return the legal value that is nearest; of two, the smaller."""
+    return min(legal, key=lambda n: (abs(n - value), n))
