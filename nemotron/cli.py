@@ -63,8 +63,10 @@ def train(
     ] = False,
 ) -> int:
     """Train a model as the recipe says."""
+    from nemotron.parallel.runtime import Launch
     from nemotron.recipe.load import load_recipe
 
+    Launch.of_this_process()  # a mistake there is told before the recipe is read
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
         from nemotron.train.run import dry_run as describe
@@ -286,9 +288,61 @@ def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
     return open_data(config, plan_course(config))
 
 
+@app.command(
+    "plan", epilog="Example: nemotron plan recipes/super/pretrain.yaml --gpus 64 --hardware h100"
+)
+def plan(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Accelerators, or processes on a CPU.")] = 8,
+    hardware: Annotated[
+        str, typer.Option(help="h100, h200, b200, b300, gb200, gb300 or cpu.")
+    ] = "h100",
+    search: Annotated[
+        bool, typer.Option("--search", help="List the fastest legal layouts that fit.")
+    ] = False,
+    efficiency: Annotated[
+        float | None,
+        typer.Option(help="Share of the peak that products reach, in place of what was fitted."),
+    ] = None,
+    check_memory: Annotated[
+        bool, typer.Option("--check-memory", help="Trace a block of each kind, and compare.")
+    ] = False,
+    tokens: Annotated[
+        float | None, typer.Option(help="Tokens to train on, in place of the recipe's phases.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print for programs.")] = False,
+) -> int:
+    """Predict memory, traffic and speed of a layout; 1 when it is illegal or does not fit."""
+    from nemotron.plan.command import plan as run
+    from nemotron.recipe.load import load_recipe
+
+    return run(
+        load_recipe(recipe, overrides or []).config,
+        gpus=gpus,
+        hardware=hardware,
+        search=search,
+        efficiency=efficiency,
+        check_memory=check_memory,
+        tokens=tokens,
+        as_text=not as_json,
+    )
+
+
 @app.command(epilog="Example: nemotron doctor")
-def doctor() -> int:
+def doctor(
+    ranks: Annotated[
+        bool, typer.Option("--ranks", help="Compare the ranks that torchrun or srun started.")
+    ] = False,
+    timeout: Annotated[
+        float, typer.Option(min=1, help="With --ranks: seconds to wait for the others.")
+    ] = 120.0,
+) -> int:
     """Say what this machine can run, and why not where it cannot."""
+    if ranks:
+        from nemotron.doctor_ranks import doctor_ranks
+
+        return doctor_ranks(timeout)
     from nemotron.doctor import doctor as run
 
     return run()
@@ -365,7 +419,12 @@ def import_(
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit: 0 done, 1 failed, 2 wrong input, 75 stopped, 130 interrupted."""
-    sys.exit(run(arguments))
+    code = run(arguments)
+    if "nemotron.parallel.runtime" in sys.modules:  # else no rank was ever started
+        from nemotron.parallel.runtime import leave
+
+        leave(code, together=code not in (FAILED, WRONG_INPUT))
+    sys.exit(code)
 
 
 def run(arguments: list[str] | None = None) -> int:
@@ -404,5 +463,10 @@ def _message(error: typer.TyperException) -> str:
 def _tell(sentence: str, code: int) -> int:
     # what a user typed may hold control characters
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
-    print(f"nemotron: {shown}", file=sys.stderr)
+    who = "nemotron"
+    if "nemotron.parallel.runtime" in sys.modules:
+        from nemotron.parallel.runtime import speaker
+
+        who = speaker()
+    print(f"{who}: {shown}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""What this machine can run, which backend each operation gets, and what would make it faster."""
+"""What this machine can run, which backend operations and formats get, and what is missing."""
 
 import importlib.metadata
 import os
@@ -11,6 +11,7 @@ from rich.table import Table
 
 from nemotron.ops.describe import ALL, training_call
 from nemotron.ops.registry import Backend, Call
+from nemotron.precision.backends import FORMATS, choose, format_call, in_order
 
 PACKAGES = {
     "torch": "",
@@ -33,7 +34,7 @@ ONLY_CUDA = {"triton", "mamba-ssm", "causal-conv1d", "flash-attn", "transformer-
 
 
 def doctor() -> int:
-    """Print device, versions and the backends of every operation; returns the exit code."""
+    """Print device, versions and every operation's and format's backends; returns the exit code."""
     console = Console(soft_wrap=True)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     for name, value in machine(device).items():
@@ -41,6 +42,7 @@ def doctor() -> int:
     console.print(_packages(device))
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     console.print(_backends(device, dtype))
+    console.print(_formats(device))
     return 0
 
 
@@ -86,6 +88,21 @@ def _backends(device: torch.device, dtype: torch.dtype) -> Table:
             name = operation.name if number == 0 else ""
             state = "used" if backend is chosen else _state(backend, call)
             table.add_row(name, backend.name, state)
+    return table
+
+
+def _formats(device: torch.device) -> Table:
+    title = f"Number formats of linear layers on {device.type}"
+    table = Table("format", "backend", "state", title=title, title_justify="left")
+    for format in FORMATS:
+        call = format_call(format, device)
+        chosen = choose("auto", call, "a layer")
+        for number, backend in enumerate(in_order(device.type)):
+            if backend is chosen:
+                state = "chosen: " + ("emulated" if backend.name == "emulate" else "native")
+            else:
+                state = escape(backend.unfit(call) or "fit, but slower than the one chosen")
+            table.add_row(format if number == 0 else "", backend.name, state)
     return table
 
 

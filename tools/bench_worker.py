@@ -54,7 +54,7 @@ class Ours:
         if case.kind == "decode":
             self.engine = Engine(prepare_weights(self.model))
         else:
-            self.optimizer = Optimizer(self.model, OptimizerConfig())
+            self.optimizer = Optimizer(dict(self.model.named_parameters()), OptimizerConfig())
 
     def train(self, tokens: Tensor) -> float:
         self.optimizer.zero_grad()

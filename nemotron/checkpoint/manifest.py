@@ -5,6 +5,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from nemotron.files import hash_file, write_json
 
@@ -44,11 +45,20 @@ def code_version() -> str:
         return "not installed"
 
 
-def write_manifest(folder: Path, step: int, config_hash: str) -> None:
-    """List every file of `folder` with size and xxh128; from now on it is complete."""
+def describe_file(path: Path) -> dict[str, Any]:  # Any: JSON
+    """Return size and xxh128 of a file."""
+    return {"bytes": path.stat().st_size, "xxh128": hash_file(path)}
+
+
+def write_manifest(
+    folder: Path, step: int, config_hash: str, known: dict[str, dict[str, Any]]
+) -> None:
+    """List every file of `folder` with size and xxh128; from now on it is complete.
+
+    `known` holds those that other ranks have described already.
+    """
     files = {
-        path.name: {"bytes": path.stat().st_size, "xxh128": hash_file(path)}
-        for path in sorted(folder.iterdir())
+        path.name: known.get(path.name) or describe_file(path) for path in sorted(folder.iterdir())
     }
     content = {
         "format": FORMAT,

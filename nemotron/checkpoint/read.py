@@ -39,6 +39,8 @@ def read_model_config(info: CheckpointInfo) -> ModelConfig:
 def load_tensors(info: CheckpointInfo, into: dict[str, Tensor]) -> None:
     """Copy tensors of the checkpoint into the given ones, which stay where they are.
 
+    Every rank reads what it holds, and does not wait for others.
+
     Raises:
         UserError: when a name is absent or a shape or dtype differs (the first ten are named),
             or when the index holds what no checkpoint needs.

@@ -7,6 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
@@ -16,12 +17,15 @@ from nemotron.checkpoint.manifest import (
     MODEL,
     STATE,
     DamagedCheckpoint,
+    describe_file,
     folder_name,
     verify,
     write_manifest,
 )
 from nemotron.files import sync_folder, write_json
 from nemotron.model.config import ModelConfig
+from nemotron.parallel.pieces import Pieces
+from nemotron.parallel.runtime import Ranks
 
 
 class CheckpointNotSaved(Exception):
@@ -35,34 +39,118 @@ def save(
     state: dict[str, Any],  # Any: whatever JSON can hold
     model_config: ModelConfig,
     keep: int,
+    ranks: Ranks | None = None,
 ) -> Path:
     """Write `folder/step-XXXXXXXX` so that it is there completely or not at all.
 
-    `tensors` go through torch's distributed checkpoint, `state` and the model's configuration
-    become JSON. Afterwards only the newest `keep` whole checkpoints remain.
+    `tensors` go through torch's distributed checkpoint, each rank writing what it holds of them;
+    `state` and the model's configuration become JSON. Afterwards only the newest `keep` whole
+    checkpoints remain.
 
     Raises:
-        CheckpointNotSaved: when the file system refuses, with the bytes needed and free, or when
-            the step already has a whole checkpoint.
+        CheckpointNotSaved: on every rank, when the file system refuses one of them, with the bytes
+            needed and free, or when the step already has a whole checkpoint.
     """
-    target = folder / folder_name(step)
-    partial = folder / f"{target.name}.tmp"
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    ranks = ranks or Ranks()
+    begin(folder, step, ranks)
+    files = write_tensors(folder, step, tensors, ranks)
+    return commit(folder, step, files, state, model_config, keep, ranks)
+
+
+Files = dict[str, dict[str, Any]]  # Any: nested JSON
+"""Size and hash of files, by name, as a manifest has them."""
+
+
+def begin(folder: Path, step: int, ranks: Ranks) -> None:
+    """Make room for a checkpoint that is written aside.
+
+    Raises:
+        CheckpointNotSaved: when there is none.
+    """
+
+    def make() -> None:
+        try:
+            _set_damaged_aside(folder / folder_name(step))
+            _remove_leftovers(folder)
+            folder.mkdir(exist_ok=True)
+            partial_of(folder, step).mkdir()
+        except OSError as error:
+            raise _refused(folder, step, error, 0) from error
+
+    ranks.first(make)
+
+
+def partial_of(folder: Path, step: int) -> Path:
+    """Return the folder in which a checkpoint is written aside."""
+    return folder / f"{folder_name(step)}.tmp"
+
+
+def write_tensors(
+    folder: Path,
+    step: int,
+    tensors: dict[str, Tensor],
+    ranks: Ranks,
+    group: dist.ProcessGroup | None = None,
+) -> Files:
+    """Write what this rank holds; returns its files. `group` is what the ranks talk through.
+
+    Raises:
+        CheckpointNotSaved: on every rank, when the file system refuses one of them.
+    """
+    partial = partial_of(folder, step)
+    writer = dcp.FileSystemWriter(str(partial), sync_files=True)
     try:
-        _set_damaged_aside(target)
-        _remove_leftovers(folder)
-        folder.mkdir(exist_ok=True)
-        partial.mkdir()
-        _write(partial, step, tensors, state, model_config)
-        partial.rename(target)
-        sync_folder(folder)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise CheckpointNotSaved(
-            f"checkpoint {target} was not saved: {error.strerror or error}; "
-            f"it needs {needed:,} bytes, {_free(folder)}"
-        ) from error
-    _prune(folder, keep)
+        with warnings.catch_warnings():
+            # torch reminds of the single process, which is what `no_dist` asks for
+            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
+            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not ranks.grouped)
+        own = partial.glob(f"__{ranks.rank}_*")
+        return {path.name: describe_file(path) for path in own}
+    except (CheckpointException, OSError) as error:
+        cause: BaseException | None = error
+        if isinstance(error, CheckpointException):
+            first = next(iter(error.failures.values()))[0]
+            # torch's writer wraps what the file system said
+            wraps = isinstance(first, RuntimeError) and isinstance(first.__context__, OSError)
+            cause = first.__context__ if wraps else first
+        needed = sum(_num_bytes(tensor) for tensor in tensors.values())
+        raise _refused(folder, step, cause, needed) from error
+
+
+def commit(
+    folder: Path,
+    step: int,
+    files: Files,
+    state: dict[str, Any],
+    model_config: ModelConfig,
+    keep: int,
+    ranks: Ranks,
+) -> Path:
+    """Make a checkpoint out of what every rank has written; returns its folder.
+
+    Raises:
+        CheckpointNotSaved: on every rank, when the file system refuses.
+    """
+    target, partial = folder / folder_name(step), partial_of(folder, step)
+    of_all: Files = {}
+    for some in ranks.gather(files):
+        of_all |= some
+
+    def publish() -> None:
+        try:
+            model = dump_model_config(model_config)
+            write_json(partial / MODEL, model)
+            write_json(partial / STATE, state)
+            digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+            write_manifest(partial, step, digest, of_all)
+            sync_folder(partial)
+            partial.rename(target)
+            sync_folder(folder)
+        except OSError as error:
+            raise _refused(folder, step, error, 0) from error
+        _prune(folder, keep)
+
+    ranks.first(publish)
     return target
 
 
@@ -72,30 +160,28 @@ def dump_model_config(config: ModelConfig) -> dict[str, Any]:  # Any: pydantic's
     return config.model_dump(mode="json") | {"time_step_limit": [str(low), str(high)]}
 
 
-def _write(
-    partial: Path,
-    step: int,
-    tensors: dict[str, Tensor],
-    state: dict[str, Any],
-    model_config: ModelConfig,
-) -> None:
-    writer = dcp.FileSystemWriter(str(partial), sync_files=True)
-    try:
-        with warnings.catch_warnings():
-            # torch reminds of the single process, which is what `no_dist` asks for
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.save(tensors, storage_writer=writer, no_dist=True)
-    except CheckpointException as exception:
-        cause = next(iter(exception.failures.values()))[0]
-        if isinstance(cause, RuntimeError) and isinstance(cause.__context__, OSError):
-            cause = cause.__context__  # torch's writer wraps what the file system said
-        raise cause from exception
-    model = dump_model_config(model_config)
-    write_json(partial / MODEL, model)
-    write_json(partial / STATE, state)
-    digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
-    write_manifest(partial, step, digest)
-    sync_folder(partial)
+def _refused(
+    folder: Path, step: int, error: BaseException | None, needed: int
+) -> CheckpointNotSaved:
+    """Clear away what was written, and say why there is no checkpoint.
+
+    Anything but the file system's refusal is raised as it is.
+    """
+    if not isinstance(error, OSError):
+        assert error is not None
+        raise error
+    shutil.rmtree(partial_of(folder, step), ignore_errors=True)
+    needs = f"it needs {needed:,} bytes, " if needed else ""
+    return CheckpointNotSaved(
+        f"checkpoint {folder / folder_name(step)} was not saved: {error.strerror or error}; "
+        f"{needs}{_free(folder)}"
+    )
+
+
+def _num_bytes(tensor: Tensor) -> int:
+    if isinstance(tensor, Pieces):
+        return tensor.num_local_bytes
+    return tensor.numel() * tensor.element_size()
 
 
 def _set_damaged_aside(target: Path) -> None:

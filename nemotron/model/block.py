@@ -5,7 +5,11 @@ from functools import partial
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 from nemotron.model.attention import Attention
 from nemotron.model.cache import AttentionState, MambaState
@@ -54,8 +58,8 @@ class Block(nn.Module):
             return self._apply_mixer(*inputs)
         # statistics are a result, so the second run does not count again; nor does it choose
         # experts again, since another choice would send other tokens to other ranks
-        contexts = {"context_fn": _keep_choices} if self.letter == "E" else {}
-        return checkpoint(self._apply_mixer, *inputs, use_reentrant=False, **contexts)
+        contexts = _keep_choices if self.letter == "E" else noop_context_fn
+        return checkpoint(self._apply_mixer, *inputs, use_reentrant=False, context_fn=contexts)
 
     def _apply_mixer(
         self,

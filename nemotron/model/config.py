@@ -118,6 +118,20 @@ class ModelConfig(Section):
         """Pattern of the multi-token-prediction block; empty when there is none."""
         return (self.mtp_hybrid_override_pattern or "") if self.num_nextn_predict_layers else ""
 
+    @property
+    def moe_layers(self) -> list[str]:
+        """Names of the mixture layers in the whole model, those of the prediction block last."""
+        stacks = {
+            "backbone.layers": self.hybrid_override_pattern,
+            "mtp.layers": self.mtp_pattern,
+        }
+        return [
+            f"{stack}.{index}"
+            for stack, pattern in stacks.items()
+            for index, letter in enumerate(pattern)
+            if letter == "E"
+        ]
+
     @model_validator(mode="after")
     def _check(self) -> "ModelConfig":
         for key in ("hybrid_override_pattern", "mtp_hybrid_override_pattern"):

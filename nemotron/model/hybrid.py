@@ -106,6 +106,8 @@ class HybridLM(nn.Module):
             embedding = self.embed(input_ids)
             if detach:
                 embedding = embedding.detach()
-            hidden = self.mtp(embedding, hidden, seq_idx, routing)
+            hidden, stats = self.mtp(embedding, hidden, seq_idx, has_stats=routing is not None)
+            if routing is not None:
+                routing += stats
             results.append(hidden)
         return results

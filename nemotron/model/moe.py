@@ -41,23 +41,36 @@ class MoE(nn.Module):
         tokens = x.flatten(0, 1)  # [M, D]
         routing = self.gate(tokens)
         latent = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
-        routed = self.experts(latent, routing)
+        sent = self.experts.send(latent, routing)
+        shared = self.shared_experts(x)  # while tokens may be on their way to other ranks
+        routed = self.experts(sent)
         if self.fc2_latent_proj is not None:
             routed = self.fc2_latent_proj(routed)
         stats = None
         if stats_name is not None:
             stats = self.gate.statistics(routing, num_rows=x.shape[0], name=stats_name)
-        return routed.view_as(x) + self.shared_experts(x), stats
+        return routed.view_as(x) + shared, stats
+
+
+def _stay(x: Tensor) -> Tensor:
+    return x
 
 
 class Sent(NamedTuple):
-    """Tokens that came to the experts held here, and the way back for what these return."""
+    """Tokens on their way to the experts held here, and the way back for what these return."""
 
-    x: Float[Tensor, "S I"]
-    experts: Int[Tensor, "S W"]
-    """Numbers among the experts held here; their count where a slot is empty."""
-    weights: Float[Tensor, "S W"]
-    back: Callable[[Float[Tensor, "S I"]], Float[Tensor, "M I"]]
+    x: Float[Tensor, "sent I"]
+    """What left this rank; `arrive` returns what came."""
+    token: Int[Tensor, " copies"]
+    """The row of what came that each expert's copy is of, in ascending order."""
+    experts: Int[Tensor, " copies"]
+    """Numbers among the experts held here."""
+    weights: Float[Tensor, " copies"]
+    counts: Int[Tensor, " E"]
+    """Copies for each expert held here."""
+    arrive: Callable[[Float[Tensor, "sent I"]], Float[Tensor, "S I"]] = _stay
+    """Waits for the tokens that come."""
+    back: Callable[[Float[Tensor, "S I"]], Float[Tensor, "M I"]] = _stay
     """Adds up what all ranks made of each of this rank's own tokens."""
 
 
@@ -81,34 +94,29 @@ class Experts(nn.Module):
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, input_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, input_size, intermediate_size))
 
-    def forward(self, x: Float[Tensor, "M I"], routing: Routing) -> Float[Tensor, "M I"]:
-        """Send each token to its experts and add up what they return, weighted."""
-        if self.exchange is None:
-            return self.compute(x, routing.experts, routing.weights, routing.counts)
-        sent = self.exchange(x, routing.experts, routing.weights)
-        num_experts = self.up_proj.shape[0]
-        counts = torch.bincount(sent.experts.flatten(), minlength=num_experts + 1)[:num_experts]
-        return sent.back(self.compute(sent.x, sent.experts, sent.weights, counts))
+    def send(self, x: Float[Tensor, "M I"], routing: Routing) -> Sent:
+        """Begin to bring each token to its experts; calling the module on the result goes on."""
+        experts, weights = routing.experts, routing.weights
+        if self.exchange is not None:
+            return self.exchange(x, experts, weights)
+        token = torch.arange(experts.numel(), device=x.device) // experts.shape[1]
+        return Sent(x, token, experts.flatten(), weights.flatten(), routing.counts)
 
-    def compute(
-        self,
-        x: Float[Tensor, "M I"],
-        experts: Int[Tensor, "M K"],
-        weights: Float[Tensor, "M K"],
-        counts: Int[Tensor, " E"],
-    ) -> Float[Tensor, "M I"]:
-        """Return the weighted sum over each token's experts among those held here."""
-        has_empty = self.exchange is not None
-        token, place, counts = _arrange(experts, counts, row_multiple(x), has_empty=has_empty)
-        rows = _Dispatch.apply(x, token, place, has_empty)  # [R, I]
+    def forward(self, sent: Sent) -> Float[Tensor, "M I"]:
+        """Return for each token the weighted sum over its experts."""
+        x = sent.arrive(sent.x)
+        if not sent.token.shape[0]:
+            # there is nothing to multiply, but other ranks wait for this one's gradients
+            parts = (x, sent.weights, self.up_proj, self.down_proj)
+            return sent.back(torch.zeros_like(x) + sum(part[:0].sum() for part in parts))
+        copies, counts = _arrange(sent, x.shape[0], row_multiple(x))
         # rows that only fill up an expert's share weigh nothing, so they change no gradient
-        row_weights = weights.new_zeros(token.shape[0] + 1)  # the last is that of empty slots
-        row_weights = row_weights.scatter(0, place.flatten(), weights.flatten())[:-1]
-        hidden = self.multiply(rows, self.up_proj, counts)
+        weights = sent.weights.new_zeros(copies.token.shape[0])
+        weights = weights.scatter(0, copies.place, sent.weights)
+        hidden = self.multiply(copies.copy(x), self.up_proj, counts)
         # weights before the down projection, as Megatron-LM does in training
-        hidden = squared_relu(hidden, row_weights.unsqueeze(-1))
-        rows = self.multiply(hidden, self.down_proj, counts)
-        return _Combine.apply(rows, token, place, has_empty)
+        hidden = squared_relu(hidden, weights.unsqueeze(-1))
+        return sent.back(copies.add(self.multiply(hidden, self.down_proj, counts)))
 
     def multiply(
         self, rows: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
@@ -117,55 +125,59 @@ class Experts(nn.Module):
         return grouped_linear(rows, weight.to(rows.dtype), counts)
 
 
-def _arrange(
-    experts: Int[Tensor, "M K"], counts: Int[Tensor, " E"], multiple: int, *, has_empty: bool
-) -> tuple[Int[Tensor, " R"], Int[Tensor, "M K"], Int[Tensor, " E"]]:
-    """Line up the copies of all tokens by expert, each expert's share rounded up to `multiple`.
+class Copies(NamedTuple):
+    """Copies of tokens, as many as each needs, lined up as the rows of a matrix."""
 
-    Returns the token in each row (token 0 where a row only fills up), the row of each token's
-    copies (R, one too many, where a slot is empty), and the rows of each expert.
+    token: Int[Tensor, " R"]
+    """The token in each row."""
+    place: Int[Tensor, " copies"]
+    """The rows of all tokens' copies, token after token; rows that only fill up are not here."""
+    starts: Int[Tensor, " M"]
+    """Where the copies of each token begin in `place`."""
+
+    def copy(self, x: Float[Tensor, "M I"]) -> Float[Tensor, "R I"]:
+        """Copy each token to its rows."""
+        return _Copy.apply(x, *self)
+
+    def add(self, rows: Float[Tensor, "R I"]) -> Float[Tensor, "M I"]:
+        """Add up the rows of each token, in the order of `place`; 0 where it has none."""
+        return _Add.apply(rows, *self)
+
+
+def _arrange(sent: Sent, num_tokens: int, multiple: int) -> tuple[Copies, Int[Tensor, " E"]]:
+    """Line up the copies by expert, each expert's share rounded up to `multiple` with token 0.
+
+    Returns the rows of each expert, too.
     """
-    flat = experts.flatten()
-    order = flat.argsort(stable=True)  # empty slots, whose number is the largest, come last
-    total = order.shape[0]
-    row = torch.arange(total, device=order.device)
-    padded = counts
+    order = sent.experts.argsort(stable=True)
+    row = torch.arange(order.shape[0], device=order.device)
+    token, counts = sent.token[order], sent.counts
     if multiple > 1:
-        padded = (counts + multiple - 1) // multiple * multiple
-        filled = F.pad((padded - counts).cumsum(0), (1, 0))
-        row = row + filled[flat[order]]
-    if multiple > 1 or has_empty:
-        total = int(padded.sum())
-        row = row.clamp(max=total)
-    token = order.new_zeros(total + 1)
-    token[row] = order // experts.shape[1]
-    place = torch.empty_like(order)
-    place[order] = row
-    return token[:total], place.view_as(experts), padded
+        counts = (counts + multiple - 1) // multiple * multiple
+        filled = F.pad((counts - sent.counts).cumsum(0), (1, 0))
+        row = row + filled[sent.experts[order]]
+        token = token.new_zeros(int(counts.sum())).scatter_(0, row, token)
+    place = torch.empty_like(order).scatter_(0, order, row)
+    starts = torch.searchsorted(sent.token, torch.arange(num_tokens, device=order.device))
+    return Copies(token, place, starts), counts
 
 
-class _Dispatch(torch.autograd.Function):
-    """Copy each token to its experts' rows; the gradient is the adjoint, without atomic adds."""
-
+class _Copy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, token: Tensor, place: Tensor, has_empty: bool) -> Tensor:
-        ctx.save_for_backward(place)
-        ctx.has_empty = has_empty
+    def forward(ctx: Any, x: Tensor, token: Tensor, place: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(place, starts)
         return x[token]
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        (place,) = ctx.saved_tensors
-        return _sum_copies(grad, place, ctx.has_empty), None, None, None
+        return _sum(grad, *ctx.saved_tensors), None, None, None
 
 
-class _Combine(torch.autograd.Function):
-    """Add up each token's K rows; the gradient copies back to the experts' rows."""
-
+class _Add(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, token: Tensor, place: Tensor, has_empty: bool) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, token: Tensor, place: Tensor, starts: Tensor) -> Tensor:
         ctx.save_for_backward(token)
-        return _sum_copies(rows, place, has_empty)
+        return _sum(rows, place, starts)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -173,9 +185,6 @@ class _Combine(torch.autograd.Function):
         return grad[token], None, None, None
 
 
-def _sum_copies(
-    rows: Float[Tensor, "R I"], place: Int[Tensor, "M K"], has_empty: bool
-) -> Float[Tensor, "M I"]:
-    if has_empty:
-        rows = F.pad(rows, (0, 0, 0, 1))  # what empty slots add
-    return rows[place.flatten()].unflatten(0, place.shape).sum(1)
+def _sum(rows: Tensor, place: Tensor, starts: Tensor) -> Tensor:
+    # no atomic adds, one rounding, and no intermediate with a row for each copy
+    return F.embedding_bag(place, rows.contiguous(), starts, mode="sum")

@@ -33,16 +33,21 @@ class MTP(nn.Module):
         embedding: Float[Tensor, "B T D"],
         hidden: Float[Tensor, "B T D"],
         seq_idx: Int[Tensor, "B T"] | None,
-        routing: list[RoutingStats] | None,
-    ) -> Float[Tensor, "B T D"]:
-        """Predict one token further from the depth before and the next token's embedding."""
+        *,
+        has_stats: bool,
+    ) -> tuple[Float[Tensor, "B T D"], list[RoutingStats]]:
+        """Predict one token further from the depth before and the next token's embedding.
+
+        With `has_stats` the second result holds the routers' statistics.
+        """
         first, last = self.layers[0], self.layers[-1]
         part = first.get_submodule
         joined = torch.cat([part("enorm")(embedding), part("hnorm")(hidden)], dim=-1)
         x = part("eh_proj")(joined)
+        routing = []
         for index, layer in enumerate(self.layers):
-            name = f"mtp.layers.{index}" if routing is not None else None
+            name = f"mtp.layers.{index}" if has_stats else None
             x, stats = layer(x, seq_idx, stats_name=name)
-            if stats is not None and routing is not None:
+            if stats is not None:
                 routing.append(stats)
-        return last.get_submodule("final_layernorm")(x)
+        return last.get_submodule("final_layernorm")(x), routing

@@ -120,13 +120,7 @@ class Router(nn.Module):
         self.e_score_correction_bias += rate * torch.sign(counts.mean() - counts)
 
 
-def update_router_bias(model: nn.Module, counts: dict[str, Tensor], rate: float) -> None:
-    """Move the bias of every router named in `counts`, once per optimizer step.
-
-    `counts` maps the name of a mixture layer (as in `RoutingStats.name`) to its tokens per expert,
-    summed over all micro-batches and processes.
-    """
-    for name, tokens in counts.items():
-        router = model.get_submodule(f"{name}.mixer.gate")
-        assert isinstance(router, Router), name
-        router.update_bias(tokens, rate)
+def routers(model: nn.Module) -> dict[str, Router]:
+    """Return every router of a model by the name of its layer, as in `RoutingStats.name`."""
+    named = model.named_modules()
+    return {n.removesuffix(".mixer.gate"): m for n, m in named if isinstance(m, Router)}

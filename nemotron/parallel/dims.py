@@ -195,11 +195,11 @@ def _rows(
             f"gives {rows} rows of {seq_len} tokens a step, which dp_replicate x dp_shard = "
             f"{dims.batch} ranks cannot share; the nearest is {near * seq_len}.",
         )
-    elif (own := rows // dims.batch) % micro_batch:
+    elif dims.pp > 1 and (own := rows // dims.batch) % micro_batch:
         yield (
             "batch.micro_batch",
-            f"= {micro_batch} does not divide the {own} rows of each rank; the nearest is "
-            f"{nearest(micro_batch, divisors(own))}.",
+            f"= {micro_batch} does not divide the {own} rows of each rank, as stages need; "
+            f"the nearest is {nearest(micro_batch, divisors(own))}.",
         )
     pieces = (2 * dims.cp if dims.cp > 1 else 1) * dims.tp
     if seq_len % pieces:

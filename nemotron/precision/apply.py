@@ -1,16 +1,19 @@
 """Put a built model into the recipe's number formats; the model's own code knows none of them."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 import xxhash
 from torch import Tensor, nn
 
 from nemotron.ops.grouped_linear.loop import groups_of
+from nemotron.precision.backends import BY_NAME, choose, format_call
 from nemotron.precision.config import PrecisionConfig
-from nemotron.precision.linear import quantized_grouped_linear, quantized_linear
+from nemotron.precision.delayed import DelayedFP8Scheme, Histories
 from nemotron.precision.policy import Assignment, kind_of, resolve
-from nemotron.precision.schemes import SCHEMES, Draw, NVFP4Scheme, Scheme
+from nemotron.precision.random_bits import Draw, Numbers
+from nemotron.precision.schemes import SCHEMES, NVFP4Scheme, Reduce, Scheme
 from nemotron.precision.telemetry import Telemetry
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -24,48 +27,163 @@ def apply(model: nn.Module, config: PrecisionConfig) -> None:
     model.compute_dtype = DTYPES[config.compute]  # type: ignore[assignment]
 
 
+@dataclass(frozen=True)
+class Part:
+    """What this process holds of a layer's tensors, where ranks share them."""
+
+    reduce: dict[str, Reduce] = field(default_factory=dict)
+    """How the ranks find the largest magnitude of `x`, `w` or `dy`, where each has a part."""
+    columns: Numbers = 0
+    """Numbers of the output's columns in the whole layer."""
+    rows: Callable[[Tensor], Tensor] | None = None
+    """Takes the numbers of this process's tokens out of those of the portion."""
+    first_expert: int = 0
+    """Number of the first expert held here."""
+
+
+WHOLE = Part()
+
+
 class Quantization:
     """The formats of a model's linear layers, which may change from step to step.
 
     A quantised layer keeps its parameter and its name; only what its call does is replaced. Random
     bits of the gradients' rounding hang on seed, step, layer, call and row, so a resumed run draws
-    the same ones.
+    the same ones, and so does a run on other ranks that number rows and columns as the whole has
+    them.
+
+    Raises:
+        UserError: when the recipe names a backend that is not fit for a layer here.
     """
 
     def __init__(self, model: nn.Module, config: PrecisionConfig, seed: int) -> None:
         self._model, self._config, self._seed = model, config, seed
+        self._device = device_of(model)
         self.preset: str | None = None
+        self.reduce_amax: Reduce = lambda amaxes: amaxes
+        """Makes the largest of all ranks out of this one's, of all tensors that are scaled late."""
         options = config.nvfp4
-        self._schemes = SCHEMES | {
+        self._schemes: dict[str, Scheme] = SCHEMES | {
             "nvfp4": NVFP4Scheme(
                 options.hadamard, options.stochastic_rounding, options.square_weights
             )
         }
-        self._step = self._first_token = 0
+        self._parts: dict[str, Part] = {}
+        self._histories = Histories(self._late_matrices(), config.fp8_delayed, self._device)
+        self._step = 0
+        self._rows: Numbers = 0
+        self._portion = 0
         self._calls: dict[str, int] = {}
         self._observed = Telemetry()
         self.table: list[Assignment] = []
         """What every linear layer computes in now."""
         self.begin(0, 0)
 
-    def begin(self, step: int, first_token: int) -> bool:
-        """Enter a portion of a step, whose first token has this number in the whole batch.
+    def begin(self, step: int, rows: Numbers = 0) -> bool:
+        """Enter a portion of a step; `rows` numbers its tokens in the whole batch.
 
-        Returns whether the formats change here, to those of another preset.
+        A single number is that of the first token, which the others follow. The first portion of
+        another step ends the one before for delayed scaling. Returns whether the formats change
+        here, to those of another preset.
         """
-        self._step, self._first_token = step, first_token
+        if step != self._step:
+            self._histories.roll(self.reduce_amax)
+        self._step = step
+        self._rows = rows if isinstance(rows, int) else rows.to(self._device)
+        self._portion = rows if isinstance(rows, int) else int(rows[0])
         self._calls.clear()
         if (preset := preset_at(self._config, step)) == self.preset:
             return False
         self.preset = preset
-        self.table = assign(self._model, self._config, preset)
+        table = assign(self._model, self._config, preset, self._device)
+        self.table = [self._with_backend(line) for line in table]
         for line in self.table:
-            self._bind(self._model.get_submodule(line.module), line)
+            self._bind(line)
         return True
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return what a resume needs: histories and scales of delayed scaling, by name.
+
+        Names and shapes are the same at every step; values are put in place.
+        """
+        return {f"precision.{name}": tensor for name, tensor in self._histories.tensors()}
 
     def metrics(self) -> dict[str, float]:
         """Return what was measured of the operands since this was last asked for."""
         return self._observed.take()
+
+    def set_reduction(self, module: str, operand: str, reduce: Reduce) -> None:
+        """Tell how ranks find the largest magnitude of an operand of which each holds a part.
+
+        Without it a scale for a whole tensor is that of the part held here. Tensors that are
+        scaled late need none: `reduce_amax` serves all of them.
+
+        Raises:
+            UserError: when the recipe names a backend that cannot do it.
+        """
+        assert operand in ("x", "w", "dy"), operand
+        part = self._parts.get(module, WHOLE)
+        self._set_part(module, replace(part, reduce=part.reduce | {operand: reduce}))
+
+    def set_part(
+        self,
+        module: str,
+        *,
+        columns: Numbers = 0,
+        rows: Callable[[Tensor], Tensor] | None = None,
+        first_expert: int = 0,
+    ) -> None:
+        """Tell which columns of the output, tokens of a portion and experts are held here."""
+        part = self._parts.get(module, WHOLE)
+        part = replace(part, columns=columns, rows=rows, first_expert=first_expert)
+        self._set_part(module, part)
+
+    def copy_numbers(self, num_copies: int, device: torch.device) -> Tensor:
+        """Return a number of its own for each of the copies of each token of this portion, [M, K].
+
+        It is the copy's number in the whole batch; needs the rows' numbers as a tensor.
+        """
+        assert isinstance(self._rows, Tensor), "begin was given the first row's number only"
+        copies = torch.arange(num_copies, device=device)
+        return self._rows.to(device).unsqueeze(1) * num_copies + copies
+
+    def _set_part(self, module: str, part: Part) -> None:
+        self._parts[module] = part
+        (index,) = (i for i, line in enumerate(self.table) if line.module == module)
+        self.table[index] = self._with_backend(self.table[index])
+        self._bind(self.table[index])
+
+    def _with_backend(self, line: Assignment) -> Assignment:
+        is_split = bool(self._parts.get(line.module, WHOLE).reduce)
+        module = self._model.get_submodule(line.module)
+        return _with_backend(line, self._config, module, self._device, is_split=is_split)
+
+    def _late_matrices(self) -> dict[str, int]:
+        """Return every matrix that is ever in fp8_delayed, with its number of experts or 1."""
+        sizes: dict[str, int] = {}
+        presets = [self._config.preset, *(switch.preset for switch in self._config.switches)]
+        for preset in dict.fromkeys(presets):
+            for line in assign(self._model, self._config, preset, self._device):
+                if line.format == "fp8_delayed":
+                    module = self._model.get_submodule(line.module)
+                    sizes |= {
+                        _matrix(line.module, name): weight.shape[0] if weight.dim() == 3 else 1
+                        for name, weight in module.named_parameters(recurse=False)
+                    }
+        return sizes
+
+    def _schemes_of(self, line: Assignment, module: nn.Module) -> dict[str, Sequence[Scheme]]:
+        """Return the schemes of each matrix of a module, one for each expert held here."""
+        part = self._parts.get(line.module, WHOLE)
+        schemes: dict[str, Sequence[Scheme]] = {}
+        for name, weight in module.named_parameters(recurse=False):
+            if line.format == "fp8_delayed":
+                slots = self._histories.slots(_matrix(line.module, name))[part.first_expert :]
+                schemes[name] = [DelayedFP8Scheme(operands) for operands in slots]
+            else:
+                scheme = replace(self._schemes[line.format], reduce=part.reduce)
+                schemes[name] = [scheme] * (weight.shape[0] if weight.dim() == 3 else 1)
+        return schemes
 
     def _is_observed(self) -> bool:
         every = self._config.observe_every_steps
@@ -74,45 +192,72 @@ class Quantization:
     def _observe(self, name: str, scheme: Scheme, x: Tensor, weight: Tensor, y: Tensor) -> None:
         """Measure the operands of a product; the gradient's when it comes."""
         observe, narrow = self._observed.observe, weight.detach().to(torch.bfloat16)
-        observe(name, "x", x, scheme.activation(x.detach()))
-        observe(name, "w", narrow, scheme.weight(narrow)[0])
+        observe(name, "x", x, scheme.activation(x.detach()).operand())
+        observe(name, "w", narrow, scheme.weight(narrow)[0].operand())
         if y.requires_grad:
-            y.register_hook(lambda dy: observe(name, "dy", dy, scheme.gradient(dy, None)[0]))
+            y.register_hook(
+                lambda dy: observe(name, "dy", dy, scheme.gradient(dy, None)[0].operand())
+            )
 
-    def _bind(self, module: nn.Module, line: Assignment) -> None:
+    def _bind(self, line: Assignment) -> None:
+        module = self._model.get_submodule(line.module)
         grouped = line.kind == "moe.experts"
         hook = "multiply" if grouped else "forward"
         vars(module).pop(hook, None)
         if line.format == "bf16":
             return
-        scheme = self._schemes[line.format]
+        schemes = self._schemes_of(line, module)
+        backend = BY_NAME[line.backend]
+        layer = backend.function(schemes, line.format, self._config.nvfp4)
 
         def linear(x: Tensor) -> Tensor:
             rows = x.reshape(-1, x.shape[-1])
-            draw = self._draw(line.module, by_token=True)
-            y = quantized_linear(rows, _weight(module), scheme, draw)
+            y = layer.linear(rows, _weight(module), self._draw(line.module))
             if self._is_observed():
-                self._observe(line.module, scheme, rows, _weight(module), y)
+                self._observe(line.module, schemes["weight"][0], rows, _weight(module), y)
             return y.view(*x.shape[:-1], -1)
 
-        def experts(rows: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
-            draw = self._draw(line.module, by_token=False)
-            y = quantized_grouped_linear(rows, weight, counts, scheme, draw)
+        def experts(
+            rows: Tensor, weight: Tensor, counts: Tensor, copies: Tensor | None = None
+        ) -> Tensor:
+            (name,) = (n for n, p in module.named_parameters(recurse=False) if p is weight)
+            draw = self._expert_draw(line.module, copies)
+            y = layer.grouped(rows, weight, counts, name, draw)
             if self._is_observed():
                 for expert, share in groups_of(counts):
+                    scheme = schemes[name][expert]
                     self._observe(line.module, scheme, rows[share], weight[expert], y[share])
             return y
 
         function: Callable[..., Tensor] = experts if grouped else linear
         vars(module)[hook] = function
 
-    def _draw(self, module: str, *, by_token: bool) -> Draw:
-        """Name the bits of a call; rows sorted by expert have no token's number of their own."""
+    def _draw(self, module: str) -> Draw:
+        """Name the bits of a call, whose rows are the portion's tokens."""
+        part = self._parts.get(module, WHOLE)
+        rows = self._rows
+        if part.rows is not None:
+            assert isinstance(rows, Tensor), (
+                f"{module} takes some rows of a portion without numbers"
+            )
+            rows = part.rows(rows)
+        return Draw(self._key(module, ""), rows, part.columns)
+
+    def _expert_draw(self, module: str, copies: Tensor | None) -> Draw:
+        """Name the bits of rows sorted by expert: by their copies' numbers in the whole batch.
+
+        Rows without numbers are counted within the portion.
+        """
+        columns = self._parts.get(module, WHOLE).columns
+        if copies is None:
+            return Draw(self._key(module, f"/{self._portion}"), 0, columns)
+        return Draw(self._key(module, ""), copies, columns)
+
+    def _key(self, module: str, portion: str) -> tuple[int, int]:
         call = self._calls[module] = self._calls.get(module, -1) + 1
-        portion = "" if by_token else f"/{self._first_token}"
         name = f"{self._seed}/{self._step}/{module}/{call}{portion}"
         digest = xxhash.xxh64_intdigest(name.encode())
-        return Draw((digest >> 32, digest & 0xFFFFFFFF), self._first_token if by_token else 0)
+        return digest >> 32, digest & 0xFFFFFFFF
 
 
 def preset_at(config: PrecisionConfig, step: int) -> str:
@@ -121,16 +266,56 @@ def preset_at(config: PrecisionConfig, step: int) -> str:
     return presets[-1]
 
 
-def assign(model: nn.Module, config: PrecisionConfig, preset: str) -> list[Assignment]:
-    """Return the table of a model, which may lie on the meta device."""
+def assign(
+    model: nn.Module, config: PrecisionConfig, preset: str, device: torch.device | None = None
+) -> list[Assignment]:
+    """Return the table of a model, which may lie on the meta device.
+
+    Backends are those for `device`, or for where a run of this machine would be.
+
+    Raises:
+        UserError: when a rule decides nothing, or a named backend is not fit for a layer.
+    """
     layers = model.get_submodule("backbone.layers")
     assert isinstance(layers, nn.ModuleList)
-    return resolve(linear_layers(model), len(layers), config, preset)
+    where = device_of(model) if device is None else device
+    return [
+        _with_backend(line, config, model.get_submodule(line.module), where)
+        for line in resolve(linear_layers(model), len(layers), config, preset)
+    ]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return where a model lies, or would lie if it is not built yet."""
+    device = next(model.parameters()).device
+    if device.type == "meta":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return device
 
 
 def linear_layers(model: nn.Module) -> Sequence[str]:
     """Return the names of all modules that a format can be given to."""
     return [name for name, _ in model.named_modules() if kind_of(name) is not None]
+
+
+def _with_backend(
+    line: Assignment,
+    config: PrecisionConfig,
+    module: nn.Module,
+    device: torch.device,
+    *,
+    is_split: bool = False,
+) -> Assignment:
+    if line.format == "bf16":
+        return line
+    shape = next(module.parameters(recurse=False)).shape
+    call = format_call(line.format, device, shape, is_split=is_split)
+    return replace(line, backend=choose(config.backend, call, line.module).name)
+
+
+def _matrix(module: str, name: str) -> str:
+    """Name a matrix of a module; a linear layer has only one."""
+    return module if name == "weight" else f"{module}.{name}"
 
 
 def _weight(module: nn.Module) -> Tensor:

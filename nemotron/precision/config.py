@@ -6,8 +6,8 @@ from pydantic import Field, model_validator
 
 from nemotron.section import Section
 
-Format = Literal["bf16", "fp8_current", "fp8_block", "mxfp8", "nvfp4"]
-Preset = Literal["bf16", "fp8_current", "fp8_block", "mxfp8", "nvfp4", "nvfp4_super"]
+Format = Literal["bf16", "fp8_delayed", "fp8_current", "fp8_block", "mxfp8", "nvfp4"]
+Preset = Literal["bf16", "fp8_delayed", "fp8_current", "fp8_block", "mxfp8", "nvfp4", "nvfp4_super"]
 
 
 class PrecisionRule(Section):
@@ -61,6 +61,17 @@ class NVFP4Config(Section):
     """Whether weights share a scale in squares of 16 instead of rows of 16."""
 
 
+class DelayedConfig(Section):
+    """How the format fp8_delayed takes a scale from the steps before."""
+
+    history_length: int = Field(1024, gt=0)
+    """Steps whose largest magnitudes are kept, that which ended last among them."""
+    algorithm: Literal["max", "most_recent"] = "max"
+    """Which of them decides: the largest, or the last."""
+    margin: int = Field(0, ge=0)
+    """Powers of two between the largest magnitude and the end of the format."""
+
+
 class PrecisionConfig(Section):
     """Compute precision; the master weights and the optimizer's moments are always float32."""
 
@@ -72,11 +83,15 @@ class PrecisionConfig(Section):
     """Rules before those of the preset; the first that fits decides."""
     switches: Annotated[tuple[PrecisionSwitch, ...], Field(strict=False)] = ()
     """Changes of the preset during the run, in order."""
+    backend: Literal["auto", "emulate", "torch", "transformer_engine"] = "auto"
+    """How quantised products are computed; auto takes the fastest that has the format here."""
 
     observe_every_steps: int | None = Field(None, gt=0)
     """Optimizer steps between measurements of what quantising does; absent: none."""
     nvfp4: NVFP4Config = NVFP4Config()
     """Ingredients of the format nvfp4."""
+    fp8_delayed: DelayedConfig = DelayedConfig()
+    """Where the format fp8_delayed has its scales from."""
 
     @property
     def quantizes(self) -> bool:

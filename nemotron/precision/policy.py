@@ -44,6 +44,7 @@ def _rule(format: str, **conditions: object) -> PrecisionRule:
 
 PRESETS = {
     "bf16": Preset((), "bf16"),
+    "fp8_delayed": Preset((), "fp8_delayed"),
     "fp8_current": Preset(
         (_rule("bf16", last_block=1), _rule("bf16", tail_blocks=2)), "fp8_current"
     ),
@@ -76,6 +77,8 @@ class Assignment:
     kind: str
     format: str
     reason: str
+    backend: str = ""
+    """What computes its products; empty where they are not quantised."""
 
 
 def kind_of(module: str) -> str | None:
@@ -118,9 +121,12 @@ def resolve(
 
 
 def summarize(table: Sequence[Assignment]) -> list[str]:
-    """Return a line for each format and kind, with how many layers it has and why."""
-    counts = Counter((line.format, line.kind, line.reason) for line in table)
-    return [f"{format:<11} {kind} x {n}: {why}" for (format, kind, why), n in counts.items()]
+    """Return a line for each format and kind: how many layers it has, why, and by which backend."""
+    counts = Counter((line.format, line.kind, line.reason, line.backend) for line in table)
+    return [
+        f"{format:<11} {kind} x {n}: {why}" + (f" ({backend})" if backend else "")
+        for (format, kind, why, backend), n in counts.items()
+    ]
 
 
 def tail_blocks(share: float, num_blocks: int) -> int:

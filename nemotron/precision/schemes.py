@@ -5,9 +5,9 @@ needed along two: `row` along its last dimension, `turned` along its first.
 Source: NVIDIA/TransformerEngine: transformer_engine/common/recipe/__init__.py.
 """
 
-from dataclasses import dataclass, replace
-from functools import partial
-from typing import Protocol
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,10 @@ from torch import Tensor
 
 from nemotron.precision import fp8, hadamard, mxfp8, nvfp4
 from nemotron.precision.formats import E2M1_MAX, E4M3, E5M2
-from nemotron.precision.random_bits import random_bytes
+from nemotron.precision.random_bits import Draw
+
+Reduce = Callable[[Tensor], Tensor]
+"""Makes the largest magnitude of a whole tensor out of that of the part that is held here."""
 
 
 @dataclass(frozen=True)
@@ -32,61 +35,72 @@ class Operand:
 
 
 @dataclass(frozen=True)
-class Draw:
-    """What the random bits of a gradient hang on; nothing is drawn without it."""
+class Quantized:
+    """A side of a product in codes and scales, which may lie turned: [K, rows]."""
 
-    key: tuple[int, int]
-    """Two 32-bit words that name seed, step and module."""
-    first_token: int = 0
-    """Number of the first row in the whole batch of the step."""
-
-
-class Scheme(Protocol):
-    """How one format treats the operands."""
-
-    def activation(self, x: Float[Tensor, "M K"]) -> Operand:
-        """Quantise X for fprop."""
-
-    def kept_activation(self, x: Float[Tensor, "M K"]) -> "Kept":
-        """Quantise Xᵀ for wgrad, in the form that is kept until then."""
-
-    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Operand, "Kept"]:
-        """Quantise W for fprop, and Wᵀ for dgrad in the form that is kept until then."""
-
-    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Operand, Operand]:
-        """Quantise dY for dgrad and dYᵀ for wgrad."""
-
-
-class Kept(Protocol):
-    """An operand in its quantised form."""
-
-    def operand(self) -> Operand:
-        """Decode it."""
-
-
-def multiply(left: Operand, right: Operand) -> Float[Tensor, "M N"]:
-    """Return left rightᵀ in float32: decoded values multiplied, then scaled once."""
-    result = left.values @ right.values.T
-    if left.scale is not None and right.scale is not None:
-        result *= left.scale * right.scale
-    return result
-
-
-@dataclass(frozen=True)
-class KeptNVFP4:
-    """Codes and scales of a matrix, turned or not: 4.5 bits for each element."""
-
-    matrix: nvfp4.PackedNVFP4
+    matrix: nvfp4.NVFP4 | nvfp4.PackedNVFP4 | mxfp8.MXFP8 | fp8.ScaledFP8
     turned: bool = False
 
+    def turn(self) -> "Quantized":
+        """Return the same numbers as a side that contracts the other dimension."""
+        return replace(self, turned=not self.turned)
+
     def operand(self) -> Operand:
-        """Decode elements and block scales; the global scale is left to the product."""
-        operand = _nvfp4_operand(self.matrix.unpack())
-        return _turned(operand) if self.turned else operand
+        """Decode it; the global scale of NVFP4 is left to the product."""
+        matrix = self.matrix.unpack() if isinstance(self.matrix, nvfp4.PackedNVFP4) else self.matrix
+        if isinstance(matrix, nvfp4.NVFP4):
+            found = Operand(matrix.unscaled(), matrix.elements, E2M1_MAX, matrix.scale)
+        else:
+            largest = torch.finfo(matrix.elements.dtype).max
+            found = Operand(matrix.dequantize(), matrix.elements, largest)
+        if self.turned:
+            found = replace(found, values=found.values.T, elements=found.elements.T)
+        return found
 
 
 @dataclass(frozen=True)
-class NVFP4Scheme:
+class Scheme(ABC):
+    """How one format treats the operands `x`, `w` and `dy` of a layer."""
+
+    reduce: Mapping[str, Reduce] = field(default_factory=dict, kw_only=True)
+    """For each operand of which this process holds a part, how to know the whole's magnitude."""
+
+    @abstractmethod
+    def activation(self, x: Float[Tensor, "M K"]) -> Quantized:
+        """Quantise X for fprop."""
+
+    @abstractmethod
+    def kept_activation(self, x: Float[Tensor, "M K"]) -> Quantized:
+        """Quantise Xᵀ for wgrad, in the form that is kept until then."""
+
+    @abstractmethod
+    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Quantized, Quantized]:
+        """Quantise W for fprop, and Wᵀ for dgrad in the form that is kept until then."""
+
+    @abstractmethod
+    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Quantized, Quantized]:
+        """Quantise dY for dgrad and dYᵀ for wgrad."""
+
+    def remember(self, operand: str, tensor: Tensor) -> None:  # noqa: B027, most need nothing
+        """Take note of an operand of a training step; only delayed scaling does."""
+
+    def _amax(self, operand: str, tensor: Tensor) -> Float[Tensor, ""] | None:
+        """Return the largest magnitude where it is not the tensor's own."""
+        reduce = self.reduce.get(operand)
+        return None if reduce is None else reduce(tensor.abs().amax().float())
+
+
+def multiply(left: Quantized, right: Quantized, dtype: torch.dtype) -> Float[Tensor, "M N"]:
+    """Return left rightᵀ: decoded values multiplied in float32, scaled once, rounded once."""
+    a, b = left.operand(), right.operand()
+    result = a.values @ b.values.T
+    if a.scale is not None and b.scale is not None:
+        result *= a.scale * b.scale
+    return result.to(dtype)
+
+
+@dataclass(frozen=True)
+class NVFP4Scheme(Scheme):
     """Blocks of 16; squares for weights; Hadamard transform and stochastic rounding in backward.
 
     Source: transformer_engine/common/recipe/__init__.py, NVFP4BlockScaling.
@@ -96,30 +110,30 @@ class NVFP4Scheme:
     stochastic: bool = True
     square_weights: bool = True
 
-    def activation(self, x: Float[Tensor, "M K"]) -> Operand:
-        return _nvfp4_operand(nvfp4.quantize(x))
+    def activation(self, x: Float[Tensor, "M K"]) -> Quantized:
+        return Quantized(nvfp4.quantize(x, amax=self._amax("x", x)))
 
-    def kept_activation(self, x: Float[Tensor, "M K"]) -> KeptNVFP4:
-        return KeptNVFP4(nvfp4.quantize(self._turned(x)).pack())
+    def kept_activation(self, x: Float[Tensor, "M K"]) -> Quantized:
+        turned = self._turned(x)
+        return Quantized(nvfp4.quantize(turned, amax=self._amax("x", turned)).pack())
 
-    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Operand, KeptNVFP4]:
-        row = nvfp4.quantize(w, square=self.square_weights)
+    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Quantized, Quantized]:
+        amax = self._amax("w", w)
+        row = nvfp4.quantize(w, square=self.square_weights, amax=amax)
         if self.square_weights:  # the other direction has the same values
-            return _nvfp4_operand(row), KeptNVFP4(row.pack(), turned=True)
-        return _nvfp4_operand(row), KeptNVFP4(nvfp4.quantize(w.T.contiguous()).pack())
+            return Quantized(row), Quantized(row.pack(), turned=True)
+        return Quantized(row), Quantized(nvfp4.quantize(w.T.contiguous(), amax=amax).pack())
 
-    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Operand, Operand]:
+    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Quantized, Quantized]:
         turned = self._turned(dy)
         row_bits = turned_bits = None
         if self.stochastic and draw is not None:
-            columns = dy.shape[1]
-            bits = partial(random_bytes, key=draw.key, first_row=draw.first_token, device=dy.device)
-            row_bits = bits(dy.shape[0], columns, stream=0)
-            turned_bits = bits(turned.shape[1], columns, stream=1).T
-        return (
-            _nvfp4_operand(nvfp4.quantize(dy, bits=row_bits)),
-            _nvfp4_operand(nvfp4.quantize(turned, bits=turned_bits)),
-        )
+            rows, columns = dy.shape
+            row_bits = draw.bits(rows, columns, stream=0, device=dy.device)
+            turned_bits = draw.bits(turned.shape[1], columns, stream=1, device=dy.device).T
+        row = nvfp4.quantize(dy, amax=self._amax("dy", dy), bits=row_bits)
+        column = nvfp4.quantize(turned, amax=self._amax("dy", turned), bits=turned_bits)
+        return Quantized(row), Quantized(column)
 
     def _turned(self, x: Tensor) -> Tensor:
         """Return xᵀ, whole chunks of tokens long, transformed where the scheme says so."""
@@ -129,95 +143,67 @@ class NVFP4Scheme:
 
 
 @dataclass(frozen=True)
-class KeptFP8:
-    """An FP8 matrix and its scales, turned or not."""
-
-    matrix: mxfp8.MXFP8 | fp8.ScaledFP8
-    turned: bool = False
-
-    def operand(self) -> Operand:
-        """Decode it."""
-        operand = _fp8_operand(self.matrix)
-        return _turned(operand) if self.turned else operand
-
-
-@dataclass(frozen=True)
-class MXFP8Scheme:
+class MXFP8Scheme(Scheme):
     """Blocks of 32 in E4M3 for every operand.
 
     Source: transformer_engine/common/recipe/__init__.py, MXFP8BlockScaling.
     """
 
-    def activation(self, x: Float[Tensor, "M K"]) -> Operand:
-        return _fp8_operand(mxfp8.quantize(x))
+    def activation(self, x: Float[Tensor, "M K"]) -> Quantized:
+        return Quantized(mxfp8.quantize(x))
 
-    def kept_activation(self, x: Float[Tensor, "M K"]) -> KeptFP8:
-        return KeptFP8(mxfp8.quantize(x.T.contiguous()))
+    def kept_activation(self, x: Float[Tensor, "M K"]) -> Quantized:
+        return Quantized(mxfp8.quantize(x.T.contiguous()))
 
-    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Operand, KeptFP8]:
-        turned = KeptFP8(mxfp8.quantize(w.T.contiguous()))
-        return _fp8_operand(mxfp8.quantize(w)), turned
+    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Quantized, Quantized]:
+        return Quantized(mxfp8.quantize(w)), Quantized(mxfp8.quantize(w.T.contiguous()))
 
-    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Operand, Operand]:
-        turned = mxfp8.quantize(dy.T.contiguous())
-        return _fp8_operand(mxfp8.quantize(dy)), _fp8_operand(turned)
+    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Quantized, Quantized]:
+        return Quantized(mxfp8.quantize(dy)), Quantized(mxfp8.quantize(dy.T.contiguous()))
 
 
 @dataclass(frozen=True)
-class CurrentFP8Scheme:
+class CurrentFP8Scheme(Scheme):
     """One scale for a tensor, from its own largest magnitude; gradients in E5M2.
 
     Source: transformer_engine/common/recipe/__init__.py, Float8CurrentScaling.
     """
 
-    def activation(self, x: Float[Tensor, "M K"]) -> Operand:
-        return _fp8_operand(fp8.quantize_current(x, E4M3))
+    def activation(self, x: Float[Tensor, "M K"]) -> Quantized:
+        return Quantized(fp8.quantize_current(x, E4M3, amax=self._amax("x", x)))
 
-    def kept_activation(self, x: Float[Tensor, "M K"]) -> KeptFP8:
-        return KeptFP8(fp8.quantize_current(x, E4M3), turned=True)
+    def kept_activation(self, x: Float[Tensor, "M K"]) -> Quantized:
+        return self.activation(x).turn()
 
-    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Operand, KeptFP8]:
-        found = fp8.quantize_current(w, E4M3)
-        return _fp8_operand(found), KeptFP8(found, turned=True)
+    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Quantized, Quantized]:
+        found = Quantized(fp8.quantize_current(w, E4M3, amax=self._amax("w", w)))
+        return found, found.turn()
 
-    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Operand, Operand]:
-        found = _fp8_operand(fp8.quantize_current(dy, E5M2))
-        return found, _turned(found)
+    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Quantized, Quantized]:
+        found = Quantized(fp8.quantize_current(dy, E5M2, amax=self._amax("dy", dy)))
+        return found, found.turn()
 
 
 @dataclass(frozen=True)
-class BlockFP8Scheme:
+class BlockFP8Scheme(Scheme):
     """Blocks of 128 for activations and gradients, squares of 128 for weights, all E4M3.
 
     Source: transformer_engine/common/recipe/__init__.py, Float8BlockScaling.
     """
 
-    def activation(self, x: Float[Tensor, "M K"]) -> Operand:
-        return _fp8_operand(fp8.quantize_blocks(x))
+    def activation(self, x: Float[Tensor, "M K"]) -> Quantized:
+        return Quantized(fp8.quantize_blocks(x))
 
-    def kept_activation(self, x: Float[Tensor, "M K"]) -> KeptFP8:
-        return KeptFP8(fp8.quantize_blocks(x.T.contiguous()))
+    def kept_activation(self, x: Float[Tensor, "M K"]) -> Quantized:
+        return Quantized(fp8.quantize_blocks(x.T.contiguous()))
 
-    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Operand, KeptFP8]:
-        found = fp8.quantize_blocks(w, square=True)
-        return _fp8_operand(found), KeptFP8(found, turned=True)
+    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Quantized, Quantized]:
+        found = Quantized(fp8.quantize_blocks(w, square=True))
+        return found, found.turn()
 
-    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Operand, Operand]:
+    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Quantized, Quantized]:
         turned = fp8.quantize_blocks(dy.T.contiguous())
-        return _fp8_operand(fp8.quantize_blocks(dy)), _fp8_operand(turned)
-
-
-def _nvfp4_operand(found: nvfp4.NVFP4) -> Operand:
-    return Operand(found.unscaled(), found.elements, E2M1_MAX, found.scale)
-
-
-def _fp8_operand(found: mxfp8.MXFP8 | fp8.ScaledFP8) -> Operand:
-    largest = torch.finfo(found.elements.dtype).max
-    return Operand(found.dequantize(), found.elements, largest)
-
-
-def _turned(operand: Operand) -> Operand:
-    return replace(operand, values=operand.values.T, elements=operand.elements.T)
+        return Quantized(fp8.quantize_blocks(dy)), Quantized(turned)
 
 
 SCHEMES: dict[str, Scheme] = {
@@ -226,4 +212,4 @@ SCHEMES: dict[str, Scheme] = {
     "fp8_current": CurrentFP8Scheme(),
     "fp8_block": BlockFP8Scheme(),
 }
-"""The scheme of each format that a policy can name."""
+"""The scheme of each format that keeps nothing from step to step."""

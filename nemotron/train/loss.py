@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats
 from nemotron.train.config import LossConfig
@@ -35,9 +36,9 @@ class LossTerms:
     routing: list[RoutingStats]
 
 
-def num_depths(model: HybridLM, config: LossConfig) -> int:
+def num_depths(model: ModelConfig, config: LossConfig) -> int:
     """Return how many multi-token-prediction depths are trained: 0 without such a block."""
-    return config.mtp_num_depths if model.mtp is not None else 0
+    return config.mtp_num_depths if model.mtp_pattern else 0
 
 
 def count_tokens(batch: Batch) -> TokenCounts:
@@ -50,38 +51,48 @@ def losses(model: HybridLM, batch: Batch, config: LossConfig) -> LossTerms:
     """Run the model on a micro-batch and return every loss term as a sum.
 
     The depths of multi-token prediction are those of `batch.ahead`.
-    Source of their term: NVIDIA/Megatron-LM:
-    megatron/core/transformer/multi_token_prediction.py, process_mtp_loss.
     """
     routing: list[RoutingStats] = []
     hidden = model(batch.input_ids, batch.seq_idx, routing=routing)
-    return head_losses(model, hidden, batch, config, routing)
+    return stage_losses(model, hidden, batch, config, routing)
 
 
-def head_losses(
+def stage_losses(
     model: HybridLM,
-    hidden: Float[Tensor, "B T D"],
+    hidden: Float[Tensor, "B T D"] | None,
     batch: Batch,
     config: LossConfig,
     routing: list[RoutingStats],
 ) -> LossTerms:
-    """Return the loss terms, given the hidden states and statistics of the trunk."""
-    main = model.lm_head.loss(hidden, batch.labels, batch.loss_weight)
+    """Return the loss terms, given the trunk's hidden states and the statistics of its routers.
+
+    A stage of a pipeline that has no head has no hidden states here, and only the last term.
+    Source of the multi-token-prediction term: NVIDIA/Megatron-LM:
+    megatron/core/transformer/multi_token_prediction.py, process_mtp_loss.
+    """
+    zero = torch.zeros((), device=batch.labels.device)
     trunk_calls, depths = len(routing), len(batch.ahead)
-    mtp: list[Tensor] = []
-    if depths:
-        detach = config.mtp_detach_heads
-        inputs = [depth.input_ids for depth in batch.ahead]
-        further = model.mtp_hidden(hidden, inputs, batch.seq_idx, detach, routing)
-        mtp += (
-            model.lm_head.loss(depth_hidden, depth.labels, depth.loss_weight, detach)
-            for depth_hidden, depth in zip(further, batch.ahead, strict=True)
-        )
-    aux = torch.zeros((), device=hidden.device)
+    main, mtp = zero, [zero] * depths
+    if hidden is not None:
+        main = model.lm_head.loss(hidden, batch.labels, batch.loss_weight)
+        if depths:
+            mtp = _losses_ahead(model, hidden, batch, config.mtp_detach_heads, routing)
+    aux = zero
     for index, stats in enumerate(routing):
         # the shared block is called once per depth, so its balance loss is averaged over depths
         aux = aux + stats.aux_loss_sum / (1 if index < trunk_calls else depths)
     return LossTerms(main, tuple(mtp), aux, routing)
+
+
+def _losses_ahead(
+    model: HybridLM, hidden: Tensor, batch: Batch, detach: bool, routing: list[RoutingStats]
+) -> list[Tensor]:
+    inputs = [depth.input_ids for depth in batch.ahead]
+    further = model.mtp_hidden(hidden, inputs, batch.seq_idx, detach, routing)
+    return [
+        model.lm_head.loss(depth_hidden, depth.labels, depth.loss_weight, detach)
+        for depth_hidden, depth in zip(further, batch.ahead, strict=True)
+    ]
 
 
 def objective(terms: LossTerms, counts: TokenCounts, config: LossConfig) -> Float[Tensor, ""]:

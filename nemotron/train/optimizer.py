@@ -1,13 +1,14 @@
 """AdamW with decayed and undecayed parameters, gradient norms by kind, and the skip decision."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron.model.config import LAYER_KINDS, ModelConfig
+from nemotron.parallel.apply import local_of
 from nemotron.train.config import OptimizerConfig
 
 PARTS_OF_MOE = {
@@ -20,21 +21,23 @@ PARTS_OF_MOE = {
 
 
 class Optimizer:
-    """torch's fused AdamW on named float32 parameters.
+    """torch's fused AdamW on named float32 parameters, on what of each is here.
 
     The moments exist from the start, so that a checkpoint has the same tensors at every step.
     """
 
-    def __init__(self, model: nn.Module, config: OptimizerConfig) -> None:
+    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
         self.config = config
-        self.parameters = dict(model.named_parameters())
-        named = self.parameters.items()
+        self.parameters = dict(parameters)
+        # a sharded parameter computes nothing with others here, and AdamW works on each element
+        self._local = {name: local_of(p) for name, p in self.parameters.items()}
+        named = self._local.items()
         groups = [
             {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
             {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
         ]
         self._adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
-        for parameter in self.parameters.values():
+        for parameter in self._local.values():
             self._adamw.state[parameter] = {
                 "step": torch.zeros((), device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
@@ -43,26 +46,30 @@ class Optimizer:
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
-        self._adamw.zero_grad()
+        for parameter in self.parameters.values():
+            parameter.grad = None
 
     def gradients(self) -> dict[str, Tensor]:
-        """Return the gradients that there are, by parameter name."""
-        return {n: p.grad for n, p in self.parameters.items() if p.grad is not None}
+        """Return what is here of the gradients that there are, by parameter name."""
+        named = self.parameters.items()
+        return {name: local_of(p.grad) for name, p in named if p.grad is not None}
 
     def step(self, lr: float, clip_coefficient: float = 1.0) -> None:
         """Scale the gradients by the coefficient and update the parameters."""
+        gradients = self.gradients()
         if clip_coefficient < 1.0:
-            torch._foreach_mul_(list(self.gradients().values()), clip_coefficient)
+            torch._foreach_mul_(list(gradients.values()), clip_coefficient)
+        for name, parameter in self._local.items():
+            parameter.grad = gradients.get(name)
         for group in self._adamw.param_groups:
             group["lr"] = lr
         self._adamw.step()
 
-    def tensors(self) -> dict[str, Tensor]:
-        """Return the optimizer's state as it is, for saving it or for loading into it."""
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """Return the optimizer's state as it is, by key and parameter, for saving or loading."""
         return {
-            f"{key}.{name}": tensor
-            for name, parameter in self.parameters.items()
-            for key, tensor in self._adamw.state[parameter].items()
+            key: {name: self._adamw.state[local][key] for name, local in self._local.items()}
+            for key in ("step", "exp_avg", "exp_avg_sq")
         }
 
 
@@ -94,11 +101,9 @@ def kind_of(name: str, config: ModelConfig) -> str:
 class GradientNorms:
     """Euclidean norms of all gradients and of those of each kind, left on the device."""
 
-    def __init__(self, gradients: dict[str, Tensor], kinds: dict[str, str]) -> None:
-        """Take the norm of each tensor once; `kinds` maps every parameter name to its kind."""
-        self._kinds = [kinds[name] for name in gradients]
-        norms = torch._foreach_norm(list(gradients.values()))
-        self._squares = torch.stack([norm.float() for norm in norms]).square()
+    def __init__(self, squares: Float[Tensor, " kinds"], kinds: Sequence[str]) -> None:
+        """Take the sum of squares of each kind, over all ranks."""
+        self._squares, self._kinds = squares, kinds
 
     def total(self) -> Float[Tensor, ""]:
         """Return the norm over all parameters."""
@@ -106,15 +111,32 @@ class GradientNorms:
 
     def by_kind(self) -> dict[str, float]:
         """Return the norm of each kind; waits for the device."""
-        sums: dict[str, float] = {}
-        for kind, square in zip(self._kinds, self._squares.tolist(), strict=True):
-            sums[kind] = sums.get(kind, 0.0) + square
-        return {kind: value**0.5 for kind, value in sums.items()}
+        return dict(zip(self._kinds, self._squares.sqrt().tolist(), strict=True))
+
+
+def squares_by_kind(
+    gradients: Mapping[str, Tensor], kind_of: Mapping[str, str], kinds: Sequence[str]
+) -> Float[Tensor, " kinds"]:
+    """Return the sum of squares of the gradients of each kind; `kind_of` is by parameter."""
+    norms = torch._foreach_norm(list(gradients.values()))
+    squares = torch.stack([norm.double() for norm in norms]).square()
+    index = torch.tensor([kinds.index(kind_of[name]) for name in gradients])
+    total = squares.new_zeros(len(kinds))
+    return total.index_add_(0, index.to(squares.device), squares)
 
 
 def clip_coefficient(norm: float, limit: float | None) -> float:
     """Return the factor, at most 1, that brings a gradient of this norm down to the limit."""
     return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
+
+
+def kinds(config: ModelConfig) -> list[str]:
+    """Return every kind that parameters of this model have, in the order of the stack."""
+    pattern = config.hybrid_override_pattern
+    layers = [LAYER_KINDS[letter] for letter in dict.fromkeys(pattern)]
+    moe = ["router", "experts", "shared", *(["latent"] if config.moe_latent_size else [])]
+    parts = [part for kind in layers for part in (moe if kind == "moe" else [kind])]
+    return ["embed", *parts, "head", *(["mtp"] if config.mtp_pattern else [])]
 
 
 def parameter_kinds(names: Iterable[str], config: ModelConfig) -> dict[str, str]:

@@ -3,13 +3,13 @@
 import math
 import resource
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import Router
 from nemotron.train.loss import TokenCounts
 from nemotron.train.metrics import Record
@@ -50,9 +50,11 @@ class StepResult:
     lr: float
     skip: Skip | None
     spike: bool
+    stop: bool
+    """Whether the run ends here because a rank was asked to."""
     seconds: dict[str, float]
 
-    def values(self, model: HybridLM, peak_tokens_per_s: float) -> Record:
+    def values(self, routers: Mapping[str, Router], peak_tokens_per_s: float) -> Record:
         """Return the step's metrics; reading them waits for the device."""
         step_s = sum(self.seconds.values())
         speed = self.counts.tokens / step_s
@@ -63,7 +65,7 @@ class StepResult:
             "grad_norm/total": self.grad_norm,
             **{f"grad_norm/{kind}": norm for kind, norm in self.norms.by_kind().items()},
             "clip_coef": self.clip,
-            **expert_values(model, self.sums.load),
+            **expert_values(routers, self.sums.load),
             "perf/tokens_per_s": speed,
             "perf/mfu": speed / peak_tokens_per_s,
             "perf/step_s": step_s,
@@ -79,23 +81,25 @@ class StepResult:
         return [f"loss spike: {self.loss:.4f}"] if self.spike else []
 
 
-def expert_values(model: HybridLM, load: dict[str, Tensor]) -> dict[str, float]:
-    """Return load and bias of each router; `load` is the tokens per expert of the whole step."""
+def expert_values(routers: Mapping[str, Router], load: Mapping[str, Tensor]) -> dict[str, float]:
+    """Return load and bias of each router; `load` is the tokens per expert of the whole step.
+
+    Of a layer that another stage of a pipeline holds, the bias is not known here.
+    """
     values: dict[str, float] = {}
     for layer, counts in load.items():
-        router = model.get_submodule(f"{layer}.mixer.gate")
-        assert isinstance(router, Router), layer
         tokens = counts.tolist()
         mean = sum(tokens) / len(tokens)
         shares = [count / sum(tokens) for count in tokens if count]
         entropy = -sum(share * math.log(share) for share in shares)
-        bias = router.e_score_correction_bias
         name = f"moe/{layer.removeprefix('backbone.')}"
         values[f"{name}/load_max_over_mean"] = max(tokens) / mean
         values[f"{name}/load_entropy"] = entropy / math.log(len(tokens)) if len(tokens) > 1 else 1.0
         values[f"{name}/experts_unused"] = tokens.count(0)
-        values[f"{name}/bias_min"] = bias.min().item()
-        values[f"{name}/bias_max"] = bias.max().item()
+        if layer in routers:
+            bias = routers[layer].e_score_correction_bias
+            values[f"{name}/bias_min"] = bias.min().item()
+            values[f"{name}/bias_max"] = bias.max().item()
     return values
 
 

@@ -14,6 +14,8 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.describe import choose_backends, describe
 from nemotron.ops.registry import OPERATIONS
+from nemotron.parallel.apply import LocalModel
+from nemotron.parallel.runtime import Launch, start
 from nemotron.precision.apply import DTYPES, assign, preset_at
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course, plan_course
@@ -22,6 +24,7 @@ from nemotron.train.flops import (
     measure_matmul_peak,
     training_flops_per_token,
 )
+from nemotron.train.layout import check_layout
 from nemotron.train.loss import num_depths
 from nemotron.train.run_directory import RunDirectory
 from nemotron.train.screen import Screen
@@ -51,24 +54,27 @@ def train(
     Raises:
         UserError: when something that the user gave is wrong.
     """
+    launch = Launch.of_this_process()
     course = plan_course(config)
+    check_layout(config, course, launch.world if launch else 1)
     check_trackers(config.logging.trackers)
-    device = _pick_device(config.device)
+    device = _pick_device(config.device, launch)
     folder = RunDirectory(config)
-    folder.check(course.num_steps, resume=resume, allow_changed=allow_changed)
+    ranks = start(launch, device, config.parallel)
+    ranks.first(lambda: folder.check(course.num_steps, resume=resume, allow_changed=allow_changed))
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest())
-        screen = Screen()
+        screen = Screen(is_silent=not ranks.is_first)
         stack.callback(screen.close)
         _pin_backends(config)
         data = open_data(config, course)
         data.check_length()
-        peak_flops = measure_matmul_peak(device, DTYPES[config.precision.compute])
-        trainer = Trainer(config, course, data, device, peak_flops)
-        stack.enter_context(folder)
+        own_peak = measure_matmul_peak(device, DTYPES[config.precision.compute])
+        trainer = Trainer(config, course, data, device, sum(ranks.gather(own_peak)), ranks)
+        stack.enter_context(folder.held(ranks))
         session = Session(trainer, folder, screen, stop, stop_at)
         if not (resume and session.restore()) and config.init_from is not None:
-            _load_initial(trainer.model, config.init_from, read_initial)
+            _load_initial(trainer.local, config.init_from, read_initial)
         return session.run(recipe_path)
 
 
@@ -87,7 +93,7 @@ def dry_run(config: PretrainConfig) -> int:
     with torch.device("meta"):
         model = HybridLM(config.model)
     count = count_parameters(model, config.model)
-    depths = num_depths(model, config.loss)
+    depths = num_depths(config.model, config.loss)
     tokens = course.timeline.num_tokens
     flops = training_flops_per_token(config.model, config.data.seq_len, depths) * tokens
     mtp = f" + {count.mtp:,} for multi-token prediction" if count.mtp else ""
@@ -125,7 +131,7 @@ def describe_precision(config: PretrainConfig) -> list[str]:
     return lines
 
 
-def _pick_device(name: str) -> torch.device:
+def _pick_device(name: str, launch: Launch | None = None) -> torch.device:
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "device = cuda, but no GPU can be used here; "
@@ -133,6 +139,14 @@ def _pick_device(name: str) -> torch.device:
         )
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name == "cuda" and launch is not None:
+        if launch.local_rank >= (count := torch.cuda.device_count()):
+            raise UserError(
+                f"local rank {launch.local_rank} has no GPU: there are {count} here; start one "
+                "process for each."
+            )
+        torch.cuda.set_device(launch.local_rank)
+        return torch.device(name, launch.local_rank)
     return torch.device(name)
 
 
@@ -152,24 +166,26 @@ def open_data(config: PretrainConfig, course: Course) -> TrainingData:
     )
 
 
-def _load_initial(model: HybridLM, path: str, read: ReadModel) -> None:
+def _load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
     """Start from saved weights; every tensor must be there, with its shape, and no other."""
     saved_config, weights = read(Path(path))
-    own = model.state_dict()
+    own = local.whole_shapes()
     problems = [f"{name} is absent" for name in own if name not in weights]
     problems += [f"{name} is too many" for name in weights if name not in own]
     problems += [
-        f"{name} has shape {list(weights[name].shape)} instead of {list(tensor.shape)}"
-        for name, tensor in own.items()
-        if name in weights and weights[name].shape != tensor.shape
+        f"{name} has shape {list(weights[name].shape)} instead of {list(shape)}"
+        for name, shape in own.items()
+        if name in weights and weights[name].shape != shape
     ]
     if problems:
-        old, new = saved_config.model_dump(), model.config.model_dump()
+        old, new = saved_config.model_dump(), local.config.model_dump()
         keys = [f"model.{key} = {old[key]} there" for key in old if old[key] != new[key]]
         raise UserError(
             f"init_from: the weights in {path} do not fit the recipe ({', '.join(keys)}): "
             f"{'; '.join(problems[:10])}."
         )
-    with torch.no_grad():
-        for name, tensor in own.items():
-            tensor.copy_(weights[name])
+    local.fill(
+        lambda name, _, experts: (
+            weights[name] if experts is None else weights[name][experts.start : experts.stop]
+        )
+    )

@@ -6,7 +6,8 @@ import json
 import os
 import platform
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NoReturn, Self
@@ -18,6 +19,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 from nemotron.checkpoint.find import steps
 from nemotron.errors import UserError
 from nemotron.files import try_lock, write_bytes, write_json, write_text
+from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
 
 FREE_TO_CHANGE = (
@@ -32,6 +34,7 @@ FREE_TO_CHANGE = (
     "data.max_epochs",
     "data.prefetch_steps",
     "precision.observe_every_steps",
+    "parallel",
     "ops",
     "checkpoint",
     "evaluation",
@@ -130,6 +133,29 @@ class RunDirectory:
         if [path.name for path in self.path.iterdir()] == [self._lock_path.name]:
             shutil.rmtree(self.path)  # it never became a run
         os.close(self._lock)  # the lock goes with it, as it does when the process dies
+
+    @contextmanager
+    def held(self, ranks: Ranks) -> Iterator[None]:
+        """Hold the folder for all ranks, of which the first creates and locks it."""
+        ranks.first(lambda: self.__enter__() and None)
+        try:
+            yield
+        finally:
+            if ranks.is_first:
+                self.__exit__(None, None, None)
+
+    def log_of(self, rank: int) -> Path:
+        """Return the log of a rank; the first one's is that of the run."""
+        return self.log if rank == 0 else self.path / "ranks" / f"rank-{rank}.log"
+
+    def write_status(self, state: str, step: int, exit_code: int | None = None) -> None:
+        """Say how the newest start of the run stands: running, done, stopped or failed.
+
+        Whoever started it may not learn it from an exit code: torchrun has one of its own.
+        """
+        write_json(
+            self.path / "status.json", {"state": state, "step": step, "exit_code": exit_code}
+        )
 
     def write_description(self, tokenizer: bytes) -> None:
         """Write the resolved recipe and the tokenizer."""

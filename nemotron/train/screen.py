@@ -20,8 +20,11 @@ from nemotron.train.redaction import redact_text
 class Screen:
     """Tells events and shows steps; a terminal or pipe that goes away never stops the run."""
 
-    def __init__(self, stream: TextIO | None = None) -> None:
+    def __init__(self, stream: TextIO | None = None, *, is_silent: bool = False) -> None:
+        """Speak to a stream, by default what `print` writes to; silent, to the log alone."""
         self._stream: TextIO | None = stream if stream is not None else sys.stdout
+        if is_silent:
+            self._stream = None
         self._log: TextIO | None = None
         self._early: list[str] = []
         self._progress: Progress | None = None

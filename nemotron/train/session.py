@@ -4,14 +4,18 @@ import shlex
 import shutil
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
+
+import torch
 
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.manifest import folder_name
 from nemotron.checkpoint.write import CheckpointNotSaved, save
 from nemotron.data.chat.template import TEMPLATE, TURN_END
 from nemotron.errors import UserError
+from nemotron.model.hybrid import HybridLM
 from nemotron.ops.describe import choose_backends
 from nemotron.ops.describe import describe as describe_backends
 from nemotron.precision.apply import DTYPES
@@ -28,11 +32,13 @@ from nemotron.train.trainer import Diverged, Hooks, Trainer
 DONE, FAILED, STOPPED = 0, 1, 75
 """Exit codes; 75 (EX_TEMPFAIL) asks a scheduler to start the same command again."""
 
+STATES = {DONE: "done", FAILED: "failed", STOPPED: "stopped"}
+
 
 class Session:
     """One start of a run: from the restored state to the next exit."""
 
-    _metrics: MetricsFile
+    _metrics: MetricsFile | None
 
     def __init__(
         self,
@@ -55,7 +61,7 @@ class Session:
         Raises:
             UserError: when there are checkpoints, but none of them is whole or fits.
         """
-        found = newest(self._folder.checkpoints)
+        found = self._trainer.ranks.first(lambda: newest(self._folder.checkpoints))
         for line in found.skipped:
             self._screen.tell(line)
         if found.info is None:
@@ -73,19 +79,35 @@ class Session:
 
     def run(self, recipe_path: str) -> int:
         """Train; returns the exit code."""
-        trainer, folder, screen = self._trainer, self._folder, self._screen
+        trainer, folder = self._trainer, self._folder
         state, num_steps = trainer.state, trainer.course.num_steps
         if state.step >= num_steps:
             self._tell_results("this run is finished")
             return DONE
-        screen.open_log(folder.log)
-        run_id = self._describe(recipe_path)
-        with MetricsFile(folder.metrics, last_step=state.step) as metrics:
-            self._metrics = metrics
-            self._mirrors.start(self._tracked(run_id))
+        code = self._train(recipe_path)
+        if trainer.ranks.is_first:
+            folder.write_status(STATES[code], state.step, code)
+        return code
+
+    def _train(self, recipe_path: str) -> int:
+        trainer, folder, screen = self._trainer, self._folder, self._screen
+        state, num_steps, ranks = trainer.state, trainer.course.num_steps, trainer.ranks
+        log = folder.log_of(ranks.rank)
+        log.parent.mkdir(exist_ok=True)
+        screen.open_log(log)
+        with ExitStack() as stack:
+            self._metrics = None
+            run_id = self._describe(recipe_path)
+            if ranks.is_first:
+                folder.write_status("running", state.step)
+                metrics = MetricsFile(folder.metrics, last_step=state.step)
+                self._metrics = stack.enter_context(metrics)
+                self._mirrors.start(self._tracked(run_id))
+                stack.callback(self._mirrors.finish)
             screen.start(folder.path.name, num_steps)
+            stack.callback(screen.stop)
             try:
-                if not self._must_stop():
+                if not ranks.any(self._must_stop(state.step)):
                     trainer.run(Hooks(self._report, self._save_or_warn, self._must_stop))
                 self._save()
             except (Diverged, CheckpointNotSaved) as problem:
@@ -94,24 +116,24 @@ class Session:
                 if self._saved_step is not None:
                     screen.tell(f"the newest checkpoint is {folder_name(self._saved_step)}")
                 return FAILED
-            finally:
-                screen.stop()
-                self._mirrors.finish()
         if state.step < num_steps:
-            reason = self._stop.signal or f"--stop-at {self._stop_at}"
+            reached = self._stop_at is not None and state.step >= self._stop_at
+            by_step = f"--stop-at {self._stop_at}" if reached else "a signal to another rank"
+            reason = self._stop.signal or by_step
             screen.tell(f"stopped by {reason} after step {state.step} of {num_steps}, saved")
             screen.tell(f"go on: {self._command('train', self._folder.recipe, '--resume')}")
             return STOPPED
         self._tell_results("done")
         return DONE
 
-    def _must_stop(self) -> bool:
-        reached = self._stop_at is not None and self._trainer.state.step >= self._stop_at
+    def _must_stop(self, steps: int) -> bool:
+        reached = self._stop_at is not None and steps >= self._stop_at
         return reached or self._stop.signal is not None
 
     def _report(self, record: Record) -> None:
-        self._metrics.write(record)
-        self._mirrors.log(record)
+        if self._metrics is not None:
+            self._metrics.write(record)
+            self._mirrors.log(record)
         self._screen.show(record)
         if record["kind"] == "validation":
             self._validation = record
@@ -127,7 +149,8 @@ class Session:
         trainer, step = self._trainer, self._trainer.state.step
         if step == self._saved_step:
             return
-        self._metrics.sync()
+        if self._metrics is not None:
+            self._metrics.sync()
         start = time.perf_counter()
         save(
             self._folder.checkpoints,
@@ -136,6 +159,7 @@ class Session:
             trainer.json_state(),
             trainer.config.model,
             trainer.config.checkpoint.keep,
+            trainer.ranks,
         )
         self._saved_step = step
         self._screen.tell(f"saved {folder_name(step)} in {time.perf_counter() - start:.1f} s")
@@ -143,16 +167,11 @@ class Session:
     def _describe(self, recipe_path: str) -> str:
         """Write what the run is to its folder and the screen; returns the run's identifier."""
         trainer, folder, screen = self._trainer, self._folder, self._screen
-        config, data = trainer.config, trainer.data
-        folder.write_description(data.tokenizer.content)
-        if data.has_conversations:
-            ends = dict.fromkeys([config.model.eos_token_id, data.tokenizer.id(TURN_END)])
-            others = {
-                "bos_token_id": config.model.bos_token_id,
-                "pad_token_id": config.model.pad_token_id,
-            }
-            folder.write_chat_files(TEMPLATE, list(ends), others)
-        count = count_parameters(trainer.model, config.model)
+        config, data, ranks = trainer.config, trainer.data, trainer.ranks
+        if ranks.is_first:
+            self._write_description()
+        with torch.device("meta"):
+            count = count_parameters(HybridLM(config.model), config.model)
         sizes = {"parameters": count.total, "active": count.active, "mtp": count.mtp}
         facts = provenance.collect(trainer.device)
         facts |= {"recipe": recipe_path, "seed": config.seed, **sizes}
@@ -160,15 +179,21 @@ class Session:
         dtype, documents = DTYPES[config.precision.compute], config.data.reset_documents
         choices = choose_backends(trainer.device, dtype, documents)
         facts["backends"] = {choice.operation: asdict(choice) for choice in choices}
-        run_id = provenance.record_start(folder.provenance, trainer.state.step, facts)
+        facts["ranks"] = ranks.world
+        run_id = ""
+        if ranks.is_first:
+            run_id = provenance.record_start(folder.provenance, trainer.state.step, facts)
         mtp = f" + {count.mtp:,} for multi-token prediction" if count.mtp else ""
         screen.tell(f"run        {folder.path} ({trainer.device}, {config.precision.compute})")
+        if trainer.mesh is not None:
+            screen.tell(f"ranks      {trainer.mesh.describe()}")
         screen.tell(f"model      {count.total:,} parameters, {count.active:,} active{mtp}")
         for line in describe_backends(choices, trainer.device):
             screen.tell(f"operations {line}")
         if config.precision.quantizes:
             table = trainer.quantization.table
-            folder.write_precision([asdict(line) for line in table])
+            if ranks.is_first:
+                folder.write_precision([asdict(line) for line in table])
             for line in summarize(table):
                 screen.tell(f"precision  {line}")
         for line in data.describe():
@@ -179,6 +204,17 @@ class Session:
             f"{trainer.peak_flops / 1e9:,.0f} GFLOP/s here"
         )
         return run_id
+
+    def _write_description(self) -> None:
+        config, data = self._trainer.config, self._trainer.data
+        self._folder.write_description(data.tokenizer.content)
+        if data.has_conversations:
+            ends = dict.fromkeys([config.model.eos_token_id, data.tokenizer.id(TURN_END)])
+            others = {
+                "bos_token_id": config.model.bos_token_id,
+                "pad_token_id": config.model.pad_token_id,
+            }
+            self._folder.write_chat_files(TEMPLATE, list(ends), others)
 
     def _tracked(self, run_id: str) -> TrackedRun:
         config = self._trainer.config

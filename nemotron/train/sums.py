@@ -1,21 +1,29 @@
-"""Adding up the micro-batches of a step: losses as sums, and the load of the experts."""
+"""Adding up the micro-batches of a step, then the ranks: losses as sums, and experts' load."""
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import LossTerms, TokenCounts, objective
 
 
 class StepSums:
-    """Detached float32 sums over the micro-batches so far, on the device."""
+    """Detached sums over the micro-batches so far, on the device."""
 
-    def __init__(self, num_depths: int, device: torch.device) -> None:
+    def __init__(
+        self, num_depths: int, layers: Sequence[str], num_experts: int, device: torch.device
+    ) -> None:
+        """Begin at zero; `layers` names the mixture layers of the whole model."""
         self.main = torch.zeros((), device=device)
         self.mtp = tuple(torch.zeros((), device=device) for _ in range(num_depths))
         self.aux = torch.zeros((), device=device)
-        self.load: dict[str, Tensor] = {}
+        load = torch.zeros(len(layers), num_experts, dtype=torch.int64, device=device)
+        self.load: dict[str, Tensor] = dict(zip(layers, load, strict=True))
         """Tokens per expert, by the name of the mixture layer."""
+        self._all_load = load
 
     def add(self, terms: LossTerms) -> None:
         """Add one micro-batch."""
@@ -24,8 +32,24 @@ class StepSums:
         for total, term in zip(self.mtp, terms.mtp, strict=True):
             total += term.detach()
         for stats in terms.routing:
-            known = self.load.get(stats.name)
-            self.load[stats.name] = stats.counts if known is None else known + stats.counts
+            self.load[stats.name] += stats.counts
+
+    def add_up(self, ranks: Ranks, others: Tensor, *, counts_loss: bool) -> Tensor:
+        """Add up over all ranks in one exchange, together with a vector of others.
+
+        `counts_loss` is false on all but one of the ranks that computed the same losses.
+        """
+        if not ranks.grouped:
+            return others
+        losses = torch.stack([self.main, *self.mtp])
+        losses = losses if counts_loss else torch.zeros_like(losses)
+        parts = [losses, self.aux.view(1), others, self._all_load.flatten()]
+        total = ranks.sum(torch.cat([part.double() for part in parts]))
+        losses, aux, others, load = total.split([part.numel() for part in parts])
+        self.main, *mtp = losses.to(self.main.dtype).unbind()
+        self.mtp, self.aux = tuple(mtp), aux[0].to(self.aux.dtype)
+        self._all_load.copy_(load.view_as(self._all_load))
+        return others
 
     def objective(self, counts: TokenCounts, config: LossConfig) -> Tensor:
         """Return the loss of the whole step, as it was differentiated."""

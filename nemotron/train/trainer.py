@@ -10,22 +10,41 @@ from torch import Tensor
 
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import MODEL_PREFIX, load_tensors, read_state
-from nemotron.data.loader import TrainingData
+from nemotron.data.batch import Batch
+from nemotron.data.loader import TrainingData, rows_of_rank
 from nemotron.data.prefetch import Prefetcher
 from nemotron.errors import UserError
 from nemotron.model.block import Block
 from nemotron.model.config import LAYER_KINDS
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.router import update_router_bias
+from nemotron.model.router import RoutingStats, routers
+from nemotron.parallel.apply import LocalModel, distribute, local_of
+from nemotron.parallel.dims import resolve_dims
+from nemotron.parallel.mesh import Mesh
+from nemotron.parallel.runtime import Ranks
 from nemotron.precision.apply import Quantization
 from nemotron.precision.apply import apply as apply_precision
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course
 from nemotron.train.evaluate import evaluate
 from nemotron.train.flops import training_flops_per_token
-from nemotron.train.loss import TokenCounts, count_tokens, losses, num_depths, objective
+from nemotron.train.loss import (
+    TokenCounts,
+    count_tokens,
+    losses,
+    num_depths,
+    objective,
+    stage_losses,
+)
 from nemotron.train.metrics import Record
-from nemotron.train.optimizer import GradientNorms, Optimizer, clip_coefficient, parameter_kinds
+from nemotron.train.optimizer import (
+    GradientNorms,
+    Optimizer,
+    clip_coefficient,
+    kinds,
+    parameter_kinds,
+    squares_by_kind,
+)
 from nemotron.train.record import StepResult, Stopwatch, memory_values
 from nemotron.train.state import Skip, TrainerState
 from nemotron.train.sums import StepSums
@@ -40,11 +59,11 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls: to write a line, to save, to ask whether to stop after this step."""
+    """What the loop calls: to write a line, to save, to ask whether to stop after so many steps."""
 
     report: Callable[[Record], None]
     save: Callable[[], None]
-    stop: Callable[[], bool]
+    stop: Callable[[int], bool]
 
 
 class Trainer:
@@ -57,18 +76,25 @@ class Trainer:
         data: TrainingData,
         device: torch.device,
         peak_flops: float,
+        ranks: Ranks | None = None,
     ) -> None:
         self.config, self.course, self.data, self.device = config, course, data, device
+        self.ranks = ranks or Ranks()
         torch.manual_seed(config.seed)
-        self.model = build_model(config, device)
+        dims = resolve_dims(config.parallel, self.ranks.world)
+        self.mesh = Mesh(dims, device.type) if self.ranks.grouped else None
+        self.local = build_model(config, device, self.mesh)
+        self.model = self.local.models[0]
         self.quantization = Quantization(self.model, config.precision, config.seed)
-        self.optimizer = Optimizer(self.model, config.optimizer)
+        self.optimizer = Optimizer(self.local.parameters(), config.optimizer)
+        self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState()
-        self._depths = num_depths(self.model, config.loss)
-        self._kinds = parameter_kinds(self.optimizer.parameters, config.model)
+        self._depths = num_depths(config.model, config.loss)
+        self._kind_of = parameter_kinds(self.optimizer.parameters, config.model)
+        self._kinds = kinds(config.model)
         self.peak_flops = peak_flops
         self._batches = Prefetcher(
-            data.batch,
+            self._read,
             depth=config.data.prefetch_steps,
             num_steps=course.num_steps,
             pin=device.type == "cuda",
@@ -85,7 +111,7 @@ class Trainer:
             if self.quantization.begin(step, 0):
                 text = f"precision: preset {self.quantization.preset} from here on"
                 hooks.report(self._record("event", {"event": text}))
-            result = self.train_step(step)
+            result = self.train_step(step, hooks.stop)
             is_last = step + 1 == num_steps
             if is_last or due(step, config.logging.every_steps):
                 hooks.report(self._record("train", self._step_values(step, result)))
@@ -101,48 +127,108 @@ class Trainer:
                 )
             if not is_last and due(step, config.checkpoint.every_steps):
                 hooks.save()
-            if hooks.stop():
+            if result.stop or (not self.ranks.grouped and hooks.stop(step + 1)):
                 return
 
-    def train_step(self, step: int) -> StepResult:
-        """Do the optimizer step with this index, counted from 0."""
+    def train_step(
+        self, step: int, stop: Callable[[int], bool] = lambda steps: False
+    ) -> StepResult:
+        """Do the optimizer step with this index, counted from 0.
+
+        `stop` says whether this rank wants to stop after so many steps; the result, whether any.
+        """
         config, watch = self.config, Stopwatch(self.device)
         batch = self._batches.take(step)
-        if not config.data.reset_documents:
-            batch = replace(batch, seq_idx=None)
-        batch = batch.look_ahead(self._depths)
-        counts = count_tokens(batch)  # of the whole step, before any backward
         watch.lap("data")
+        counts = self._sum_counts(count_tokens(batch))  # of the whole step, before any backward
+        watch.lap("wait")
 
         self.optimizer.zero_grad()
-        sums = StepSums(self._depths, self.device)
-        for number, micro in enumerate(batch.split(rows := self._rows_at_once(step))):
-            self.quantization.begin(step, number * rows * micro.input_ids.shape[1])
-            terms = losses(self.model, micro.to(self.device), config.loss)
-            objective(terms, counts, config.loss).backward()
-            sums.add(terms)
+        sums = StepSums(
+            self._depths, config.model.moe_layers, config.model.n_routed_experts, self.device
+        )
+        self._accumulate(step, batch, counts, sums)
+        self.local.finish_gradients()
         watch.lap("forward_backward")
 
-        norms = GradientNorms(self.optimizer.gradients(), self._kinds)
+        gradients = self.optimizer.gradients()
+        counted = {name: g for name, g in gradients.items() if self.local.counts(name)}
+        squares = squares_by_kind(counted, self._kind_of, self._kinds)
+        others = torch.cat([squares, squares.new_tensor([stop(step + 1)])])
+        others = sums.add_up(self.ranks, others, counts_loss=self.local.counts_loss)
+        norms = GradientNorms(others[:-1], self._kinds)
         total = sums.objective(counts, config.loss)
-        # once a step the host waits for two numbers: whether to update hangs on them
-        loss, grad_norm = torch.stack([total, norms.total()]).tolist()
+        # once a step the host waits for three numbers: whether to update hangs on them
+        loss, grad_norm, stops = torch.stack([total.double(), norms.total(), others[-1]]).tolist()
         lr, clip = self.course.lr(step), clip_coefficient(grad_norm, config.optimizer.clip)
         skip = _reason_to_skip(counts, loss, grad_norm)
         if skip is None:
             self.optimizer.step(lr, clip)
-            update_router_bias(self.model, sums.load, config.optimizer.router_bias_update_rate)
+            for name, router in self.routers.items():
+                router.update_bias(sums.load[name], config.optimizer.router_bias_update_rate)
         spike = self.state.advance(self.course.timeline.tokens_per_step(step), loss, skip)
         watch.lap("optimizer")
         return StepResult(
-            counts, sums, norms, loss, grad_norm, clip, lr, skip, spike, watch.seconds
+            counts, sums, norms, loss, grad_norm, clip, lr, skip, spike, stops > 0, watch.seconds
         )
+
+    def _accumulate(self, step: int, batch: Batch, counts: TokenCounts, sums: StepSums) -> None:
+        """Add up the gradients and losses of this rank's share of a step."""
+        config, rows, length = self.config, self._rows_at_once(step), batch.input_ids.shape[1]
+        first_row = self.local.batch_rank * batch.input_ids.shape[0]
+        portions = list(self.local.share_rows(batch).split(rows))
+        if self.local.pipeline is not None:
+
+            def share(
+                model: HybridLM, hidden: Tensor | None, batch: Batch, routing: list[RoutingStats]
+            ) -> Tensor:
+                terms = stage_losses(model, hidden, batch, config.loss, routing)
+                sums.add(terms)
+                return objective(terms, counts, config.loss)
+
+            self.quantization.begin(step, first_row * length)
+            self.local.pipeline.step([micro.to(self.device) for micro in portions], share)
+            return
+        for number, micro in enumerate(portions):
+            self.quantization.begin(step, (first_row + number * rows) * length)
+            is_last = number + 1 == len(portions)
+            self.local.sync_gradients(is_last or config.parallel.sync_every_micro_batch)
+            terms = losses(self.model, micro.to(self.device), config.loss)
+            objective(terms, counts, config.loss).backward()
+            sums.add(terms)
+
+    def _read(self, step: int) -> Batch:
+        """Read this rank's rows of a step, with the targets of all depths."""
+        share = slice(None)
+        if self.mesh is not None:
+            num_rows, ranks = self.data.num_rows(step), self.mesh.dims.batch
+            share = rows_of_rank(num_rows, self.local.batch_rank, ranks)
+        batch = self.data.batch(step, share)
+        if not self.config.data.reset_documents:
+            batch = replace(batch, seq_idx=None)
+        return batch.look_ahead(self._depths)
+
+    def _sum_counts(self, counts: TokenCounts) -> TokenCounts:
+        """Add up over the ranks that read other rows."""
+        if self.mesh is None:
+            return counts
+        values = torch.tensor([counts.tokens, counts.main, *counts.mtp], dtype=torch.float64)
+        total = self.ranks.sum(values.to(self.device), self.mesh.group("batch")).tolist()
+        return TokenCounts(total[1], tuple(total[2:]), int(total[0]))
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor that a resume needs, under its name in a checkpoint."""
-        model = {f"{MODEL_PREFIX}{name}": t for name, t in self.model.state_dict().items()}
-        optimizer = {f"optimizer.{name}": t for name, t in self.optimizer.tensors().items()}
-        return model | optimizer | {"rng.cpu": torch.get_rng_state()}
+        local, optimizer = self.local, self.optimizer.tensors()
+        tensors = {
+            f"{MODEL_PREFIX}{name}": local.pieces(name, local_of(parameter))
+            for name, parameter in local.parameters().items()
+        }
+        tensors |= {f"{MODEL_PREFIX}{name}": buffer for name, buffer in local.buffers().items()}
+        for key in ("exp_avg", "exp_avg_sq"):
+            for name, moment in optimizer[key].items():
+                tensors[f"optimizer.{key}.{name}"] = local.pieces(name, moment)
+        tensors |= {f"optimizer.step.{name}": step for name, step in optimizer["step"].items()}
+        return tensors | {"rng.cpu": torch.get_rng_state()}
 
     def json_state(self) -> dict[str, Any]:  # Any: nested JSON
         """Return everything else that a resume needs."""
@@ -180,7 +266,7 @@ class Trainer:
         config = self.config.model
         flops = training_flops_per_token(config, self.data.seq_len(step), self._depths)
         return {
-            **result.values(self.model, self.peak_flops / flops),
+            **result.values(self.routers, self.peak_flops / flops),
             **self._tokens_by_source(step + 1),
             **self.quantization.metrics(),
             "skipped_steps": self.state.skipped_steps,
@@ -195,23 +281,35 @@ class Trainer:
 
     def _validation(self) -> Record:
         budget, rows = self.config.evaluation.tokens, self.config.batch.micro_batch
-        return {**evaluate(self.model, self.data, tokens=budget, rows=rows, device=self.device)}
+        return {**evaluate(self.local, self.data, self.ranks, tokens=budget, rows=rows)}
 
 
-def build_model(config: PretrainConfig, device: torch.device) -> HybridLM:
-    """Build the recipe's model with fresh weights: on meta first, so that no memory is wasted."""
-    with torch.device("meta"):
-        model = HybridLM(config.model)
-    apply_precision(model, config.precision)
-    for block in model.modules():
-        if isinstance(block, Block):
-            block.recompute = config.recomputes(LAYER_KINDS[block.letter])
-    model.to_empty(device=device)
-    if config.model.tie_word_embeddings:
-        # materialising gave each of the two names a tensor of its own
-        model.lm_head.weight = model.backbone.embeddings.weight
-    model.init_weights(config.seed)
-    return model
+def build_model(
+    config: PretrainConfig, device: torch.device, mesh: Mesh | None = None
+) -> LocalModel:
+    """Build what this rank holds of the recipe's model, with fresh weights."""
+
+    def build() -> HybridLM:
+        # on meta first, so that no memory is spent on what other ranks hold
+        with torch.device("meta"):
+            model = HybridLM(config.model)
+        apply_precision(model, config.precision)
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.recompute = config.recomputes(LAYER_KINDS[block.letter])
+        return model
+
+    local = distribute(
+        build,
+        mesh,
+        config.parallel,
+        seq_len=config.data.seq_len,
+        num_depths=num_depths(config.model, config.loss),
+        device=device,
+    )
+    local.materialise(device)
+    local.init_weights(config.seed)
+    return local
 
 
 def due(step: int, every: int | None) -> bool:

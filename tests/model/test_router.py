@@ -5,7 +5,7 @@ import torch
 from models import build, build_config, tokens
 
 from nemotron.data.batch import Batch
-from nemotron.model.router import Router, update_router_bias
+from nemotron.model.router import Router, routers
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import losses
 
@@ -93,7 +93,8 @@ def test_the_bias_of_a_model_is_stored_in_float32_and_moves_with_the_counts_of_a
     assert [int(stats.counts.sum()) for stats in routing] == [2 * 31 * 3] * 3
     gate = model.get_submodule("backbone.layers.1.mixer.gate")
     before = gate.e_score_correction_bias.clone()
-    update_router_bias(model, {"backbone.layers.1": routing[0].counts}, rate=0.5)
+    assert routers(model).keys() == {"backbone.layers.1", "mtp.layers.1"}
+    routers(model)["backbone.layers.1"].update_bias(routing[0].counts, rate=0.5)
     signs = torch.sign(routing[0].counts.float().mean() - routing[0].counts)
     assert torch.equal(gate.e_score_correction_bias, before + 0.5 * signs)
     assert gate.e_score_correction_bias.dtype == torch.float32

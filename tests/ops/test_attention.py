@@ -6,7 +6,7 @@ import torch
 from against_reference import doubled, results, worst
 from torch import Tensor
 
-from nemotron.ops.attention import flash_attn, reference, sdpa
+from nemotron.ops.attention import attention, flash_attn, operation, reference, sdpa
 
 
 def draw(rows: int, length: int, total: int | None = None) -> list[Tensor]:
@@ -56,6 +56,32 @@ def test_a_cache_and_left_padding_agree(length: int, total: int, start: tuple[in
     assert worst(found, exact) <= 5e-6
 
 
+@pytest.mark.parametrize("length", [1, 2, 5, 33])
+@pytest.mark.parametrize("prefix", [1, 7, 64])
+def test_documents_after_a_prefix_agree(length: int, prefix: int):
+    inputs, ids = draw(3, length, prefix + length), documents(3, prefix + length)
+    exact = results(reference.attention, doubled(inputs), ids, None)
+    assert worst(results(sdpa.attention, doubled(inputs), ids, None), exact) <= 1e-13
+    assert worst(results(sdpa.attention, inputs, ids, None), exact) <= 5e-6
+
+
+def test_the_last_queries_of_a_row_see_what_they_see_in_the_whole_row():
+    q, k, v = doubled(draw(2, 30))
+    ids = documents(2, 30)
+    whole = reference.attention(q, k, v, ids, None)
+    # the tail begins inside a document, with one, and after the row's last change
+    for begin in (1, *ids[0].diff().nonzero().flatten().add(1).tolist(), 29):
+        assert worst([reference.attention(q[:, begin:], k, v, ids, None)], [whole[:, begin:]]) == 0
+
+
+def test_a_call_with_documents_after_a_prefix_asks_for_a_backend_that_knows_them():
+    q, k, v = draw(1, 4, 9)
+    ids = documents(1, 9)
+    assert torch.equal(attention(q, k, v, seq_idx=ids), sdpa.attention(q, k, v, ids, None))
+    for backend in operation.backends:
+        assert "documents_after_a_prefix" in backend.features
+
+
 def test_changing_document_one_leaves_document_two_bit_equal():
     q, k, v = draw(1, 40)
     ids = (torch.arange(40) >= 17).int()[None]
@@ -74,12 +100,17 @@ def test_flash_attn_gets_documents_as_sequences(monkeypatch: pytest.MonkeyPatch)
 
     def flash_attn_varlen_func(q, k, v, ends_q, ends_k, longest_q, longest_k, causal):
         assert causal
-        assert longest_q == longest_k == int(ends_q.diff().max())
-        assert ends_q.dtype == torch.int32
-        assert torch.equal(ends_q, ends_k)
         parts = []
-        for a, b in ends_q.unfold(0, 2, 1).tolist():
-            part = (t[None, a:b] for t in (q, k, v))
+        ends_and_longest = ((ends_q, longest_q), (ends_k, longest_k))
+        for ends, longest in ends_and_longest:
+            assert longest == int(ends.diff().max())
+            assert ends.dtype == torch.int32
+        for queries, keys in zip(*(ends.diff().tolist() for ends in (ends_q, ends_k)), strict=True):
+            # a sequence without queries is no call that the kernel's gradient is known to take
+            assert 0 < queries <= keys
+        spans = (ends.unfold(0, 2, 1).tolist() for ends in (ends_q, ends_k))
+        for (a, b), (c, d) in zip(*spans, strict=True):
+            part = (q[None, a:b], k[None, c:d], v[None, c:d])
             parts.append(reference.attention(*part, None, None)[0])
         return torch.cat(parts)
 
@@ -92,16 +123,22 @@ def test_flash_attn_gets_documents_as_sequences(monkeypatch: pytest.MonkeyPatch)
     for ids in (None, documents(3, 30), torch.zeros(3, 30, dtype=torch.int32)):
         exact = results(reference.attention, doubled(inputs), ids, None)
         assert worst(results(flash_attn.attention, inputs, ids, None), exact) <= 5e-6
+    for length in (1, 4, 29):
+        inputs, ids = draw(3, length, 30), documents(3, 30)
+        exact = results(reference.attention, doubled(inputs), ids, None)
+        assert worst(results(flash_attn.attention, inputs, ids, None), exact) <= 5e-6
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("backend", ["flash_attn", "sdpa"])
 @pytest.mark.parametrize("with_documents", [False, True])
-def test_attention_on_a_gpu_agrees(backend: str, with_documents: bool):
+@pytest.mark.parametrize("length", [200, 60])
+def test_attention_on_a_gpu_agrees(backend: str, with_documents: bool, length: int):
     if backend == "flash_attn":
         pytest.importorskip("flash_attn", reason="flash-attn is not installed")
     g = torch.Generator().manual_seed(0)
-    inputs = [torch.randn(2, 200, h, 64, generator=g).bfloat16() for h in (8, 2, 2)]
+    sizes = ((length, 8), (200, 2), (200, 2))
+    inputs = [torch.randn(2, *size, 64, generator=g).bfloat16() for size in sizes]
     ids = documents(2, 200) if with_documents else None
     exact = results(reference.attention, [*doubled(inputs), ids], None)
     on_gpu = [t.cuda() if t is not None else None for t in [*inputs, ids]]

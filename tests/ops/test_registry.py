@@ -68,7 +68,7 @@ def test_the_last_backend_takes_every_call_of_training_and_decoding(operation: O
     features = {
         "ssd": {"documents", "initial_state", "final_state"},
         "causal_conv1d": {"documents", "initial_state", "documents_after_a_state", "any_width"},
-        "attention": {"documents", "cache", "start"},
+        "attention": {"documents", "cache", "start", "documents_after_a_prefix"},
         "grouped_linear": {"any_width"},
     }
     needs = frozenset(features.get(operation.name, set()))

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from nemotron.precision.linear import quantized_grouped_linear, quantized_linear
-from nemotron.precision.schemes import SCHEMES, Draw, NVFP4Scheme, Operand
+from nemotron.precision.random_bits import Draw
+from nemotron.precision.schemes import SCHEMES, NVFP4Scheme, Quantized
 
 DRAW = Draw((11, 12))
 
@@ -24,7 +25,8 @@ def run(function, x, weight, dy, *rest):
     return y.detach(), x.grad, weight.grad
 
 
-def decoded(operand: Operand) -> torch.Tensor:
+def decoded(side: Quantized) -> torch.Tensor:
+    operand = side.operand()
     values = operand.values.double()
     return values if operand.scale is None else values * operand.scale.double()
 
@@ -37,8 +39,8 @@ def test_products_are_those_of_the_decoded_operands_in_float64(name: str):
     dy_row, dy_turned = scheme.gradient(dy, DRAW)
     expected = {
         "y": decoded(scheme.activation(x)) @ decoded(row).T,
-        "dx": decoded(dy_row) @ decoded(turned.operand()).T,
-        "dw": decoded(dy_turned) @ decoded(scheme.kept_activation(x).operand()).T,
+        "dx": decoded(dy_row) @ decoded(turned).T,
+        "dw": decoded(dy_turned) @ decoded(scheme.kept_activation(x)).T,
     }
     wide = run(quantized_linear, x.float(), weight, dy.float(), scheme, DRAW)
     for found, (_, exact) in zip(wide, expected.items(), strict=True):
@@ -82,7 +84,7 @@ def test_the_mean_of_many_draws_is_nearer_than_rounding_to_nearest():
         for n in range(50)
     ]
     # the weight's own error stays in both; compare with the product of its quantised form
-    row = decoded(scheme.weight(weight.bfloat16())[1].operand()).float()
+    row = decoded(scheme.weight(weight.bfloat16())[1]).float()
     exact = dy.float() @ row.T
     mean_error = (torch.stack(draws).mean(0) - exact).norm()
     assert mean_error < 0.5 * (nearest - exact).norm()
@@ -107,7 +109,7 @@ def test_experts_are_layers_of_their_own_and_one_without_rows_has_no_gradient(na
     x, _, dy = inputs(tokens=69)
     weight = torch.randn(4, 112, 80, generator=torch.Generator().manual_seed(4)) / 8
     scheme = SCHEMES[name]
-    y, dx, dw = run(quantized_grouped_linear, x, weight, dy, counts, scheme, DRAW)
+    y, dx, dw = run(quantized_grouped_linear, x, weight, dy, counts, [scheme] * 4, DRAW)
     start = 0
     for expert, count in enumerate(counts.tolist()):
         rows = slice(start, start + count)

@@ -13,6 +13,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.precision.apply import Quantization, assign, preset_at
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.policy import tail_blocks
+from nemotron.precision.random_bits import Draw
 from nemotron.recipe.load import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -152,12 +153,17 @@ def test_every_layer_call_step_and_portion_draws_bits_of_its_own():
     model = HybridLM(load_recipe(RECIPES / "tiny/smoke.yaml").config.model)
     quantization = Quantization(model, config(preset="nvfp4"), seed=3)
     draws = []
-    for step, first_token in ((0, 0), (0, 64), (1, 0)):
+
+    def draw_all(step: int, first_token: int) -> list[Draw]:
         quantization.begin(step, first_token)
-        for name in ("a", "b", "a"):
-            for by_token in (True, False):
-                draws.append(quantization._draw(name, by_token=by_token))
+        names = ("a", "b", "a")
+        return [
+            draw
+            for name in names
+            for draw in (quantization._draw(name), quantization._expert_draw(name, None))
+        ]
+
+    for step, first_token in ((0, 0), (0, 64), (1, 0)):
+        draws += draw_all(step, first_token)
     assert len(set(draws)) == len(draws)
-    quantization.begin(0, 64)
-    again = [quantization._draw(n, by_token=b) for n in ("a", "b", "a") for b in (True, False)]
-    assert again == draws[6:12]
+    assert draw_all(0, 64) == draws[6:12]

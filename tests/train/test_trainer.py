@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from same_run import final_tensors
 
 from nemotron.errors import UserError
+from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import plan_course
 from nemotron.train.evaluate import evaluate
@@ -112,7 +113,7 @@ def test_a_step_that_is_not_finite_leaves_everything_but_data_and_schedule(recip
 def test_a_batch_without_targets_is_skipped_and_is_no_nan(recipe, monkeypatch):
     subject = trainer(recipe())
     batch = subject.data.batch(0)
-    empty = replace(batch, labels=torch.full_like(batch.labels, -100))
+    empty = replace(batch, labels=torch.full_like(batch.labels, -100)).look_ahead(2)
     monkeypatch.setattr(subject._batches, "take", lambda step: empty)
     result = subject.train_step(0)
     assert result.skip is Skip.NO_TARGETS
@@ -156,7 +157,7 @@ def test_weights_of_another_shape_are_refused_with_the_key_at_fault(recipe, undi
 
 def test_validation_is_cross_entropy_of_the_logits_and_its_bits_per_byte(recipe):
     subject = trainer(recipe())
-    values = evaluate(subject.model, subject.data, tokens=31 * 4, rows=3, device=CPU)
+    values = evaluate(subject.local, subject.data, Ranks(), tokens=31 * 4, rows=3)
     nats = tokens = size = 0
     for domain in ("prose", "numbers"):
         for portion in subject.data.validation(domain, tokens=31 * 4, rows=1):

@@ -17,7 +17,7 @@ def test_the_objective_is_the_weighted_mean_of_each_term(recipe):
     batch = open_data(config, plan_course(config)).batch(0)
     weights = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(3))
     batch = replace(batch, loss_weight=weights).look_ahead(2)
-    model = build_model(config, torch.device("cpu"))
+    [model] = build_model(config, torch.device("cpu")).models
     terms, counts = losses(model, batch, config.loss), count_tokens(batch)
     assert counts.main == pytest.approx(weights[batch.labels != -100].sum().item(), rel=1e-6)
 
@@ -51,7 +51,7 @@ def test_the_objective_is_the_weighted_mean_of_each_term(recipe):
 def test_a_run_over_weighted_samples_trains_and_portions_change_nothing(recipe):
     config = recipe()
     data = open_data(config, plan_course(config))
-    model = build_model(config, torch.device("cpu"))
+    [model] = build_model(config, torch.device("cpu")).models
     batch = data.batch(2)
     weights = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(4))
     batch = replace(batch, loss_weight=weights).look_ahead(2)

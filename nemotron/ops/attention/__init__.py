@@ -14,18 +14,20 @@ def attention(
     k: Float[Tensor, "B S Hkv Dh"],
     v: Float[Tensor, "B S Hkv Dh"],
     *,
-    seq_idx: Int[Tensor, "B T"] | None = None,
+    seq_idx: Int[Tensor, "B S"] | None = None,
     start: Int[Tensor, " B"] | None = None,
 ) -> Float[Tensor, "B T Hq Dh"]:
     """Attend causally; the queries are the last T of S positions, scale is Dh ** -0.5.
 
-    Query head i reads key-value head i // (Hq / Hkv). `seq_idx` (only when S = T) keeps documents
-    apart; `start` hides the positions before `start[b]` from row b, except each from itself.
+    Query head i reads key-value head i // (Hq / Hkv). `seq_idx` numbers the documents of all S
+    positions and keeps them apart; `start` hides the positions before `start[b]` from row b, except
+    each from itself.
     """
     function = operation.select(
         q,
         documents=seq_idx is not None,
         cache=k.shape[1] != q.shape[1],
         start=start is not None,
+        documents_after_a_prefix=seq_idx is not None and k.shape[1] != q.shape[1],
     )
     return function(q, k, v, seq_idx, start)

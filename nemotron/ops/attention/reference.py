@@ -11,7 +11,7 @@ def attention(
     q: Float[Tensor, "B T Hq Dh"],
     k: Float[Tensor, "B S Hkv Dh"],
     v: Float[Tensor, "B S Hkv Dh"],
-    seq_idx: Int[Tensor, "B T"] | None,
+    seq_idx: Int[Tensor, "B S"] | None,
     start: Int[Tensor, " B"] | None,
 ) -> Float[Tensor, "B T Hq Dh"]:
     """Softmax of scaled scores in float32 or wider over the keys that a query may see."""
@@ -24,7 +24,7 @@ def attention(
     queries = position[total - length :]
     seen = (position <= queries[:, None]).expand(q.shape[0], -1, -1)  # [B, T, S]
     if seq_idx is not None:
-        seen = seen & (seq_idx[:, :, None] == seq_idx[:, None, :])
+        seen = seen & (seq_idx[:, total - length :, None] == seq_idx[:, None, :])
     if start is not None:
         # padding sees itself, so that its (unused) output stays finite
         seen = seen & ((position >= start[:, None, None]) | (position == queries[:, None]))
@@ -32,4 +32,8 @@ def attention(
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values).to(q.dtype)
 
 
-backend = Backend("reference", attention, features=frozenset({"documents", "cache", "start"}))
+backend = Backend(
+    "reference",
+    attention,
+    features=frozenset({"documents", "cache", "start", "documents_after_a_prefix"}),
+)

@@ -12,18 +12,23 @@ def attention(
     q: Float[Tensor, "B T Hq Dh"],
     k: Float[Tensor, "B S Hkv Dh"],
     v: Float[Tensor, "B S Hkv Dh"],
-    seq_idx: Int[Tensor, "B T"] | None,
+    seq_idx: Int[Tensor, "B S"] | None,
     start: Int[Tensor, " B"] | None,
 ) -> Float[Tensor, "B T Hq Dh"]:
-    """Attend by document on CPUs: no T x T mask, no work between documents."""
+    """Attend by document on CPUs: no mask of the whole row, no work between documents."""
     if seq_idx is None or start is not None or q.device.type != "cpu":
         return _attend(q, k, v, seq_idx, start)
-    rows = []
+    prefix, rows = k.shape[1] - q.shape[1], []
     for row in range(q.shape[0]):
         lengths = torch.unique_consecutive(seq_idx[row], return_counts=True)[1].tolist()
-        queries, keys, values = (t[row : row + 1].split(lengths, dim=1) for t in (q, k, v))
-        documents = zip(queries, keys, values, strict=True)
-        rows.append(torch.cat([_attend(*qkv, None, None) for qkv in documents], dim=1))
+        documents, end = [], 0
+        for length in lengths:
+            begin, end = end, end + length
+            if end > prefix:
+                queries = q[row : row + 1, max(0, begin - prefix) : end - prefix]
+                keys, values = (t[row : row + 1, begin:end] for t in (k, v))
+                documents.append(_attend(queries, keys, values, None, None))
+        rows.append(torch.cat(documents, dim=1))
     return torch.cat(rows)
 
 
@@ -31,7 +36,7 @@ def _attend(
     q: Float[Tensor, "B T Hq Dh"],
     k: Float[Tensor, "B S Hkv Dh"],
     v: Float[Tensor, "B S Hkv Dh"],
-    seq_idx: Int[Tensor, "B T"] | None,
+    seq_idx: Int[Tensor, "B S"] | None,
     start: Int[Tensor, " B"] | None,
 ) -> Float[Tensor, "B T Hq Dh"]:
     """One call for the whole batch, with a mask only where causality does not say it all."""
@@ -62,7 +67,7 @@ def _seen(
     position = torch.arange(total, device=device)
     seen = (position <= position[total - length :, None])[None]  # [1, T, S]
     if seq_idx is not None:
-        seen = seen & (seq_idx[:, :, None] == seq_idx[:, None, :])
+        seen = seen & (seq_idx[:, total - length :, None] == seq_idx[:, None, :])
     if start is not None:
         own = position == position[total - length :, None]
         # padding sees itself, so that no row of the softmax is empty
@@ -70,4 +75,8 @@ def _seen(
     return seen.unsqueeze(1)
 
 
-backend = Backend("sdpa", attention, features=frozenset({"documents", "cache", "start"}))
+backend = Backend(
+    "sdpa",
+    attention,
+    features=frozenset({"documents", "cache", "start", "documents_after_a_prefix"}),
+)

@@ -1,5 +1,6 @@
 """Head and cross entropy over chunks of tokens: the logits of a whole batch never exist."""
 
+from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
@@ -12,13 +13,33 @@ CHUNK_ELEMENTS = 1 << 21
 """Logits that exist at a time; 8 MB in float32."""
 IGNORED = -100
 
+CrossEntropy = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
+"""`cross_entropy` below, or what takes its place where ranks share the vocabulary."""
+
+
+def cross_entropy(
+    logits: Float[Tensor, "M V"], target: Int[Tensor, "M 1"], needs_slope: bool
+) -> tuple[Float[Tensor, "M 1"], Float[Tensor, "M V"] | None]:
+    """Return the loss of each row and, if needed, its slope, which overwrites the logits."""
+    shift = logits.logsumexp(1, keepdim=True)
+    losses = shift - logits.gather(1, target)
+    if not needs_slope:
+        return losses, None
+    slope = logits.sub_(shift).exp_()  # softmax
+    return losses, slope.scatter_add_(1, target, slope.new_full(target.shape, -1.0))
+
 
 class _SummedLoss(torch.autograd.Function):
     """The gradient is computed with the loss, while the logits are at hand, and scaled later."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        cross_entropy: CrossEntropy,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
@@ -31,15 +52,13 @@ class _SummedLoss(torch.autograd.Function):
         for rows in kept.split(_chunk(weight)):
             part = hidden[rows[0] : rows[-1] + 1] if everything else hidden[rows]
             logits = torch.mm(part, matrix.T).to(wide)
-            target = labels[rows].unsqueeze(1)
-            shift = logits.logsumexp(1, keepdim=True)
-            losses = shift - logits.gather(1, target)
+            losses, slope = cross_entropy(
+                logits, labels[rows].unsqueeze(1), needs_hidden or needs_weight
+            )
             share = None if weights is None else weights[rows].unsqueeze(1)
             total += (losses if share is None else losses * share).sum()
-            if grad_hidden is None and grad_weight is None:
+            if slope is None:
                 continue
-            slope = logits.sub_(shift).exp_()  # softmax
-            slope.scatter_add_(1, target, slope.new_full(target.shape, -1.0))
             if share is not None:
                 slope *= share
             narrow = slope.to(hidden.dtype)
@@ -56,13 +75,13 @@ class _SummedLoss(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 class _LossPerToken(torch.autograd.Function):
@@ -102,6 +121,17 @@ def _split(values: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return values.split(_chunk(weight))
 
 
+def summed_loss(
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, " M"],
+    weights: Float[Tensor, " M"] | None,
+    cross_entropy: CrossEntropy = cross_entropy,
+) -> Float[Tensor, ""]:
+    """Return the sum of the weighted losses; `cross_entropy` decides what a row's loss is."""
+    return _SummedLoss.apply(hidden, weight, labels, weights, cross_entropy)
+
+
 def linear_cross_entropy(
     hidden: Float[Tensor, "M D"],
     weight: Float[Tensor, "V D"],
@@ -111,7 +141,7 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The reference's loss, chunk by chunk."""
     if reduction == "sum":
-        return _SummedLoss.apply(hidden, weight, labels, weights)
+        return summed_loss(hidden, weight, labels, weights)
     losses = _LossPerToken.apply(hidden, weight, labels)
     return losses if weights is None else losses * weights
 

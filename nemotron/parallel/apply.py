@@ -1,0 +1,275 @@
+"""Lay a built model out over ranks: stages, tensors, experts, rows, then sharded weights.
+
+The model's own code knows none of it: parameters take their local shapes, hooks are put in the
+places that the model offers for them, and every name stays that of the whole.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from nemotron.data.batch import Batch
+from nemotron.model.config import ModelConfig
+from nemotron.model.hybrid import HybridLM
+from nemotron.model.init import STACKED, draw
+from nemotron.model.router import RoutingStats, routers
+from nemotron.parallel.config import ParallelConfig
+from nemotron.parallel.context import layout
+from nemotron.parallel.context.apply import apply_context
+from nemotron.parallel.context.router import SumOverRow
+from nemotron.parallel.expert import apply_experts, choose_dispatch
+from nemotron.parallel.fsdp import drop_gathered, shard
+from nemotron.parallel.layout import Part
+from nemotron.parallel.mesh import Mesh
+from nemotron.parallel.pieces import Offsets, Pieces
+from nemotron.parallel.pipeline import Pipeline, sync_copies
+from nemotron.parallel.stages import Stage, cut, shared_parameters, split_stages
+from nemotron.parallel.tensor import apply_tensor, sum_partial_gradients
+
+Read = Callable[[str, torch.Size, range | None], Tensor]
+"""Returns a tensor by name and whole shape; of one that stacks experts, those in the range."""
+
+
+class LocalModel:
+    """What this rank holds of a model: all of it, stages of it, parts of its tensors."""
+
+    def __init__(self, config: ModelConfig, models: list[HybridLM], mesh: Mesh | None) -> None:
+        self.config, self.models, self.mesh = config, models, mesh
+        self.roots: list[nn.Module] = list(models)
+        self.parts: dict[str, Part] = {}
+        """Where the split parameters lie in the whole; the others are whole."""
+        self.partial: set[str] = set()
+        """Parameters of which each rank of `tp` has a part of the gradient only."""
+        self.copies: set[str] = set()
+        """Parameters that an earlier stage of the pipeline holds, too."""
+        self.pipeline: Pipeline | None = None
+        """What runs the stages, where there are several."""
+
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the parameters by their name in the whole model."""
+        return {n: p for model in self.models for n, p in model.named_parameters()}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """Return the buffers, each of them whole."""
+        return {n: b for model in self.models for n, b in model.named_buffers()}
+
+    def module(self, name: str) -> nn.Module | None:
+        """Return the module of that name, if it is here."""
+        for model in self.models:
+            found: nn.Module | None = model
+            for part in name.split("."):
+                found = getattr(found, "_modules", {}).get(part)
+            if found is not None:
+                return found
+        return None
+
+    @property
+    def batch_rank(self) -> int:
+        """Place among the ranks, or groups of them, that read different rows."""
+        return 0 if self.mesh is None else self.mesh.rank("batch")
+
+    @property
+    def counts_loss(self) -> bool:
+        """Whether this rank's sums of losses count: those of a `tp` group are one and the same."""
+        return self.mesh is None or self.mesh.rank("tp") == 0
+
+    @property
+    def counts_rows(self) -> bool:
+        """Whether this rank counts its rows: one does of those that share them."""
+        return self.mesh is None or (self.mesh.rank("row") == 0 and self.mesh.rank("pp") == 0)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next(iter(self.parameters().values())).device
+
+    def loss_sum(self, batch: Batch) -> float:
+        """Return the summed loss of the next token, as far as it is known here; no gradient."""
+        batch = self.share_rows(batch).to(self.device)
+        if self.pipeline is not None:
+            return sum(loss.item() for loss in self.pipeline.evaluate([batch], _next_token_loss))
+        [model] = self.models
+        hidden = model(batch.input_ids, batch.seq_idx)
+        return model.lm_head.loss(hidden, batch.labels).item()
+
+    def drop_gathered(self) -> None:
+        """Forget weights that were gathered to evaluate: they would be stale later."""
+        if self.mesh is not None:
+            for root in self.roots:
+                drop_gathered(root)
+
+    def share_rows(self, batch: Batch) -> Batch:
+        """Return this rank's tokens of rows that ranks share."""
+        if self.mesh is None or self.mesh.dims.cp == 1:
+            return batch
+        rank, size = self.mesh.rank("cp"), self.mesh.dims.cp
+        return batch.map(lambda values: layout.shard(values, rank, size))
+
+    def sync_gradients(self, on: bool) -> None:
+        """Say whether the next backward pass adds gradients up over ranks."""
+        if self.mesh is not None and self.pipeline is None:  # which does so at its end
+            for root in self.roots:
+                assert isinstance(root, FSDPModule)
+                root.set_requires_gradient_sync(on)
+
+    def counts(self, name: str) -> bool:
+        """Say whether this rank counts a parameter where each element counts once."""
+        if self.mesh is None:
+            return True
+        is_whole_on_tp = name in self.partial
+        return not (
+            (self.mesh.dims.dp_replicate > 1 and self.mesh.rank("dp_replicate"))
+            or (is_whole_on_tp and self.mesh.rank("tp"))
+            or name in self.copies
+        )
+
+    def pieces(self, name: str, local: Tensor) -> Tensor:
+        """Return a tensor that lies as the local part of a parameter does, as part of the whole."""
+        if self.mesh is None:
+            return local
+        parameter = self.parameters()[name]
+        offsets: tuple[int, ...] = (0,) * parameter.ndim
+        if isinstance(parameter, DTensor):
+            _, offsets = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+        part = self.parts.get(name) or Part.whole(parameter.shape)
+        return Pieces(part.shape, local.dtype, part.pieces(local, tuple(offsets)))
+
+    def finish_gradients(self) -> None:
+        """Add up what several ranks have of the gradients of tensors that each of them holds.
+
+        Those are the ranks of `tp`, and the first and last stage of a pipeline.
+        """
+        if self.mesh is not None and self.mesh.dims.tp > 1:
+            sum_partial_gradients(self.parameters(), self.partial, self.mesh.group("tp"))
+        if self.mesh is not None and self.mesh.ends is not None:
+            for name in shared_parameters(self.config):
+                sync_copies(self.parameters()[name], self.mesh.ends)
+
+    def materialise(self, device: torch.device) -> None:
+        """Give the tensors memory; what is in it is undefined."""
+        for root in self.roots:
+            root.to_empty(device=device)
+        for model in self.models:
+            if model.config.tie_word_embeddings and self.mesh is None:
+                # materialising gave each of the two names a tensor of its own
+                model.lm_head.weight = model.backbone.embeddings.weight
+
+    def whole_shapes(self) -> dict[str, torch.Size]:
+        """Return the shapes of all tensors of the whole model, here or not."""
+        with torch.device("meta"):
+            return {n: t.shape for n, t in HybridLM(self.config).state_dict().items()}
+
+    def init_weights(self, seed: int) -> None:
+        """Draw this rank's part of the weights: the same whole tensors in any layout."""
+        self.fill(lambda name, shape, experts: draw(name, shape, self.config, seed, experts))
+
+    @torch.no_grad()
+    def fill(self, read: Read) -> None:
+        """Fill parameters and buffers with what is here of the tensors that `read` returns.
+
+        `read` gets name and shape of the whole and, where a tensor stacks experts, the numbers of
+        those that are asked for.
+        """
+        for name, parameter in self.parameters().items():
+            whole = self.pieces(name, local_of(parameter))
+            pieces = whole.pieces if isinstance(whole, Pieces) else {(0,) * whole.ndim: whole}
+            for offsets, piece in pieces.items():
+                _fill_piece(name, whole.shape, offsets, piece, read)
+        for name, buffer in self.buffers().items():
+            buffer.copy_(read(name, buffer.shape, None))
+
+
+def _next_token_loss(
+    model: HybridLM, hidden: Tensor | None, batch: Batch, routing: list[RoutingStats]
+) -> Tensor:
+    if hidden is None:
+        return torch.zeros((), device=batch.labels.device)
+    return model.lm_head.loss(hidden, batch.labels)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """Return what of a tensor is here, sharing its memory, without gradient."""
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
+
+
+def _fill_piece(name: str, shape: torch.Size, at: Offsets, piece: Tensor, read: Read) -> None:
+    box = [slice(low, low + size) for low, size in zip(at, piece.shape, strict=True)]
+    experts = None
+    if name.endswith(STACKED):
+        experts = range(box[0].start, box[0].stop)
+        box[0] = slice(None)
+    piece.copy_(read(name, shape, experts)[tuple(box)])
+
+
+def distribute(
+    build: Callable[[], HybridLM],
+    mesh: Mesh | None,
+    config: ParallelConfig,
+    *,
+    seq_len: int,
+    num_depths: int,
+    device: torch.device,
+) -> LocalModel:
+    """Return what this rank holds of a model; `build` makes it, whole, on the meta device.
+
+    `seq_len` and `num_depths` (of multi-token prediction) tell what the layers cost, where stages
+    share them.
+    """
+    if mesh is None:
+        model = build()
+        return LocalModel(model.config, [model], None)
+    dims = mesh.dims
+    local = _stages(build, mesh, config, seq_len, num_depths)
+    for model, root in zip(local.models, local.roots, strict=True):
+        shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
+        if dims.tp > 1:
+            plan = apply_tensor(model, mesh.group("tp"), mesh.rank("tp"), dims.tp)
+            local.parts |= plan.parts
+            local.partial |= plan.replicated
+        if dims.ep > 1:
+            method = choose_dispatch(config, model.config, dims)
+            kept = apply_experts(model, mesh.group("ep"), mesh.rank("ep"), dims.ep, method)
+            local.parts |= {name: Part(shapes[name], 0, (held,)) for name, held in kept.items()}
+        if dims.cp > 1:
+            apply_context(model, mesh.group("cp"), config)
+        if dims.cp * dims.tp > 1:
+            for router in routers(model).values():
+                router.sum_over_row = SumOverRow(mesh.group("row"))
+        shard(model, root, mesh, config)
+    if dims.pp > 1:
+        stages = [root for root in local.roots if isinstance(root, Stage)]
+        local.pipeline = Pipeline(stages, mesh.group("pp"), config.pipeline, device, dims.tp)
+    return local
+
+
+def _stages(
+    build: Callable[[], HybridLM],
+    mesh: Mesh,
+    config: ParallelConfig,
+    seq_len: int,
+    num_depths: int,
+) -> LocalModel:
+    """Return the stages of this rank; without a pipeline, the whole model."""
+    model, pp = build(), mesh.dims.pp
+    if pp == 1:
+        return LocalModel(model.config, [model], mesh)
+    num_stages = pp * config.pipeline.stages_per_rank
+    layers = split_stages(model.config, config, num_stages, seq_len, num_depths)
+    models, copies = [], set[str]()
+    own = range(mesh.rank("pp"), num_stages, pp)
+    for index in own:
+        model = build()
+        is_last = index == num_stages - 1
+        copies |= set(cut(model, layers[index], is_first=index == 0, is_last=is_last))
+        models.append(model)
+    local = LocalModel(model.config, models, mesh)
+    local.roots = [Stage(m, i, num_stages) for m, i in zip(models, own, strict=True)]
+    local.copies = copies
+    return local

@@ -1,0 +1,166 @@
+"""The process group of a run: how this process was started, its beginning and its end."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemotron.errors import UserError
+from nemotron.parallel.config import ParallelConfig
+
+T = TypeVar("T")
+
+ECHO_S = 3.0
+"""Seconds in which torchrun or srun ends the other ranks of a node when one has ended."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What torchrun, or whoever set its variables, says of this process."""
+
+    rank: int
+    world: int
+    local_rank: int
+
+    @classmethod
+    def of_this_process(cls) -> "Launch | None":
+        """Read RANK, WORLD_SIZE and LOCAL_RANK; None for a process that was started alone.
+
+        Raises:
+            UserError: when they are there in part, or are no numbers.
+        """
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
+        values = [os.environ.get(name) for name in names]
+        if values[:2] == [None, None]:
+            return None
+        try:
+            rank, world, local = (int(value or "") for value in values)
+        except ValueError:
+            given = ", ".join(f"{n}={v}" for n, v in zip(names, values, strict=True))
+            raise UserError(f"environment: {given}; torchrun sets all three to numbers.") from None
+        return cls(rank, world, local)
+
+
+class Ranks:
+    """This process among all; alone, every operation is the identity."""
+
+    def __init__(self, rank: int = 0, world: int = 1, *, grouped: bool = False) -> None:
+        self.rank, self.world = rank, world
+        self.grouped = grouped
+        """Whether there is a process group, be it of one."""
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this rank writes what is written once."""
+        return self.rank == 0
+
+    def sum(self, values: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+        """Add up over all ranks, or those of a group, in place."""
+        if self.grouped:
+            dist.all_reduce(values, group=group)
+        return values
+
+    def any(self, flag: bool) -> bool:
+        """Say whether any rank said yes."""
+        return any(self.gather(flag)) if self.grouped else flag
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        if self.grouped:
+            dist.barrier()
+
+    def gather(self, value: T) -> list[T]:
+        """Return the values of all ranks, in their order."""
+        if not self.grouped:
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def first(self, function: Callable[[], T]) -> T:
+        """Let the first rank call; every rank gets its result, or its exception."""
+        if not self.grouped:
+            return function()
+        outcome: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                outcome[0] = function()
+            except Exception as error:
+                dist.broadcast_object_list([None, error])
+                raise
+        dist.broadcast_object_list(outcome)
+        if outcome[1] is not None:
+            raise outcome[1]
+        return outcome[0]
+
+    def all(self, function: Callable[[], T]) -> list[T]:
+        """Call on every rank and return all results; the first failure is raised by every rank."""
+        outcome: tuple[T | None, Exception | None]
+        try:
+            outcome = function(), None
+        except Exception as error:
+            if not self.grouped:
+                raise
+            outcome = None, error
+        results: list[Any] = []
+        for value, problem in self.gather(outcome):
+            if problem is not None:
+                raise problem
+            results.append(value)
+        return results
+
+    def shorten_timeout(self, seconds: float) -> None:
+        """From now on wait so long for the others in any collective, and no longer."""
+        if self.grouped:
+            for group in list(dist.distributed_c10d._world.pg_map):
+                dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def start(launch: Launch | None, device: torch.device, config: ParallelConfig) -> Ranks:
+    """Join the other processes, if there are any."""
+    if launch is None:
+        return Ranks()
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(
+        backend,
+        rank=launch.rank,
+        world_size=launch.world,
+        timeout=timedelta(seconds=config.start_timeout_s),
+        device_id=device if device.type == "cuda" else None,
+    )
+    return Ranks(launch.rank, launch.world, grouped=True)
+
+
+def leave(code: int, *, together: bool) -> None:
+    """End this process, if it is one of several; `together` waits for the others.
+
+    gloo may abort while the interpreter winds down, after a correct result; so it does not.
+    """
+    if not dist.is_initialized():
+        return
+    if together:
+        dist.barrier()
+        dist.destroy_process_group()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def speaker() -> str:
+    """Return how this process begins a sentence about an error.
+
+    A mistake of the user is every rank's, so the first one of a node says it. The others wait to
+    be ended with it; who still lives after that has an error of its own.
+    """
+    launch = Launch.of_this_process()
+    if launch is None or launch.local_rank == 0:
+        return "nemotron"
+    time.sleep(ECHO_S)
+    return f"nemotron, rank {launch.rank}"

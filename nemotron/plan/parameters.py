@@ -1,0 +1,123 @@
+"""Parameters by kind, from the dimensions alone: nothing is built."""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from nemotron.model.config import LAYER_KINDS, ModelConfig
+
+
+@dataclass(frozen=True)
+class Split:
+    """Parameters of a part of the model, by how tensor and expert parallelism cut them."""
+
+    cut: int = 0
+    """Cut over the ranks of tp."""
+    whole: int = 0
+    """The same on all ranks of tp."""
+    experts: int = 0
+    """Routed experts, cut over the ranks of ep."""
+
+    def __add__(self, other: "Split") -> "Split":
+        return Split(self.cut + other.cut, self.whole + other.whole, self.experts + other.experts)
+
+    def __mul__(self, times: int) -> "Split":
+        return Split(self.cut * times, self.whole * times, self.experts * times)
+
+    @property
+    def dense(self) -> int:
+        """All but the routed experts."""
+        return self.cut + self.whole
+
+    @property
+    def total(self) -> int:
+        """All parameters."""
+        return self.dense + self.experts
+
+    def dense_on_rank(self, tp: int) -> float:
+        """Return the dense parameters that one rank of tp computes with."""
+        return self.cut / tp + self.whole
+
+
+def layer_kinds(model: ModelConfig, letter: str) -> dict[str, int]:
+    """Return the parameters of one layer by the kinds under which gradient norms are reported."""
+    h = model.hidden_size
+    if letter == "M":
+        inner, channels = model.mamba_inner_size, model.conv_channels
+        taps = model.conv_kernel + model.use_conv_bias
+        projections = h * (inner + channels + model.mamba_num_heads) + inner * h
+        own = channels * taps + 3 * model.mamba_num_heads + inner
+        return {"mamba": h + projections + own}
+    if letter == "*":
+        heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
+        return {"attention": h + h * model.head_dim * heads}
+    if letter == "-":
+        return {"mlp": h + 2 * h * (model.intermediate_size or 0)}
+    experts = model.n_routed_experts * 2 * model.expert_input_size * model.moe_intermediate_size
+    kinds = {
+        "router": h + model.n_routed_experts * h,
+        "experts": experts,
+        "shared": 2 * h * model.moe_shared_expert_intermediate_size,
+    }
+    if model.moe_latent_size is not None:
+        kinds["latent"] = 2 * h * model.moe_latent_size
+    return kinds
+
+
+def layer_split(model: ModelConfig, letter: str, tp: int = 1) -> Split:
+    """Return how a layer is cut; key-value heads that tp outnumbers are on every rank."""
+    kinds, h = layer_kinds(model, letter), model.hidden_size
+    if letter == "E":
+        whole = kinds["router"] + kinds.get("latent", 0)
+        return Split(kinds["shared"], whole, kinds["experts"])
+    whole = h  # the norm before the mixer
+    if letter == "*" and tp > model.num_key_value_heads:
+        whole += 2 * h * model.num_key_value_heads * model.head_dim
+    return Split(sum(kinds.values()) - whole, whole)
+
+
+def by_kind(model: ModelConfig) -> dict[str, int]:
+    """Return the parameters of the whole model by kind, the largest first.
+
+    The kinds are those of the gradient norms; `mtp` is the multi-token-prediction block.
+    """
+    h = model.hidden_size
+    counts: Counter[str] = Counter()
+    for letter in model.hybrid_override_pattern:
+        counts.update(layer_kinds(model, letter))
+    counts["embed"] = model.vocab_size * h
+    counts["head"] = h + (0 if model.tie_word_embeddings else model.vocab_size * h)
+    if model.mtp_pattern:
+        counts["mtp"] = mtp_split(model).total
+    return dict(counts.most_common())
+
+
+def mtp_split(model: ModelConfig, tp: int = 1) -> Split:
+    """Return the multi-token-prediction block: its layers, the joining matrix and three norms."""
+    if not model.mtp_pattern:
+        return Split()
+    own = Split(whole=2 * model.hidden_size**2 + 3 * model.hidden_size)
+    return sum((layer_split(model, letter, tp) for letter in model.mtp_pattern), own)
+
+
+def embedding_split(model: ModelConfig) -> Split:
+    """Return the embedding."""
+    return Split(cut=model.vocab_size * model.hidden_size)
+
+
+def head_split(model: ModelConfig) -> Split:
+    """Return head and final norm; a tied head counts here, too, because its rank holds a copy."""
+    return Split(cut=model.vocab_size * model.hidden_size, whole=model.hidden_size)
+
+
+def total_and_active(model: ModelConfig) -> tuple[int, int]:
+    """Return all parameters and those that one token meets, both without multi-token prediction."""
+    kinds = by_kind(model)
+    total = sum(kinds.values()) - kinds.get("mtp", 0)
+    experts = kinds.get("experts", 0)
+    used = experts // model.n_routed_experts * model.num_experts_per_tok
+    return total, total - experts + used
+
+
+def kind_name(letter: str) -> str:
+    """Return the kind of a layer by its letter in the pattern."""
+    return LAYER_KINDS[letter]

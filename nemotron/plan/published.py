@@ -1,0 +1,180 @@
+"""Published throughput: every row that this project knows, and which of them are held out.
+
+A row is held out by a rule that does not look at its error: all rows of GB200, and all that do not
+come from Megatron-Bridge's own table of 8K pre-training on H100, B200, B300 and GB300 (other
+software, other models, repeated runs, other routing, fine-tuning). The one run in bf16 on H100 is
+kept for calibration, because no other row of the table shows that format.
+"""
+
+from dataclasses import dataclass
+
+from nemotron.parallel.dims import ParallelDims
+from nemotron.plan.hardware import SYSTEMS
+from nemotron.plan.job import Job, Storage
+from nemotron.plan.models import MODELS
+from nemotron.plan.work import flops_by_format
+from nemotron.precision.config import PrecisionConfig
+
+MEGATRON = Storage(sharded=12.0, resident=6.0, gathers=False)
+"""bf16 weights and float32 gradients whole; float32 weights and moments over the data ranks."""
+MEGATRON_LEAN = Storage(sharded=6.0, resident=4.0, gathers=False)
+"""The 64 x H100 run: bf16 weights and gradients whole; of the optimizer bf16 moments and 2 bytes
+more for the weight over the data ranks. Our own trainer keeps 16 bytes (`Storage()`)."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """One published figure with the layout it was measured in."""
+
+    model: str
+    system: str
+    gpus: int
+    preset: str
+    rows: int
+    micro_batch: int
+    tp: int
+    ep: int
+    tokens_per_second: float
+    """On one accelerator."""
+    source: str
+    held_out: bool = False
+    pp: int = 1
+    cp: int = 1
+    seq_len: int = 8192
+    recompute: tuple[str, ...] = ()
+    storage: Storage = MEGATRON
+    dispatch: str = "per_node"
+    reduce_bytes: int = 4
+    load: float = 1.0
+    """Tokens of the busiest experts as a multiple of the mean; 1 is forced balance."""
+    depths: int | None = None
+    peak_gib: float | None = None
+    """Allocated at most, where it was published."""
+    note: str = ""
+
+    @property
+    def job(self) -> Job:
+        """The row as a job."""
+        model = MODELS[self.model]
+        depths = (2 if model.mtp_pattern else 0) if self.depths is None else self.depths
+        shard = self.gpus // (self.pp * self.cp * self.tp)
+        precision = PrecisionConfig.model_validate({"compute": "bf16", "preset": self.preset})
+        formats = flops_by_format(model, precision, self.seq_len, depths, self.load)
+        return Job(
+            model=model,
+            dims=ParallelDims(self.pp, 1, shard, self.cp, self.tp, self.ep),
+            hardware=SYSTEMS[self.system],
+            seq_len=self.seq_len,
+            rows=self.rows,
+            micro_batch=self.micro_batch,
+            formats=tuple(formats.items()),
+            depths=depths,
+            recompute=frozenset(self.recompute),
+            reduce_bytes=self.reduce_bytes,
+            storage=self.storage,
+            dispatch=self.dispatch,
+            imbalance=self.load,
+        )
+
+    @property
+    def title(self) -> str:
+        """Model, system and format in a few words."""
+        return f"{self.model}, {self.gpus} x {self.system.upper()}, {self.preset}"
+
+
+TABLE = "Megatron-Bridge: docs/performance-summary.md"
+ARCHIVE = "Megatron-Bridge: docs/performance-summary-archive.md"
+CARD = "Megatron-Bridge: examples/model_verification_cards"
+AUTOMODEL = "Automodel: docs/performance-summary.mdx"  # its DeepEP sends once for each node
+EVERYTHING = ("mamba", "attention", "moe", "mlp")
+
+ROWS = (
+    Published("Nano", "gb300", 8, "mxfp8", 512, 4, 1, 8, 39_936, TABLE),
+    Published("Nano", "b300", 8, "mxfp8", 512, 4, 1, 8, 37_316, ARCHIVE),
+    Published("Nano", "b200", 8, "mxfp8", 512, 2, 1, 8, 32_768, ARCHIVE),
+    Published("Nano", "h100", 16, "fp8_current", 1024, 1, 1, 8, 14_719, ARCHIVE),
+    Published("Super", "gb300", 64, "mxfp8", 512, 1, 1, 64, 9_856, TABLE),
+    Published("Super", "gb300", 64, "nvfp4_super", 512, 1, 1, 64, 10_240, TABLE),
+    Published("Super", "b300", 64, "mxfp8", 512, 1, 1, 8, 7_867, ARCHIVE),
+    Published("Super", "b300", 64, "nvfp4_super", 512, 1, 1, 8, 8_131, ARCHIVE),
+    Published("Super", "b200", 64, "mxfp8", 512, 1, 1, 64, 6_400, ARCHIVE),
+    Published("Super", "b200", 64, "nvfp4_super", 512, 1, 2, 64, 5_632, ARCHIVE),
+    Published(
+        *("Super", "h100", 64, "bf16", 1280, 1, 1, 32, 2_969, CARD),
+        pp=2,
+        seq_len=4096,
+        recompute=("moe",),
+        reduce_bytes=2,
+        storage=MEGATRON_LEAN,
+        note="recomputes norms and attention cores, too",
+    ),
+    Published(
+        *("Super", "h100", 64, "bf16", 1280, 1, 1, 32, 2_789, CARD),
+        pp=2,
+        seq_len=4096,
+        recompute=("moe",),
+        reduce_bytes=2,
+        storage=MEGATRON_LEAN,
+        held_out=True,
+        load=1.1,
+        peak_gib=58.1,
+        note="natural routing, capacity 1.10; peak 58.1 GiB allocated, 70.3 reserved",
+    ),
+    Published("Nano", "gb200", 8, "mxfp8", 512, 2, 1, 8, 34_816, ARCHIVE, held_out=True),
+    Published("Super", "gb200", 64, "mxfp8", 512, 1, 2, 64, 7_040, TABLE, held_out=True),
+    Published("Super", "gb200", 64, "nvfp4_super", 512, 1, 2, 64, 7_168, TABLE, held_out=True),
+    Published(
+        *("Super", "gb200", 64, "bf16", 512, 1, 2, 64, 6_602, CARD),
+        held_out=True,
+        note="from its step time; the card prints half of it",
+    ),
+    Published(
+        *("Super", "gb300", 64, "nvfp4_super", 512, 1, 1, 64, 10_308, CARD),
+        held_out=True,
+        note="the table's run, repeated",
+    ),
+    Published(
+        *("Nano", "gb300", 8, "mxfp8", 512, 4, 1, 8, 42_094, CARD),
+        held_out=True,
+        note="the table's run, repeated",
+    ),
+    Published("Lightning", "gb200", 8, "mxfp8", 512, 2, 1, 8, 28_672, TABLE, held_out=True),
+    Published("Ultra", "gb300", 256, "mxfp8", 256, 1, 1, 64, 3_552, TABLE, held_out=True),
+    Published("Ultra", "gb200", 256, "mxfp8", 256, 1, 2, 64, 2_528, TABLE, held_out=True),
+    Published(
+        *("Nano", "h100", 8, "bf16", 512, 4, 1, 8, 16_789, AUTOMODEL),
+        seq_len=4096,
+        recompute=EVERYTHING,
+        held_out=True,
+        storage=Storage(),
+        note="FSDP2",
+    ),
+    Published(
+        *("Super", "h100", 64, "bf16", 512, 2, 1, 64, 4_497, AUTOMODEL),
+        seq_len=4096,
+        recompute=EVERYTHING,
+        held_out=True,
+        depths=0,
+        storage=Storage(),
+        note="FSDP2; taken as without multi-token prediction, which the page does not say",
+    ),
+    Published(
+        *("Ultra", "h100", 128, "bf16", 256, 2, 1, 64, 815, AUTOMODEL),
+        seq_len=4096,
+        recompute=EVERYTHING,
+        held_out=True,
+        depths=0,
+        storage=Storage(),
+        note="FSDP2; micro-batch of 2 and no multi-token prediction assumed",
+    ),
+    Published(
+        *("Super", "h100", 16, "bf16", 8, 1, 1, 2, 30.8, CARD),
+        pp=8,
+        cp=2,
+        seq_len=32768,
+        recompute=EVERYTHING,
+        held_out=True,
+        note="fine-tuning; 8 rows a step and ep 2 assumed",
+    ),
+)
+"""All rows; without those of adapters (16 x GB200, 645 tokens/s), which train no full model."""

@@ -1,0 +1,100 @@
+"""What a block really keeps for backward: one of each kind, run with tensors that hold no data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nemotron.model.block import Block
+from nemotron.model.config import ModelConfig
+from nemotron.plan.memory import activation_bytes
+
+TOKENS = 512
+"""Length of the row; the same again is traced to tell what grows with the tokens."""
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Bytes that a block of a kind keeps for each token: as computed, and as traced."""
+
+    letter: str
+    formula: float
+    traced: float
+
+    @property
+    def error(self) -> float:
+        """The formula's error relative to the trace."""
+        return self.formula / self.traced - 1
+
+
+def trace_blocks(model: ModelConfig, width: int = 2) -> list[Kept]:
+    """Trace a block of each kind that the pattern has, at its real size, and compare.
+
+    The operations are those for CPUs, whose scan keeps the states between its chunks; the formula
+    is evaluated for the same. `width` is that of an activation: 2 for bf16, 4 for fp32.
+    """
+    found = []
+    for letter in sorted(set(model.hybrid_override_pattern)):
+        once, twice = (_kept(model, letter, n * TOKENS, width) for n in (1, 2))
+        formula = activation_bytes(model, letter, scan="chunked", width=width)
+        found.append(Kept(letter, formula, (twice - once) / TOKENS))
+    return found
+
+
+def _kept(model: ModelConfig, letter: str, tokens: int, width: int) -> int:
+    """Return the bytes that one call of a block saves, each storage once, parameters left out."""
+    dtype = torch.bfloat16 if width == 2 else torch.float32
+    storages: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storages[_address(tensor)] = tensor
+        return tensor
+
+    copies = tokens * model.num_experts_per_tok
+    with FakeTensorMode(), _EvenRouting(copies, model.n_routed_experts):
+        block = Block(model, letter)
+        own = {_address(t) for t in (*block.parameters(), *block.buffers())}
+        hidden = torch.empty(1, tokens, model.hidden_size, dtype=dtype, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            block(hidden)
+        return sum(
+            tensor.untyped_storage().nbytes()
+            for number, tensor in storages.items()
+            if number not in own
+        )
+
+
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+class _EvenRouting(TorchDispatchMode):
+    """Answers what only data could: each expert gets the same number of copies."""
+
+    def __init__(self, copies: int, experts: int) -> None:
+        super().__init__()
+        self._copies, self._experts = copies, experts
+        self._totals: list[Tensor] = []
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        types: tuple[type, ...],
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:  # Any: whatever the operation returns
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.bincount.default:
+            length = kwargs.get("minlength", args[2] if len(args) > 2 else 0)
+            return args[0].new_empty(length)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            is_total = any(args[0] is total for total in self._totals)
+            return self._copies if is_total else self._copies // self._experts
+        result = func(*args, **kwargs)
+        if func is torch.ops.aten.sum.default and not result.is_floating_point():
+            self._totals.append(result)
+        return result

@@ -1,0 +1,41 @@
+"""Whether a recipe's layout over processes is possible, before anything starts."""
+
+from nemotron.errors import UserError
+from nemotron.parallel.dims import Finding, ParallelDims, resolve_dims, violations
+from nemotron.train.config import PretrainConfig
+from nemotron.train.course import Course
+
+
+def findings(config: PretrainConfig, course: Course, dims: ParallelDims) -> list[Finding]:
+    """Return every rule that the layout breaks in any phase, each once, with what would be right.
+
+    The rows of `micro_batch` are those of `data.seq_len`, as many tokens in rows of other lengths.
+    """
+    found: list[Finding] = []
+    for phase in course.timeline.phases:
+        for length in phase.lengths:
+            tokens = config.batch.micro_batch * config.data.seq_len
+            found += violations(
+                dims,
+                config.model,
+                config.parallel,
+                seq_lens=[length.seq_len],
+                rows_per_step=[phase.tokens_per_step // length.seq_len],
+                micro_batch=max(1, tokens // length.seq_len),
+            )
+    return list(dict.fromkeys(found))
+
+
+def check_layout(config: PretrainConfig, course: Course, world: int) -> ParallelDims:
+    """Return the sizes of the mesh for so many processes.
+
+    Raises:
+        UserError: for the first rule that they break, and how many others there are.
+    """
+    dims = resolve_dims(config.parallel, world)
+    found = findings(config, course, dims)
+    if found:
+        (key, problem), *others = found
+        more = f" ({len(others)} more: `nemotron plan` lists them)" if others else ""
+        raise UserError(f"{key} {problem}{more}")
+    return dims

@@ -1,0 +1,56 @@
+"""The batch script with the real trainer on two ranks: warned, killed, and finished in the end."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+from cluster import SMOKE, Cluster, Launched, num_logged, state, wait_until
+
+pytestmark = pytest.mark.distributed
+
+
+@pytest.fixture
+def cluster(tmp_path: Path) -> Cluster:
+    cluster = Cluster(tmp_path)
+    cluster.env["NEMOTRON"] = f"{sys.executable} -m nemotron"
+    return cluster
+
+
+def start(cluster: Cluster, **more) -> Launched:
+    settings = ["device=cpu", "parallel.dp_shard=2", "schedule.total_steps=40", "output=runs"]
+    return cluster.start(SMOKE, *settings, "checkpoint.every_steps=3", **more)
+
+
+def test_a_warned_run_is_requeued_and_finishes(cluster: Cluster):
+    run = cluster.folder / "runs" / "smoke"
+    job = start(cluster, SKIP_DOCTOR="")
+    wait_until(lambda: num_logged(run) >= 2, "two steps are done", job)
+    job.signal(signal.SIGUSR1)
+    assert job.wait() == 75, job.text
+    assert "ranks 2, machines 1: no difference" in job.text
+    assert state(run) == "stopped"
+    assert cluster.requeues == 1
+    again = start(cluster, restart=1)
+    assert again.wait() == 0, again.text
+    assert state(run) == "done"
+    assert "resumed at step" in again.text
+    assert cluster.requeues == 1
+
+
+def test_a_killed_rank_is_requeued_and_goes_on_from_a_checkpoint(cluster: Cluster):
+    run = cluster.folder / "runs" / "smoke"
+    job = start(cluster)
+    wait_until(lambda: num_logged(run) >= 8, "a checkpoint is there", job)
+    [keeper] = (cluster.folder / "runs" / "smoke.logs").glob("*/rank-1.pid")
+    wrapper = int(keeper.read_text())
+    [trainer] = Path(f"/proc/{wrapper}/task/{wrapper}/children").read_text().split()
+    os.kill(int(trainer), signal.SIGKILL)
+    assert job.wait() == 1, job.text
+    assert state(run) == "running"
+    assert cluster.requeues == 1
+    again = start(cluster, restart=1)
+    assert again.wait() == 0, again.text
+    assert "resumed at step" in again.text
+    assert state(run) == "done"
