@@ -140,7 +140,7 @@ while :; do
     if [ "$result" -eq 2 ]; then
         explain "$START_DIR" "$processes"
         rm -r "$START_DIR" # nothing began, so nothing stays
-        rmdir "$logs" 2>/dev/null || true
+        rmdir -p -- "$logs" 2>/dev/null || true
     fi
     [ "$leaving" -eq 0 ] || exit 130
     if [ "$result" -ne 1 ] || [ -n "$stopping" ] || [ "$attempt" -ge "$restarts" ]; then

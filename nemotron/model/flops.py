@@ -9,14 +9,12 @@ def training_flops_per_token(config: ModelConfig, seq_len: int, num_mtp_depths: 
     Backward counts twice the forward; recomputation is not counted. The causal half of attention
     is counted, and the scan with the published chunk length whatever the kernel uses.
     """
-    forward = sum(
-        layer_flops(config, letter, seq_len) for letter in config.hybrid_override_pattern
-    )
+    forward = sum(layer_flops(config, letter, seq_len) for letter in config.hybrid_override_pattern)
     depths = num_mtp_depths * depth_flops(config, seq_len)
     return 3.0 * (forward + head_flops(config) + depths)
 
 
-def layer_flops(config: ModelConfig, letter: str, seq_len: int) -> float:
+def layer_flops(config: ModelConfig, letter: str, seq_len: int) -> int:
     """Return the FLOPs of one layer's forward for one token of a row of `seq_len` tokens."""
     h = config.hidden_size
     if letter == "M":
@@ -41,12 +39,12 @@ def layer_flops(config: ModelConfig, letter: str, seq_len: int) -> float:
     return flops + 4 * config.num_experts_per_tok * width * config.moe_intermediate_size
 
 
-def head_flops(config: ModelConfig) -> float:
+def head_flops(config: ModelConfig) -> int:
     """Return the FLOPs of one token's logits; the lookup of its embedding counts nothing."""
     return 2 * config.hidden_size * config.vocab_size
 
 
-def depth_flops(config: ModelConfig, seq_len: int) -> float:
+def depth_flops(config: ModelConfig, seq_len: int) -> int:
     """Return the FLOPs of one depth of multi-token prediction, forward, its logits included."""
     block = sum(layer_flops(config, letter, seq_len) for letter in config.mtp_pattern)
     return block + 4 * config.hidden_size**2 + head_flops(config)

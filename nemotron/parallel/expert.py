@@ -100,6 +100,7 @@ class AllGather:
 
         local = ours(everyone - self.rank * self.num_experts)
         flight = Flight(self._gather, self._scatter_sum)
+        home = Flight(self._scatter_sum, self._gather)
         return Sent(
             x=flight.depart(x),
             token=ours(torch.arange(everyone.shape[0], device=x.device) // top_k),
@@ -107,7 +108,7 @@ class AllGather:
             weights=ours(collectives.all_gather(weights, 0, self.group).flatten()),
             counts=_count(local, self.num_experts),
             arrive=flight.arrive,
-            back=lambda partial: collectives.reduce_scatter(partial, 0, self.group),
+            back=lambda partial: home.arrive(home.depart(partial)),
         )
 
     def _gather(self, x: Tensor) -> tuple[Tensor, dist.Work]:

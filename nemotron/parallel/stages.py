@@ -4,7 +4,7 @@ import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,25 +20,15 @@ from nemotron.parallel.config import ParallelConfig
 EMBEDDING = "backbone.embeddings.weight"
 """The one parameter that two stages may hold."""
 
+Share = Callable[[HybridLM, Tensor | None, Batch, list[RoutingStats]], Tensor]
+"""Computes, as a scalar with gradients, what one stage adds to the objective of a micro-batch.
+
+The last stage hands in the hidden states after the final norm, for the losses of head and
+prediction. The others have None, and add the balance loss of their own routers.
+"""
+
 Value = tuple[float, float]
 """What a split is judged by, the second number among those that are alike in the first."""
-
-
-class Share(Protocol):
-    """Computes what one stage adds to the objective of one micro-batch, with gradients.
-
-    The last stage has the hidden states after the final norm: it adds losses of head and
-    prediction. The others have none: they add the balance loss of their own routers.
-    """
-
-    def __call__(
-        self,
-        model: HybridLM,
-        hidden: Float[Tensor, "B T D"] | None,
-        batch: Batch,
-        routing: list[RoutingStats],
-    ) -> Float[Tensor, ""]:
-        """Return this stage's share; the shares of all stages sum to the objective."""
 
 
 class Stage(nn.Module):
@@ -136,7 +126,7 @@ def split_stages(
         bounds = [0, *itertools.accumulate(len(part) for part in parts)]
         return [range(a, b) for a, b in itertools.pairwise(bounds)]
     layers = (layer_flops(model, letter, seq_len) for letter in pattern)
-    before = [0.0, *itertools.accumulate(layers)]
+    before = list(itertools.accumulate(layers, initial=0.0))
     before[-1] += head_flops(model) + num_depths * depth_flops(model, seq_len)
 
     def cost(stage: range) -> float:
@@ -144,9 +134,11 @@ def split_stages(
 
     def uneven(stage: range) -> Value:
         parts_pair = pattern[: stage.start].endswith("M") and pattern[stage.start] == "E"
-        return (parts_pair, cost(stage) ** 2) if cost(stage) <= limit else (math.inf, math.inf)
+        return (
+            (float(parts_pair), cost(stage) ** 2) if cost(stage) <= limit else (math.inf, math.inf)
+        )
 
-    cheapest = _best_split(len(pattern), num_stages, lambda stage: (cost(stage), 0), max)
+    cheapest = _best_split(len(pattern), num_stages, lambda stage: (cost(stage), 0.0), max)
     limit = max(map(cost, cheapest))
     return _best_split(len(pattern), num_stages, uneven, lambda a, b: (a[0] + b[0], a[1] + b[1]))
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 import xxhash
+from jaxtyping import Int
 from torch import Tensor, nn
 
 from nemotron.ops.grouped_linear.loop import groups_of
@@ -36,7 +37,7 @@ class Part:
     columns: Numbers = 0
     """Numbers of the output's columns in the whole layer."""
     rows: Callable[[Tensor], Tensor] | None = None
-    """Takes the numbers of this process's tokens out of those of the portion."""
+    """Takes the numbers of this layer's tokens out of those of the portion, shaped as these."""
     first_expert: int = 0
     """Number of the first expert held here."""
 
@@ -50,15 +51,27 @@ class Quantization:
     A quantised layer keeps its parameter and its name; only what its call does is replaced. Random
     bits of the gradients' rounding hang on seed, step, layer, call and row, so a resumed run draws
     the same ones, and so does a run on other ranks that number rows and columns as the whole has
-    them.
+    them. `models` are the model or, where ranks share it, what is here of `whole`, which may lie on
+    the meta device.
 
     Raises:
-        UserError: when the recipe names a backend that is not fit for a layer here.
+        UserError: when the recipe names a backend that is not fit for a layer.
     """
 
-    def __init__(self, model: nn.Module, config: PrecisionConfig, seed: int) -> None:
-        self._model, self._config, self._seed = model, config, seed
-        self._device = device_of(model)
+    def __init__(
+        self,
+        models: nn.Module | Sequence[nn.Module],
+        config: PrecisionConfig,
+        seed: int,
+        whole: nn.Module | None = None,
+    ) -> None:
+        models = [models] if isinstance(models, nn.Module) else models
+        self._whole = models[0] if whole is None else whole
+        self._here = {
+            name: model.get_submodule(name) for model in models for name in linear_layers(model)
+        }
+        self._config, self._seed = config, seed
+        self._device = device_of(models[0])
         self.preset: str | None = None
         self.reduce_amax: Reduce = lambda amaxes: amaxes
         """Makes the largest of all ranks out of this one's, of all tensors that are scaled late."""
@@ -76,26 +89,26 @@ class Quantization:
         self._calls: dict[str, int] = {}
         self._observed = Telemetry()
         self.table: list[Assignment] = []
-        """What every linear layer computes in now."""
+        """What every linear layer of the whole model computes in now."""
         self.begin(0, 0)
 
     def begin(self, step: int, rows: Numbers = 0) -> bool:
         """Enter a portion of a step; `rows` numbers its tokens in the whole batch.
 
-        A single number is that of the first token, which the others follow. The first portion of
-        another step ends the one before for delayed scaling. Returns whether the formats change
-        here, to those of another preset.
+        A single number is that of the first token, which the others follow; else there is one for
+        each, [B, T] or [M]. The first portion of another step ends the one before for delayed
+        scaling. Returns whether the formats change here, to those of another preset.
         """
         if step != self._step:
             self._histories.roll(self.reduce_amax)
         self._step = step
         self._rows = rows if isinstance(rows, int) else rows.to(self._device)
-        self._portion = rows if isinstance(rows, int) else int(rows[0])
+        self._portion = rows if isinstance(rows, int) else int(rows.flatten()[0])
         self._calls.clear()
         if (preset := preset_at(self._config, step)) == self.preset:
             return False
         self.preset = preset
-        table = assign(self._model, self._config, preset, self._device)
+        table = assign(self._whole, self._config, preset, self._device)
         self.table = [self._with_backend(line) for line in table]
         for line in self.table:
             self._bind(line)
@@ -138,14 +151,24 @@ class Quantization:
         part = replace(part, columns=columns, rows=rows, first_expert=first_expert)
         self._set_part(module, part)
 
-    def copy_numbers(self, num_copies: int, device: torch.device) -> Tensor:
-        """Return a number of its own for each of the copies of each token of this portion, [M, K].
+    def copy_numbers(self, module: str, num_copies: int) -> Int[Tensor, "M K"]:
+        """Return the number in the whole batch of each copy of each token that a layer sees.
 
-        It is the copy's number in the whole batch; needs the rows' numbers as a tensor.
+        The rows of `Experts.multiply` are such copies, sorted.
         """
-        assert isinstance(self._rows, Tensor), "begin was given the first row's number only"
-        copies = torch.arange(num_copies, device=device)
-        return self._rows.to(device).unsqueeze(1) * num_copies + copies
+        rows = self._rows_of(module)
+        assert isinstance(rows, Tensor), "begin was given the first token's number only"
+        return rows.unsqueeze(1) * num_copies + torch.arange(num_copies, device=rows.device)
+
+    def _rows_of(self, module: str) -> Numbers:
+        """Return the numbers of the tokens that a layer sees here."""
+        rows, part = self._rows, self._parts.get(module, WHOLE)
+        if part.rows is not None:
+            assert isinstance(rows, Tensor), (
+                f"{module} takes some rows of a portion without numbers"
+            )
+            rows = part.rows(rows)
+        return rows if isinstance(rows, int) else rows.flatten()
 
     def _set_part(self, module: str, part: Part) -> None:
         self._parts[module] = part
@@ -154,8 +177,11 @@ class Quantization:
         self._bind(self.table[index])
 
     def _with_backend(self, line: Assignment) -> Assignment:
+        """Choose again for the part that is here of a layer."""
+        module = self._here.get(line.module)
+        if module is None:
+            return line
         is_split = bool(self._parts.get(line.module, WHOLE).reduce)
-        module = self._model.get_submodule(line.module)
         return _with_backend(line, self._config, module, self._device, is_split=is_split)
 
     def _late_matrices(self) -> dict[str, int]:
@@ -163,9 +189,9 @@ class Quantization:
         sizes: dict[str, int] = {}
         presets = [self._config.preset, *(switch.preset for switch in self._config.switches)]
         for preset in dict.fromkeys(presets):
-            for line in assign(self._model, self._config, preset, self._device):
+            for line in assign(self._whole, self._config, preset, self._device):
                 if line.format == "fp8_delayed":
-                    module = self._model.get_submodule(line.module)
+                    module = self._whole.get_submodule(line.module)
                     sizes |= {
                         _matrix(line.module, name): weight.shape[0] if weight.dim() == 3 else 1
                         for name, weight in module.named_parameters(recurse=False)
@@ -200,7 +226,9 @@ class Quantization:
             )
 
     def _bind(self, line: Assignment) -> None:
-        module = self._model.get_submodule(line.module)
+        module = self._here.get(line.module)
+        if module is None:
+            return
         grouped = line.kind == "moe.experts"
         hook = "multiply" if grouped else "forward"
         vars(module).pop(hook, None)
@@ -233,15 +261,9 @@ class Quantization:
         vars(module)[hook] = function
 
     def _draw(self, module: str) -> Draw:
-        """Name the bits of a call, whose rows are the portion's tokens."""
-        part = self._parts.get(module, WHOLE)
-        rows = self._rows
-        if part.rows is not None:
-            assert isinstance(rows, Tensor), (
-                f"{module} takes some rows of a portion without numbers"
-            )
-            rows = part.rows(rows)
-        return Draw(self._key(module, ""), rows, part.columns)
+        """Name the bits of a call, whose rows are tokens."""
+        columns = self._parts.get(module, WHOLE).columns
+        return Draw(self._key(module, ""), self._rows_of(module), columns)
 
     def _expert_draw(self, module: str, copies: Tensor | None) -> Draw:
         """Name the bits of rows sorted by expert: by their copies' numbers in the whole batch.

@@ -29,7 +29,7 @@ def philox(counter: Int[Tensor, "calls 4"], key: tuple[int, int]) -> Int[Tensor,
     return torch.stack(words, -1)
 
 
-Numbers = int | Int[Tensor, " n"]
+Numbers = int | Int[Tensor, "*n"]
 """Numbers of rows or columns in the whole: the first of a range, or each one's."""
 
 

@@ -117,12 +117,13 @@ class GradientNorms:
 def squares_by_kind(
     gradients: Mapping[str, Tensor], kind_of: Mapping[str, str], kinds: Sequence[str]
 ) -> Float[Tensor, " kinds"]:
-    """Return the sum of squares of the gradients of each kind; `kind_of` is by parameter."""
+    """Return the sum of squares of the gradients of each kind; what has no kind is not counted."""
     norms = torch._foreach_norm(list(gradients.values()))
     squares = torch.stack([norm.double() for norm in norms]).square()
-    index = torch.tensor([kinds.index(kind_of[name]) for name in gradients])
-    total = squares.new_zeros(len(kinds))
-    return total.index_add_(0, index.to(squares.device), squares)
+    # the last place takes what is not counted
+    index = [kinds.index(kind_of[n]) if n in kind_of else len(kinds) for n in gradients]
+    total = squares.new_zeros(len(kinds) + 1)
+    return total.index_add_(0, torch.tensor(index).to(squares.device), squares)[:-1]
 
 
 def clip_coefficient(norm: float, limit: float | None) -> float:

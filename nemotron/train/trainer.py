@@ -90,7 +90,8 @@ class Trainer:
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState()
         self._depths = num_depths(config.model, config.loss)
-        self._kind_of = parameter_kinds(self.optimizer.parameters, config.model)
+        counted = filter(self.local.counts, self.optimizer.parameters)
+        self._kind_of = parameter_kinds(counted, config.model)
         self._kinds = kinds(config.model)
         self.peak_flops = peak_flops
         self._batches = Prefetcher(
@@ -152,8 +153,7 @@ class Trainer:
         watch.lap("forward_backward")
 
         gradients = self.optimizer.gradients()
-        counted = {name: g for name, g in gradients.items() if self.local.counts(name)}
-        squares = squares_by_kind(counted, self._kind_of, self._kinds)
+        squares = squares_by_kind(gradients, self._kind_of, self._kinds)
         others = torch.cat([squares, squares.new_tensor([stop(step + 1)])])
         others = sums.add_up(self.ranks, others, counts_loss=self.local.counts_loss)
         norms = GradientNorms(others[:-1], self._kinds)

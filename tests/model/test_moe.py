@@ -3,7 +3,7 @@ import torch
 from models import build_config
 
 from nemotron.model import moe
-from nemotron.model.moe import MoE
+from nemotron.model.moe import MoE, Sent
 
 
 def build_layer(**changes: object) -> MoE:
@@ -83,3 +83,16 @@ def test_bfloat16_stays_near_float64():
     # a few tokens may choose another expert, because the router reads rounded inputs
     error = (narrow.double() - exact).norm() / exact.norm()
     assert error <= 3e-2
+
+
+def test_experts_that_get_no_token_have_gradients_of_zero():
+    """Other ranks wait for them."""
+    layer = build_layer()
+    x, nothing = draw(1, 5)[0, :, :9].requires_grad_(), torch.zeros(0, dtype=torch.long)
+    weights = torch.zeros(0, dtype=torch.float64, requires_grad=True)
+    counts = torch.zeros(7, dtype=torch.long)
+    y = layer.experts(Sent(x, nothing, nothing, weights, counts))
+    assert torch.equal(y, torch.zeros(5, 9, dtype=torch.float64))
+    inputs = [x, weights, *layer.experts.parameters()]
+    for part, gradient in zip(inputs, torch.autograd.grad(y.sum(), inputs), strict=True):
+        assert torch.equal(gradient, torch.zeros_like(part))

@@ -24,7 +24,7 @@ from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.pipeline import Pipeline, sync_copies
 from nemotron.parallel.stages import Stage, cut, shared_parameters, split_stages
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import TokenCounts, count_tokens, stage_losses, losses, objective
+from nemotron.train.loss import TokenCounts, count_tokens, losses, objective, stage_losses
 
 pytestmark = pytest.mark.distributed
 
@@ -107,12 +107,8 @@ class Trainer:
     def __call__(
         self, model: HybridLM, hidden: Tensor | None, batch: Batch, routing: list[RoutingStats]
     ) -> Tensor:
-        if hidden is not None:
-            terms = stage_losses(model, hidden, batch, self.config, routing)
-            share = objective(terms, self.counts, self.config)
-        else:
-            aux = torch.zeros(()) + sum(stats.aux_loss_sum for stats in routing)
-            share = self.config.moe_aux_loss_coeff * aux / self.counts.tokens
+        terms = stage_losses(model, hidden, batch, self.config, routing)
+        share = objective(terms, self.counts, self.config)
         self.loss += share.item()
         return share
 
@@ -139,8 +135,8 @@ def build_pipeline(case: Case) -> tuple[Pipeline, list[str]]:
         copies += cut(model, layers, is_first=index == 0, is_last=index == num_stages - 1)
         stages.append(Stage(model, index, num_stages))
     for stage in stages if case.shard else ():
-        # FSDP2 hands on copies of lists, and the prediction block appends to one: it is the root's
-        for module in [*stage.model.backbone.layers.children(), stage]:
+        blocks = [*stage.model.backbone.layers.children(), stage.model.mtp]
+        for module in filter(None, [*blocks, stage]):
             fully_shard(module, mesh=mesh["fsdp"], reshard_after_forward=False)
         for module in stage.modules():
             if isinstance(module, FSDPModule):

@@ -2,13 +2,16 @@
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from nemotron.model.hybrid import HybridLM
+from nemotron.precision import backends
 from nemotron.precision.apply import Quantization
+from nemotron.precision.backends import BACKENDS
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.linear import quantized_linear
 from nemotron.precision.random_bits import Draw
@@ -144,9 +147,10 @@ def test_a_portion_may_have_any_tokens_of_the_batch():
     quantization.begin(0, 0)
     assert torch.equal(gradient(model, x, dy), whole)
     # a layer that sees some tokens of its portion only
-    quantization.begin(0, torch.arange(64))
-    quantization.set_part(IN_PROJ, rows=lambda numbers: numbers[32:])
-    assert near(gradient(model, x[32:], dy[32:]).float(), whole[32:].float())
+    quantization.begin(0, torch.arange(64).view(2, 32))
+    quantization.set_part(IN_PROJ, rows=lambda numbers: numbers[:, 16:])
+    late = torch.cat([torch.arange(16, 32), torch.arange(48, 64)])
+    assert near(gradient(model, x[late], dy[late]).float(), whole[late].float())
     quantization.begin(0, 32)
     with pytest.raises(AssertionError, match="some rows of a portion without numbers"):
         gradient(model, x[32:], dy[32:])
@@ -167,6 +171,36 @@ def test_a_layers_part_outlasts_a_change_of_format():
     assert len(seen) == 1
 
 
+def test_a_layer_that_ranks_share_gets_a_backend_that_can_share_in_every_format(monkeypatch):
+    alone = replace(BACKENDS[2], features=frozenset())
+    monkeypatch.setattr(backends, "BACKENDS", (*BACKENDS[:2], alone))
+    _, quantization = build(preset="bf16", switches=[{"step": 2, "preset": "fp8_delayed"}])
+    quantization.set_reduction(IN_PROJ, "w", lambda amax: amax)
+    quantization.begin(2, 0)
+    found = {line.module: line.backend for line in quantization.table}
+    assert found.pop(IN_PROJ) == "torch"
+    assert set(found.values()) == {"emulate"}
+
+
+def test_a_stage_has_the_formats_and_histories_of_the_whole_model():
+    values = {"preset": "fp8_delayed", "rules": [{"format": "bf16", "tail_blocks": 1},
+              {"format": "mxfp8", "name": "backbone.layers.0.*"}]}  # fmt: skip
+    whole, alone = build(**values)
+    stage, _ = build(preset="bf16")
+    blocks = {name: block for name, block in stage.backbone.layers.named_children() if name != "0"}
+    stage.backbone.register_module("layers", torch.nn.ModuleDict(blocks))
+    with torch.device("meta"):
+        meta = HybridLM(whole.config)
+    config = PrecisionConfig.model_validate({"compute": "bf16", **values})
+    quantization = Quantization([stage], config, 3, meta)
+    assert quantization.table == alone.table
+    assert list(quantization.tensors()) == list(alone.tensors())
+    assert {t.device.type for t in quantization.tensors().values()} == {"cpu"}
+    for name, module in whole.named_modules():
+        here = dict(stage.named_modules()).get(name)
+        assert here is None or ("forward" in vars(here)) == ("forward" in vars(module))
+
+
 def test_copies_that_have_numbers_are_rounded_alike_in_any_portion():
     model, quantization = build()
     name = next(line.module for line in quantization.table if line.kind == "moe.experts")
@@ -175,7 +209,7 @@ def test_copies_that_have_numbers_are_rounded_alike_in_any_portion():
     draws = []
     for rows in (torch.arange(8), torch.tensor([6, 1, 7])):
         quantization.begin(4, rows)
-        copies = quantization.copy_numbers(num_copies, torch.device("cpu"))
+        copies = quantization.copy_numbers(name, num_copies)
         assert copies.shape == (len(rows), num_copies)
         draws.append(quantization._expert_draw(name, copies.flatten()))
     first, second = draws

@@ -1,0 +1,88 @@
+"""A run of a few steps in any layout, and what came out of it, put together from all ranks."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemotron.parallel.apply import local_of
+from nemotron.parallel.pieces import Pieces
+from nemotron.parallel.runtime import Ranks
+from nemotron.train.config import PretrainConfig
+from nemotron.train.course import plan_course
+from nemotron.train.layout import check_layout
+from nemotron.train.run import open_data
+from nemotron.train.trainer import Trainer
+
+CPU = torch.device("cpu")
+
+Held = dict[str, tuple[torch.Size, dict[tuple[int, ...], Tensor]]]
+"""Shape of the whole and pieces of it, by name."""
+
+
+@dataclass
+class Outcome:
+    """What one rank saw."""
+
+    losses: list[float] = field(default_factory=list)
+    terms: list[dict[str, float]] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+    loads: list[dict[str, list[int]]] = field(default_factory=list)
+    gradients: Held = field(default_factory=dict)
+    """Of the first step."""
+    weights: Held = field(default_factory=dict)
+    """After the last."""
+    validation: dict[str, float] = field(default_factory=dict)
+
+
+def run_steps(values: dict[str, Any], num_steps: int) -> Outcome:
+    config = PretrainConfig.model_validate(values)
+    ranks = Ranks()
+    if dist.is_initialized():
+        ranks = Ranks(dist.get_rank(), dist.get_world_size(), grouped=True)
+    course = plan_course(config)
+    check_layout(config, course, ranks.world)
+    trainer = Trainer(config, course, open_data(config, course), CPU, 1e9, ranks)
+    outcome = Outcome()
+    for step in range(num_steps):
+        result = trainer.train_step(step)
+        outcome.losses.append(result.loss)
+        outcome.terms.append(result.sums.values(result.counts))
+        outcome.grad_norms.append(result.grad_norm)
+        outcome.loads.append({n: load.tolist() for n, load in result.sums.load.items()})
+        if step == 0:
+            outcome.gradients = _held(trainer, gradients=True)
+    outcome.validation = trainer._validation()
+    outcome.weights = _held(trainer, gradients=False)
+    return outcome
+
+
+def _held(trainer: Trainer, *, gradients: bool) -> Held:
+    held = {}
+    for name, parameter in trainer.local.parameters().items():
+        tensor = parameter.grad if gradients else parameter
+        if tensor is None:
+            continue
+        whole = trainer.local.pieces(name, local_of(tensor).clone())
+        pieces = whole.pieces if isinstance(whole, Pieces) else {(0,) * whole.ndim: whole}
+        held[name] = whole.shape, pieces
+    return held
+
+
+def joined(held: list[Held]) -> dict[str, Tensor]:
+    """Put the ranks' pieces together; where several hold the same, it must be the same."""
+    wholes: dict[str, Tensor] = {}
+    for of_rank in held:
+        for name, (shape, pieces) in of_rank.items():
+            whole = wholes.setdefault(name, torch.full(shape, torch.nan))
+            for offsets, piece in pieces.items():
+                at = tuple(
+                    slice(low, low + size) for low, size in zip(offsets, piece.shape, strict=True)
+                )
+                known = ~whole[at].isnan()
+                assert torch.equal(whole[at][known], piece[known]), f"{name}: ranks disagree"
+                whole[at] = piece
+    assert not [name for name, whole in wholes.items() if whole.isnan().any()]
+    return wholes
