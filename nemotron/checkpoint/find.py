@@ -11,6 +11,7 @@ from nemotron.checkpoint.manifest import (
     verify,
 )
 from nemotron.errors import UserError
+from nemotron.parallel.runtime import Ranks
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,27 @@ def steps(folder: Path) -> list[int]:
     return sorted((int(match[1]) for match in names if match), reverse=True)
 
 
-def newest(folder: Path) -> Search:
+def newest(folder: Path, ranks: Ranks | None = None) -> Search:
     """Return the newest checkpoint whose every file has the size and hash of its manifest.
 
-    Nothing is deserialised on the way.
+    Ranks share the files among them, and find the same. Nothing is deserialised on the way.
     """
-    candidates = steps(folder)
+    ranks = ranks or Ranks()
+    candidates, unfinished = ranks.first(lambda: (steps(folder), sorted(folder.glob("step-*.tmp"))))
     skipped = [
         f"{path.name} is half-written (the save was interrupted); skipped"
-        for path in sorted(folder.glob("step-*.tmp"), reverse=True)
+        for path in reversed(unfinished)
         if not candidates or path.name > folder_name(candidates[0])
     ]
+    share = slice(ranks.rank, None, ranks.world)
     for step in candidates:
+        path = folder / folder_name(step)
         try:
-            return Search(verify(folder / folder_name(step)), tuple(skipped))
+            info = ranks.all(lambda path=path: verify(path, share=share))[0]  # type: ignore[misc]
         except DamagedCheckpoint as damage:
             skipped.append(f"{folder_name(step)} is damaged ({damage}); skipped")
+        else:
+            return Search(info, tuple(skipped))
     return Search(None, tuple(skipped))
 
 

@@ -19,7 +19,7 @@ def cluster(tmp_path: Path) -> Cluster:
 
 
 def start(cluster: Cluster, **more) -> Launched:
-    settings = ["device=cpu", "parallel.dp_shard=2", "schedule.total_steps=40", "output=runs"]
+    settings = ["device=cpu", "parallel.dp_shard=2", "schedule.total_steps=24", "output=runs"]
     return cluster.start(SMOKE, *settings, "checkpoint.every_steps=3", **more)
 
 

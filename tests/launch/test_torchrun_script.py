@@ -53,7 +53,8 @@ def test_a_second_ctrl_c_leaves_at_once(run: Path):
 def test_a_mistake_is_2_is_not_repeated_and_leaves_nothing(run: Path):
     launched = start(run, "mistake", "--restarts", "3")
     assert launched.wait() == 2, launched.text
-    assert launched.text.count("rank 0 found a mistake") == 1
+    assert "found a mistake" in launched.text
+    assert "restart" not in launched.text
     assert not run.with_suffix(".logs").exists()
 
 

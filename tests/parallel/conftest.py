@@ -1,5 +1,29 @@
+import random
+from typing import Any
+
 import pytest
 from pool import Pool
+from prepared import write_prepared
+
+MODEL = {
+    "vocab_size": 4096,
+    "hidden_size": 24,
+    "hybrid_override_pattern": "ME*E",
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 6,
+    "n_groups": 4,
+    "ssm_state_size": 8,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "moe_shared_expert_intermediate_size": 28,
+    "moe_latent_size": 12,
+    "num_nextn_predict_layers": 1,
+    "mtp_hybrid_override_pattern": "*E",
+}
 
 
 @pytest.fixture(scope="session")
@@ -16,3 +40,30 @@ def four():
     pool = Pool(4)
     yield pool
     pool.close()
+
+
+@pytest.fixture(scope="session")
+def values(tmp_path_factory) -> dict[str, Any]:
+    folder, draw = tmp_path_factory.mktemp("layouts"), random.Random(5)
+    words = ["the", "river", "runs", "to", "sea", "and", "stone", "stays", "0", "1", "if", "else"]
+    texts = [" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(300)]
+    prose = write_prepared(texts, folder / "prose", validation_fraction=0.1)
+    return {
+        "name": "layout",
+        "output": str(folder / "runs"),
+        "device": "cpu",
+        "model": MODEL,
+        "data": {
+            "sources": [{"name": "prose", "path": str(prose)}],
+            "cache": str(folder / "cache"),
+            "seq_len": 64,
+            "reset_documents": True,
+            "mask_eod_loss": True,
+            "prefetch_steps": 0,
+        },
+        "batch": {"global_tokens": 64 * 4, "micro_batch": 1},
+        "optimizer": {"clip": None},
+        "schedule": {"peak": 1e-3, "total_steps": 30, "warmup_steps": 5, "decay_steps": 5},
+        "loss": {"moe_aux_loss_coeff": 1e-2},
+        "evaluation": {"tokens": 64 * 5},
+    }

@@ -1,12 +1,18 @@
 """A run of a few steps in any layout, and what came out of it, put together from all ranks."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemotron.checkpoint.background import BackgroundSaver
+from nemotron.checkpoint.find import newest
+from nemotron.checkpoint.manifest import folder_name
+from nemotron.checkpoint.write import save
+from nemotron.data.loader import rows_of_rank
 from nemotron.parallel.apply import local_of
 from nemotron.parallel.pieces import Pieces
 from nemotron.parallel.runtime import Ranks
@@ -37,14 +43,18 @@ class Outcome:
     validation: dict[str, float] = field(default_factory=dict)
 
 
-def run_steps(values: dict[str, Any], num_steps: int) -> Outcome:
+def build(values: dict[str, Any]) -> Trainer:
     config = PretrainConfig.model_validate(values)
     ranks = Ranks()
     if dist.is_initialized():
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), grouped=True)
     course = plan_course(config)
     check_layout(config, course, ranks.world)
-    trainer = Trainer(config, course, open_data(config, course), CPU, 1e9, ranks)
+    return Trainer(config, course, open_data(config, course), CPU, 1e9, ranks)
+
+
+def run_steps(values: dict[str, Any], num_steps: int) -> Outcome:
+    trainer = build(values)
     outcome = Outcome()
     for step in range(num_steps):
         result = trainer.train_step(step)
@@ -53,28 +63,62 @@ def run_steps(values: dict[str, Any], num_steps: int) -> Outcome:
         outcome.grad_norms.append(result.grad_norm)
         outcome.loads.append({n: load.tolist() for n, load in result.sums.load.items()})
         if step == 0:
-            outcome.gradients = _held(trainer, gradients=True)
+            outcome.gradients = held(trainer, gradients=True)
     outcome.validation = trainer._validation()
-    outcome.weights = _held(trainer, gradients=False)
+    outcome.weights = held(trainer, gradients=False)
     return outcome
 
 
-def _held(trainer: Trainer, *, gradients: bool) -> Held:
-    held = {}
+def save_after(values: dict[str, Any], num_steps: int, folder: Path, background: bool) -> Held:
+    """Train and save; returns what was saved of the model."""
+    trainer = build(values)
+    for step in range(num_steps):
+        trainer.train_step(step)
+    saved = held(trainer, gradients=False)
+    content = (folder, num_steps, trainer.tensors(), trainer.json_state(), trainer.config.model, 2)
+    if not background:
+        save(*content, trainer.ranks)
+        return saved
+    saver = BackgroundSaver(trainer.ranks)
+    saver.start(*content)
+    trainer.train_step(num_steps)  # changes every tensor while the copies are written
+    assert saver.step == num_steps
+    assert saver.finish(wait=True) == folder / folder_name(num_steps)
+    return saved
+
+
+def load_and_go_on(values: dict[str, Any], folder: Path, num_steps: int) -> tuple[Held, list]:
+    """Restore; returns what is in the model then, and the losses and rows of the next steps."""
+    trainer = build(values)
+    info = newest(folder, trainer.ranks).info
+    assert info is not None
+    trainer.restore(info)
+    loaded = held(trainer, gradients=False)
+    seen = []
+    for step in range(info.step, info.step + num_steps):
+        readers = 1 if trainer.mesh is None else trainer.mesh.dims.batch
+        rows = rows_of_rank(trainer.data.num_rows(step), trainer.local.batch_rank, readers)
+        ids = trainer.data.sample_ids(step, rows)
+        seen.append((trainer.train_step(step).loss, trainer.local.batch_rank, ids))
+    return loaded, seen
+
+
+def held(trainer: Trainer, *, gradients: bool) -> Held:
+    found = {}
     for name, parameter in trainer.local.parameters().items():
         tensor = parameter.grad if gradients else parameter
         if tensor is None:
             continue
         whole = trainer.local.pieces(name, local_of(tensor).clone())
         pieces = whole.pieces if isinstance(whole, Pieces) else {(0,) * whole.ndim: whole}
-        held[name] = whole.shape, pieces
-    return held
+        found[name] = whole.shape, pieces
+    return found
 
 
-def joined(held: list[Held]) -> dict[str, Tensor]:
+def joined(parts: list[Held]) -> dict[str, Tensor]:
     """Put the ranks' pieces together; where several hold the same, it must be the same."""
     wholes: dict[str, Tensor] = {}
-    for of_rank in held:
+    for of_rank in parts:
         for name, (shape, pieces) in of_rank.items():
             whole = wholes.setdefault(name, torch.full(shape, torch.nan))
             for offsets, piece in pieces.items():

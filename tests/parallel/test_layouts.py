@@ -1,37 +1,15 @@
 """The same recipe in every layout: losses, gradients, load, validation, twenty steps of AdamW."""
 
-import random
 from typing import Any
 
 import pytest
 import torch
 from layout_run import Outcome, joined, run_steps
 from pool import Pool
-from prepared import write_prepared
 
 pytestmark = pytest.mark.distributed
 
 NUM_STEPS = 20
-
-MODEL = {
-    "vocab_size": 4096,
-    "hidden_size": 24,
-    "hybrid_override_pattern": "ME*E",
-    "mamba_num_heads": 8,
-    "mamba_head_dim": 6,
-    "n_groups": 4,
-    "ssm_state_size": 8,
-    "num_attention_heads": 8,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "n_routed_experts": 8,
-    "num_experts_per_tok": 3,
-    "moe_intermediate_size": 20,
-    "moe_shared_expert_intermediate_size": 28,
-    "moe_latent_size": 12,
-    "num_nextn_predict_layers": 1,
-    "mtp_hybrid_override_pattern": "*E",
-}
 
 ON_TWO: dict[str, dict[str, Any]] = {
     "fsdp2": {},
@@ -68,33 +46,6 @@ ON_FOUR: dict[str, dict[str, Any]] = {
     "pp2_tp2": {"pp": 2, "tp": 2},
     "pp2_cp2": {"pp": 2, "cp": 2},
 }
-
-
-@pytest.fixture(scope="session")
-def values(tmp_path_factory) -> dict[str, Any]:
-    folder, draw = tmp_path_factory.mktemp("layouts"), random.Random(5)
-    words = ["the", "river", "runs", "to", "sea", "and", "stone", "stays", "0", "1", "if", "else"]
-    texts = [" ".join(draw.choices(words, k=draw.randint(5, 60))) for _ in range(300)]
-    prose = write_prepared(texts, folder / "prose", validation_fraction=0.1)
-    return {
-        "name": "layout",
-        "output": str(folder / "runs"),
-        "device": "cpu",
-        "model": MODEL,
-        "data": {
-            "sources": [{"name": "prose", "path": str(prose)}],
-            "cache": str(folder / "cache"),
-            "seq_len": 64,
-            "reset_documents": True,
-            "mask_eod_loss": True,
-            "prefetch_steps": 0,
-        },
-        "batch": {"global_tokens": 64 * 4, "micro_batch": 1},
-        "optimizer": {"clip": None},
-        "schedule": {"peak": 1e-3, "total_steps": 30, "warmup_steps": 5, "decay_steps": 5},
-        "loss": {"moe_aux_loss_coeff": 1e-2},
-        "evaluation": {"tokens": 64 * 5},
-    }
 
 
 @pytest.fixture(scope="session")

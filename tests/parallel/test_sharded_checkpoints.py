@@ -1,0 +1,63 @@
+"""A checkpoint of any layout is read in any other: the same bits, rows and losses."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from layout_run import joined, load_and_go_on, save_after
+from pool import Pool
+
+pytestmark = pytest.mark.distributed
+
+NUM_STEPS = 3
+
+# layouts by the number of their ranks
+MOVES: list[tuple[tuple[int, dict[str, Any]], tuple[int, dict[str, Any]]]] = [
+    ((1, {}), (4, {})),
+    ((4, {}), (2, {})),
+    ((2, {}), (1, {})),
+    ((4, {"ep": 2}), (1, {})),
+    ((4, {"tp": 2}), (2, {})),
+    ((1, {}), (2, {"tp": 2, "ep": 2})),
+    ((2, {"pp": 2}), (1, {})),
+    ((4, {"pp": 2, "ep": 2}), (4, {"cp": 2, "dp_replicate": 2})),
+]
+
+
+@pytest.fixture
+def run(pair: Pool, four: Pool):
+    def on(world: int, function: Any, *arguments: Any) -> list[Any]:
+        if world == 1:
+            return [function(*arguments)]
+        return {2: pair, 4: four}[world].run(function, *arguments)
+
+    return on
+
+
+@pytest.mark.parametrize(("before", "after"), MOVES, ids=lambda move: f"{move[0]}{move[1]}")
+def test_another_layout_goes_on(run, values: dict, tmp_path: Path, before: tuple, after: tuple):
+    torch.set_num_threads(1)
+    (world, layout), (next_world, next_layout) = before, after
+    folder = tmp_path / "checkpoints"
+    old = joined(run(world, save_after, values | {"parallel": layout}, NUM_STEPS, folder, False))
+    reference = load_and_go_on(values, folder, NUM_STEPS)[1]
+    results = run(next_world, load_and_go_on, values | {"parallel": next_layout}, folder, NUM_STEPS)
+    new = joined([loaded for loaded, _ in results])
+    assert new.keys() == old.keys()
+    assert [name for name in new if not torch.equal(new[name], old[name])] == []
+    for number, (loss, _, ids) in enumerate(reference):
+        by_reader = {seen[number][1]: seen[number][2] for _, seen in results}
+        assert [id for reader in sorted(by_reader) for id in by_reader[reader]] == ids
+        for _, seen in results:
+            # float32 sums in another order
+            assert seen[number][0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_training_goes_on_while_a_checkpoint_of_two_ranks_is_written(
+    pair: Pool, values: dict, tmp_path: Path
+):
+    saved = joined(pair.run(save_after, values, NUM_STEPS, tmp_path / "checkpoints", True))
+    loaded, _ = load_and_go_on(values, tmp_path / "checkpoints", 0)
+    found = joined([loaded])
+    assert [name for name in found if not torch.equal(found[name], saved[name])] == []
