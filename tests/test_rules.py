@@ -109,7 +109,8 @@ def test_no_value_of_a_run_comes_from_the_environment():
         "train/redaction.py",  # removes its secrets from what is written
         "train/trackers.py",  # asks whether there is an account
         "data/prepare/run.py",  # keeps each of its processes to one core
-        "doctor_ranks.py",  # asks which rank it is
+        "parallel/runtime.py",  # asks which rank it is
+        "doctor_ranks.py",  # asks where the ranks meet
         "hf/export.py",  # hands it on to the process that checks the export
     }
 

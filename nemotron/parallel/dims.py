@@ -91,6 +91,8 @@ def violations(
     yield from _pipeline(dims, model, config)
     for seq_len, rows in zip(seq_lens, rows_per_step, strict=True):
         yield from _rows(dims, model, seq_len, rows, micro_batch)
+        if dims.pp > 1:
+            yield from _portions(dims, config, rows, micro_batch)
 
 
 def _tensor(dims: ParallelDims, model: ModelConfig, layers: str) -> Iterator[Finding]:
@@ -195,12 +197,6 @@ def _rows(
             f"gives {rows} rows of {seq_len} tokens a step, which dp_replicate x dp_shard = "
             f"{dims.batch} ranks cannot share; the nearest is {near * seq_len}.",
         )
-    elif dims.pp > 1 and (own := rows // dims.batch) % micro_batch:
-        yield (
-            "batch.micro_batch",
-            f"= {micro_batch} does not divide the {own} rows of each rank, as stages need; "
-            f"the nearest is {nearest(micro_batch, divisors(own))}.",
-        )
     pieces = (2 * dims.cp if dims.cp > 1 else 1) * dims.tp
     if seq_len % pieces:
         near = max(1, round(seq_len / pieces)) * pieces
@@ -214,6 +210,28 @@ def _rows(
             "parallel.cp",
             f"= {dims.cp} leaves chunks of {seq_len // (2 * dims.cp)} tokens, shorter than the "
             f"{model.conv_kernel - 1} that the convolution looks back; lower it.",
+        )
+
+
+def _portions(
+    dims: ParallelDims, config: ParallelConfig, rows: int, micro_batch: int
+) -> Iterator[Finding]:
+    """Check that stages get micro-batches alike in size, and enough of them."""
+    own = rows // dims.batch
+    counts = divisors(own) if rows % dims.batch == 0 else []
+
+    def fits(portions: int) -> bool:
+        if config.pipeline.schedule == "interleaved_1f1b":
+            return portions % max(1, portions // dims.pp) == 0
+        return portions >= dims.pp
+
+    legal = [own // n for n in counts if fits(n)]
+    if micro_batch not in legal and counts:
+        advice = f"the nearest is {nearest(micro_batch, legal)}" if legal else "take more rows"
+        yield (
+            "batch.micro_batch",
+            f"= {micro_batch} does not cut the {own} rows of each rank into at least pp = "
+            f"{dims.pp} equal parts that {config.pipeline.schedule} can take in turn; {advice}.",
         )
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,6 @@ from nemotron.precision.transformer_engine import MULTIPLES, TransformerEngineLa
 Version = tuple[int, int]
 
 
-@runtime_checkable  # so that the tests with checked types can
 class Layer(Protocol):
     """What replaces the call of a quantised module."""
 

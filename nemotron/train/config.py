@@ -150,6 +150,48 @@ class LoggingConfig(Section):
     """Optimizer steps between lines in metrics.jsonl and on the screen."""
 
 
+class FaultConfig(Section):
+    """Something that goes wrong on purpose, to see what the run makes of it."""
+
+    kind: Literal["nan_gradient", "spike", "sleep", "hang", "kill", "raise", "flip_bit"]
+    """A gradient that is NaN, gradients far too large, a pause, a rank that waits for ever, one
+    that dies, one that fails, one bit of a tensor."""
+    step: int = Field(gt=0)
+    """Step in which it happens, as metrics count them, from 1."""
+    last_step: int | None = Field(None, gt=0)
+    """Last step in which it happens; absent: in one only."""
+    rank: int | None = Field(None, ge=0)
+    """Rank to which it happens; absent: all."""
+    seconds: float = Field(1.0, gt=0)
+    """Length of the pause (kind sleep)."""
+    tensor: str | None = None
+    """Parameter or buffer that is changed (kind flip_bit); absent: the first parameter."""
+
+
+class ReliabilityConfig(Section):
+    """What is watched, and what happens to steps, ranks and replicas that go wrong."""
+
+    spike_sigmas: float | None = Field(None, gt=0)
+    """Standard deviations above the mean of 128 updates from which a loss or gradient norm is a
+    spike, whose update is skipped; absent: a loss 6 above it is reported, and nothing skipped."""
+    rollback_after: int | None = Field(None, gt=0)
+    """Skipped steps within `rollback_window` after which the run goes back to a checkpoint before
+    the first of them, and then passes over the data from the first to the last."""
+    rollback_window: int = Field(128, gt=0)
+    """Steps over which skipped ones are counted."""
+    check_replicas_every_steps: int | None = Field(None, gt=0)
+    """Steps between comparisons of the tensors that several ranks hold alike; they are also
+    compared before each checkpoint. Absent: never."""
+    deterministic: bool = False
+    """Whether only operations run that give the same bits every time, slower on a GPU."""
+    straggler_factor: float | None = Field(1.2, gt=1)
+    """A rank is reported whose own time is so many times the median; absent: nothing measured."""
+    straggler_after: int = Field(3, gt=0)
+    """Intervals of logging in a row that it must be slow for."""
+    faults: Annotated[tuple[FaultConfig, ...], Field(strict=False)] = ()
+    """Faults to inject; for tests only."""
+
+
 class PretrainConfig(Section):
     """Everything that makes one pre-training run."""
 
@@ -173,7 +215,7 @@ class PretrainConfig(Section):
     ) = "none"
     """Blocks whose activations backward computes again, to save memory: none, all, or kinds."""
     nonfinite_limit: int = Field(10, gt=0)
-    """Consecutive steps with a non-finite loss or gradient that end the run; each is skipped."""
+    """Consecutive skipped steps, not finite or spikes, that end the run."""
     model: ModelConfig
     """Architecture."""
     data: DataConfig = DataConfig()
@@ -200,6 +242,8 @@ class PretrainConfig(Section):
     """Validation."""
     logging: LoggingConfig = LoggingConfig()
     """Trackers."""
+    reliability: ReliabilityConfig = ReliabilityConfig()
+    """Steps, ranks and replicas that go wrong."""
 
     def recomputes(self, kind: str) -> bool:
         """Say whether the activations of layers of this kind are computed again."""

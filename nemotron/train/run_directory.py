@@ -39,6 +39,11 @@ FREE_TO_CHANGE = (
     "checkpoint",
     "evaluation",
     "logging",
+    "reliability.check_replicas_every_steps",
+    "reliability.deterministic",
+    "reliability.straggler_factor",
+    "reliability.straggler_after",
+    "reliability.faults",
 )
 """Keys that a resumed run may change: they alter place, speed or reports, not what is computed."""
 

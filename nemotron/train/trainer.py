@@ -85,7 +85,9 @@ class Trainer:
         self.mesh = Mesh(dims, device.type) if self.ranks.grouped else None
         self.local = build_model(config, device, self.mesh)
         self.model = self.local.models[0]
-        self.quantization = Quantization(self.model, config.precision, config.seed)
+        with torch.device("meta"):
+            whole = HybridLM(config.model)
+        self.quantization = Quantization(self.local.models, config.precision, config.seed, whole)
         self.optimizer = Optimizer(self.local.parameters(), config.optimizer)
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState()

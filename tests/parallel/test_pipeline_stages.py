@@ -1,13 +1,9 @@
 """How layers are divided into stages, and what a stage keeps of the model."""
 
 import itertools
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.append(str(Path(__file__).parents[1] / "model"))
 from models import build, build_config
 
 from nemotron.model.config import ModelConfig

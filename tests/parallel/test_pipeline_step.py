@@ -1,21 +1,17 @@
 """Stages on several ranks give the losses and gradients of one process."""
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from models import build, recompute, tokens
 from pool import Pool
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-
-sys.path.append(str(Path(__file__).parents[1] / "model"))
-from models import build, recompute, tokens
 
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.model.hybrid import HybridLM

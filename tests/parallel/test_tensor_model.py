@@ -1,13 +1,12 @@
 """A model cut over ranks: every loss and every gradient is that of one process."""
 
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from models import build, recompute, tokens
 from pool import Pool
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
@@ -24,9 +23,6 @@ from nemotron.parallel.layout import Part
 from nemotron.parallel.tensor import PLACEMENTS, Split, apply_tensor
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import count_tokens, losses, objective
-
-sys.path.append(str(Path(__file__).parents[1] / "model"))
-from models import build, recompute, tokens
 
 pytestmark = pytest.mark.distributed
 
