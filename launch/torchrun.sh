@@ -100,7 +100,7 @@ stop() {
     stopping=$1
     [ -n "${START_DIR:-}" ] || return 0
     say "SIG$1: the ranks finish their step and save"
-    signal_ranks USR1
+    kill -s USR1 "$launched"
     [ -n "$resender" ] || repeat
 }
 
@@ -108,7 +108,7 @@ stop() {
 repeat() {
     (
         trap - INT TERM USR1 HUP
-        while sleep 10; do signal_ranks USR1; done
+        while sleep 10 && kill -0 $$ 2>/dev/null; do signal_ranks USR1; done
     ) >/dev/null 2>&1 &
     resender=$!
 }
@@ -126,7 +126,7 @@ while :; do
     mkdir -p "$START_DIR"
     export START_DIR
     [ -z "$stopping" ] || repeat
-    set -m # a process group of its own: Ctrl-C reaches this script only
+    :
     "${torchrun[@]}" --standalone --local-addr 127.0.0.1 --nproc-per-node "$processes" \
         --no-python "$launch/rank.sh" "${nemotron[@]}" train "$recipe" "${arguments[@]}" </dev/null &
     launched=$!

@@ -104,10 +104,13 @@ class LocalModel:
 
     def share_rows(self, batch: Batch) -> Batch:
         """Return this rank's tokens of rows that ranks share."""
+        return batch.map(self.share_tokens)
+
+    def share_tokens(self, values: Tensor) -> Tensor:
+        """Return what belongs to this rank's tokens, of one tensor [B, T]."""
         if self.mesh is None or self.mesh.dims.cp == 1:
-            return batch
-        rank, size = self.mesh.rank("cp"), self.mesh.dims.cp
-        return batch.map(lambda values: layout.shard(values, rank, size))
+            return values
+        return layout.shard(values, self.mesh.rank("cp"), self.mesh.dims.cp)
 
     def sync_gradients(self, on: bool) -> None:
         """Say whether the next backward pass adds gradients up over ranks."""

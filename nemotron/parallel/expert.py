@@ -99,13 +99,15 @@ class AllGather:
             return values.new_zeros(num_copies + 1).scatter(0, target, values)[:-1]
 
         local = ours(everyone - self.rank * self.num_experts)
+        weights = ours(collectives.all_gather(weights, 0, self.group).flatten())
+        # tokens go last: what follows them in their group would wait for them
         flight = Flight(self._gather, self._scatter_sum)
         home = Flight(self._scatter_sum, self._gather)
         return Sent(
             x=flight.depart(x),
             token=ours(torch.arange(everyone.shape[0], device=x.device) // top_k),
             experts=local,
-            weights=ours(collectives.all_gather(weights, 0, self.group).flatten()),
+            weights=weights,
             counts=_count(local, self.num_experts),
             arrive=flight.arrive,
             back=lambda partial: home.arrive(home.depart(partial)),
@@ -153,8 +155,6 @@ class AllToAll:
 
         [row_starts] = is_first.nonzero_static(size=sum(rows_out)).T
         rows = _line_up(token[row_starts], num_tokens)
-        flight = Flight(self._exchange(rows_out, rows_in), self._exchange(rows_in, rows_out))
-        departed = flight.depart(rows.copy(x))
         # one number says which expert, and whether a row begins
         numbers = experts % self.num_experts + self.num_experts * is_first
         numbers = collectives.exchange(numbers.to(torch.int32), copies_out, copies_in, self.group)
@@ -162,12 +162,15 @@ class AllToAll:
             0, order, torch.arange(order.shape[0], device=x.device)
         )
         weights = torch.zeros_like(weights).scatter(0, place, weights)  # as `weights[order]`
+        weights = collectives.all_to_all(weights, copies_out, copies_in, self.group)
         local = numbers.long() % self.num_experts
+        # tokens go last: what follows them in their group would wait for them
+        flight = Flight(self._exchange(rows_out, rows_in), self._exchange(rows_in, rows_out))
         return Sent(
-            x=departed,
+            x=flight.depart(rows.copy(x)),
             token=(numbers // self.num_experts).cumsum(0) - 1,
             experts=local,
-            weights=collectives.all_to_all(weights, copies_out, copies_in, self.group),
+            weights=weights,
             counts=_count(local, self.num_experts),
             arrive=flight.arrive,
             back=lambda partial: rows.add(

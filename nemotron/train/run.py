@@ -125,7 +125,8 @@ def describe_precision(config: PretrainConfig) -> list[str]:
         table = assign(model, config.precision, preset)
         width = max((len(line.module) for line in table), default=0)
         lines += [
-            f"  {line.module:<{width}}  {line.format:<11}  {line.kind}: {line.reason}"
+            f"  {line.module:<{width}}  {line.format:<11}  {line.backend:<7}  {line.kind}: "
+            f"{line.reason}"
             for line in table
         ]
     return lines

@@ -61,7 +61,7 @@ class Session:
         Raises:
             UserError: when there are checkpoints, but none of them is whole or fits.
         """
-        found = self._trainer.ranks.first(lambda: newest(self._folder.checkpoints))
+        found = newest(self._folder.checkpoints, self._trainer.ranks)
         for line in found.skipped:
             self._screen.tell(line)
         if found.info is None:

@@ -2,20 +2,22 @@
 
 import enum
 import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 SPIKE_WINDOW = 128
-"""Losses that are remembered to tell a spike."""
+"""Updates whose losses and gradient norms are remembered to tell a spike."""
 SPIKE_MINIMUM = 32
-"""Losses that must be known before one can be called a spike."""
+"""Updates that must be known before a step can be called a spike."""
 SPIKE_SIGMAS = 6.0
-"""Standard deviations above the mean from which a loss is a spike."""
+"""Standard deviations above the mean from which a loss is reported as a spike."""
 
 
 class Skip(enum.Enum):
     """Why a step left weights, moments and router bias as they were."""
 
     NOT_FINITE = "loss or gradient is not finite"
+    SPIKE = "loss or gradient norm is far above the recent ones"
     NO_TARGETS = "no token of the batch has a target"
 
 
@@ -24,25 +26,61 @@ class TrainerState:
     """Counters of a run; the data position is the step, because rows are a function of it."""
 
     step: int = 0
-    """Steps done, skipped ones included."""
+    """Steps done, skipped and passed over ones included."""
     tokens: int = 0
     """Tokens consumed by them."""
     skipped_steps: int = 0
     nonfinite_in_a_row: int = 0
+    spikes_in_a_row: int = 0
+    """Steps skipped as spikes; both counts go on until a step is not skipped."""
     recent_losses: list[float] = field(default_factory=list)
     """Of the last steps that were not skipped."""
+    recent_grad_norms: list[float] = field(default_factory=list)
+    """Of the same steps."""
+    bad_steps: list[int] = field(default_factory=list)
+    """Indices of recent steps that were skipped as spikes or for not being finite."""
+    passed_over: list[list[int]] = field(default_factory=list)
+    """Steps that are never computed, after a rollback: first and last index, and the steps of the
+    checkpoint that the run went back to."""
 
-    def advance(self, tokens: int, loss: float, skip: Skip | None) -> bool:
-        """Count a step, whatever became of it; says whether its loss is a spike."""
-        self.step += 1
-        self.tokens += tokens
-        if skip is not None:
+    def is_spike(self, loss: float, grad_norm: float, sigmas: float | None) -> bool:
+        """Say whether a step is far above the recent ones; without `sigmas`, its loss alone."""
+        if sigmas is None:
+            return _is_far_above(loss, self.recent_losses, SPIKE_SIGMAS)
+        return _is_far_above(loss, self.recent_losses, sigmas) or _is_far_above(
+            grad_norm, self.recent_grad_norms, sigmas
+        )
+
+    def advance(self, tokens: int, loss: float, grad_norm: float, skip: Skip | None) -> None:
+        """Count a step, whatever became of it."""
+        if skip is None:
+            self.nonfinite_in_a_row = self.spikes_in_a_row = 0
+            self.recent_losses = [*self.recent_losses, loss][-SPIKE_WINDOW:]
+            self.recent_grad_norms = [*self.recent_grad_norms, grad_norm][-SPIKE_WINDOW:]
+        else:
             self.skipped_steps += 1
             self.nonfinite_in_a_row += skip is Skip.NOT_FINITE
-            return False
-        self.nonfinite_in_a_row = 0
-        recent = self.recent_losses
-        self.recent_losses = [*recent, loss][-SPIKE_WINDOW:]
-        if len(recent) < SPIKE_MINIMUM:
-            return False
-        return loss > statistics.fmean(recent) + SPIKE_SIGMAS * statistics.pstdev(recent)
+            self.spikes_in_a_row += skip is Skip.SPIKE
+            if skip is not Skip.NO_TARGETS:
+                self.bad_steps = [*self.bad_steps, self.step]
+        self.pass_over(tokens)
+
+    def pass_over(self, tokens: int) -> None:
+        """Count a step that was not computed."""
+        self.step += 1
+        self.tokens += tokens
+
+    def bad_within(self, window: int) -> list[int]:
+        """Return the bad ones among the last steps, and forget those before."""
+        self.bad_steps = [step for step in self.bad_steps if step >= self.step - window]
+        return self.bad_steps
+
+    def range_over(self, step: int) -> list[int] | None:
+        """Return the entry of `passed_over` in which a step lies."""
+        return next((r for r in self.passed_over if r[0] <= step <= r[1]), None)
+
+
+def _is_far_above(value: float, recent: Sequence[float], sigmas: float) -> bool:
+    if len(recent) < SPIKE_MINIMUM:
+        return False
+    return value > statistics.fmean(recent) + sigmas * statistics.pstdev(recent)

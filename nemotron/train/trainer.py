@@ -21,6 +21,7 @@ from nemotron.model.router import RoutingStats, routers
 from nemotron.parallel.apply import LocalModel, distribute, local_of
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.mesh import Mesh
+from nemotron.parallel.quantized import connect, token_numbers
 from nemotron.parallel.runtime import Ranks
 from nemotron.precision.apply import Quantization
 from nemotron.precision.apply import apply as apply_precision
@@ -88,6 +89,7 @@ class Trainer:
         with torch.device("meta"):
             whole = HybridLM(config.model)
         self.quantization = Quantization(self.local.models, config.precision, config.seed, whole)
+        connect(self.quantization, self.local)
         self.optimizer = Optimizer(self.local.parameters(), config.optimizer)
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState()
@@ -188,11 +190,14 @@ class Trainer:
                 sums.add(terms)
                 return objective(terms, counts, config.loss)
 
-            self.quantization.begin(step, first_row * length)
+            # every call of a layer draws other bits, so the portions may share their numbers
+            self.quantization.begin(step, token_numbers(first_row, rows, length, self.local))
             self.local.pipeline.step([micro.to(self.device) for micro in portions], share)
             return
         for number, micro in enumerate(portions):
-            self.quantization.begin(step, (first_row + number * rows) * length)
+            first = first_row + number * rows
+            numbers = token_numbers(first, micro.input_ids.shape[0], length, self.local)
+            self.quantization.begin(step, numbers)
             is_last = number + 1 == len(portions)
             self.local.sync_gradients(is_last or config.parallel.sync_every_micro_batch)
             terms = losses(self.model, micro.to(self.device), config.loss)
@@ -230,7 +235,7 @@ class Trainer:
             for name, moment in optimizer[key].items():
                 tensors[f"optimizer.{key}.{name}"] = local.pieces(name, moment)
         tensors |= {f"optimizer.step.{name}": step for name, step in optimizer["step"].items()}
-        return tensors | {"rng.cpu": torch.get_rng_state()}
+        return tensors | self.quantization.tensors() | {"rng.cpu": torch.get_rng_state()}
 
     def json_state(self) -> dict[str, Any]:  # Any: nested JSON
         """Return everything else that a resume needs."""

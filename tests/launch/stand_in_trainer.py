@@ -74,6 +74,8 @@ def act(action: str, run: Path, rank: int, start: int, asked: list[int]) -> int:
 
 def end(run: Path, rank: int, state: str, code: int) -> int:
     if rank == 0:
+        if state == "stopped":
+            time.sleep(0.5)  # rank 1 has left before, which must not cut this one short
         write_status(run, state, code)
     return code
 

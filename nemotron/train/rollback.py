@@ -1,0 +1,62 @@
+"""Going back to a checkpoint from before the steps that went wrong, never to compute those again.
+
+Rows are a function of the step, so the run is replayed from the checkpoint, and steps in the
+offending range only count. What was written after the checkpoint is removed as if it had never
+been: a run that is killed during the replay resumes at the checkpoint and goes back once more.
+"""
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from nemotron.checkpoint.find import steps
+from nemotron.checkpoint.manifest import CheckpointInfo, DamagedCheckpoint, folder_name, verify
+from nemotron.train.trainer import Diverged, Trainer
+
+ROLLBACKS = 3
+"""How often a run goes back to the same checkpoint before it gives up."""
+
+
+def roll_back(trainer: Trainer, checkpoints: Path, bad: Sequence[int]) -> CheckpointInfo:
+    """Restore the newest checkpoint from before the steps of these indices; returns it.
+
+    Where none is as old, that is the oldest one.
+
+    Raises:
+        Diverged: on every rank, when there is no checkpoint, or it was gone back to before.
+    """
+    first, last = bad[0], bad[-1]
+    ranges = trainer.state.passed_over
+    what = f"{len(bad)} steps from {first + 1} to {last + 1} were not finite or spikes"
+    info = trainer.ranks.first(lambda: newest_before(checkpoints, first))
+    if info is None:
+        raise Diverged(f"{what}, and there is no whole checkpoint to go back to")
+    if sum(step == info.step for _, _, step in ranges) >= ROLLBACKS:
+        raise Diverged(f"{what}, and the run went back to step {info.step} {ROLLBACKS} times")
+    trainer.ranks.first(lambda: _remove_after(checkpoints, info.step))
+    trainer.restore(info)
+    trainer.state.passed_over = [*ranges, [first, last, info.step]]
+    return info
+
+
+def newest_before(checkpoints: Path, step: int) -> CheckpointInfo | None:
+    """Return the newest whole checkpoint of at most so many steps; else the oldest whole one."""
+    found = None
+    for number in steps(checkpoints):
+        try:
+            found = verify(checkpoints / folder_name(number))
+        except DamagedCheckpoint:
+            continue
+        if number <= step:
+            break
+    return found
+
+
+def _remove_after(checkpoints: Path, step: int) -> None:
+    for number in steps(checkpoints):  # newest first: whatever a kill leaves is a beginning
+        if number > step:
+            path = checkpoints / folder_name(number)
+            # renamed first: a half-removed folder must not look like a damaged checkpoint
+            old = path.with_name(f"{path.name}.old")
+            path.rename(old)
+            shutil.rmtree(old)
