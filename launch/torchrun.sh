@@ -100,7 +100,7 @@ stop() {
     stopping=$1
     [ -n "${START_DIR:-}" ] || return 0
     say "SIG$1: the ranks finish their step and save"
-    kill -s USR1 "$launched"
+    signal_ranks USR1
     [ -n "$resender" ] || repeat
 }
 
@@ -126,7 +126,7 @@ while :; do
     mkdir -p "$START_DIR"
     export START_DIR
     [ -z "$stopping" ] || repeat
-    :
+    set -m # a process group of its own: Ctrl-C reaches this script only
     "${torchrun[@]}" --standalone --local-addr 127.0.0.1 --nproc-per-node "$processes" \
         --no-python "$launch/rank.sh" "${nemotron[@]}" train "$recipe" "${arguments[@]}" </dev/null &
     launched=$!

@@ -9,6 +9,7 @@ import torch
 from nemotron.data.config import BlendConfig, leaves
 from nemotron.hf.names import disk_tensors
 from nemotron.model.hybrid import HybridLM
+from nemotron.plan.parameters import total_and_active
 from nemotron.recipe.blend import read_blend
 from nemotron.recipe.load import load_recipe
 from nemotron.train.config import PretrainConfig
@@ -18,7 +19,8 @@ from nemotron.train.schedule import Schedule, build_schedule
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 BLENDS = sorted(RECIPES.rglob("blends/*.yaml"))
-COMPLETE = sorted(p for p in RECIPES.rglob("*.yaml") if p.name != "model.yaml" and p not in BLENDS)
+PARTS = [*BLENDS, *RECIPES.rglob("layouts/*.yaml"), *RECIPES.rglob("model.yaml")]
+COMPLETE = sorted(set(RECIPES.rglob("*.yaml")) - set(PARTS))
 PUBLISHED = ["nano", "super"]
 
 
@@ -34,18 +36,20 @@ def schedule_of(config: PretrainConfig) -> Schedule:
 def test_every_recipe_loads_with_a_model_and_a_schedule_that_can_be_built(path: Path):
     config = load_recipe(path).config
     with torch.device("meta"):
-        model = HybridLM(config.model)
-    assert count_parameters(model, config.model).total > 0
+        count = count_parameters(HybridLM(config.model), config.model)
+    assert (count.total, count.active) == total_and_active(config.model)
     course = plan_course(config)
     assert 0 < course.lr(0) <= config.schedule.peak
-    assert course.lr(course.num_steps - 1) == pytest.approx(config.schedule.min, rel=0.01)
+    end = config.schedule.peak if config.schedule.kind == "constant" else config.schedule.min
+    assert course.lr(course.num_steps - 1) == pytest.approx(end, rel=0.01)
 
 
-# Sums and numbers of entries of the files in NVIDIA-NeMo/Nemotron.
+# Sums and numbers of entries of the files in NVIDIA-NeMo/Nemotron; Nano's long context is ours.
 @pytest.mark.parametrize(
     ("name", "entries", "total"),
     [
         ("nano/blends/open", 23, 23.0),
+        ("nano/blends/long_context", 24, 99.0),
         ("super/blends/phase1", 29, 80.4),
         ("super/blends/phase2", 27, 82.9),
         ("super/blends/long_context", 28, 103.6),
@@ -64,6 +68,13 @@ def test_super_changes_its_blend_after_four_fifths_of_the_tokens():
     names = [{leaf.source.name for leaf in p.lengths[0].leaves} for p in (diversity, quality)]
     assert names[0] - names[1] == {"cc-v2-medium-quality", "cc-v2.1-medium-quality"}
     assert not names[1] - names[0]
+
+
+def test_the_second_phase_of_nano_begins_after_its_decay():
+    diversity, quality = plan_course(load("nano")).timeline.phases
+    assert diversity.num_steps * diversity.tokens_per_step == pytest.approx(23.5e12, rel=1e-6)
+    assert diversity.num_steps + quality.num_steps == 993_411
+    assert schedule_of(load("nano")).total - schedule_of(load("nano")).decay == 20e12
 
 
 # Trunk and MTP block were counted on the published configurations; the active parameters are

@@ -1,15 +1,12 @@
 """One layer of the stack: a norm, one mixer, and the residual around them."""
 
-from functools import partial
+from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.checkpoint import (
-    checkpoint,
-    create_selective_checkpoint_contexts,
-    noop_context_fn,
-)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from nemotron.model.attention import Attention
 from nemotron.model.cache import AttentionState, MambaState
@@ -81,4 +78,32 @@ class Block(nn.Module):
         return hidden + y, stats
 
 
-_keep_choices = partial(create_selective_checkpoint_contexts, [torch.ops.aten.topk.default])
+class _Choices(TorchDispatchMode):
+    """Keeps what `topk` chose, and gives it again when the same is computed a second time.
+
+    torch's selective checkpoints count every operation; gathering sharded weights adds some.
+    """
+
+    def __init__(self, kept: list[Any], *, again: bool) -> None:
+        super().__init__()
+        self._kept, self._again = kept, again
+
+    def __enter__(self) -> "_Choices":
+        self._next = iter(self._kept)
+        return super().__enter__()
+
+    def __torch_dispatch__(
+        self, operation: Any, types: Any, arguments: Any = (), keywords: Any = None
+    ) -> Any:
+        if operation is not torch.ops.aten.topk.default:
+            return operation(*arguments, **(keywords or {}))
+        if self._again:
+            return next(self._next)
+        result = operation(*arguments, **(keywords or {}))
+        self._kept.append(result)
+        return result
+
+
+def _keep_choices() -> tuple[_Choices, _Choices]:
+    kept: list[Any] = []
+    return _Choices(kept, again=False), _Choices(kept, again=True)

@@ -68,6 +68,8 @@ class Sent(NamedTuple):
     weights: Float[Tensor, " copies"]
     counts: Int[Tensor, " E"]
     """Copies for each expert held here."""
+    numbers: Int[Tensor, " copies"] | None = None
+    """Number of each copy in the whole batch, where the layer has `number_copies`."""
     arrive: Callable[[Float[Tensor, "sent I"]], Float[Tensor, "S I"]] = _stay
     """Waits for the tokens that come."""
     back: Callable[[Float[Tensor, "S I"]], Float[Tensor, "M I"]] = _stay
@@ -78,7 +80,11 @@ class Exchange(Protocol):
     """Brings tokens to the ranks that hold their experts; only where ranks share the experts."""
 
     def __call__(
-        self, x: Float[Tensor, "M I"], experts: Int[Tensor, "M K"], weights: Float[Tensor, "M K"]
+        self,
+        x: Float[Tensor, "M I"],
+        experts: Int[Tensor, "M K"],
+        weights: Float[Tensor, "M K"],
+        numbers: Int[Tensor, "M K"] | None,
     ) -> Sent:
         """Send each token, with its experts' numbers among all, to whoever needs it."""
 
@@ -87,20 +93,24 @@ class Experts(nn.Module):
     """Routed experts as two stacked matrices; every token reaches its K experts, none drops."""
 
     exchange: Exchange | None
+    number_copies: Callable[[int, int], Int[Tensor, "M K"]] | None
+    """Numbers the K copies of each of M tokens, for layers that round them at random."""
 
     def __init__(self, num_experts: int, input_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.exchange = None
+        self.exchange = self.number_copies = None
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, input_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, input_size, intermediate_size))
 
     def send(self, x: Float[Tensor, "M I"], routing: Routing) -> Sent:
         """Begin to bring each token to its experts; calling the module on the result goes on."""
         experts, weights = routing.experts, routing.weights
+        numbers = None if self.number_copies is None else self.number_copies(*experts.shape)
         if self.exchange is not None:
-            return self.exchange(x, experts, weights)
+            return self.exchange(x, experts, weights, numbers)
         token = torch.arange(experts.numel(), device=x.device) // experts.shape[1]
-        return Sent(x, token, experts.flatten(), weights.flatten(), routing.counts)
+        numbers = None if numbers is None else numbers.flatten()
+        return Sent(x, token, experts.flatten(), weights.flatten(), routing.counts, numbers)
 
     def forward(self, sent: Sent) -> Float[Tensor, "M I"]:
         """Return for each token the weighted sum over its experts."""
@@ -113,15 +123,26 @@ class Experts(nn.Module):
         # rows that only fill up an expert's share weigh nothing, so they change no gradient
         weights = sent.weights.new_zeros(copies.token.shape[0])
         weights = weights.scatter(0, copies.place, sent.weights)
-        hidden = self.multiply(copies.copy(x), self.up_proj, counts)
+        numbers = None
+        if sent.numbers is not None:
+            numbers = sent.numbers.new_zeros(copies.token.shape[0])
+            numbers = numbers.scatter(0, copies.place, sent.numbers)
+        hidden = self.multiply(copies.copy(x), self.up_proj, counts, numbers)
         # weights before the down projection, as Megatron-LM does in training
         hidden = squared_relu(hidden, weights.unsqueeze(-1))
-        return sent.back(copies.add(self.multiply(hidden, self.down_proj, counts)))
+        return sent.back(copies.add(self.multiply(hidden, self.down_proj, counts, numbers)))
 
     def multiply(
-        self, rows: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
+        self,
+        rows: Float[Tensor, "R K"],
+        weight: Float[Tensor, "E N K"],
+        counts: Int[Tensor, " E"],
+        numbers: Int[Tensor, " R"] | None,
     ) -> Float[Tensor, "R N"]:
-        """Multiply each expert's rows by its matrix, cast to the dtype of the rows."""
+        """Multiply each expert's rows by its matrix, cast to the dtype of the rows.
+
+        `numbers` are the rows' in the whole batch, of use where rows are rounded at random.
+        """
         return grouped_linear(rows, weight.to(rows.dtype), counts)
 
 

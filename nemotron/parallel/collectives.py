@@ -13,8 +13,8 @@ from torch import Tensor
 Group = dist.ProcessGroup
 
 # torch 2.13 renamed them, and warns of the old names
-_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_into = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 def all_gather(x: Tensor, dim: int, group: Group) -> Tensor:
@@ -88,7 +88,7 @@ def gather(x: Tensor, dim: int, group: Group) -> Tensor:
     world = dist.get_world_size(group)
     first = x.movedim(dim, 0).contiguous()
     whole = first.new_empty(world * first.shape[0], *first.shape[1:])
-    _all_gather(whole, first, group=group)
+    all_gather_into(whole, first, group=group)
     return whole.movedim(0, dim)
 
 
@@ -97,7 +97,7 @@ def scatter_sum(x: Tensor, dim: int, group: Group) -> Tensor:
     world = dist.get_world_size(group)
     first = x.movedim(dim, 0).contiguous()
     part = first.new_empty(first.shape[0] // world, *first.shape[1:])
-    _reduce_scatter(part, first, group=group)
+    reduce_scatter_into(part, first, group=group)
     return part.movedim(0, dim)
 
 

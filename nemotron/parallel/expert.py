@@ -78,7 +78,11 @@ class AllGather:
     """Experts on each rank."""
 
     def __call__(
-        self, x: Float[Tensor, "M I"], experts: Int[Tensor, "M K"], weights: Float[Tensor, "M K"]
+        self,
+        x: Float[Tensor, "M I"],
+        experts: Int[Tensor, "M K"],
+        weights: Float[Tensor, "M K"],
+        numbers: Int[Tensor, "M K"] | None,
     ) -> Sent:
         num_tokens, top_k = experts.shape
         # the copies for each rank and the tokens of each, in the one wait for the device: the
@@ -100,6 +104,8 @@ class AllGather:
 
         local = ours(everyone - self.rank * self.num_experts)
         weights = ours(collectives.all_gather(weights, 0, self.group).flatten())
+        if numbers is not None:
+            numbers = ours(collectives.gather(numbers, 0, self.group).flatten())
         # tokens go last: what follows them in their group would wait for them
         flight = Flight(self._gather, self._scatter_sum)
         home = Flight(self._scatter_sum, self._gather)
@@ -109,17 +115,18 @@ class AllGather:
             experts=local,
             weights=weights,
             counts=_count(local, self.num_experts),
+            numbers=numbers,
             arrive=flight.arrive,
             back=lambda partial: home.arrive(home.depart(partial)),
         )
 
     def _gather(self, x: Tensor) -> tuple[Tensor, dist.Work]:
         whole = x.new_empty(self.size * x.shape[0], *x.shape[1:])
-        return whole, collectives._all_gather(whole, x, group=self.group, async_op=True)
+        return whole, collectives.all_gather_into(whole, x, group=self.group, async_op=True)
 
     def _scatter_sum(self, x: Tensor) -> tuple[Tensor, dist.Work]:
         part = x.new_empty(x.shape[0] // self.size, *x.shape[1:])
-        return part, collectives._reduce_scatter(part, x, group=self.group, async_op=True)
+        return part, collectives.reduce_scatter_into(part, x, group=self.group, async_op=True)
 
 
 @dataclass(frozen=True)
@@ -136,7 +143,11 @@ class AllToAll:
     """Experts on each rank."""
 
     def __call__(
-        self, x: Float[Tensor, "M I"], experts: Int[Tensor, "M K"], weights: Float[Tensor, "M K"]
+        self,
+        x: Float[Tensor, "M I"],
+        experts: Int[Tensor, "M K"],
+        weights: Float[Tensor, "M K"],
+        numbers: Int[Tensor, "M K"] | None,
     ) -> Sent:
         num_tokens, top_k = experts.shape
         experts, weights = experts.flatten(), weights.flatten()
@@ -156,22 +167,26 @@ class AllToAll:
         [row_starts] = is_first.nonzero_static(size=sum(rows_out)).T
         rows = _line_up(token[row_starts], num_tokens)
         # one number says which expert, and whether a row begins
-        numbers = experts % self.num_experts + self.num_experts * is_first
-        numbers = collectives.exchange(numbers.to(torch.int32), copies_out, copies_in, self.group)
+        marked = experts % self.num_experts + self.num_experts * is_first
+        marked = collectives.exchange(marked.to(torch.int32), copies_out, copies_in, self.group)
+        if numbers is not None:
+            own = numbers.flatten()[order]
+            numbers = collectives.exchange(own, copies_out, copies_in, self.group)
         place = torch.empty_like(order).scatter_(
             0, order, torch.arange(order.shape[0], device=x.device)
         )
         weights = torch.zeros_like(weights).scatter(0, place, weights)  # as `weights[order]`
         weights = collectives.all_to_all(weights, copies_out, copies_in, self.group)
-        local = numbers.long() % self.num_experts
+        local = marked.long() % self.num_experts
         # tokens go last: what follows them in their group would wait for them
         flight = Flight(self._exchange(rows_out, rows_in), self._exchange(rows_in, rows_out))
         return Sent(
             x=flight.depart(rows.copy(x)),
-            token=(numbers // self.num_experts).cumsum(0) - 1,
+            token=(marked // self.num_experts).cumsum(0) - 1,
             experts=local,
             weights=weights,
             counts=_count(local, self.num_experts),
+            numbers=numbers,
             arrive=flight.arrive,
             back=lambda partial: rows.add(
                 collectives.all_to_all(partial, rows_in, rows_out, self.group)

@@ -127,6 +127,8 @@ def start(launch: Launch | None, device: torch.device, config: ParallelConfig) -
     """Join the other processes, if there are any."""
     if launch is None:
         return Ranks()
+    # torch keeps a record of that many collectives, to be written down when one hangs
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(
         backend,

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 import xxhash
@@ -85,7 +86,6 @@ class Quantization:
         self._histories = Histories(self._late_matrices(), config.fp8_delayed, self._device)
         self._step = 0
         self._rows: Numbers = 0
-        self._portion = 0
         self._calls: dict[str, int] = {}
         self._observed = Telemetry()
         self.table: list[Assignment] = []
@@ -103,7 +103,6 @@ class Quantization:
             self._histories.roll(self.reduce_amax)
         self._step = step
         self._rows = rows if isinstance(rows, int) else rows.to(self._device)
-        self._portion = rows if isinstance(rows, int) else int(rows.flatten()[0])
         self._calls.clear()
         if (preset := preset_at(self._config, step)) == self.preset:
             return False
@@ -151,13 +150,14 @@ class Quantization:
         part = replace(part, columns=columns, rows=rows, first_expert=first_expert)
         self._set_part(module, part)
 
-    def copy_numbers(self, module: str, num_copies: int) -> Int[Tensor, "M K"]:
+    def copy_numbers(self, module: str, num_tokens: int, num_copies: int) -> Int[Tensor, "M K"]:
         """Return the number in the whole batch of each copy of each token that a layer sees.
 
         The rows of `Experts.multiply` are such copies, sorted.
         """
         rows = self._rows_of(module)
-        assert isinstance(rows, Tensor), "begin was given the first token's number only"
+        if isinstance(rows, int):
+            rows = rows + torch.arange(num_tokens, device=self._device)
         return rows.unsqueeze(1) * num_copies + torch.arange(num_copies, device=rows.device)
 
     def _rows_of(self, module: str) -> Numbers:
@@ -232,6 +232,8 @@ class Quantization:
         grouped = line.kind == "moe.experts"
         hook = "multiply" if grouped else "forward"
         vars(module).pop(hook, None)
+        if grouped:
+            vars(module)["number_copies"] = None
         if line.format == "bf16":
             return
         schemes = self._schemes_of(line, module)
@@ -245,11 +247,10 @@ class Quantization:
                 self._observe(line.module, schemes["weight"][0], rows, _weight(module), y)
             return y.view(*x.shape[:-1], -1)
 
-        def experts(
-            rows: Tensor, weight: Tensor, counts: Tensor, copies: Tensor | None = None
-        ) -> Tensor:
+        def experts(rows: Tensor, weight: Tensor, counts: Tensor, numbers: Tensor | None) -> Tensor:
             (name,) = (n for n, p in module.named_parameters(recurse=False) if p is weight)
-            draw = self._expert_draw(line.module, copies)
+            assert numbers is not None, line.module
+            draw = replace(self._draw(line.module), rows=numbers)
             y = layer.grouped(rows, weight, counts, name, draw)
             if self._is_observed():
                 for expert, share in groups_of(counts):
@@ -259,27 +260,16 @@ class Quantization:
 
         function: Callable[..., Tensor] = experts if grouped else linear
         vars(module)[hook] = function
+        if grouped:
+            vars(module)["number_copies"] = partial(self.copy_numbers, line.module)
 
     def _draw(self, module: str) -> Draw:
         """Name the bits of a call, whose rows are tokens."""
-        columns = self._parts.get(module, WHOLE).columns
-        return Draw(self._key(module, ""), self._rows_of(module), columns)
-
-    def _expert_draw(self, module: str, copies: Tensor | None) -> Draw:
-        """Name the bits of rows sorted by expert: by their copies' numbers in the whole batch.
-
-        Rows without numbers are counted within the portion.
-        """
-        columns = self._parts.get(module, WHOLE).columns
-        if copies is None:
-            return Draw(self._key(module, f"/{self._portion}"), 0, columns)
-        return Draw(self._key(module, ""), copies, columns)
-
-    def _key(self, module: str, portion: str) -> tuple[int, int]:
         call = self._calls[module] = self._calls.get(module, -1) + 1
-        name = f"{self._seed}/{self._step}/{module}/{call}{portion}"
+        name = f"{self._seed}/{self._step}/{module}/{call}"
         digest = xxhash.xxh64_intdigest(name.encode())
-        return digest >> 32, digest & 0xFFFFFFFF
+        key = digest >> 32, digest & 0xFFFFFFFF
+        return Draw(key, self._rows_of(module), self._parts.get(module, WHOLE).columns)
 
 
 def preset_at(config: PrecisionConfig, step: int) -> str:

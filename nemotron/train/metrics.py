@@ -9,6 +9,9 @@ from typing import Self
 Record = dict[str, float | int | str | None]
 """One line: `kind` (train, validation or event), `step` (updates done), and the values."""
 
+ABANDONED = "metrics.abandoned.jsonl"
+"""Lines of steps that the run went back before; they are no part of it any more."""
+
 
 class MetricsFile:
     """Appends records; a line is whole in the file as soon as `write` returns."""
@@ -25,6 +28,13 @@ class MetricsFile:
         finite = {key: _json_value(value) for key, value in record.items()}
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
+
+    def go_back(self, last_step: int) -> None:
+        """Take out what comes after `last_step`; it goes to the end of a file beside this one."""
+        text = self.path.read_bytes()
+        _cut_after(self.path, last_step)
+        with open(self.path.with_name(ABANDONED), "ab") as file:
+            file.write(text[self.path.stat().st_size :])
 
     def sync(self) -> None:
         """Force the lines to the disk, before a checkpoint that builds on them."""

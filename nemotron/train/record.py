@@ -14,6 +14,7 @@ from nemotron.model.router import Router
 from nemotron.train.loss import TokenCounts
 from nemotron.train.metrics import Record
 from nemotron.train.optimizer import GradientNorms
+from nemotron.train.progress import Progress
 from nemotron.train.state import Skip
 from nemotron.train.sums import StepSums
 
@@ -23,18 +24,22 @@ GIB = float(1 << 30)
 class Stopwatch:
     """Seconds of each part of a step, by a clock that cannot go backwards."""
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, progress: Progress, step: int) -> None:
+        self._device, self._progress, self._step = device, progress, step
         self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
+        self._part: str | None = None
+        self._start = 0.0
 
-    def lap(self, name: str) -> None:
-        """Book the time since the last lap under `name`, waiting for the device first."""
+    def begin(self, part: str | None) -> None:
+        """End the part so far, waiting for the device first, and begin another, if any."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
-        self.seconds[name] = now - self._last
-        self._last = now
+        if self._part is not None:
+            self.seconds[self._part] = now - self._start
+        self._part, self._start = part, now
+        if part is not None:
+            self._progress.enter(self._step, part)
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ class StepResult:
         if self.skip is not None:
             broken = [k for k, norm in self.norms.by_kind().items() if not math.isfinite(norm)]
             where = f" (gradients of {', '.join(broken)})" if broken else ""
-            return [f"skipped the update: {self.skip.value}{where}"]
+            values = f": {self.loss:.4f}, {self.grad_norm:.4f}" if self.skip is Skip.SPIKE else ""
+            return [f"skipped the update: {self.skip.value}{values}{where}"]
         return [f"loss spike: {self.loss:.4f}"] if self.spike else []
 
 

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.apply import LocalModel, local_of
 from nemotron.parallel.runtime import Ranks
 from nemotron.parallel.stages import shared_parameters
@@ -49,7 +50,7 @@ class ReplicaCheck:
         Raises:
             ReplicasDiffer: on every rank.
         """
-        if step == self._last or not self._ranks.grouped:
+        if step == self._last or not self._sets:
             return
         self._last = step
         sums = [_checksums(s.tensors, self._device) for s in self._sets]
@@ -120,10 +121,10 @@ def _find(local: LocalModel, optimizer: Optimizer) -> list[Replicas]:
         sets.append(Replicas(mesh.group("dp_replicate"), of(sorted(local.parameters()))))
     if mesh.ends is not None and (shared := shared_parameters(local.config)):
         sets.append(Replicas(mesh.ends, of(list(shared))))
-    buffers = local.buffers()
-    whole = {name: buffers.get(name) for name in local.buffer_names()}
-    if whole:
-        sets.append(Replicas(None, whole))
+    with torch.device("meta"):
+        names = [name for name, _ in HybridLM(local.config).named_buffers()]
+    if names:  # those of layers on other stages of a pipeline are not here
+        sets.append(Replicas(None, {name: local.buffers().get(name) for name in names}))
     return sets
 
 

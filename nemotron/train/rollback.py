@@ -36,6 +36,7 @@ def roll_back(trainer: Trainer, checkpoints: Path, bad: Sequence[int]) -> Checkp
     trainer.ranks.first(lambda: _remove_after(checkpoints, info.step))
     trainer.restore(info)
     trainer.state.passed_over = [*ranges, [first, last, info.step]]
+    trainer.state.bad_steps = []
     return info
 
 

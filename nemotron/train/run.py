@@ -19,6 +19,7 @@ from nemotron.parallel.runtime import Launch, start
 from nemotron.precision.apply import DTYPES, assign, preset_at
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course, plan_course
+from nemotron.train.deterministic import deterministic
 from nemotron.train.flops import (
     count_parameters,
     measure_matmul_peak,
@@ -32,6 +33,7 @@ from nemotron.train.session import DONE, Session
 from nemotron.train.signals import StopRequest
 from nemotron.train.trackers import check_trackers
 from nemotron.train.trainer import Trainer
+from nemotron.train.watchdog import Watchdog
 
 ReadModel = Callable[[Path], tuple[ModelConfig, dict[str, Tensor]]]
 
@@ -66,12 +68,15 @@ def train(
         stop = stack.enter_context(StopRequest())
         screen = Screen(is_silent=not ranks.is_first)
         stack.callback(screen.close)
+        is_on = config.reliability.deterministic
+        stack.enter_context(deterministic(device, on=is_on))
         _pin_backends(config)
         data = open_data(config, course)
         data.check_length()
         own_peak = measure_matmul_peak(device, DTYPES[config.precision.compute])
         trainer = Trainer(config, course, data, device, sum(ranks.gather(own_peak)), ranks)
         stack.enter_context(folder.held(ranks))
+        stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         session = Session(trainer, folder, screen, stop, stop_at)
         if not (resume and session.restore()) and config.init_from is not None:
             _load_initial(trainer.local, config.init_from, read_initial)

@@ -62,6 +62,7 @@ class RunDirectory:
         self.tokenizer = self.path / "tokenizer.json"
         self.precision = self.path / "precision.json"
         self.checkpoints = self.path / "checkpoints"
+        self.ranks = self.path / "ranks"
         self._config = config
         self._lock = -1
 
@@ -151,7 +152,7 @@ class RunDirectory:
 
     def log_of(self, rank: int) -> Path:
         """Return the log of a rank; the first one's is that of the run."""
-        return self.log if rank == 0 else self.path / "ranks" / f"rank-{rank}.log"
+        return self.log if rank == 0 else self.ranks / f"rank-{rank}.log"
 
     def write_status(self, state: str, step: int, exit_code: int | None = None) -> None:
         """Say how the newest start of the run stands: running, done, stopped or failed.

@@ -4,6 +4,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -21,8 +22,11 @@ from nemotron.ops.describe import describe as describe_backends
 from nemotron.precision.apply import DTYPES
 from nemotron.precision.policy import summarize
 from nemotron.train import provenance
+from nemotron.train.faults import describe as describe_fault
 from nemotron.train.flops import count_parameters
 from nemotron.train.metrics import MetricsFile, Record
+from nemotron.train.replicas import ReplicasDiffer
+from nemotron.train.rollback import roll_back
 from nemotron.train.run_directory import RunDirectory
 from nemotron.train.screen import Screen
 from nemotron.train.signals import StopRequest
@@ -108,9 +112,17 @@ class Session:
             stack.callback(screen.stop)
             try:
                 if not ranks.any(self._must_stop(state.step)):
-                    trainer.run(Hooks(self._report, self._save_or_warn, self._must_stop))
+                    trainer.run(
+                        Hooks(
+                            report=self._report,
+                            tell=screen.tell,
+                            save=self._save_or_warn,
+                            go_back=self._go_back,
+                            stop=self._must_stop,
+                        )
+                    )
                 self._save()
-            except (Diverged, CheckpointNotSaved) as problem:
+            except (Diverged, ReplicasDiffer, CheckpointNotSaved) as problem:
                 screen.stop()
                 screen.tell(f"failed: {problem}")
                 if self._saved_step is not None:
@@ -144,11 +156,26 @@ class Session:
         except CheckpointNotSaved as problem:
             self._screen.tell(f"warning: {problem}; training goes on")
 
+    def _go_back(self, bad: Sequence[int]) -> None:
+        """Return to a checkpoint from before the steps of these indices."""
+        trainer = self._trainer
+        reached = trainer.state.step
+        info = roll_back(trainer, self._folder.checkpoints, bad)
+        if self._metrics is not None:
+            self._metrics.go_back(info.step)
+        self._saved_step = info.step
+        self._screen.tell(
+            f"step {reached}: {len(bad)} steps from {bad[0] + 1} to {bad[-1] + 1} were skipped; "
+            f"going back to {folder_name(info.step)}, and over the data of those steps"
+        )
+
     def _save(self) -> None:
         """Write a checkpoint of this step unless it is there already."""
         trainer, step = self._trainer, self._trainer.state.step
         if step == self._saved_step:
             return
+        trainer.check_replicas()
+        trainer.progress.enter(step, "save")
         if self._metrics is not None:
             self._metrics.sync()
         start = time.perf_counter()
@@ -187,6 +214,8 @@ class Session:
         screen.tell(f"run        {folder.path} ({trainer.device}, {config.precision.compute})")
         if trainer.mesh is not None:
             screen.tell(f"ranks      {trainer.mesh.describe()}")
+        for fault in config.reliability.faults:
+            screen.tell(f"warning    a fault is injected: {describe_fault(fault)}")
         screen.tell(f"model      {count.total:,} parameters, {count.active:,} active{mtp}")
         for line in describe_backends(choices, trainer.device):
             screen.tell(f"operations {line}")

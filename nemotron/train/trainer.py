@@ -1,7 +1,7 @@
 """The training loop: what happens once per step, and the objects that it happens to."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,20 +14,19 @@ from nemotron.data.batch import Batch
 from nemotron.data.loader import TrainingData, rows_of_rank
 from nemotron.data.prefetch import Prefetcher
 from nemotron.errors import UserError
-from nemotron.model.block import Block
-from nemotron.model.config import LAYER_KINDS
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
-from nemotron.parallel.apply import LocalModel, distribute, local_of
+from nemotron.parallel.apply import local_of
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.mesh import Mesh
 from nemotron.parallel.quantized import connect, token_numbers
 from nemotron.parallel.runtime import Ranks
 from nemotron.precision.apply import Quantization
-from nemotron.precision.apply import apply as apply_precision
+from nemotron.train.build import build_model
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course
 from nemotron.train.evaluate import evaluate
+from nemotron.train.faults import Faults
 from nemotron.train.flops import training_flops_per_token
 from nemotron.train.loss import (
     TokenCounts,
@@ -46,8 +45,11 @@ from nemotron.train.optimizer import (
     parameter_kinds,
     squares_by_kind,
 )
+from nemotron.train.progress import Progress
 from nemotron.train.record import StepResult, Stopwatch, memory_values
+from nemotron.train.replicas import ReplicaCheck
 from nemotron.train.state import Skip, TrainerState
+from nemotron.train.stragglers import Stragglers
 from nemotron.train.sums import StepSums
 
 SOURCES_LOGGED = 64
@@ -60,10 +62,13 @@ class Diverged(Exception):
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop calls: to write a line, to save, to ask whether to stop after so many steps."""
+    """What the loop calls: to write a line to the metrics or to the screen alone, to save, to go
+    back to before the steps of these indices, to ask whether to stop after so many steps."""
 
     report: Callable[[Record], None]
+    tell: Callable[[str], None]
     save: Callable[[], None]
+    go_back: Callable[[Sequence[int]], None]
     stop: Callable[[int], bool]
 
 
@@ -84,6 +89,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         dims = resolve_dims(config.parallel, self.ranks.world)
         self.mesh = Mesh(dims, device.type) if self.ranks.grouped else None
+        self.progress = Progress()
         self.local = build_model(config, device, self.mesh)
         self.model = self.local.models[0]
         with torch.device("meta"):
@@ -98,6 +104,11 @@ class Trainer:
         self._kind_of = parameter_kinds(counted, config.model)
         self._kinds = kinds(config.model)
         self.peak_flops = peak_flops
+        reliability = config.reliability
+        self._faults = Faults(reliability.faults, self.ranks.rank)
+        self._stragglers = Stragglers(reliability, self.ranks, device)
+        every = reliability.check_replicas_every_steps
+        self._replicas = ReplicaCheck(self.local, self.optimizer, self.ranks) if every else None
         self._batches = Prefetcher(
             self._read,
             depth=config.data.prefetch_steps,
@@ -109,31 +120,69 @@ class Trainer:
         """Train to the end of the schedule, or until `hooks.stop` answers yes after a step.
 
         Raises:
-            Diverged: when `nonfinite_limit` steps in a row were skipped for not being finite.
+            Diverged: when `nonfinite_limit` steps in a row were skipped, or going back is no help.
+            ReplicasDiffer: when ranks do not hold alike what they must.
         """
         config, num_steps = self.config, self.course.num_steps
-        for step in range(self.state.step, num_steps):
-            if self.quantization.begin(step, 0):
-                text = f"precision: preset {self.quantization.preset} from here on"
-                hooks.report(self._record("event", {"event": text}))
-            result = self.train_step(step, hooks.stop)
+        while (step := self.state.step) < num_steps:
             is_last = step + 1 == num_steps
-            if is_last or due(step, config.logging.every_steps):
-                hooks.report(self._record("train", self._step_values(step, result)))
-            for text in result.events():
-                hooks.report(self._record("event", {"event": text}))
+            if (passed := self.state.range_over(step)) is not None:
+                stops = self._pass_over(step, passed, hooks)
+            else:
+                result = self._compute(step, hooks, is_last=is_last)
+                if self._goes_back(result, hooks):
+                    continue
+                stops = result.stop
             held_out = self.data.validation_domains
             if held_out and (is_last or due(step, config.evaluation.every_steps)):
+                self.progress.enter(step, "evaluate")
                 hooks.report(self._record("validation", self._validation()))
-            if self.state.nonfinite_in_a_row == config.nonfinite_limit:
-                raise Diverged(
-                    f"{config.nonfinite_limit} steps in a row were not finite, the last one step "
-                    f"{step + 1}: {'; '.join(result.events())}"
-                )
+            if due(step, config.reliability.check_replicas_every_steps):
+                self.check_replicas()
             if not is_last and due(step, config.checkpoint.every_steps):
                 hooks.save()
-            if result.stop or (not self.ranks.grouped and hooks.stop(step + 1)):
+            if stops or (not self.ranks.grouped and hooks.stop(step + 1)):
                 return
+
+    def _compute(self, step: int, hooks: Hooks, *, is_last: bool) -> StepResult:
+        """Do a step and report it."""
+        if self.quantization.begin(step, 0):
+            text = f"precision: preset {self.quantization.preset} from here on"
+            hooks.report(self._record("event", {"event": text}))
+        result = self.train_step(step, hooks.stop)
+        self._stragglers.add(result.seconds)
+        if is_last or due(step, self.config.logging.every_steps):
+            ranks, slow = self._stragglers.report()
+            hooks.report(self._record("train", self._step_values(step, result) | ranks))
+            if slow is not None:
+                hooks.tell(f"step {step + 1}: {slow}")  # no metric: it depends on the clock
+        for text in result.events():
+            hooks.report(self._record("event", {"event": text}))
+        return result
+
+    def _pass_over(self, step: int, passed: list[int], hooks: Hooks) -> bool:
+        """Count a step of a range that the run went back before; says whether it is to stop."""
+        first, last, checkpoint = passed
+        self.state.pass_over(self.course.timeline.tokens_per_step(step))
+        if step == max(first, checkpoint):
+            text = f"passing over steps {first + 1} to {last + 1}, after going back to {checkpoint}"
+            hooks.report(self._record("event", {"event": text}))
+        return self.ranks.any(hooks.stop(step + 1))
+
+    def _goes_back(self, result: StepResult, hooks: Hooks) -> bool:
+        """Go back, or give up, when too many of the last steps were skipped."""
+        config, state = self.config, self.state
+        bad = state.bad_within(config.reliability.rollback_window)
+        if (limit := config.reliability.rollback_after) is not None and len(bad) >= limit:
+            hooks.go_back(bad)
+            return True
+        if state.nonfinite_in_a_row + state.spikes_in_a_row >= config.nonfinite_limit:
+            what = "not finite or spikes" if state.spikes_in_a_row else "not finite"
+            raise Diverged(
+                f"{config.nonfinite_limit} steps in a row were {what}, the last one step "
+                f"{state.step}: {'; '.join(result.events())}"
+            )
+        return False
 
     def train_step(
         self, step: int, stop: Callable[[int], bool] = lambda steps: False
@@ -142,38 +191,45 @@ class Trainer:
 
         `stop` says whether this rank wants to stop after so many steps; the result, whether any.
         """
-        config, watch = self.config, Stopwatch(self.device)
+        config, watch = self.config, Stopwatch(self.device, self.progress, step)
+        watch.begin("data")
         batch = self._batches.take(step)
-        watch.lap("data")
+        self._faults.strike(step, self.local)
+        watch.begin("wait")
         counts = self._sum_counts(count_tokens(batch))  # of the whole step, before any backward
-        watch.lap("wait")
 
+        watch.begin("forward_backward")
         self.optimizer.zero_grad()
         sums = StepSums(
             self._depths, config.model.moe_layers, config.model.n_routed_experts, self.device
         )
         self._accumulate(step, batch, counts, sums)
         self.local.finish_gradients()
-        watch.lap("forward_backward")
-
         gradients = self.optimizer.gradients()
         squares = squares_by_kind(gradients, self._kind_of, self._kinds)
         others = torch.cat([squares, squares.new_tensor([stop(step + 1)])])
+        watch.begin("exchange")
         others = sums.add_up(self.ranks, others, counts_loss=self.local.counts_loss)
         norms = GradientNorms(others[:-1], self._kinds)
         total = sums.objective(counts, config.loss)
         # once a step the host waits for three numbers: whether to update hangs on them
         loss, grad_norm, stops = torch.stack([total.double(), norms.total(), others[-1]]).tolist()
+        watch.begin("optimizer")
         lr, clip = self.course.lr(step), clip_coefficient(grad_norm, config.optimizer.clip)
+        sigmas = config.reliability.spike_sigmas
+        is_spike = self.state.is_spike(loss, grad_norm, sigmas)
         skip = _reason_to_skip(counts, loss, grad_norm)
+        if skip is None and is_spike and sigmas is not None:
+            skip = Skip.SPIKE
         if skip is None:
             self.optimizer.step(lr, clip)
             for name, router in self.routers.items():
                 router.update_bias(sums.load[name], config.optimizer.router_bias_update_rate)
-        spike = self.state.advance(self.course.timeline.tokens_per_step(step), loss, skip)
-        watch.lap("optimizer")
+        tokens = self.course.timeline.tokens_per_step(step)
+        self.state.advance(tokens, loss, grad_norm, skip)
+        watch.begin(None)
         return StepResult(
-            counts, sums, norms, loss, grad_norm, clip, lr, skip, spike, stops > 0, watch.seconds
+            counts, sums, norms, loss, grad_norm, clip, lr, skip, is_spike, stops > 0, watch.seconds
         )
 
     def _accumulate(self, step: int, batch: Batch, counts: TokenCounts, sums: StepSums) -> None:
@@ -188,6 +244,7 @@ class Trainer:
             ) -> Tensor:
                 terms = stage_losses(model, hidden, batch, config.loss, routing)
                 sums.add(terms)
+                self.progress.move()
                 return objective(terms, counts, config.loss)
 
             # every call of a layer draws other bits, so the portions may share their numbers
@@ -203,6 +260,7 @@ class Trainer:
             terms = losses(self.model, micro.to(self.device), config.loss)
             objective(terms, counts, config.loss).backward()
             sums.add(terms)
+            self.progress.move()
 
     def _read(self, step: int) -> Batch:
         """Read this rank's rows of a step, with the targets of all depths."""
@@ -256,9 +314,19 @@ class Trainer:
         self.data.check_fingerprint(saved["data"], info.step)
         tensors = self.tensors()
         load_tensors(info, tensors)
+        self.local.drop_gathered()
         torch.set_rng_state(tensors["rng.cpu"])
         self.state = TrainerState(**saved["trainer"])
         self.quantization.begin(max(0, self.state.step - 1), 0)
+
+    def check_replicas(self) -> None:
+        """Compare what ranks hold alike, if the recipe wants that.
+
+        Raises:
+            ReplicasDiffer: on every rank.
+        """
+        if self._replicas is not None:
+            self._replicas(self.state.step)
 
     def _record(self, kind: str, values: Record) -> Record:
         state = self.state
@@ -289,34 +357,6 @@ class Trainer:
     def _validation(self) -> Record:
         budget, rows = self.config.evaluation.tokens, self.config.batch.micro_batch
         return {**evaluate(self.local, self.data, self.ranks, tokens=budget, rows=rows)}
-
-
-def build_model(
-    config: PretrainConfig, device: torch.device, mesh: Mesh | None = None
-) -> LocalModel:
-    """Build what this rank holds of the recipe's model, with fresh weights."""
-
-    def build() -> HybridLM:
-        # on meta first, so that no memory is spent on what other ranks hold
-        with torch.device("meta"):
-            model = HybridLM(config.model)
-        apply_precision(model, config.precision)
-        for block in model.modules():
-            if isinstance(block, Block):
-                block.recompute = config.recomputes(LAYER_KINDS[block.letter])
-        return model
-
-    local = distribute(
-        build,
-        mesh,
-        config.parallel,
-        seq_len=config.data.seq_len,
-        num_depths=num_depths(config.model, config.loss),
-        device=device,
-    )
-    local.materialise(device)
-    local.init_weights(config.seed)
-    return local
 
 
 def due(step: int, every: int | None) -> bool:

@@ -17,7 +17,7 @@ SBATCH = ROOT / "launch" / "slurm.sbatch"
 TORCHRUN = ROOT / "launch" / "torchrun.sh"
 SMOKE = ROOT / "recipes" / "tiny" / "smoke.yaml"
 STAND_IN = f"{sys.executable} {HERE / 'stand_in_trainer.py'}"
-PATIENCE_S = 15.0
+PATIENCE_S = 120.0
 
 LOG_CALL = """#!{python}
 import json, os, sys

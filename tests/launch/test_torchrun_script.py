@@ -2,6 +2,7 @@
 
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,8 @@ def test_a_second_ctrl_c_leaves_at_once(run: Path):
     wait_until(both_run(run), "both ranks run")
     launched.ctrl_c()
     wait_until(lambda: "finish their step" in launched.text, "the first one was heard")
+    time.sleep(1)  # torchrun, had it heard of it, would have ended the ranks by now
+    assert launched.process.poll() is None, launched.text
     launched.ctrl_c()
     assert launched.wait() == 130, launched.text
 

@@ -247,7 +247,7 @@ def test_experts_held_elsewhere_have_their_places_and_an_idle_one_keeps_its_scal
     quantization.set_part(EXPERTS, first_expert=2)
     counts = torch.tensor([3, 0, 4])
     x = torch.ones(7, experts.up_proj.shape[2], dtype=torch.bfloat16)
-    y = experts.multiply(x, experts.up_proj, counts)
+    y = experts.multiply(x, experts.up_proj, counts, torch.arange(7))
     y.backward(torch.full_like(y, 2.0))
     quantization.begin(1, 0)
     found = quantization.tensors()

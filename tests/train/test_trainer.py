@@ -131,10 +131,29 @@ def test_a_run_that_diverges_ends_with_a_sentence_that_names_the_step(recipe, ca
 
 def test_a_loss_far_above_the_recent_ones_is_a_spike():
     state = TrainerState()
-    flags = [state.advance(10, 2.0 + 0.01 * (i % 3), None) for i in range(SPIKE_MINIMUM + 1)]
-    assert not any(flags)
-    assert not state.advance(10, 2.03, None)
-    assert state.advance(10, 2.5, None)
+    for i in range(SPIKE_MINIMUM):
+        assert not state.is_spike(9.0, 9.0, None)
+        state.advance(10, 2.0 + 0.01 * (i % 3), 1.0 + 0.01 * (i % 2), None)
+    assert not state.is_spike(2.03, 9.0, None)
+    assert state.is_spike(2.5, 1.0, None)
+
+
+def test_with_a_bound_a_large_gradient_is_a_spike_too():
+    state = TrainerState()
+    for i in range(SPIKE_MINIMUM):
+        state.advance(10, 2.0 + 0.01 * (i % 3), 1.0 + 0.01 * (i % 2), None)
+    assert state.is_spike(2.0, 1.5, 6.0)
+    assert not state.is_spike(2.0, 1.5, 200.0)
+
+
+def test_what_was_skipped_does_not_become_what_is_usual():
+    state = TrainerState()
+    for i in range(SPIKE_MINIMUM):
+        state.advance(10, 2.0 + 0.01 * (i % 3), 1.0, None)
+    for _ in range(SPIKE_MINIMUM):
+        state.advance(10, 9.0, 1.0, Skip.SPIKE)
+    assert state.is_spike(9.0, 1.0, 6.0)
+    assert state.bad_within(8) == list(range(56, 64))
 
 
 def test_weights_can_be_taken_from_another_run(recipe, undisturbed):
