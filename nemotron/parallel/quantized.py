@@ -35,7 +35,8 @@ def connect(quantization: Quantization, local: LocalModel) -> None:
             if isinstance(model.get_submodule(name), Experts):
                 part = local.parts.get(f"{name}.up_proj")
                 first = 0 if part is None else part.ranges[0][0]
-                quantization.set_part(name, rows=own_tokens, first_expert=first)
+                rows = own_tokens if size > 1 else None
+                quantization.set_part(name, rows=rows, first_expert=first)
                 continue
             part = local.parts.get(f"{name}.weight")
             if part is not None:

@@ -166,7 +166,10 @@ def speaker() -> str:
     A mistake of the user is every rank's, so the first one of a node says it. The others wait to
     be ended with it; who still lives after that has an error of its own.
     """
-    launch = Launch.of_this_process()
+    try:
+        launch = Launch.of_this_process()
+    except UserError:  # that is what is being said
+        return "nemotron"
     if launch is None or launch.local_rank == 0:
         return "nemotron"
     time.sleep(ECHO_S)

@@ -13,7 +13,7 @@ from nemotron.recipe.load import load_recipe
 
 ROOT = Path(__file__).parents[2]
 SHIPPED = sorted(p for p in (ROOT / "recipes").rglob("*.yaml") if p.parent.name != "blends")
-COMPLETE = [path for path in SHIPPED if path.name != "model.yaml"]
+COMPLETE = [p for p in SHIPPED if p.name != "model.yaml" and p.parent.name != "layouts"]
 TINY = str(ROOT / "recipes/tiny/pretrain.yaml")
 
 
