@@ -49,6 +49,7 @@ def test_these_are_the_commands():
         "data inspect",
         "data plan",
         "doctor",
+        "plan",
         "generate",
         "export",
         "import",

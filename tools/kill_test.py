@@ -68,7 +68,7 @@ MOMENTS = ("created", "__0_0.distcp", ".metadata", "model.json", "state.json", "
 """What to wait for inside a checkpoint that is being written, before the kill."""
 COMMITTED, REMOVING, ANYTIME = "committed", "removing", "anytime"
 
-MEASURED = ("perf/", "mem/")
+MEASURED = ("perf/", "mem/", "ranks/")
 """Metrics that depend on the clock and the machine's load."""
 
 

@@ -135,6 +135,8 @@ class CheckpointConfig(Section):
     """Optimizer steps between checkpoints; absent: only at the end or when stopped."""
     keep: int = Field(3, ge=2)
     """Newest checkpoints kept; at least two, so that a damaged one has a predecessor."""
+    background: bool = False
+    """Whether checkpoints are written beside training, from a copy in the host's memory."""
 
 
 class LoggingConfig(Section):

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -30,14 +30,16 @@ def deterministic(device: torch.device, *, on: bool) -> Iterator[None]:
             f"reliability.deterministic = true needs {WORKSPACE}={SIZES[0]} in the environment; "
             "set it before the start."
         )
-    cudnn, fill = torch.backends.cudnn, torch.utils.deterministic
-    was_on = torch.are_deterministic_algorithms_enabled()
-    was_set = cudnn.deterministic, cudnn.benchmark, fill.fill_uninitialized_memory
-    torch.use_deterministic_algorithms(True)
-    cudnn.deterministic, cudnn.benchmark = True, False
-    fill.fill_uninitialized_memory = False  # what is never read need not be written
-    try:
+    with ExitStack() as stack:
+        was_on = torch.are_deterministic_algorithms_enabled()
+        stack.callback(torch.use_deterministic_algorithms, was_on)
+        torch.use_deterministic_algorithms(True)
+        for module, name, value in (
+            (torch.backends.cudnn, "deterministic", True),
+            (torch.backends.cudnn, "benchmark", False),
+            # what is never read need not be written
+            (torch.utils.deterministic, "fill_uninitialized_memory", False),
+        ):
+            stack.callback(setattr, module, name, getattr(module, name))
+            setattr(module, name, value)
         yield
-    finally:
-        torch.use_deterministic_algorithms(was_on)
-        cudnn.deterministic, cudnn.benchmark, fill.fill_uninitialized_memory = was_set

@@ -13,6 +13,7 @@ from nemotron.data.batch import NO_LABEL
 from nemotron.data.loader import TrainingData, ValidationBatch
 from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.runtime import Ranks
+from nemotron.train.progress import Progress
 
 
 @dataclass(frozen=True)
@@ -47,14 +48,22 @@ class Sums:
 
 @torch.no_grad()
 def evaluate(
-    local: LocalModel, data: TrainingData, ranks: Ranks, *, tokens: int, rows: int
+    local: LocalModel,
+    data: TrainingData,
+    ranks: Ranks,
+    *,
+    tokens: int,
+    rows: int,
+    progress: Progress | None = None,
 ) -> dict[str, float]:
     """Return the metrics of all domains; the same rows every time, `rows` of them at once."""
+    progress = progress or Progress()
     total = Sums()
     values: dict[str, float] = {}
     for domain in data.validation_domains:
         sums = Sums()
         for portion in _own(data.validation(domain, tokens=tokens, rows=rows), local, rows):
+            progress.move()
             batch = portion.batch
             batch = batch if data.config.reset_documents else replace(batch, seq_idx=None)
             nats = local.loss_sum(batch)

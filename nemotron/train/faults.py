@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from nemotron.errors import UserError
-from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.apply import LocalModel, local_of
 from nemotron.train.config import FaultConfig
 
@@ -69,10 +68,10 @@ def _strike(fault: FaultConfig, local: LocalModel) -> None:
 
 
 def _norms(local: LocalModel) -> list[nn.Module]:
-    """Return modules that are in every stage, in the order in which the model calls them."""
-    model: HybridLM = local.models[-1]
-    blocks = [block.norm for block in model.backbone.layers.children()]
-    return [*blocks, *([model.backbone.norm_f] if model.backbone.norm_f is not None else [])]
+    """Return the norms of this rank's last stage, in the order in which the model calls them."""
+    backbone = local.models[-1].backbone
+    norms = [block.get_submodule("norm") for block in backbone.layers.children()]
+    return [*norms, *([backbone.norm_f] if backbone.norm_f is not None else [])]
 
 
 def _multiply_output(module: nn.Module, factor: float) -> None:

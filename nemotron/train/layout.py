@@ -1,6 +1,7 @@
 """Whether a recipe's layout over processes is possible, before anything starts."""
 
 from nemotron.errors import UserError
+from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.dims import Finding, ParallelDims, resolve_dims, violations
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course
@@ -24,6 +25,12 @@ def findings(config: PretrainConfig, course: Course, dims: ParallelDims) -> list
                 micro_batch=max(1, tokens // length.seq_len),
             )
     return list(dict.fromkeys(found))
+
+
+def least_world(config: ParallelConfig) -> int:
+    """Return the fewest processes that the sizes of a recipe ask for."""
+    others = config.pp * config.dp_replicate * config.cp * config.tp
+    return others if config.dp_shard == "auto" else others * config.dp_shard
 
 
 def check_layout(config: PretrainConfig, course: Course, world: int) -> ParallelDims:

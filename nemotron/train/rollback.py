@@ -14,7 +14,7 @@ from nemotron.checkpoint.manifest import CheckpointInfo, DamagedCheckpoint, fold
 from nemotron.train.trainer import Diverged, Trainer
 
 ROLLBACKS = 3
-"""How often a run goes back to the same checkpoint before it gives up."""
+"""How often a run goes back to the same weights before it gives up."""
 
 
 def roll_back(trainer: Trainer, checkpoints: Path, bad: Sequence[int]) -> CheckpointInfo:
@@ -23,7 +23,7 @@ def roll_back(trainer: Trainer, checkpoints: Path, bad: Sequence[int]) -> Checkp
     Where none is as old, that is the oldest one.
 
     Raises:
-        Diverged: on every rank, when there is no checkpoint, or it was gone back to before.
+        Diverged: on every rank, when there is no checkpoint, or it was gone back to often enough.
     """
     first, last = bad[0], bad[-1]
     ranges = trainer.state.passed_over
@@ -31,11 +31,12 @@ def roll_back(trainer: Trainer, checkpoints: Path, bad: Sequence[int]) -> Checkp
     info = trainer.ranks.first(lambda: newest_before(checkpoints, first))
     if info is None:
         raise Diverged(f"{what}, and there is no whole checkpoint to go back to")
-    if sum(step == info.step for _, _, step in ranges) >= ROLLBACKS:
-        raise Diverged(f"{what}, and the run went back to step {info.step} {ROLLBACKS} times")
+    origin = _last_computed(info.step, ranges)
+    if sum(step == origin for _, _, step in ranges) >= ROLLBACKS:
+        raise Diverged(f"{what}, and the run went back to step {origin} {ROLLBACKS} times")
     trainer.ranks.first(lambda: _remove_after(checkpoints, info.step))
     trainer.restore(info)
-    trainer.state.passed_over = [*ranges, [first, last, info.step]]
+    trainer.state.passed_over = [*ranges, [first, last, origin]]
     trainer.state.bad_steps = []
     return info
 
@@ -51,6 +52,14 @@ def newest_before(checkpoints: Path, step: int) -> CheckpointInfo | None:
         if number <= step:
             break
     return found
+
+
+def _last_computed(step: int, ranges: Sequence[Sequence[int]]) -> int:
+    """Return the step whose weights a checkpoint has: that before what was passed over."""
+    for first, last, _ in reversed(ranges):
+        if first < step <= last + 1:
+            step = first
+    return step
 
 
 def _remove_after(checkpoints: Path, step: int) -> None:

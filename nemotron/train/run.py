@@ -25,8 +25,9 @@ from nemotron.train.flops import (
     measure_matmul_peak,
     training_flops_per_token,
 )
-from nemotron.train.layout import check_layout
+from nemotron.train.layout import check_layout, least_world
 from nemotron.train.loss import num_depths
+from nemotron.train.places import describe_places
 from nemotron.train.run_directory import RunDirectory
 from nemotron.train.screen import Screen
 from nemotron.train.session import DONE, Session
@@ -89,7 +90,9 @@ def dry_run(config: PretrainConfig) -> int:
     Raises:
         UserError: as `train` does.
     """
+    launch = Launch.of_this_process()
     course = plan_course(config)
+    dims = check_layout(config, course, launch.world if launch else least_world(config.parallel))
     check_trackers(config.logging.trackers)
     device = _pick_device(config.device)
     folder = RunDirectory(config)
@@ -110,8 +113,10 @@ def dry_run(config: PretrainConfig) -> int:
         f"model      {count.total:,} parameters, {count.active:,} active{mtp}",
         f"training   {course.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
         *(f"operations {line}" for line in describe(choices, device)),
+        *(describe_places(config, course, dims) if dims.world > 1 else ()),
     ):
-        print(line)
+        if launch is None or launch.rank == 0:
+            print(line)
     return DONE
 
 

@@ -4,13 +4,14 @@ import shlex
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from nemotron.checkpoint.background import BackgroundSaver
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.manifest import folder_name
 from nemotron.checkpoint.write import CheckpointNotSaved, save
@@ -56,6 +57,9 @@ class Session:
         self._stop, self._stop_at = stop, stop_at
         self._saved_step: int | None = None
         self._validation: Record = {}
+        self._background: BackgroundSaver | None = None
+        if trainer.config.checkpoint.background:
+            self._background = BackgroundSaver(trainer.ranks)
         names: tuple[str, ...] = trainer.config.logging.trackers
         self._mirrors = Mirrors({name: TRACKERS[name]() for name in names}, screen.tell)
 
@@ -84,13 +88,12 @@ class Session:
     def run(self, recipe_path: str) -> int:
         """Train; returns the exit code."""
         trainer, folder = self._trainer, self._folder
-        state, num_steps = trainer.state, trainer.course.num_steps
-        if state.step >= num_steps:
+        if trainer.state.step >= trainer.course.num_steps:
             self._tell_results("this run is finished")
             return DONE
         code = self._train(recipe_path)
         if trainer.ranks.is_first:
-            folder.write_status(STATES[code], state.step, code)
+            folder.write_status(STATES[code], trainer.state.step, code)
         return code
 
     def _train(self, recipe_path: str) -> int:
@@ -122,12 +125,14 @@ class Session:
                         )
                     )
                 self._save()
+                self._finish_save(wait=True)
             except (Diverged, ReplicasDiffer, CheckpointNotSaved) as problem:
                 screen.stop()
                 screen.tell(f"failed: {problem}")
                 if self._saved_step is not None:
                     screen.tell(f"the newest checkpoint is {folder_name(self._saved_step)}")
                 return FAILED
+        state = trainer.state  # going back gave the trainer another one
         if state.step < num_steps:
             reached = self._stop_at is not None and state.step >= self._stop_at
             by_step = f"--stop-at {self._stop_at}" if reached else "a signal to another rank"
@@ -149,10 +154,15 @@ class Session:
         self._screen.show(record)
         if record["kind"] == "validation":
             self._validation = record
+        if record["kind"] == "train":
+            self._or_warn(lambda: self._finish_save(wait=False))
 
     def _save_or_warn(self) -> None:
+        self._or_warn(self._save)
+
+    def _or_warn(self, act: Callable[[], None]) -> None:
         try:
-            self._save()
+            act()
         except CheckpointNotSaved as problem:
             self._screen.tell(f"warning: {problem}; training goes on")
 
@@ -160,6 +170,7 @@ class Session:
         """Return to a checkpoint from before the steps of these indices."""
         trainer = self._trainer
         reached = trainer.state.step
+        self._or_warn(lambda: self._finish_save(wait=True))
         info = roll_back(trainer, self._folder.checkpoints, bad)
         if self._metrics is not None:
             self._metrics.go_back(info.step)
@@ -172,24 +183,38 @@ class Session:
     def _save(self) -> None:
         """Write a checkpoint of this step unless it is there already."""
         trainer, step = self._trainer, self._trainer.state.step
+        self._finish_save(wait=True)
         if step == self._saved_step:
             return
         trainer.check_replicas()
-        trainer.progress.enter(step, "save")
+        trainer.progress.enter(step - 1, "save")
         if self._metrics is not None:
             self._metrics.sync()
         start = time.perf_counter()
-        save(
+        content = (
             self._folder.checkpoints,
             step,
             trainer.tensors(),
             trainer.json_state(),
             trainer.config.model,
             trainer.config.checkpoint.keep,
-            trainer.ranks,
         )
-        self._saved_step = step
-        self._screen.tell(f"saved {folder_name(step)} in {time.perf_counter() - start:.1f} s")
+        if self._background is None:
+            save(*content, trainer.ranks)
+            self._saved_step = step
+            self._screen.tell(f"saved {folder_name(step)} in {time.perf_counter() - start:.1f} s")
+            return
+        self._background.start(*content)
+        seconds = time.perf_counter() - start
+        self._screen.tell(f"copied {folder_name(step)} in {seconds:.1f} s, to be written beside")
+
+    def _finish_save(self, *, wait: bool) -> None:
+        """Make a checkpoint of what was written beside training, if all of it is."""
+        if self._background is None or (step := self._background.step) is None:
+            return
+        if self._background.finish(wait=wait) is not None:
+            self._saved_step = step
+            self._screen.tell(f"saved {folder_name(step)}")
 
     def _describe(self, recipe_path: str) -> str:
         """Write what the run is to its folder and the screen; returns the run's identifier."""

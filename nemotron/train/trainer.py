@@ -2,21 +2,19 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nemotron.checkpoint.manifest import CheckpointInfo
-from nemotron.checkpoint.read import MODEL_PREFIX, load_tensors, read_state
+from nemotron.checkpoint.read import load_tensors, read_state
 from nemotron.data.batch import Batch
-from nemotron.data.loader import TrainingData, rows_of_rank
-from nemotron.data.prefetch import Prefetcher
+from nemotron.data.loader import TrainingData
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
-from nemotron.parallel.apply import local_of
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.mesh import Mesh
 from nemotron.parallel.quantized import connect, token_numbers
@@ -48,6 +46,8 @@ from nemotron.train.optimizer import (
 from nemotron.train.progress import Progress
 from nemotron.train.record import StepResult, Stopwatch, memory_values
 from nemotron.train.replicas import ReplicaCheck
+from nemotron.train.rows import OwnRows
+from nemotron.train.snapshot import RNG, snapshot
 from nemotron.train.state import Skip, TrainerState
 from nemotron.train.stragglers import Stragglers
 from nemotron.train.sums import StepSums
@@ -57,7 +57,7 @@ SOURCES_LOGGED = 64
 
 
 class Diverged(Exception):
-    """Too many steps in a row were not finite; says which, and where the numbers broke."""
+    """Too many steps were skipped, and nothing is left to try; says which and why."""
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,12 @@ class Trainer:
         self._stragglers = Stragglers(reliability, self.ranks, device)
         every = reliability.check_replicas_every_steps
         self._replicas = ReplicaCheck(self.local, self.optimizer, self.ranks) if every else None
-        self._batches = Prefetcher(
-            self._read,
-            depth=config.data.prefetch_steps,
+        self._batches = OwnRows(
+            config.data,
+            data,
+            self.local,
             num_steps=course.num_steps,
+            num_depths=self._depths,
             pin=device.type == "cuda",
         )
 
@@ -162,10 +164,12 @@ class Trainer:
 
     def _pass_over(self, step: int, passed: list[int], hooks: Hooks) -> bool:
         """Count a step of a range that the run went back before; says whether it is to stop."""
-        first, last, checkpoint = passed
+        first, last, origin = passed
         self.state.pass_over(self.course.timeline.tokens_per_step(step))
-        if step == max(first, checkpoint):
-            text = f"passing over steps {first + 1} to {last + 1}, after going back to {checkpoint}"
+        if step == max(first, origin):
+            text = (
+                f"passing over steps {first + 1} to {last + 1}, with the weights of step {origin}"
+            )
             hooks.report(self._record("event", {"event": text}))
         return self.ranks.any(hooks.stop(step + 1))
 
@@ -216,11 +220,9 @@ class Trainer:
         loss, grad_norm, stops = torch.stack([total.double(), norms.total(), others[-1]]).tolist()
         watch.begin("optimizer")
         lr, clip = self.course.lr(step), clip_coefficient(grad_norm, config.optimizer.clip)
-        sigmas = config.reliability.spike_sigmas
-        is_spike = self.state.is_spike(loss, grad_norm, sigmas)
-        skip = _reason_to_skip(counts, loss, grad_norm)
-        if skip is None and is_spike and sigmas is not None:
-            skip = Skip.SPIKE
+        is_spike = self.state.is_spike(loss, grad_norm, config.reliability.spike_sigmas)
+        skips_spike = is_spike and config.reliability.spike_sigmas is not None
+        skip = _reason_to_skip(counts, loss, grad_norm, skips_spike=skips_spike)
         if skip is None:
             self.optimizer.step(lr, clip)
             for name, router in self.routers.items():
@@ -262,17 +264,6 @@ class Trainer:
             sums.add(terms)
             self.progress.move()
 
-    def _read(self, step: int) -> Batch:
-        """Read this rank's rows of a step, with the targets of all depths."""
-        share = slice(None)
-        if self.mesh is not None:
-            num_rows, ranks = self.data.num_rows(step), self.mesh.dims.batch
-            share = rows_of_rank(num_rows, self.local.batch_rank, ranks)
-        batch = self.data.batch(step, share)
-        if not self.config.data.reset_documents:
-            batch = replace(batch, seq_idx=None)
-        return batch.look_ahead(self._depths)
-
     def _sum_counts(self, counts: TokenCounts) -> TokenCounts:
         """Add up over the ranks that read other rows."""
         if self.mesh is None:
@@ -283,17 +274,7 @@ class Trainer:
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor that a resume needs, under its name in a checkpoint."""
-        local, optimizer = self.local, self.optimizer.tensors()
-        tensors = {
-            f"{MODEL_PREFIX}{name}": local.pieces(name, local_of(parameter))
-            for name, parameter in local.parameters().items()
-        }
-        tensors |= {f"{MODEL_PREFIX}{name}": buffer for name, buffer in local.buffers().items()}
-        for key in ("exp_avg", "exp_avg_sq"):
-            for name, moment in optimizer[key].items():
-                tensors[f"optimizer.{key}.{name}"] = local.pieces(name, moment)
-        tensors |= {f"optimizer.step.{name}": step for name, step in optimizer["step"].items()}
-        return tensors | self.quantization.tensors() | {"rng.cpu": torch.get_rng_state()}
+        return snapshot(self.local, self.optimizer, self.quantization)
 
     def json_state(self) -> dict[str, Any]:  # Any: nested JSON
         """Return everything else that a resume needs."""
@@ -315,7 +296,7 @@ class Trainer:
         tensors = self.tensors()
         load_tensors(info, tensors)
         self.local.drop_gathered()
-        torch.set_rng_state(tensors["rng.cpu"])
+        torch.set_rng_state(tensors[RNG])
         self.state = TrainerState(**saved["trainer"])
         self.quantization.begin(max(0, self.state.step - 1), 0)
 
@@ -356,7 +337,10 @@ class Trainer:
 
     def _validation(self) -> Record:
         budget, rows = self.config.evaluation.tokens, self.config.batch.micro_batch
-        return {**evaluate(self.local, self.data, self.ranks, tokens=budget, rows=rows)}
+        values = evaluate(
+            self.local, self.data, self.ranks, tokens=budget, rows=rows, progress=self.progress
+        )
+        return {**values}
 
 
 def due(step: int, every: int | None) -> bool:
@@ -364,7 +348,11 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and (step + 1) % every == 0
 
 
-def _reason_to_skip(counts: TokenCounts, loss: float, grad_norm: float) -> Skip | None:
+def _reason_to_skip(
+    counts: TokenCounts, loss: float, grad_norm: float, *, skips_spike: bool
+) -> Skip | None:
     if not counts.main:
         return Skip.NO_TARGETS
-    return None if math.isfinite(loss) and math.isfinite(grad_norm) else Skip.NOT_FINITE
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        return Skip.NOT_FINITE
+    return Skip.SPIKE if skips_spike else None

@@ -74,8 +74,10 @@ class Watchdog:
             longest = max(config.start_timeout_s, config.timeout_s) + MARGIN_S
             self._ranks.shorten_timeout(longest)
             # a connection of its own: the main thread may block the other one
-            self._store = dist.distributed_c10d._get_default_store().clone()
+            store: Any = dist.distributed_c10d._get_default_store()  # its stub lacks `clone`
+            self._store: dist.Store = store.clone()
             self._store.set_timeout(timedelta(seconds=STORE_S))
+            self._post()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
         return self

@@ -25,7 +25,7 @@ from nemotron.train.flops import count_parameters
 
 COMMANDS = commands()
 OURS = [command for command in COMMANDS if command.words[0] == "nemotron"]
-OTHER_PROGRAMS = {".", "git", "cd"}
+OTHER_PROGRAMS = {".", "git", "cd", "torchrun"}
 FOLDERS = ("nemotron/", "recipes/", "tests/", "tools/", "docs/")
 
 

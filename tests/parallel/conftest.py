@@ -61,7 +61,7 @@ def values(tmp_path_factory) -> dict[str, Any]:
             "mask_eod_loss": True,
             "prefetch_steps": 0,
         },
-        "batch": {"global_tokens": 64 * 4, "micro_batch": 1},
+        "batch": {"global_tokens": 64 * 4, "micro_batch": 2},
         "optimizer": {"clip": None},
         "schedule": {"peak": 1e-3, "total_steps": 30, "warmup_steps": 5, "decay_steps": 5},
         "loss": {"moe_aux_loss_coeff": 1e-2},

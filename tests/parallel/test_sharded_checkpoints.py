@@ -7,6 +7,7 @@ import pytest
 import torch
 from layout_run import joined, load_and_go_on, save_after
 from pool import Pool
+from test_layouts import laid_out
 
 pytestmark = pytest.mark.distributed
 
@@ -40,9 +41,9 @@ def test_another_layout_goes_on(run, values: dict, tmp_path: Path, before: tuple
     torch.set_num_threads(1)
     (world, layout), (next_world, next_layout) = before, after
     folder = tmp_path / "checkpoints"
-    old = joined(run(world, save_after, values | {"parallel": layout}, NUM_STEPS, folder, False))
+    old = joined(run(world, save_after, laid_out(values, layout), NUM_STEPS, folder, False))
     reference = load_and_go_on(values, folder, NUM_STEPS)[1]
-    results = run(next_world, load_and_go_on, values | {"parallel": next_layout}, folder, NUM_STEPS)
+    results = run(next_world, load_and_go_on, laid_out(values, next_layout), folder, NUM_STEPS)
     new = joined([loaded for loaded, _ in results])
     assert new.keys() == old.keys()
     assert [name for name in new if not torch.equal(new[name], old[name])] == []

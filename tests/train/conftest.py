@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from job import TIMEOUT_S
 from prepared import write_prepared
 from tiny_run import build_recipe
 
@@ -36,6 +37,23 @@ def recipe(tmp_path: Path, shards: dict[str, str]):
 
     def build(name: str = "run", **changes) -> PretrainConfig:
         return build_recipe(tmp_path, shards, name, **changes)
+
+    return build
+
+
+@pytest.fixture
+def on_two(recipe):
+    """The tiny run with rows that two ranks can share."""
+
+    def build(name: str, *, steps: int = 8, faults: tuple = (), **changes) -> PretrainConfig:
+        values = {
+            "batch": {"global_tokens": 31 * 4, "micro_batch": 2},
+            "schedule": {"kind": "constant", "peak": 1e-3, "total_steps": steps},
+            "evaluation": {"tokens": 62},
+            "reliability": {"faults": list(faults)},
+            "parallel": {"timeout_s": TIMEOUT_S, "start_timeout_s": 60.0},
+        }
+        return recipe(name, **(values | changes))
 
     return build
 

@@ -9,7 +9,7 @@ from nemotron.checkpoint.metadata import SafeReader
 from nemotron.checkpoint.read import load_tensors, read_state
 from nemotron.train.metrics import read_metrics
 
-MEASURED = ("perf/", "mem/")
+MEASURED = ("perf/", "mem/", "ranks/")
 """Metrics that depend on the clock and the machine's load."""
 
 

@@ -1,0 +1,71 @@
+"""What one rank sees of steps that meet a fault."""
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from nemotron.parallel.apply import local_of
+from nemotron.parallel.runtime import Ranks
+from nemotron.train.config import PretrainConfig
+from nemotron.train.course import plan_course
+from nemotron.train.replicas import ReplicasDiffer
+from nemotron.train.run import open_data
+from nemotron.train.trainer import Hooks, Trainer
+
+
+def build_trainer(values: dict[str, Any]) -> Trainer:
+    config = PretrainConfig.model_validate(values)
+    ranks = Ranks(dist.get_rank(), dist.get_world_size(), grouped=True)
+    course = plan_course(config)
+    data = open_data(config, course)
+    return Trainer(config, course, data, torch.device("cpu"), 1e9, ranks)
+
+
+def skips(values: dict[str, Any], num_steps: int) -> list[tuple[str | None, bool]]:
+    """Return of each step why it was skipped, and whether it left every tensor as it was."""
+    trainer, results = build_trainer(values), []
+    for step in range(num_steps):
+        before = _copies(trainer)
+        skip = trainer.train_step(step).skip
+        after = _copies(trainer)
+        same = all(torch.equal(before[name], after[name]) for name in before)
+        results.append((skip and skip.name, same))
+    return results
+
+
+def compared(values: dict[str, Any], num_steps: int) -> tuple[int, str]:
+    """Train, comparing replicas; returns the steps done and what was found."""
+    trainer = build_trainer(values)
+    try:
+        trainer.run(_hooks(trainer, num_steps, []))
+    except ReplicasDiffer as problem:
+        return trainer.state.step, str(problem)
+    return trainer.state.step, ""
+
+
+def told(values: dict[str, Any], num_steps: int) -> tuple[list[str], list[dict[str, Any]]]:
+    """Train; returns what was told, and the records of the steps."""
+    trainer, lines, records = build_trainer(values), [], []
+    hooks = _hooks(trainer, num_steps, records)
+    trainer.run(Hooks(hooks.report, lines.append, hooks.save, hooks.go_back, hooks.stop))
+    return lines, [r for r in records if r["kind"] == "train"]
+
+
+def _hooks(trainer: Trainer, num_steps: int, records: list[dict[str, Any]]) -> Hooks:
+    return Hooks(
+        report=records.append,
+        tell=lambda text: None,
+        save=lambda: None,
+        go_back=lambda bad: None,
+        stop=lambda steps: steps >= num_steps,
+    )
+
+
+def _copies(trainer: Trainer) -> dict[str, Tensor]:
+    tensors = {n: local_of(p).clone() for n, p in trainer.local.parameters().items()}
+    tensors |= {n: b.clone() for n, b in trainer.local.buffers().items()}
+    for key, moments in trainer.optimizer.tensors().items():
+        tensors |= {f"{key}.{n}": moment.clone() for n, moment in moments.items()}
+    return tensors

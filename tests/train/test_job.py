@@ -1,0 +1,70 @@
+"""Ranks that hang, fail, die or are asked to stop: what becomes of the job."""
+
+import json
+import signal
+import time
+
+import pytest
+from job import TIMEOUT_S, Job
+
+from nemotron.train.metrics import read_metrics
+
+pytestmark = pytest.mark.distributed
+
+
+def test_a_rank_that_hangs_ends_the_job_and_is_named(on_two):
+    job = Job(on_two("hangs", faults=({"kind": "hang", "step": 3, "rank": 1},)))
+    job.wait_for_step(2)
+    start = time.monotonic()
+    assert job.wait() == [1, 1], job.text()
+    # the fault comes a little after the line of the step before
+    assert time.monotonic() - start < TIMEOUT_S + 5.0
+    text = " ".join(job.text().split())
+    assert "nemotron: rank 1 is behind, in step 3 (data) for" in text
+    assert "rank 0 waits in gloo:all_reduce" in text
+    assert "(step 3 (wait)); the job ends" in text
+    for rank in (0, 1):
+        folder = job.run / "ranks" / f"rank-{rank}"
+        assert "trainer.py" in (folder / "stacks.txt").read_text()
+        assert json.loads((folder / "flight.json").read_text())["entries"]
+    assert "rank 1 is behind" in (job.run / "log.txt").read_text()
+    status = json.loads((job.run / "status.json").read_text())
+    assert status["state"] == "failed"
+    assert status["exit_code"] == 1
+
+
+def test_a_rank_that_does_not_answer_is_named_with_its_last_place(on_two):
+    job = Job(on_two("frozen", steps=4000, checkpoint={}))
+    job.wait_for_step(2)
+    job.processes[1].send_signal(signal.SIGSTOP)
+    try:
+        assert job.processes[0].wait(60) == 1
+    finally:
+        job.end()
+    assert "nemotron: rank 1 does not answer, last seen in" in job.text()
+
+
+def test_a_rank_that_fails_ends_the_job_at_once_with_its_error(on_two):
+    parallel = {"timeout_s": 60.0, "start_timeout_s": 60.0}
+    faults = ({"kind": "raise", "step": 3, "rank": 1},)
+    job = Job(on_two("fails", faults=faults, parallel=parallel))
+    job.wait_for_step(2)
+    start = time.monotonic()
+    codes = job.wait()
+    assert time.monotonic() - start < 15.0
+    assert 0 not in codes
+    text = job.text()
+    assert "rank 1 failed in step 3 (data): InjectedFault: injected, as the recipe asks" in text
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(on_two, number):
+    job = Job(on_two("stopped", steps=4000))
+    job.wait_for_step(3)
+    job.processes[1].send_signal(number)
+    assert job.wait() == [75, 75], job.text()
+    done = read_metrics(job.run / "metrics.jsonl")[-1]["step"]
+    assert f"stopped by a signal to another rank after step {done} of 4000, saved" in job.text()
+    assert (job.run / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
+    other = (job.run / "ranks" / "rank-1.log").read_text()
+    assert f"stopped by {number.name} after step {done} of 4000, saved" in other

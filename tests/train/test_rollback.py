@@ -1,0 +1,119 @@
+"""Steps that went wrong: skipped alike, gone back before, never computed again."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from same_run import assert_same_run, final_tensors
+
+from nemotron.checkpoint.find import newest
+from nemotron.checkpoint.read import read_state
+from nemotron.train.metrics import ABANDONED, read_metrics
+from nemotron.train.run import train
+
+SCHEDULE = {"peak": 1e-2, "total_steps": 12, "warmup_steps": 2, "decay_steps": 3}
+BAD = [{"kind": "nan_gradient", "step": step} for step in (6, 7, 9)]
+SAVED = {"every_steps": 2, "keep": 4}
+
+
+@pytest.fixture
+def rolling(recipe):
+    """A run that meets three bad steps, and goes back before them."""
+
+    def build(name: str, **reliability):
+        values = {"rollback_after": 3, "rollback_window": 8, "faults": BAD} | reliability
+        return recipe(name, schedule=SCHEDULE, checkpoint=SAVED, reliability=values)
+
+    return build
+
+
+def folder_of(config) -> Path:
+    return Path(config.output) / config.name
+
+
+def test_a_run_goes_back_before_the_bad_steps_and_passes_over_them(rolling, capsys):
+    config = rolling("back")
+    assert train(config) == 0
+    run = folder_of(config)
+    out = capsys.readouterr().out
+    assert "warning    a fault is injected: nan_gradient in step 6 on all ranks" in out
+    assert "3 steps from 6 to 9 were skipped; going back to step-00000004" in out
+    records = read_metrics(run / "metrics.jsonl")
+    steps = [r["step"] for r in records if r["kind"] == "train"]
+    assert steps == [1, 2, 3, 4, 5, 10, 11, 12]
+    events = [(r["step"], r["event"]) for r in records if r["kind"] == "event"]
+    assert events == [(6, "passing over steps 6 to 9, with the weights of step 4")]
+    abandoned = read_metrics(run / ABANDONED)
+    assert [r["step"] for r in abandoned if r["kind"] == "train"] == [5, 6, 7, 8, 9]
+    state = read_state(newest(run / "checkpoints").info)["trainer"]
+    assert state["passed_over"] == [[5, 8, 4]]
+    assert state["tokens"] == 12 * 155
+    assert state["skipped_steps"] == 0
+
+
+def test_after_going_back_every_bit_is_that_of_a_run_that_never_met_those_steps(rolling):
+    # stopped at the checkpoint, told to pass over, and resumed
+    other = rolling("told", faults=[])
+    assert train(other, stop_at=4) == 75
+    info = newest(folder_of(other) / "checkpoints").info
+    path = info.folder / "state.json"
+    state = json.loads(path.read_text())
+    state["trainer"]["passed_over"] = [[5, 8, 4]]
+    path.write_text(json.dumps(state))
+    replace_in_manifest(info.folder, "state.json")
+    assert train(other, resume=True) == 0
+
+    config = rolling("gone")
+    assert train(config) == 0
+    tensors, others = final_tensors(folder_of(config)), final_tensors(folder_of(other))
+    assert all(torch.equal(tensors[name], others[name]) for name in others)
+
+
+@pytest.mark.parametrize("stops", [[6], [8], [4, 7, 11]])
+def test_a_run_that_is_stopped_around_a_rollback_resumes_to_the_same_bits(rolling, stops):
+    whole, parts = rolling("whole"), rolling("parts")
+    assert train(whole) == 0
+    for stop in stops:
+        assert train(parts, stop_at=stop, resume=True) == 75
+    assert train(parts, resume=True) == 0
+    assert_same_run(folder_of(parts), folder_of(whole))
+
+
+def test_a_run_that_keeps_failing_from_one_checkpoint_gives_up(rolling, capsys):
+    faults = [{"kind": "nan_gradient", "step": 5, "last_step": 12}]
+    config = rolling("hopeless", faults=faults, rollback_after=2)
+    assert train(config) == 1
+    assert "and the run went back to step 4 3 times" in capsys.readouterr().out
+
+
+def test_without_a_checkpoint_there_is_nothing_to_go_back_to(recipe, capsys):
+    faults = [{"kind": "nan_gradient", "step": 1, "last_step": 3}]
+    values = {"rollback_after": 3, "faults": faults}
+    config = recipe("early", reliability=values, checkpoint={"every_steps": 5})
+    assert train(config) == 1
+    assert "there is no whole checkpoint to go back to" in capsys.readouterr().out
+
+
+def test_a_spike_is_skipped_and_the_run_goes_on(recipe):
+    schedule = {"kind": "constant", "peak": 1e-4, "total_steps": 36}
+    batch = {"global_tokens": 31, "micro_batch": 1}
+    faults = [{"kind": "spike", "step": 34}]
+    values = {"spike_sigmas": 20.0, "faults": faults}
+    config = recipe("spike", schedule=schedule, batch=batch, reliability=values)
+    assert train(config) == 0
+    events = [r for r in read_metrics(folder_of(config) / "metrics.jsonl") if r["kind"] == "event"]
+    assert [r["step"] for r in events] == [34]
+    assert "skipped the update: loss or gradient norm is far above" in events[0]["event"]
+    state = read_state(newest(folder_of(config) / "checkpoints").info)["trainer"]
+    assert state["skipped_steps"] == 1
+    assert len(state["recent_losses"]) == len(state["recent_grad_norms"]) == 35
+
+
+def replace_in_manifest(folder: Path, name: str) -> None:
+    from nemotron.checkpoint.manifest import describe_file
+
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = describe_file(folder / name)
+    path.write_text(json.dumps(manifest))
