@@ -19,8 +19,9 @@ venv: $(STAMP)  ## Set up .venv
 train: $(STAMP)  ## Train the tiny model, resume it, sample from it, export it
 	@sh tools/first_run.sh "$(BIN)/python"
 
-test: check  ## Run all checks and tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+test: check  ## Run all checks and tests; those that start ranks come last, by themselves
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed"
+	$(BIN)/python -m pytest -m distributed
 
 check: $(STAMP)  ## Formatting, lint, types and import floors
 	$(BIN)/ruff format --check .

@@ -48,24 +48,17 @@ class Block(nn.Module):
         state: MambaState | AttentionState | None = None,
         start: Int[Tensor, " B"] | None = None,
         stats_name: str | None = None,
+        is_again: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
         """Apply the layer; the second result is the router's statistics if they were asked for."""
-        inputs = (hidden, seq_idx, state, start, stats_name)
-        if not self.recompute or not torch.is_grad_enabled():
-            return self._apply_mixer(*inputs)
-        # statistics are a result, so the second run does not count again; nor does it choose
-        # experts again, since another choice would send other tokens to other ranks
-        contexts = _keep_choices if self.letter == "E" else noop_context_fn
-        return checkpoint(self._apply_mixer, *inputs, use_reentrant=False, context_fn=contexts)
-
-    def _apply_mixer(
-        self,
-        hidden: Tensor,
-        seq_idx: Tensor | None,
-        state: MambaState | AttentionState | None,
-        start: Tensor | None,
-        stats_name: str | None,
-    ) -> tuple[Tensor, RoutingStats | None]:
+        if self.recompute and not is_again and torch.is_grad_enabled():
+            # statistics are a result, so the second run does not count again; nor does it choose
+            # experts again, since another choice would send other tokens to other ranks
+            inputs = (hidden, seq_idx, state, start, stats_name, True)
+            contexts = _keep_choices if self.letter == "E" else noop_context_fn
+            return checkpoint(
+                Block.forward, self, *inputs, use_reentrant=False, context_fn=contexts
+            )
         x, stats = self.norm(hidden), None
         if isinstance(self.mixer, Mamba2):
             y = self.mixer(x, seq_idx, state)

@@ -1,7 +1,7 @@
 """The training loop: what happens once per step, and the objects that it happens to."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,7 @@ from nemotron.parallel.mesh import Mesh
 from nemotron.parallel.quantized import connect, token_numbers
 from nemotron.parallel.runtime import Ranks
 from nemotron.precision.apply import Quantization
+from nemotron.precision.random_bits import Numbers
 from nemotron.train.build import build_model
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course
@@ -207,7 +208,18 @@ class Trainer:
         sums = StepSums(
             self._depths, config.model.moe_layers, config.model.n_routed_experts, self.device
         )
-        self._accumulate(step, batch, counts, sums)
+        portions = list(self._portions(step, batch))
+        if self.local.pipeline is not None:
+            self._run_stages(step, portions, counts, sums)
+            portions = []
+        for number, (tokens, micro) in enumerate(portions, start=1):
+            self.quantization.begin(step, tokens)
+            is_last = number == len(portions)
+            self.local.sync_gradients(is_last or config.parallel.sync_every_micro_batch)
+            terms = losses(self.model, micro.to(self.device), config.loss)
+            objective(terms, counts, config.loss).backward()
+            sums.add(terms)
+            self.progress.move()
         self.local.finish_gradients()
         gradients = self.optimizer.gradients()
         squares = squares_by_kind(gradients, self._kind_of, self._kinds)
@@ -227,42 +239,38 @@ class Trainer:
             self.optimizer.step(lr, clip)
             for name, router in self.routers.items():
                 router.update_bias(sums.load[name], config.optimizer.router_bias_update_rate)
-        tokens = self.course.timeline.tokens_per_step(step)
-        self.state.advance(tokens, loss, grad_norm, skip)
+        self.state.advance(self.course.timeline.tokens_per_step(step), loss, grad_norm, skip)
         watch.begin(None)
         return StepResult(
             counts, sums, norms, loss, grad_norm, clip, lr, skip, is_spike, stops > 0, watch.seconds
         )
 
-    def _accumulate(self, step: int, batch: Batch, counts: TokenCounts, sums: StepSums) -> None:
-        """Add up the gradients and losses of this rank's share of a step."""
-        config, rows, length = self.config, self._rows_at_once(step), batch.input_ids.shape[1]
-        first_row = self.local.batch_rank * batch.input_ids.shape[0]
-        portions = list(self.local.share_rows(batch).split(rows))
-        if self.local.pipeline is not None:
+    def _portions(self, step: int, batch: Batch) -> Iterator[tuple[Numbers, Batch]]:
+        """Yield what is computed at once of this rank's rows, with the numbers of its tokens."""
+        at_once, (num_rows, length) = self._rows_at_once(step), batch.input_ids.shape
+        first = self.local.batch_rank * num_rows
+        for micro in self.local.share_rows(batch).split(at_once):
+            rows = micro.input_ids.shape[0]
+            yield token_numbers(first, rows, length, self.local), micro
+            first += rows
 
-            def share(
-                model: HybridLM, hidden: Tensor | None, batch: Batch, routing: list[RoutingStats]
-            ) -> Tensor:
-                terms = stage_losses(model, hidden, batch, config.loss, routing)
-                sums.add(terms)
-                self.progress.move()
-                return objective(terms, counts, config.loss)
+    def _run_stages(
+        self, step: int, portions: list[tuple[Numbers, Batch]], counts: TokenCounts, sums: StepSums
+    ) -> None:
+        """Pass the portions of a step through the stages of a pipeline, forward and backward."""
+        assert self.local.pipeline is not None
 
-            # every call of a layer draws other bits, so the portions may share their numbers
-            self.quantization.begin(step, token_numbers(first_row, rows, length, self.local))
-            self.local.pipeline.step([micro.to(self.device) for micro in portions], share)
-            return
-        for number, micro in enumerate(portions):
-            first = first_row + number * rows
-            numbers = token_numbers(first, micro.input_ids.shape[0], length, self.local)
-            self.quantization.begin(step, numbers)
-            is_last = number + 1 == len(portions)
-            self.local.sync_gradients(is_last or config.parallel.sync_every_micro_batch)
-            terms = losses(self.model, micro.to(self.device), config.loss)
-            objective(terms, counts, config.loss).backward()
+        def share(
+            model: HybridLM, hidden: Tensor | None, batch: Batch, routing: list[RoutingStats]
+        ) -> Tensor:
+            terms = stage_losses(model, hidden, batch, self.config.loss, routing)
             sums.add(terms)
             self.progress.move()
+            return objective(terms, counts, self.config.loss)
+
+        # every call of a layer draws other bits, so the portions may share their numbers
+        self.quantization.begin(step, portions[0][0])
+        self.local.pipeline.step([micro.to(self.device) for _, micro in portions], share)
 
     def _sum_counts(self, counts: TokenCounts) -> TokenCounts:
         """Add up over the ranks that read other rows."""
