@@ -1,6 +1,7 @@
 """What holds for every test: one thread, uninitialised memory is NaN, no GPU means a named skip."""
 
 import os
+import signal
 
 # read by cuBLAS when it starts; without it PyTorch's deterministic mode refuses its products
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -12,6 +13,8 @@ HAS_CUDA = torch.cuda.is_available()
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # who starts in the background of a shell ignores it, and so would all that tests start
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # the tensors are tiny, and tests share the cores
     # deterministic mode fills uninitialised memory with NaN; on a GPU not every kernel is
     # deterministic, and a test there compares with a tolerance anyway

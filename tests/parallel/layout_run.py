@@ -66,7 +66,17 @@ def run_steps(values: dict[str, Any], num_steps: int) -> Outcome:
             outcome.gradients = held(trainer, gradients=True)
     outcome.validation = trainer._validation()
     outcome.weights = held(trainer, gradients=False)
+    forget_groups(trainer)
     return outcome
+
+
+def forget_groups(trainer: Trainer) -> None:
+    """End the groups of a trainer's mesh, each of which has threads of its own."""
+    if trainer.mesh is not None:
+        groups = [g for mesh in trainer.mesh._meshes for g in mesh.get_all_groups()]
+        for group in groups:
+            if group is not dist.group.WORLD and group in dist.distributed_c10d._world.pg_map:
+                dist.destroy_process_group(group)
 
 
 def save_after(values: dict[str, Any], num_steps: int, folder: Path, background: bool) -> Held:

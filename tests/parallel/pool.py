@@ -101,11 +101,3 @@ def _serve(rank: int, world: int, store: Path, pipe: Connection) -> None:
         except BaseException:
             answer = False, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))
-        _forget_groups()
-
-
-def _forget_groups() -> None:
-    """End the groups that a test made: each has threads of its own."""
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
