@@ -11,6 +11,9 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from nemotron.checkpoint.find import steps
 from nemotron.checkpoint.manifest import (
@@ -98,23 +101,36 @@ def write_tensors(
         CheckpointNotSaved: on every rank, when the file system refuses one of them.
     """
     partial = partial_of(folder, step)
-    writer = dcp.FileSystemWriter(str(partial), sync_files=True)
     try:
         with warnings.catch_warnings():
             # torch reminds of the single process, which is what `no_dist` asks for
             warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.save(tensors, storage_writer=writer, process_group=group, no_dist=not ranks.grouped)
+            dcp.save(
+                tensors,
+                storage_writer=_Writer(str(partial), sync_files=True),
+                process_group=group,
+                no_dist=not ranks.grouped,
+            )
         own = partial.glob(f"__{ranks.rank}_*")
         return {path.name: describe_file(path) for path in own}
     except (CheckpointException, OSError) as error:
-        cause: BaseException | None = error
+        cause: BaseException = error
         if isinstance(error, CheckpointException):
-            first = next(iter(error.failures.values()))[0]
-            # torch's writer wraps what the file system said
-            wraps = isinstance(first, RuntimeError) and isinstance(first.__context__, OSError)
-            cause = first.__context__ if wraps else first
+            cause = next(iter(error.failures.values()))[0]
         needed = sum(_num_bytes(tensor) for tensor in tensors.values())
         raise _refused(folder, step, cause, needed) from error
+
+
+class _Writer(dcp.FileSystemWriter):
+    """torch's writer, which says of a refusal what the file system said: others hear that alone."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from error
+            raise
 
 
 def commit(
@@ -160,15 +176,12 @@ def dump_model_config(config: ModelConfig) -> dict[str, Any]:  # Any: pydantic's
     return config.model_dump(mode="json") | {"time_step_limit": [str(low), str(high)]}
 
 
-def _refused(
-    folder: Path, step: int, error: BaseException | None, needed: int
-) -> CheckpointNotSaved:
+def _refused(folder: Path, step: int, error: BaseException, needed: int) -> CheckpointNotSaved:
     """Clear away what was written, and say why there is no checkpoint.
 
     Anything but the file system's refusal is raised as it is.
     """
     if not isinstance(error, OSError):
-        assert error is not None
         raise error
     shutil.rmtree(partial_of(folder, step), ignore_errors=True)
     needs = f"it needs {needed:,} bytes, " if needed else ""

@@ -12,11 +12,11 @@ PHASES = (
     "optimizer",
     "evaluate",
     "save",
-    "finish",
+    "restore",
 )
 """Parts of a run, in the order in which they come within a step."""
 
-RARE = ("start", "evaluate", "save", "finish")
+RARE = ("start", "evaluate", "save", "restore")
 """Those that may take longer than any part of a step."""
 
 

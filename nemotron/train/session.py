@@ -171,6 +171,7 @@ class Session:
         trainer = self._trainer
         reached = trainer.state.step
         self._or_warn(lambda: self._finish_save(wait=True))
+        trainer.progress.enter(reached - 1, "restore")
         info = roll_back(trainer, self._folder.checkpoints, bad)
         if self._metrics is not None:
             self._metrics.go_back(info.step)
@@ -212,6 +213,7 @@ class Session:
         """Make a checkpoint of what was written beside training, if all of it is."""
         if self._background is None or (step := self._background.step) is None:
             return
+        self._trainer.progress.enter(self._trainer.state.step - 1, "save")
         if self._background.finish(wait=wait) is not None:
             self._saved_step = step
             self._screen.tell(f"saved {folder_name(step)}")

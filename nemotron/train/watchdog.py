@@ -14,7 +14,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -28,10 +28,12 @@ from nemotron.train.run_directory import RunDirectory
 
 POLL_S = 0.5
 """Seconds between two looks."""
-ANSWER_S = 2.0
+ANSWER_S = 2.5
 """Seconds in which every living rank can answer an alarm: some looks."""
 MARGIN_S = 30.0
 """Seconds by which a collective waits longer than the watchdog: that one says more."""
+ASKING = 8
+"""Ranks that ask all others after an alarm; the rest only answer."""
 STORE_S = 1.0
 """Seconds that the store may take for an answer."""
 
@@ -94,26 +96,18 @@ class Watchdog:
         self._thread.join()
         # mistakes that are found at the start are every rank's, and each says them itself
         if error is not None and not isinstance(error, UserError):
-            self._tell_others(error)
-
-    def _tell_others(self, error: BaseException) -> None:
-        text = " ".join(f"{type(error).__name__}: {error}".split())[:500]
-        try:
-            self._answer(text)
-            self._store.set(ALARM, "")
-        except RuntimeError:  # the store is gone, and with it whoever could read it
-            return
-        if self._ranks.is_first:
-            time.sleep(2 * POLL_S + ANSWER_S)  # the store may end with this process
+            self._conclude(" ".join(f"{kind and kind.__name__}: {error}".split())[:500])
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):
             try:
                 self._post()
-                if self._is_late() or self._store.check([ALARM]):
-                    self._end()
-            except RuntimeError as problem:  # of the store; all its errors are of this type
-                self._end(f"the store of the processes is gone ({str(problem).splitlines()[0]})")
+                is_over = self._is_late() or self._store.check([ALARM])
+            except RuntimeError:  # of the store, whose errors are all of this type
+                is_over = True
+            if is_over:
+                self._conclude()
+                leave_alone(FAILED)
 
     def _is_late(self) -> bool:
         progress, config = self._progress, self._config
@@ -127,48 +121,55 @@ class Watchdog:
             self._posted = place.order
             self._store.set(_beat(self._ranks.rank), json.dumps([place.step, place.phase]))
 
-    def _answer(self, error: str | None = None) -> Answer:
+    def _conclude(self, error: str | None = None) -> None:
+        """Sound the alarm, write what this process does, and say who is behind or failed.
+
+        One rank says it to the screen: the first of those that ask and have no `error` themselves.
+        """
+        rank = self._ranks.rank
+        self._dump()
+        try:
+            own = self._answer(error)
+            self._store.set(ALARM, "")
+            answers = self._collect() | {rank: own}
+            lost = {r: self._last_seen(r) for r in self._asked() if r not in answers}
+            sentence = verdict(answers, lost)
+            speaker = min(answers, key=lambda r: (answers[r].error is not None, r))
+        except RuntimeError:
+            sentence = "the store of the ranks is gone: the first rank, or its launcher, has ended"
+            speaker = rank
+        text = f"{sentence}; the job ends. See {self._folder.ranks}/rank-*/stacks.txt"
+        with open(self._folder.log_of(rank), "a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        if rank == speaker and rank < ASKING:
+            print(f"nemotron: {text}", file=sys.stderr, flush=True)
+            self._folder.write_status("failed", max(0, self._progress.place.step), FAILED)
+        if self._ranks.is_first:
+            time.sleep(POLL_S)  # the store may end with this process
+
+    def _answer(self, error: str | None) -> Answer:
         place = self._progress.place
         seconds = time.monotonic() - place.since
         own = Answer(place.step, place.phase, seconds, pending_collective(_flight()), error)
         self._store.set(_answer_of(self._ranks.rank), json.dumps(asdict(own)))
         return own
 
-    def _end(self, problem: str = "") -> NoReturn:
-        """Write what this process does, ask the others, say who is behind, and end it."""
-        rank = self._ranks.rank
-        answers: dict[int, Answer] = {}
-        lost: dict[int, str] = {}
-        try:
-            answers[rank] = self._answer()
-            self._store.set(ALARM, "")
-            self._dump()
-            answers |= self._collect()
-            lost = {r: self._last_seen(r) for r in range(self._ranks.world) if r not in answers}
-        except RuntimeError as error:
-            problem = problem or f"the store of the processes is gone ({error})"
-            self._dump()
-        sentence = problem or verdict(answers, lost)
-        text = f"{sentence}; the job ends. See {self._folder.ranks}/rank-*/stacks.txt"
-        with open(self._folder.log_of(rank), "a", encoding="utf-8") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
-        if problem or rank == min(answers):
-            print(f"nemotron: {text}", file=sys.stderr, flush=True)
-            self._folder.write_status("failed", max(0, self._progress.place.step), FAILED)
-        if self._ranks.is_first:
-            time.sleep(POLL_S)  # the store may end with this process
-        leave_alone(FAILED)
+    def _asked(self) -> range:
+        """Return the ranks that this one waits for; else a thousand would ask each other."""
+        return range(self._ranks.world if self._ranks.rank < ASKING else 0)
 
     def _collect(self) -> dict[int, Answer]:
-        """Return the answers of all ranks that give one in time."""
+        """Return the answers that come in time."""
         answers: dict[int, Answer] = {}
         deadline = time.monotonic() + ANSWER_S
-        while time.monotonic() < deadline and len(answers) < self._ranks.world:
-            for rank in range(self._ranks.world):
+        missing = list(self._asked())
+        while time.monotonic() < deadline and missing:
+            for rank in list(missing):
                 key = _answer_of(rank)
-                if rank not in answers and self._store.check([key]):
+                if self._store.check([key]):
                     answers[rank] = Answer(**json.loads(self._store.get(key)))
-            time.sleep(0.05)
+                    missing.remove(rank)
+            time.sleep(0.1)
         return answers
 
     def _last_seen(self, rank: int) -> str:
@@ -191,7 +192,7 @@ def verdict(answers: dict[int, Answer], lost: dict[int, str]) -> str:
     `lost` says of each rank that gave no answer where it was last seen.
     """
     failed = {rank: a for rank, a in answers.items() if a.error is not None}
-    if failed:
+    if failed and not lost:  # what breaks off when a rank dies is an error of the others
         rank, answer = min(failed.items())
         return f"rank {rank} failed in {_place(answer.step, answer.phase)}: {answer.error}"
     behind = lost or {rank: _seconds(answers[rank]) for rank in _behind(answers)}

@@ -1,5 +1,6 @@
 """A run of a few steps in any layout, and what came out of it, put together from all ranks."""
 
+import resource
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from nemotron.checkpoint.background import BackgroundSaver
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.manifest import folder_name
-from nemotron.checkpoint.write import save
+from nemotron.checkpoint.write import CheckpointNotSaved, save
 from nemotron.data.loader import rows_of_rank
 from nemotron.parallel.apply import local_of
 from nemotron.parallel.pieces import Pieces
@@ -85,7 +86,7 @@ def save_after(values: dict[str, Any], num_steps: int, folder: Path, background:
     for step in range(num_steps):
         trainer.train_step(step)
     saved = held(trainer, gradients=False)
-    content = (folder, num_steps, trainer.tensors(), trainer.json_state(), trainer.config.model, 2)
+    content = (folder, num_steps, trainer.tensors(), trainer.json_state(), trainer.config.model, 3)
     if not background:
         save(*content, trainer.ranks)
         return saved
@@ -140,3 +141,32 @@ def joined(parts: list[Held]) -> dict[str, Tensor]:
                 whole[at] = piece
     assert not [name for name, whole in wholes.items() if whole.isnan().any()]
     return wholes
+
+
+def save_where_one_rank_has_no_room(values: dict[str, Any], folder: Path) -> tuple[str, float]:
+    """Save, train on, and be refused; returns what was said and the loss of a step after that."""
+    trainer = build(values)
+
+    def write() -> None:
+        content = (folder, trainer.state.step, trainer.tensors(), trainer.json_state())
+        save(*content, trainer.config.model, 2, trainer.ranks)
+
+    trainer.train_step(0)
+    write()
+    trainer.train_step(1)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if dist.get_rank() == 1:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
+    try:
+        write()
+    except CheckpointNotSaved as problem:
+        said = str(problem)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    return said, trainer.train_step(2).loss
+
+
+def find(folder: Path) -> tuple[int | None, tuple[str, ...]]:
+    """Return the step of the newest whole checkpoint, and what was passed over."""
+    found = newest(folder, Ranks(dist.get_rank(), dist.get_world_size(), grouped=True))
+    return found.info and found.info.step, found.skipped

@@ -5,7 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from layout_run import joined, load_and_go_on, save_after
+from layout_run import (
+    find,
+    joined,
+    load_and_go_on,
+    save_after,
+    save_where_one_rank_has_no_room,
+)
 from pool import Pool
 from test_layouts import laid_out
 
@@ -62,3 +68,37 @@ def test_training_goes_on_while_a_checkpoint_of_two_ranks_is_written(
     loaded, _ = load_and_go_on(values, tmp_path / "checkpoints", 0)
     found = joined([loaded])
     assert [name for name in found if not torch.equal(found[name], saved[name])] == []
+
+
+def test_where_one_rank_has_no_room_all_keep_the_old_checkpoint_and_train_on(
+    pair: Pool, values: dict, tmp_path: Path
+):
+    folder = tmp_path / "checkpoints"
+    (said, loss), (_, same) = pair.run(save_where_one_rank_has_no_room, values, folder)
+    assert "step-00000002 was not saved: File too large" in said
+    assert loss == same
+    assert [path.name for path in folder.iterdir()] == ["step-00000001"]
+    assert pair.run(find, folder) == [(1, ())] * 2
+
+
+def test_a_damaged_part_of_one_rank_sends_all_to_the_checkpoint_before(
+    pair: Pool, values: dict, tmp_path: Path
+):
+    together = tmp_path / "checkpoints"
+    for num_steps in (1, 2, 3):
+        pair.run(save_after, values, num_steps, together, False)
+    flipped = together / "step-00000002" / "__1_0.distcp"
+    content = bytearray(flipped.read_bytes())
+    content[len(content) // 2] ^= 1
+    flipped.write_bytes(content)
+    (together / "step-00000003" / "manifest.json").unlink()
+    (together / "step-00000004.tmp").mkdir()
+    for step, skipped in pair.run(find, together):
+        assert step == 1
+        half, uncommitted, damaged = skipped
+        assert half.startswith("step-00000004.tmp is half-written")
+        assert uncommitted.startswith("step-00000003 is damaged (has no manifest.json")
+        assert damaged == (
+            "step-00000002 is damaged (the content of __1_0.distcp does not match its hash); "
+            "skipped"
+        )

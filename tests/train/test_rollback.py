@@ -21,9 +21,9 @@ SAVED = {"every_steps": 2, "keep": 4}
 def rolling(recipe):
     """A run that meets three bad steps, and goes back before them."""
 
-    def build(name: str, **reliability):
+    def build(name: str, checkpoint: dict = SAVED, **reliability):
         values = {"rollback_after": 3, "rollback_window": 8, "faults": BAD} | reliability
-        return recipe(name, schedule=SCHEDULE, checkpoint=SAVED, reliability=values)
+        return recipe(name, schedule=SCHEDULE, checkpoint=checkpoint, reliability=values)
 
     return build
 
@@ -68,6 +68,13 @@ def test_after_going_back_every_bit_is_that_of_a_run_that_never_met_those_steps(
     assert train(config) == 0
     tensors, others = final_tensors(folder_of(config)), final_tensors(folder_of(other))
     assert all(torch.equal(tensors[name], others[name]) for name in others)
+
+
+def test_going_back_is_the_same_when_checkpoints_are_written_beside_training(rolling):
+    runs = [rolling("beside", SAVED | {"background": True}), rolling("between")]
+    for config in runs:
+        assert train(config) == 0
+    assert_same_run(*map(folder_of, runs))
 
 
 @pytest.mark.parametrize("stops", [[6], [8], [4, 7, 11]])
