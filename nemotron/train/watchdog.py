@@ -133,7 +133,7 @@ class Watchdog:
             self._store.set(ALARM, "")
             answers = self._collect() | {rank: own}
             lost = {r: self._last_seen(r) for r in self._asked() if r not in answers}
-            sentence = verdict(answers, lost)
+            sentence = verdict(answers, lost) if rank < ASKING else "the first rank's log says why"
             speaker = min(answers, key=lambda r: (answers[r].error is not None, r))
         except RuntimeError:
             sentence = "the store of the ranks is gone: the first rank, or its launcher, has ended"
