@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from nemotron.precision import fp8, hadamard, mxfp8, nvfp4
-from nemotron.precision.formats import E4M3, E5M2, FP8
+from nemotron.precision.formats import E4M3, E5M2, FP8, pack_e2m1
 from nemotron.precision.linear import quantized_linear
 from nemotron.precision.schemes import SCHEMES
 
@@ -45,19 +45,31 @@ class Difference:
         return f"{self.file}: {case}: {tensor}: {self.what}"
 
 
-def nvfp4_results(prefix: str, found: nvfp4.NVFP4, golden: Tensors) -> Results:
-    yield f"{prefix}.codes", found.codes
-    yield f"{prefix}.scales", found.scales
-    yield f"{prefix}.amax", found.amax.view(1)
+def nvfp4_results(
+    prefix: str, found: nvfp4.NVFP4, golden: Tensors, *, turned: bool = False
+) -> Results:
+    codes, scales, values = found.codes, found.scales.bytes, found.dequantize()
+    height = found.scales.height
+    if turned:
+        codes, scales, values, height = codes.T, scales.T, values.T, found.scales.width
+    yield f"{prefix}.codes", pack_e2m1(codes)
+    yield f"{prefix}.scales", scales.repeat_interleave(height, 0)
+    yield f"{prefix}.amax", found.scales.amax
     if f"{prefix}.dequant" in golden:
-        yield f"{prefix}.dequant", found.dequantize()
+        yield f"{prefix}.dequant", values
 
 
-def check_nvfp4(golden: Tensors, case: str, *, square: bool) -> Results:
+def check_nvfp4(golden: Tensors, case: str) -> Results:
     x = golden[f"{case}.x"]
-    yield from nvfp4_results(f"{case}.row", nvfp4.quantize(x, square=square), golden)
-    turned = x.T.contiguous()
-    yield from nvfp4_results(f"{case}.col", nvfp4.quantize(turned, square=square), golden)
+    yield from nvfp4_results(f"{case}.row", nvfp4.quantize(x), golden)
+    upright = nvfp4.quantize(x, height=nvfp4.BLOCK, width=1)
+    yield from nvfp4_results(f"{case}.col", upright, golden, turned=True)
+
+
+def check_nvfp4_squares(golden: Tensors, case: str) -> Results:
+    found = nvfp4.quantize(golden[f"{case}.x"], height=nvfp4.BLOCK)
+    yield from nvfp4_results(f"{case}.row", found, golden)
+    yield from nvfp4_results(f"{case}.col", found, golden, turned=True)
 
 
 def check_hadamard(golden: Tensors, case: str) -> Results:
@@ -68,23 +80,25 @@ def check_hadamard(golden: Tensors, case: str) -> Results:
     x = golden[f"{case}.x"]
     yield from nvfp4_results(f"{case}.row", nvfp4.quantize(x), golden)
     for name, signs in (("signs", True), ("nosigns", False)):
-        turned = hadamard.transform(x.T.contiguous(), signs=signs)
-        yield f"{case}.{name}.rht_xt", turned
-        yield from nvfp4_results(f"{case}.{name}.col", nvfp4.quantize(turned), golden)
+        tokens = hadamard.transform(x, signs=signs)
+        yield f"{case}.{name}.rht_xt", tokens.T
+        upright = nvfp4.quantize(tokens, height=nvfp4.BLOCK, width=1)
+        yield from nvfp4_results(f"{case}.{name}.col", upright, golden, turned=True)
 
 
 def check_mxfp8(golden: Tensors, case: str, format: FP8) -> Results:
     x = golden[f"{case}.x"]
-    for side, matrix in (("row", x), ("col", x.T.contiguous())):
-        found = mxfp8.quantize(matrix, format)
-        yield f"{case}.{side}.codes", found.codes
-        yield f"{case}.{side}.scales", found.scales
-        if f"{case}.{side}.dequant" in golden:
-            yield f"{case}.{side}.dequant", found.dequantize()
+    row = mxfp8.quantize(x, format)
+    upright = mxfp8.quantize(x, format, height=mxfp8.BLOCK, width=1)
+    for side, found in (("row", row), ("col", upright)):
+        results = {"codes": found.codes, "scales": found.scales, "dequant": found.dequantize()}
+        for name, tensor in results.items():
+            if name != "dequant" or f"{case}.{side}.dequant" in golden:
+                yield f"{case}.{side}.{name}", tensor if side == "row" else tensor.T
 
 
 def check_mxfp8_squares(golden: Tensors, case: str) -> Results:
-    found = mxfp8.quantize(golden[f"{case}.x"], square=True)
+    found = mxfp8.quantize(golden[f"{case}.x"], height=mxfp8.BLOCK)
     yield f"{case}.codes", found.codes
     yield f"{case}.row.scales", found.scales.repeat_interleave(mxfp8.BLOCK, 0)
     yield f"{case}.col.scales", found.scales.repeat_interleave(mxfp8.BLOCK, 1)
@@ -104,20 +118,22 @@ def check_current(golden: Tensors, case: str) -> Results:
             yield f"{prefix}.dequant", found.dequantize()
 
 
-def check_blocks(golden: Tensors, case: str, *, square: bool) -> Results:
+def check_blocks(golden: Tensors, case: str, *, height: int) -> Results:
     x = golden[f"{case}.x"]
     for name, format in FORMATS.items():
         for kind, power_of_two in (("pow2", True), ("fp32", False)):
-            for side, matrix in (("row", x), ("col", x.T.contiguous())):
+            for side, shape in (("row", (height, fp8.BLOCK)), ("col", (fp8.BLOCK, height))):
                 prefix = f"{case}.{name}.{kind}.{side}"
                 if f"{prefix}.codes" not in golden:
                     continue
                 found = fp8.quantize_blocks(
-                    matrix, format, square=square, power_of_two=power_of_two
+                    x, format, height=shape[0], width=shape[1], power_of_two=power_of_two
                 )
-                yield f"{prefix}.codes", found.codes
-                yield f"{prefix}.scale_inv", found.scale_inv
-                yield f"{prefix}.dequant", found.dequantize()
+                results = (found.codes, found.scale_inv, found.dequantize())
+                codes, scales, values = (t if side == "row" else t.T for t in results)
+                yield f"{prefix}.codes", codes
+                yield f"{prefix}.scale_inv", scales
+                yield f"{prefix}.dequant", values
 
 
 def check_linear(golden: Tensors, case: str) -> Results:
@@ -132,16 +148,16 @@ def check_linear(golden: Tensors, case: str) -> Results:
 
 
 CHECKS: dict[str, Callable[[Tensors, str], Results]] = {
-    "nvfp4_1x16": lambda golden, case: check_nvfp4(golden, case, square=False),
-    "nvfp4_16x16": lambda golden, case: check_nvfp4(golden, case, square=True),
+    "nvfp4_1x16": check_nvfp4,
+    "nvfp4_16x16": check_nvfp4_squares,
     "nvfp4_rht16": check_hadamard,
     "nvfp4_linear": check_linear,
     "mxfp8_e4m3": lambda golden, case: check_mxfp8(golden, case, E4M3),
     "mxfp8_e5m2": lambda golden, case: check_mxfp8(golden, case, E5M2),
     "mxfp8_2d_e4m3": check_mxfp8_squares,
     "fp8_current_scaling": check_current,
-    "fp8_block_1x128": lambda golden, case: check_blocks(golden, case, square=False),
-    "fp8_block_128x128": lambda golden, case: check_blocks(golden, case, square=True),
+    "fp8_block_1x128": lambda golden, case: check_blocks(golden, case, height=1),
+    "fp8_block_128x128": lambda golden, case: check_blocks(golden, case, height=fp8.BLOCK),
 }
 """What is known of each file, by its name without an ending."""
 INPUTS = ("x", "w", "dy")

@@ -9,10 +9,10 @@ import xxhash
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from nemotron.ops.grouped_linear.loop import groups_of
 from nemotron.precision.backends import BY_NAME, choose, format_call
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.delayed import DelayedFP8Scheme, Histories
+from nemotron.precision.groups import Sizes
 from nemotron.precision.policy import Assignment, kind_of, resolve
 from nemotron.precision.random_bits import Draw, Numbers
 from nemotron.precision.schemes import SCHEMES, NVFP4Scheme, Reduce, Scheme
@@ -198,32 +198,38 @@ class Quantization:
                     }
         return sizes
 
-    def _schemes_of(self, line: Assignment, module: nn.Module) -> dict[str, Sequence[Scheme]]:
-        """Return the schemes of each matrix of a module, one for each expert held here."""
+    def _schemes_of(self, line: Assignment, module: nn.Module) -> dict[str, Scheme]:
+        """Return the scheme of each matrix of a module."""
         part = self._parts.get(line.module, WHOLE)
-        schemes: dict[str, Sequence[Scheme]] = {}
+        schemes: dict[str, Scheme] = {}
         for name, weight in module.named_parameters(recurse=False):
             if line.format == "fp8_delayed":
-                slots = self._histories.slots(_matrix(line.module, name))[part.first_expert :]
-                schemes[name] = [DelayedFP8Scheme(operands) for operands in slots]
+                experts = weight.shape[0] if weight.dim() == 3 else 1
+                matrix = _matrix(line.module, name)
+                slots = self._histories.slots(matrix, part.first_expert, experts)
+                schemes[name] = DelayedFP8Scheme(slots)
             else:
-                scheme = replace(self._schemes[line.format], reduce=part.reduce)
-                schemes[name] = [scheme] * (weight.shape[0] if weight.dim() == 3 else 1)
+                schemes[name] = replace(self._schemes[line.format], reduce=part.reduce)
         return schemes
 
     def _is_observed(self) -> bool:
         every = self._config.observe_every_steps
         return every is not None and (self._step + 1) % every == 0 and torch.is_grad_enabled()
 
-    def _observe(self, name: str, scheme: Scheme, x: Tensor, weight: Tensor, y: Tensor) -> None:
+    def _observe(
+        self, name: str, scheme: Scheme, x: Tensor, weight: Tensor, sizes: Sizes, y: Tensor
+    ) -> None:
         """Measure the operands of a product; the gradient's when it comes."""
-        observe, narrow = self._observed.observe, weight.detach().to(torch.bfloat16)
-        observe(name, "x", x, scheme.activation(x.detach()).operand())
-        observe(name, "w", narrow, scheme.weight(narrow)[0].operand())
+
+        def observe(operand: str, tensor: Tensor, sizes: Sizes) -> None:
+            row, _ = scheme.quantize(operand, tensor, sizes, both=False)
+            self._observed.observe(name, operand, tensor, row.operand())
+
+        narrow = weight.detach().to(torch.bfloat16).flatten(0, 1)
+        observe("x", x.detach(), sizes)
+        observe("w", narrow, (weight.shape[1],) * weight.shape[0])
         if y.requires_grad:
-            y.register_hook(
-                lambda dy: observe(name, "dy", dy, scheme.gradient(dy, None)[0].operand())
-            )
+            y.register_hook(lambda dy: observe("dy", dy, sizes))
 
     def _bind(self, line: Assignment) -> None:
         module = self._here.get(line.module)
@@ -241,10 +247,12 @@ class Quantization:
         layer = backend.function(schemes, line.format, self._config.nvfp4)
 
         def linear(x: Tensor) -> Tensor:
-            rows = x.reshape(-1, x.shape[-1])
-            y = layer.linear(rows, _weight(module), self._draw(line.module))
+            rows, weight = x.reshape(-1, x.shape[-1]), _weight(module)
+            y = layer.linear(rows, weight, self._draw(line.module))
             if self._is_observed():
-                self._observe(line.module, schemes["weight"][0], rows, _weight(module), y)
+                sizes = (rows.shape[0],)
+                scheme = schemes["weight"]
+                self._observe(line.module, scheme, rows, weight.unsqueeze(0), sizes, y)
             return y.view(*x.shape[:-1], -1)
 
         def experts(rows: Tensor, weight: Tensor, counts: Tensor, numbers: Tensor | None) -> Tensor:
@@ -253,9 +261,8 @@ class Quantization:
             draw = replace(self._draw(line.module), rows=numbers)
             y = layer.grouped(rows, weight, counts, name, draw)
             if self._is_observed():
-                for expert, share in groups_of(counts):
-                    scheme = schemes[name][expert]
-                    self._observe(line.module, scheme, rows[share], weight[expert], y[share])
+                sizes = tuple(counts.tolist())
+                self._observe(line.module, schemes[name], rows, weight, sizes, y)
             return y
 
         function: Callable[..., Tensor] = experts if grouped else linear
@@ -267,8 +274,7 @@ class Quantization:
         """Name the bits of a call, whose rows are tokens."""
         call = self._calls[module] = self._calls.get(module, -1) + 1
         name = f"{self._seed}/{self._step}/{module}/{call}"
-        digest = xxhash.xxh64_intdigest(name.encode())
-        key = digest >> 32, digest & 0xFFFFFFFF
+        key = xxhash.xxh64_intdigest(name.encode())
         return Draw(key, self._rows_of(module), self._parts.get(module, WHOLE).columns)
 
 

@@ -44,17 +44,16 @@ class ProductLayer:
     """Operands are quantised here; a backend only multiplies them."""
 
     product: Product
-    schemes: Mapping[str, Sequence[Scheme]]
-    """Of each matrix by its name in the module, one for each expert."""
+    schemes: Mapping[str, Scheme]
+    """Of each matrix by its name in the module."""
 
     def linear(self, x: Tensor, weight: Tensor, draw: Draw | None) -> Tensor:
-        return quantized_linear(x, weight, self.schemes["weight"][0], draw, self.product)
+        return quantized_linear(x, weight, self.schemes["weight"], draw, self.product)
 
     def grouped(
         self, x: Tensor, weight: Tensor, counts: Tensor, name: str, draw: Draw | None
     ) -> Tensor:
-        schemes = self.schemes[name]
-        return quantized_grouped_linear(x, weight, counts, schemes, draw, self.product)
+        return quantized_grouped_linear(x, weight, counts, self.schemes[name], draw, self.product)
 
 
 @dataclass(frozen=True)
@@ -131,14 +130,14 @@ FORMATS = ("fp8_delayed", "fp8_current", "fp8_block", "mxfp8", "nvfp4")
 
 
 def _product_layer(product: Product) -> Callable[..., Layer]:
-    def build(schemes: Mapping[str, Sequence[Scheme]], format: str, options: NVFP4Config) -> Layer:
+    def build(schemes: Mapping[str, Scheme], format: str, options: NVFP4Config) -> Layer:
         return ProductLayer(product, schemes)
 
     return build
 
 
 def _transformer_engine_layer(
-    schemes: Mapping[str, Sequence[Scheme]], format: str, options: NVFP4Config
+    schemes: Mapping[str, Scheme], format: str, options: NVFP4Config
 ) -> Layer:
     return TransformerEngineLayer(format, options)
 

@@ -11,13 +11,12 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.precision import fp8
+from nemotron.precision.blocks import block_amax
 from nemotron.precision.config import DelayedConfig
-from nemotron.precision.formats import E4M3, E5M2, FLT_MAX, FP8
+from nemotron.precision.formats import FLT_MAX
+from nemotron.precision.groups import Groups, Sizes
 from nemotron.precision.random_bits import Draw
-from nemotron.precision.schemes import Quantized, Reduce, Scheme
-
-FORMATS = {"x": E4M3, "w": E4M3, "dy": E5M2}
-"""Elements of each operand (TE's HYBRID)."""
+from nemotron.precision.schemes import PER_TENSOR, Matrix, Reduce, Scheme
 
 
 class Histories:
@@ -34,7 +33,7 @@ class Histories:
         self._places: dict[str, slice] = {}
         largest, end = [], 0
         for name, size in sizes.items():
-            for operand, format in FORMATS.items():
+            for operand, format in PER_TENSOR.items():
                 self._places[f"{name}.{operand}"] = slice(end, end := end + size)
                 largest += [format.max * 2.0**-options.margin] * size
         self._largest = torch.tensor(largest, dtype=torch.float32, device=device)
@@ -48,19 +47,14 @@ class Histories:
             yield f"{name}.amax_history", self._amax[place]
             yield f"{name}.scale", self._scale[place]
 
-    def slots(self, name: str) -> list[dict[str, "Slot"]]:
-        """Return the operands' places of each expert of a matrix."""
-        rows = {operand: self._places[f"{name}.{operand}"] for operand in FORMATS}
-        size = rows["x"].stop - rows["x"].start
-        return [
-            {
-                operand: Slot(
-                    self._amax[place.start + expert, 0], self._scale[place.start + expert]
-                )
-                for operand, place in rows.items()
-            }
-            for expert in range(size)
-        ]
+    def slots(self, name: str, first: int = 0, count: int = 1) -> dict[str, "Slot"]:
+        """Return the operands' places of some experts of a matrix, or of its only tensor."""
+        slots = {}
+        for operand in PER_TENSOR:
+            start = self._places[f"{name}.{operand}"].start + first
+            own = slice(start, start + count)
+            slots[operand] = Slot(self._amax[own, 0], self._scale[own])
+        return slots
 
     def roll(self, reduce: Reduce) -> None:
         """End a step: put its magnitudes into the histories and set the scales of the next.
@@ -84,8 +78,8 @@ class Histories:
 class Slot:
     """The places of one operand: views of the histories' tensors."""
 
-    newest: Float[Tensor, ""]
-    scale: Float[Tensor, ""]
+    newest: Float[Tensor, " G"]
+    scale: Float[Tensor, " G"]
 
 
 @dataclass(frozen=True)
@@ -97,27 +91,19 @@ class DelayedFP8Scheme(Scheme):
 
     slots: Mapping[str, Slot]
 
-    def remember(self, operand: str, tensor: Tensor) -> None:
-        """Let a step's magnitude grow; a NaN leaves no trace, as in the kernel's fmaxf."""
+    def remember(
+        self, operand: str, tensor: Float[Tensor, "M K"], sizes: Sizes | None = None
+    ) -> None:
+        """Let a step's magnitudes grow; a NaN leaves no trace, as in the kernel's fmaxf."""
+        groups = Groups((tensor.shape[0],) if sizes is None else sizes)
+        found = groups.largest(block_amax(tensor.detach(), 1, tensor.shape[1]), 1)
         newest = self.slots[operand].newest
-        found = tensor.detach().abs().amax().float().nan_to_num(nan=0.0, posinf=torch.inf)
-        torch.maximum(newest, found, out=newest)
+        torch.maximum(newest, found.nan_to_num(nan=0.0, posinf=torch.inf), out=newest)
 
-    def activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        return self._quantized("x", x)
-
-    def kept_activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        return self._quantized("x", x).turn()
-
-    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Quantized, Quantized]:
-        found = self._quantized("w", w)
-        return found, found.turn()
-
-    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Quantized, Quantized]:
-        found = self._quantized("dy", dy)
-        return found, found.turn()
-
-    def _quantized(self, operand: str, tensor: Tensor) -> Quantized:
-        format: FP8 = FORMATS[operand]
+    def _matrices(
+        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+    ) -> tuple[Matrix, Matrix | None]:
         # the scale changes in place at the end of the step, before which backward may not be done
-        return Quantized(fp8.quantize_scaled(tensor, format, self.slots[operand].scale.clone()))
+        scale = self.slots[operand].scale.clone()
+        found = fp8.quantize_scaled(filled, PER_TENSOR[operand], scale, groups)
+        return found, found

@@ -7,7 +7,7 @@ transformer_engine/common/util/ptx.cuh.
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int, UInt8
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 E2M1_MAX = 6.0
@@ -35,22 +35,35 @@ def divide(numerator: float, x: Float[Tensor, "*shape"]) -> Float[Tensor, "*shap
     return torch.div(torch.full_like(x, numerator), x)
 
 
-def power_of_two(exponents: Int[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
-    """Return 2^exponent in float32, subnormals included."""
-    return torch.ldexp(torch.ones_like(exponents, dtype=torch.float64), exponents).float()
-
-
 def to_fp8(x: Float[Tensor, "*shape"], format: FP8) -> Tensor:
     """Round to nearest even, saturating at the largest value; NaN stays NaN."""
     # torch's own casts do not saturate alike in every version and format
     return x.float().clamp(-format.max, format.max).to(format.dtype)
 
 
+def decode_fp8(elements: Tensor) -> Float[Tensor, "*shape"]:
+    """Return FP8 elements in float32.
+
+    On a CPU, where torch converts them one by one, they are read as float16 with their bits moved
+    to its places.
+    """
+    if elements.device.type != "cpu":
+        return elements.float()
+    if elements.dtype == E5M2.dtype:
+        return (elements.view(torch.uint8).to(torch.int16) << 8).view(torch.float16).float()
+    signed = elements.view(torch.int8)
+    # E4M3 has its NaN, 0x7F and 0xFF, where the next number would be
+    if elements.numel() and (signed.amax() == 0x7F or signed.view(torch.uint8).amax() == 0xFF):
+        return elements.float()
+    halves = (signed.to(torch.int16) << 7).bitwise_and_(~0x4000).view(torch.float16)
+    return halves.float().mul_(2.0**8)
+
+
 def round_e2m1(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Round to the nearest E2M1 value, ties to even, saturating at 6; NaN becomes 6."""
-    magnitude = _magnitude(y)
-    step = _step(magnitude)
-    return magnitude.div_(step).round_().mul_(step).copysign_(y)
+    limited = y.float().nan_to_num(nan=E2M1_MAX).clamp_(-E2M1_MAX, E2M1_MAX)
+    step = _step(limited)
+    return limited.div_(step).round_().mul_(step)
 
 
 def round_e2m1_stochastically(
@@ -59,40 +72,42 @@ def round_e2m1_stochastically(
     """Round to one of the two neighbours, up with the probability of the distance from below.
 
     `bits` holds 8 random bits for each element. A representable value is kept; the probability
-    is rounded down to a multiple of 1/256.
+    is rounded down to a multiple of 1/256. NaN becomes 6.
     """
-    magnitude = _magnitude(y)
+    y = y.float()
+    magnitude = y.abs().nan_to_num_(nan=E2M1_MAX).clamp_(max=E2M1_MAX)
     # the product is exact, so this is the one rounding that the fused instruction has
-    raised = bits.float().mul_(1 / 256).mul_(_step(magnitude)).add_(magnitude)
+    raised = magnitude.addcmul_(bits.float(), _step(magnitude), value=2.0**-RANDOM_BITS)
     step = _step(raised)
     return raised.div_(step).floor_().mul_(step).clamp_(max=E2M1_MAX).copysign_(y)
 
 
 def encode_e2m1(values: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
     """Return the code of each E2M1 value: 0 to 7, and 8 more for a negative one, zero included."""
-    table = torch.zeros(int(2 * E2M1_MAX) + 1, dtype=torch.uint8, device=values.device)
-    doubled = torch.tensor(E2M1_VALUES, device=values.device).mul(2).long()
-    table[doubled] = torch.arange(8, dtype=torch.uint8, device=values.device)
-    codes = table.index_select(0, values.abs().mul_(2).int().flatten()).view(values.shape)
-    return codes.bitwise_or_(values.signbit().to(torch.uint8).bitwise_left_shift_(3))
+    # times 2^-14 they are float16 numbers whose bits 9 to 11 and 15 are those of the code
+    bits = (values * 2.0**-14).half().view(torch.int16)
+    return (bits >> 9).bitwise_and_(7).bitwise_or_((bits >> 12).bitwise_and_(8)).to(torch.uint8)
 
 
 def decode_e2m1(codes: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return the value of each code."""
-    table = torch.tensor((*E2M1_VALUES, *(-v for v in E2M1_VALUES)), device=codes.device)
-    return table.index_select(0, codes.int().flatten()).view(codes.shape)
+    bits = codes.to(torch.int16)
+    halves = ((bits & 7) << 9).bitwise_or_((bits & 8) << 12).view(torch.float16)
+    return halves.float().mul_(2.0**14)
 
 
 def pack_e2m1(codes: UInt8[Tensor, "*rows K"]) -> UInt8[Tensor, "*rows half"]:
     """Put two codes into a byte, the first in the low half; an odd one out is followed by 0."""
     if codes.shape[-1] % 2:
         codes = torch.nn.functional.pad(codes, (0, 1))
-    return codes[..., ::2] | (codes[..., 1::2] << 4)
+    pairs = codes.contiguous().view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8)
 
 
 def unpack_e2m1(packed: UInt8[Tensor, "*rows half"]) -> UInt8[Tensor, "*rows K"]:
     """Return the two codes of each byte in order."""
-    return torch.stack([packed & 15, packed >> 4], dim=-1).flatten(-2)
+    bits = packed.to(torch.int16)
+    return (bits & 15).bitwise_or_((bits & 0xF0) << 4).view(torch.uint8)
 
 
 def ceil_to_e8m0(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
@@ -110,19 +125,15 @@ def ceil_to_e8m0(x: Float[Tensor, "*shape"]) -> UInt8[Tensor, "*shape"]:
 
 def decode_e8m0(bytes_: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
     """Return 2^(byte - 127), and NaN for 255."""
-    return power_of_two(bytes_.long() - 127).masked_fill(bytes_ == 255, torch.nan)
+    exponents = bytes_.to(torch.int32) << 23
+    # the byte 0 is a subnormal number of float32
+    return exponents.clamp_(min=1 << 22).view(torch.float32).masked_fill_(bytes_ == 255, torch.nan)
 
 
-def _magnitude(y: Tensor) -> Tensor:
-    """Return a new tensor of magnitudes up to 6; fmin takes the number beside a NaN."""
-    largest = torch.tensor(E2M1_MAX, device=y.device)
-    return torch.fmin(y.float().abs(), largest)
-
-
-def _step(magnitude: Tensor) -> Tensor:
+def _step(y: Tensor) -> Tensor:
     """Return the distance of neighbours at each magnitude: 0.5 below 2, 1 below 4, then 2.
 
     That is half of the power of two in the magnitude, but at least 0.5.
     """
-    power = magnitude.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
+    power = y.view(torch.int32).bitwise_and(0x7F800000).view(torch.float32)
     return power.clamp_(min=1).mul_(0.5)

@@ -11,7 +11,8 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nemotron.precision.blocks import block_amax, scale_blocks
-from nemotron.precision.formats import E4M3, FLT_MAX, FP8, divide, to_fp8
+from nemotron.precision.formats import E4M3, FLT_MAX, FP8, decode_fp8, divide, to_fp8
+from nemotron.precision.groups import Groups
 
 BLOCK = 128
 
@@ -23,11 +24,13 @@ class ScaledFP8:
     elements: Tensor
     """[M, K] in an FP8 dtype."""
     scale: Float[Tensor, "rows columns"]
-    """Encode scales of the blocks; one for the whole tensor with current scaling."""
+    """Encode scales of the blocks."""
     scale_inv: Float[Tensor, "rows columns"]
     """Decode scales."""
     height: int
     width: int
+    per_tensor: bool = False
+    """Whether each tensor has one scale, repeated in its rows where there are several tensors."""
 
     @property
     def codes(self) -> UInt8[Tensor, "M K"]:
@@ -36,39 +39,45 @@ class ScaledFP8:
 
     def dequantize(self) -> Float[Tensor, "M K"]:
         """Return the values in float32."""
-        return scale_blocks(self.elements.float(), self.scale_inv, self.height, self.width)
+        return scale_blocks(decode_fp8(self.elements), self.scale_inv, self.height, self.width)
 
 
 def quantize_current(
     x: Float[Tensor, "M K"],
     format: FP8 = E4M3,
     *,
+    groups: Groups | None = None,
     power_of_two: bool = False,
-    amax: Float[Tensor, ""] | None = None,
+    amax: Float[Tensor, " G"] | None = None,
 ) -> ScaledFP8:
-    """Quantise a tensor by its own largest magnitude, or by `amax` where it is known over more."""
-    found = x.abs().amax().float() if amax is None else amax
-    scale = encode_scale(found.view(1, 1), format, FLT_MAX, power_of_two)
-    return _cast(x, format, scale, x.shape[0], x.shape[1])
+    """Quantise by the largest magnitude of each tensor, or by `amax` known over more of it."""
+    groups = Groups((x.shape[0],)) if groups is None else groups
+    found = groups.largest(block_amax(x, 1, x.shape[1]), 1) if amax is None else amax
+    scale = encode_scale(found, format, FLT_MAX, power_of_two)
+    return quantize_scaled(x, format, scale, groups)
 
 
-def quantize_scaled(x: Float[Tensor, "M K"], format: FP8, scale: Float[Tensor, ""]) -> ScaledFP8:
-    """Quantise a tensor by a scale from earlier steps."""
-    return _cast(x, format, scale.view(1, 1), x.shape[0], x.shape[1])
+def quantize_scaled(
+    x: Float[Tensor, "M K"], format: FP8, scale: Float[Tensor, " G"], groups: Groups
+) -> ScaledFP8:
+    """Quantise each tensor by a scale that is known already."""
+    spread = groups.spread(scale, 1)
+    height = 1 if len(groups.sizes) > 1 else max(1, x.shape[0])
+    return _cast(x, format, spread, height, x.shape[1], per_tensor=True)
 
 
 def quantize_blocks(
     x: Float[Tensor, "M K"],
     format: FP8 = E4M3,
     *,
-    square: bool = False,
+    height: int = 1,
+    width: int = BLOCK,
     power_of_two: bool = True,
 ) -> ScaledFP8:
-    """Quantise a matrix in blocks of 128 along its last dimension, or in squares of 128."""
-    height = BLOCK if square else 1
-    amax = block_amax(x.float(), height, BLOCK)
+    """Quantise a matrix in blocks of 128 along either dimension, or in squares of 128 by 128."""
+    amax = block_amax(x, height, width)
     scale = encode_scale(amax, format, torch.finfo(x.dtype).max, power_of_two)
-    return _cast(x, format, scale, height, BLOCK)
+    return _cast(x, format, scale, height, width)
 
 
 def encode_scale(
@@ -83,6 +92,9 @@ def encode_scale(
     return scale
 
 
-def _cast(x: Tensor, format: FP8, scale: Tensor, height: int, width: int) -> ScaledFP8:
-    scaled = scale_blocks(x.float(), scale, height, width)
-    return ScaledFP8(to_fp8(scaled, format), scale, 1 / scale, height, width)
+def _cast(
+    x: Tensor, format: FP8, scale: Tensor, height: int, width: int, *, per_tensor: bool = False
+) -> ScaledFP8:
+    scaled = scale_blocks(x.float().contiguous(), scale, height, width)
+    elements = to_fp8(scaled, format)
+    return ScaledFP8(elements, scale, 1 / scale, height, width, per_tensor)

@@ -23,10 +23,9 @@ def matrix(*, signs: bool = True) -> Float[Tensor, "16 16"]:
 
 
 def transform(x: Float[Tensor, "M K"], *, signs: bool = True) -> Float[Tensor, "M K"]:
-    """Multiply each chunk of 16 along the last dimension by the matrix.
+    """Multiply each chunk of 16 tokens of every channel, as a row vector, by the matrix.
 
-    Sums are float32, the result is rounded once to bfloat16; the last dimension must be a
-    multiple of 16.
+    Sums are float32, the result is rounded once to bfloat16; M must be a multiple of 16.
     """
-    chunks = x.float().unflatten(-1, (-1, SIZE))
-    return (chunks @ matrix(signs=signs).to(x.device)).flatten(-2).to(torch.bfloat16)
+    chunks = x.float().unflatten(0, (-1, SIZE))
+    return (matrix(signs=signs).T.to(x.device) @ chunks).flatten(0, 1).to(torch.bfloat16)

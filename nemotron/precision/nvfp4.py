@@ -11,12 +11,13 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nemotron.precision.blocks import block_amax, scale_blocks, spread
+from nemotron.precision.blocks import block_amax, scale_blocks
 from nemotron.precision.formats import (
     E2M1_MAX,
     E4M3,
     FLT_MAX,
     decode_e2m1,
+    decode_fp8,
     divide,
     encode_e2m1,
     pack_e2m1,
@@ -25,6 +26,7 @@ from nemotron.precision.formats import (
     to_fp8,
     unpack_e2m1,
 )
+from nemotron.precision.groups import Groups
 
 BLOCK = 16
 GLOBAL_MAX = E4M3.max * E2M1_MAX
@@ -32,87 +34,111 @@ GLOBAL_MAX = E4M3.max * E2M1_MAX
 
 
 @dataclass(frozen=True)
-class NVFP4:
-    """A matrix in NVFP4, quantised along its last dimension."""
+class Scales:
+    """The scales of a matrix in NVFP4."""
 
-    elements: Float[Tensor, "M K"]
-    """E2M1 values in float32."""
-    scales: UInt8[Tensor, "M blocks"]
-    """E4M3 bytes of the blocks' decode scales; a square block's is repeated in its rows."""
-    amax: Float[Tensor, ""]
-    """Largest magnitude of the whole tensor."""
-
-    @cached_property
-    def codes(self) -> UInt8[Tensor, "M half"]:
-        """Two codes a byte."""
-        return pack_e2m1(encode_e2m1(self.elements))
+    bytes: UInt8[Tensor, "rows columns"]
+    """E4M3 bytes of the blocks' decode scales."""
+    amax: Float[Tensor, " G"]
+    """Largest magnitude of each tensor in the matrix."""
+    groups: Groups
+    height: int
+    """Rows of a block."""
+    width: int
+    """Columns of a block."""
 
     @property
-    def scale(self) -> Float[Tensor, ""]:
+    def blocks(self) -> Float[Tensor, "rows columns"]:
+        """The blocks' decode scales."""
+        return decode_fp8(self.bytes.view(E4M3.dtype))
+
+    @property
+    def outer(self) -> Float[Tensor, " G"]:
         """What a product of unscaled operands is multiplied by, for this operand."""
         return self.amax / GLOBAL_MAX
 
+
+@dataclass(frozen=True)
+class NVFP4:
+    """A matrix in NVFP4."""
+
+    elements: Float[Tensor, "M K"]
+    """E2M1 values in float32."""
+    scales: Scales
+
+    @cached_property
+    def codes(self) -> UInt8[Tensor, "M K"]:
+        """A code a byte."""
+        return encode_e2m1(self.elements)
+
     def pack(self) -> "PackedNVFP4":
         """Return the form that takes 4.5 bits for each element."""
-        return PackedNVFP4(self.codes, self.scales, self.amax, self.elements.shape[1])
+        return PackedNVFP4(pack_e2m1(self.codes), self.scales, self.elements.shape[1])
 
     def unscaled(self) -> Float[Tensor, "M K"]:
         """Return elements times block scales: at most 6 significant bits, exact in bfloat16."""
-        return self._scaled(self.scales.view(E4M3.dtype).float())
+        return scale_blocks(
+            self.elements, self.scales.blocks, self.scales.height, self.scales.width
+        )
 
     def dequantize(self) -> Float[Tensor, "M K"]:
         """Return the values in float32, in the kernel's order.
 
         Source: transformer_engine/common/cast/nvfp4/dequantize_nvfp4.cuh.
         """
-        scales = self.scales.view(E4M3.dtype).float() * self.amax * _reciprocal(GLOBAL_MAX)
-        return self._scaled(scales)
-
-    def _scaled(self, scales: Tensor) -> Tensor:
-        # where the rows do not divide by a square's, it has scales for more rows than there are
-        return scale_blocks(self.elements, scales[: self.elements.shape[0]], 1, BLOCK)
+        scales = self.scales
+        amax = scales.groups.spread(scales.amax, scales.height)
+        factors = scales.blocks * amax * _reciprocal(GLOBAL_MAX)
+        return scale_blocks(self.elements, factors, scales.height, scales.width)
 
 
 @dataclass(frozen=True)
 class PackedNVFP4:
     """A matrix in NVFP4 as it is stored."""
 
-    codes: UInt8[Tensor, "M half"]
-    scales: UInt8[Tensor, "M blocks"]
-    amax: Float[Tensor, ""]
+    packed: UInt8[Tensor, "M half"]
+    """Two codes a byte."""
+    scales: Scales
     columns: int
 
     def unpack(self) -> NVFP4:
         """Return the form that is computed with."""
-        elements = decode_e2m1(unpack_e2m1(self.codes))[:, : self.columns]
-        return NVFP4(elements, self.scales, self.amax)
+        return NVFP4(decode_e2m1(self.codes), self.scales)
+
+    @property
+    def codes(self) -> UInt8[Tensor, "M K"]:
+        """A code a byte."""
+        return unpack_e2m1(self.packed)[:, : self.columns].contiguous()
 
 
 def quantize(
     x: Float[Tensor, "M K"],
     *,
-    square: bool = False,
-    amax: Float[Tensor, ""] | None = None,
+    height: int = 1,
+    width: int = BLOCK,
+    groups: Groups | None = None,
+    amax: Float[Tensor, " G"] | None = None,
     bits: UInt8[Tensor, "M K"] | None = None,
 ) -> NVFP4:
-    """Quantise a matrix in blocks of 16 along its last dimension, or in squares of 16 by 16.
+    """Quantise a matrix in blocks of 16 along either dimension, or in squares of 16 by 16.
 
-    `amax` is the largest magnitude when it is known over more than this tensor; `bits` gives each
-    element 8 random bits for stochastic rounding, without them it is rounded to nearest even.
+    `groups` says which rows are tensors of their own, filled up to whole blocks. `amax` is the
+    largest magnitude of each when it is known over more than this matrix; `bits` gives each element
+    8 random bits for stochastic rounding, without them it is rounded to nearest even.
     """
-    wide, height = x.float(), BLOCK if square else 1
-    blocks = block_amax(wide, height, BLOCK)
-    amax = blocks.amax() if amax is None else amax
+    groups = Groups((x.shape[0],)) if groups is None else groups
+    wide = x.float().contiguous()
+    blocks = block_amax(wide, height, width)
+    amax = groups.largest(blocks, height) if amax is None else amax
     encode = _global_encode_scale(amax)
-    folded = encode * _reciprocal(E2M1_MAX)
-    scales = to_fp8((blocks * folded).clamp(max=FLT_MAX), E4M3)
+    folded = groups.spread(encode * _reciprocal(E2M1_MAX), height)
+    decode = groups.spread(1 / encode, height)
+    scales = to_fp8((blocks * folded).clamp_(max=FLT_MAX), E4M3)
     # one over a zero scale is infinite: such a block decodes to zeros, whatever its codes are
-    factors = (1 / (scales.float() * (1 / encode))).clamp(max=FLT_MAX)
-    y = scale_blocks(wide, factors, height, BLOCK)
+    factors = decode_fp8(scales).mul_(decode).reciprocal_().clamp_(max=FLT_MAX)
+    y = scale_blocks(wide, factors, height, width)
     elements = round_e2m1(y) if bits is None else round_e2m1_stochastically(y, bits)
-    padded_rows = blocks.shape[0] * height
-    per_row = spread(scales.view(torch.uint8), height, 1, (padded_rows, blocks.shape[1]))
-    return NVFP4(elements, per_row.contiguous(), amax)
+    return NVFP4(elements, Scales(scales.view(torch.uint8), amax, groups, height, width))
 
 
 def _global_encode_scale(amax: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Random bits for stochastic rounding: a function of a key and an element's place, no state.
 
-Source: Salmon et al. 2011, "Parallel Random Numbers: As Easy as 1, 2, 3" (Philox4x32-10).
+Source: Steele, Lea and Flood 2014, "Fast Splittable Pseudorandom Number Generators" (SplitMix64).
 """
 
 from dataclasses import dataclass, replace
@@ -9,24 +9,26 @@ import torch
 from jaxtyping import Int, UInt8
 from torch import Tensor
 
-ROUNDS = 10
-MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
-WEYL = (0x9E3779B9, 0xBB67AE85)
-LOW = 0xFFFFFFFF
-BYTES_PER_CALL = 16
+from nemotron.precision.groups import Groups
+
+GAMMA = 0x9E3779B97F4A7C15
+"""What the state grows by from one word to the next."""
+MIX = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
+"""Shifts and factors that make a word out of a state; a last shift of 31 follows."""
+BYTES = 8
+"""Of a word."""
 
 
-def philox(counter: Int[Tensor, "calls 4"], key: tuple[int, int]) -> Int[Tensor, "calls 4"]:
-    """Return four random words of 32 bits, held in int64, for each counter of four such words."""
-    words = list(counter.unbind(-1))
-    k0, k1 = key
-    for _ in range(ROUNDS):
-        # each product of two 32-bit words needs 64 bits, of which int64 keeps the right ones
-        high0, low0 = _multiply(words[0], MULTIPLIERS[0])
-        high1, low1 = _multiply(words[2], MULTIPLIERS[1])
-        words = [high1 ^ words[1] ^ k0, low1, high0 ^ words[3] ^ k1, low0]
-        k0, k1 = k0 + WEYL[0] & LOW, k1 + WEYL[1] & LOW
-    return torch.stack(words, -1)
+def mix(state: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Make a random word of 64 bits out of each state, in place."""
+    for shift, factor in MIX:
+        state.bitwise_xor_(_shifted(state, shift)).mul_(_signed(factor))
+    return state.bitwise_xor_(_shifted(state, 31))
+
+
+def words(start: Int[Tensor, "*shape"], numbers: Int[Tensor, "*shape"]) -> Int[Tensor, "*shape"]:
+    """Return the words of those numbers, counted from 0, of the sequences with those seeds."""
+    return mix((numbers + 1) * _signed(GAMMA) + start)
 
 
 Numbers = int | Int[Tensor, "*n"]
@@ -37,63 +39,61 @@ Numbers = int | Int[Tensor, "*n"]
 class Draw:
     """What the random bits of a gradient hang on; nothing is drawn without it."""
 
-    key: tuple[int, int]
-    """Two 32-bit words that name seed, step, layer and call."""
+    key: int
+    """A word of 64 bits that names seed, step, layer and call."""
     rows: Numbers = 0
     """Number of each row in the whole batch of the step."""
     columns: Numbers = 0
     """Number of each column in the whole matrix, of which a rank may hold some."""
 
-    def part(self, rows: slice) -> "Draw":
-        """Return what belongs to some of the rows."""
-        own = self.rows + rows.start if isinstance(self.rows, int) else self.rows[rows]
-        return replace(self, rows=own)
+    def fill(self, groups: Groups) -> "Draw":
+        """Number the rows of a matrix that is filled up: those that fill a tensor are numbered on.
+
+        They need bits as well: the Hadamard transform mixes a chunk's tokens into all its rows.
+        """
+        if groups.filled == groups.sizes:
+            return self
+        own = self.rows
+        if isinstance(own, int):
+            own = torch.arange(own, own + sum(groups.sizes))
+        sizes, filled = torch.tensor(groups.sizes), torch.tensor(groups.filled)
+        group = torch.arange(len(sizes)).repeat_interleave(filled)
+        place = torch.arange(len(group)) - torch.tensor(groups.starts)[group]
+        last = sizes[group] - 1
+        source = (sizes.cumsum(0) - sizes)[group] + place.minimum(last)
+        return replace(self, rows=own.cpu()[source] + (place - last).clamp(min=0))
 
     def bits(
         self, rows: int, columns: int, *, stream: int, device: torch.device
     ) -> UInt8[Tensor, "rows columns"]:
-        """Return 8 random bits for each element; another stream gives others.
-
-        Rows beyond those that have a number, which only fill up a chunk, are numbered on.
-        """
+        """Return 8 random bits for each element; another stream gives others."""
         numbers = _numbered(self.rows, rows, device)
+        # a row's seed is a word of the stream's sequence, whose own seed is one of the key's
+        key = words(torch.tensor(_signed(self.key)), torch.tensor(stream)).to(device)
+        seeds = words(key, numbers).unsqueeze(1)
         if isinstance(self.columns, int):
-            aligned = self.columns // BYTES_PER_CALL * BYTES_PER_CALL
-            first = self.columns - aligned
-            calls = torch.arange(-(-(first + columns) // BYTES_PER_CALL), device=device)
-            calls = calls + aligned // BYTES_PER_CALL
-            drawn = _random_bytes(numbers, calls, self.key, stream)
+            first = self.columns % BYTES
+            calls = torch.arange(-(-(first + columns) // BYTES), device=device)
+            drawn = words(seeds, calls + self.columns // BYTES).view(torch.uint8)
             return drawn[:, first : first + columns]
         own = self.columns.to(device)
-        calls, place = (own // BYTES_PER_CALL).unique(return_inverse=True)
-        drawn = _random_bytes(numbers, calls, self.key, stream)
-        return drawn[:, place * BYTES_PER_CALL + own % BYTES_PER_CALL]
+        calls, place = (own // BYTES).unique(return_inverse=True)
+        drawn = words(seeds, calls).view(torch.uint8)
+        return drawn[:, place * BYTES + own % BYTES]
 
 
 def _numbered(rows: Numbers, count: int, device: torch.device) -> Int[Tensor, " count"]:
     if isinstance(rows, int):
         return torch.arange(rows, rows + count, device=device)
-    own = rows.to(device)
-    missing = count - own.shape[0]
-    assert missing >= 0, f"{own.shape[0]} numbers for {count} rows"
-    if not missing:
-        return own
-    return torch.cat([own, own[-1] + torch.arange(1, missing + 1, device=device)])
+    assert rows.shape == (count,), f"{tuple(rows.shape)} numbers for {count} rows"
+    return rows.to(device)
 
 
-def _random_bytes(
-    rows: Int[Tensor, " M"], calls: Int[Tensor, " C"], key: tuple[int, int], stream: int
-) -> UInt8[Tensor, "M bytes"]:
-    """Return the 16 bytes of each call in each row."""
-    row, call = rows.repeat_interleave(len(calls)), calls.repeat(len(rows))
-    counter = torch.stack([call, row & LOW, row >> 32, torch.full_like(row, stream)], -1)
-    words = philox(counter, key)
-    # of each word the four low bytes, the lowest first
-    low = words.view(torch.uint8).view(-1, BYTES_PER_CALL // 4, 8)[:, :, :4]
-    return low.reshape(len(rows), len(calls) * BYTES_PER_CALL)
+def _shifted(state: Tensor, by: int) -> Tensor:
+    """Shift words to the right as if they had no sign."""
+    return (state >> by).bitwise_and_((1 << 64 - by) - 1)
 
 
-def _multiply(word: Tensor, factor: int) -> tuple[Tensor, Tensor]:
-    """Return the high and low 32 bits of the product of two 32-bit words."""
-    product = word * factor
-    return (product >> 32) & LOW, product & LOW
+def _signed(word: int) -> int:
+    """Return the int64 with the bits of a word."""
+    return word - (1 << 64) if word >> 63 else word

@@ -5,6 +5,7 @@ the scales: NVIDIA, cuBLAS documentation, "Scaling Factors Layouts"; pytorch/pyt
 aten/src/ATen/native/cuda/ScaledBlas.cpp.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,8 +15,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
 from nemotron.precision import mxfp8, nvfp4
-from nemotron.precision.blocks import spread
-from nemotron.precision.formats import pack_e2m1, unpack_e2m1
+from nemotron.precision.formats import pack_e2m1
 from nemotron.precision.fp8 import BLOCK, ScaledFP8
 from nemotron.precision.schemes import Quantized
 
@@ -33,95 +33,102 @@ class Side:
     swizzles: list[SwizzleType]
 
 
-def multiply(left: Quantized, right: Quantized, dtype: torch.dtype) -> Float[Tensor, "M N"]:
-    """Return left rightᵀ, summed in float32 on the device and rounded once."""
-    rows, columns = _num_rows(left), _num_rows(right)
-    # blocks of 128 may be one scale, too: cuBLAS takes that for both sides or for none
-    has_one = _has_one_scale(left) and _has_one_scale(right)
-    a, b = _side(left, has_one), _side(right, has_one)
-    result = F.scaled_mm(
-        a.elements,
-        b.elements.T,
-        a.scales,
-        a.kinds,
-        b.scales,
-        b.kinds,
-        swizzle_a=a.swizzles,
-        swizzle_b=b.swizzles,
-        output_dtype=dtype,
-        use_fast_accum=False,  # it keeps fewer bits of the sums
-    )
-    return result[:rows, :columns]
+def multiply(left: Quantized, right: Quantized, outs: Sequence[Float[Tensor, "M N"]]) -> None:
+    """Write left rightᵀ of each tensor into `outs`, summed in float32 there and rounded once."""
+    for group, out in enumerate(outs):
+        if not left.groups.sizes[group] or not right.groups.sizes[group]:
+            out.zero_()
+            continue
+        a, b = _sides(left, right, group)
+        result = F.scaled_mm(
+            a.elements,
+            b.elements.T,
+            a.scales,
+            a.kinds,
+            b.scales,
+            b.kinds,
+            swizzle_a=a.swizzles,
+            swizzle_b=b.swizzles,
+            output_dtype=out.dtype,
+            use_fast_accum=False,  # it keeps fewer bits of the sums
+        )
+        out.copy_(result[: out.shape[0], : out.shape[1]])
 
 
-def _has_one_scale(side: Quantized) -> bool:
-    return isinstance(side.matrix, ScaledFP8) and side.matrix.scale_inv.numel() == 1
+def _sides(left: Quantized, right: Quantized, group: int) -> tuple[Side, Side]:
+    a, b = left.matrix, right.matrix
+    if isinstance(a, ScaledFP8) and isinstance(b, ScaledFP8):
+        parts = _FP8Part.of(a, left, group), _FP8Part.of(b, right, group)
+        # blocks of 128 may be one scale, too: cuBLAS takes that for both sides or for none
+        has_one = all(part.scale_inv.numel() == 1 for part in parts)
+        first, second = (part.side(has_one=has_one) for part in parts)
+        return first, second
+    return _side(left, group), _side(right, group)
 
 
-def _num_rows(side: Quantized) -> int:
-    matrix = side.matrix
-    if isinstance(matrix, nvfp4.PackedNVFP4):
-        return matrix.columns if side.turned else matrix.codes.shape[0]
-    return matrix.elements.shape[1 if side.turned else 0]
+@dataclass(frozen=True)
+class _FP8Part:
+    """One tensor's part of a matrix in FP8, contracted along its last dimension."""
 
+    elements: Tensor
+    scale_inv: Tensor
+    height: int
 
-def _side(side: Quantized, has_one: bool) -> Side:
-    matrix = side.matrix
-    if isinstance(matrix, mxfp8.MXFP8):
-        return _mxfp8(matrix, side.turned)
-    if isinstance(matrix, ScaledFP8):
+    @classmethod
+    def of(cls, matrix: ScaledFP8, side: Quantized, group: int) -> "_FP8Part":
+        rows = side.groups.filled_rows(group)
+        elements = _lying(matrix.elements[rows], side.turned)
+        if matrix.per_tensor:
+            first = 0 if len(matrix.scale_inv) == 1 else rows.start
+            return cls(elements, matrix.scale_inv[first : first + 1], 1)
+        scales = matrix.scale_inv[side.groups.filled_rows(group, matrix.height)]
+        height = matrix.width if side.turned else matrix.height
+        return cls(elements, _lying(scales, side.turned), height)
+
+    def side(self, *, has_one: bool) -> Side:
         if has_one:
-            return _one_scale(matrix, side.turned)
-        return _squares(matrix, side.turned) if matrix.height == BLOCK else _rows(matrix)
-    return _nvfp4(matrix, side.turned)
+            elements = _filled(self.elements, 16, 16)
+            return Side(elements, [self.scale_inv.view(())], [ScalingType.TensorWise], [])
+        kind, swizzle = ScalingType.BlockWise1x128, SwizzleType.NO_SWIZZLE
+        elements = _filled(self.elements, BLOCK, BLOCK)
+        if self.height == 1:  # a row's blocks, whose scales lie column by column
+            scales = _filled(self.scale_inv, BLOCK, 1).T.contiguous().T
+        else:  # squares, whose scales along the contracted dimension are rounded up to four
+            kind = ScalingType.BlockWise128x128
+            scales = _filled(self.scale_inv, 1, 4).T
+        return Side(elements, [scales], [kind], [swizzle])
 
 
-def _one_scale(matrix: ScaledFP8, turned: bool) -> Side:
-    elements = _filled(_lying(matrix.elements, turned), 16, 16)
-    return Side(elements, [matrix.scale_inv.view(())], [ScalingType.TensorWise], [])
-
-
-def _rows(matrix: ScaledFP8) -> Side:
-    """A row's blocks of 128, whose scales lie column by column."""
-    elements = _filled(matrix.elements, BLOCK, BLOCK)
-    scales = _filled(matrix.scale_inv, BLOCK, 1).T.contiguous().T
-    return Side(elements, [scales], [ScalingType.BlockWise1x128], [SwizzleType.NO_SWIZZLE])
-
-
-def _squares(matrix: ScaledFP8, turned: bool) -> Side:
-    """Squares of 128, whose scales along the contracted dimension are rounded up to four."""
-    elements = _filled(_lying(matrix.elements, turned), BLOCK, BLOCK)
-    scales = _filled(_lying(matrix.scale_inv, turned), 1, 4).T
-    return Side(elements, [scales], [ScalingType.BlockWise128x128], [SwizzleType.NO_SWIZZLE])
-
-
-def _mxfp8(matrix: mxfp8.MXFP8, turned: bool) -> Side:
-    assert matrix.height == 1, "squares of MXFP8 have no product here"
-    assert not turned, "blocks of a row do not turn"
-    elements = _filled(matrix.elements, 16, mxfp8.BLOCK)
-    scales = _swizzled(matrix.scales).view(torch.float8_e8m0fnu)
-    return Side(elements, [scales], [ScalingType.BlockWise1x32], [SwizzleType.SWIZZLE_32_4_4])
-
-
-def _nvfp4(matrix: nvfp4.NVFP4 | nvfp4.PackedNVFP4, turned: bool) -> Side:
-    codes, scales = matrix.codes, matrix.scales
-    if turned:  # of a square's 16 equal rows of scales, one
-        columns = matrix.columns if isinstance(matrix, nvfp4.PackedNVFP4) else None
-        codes = pack_e2m1(unpack_e2m1(codes)[:, :columns].T.contiguous())
-        squares = scales[:: nvfp4.BLOCK].T
-        scales = spread(squares, nvfp4.BLOCK, 1, (codes.shape[0], squares.shape[1])).contiguous()
+def _side(side: Quantized, group: int) -> Side:
+    matrix, rows = side.matrix, side.groups.filled_rows(group)
+    if isinstance(matrix, mxfp8.MXFP8):
+        assert matrix.height * matrix.width == mxfp8.BLOCK, "squares of MXFP8 have no product here"
+        scales = matrix.scales[side.groups.filled_rows(group, matrix.height)]
+        return Side(
+            _filled(_lying(matrix.elements[rows], side.turned), 16, mxfp8.BLOCK),
+            [_swizzled(_lying(scales, side.turned)).view(torch.float8_e8m0fnu)],
+            [ScalingType.BlockWise1x32],
+            [SwizzleType.SWIZZLE_32_4_4],
+        )
+    assert not isinstance(matrix, ScaledFP8)
+    scales = matrix.scales.bytes[side.groups.filled_rows(group, matrix.scales.height)]
+    codes, scales = _lying(matrix.codes[rows], side.turned), _lying(scales, side.turned)
+    if matrix.scales.height == matrix.scales.width:  # a square's rows get a scale each
+        scales = scales.repeat_interleave(nvfp4.BLOCK, 0)[: codes.shape[0]]
     # a byte holds two elements: 16 bytes are the 32 elements that cuBLAS asks for
-    elements = _filled(codes, 16, 16).view(torch.float4_e2m1fn_x2)
-    block_scales = _swizzled(scales[: codes.shape[0]]).view(torch.float8_e4m3fn)
     return Side(
-        elements,
-        [block_scales, (matrix.amax / nvfp4.GLOBAL_MAX).view(())],
+        _filled(pack_e2m1(codes), 16, 16).view(torch.float4_e2m1fn_x2),
+        [
+            _swizzled(scales).view(torch.float8_e4m3fn),
+            matrix.scales.outer[group],
+        ],
         [ScalingType.BlockWise1x16, ScalingType.TensorWise],
         [SwizzleType.SWIZZLE_32_4_4, SwizzleType.NO_SWIZZLE],
     )
 
 
-def _lying(matrix: Tensor, turned: bool) -> Tensor:
+def _lying(matrix: Shaped[Tensor, "rows columns"], turned: bool) -> Tensor:
+    """Let the contracted dimension be the last."""
     return matrix.T.contiguous() if turned else matrix
 
 

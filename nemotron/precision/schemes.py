@@ -6,97 +6,131 @@ Source: NVIDIA/TransformerEngine: transformer_engine/common/recipe/__init__.py.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.precision import fp8, hadamard, mxfp8, nvfp4
+from nemotron.precision.blocks import block_amax
 from nemotron.precision.formats import E2M1_MAX, E4M3, E5M2
+from nemotron.precision.groups import Groups, Sizes
 from nemotron.precision.random_bits import Draw
 
 Reduce = Callable[[Tensor], Tensor]
-"""Makes the largest magnitude of a whole tensor out of that of the part that is held here."""
+"""Makes the largest magnitudes of whole tensors out of those of the parts that are held here."""
+Matrix = nvfp4.NVFP4 | nvfp4.PackedNVFP4 | mxfp8.MXFP8 | fp8.ScaledFP8
 
 
 @dataclass(frozen=True)
 class Operand:
-    """A decoded side of a product: `values` along the contracted dimension, times `scale`."""
+    """A decoded side of a product: `values`, times the `scale` of each tensor."""
 
-    values: Float[Tensor, "rows K"]
+    values: Float[Tensor, "M K"]
     elements: Tensor
-    """[rows, K]: what the codes alone stand for."""
+    """[M, K]: what the codes alone stand for."""
     largest: float
     """Largest magnitude that a code stands for."""
-    scale: Float[Tensor, ""] | None = None
+    groups: Groups
+    turned: bool
+    scale: Float[Tensor, " G"] | None = None
+
+    def side(self, group: int) -> Float[Tensor, "rows contracted"]:
+        """Return what one tensor brings to its product, before `scale`."""
+        if self.turned:
+            return self.values[self.groups.filled_rows(group)].T
+        return self.values[self.groups.rows(group)]
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """A side of a product in codes and scales, which may lie turned: [K, rows]."""
+    """A side of the products of some tensors, in codes and scales."""
 
-    matrix: nvfp4.NVFP4 | nvfp4.PackedNVFP4 | mxfp8.MXFP8 | fp8.ScaledFP8
+    matrix: Matrix
+    """The tensors one under another, filled up."""
+    groups: Groups
     turned: bool = False
-
-    def turn(self) -> "Quantized":
-        """Return the same numbers as a side that contracts the other dimension."""
-        return replace(self, turned=not self.turned)
+    """Whether the products contract the matrix's rows, not its columns."""
 
     def operand(self) -> Operand:
-        """Decode it; the global scale of NVFP4 is left to the product."""
+        """Decode it; the scale of a whole tensor in NVFP4 is left to the product."""
         matrix = self.matrix.unpack() if isinstance(self.matrix, nvfp4.PackedNVFP4) else self.matrix
         if isinstance(matrix, nvfp4.NVFP4):
-            found = Operand(matrix.unscaled(), matrix.elements, E2M1_MAX, matrix.scale)
-        else:
-            largest = torch.finfo(matrix.elements.dtype).max
-            found = Operand(matrix.dequantize(), matrix.elements, largest)
-        if self.turned:
-            found = replace(found, values=found.values.T, elements=found.elements.T)
-        return found
+            values, elements, scale = matrix.unscaled(), matrix.elements, matrix.scales.outer
+            return Operand(values, elements, E2M1_MAX, self.groups, self.turned, scale)
+        largest = torch.finfo(matrix.elements.dtype).max
+        values = matrix.dequantize()
+        return Operand(values, matrix.elements, largest, self.groups, self.turned)
+
+
+def multiply(left: Quantized, right: Quantized, outs: Sequence[Float[Tensor, "M N"]]) -> None:
+    """Write left rightᵀ of each tensor into `outs`.
+
+    Decoded values are multiplied in float32, scaled once and rounded once.
+    """
+    a, b = left.operand(), right.operand()
+    for group, out in enumerate(outs):
+        x, y = a.side(group), b.side(group)
+        # what one of them has more are the zeros that fill it up
+        inner = min(x.shape[1], y.shape[1])
+        result = x[:, :inner] @ y[:, :inner].T
+        if a.scale is not None and b.scale is not None:
+            result *= a.scale[group] * b.scale[group]
+        out.copy_(result)
 
 
 @dataclass(frozen=True)
 class Scheme(ABC):
-    """How one format treats the operands `x`, `w` and `dy` of a layer."""
+    """How one format treats the operands of a layer: `x`, `w` and `dy`."""
 
+    multiple: ClassVar[int] = 1
+    """Rows of a block: a tensor's are filled up to a multiple of it."""
     reduce: Mapping[str, Reduce] = field(default_factory=dict, kw_only=True)
     """For each operand of which this process holds a part, how to know the whole's magnitude."""
 
-    @abstractmethod
-    def activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        """Quantise X for fprop."""
+    def quantize(
+        self,
+        operand: str,
+        tensor: Float[Tensor, "M K"],
+        sizes: Sizes | None = None,
+        *,
+        draw: Draw | None = None,
+        both: bool = True,
+    ) -> tuple[Quantized, Quantized | None]:
+        """Return an operand as a side that contracts its columns, and as one that contracts rows.
 
-    @abstractmethod
-    def kept_activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        """Quantise Xᵀ for wgrad, in the form that is kept until then."""
+        The second is in the form in which it is kept for backward; `both` says whether it is
+        needed. `sizes` are the rows of each expert, which lie one under another; `draw` names the
+        random bits of a gradient's rounding.
+        """
+        groups = Groups((tensor.shape[0],) if sizes is None else sizes, self.multiple)
+        row, turned = self._matrices(operand, groups.fill(tensor), groups, draw, both=both)
+        if turned is None:
+            return Quantized(row, groups), None
+        return Quantized(row, groups), Quantized(turned, groups, turned=True)
 
-    @abstractmethod
-    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Quantized, Quantized]:
-        """Quantise W for fprop, and Wᵀ for dgrad in the form that is kept until then."""
-
-    @abstractmethod
-    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Quantized, Quantized]:
-        """Quantise dY for dgrad and dYᵀ for wgrad."""
-
-    def remember(self, operand: str, tensor: Tensor) -> None:  # noqa: B027, most need nothing
+    def remember(  # noqa: B027, most need nothing
+        self, operand: str, tensor: Float[Tensor, "M K"], sizes: Sizes | None = None
+    ) -> None:
         """Take note of an operand of a training step; only delayed scaling does."""
 
-    def _amax(self, operand: str, tensor: Tensor) -> Float[Tensor, ""] | None:
-        """Return the largest magnitude where it is not the tensor's own."""
+    @abstractmethod
+    def _matrices(
+        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+    ) -> tuple[Matrix, Matrix | None]:
+        """Quantise along the columns, and along the rows where both are needed."""
+
+    def _amax(self, operand: str, filled: Tensor, groups: Groups) -> Float[Tensor, " G"] | None:
+        """Return the largest magnitude of each tensor where it is not that of what is here."""
         reduce = self.reduce.get(operand)
-        return None if reduce is None else reduce(tensor.abs().amax().float())
-
-
-def multiply(left: Quantized, right: Quantized, dtype: torch.dtype) -> Float[Tensor, "M N"]:
-    """Return left rightᵀ: decoded values multiplied in float32, scaled once, rounded once."""
-    a, b = left.operand(), right.operand()
-    result = a.values @ b.values.T
-    if a.scale is not None and b.scale is not None:
-        result *= a.scale * b.scale
-    return result.to(dtype)
+        return (
+            None
+            if reduce is None
+            else reduce(groups.largest(block_amax(filled, 1, filled.shape[1]), 1))
+        )
 
 
 @dataclass(frozen=True)
@@ -106,40 +140,45 @@ class NVFP4Scheme(Scheme):
     Source: transformer_engine/common/recipe/__init__.py, NVFP4BlockScaling.
     """
 
+    multiple: ClassVar[int] = nvfp4.BLOCK
     hadamard: bool = True
     stochastic: bool = True
     square_weights: bool = True
 
-    def activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        return Quantized(nvfp4.quantize(x, amax=self._amax("x", x)))
+    def _matrices(
+        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+    ) -> tuple[Matrix, Matrix | None]:
+        wide = filled.float()
+        is_square = operand == "w" and self.square_weights
+        row = nvfp4.quantize(
+            wide,
+            height=nvfp4.BLOCK if is_square else 1,
+            groups=groups,
+            amax=self._amax(operand, wide, groups),
+            bits=self._bits(operand, filled, groups, draw, stream=0),
+        )
+        if is_square:  # the other direction has the same values
+            return row, row.pack()
+        if not both:
+            return row, None
+        is_transformed = operand != "w" and self.hadamard
+        tokens = hadamard.transform(wide).float() if is_transformed else wide
+        turned = nvfp4.quantize(
+            tokens,
+            height=nvfp4.BLOCK,
+            width=1,
+            groups=groups,
+            amax=self._amax(operand, tokens, groups),
+            bits=self._bits(operand, filled, groups, draw, stream=1),
+        )
+        return row, turned if operand == "dy" else turned.pack()
 
-    def kept_activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        turned = self._turned(x)
-        return Quantized(nvfp4.quantize(turned, amax=self._amax("x", turned)).pack())
-
-    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Quantized, Quantized]:
-        amax = self._amax("w", w)
-        row = nvfp4.quantize(w, square=self.square_weights, amax=amax)
-        if self.square_weights:  # the other direction has the same values
-            return Quantized(row), Quantized(row.pack(), turned=True)
-        return Quantized(row), Quantized(nvfp4.quantize(w.T.contiguous(), amax=amax).pack())
-
-    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Quantized, Quantized]:
-        turned = self._turned(dy)
-        row_bits = turned_bits = None
-        if self.stochastic and draw is not None:
-            rows, columns = dy.shape
-            row_bits = draw.bits(rows, columns, stream=0, device=dy.device)
-            turned_bits = draw.bits(turned.shape[1], columns, stream=1, device=dy.device).T
-        row = nvfp4.quantize(dy, amax=self._amax("dy", dy), bits=row_bits)
-        column = nvfp4.quantize(turned, amax=self._amax("dy", turned), bits=turned_bits)
-        return Quantized(row), Quantized(column)
-
-    def _turned(self, x: Tensor) -> Tensor:
-        """Return xᵀ, whole chunks of tokens long, transformed where the scheme says so."""
-        padded = F.pad(x, (0, 0, 0, -x.shape[0] % hadamard.SIZE))
-        turned = padded.T.contiguous()
-        return hadamard.transform(turned) if self.hadamard else turned
+    def _bits(
+        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, stream: int
+    ) -> Tensor | None:
+        if operand != "dy" or draw is None or not self.stochastic:
+            return None
+        return draw.fill(groups).bits(*filled.shape, stream=stream, device=filled.device)
 
 
 @dataclass(frozen=True)
@@ -149,17 +188,13 @@ class MXFP8Scheme(Scheme):
     Source: transformer_engine/common/recipe/__init__.py, MXFP8BlockScaling.
     """
 
-    def activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        return Quantized(mxfp8.quantize(x))
+    multiple: ClassVar[int] = mxfp8.BLOCK
 
-    def kept_activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        return Quantized(mxfp8.quantize(x.T.contiguous()))
-
-    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Quantized, Quantized]:
-        return Quantized(mxfp8.quantize(w)), Quantized(mxfp8.quantize(w.T.contiguous()))
-
-    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Quantized, Quantized]:
-        return Quantized(mxfp8.quantize(dy)), Quantized(mxfp8.quantize(dy.T.contiguous()))
+    def _matrices(
+        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+    ) -> tuple[Matrix, Matrix | None]:
+        row = mxfp8.quantize(filled)
+        return row, mxfp8.quantize(filled, height=mxfp8.BLOCK, width=1) if both else None
 
 
 @dataclass(frozen=True)
@@ -169,19 +204,12 @@ class CurrentFP8Scheme(Scheme):
     Source: transformer_engine/common/recipe/__init__.py, Float8CurrentScaling.
     """
 
-    def activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        return Quantized(fp8.quantize_current(x, E4M3, amax=self._amax("x", x)))
-
-    def kept_activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        return self.activation(x).turn()
-
-    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Quantized, Quantized]:
-        found = Quantized(fp8.quantize_current(w, E4M3, amax=self._amax("w", w)))
-        return found, found.turn()
-
-    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Quantized, Quantized]:
-        found = Quantized(fp8.quantize_current(dy, E5M2, amax=self._amax("dy", dy)))
-        return found, found.turn()
+    def _matrices(
+        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+    ) -> tuple[Matrix, Matrix | None]:
+        amax = self._amax(operand, filled, groups)
+        found = fp8.quantize_current(filled, PER_TENSOR[operand], groups=groups, amax=amax)
+        return found, found
 
 
 @dataclass(frozen=True)
@@ -191,21 +219,20 @@ class BlockFP8Scheme(Scheme):
     Source: transformer_engine/common/recipe/__init__.py, Float8BlockScaling.
     """
 
-    def activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        return Quantized(fp8.quantize_blocks(x))
+    multiple: ClassVar[int] = fp8.BLOCK
 
-    def kept_activation(self, x: Float[Tensor, "M K"]) -> Quantized:
-        return Quantized(fp8.quantize_blocks(x.T.contiguous()))
-
-    def weight(self, w: Float[Tensor, "N K"]) -> tuple[Quantized, Quantized]:
-        found = Quantized(fp8.quantize_blocks(w, square=True))
-        return found, found.turn()
-
-    def gradient(self, dy: Float[Tensor, "M N"], draw: Draw | None) -> tuple[Quantized, Quantized]:
-        turned = fp8.quantize_blocks(dy.T.contiguous())
-        return Quantized(fp8.quantize_blocks(dy)), Quantized(turned)
+    def _matrices(
+        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+    ) -> tuple[Matrix, Matrix | None]:
+        if operand == "w":
+            squares = fp8.quantize_blocks(filled, height=fp8.BLOCK)
+            return squares, squares
+        row = fp8.quantize_blocks(filled)
+        return row, fp8.quantize_blocks(filled, height=fp8.BLOCK, width=1) if both else None
 
 
+PER_TENSOR = {"x": E4M3, "w": E4M3, "dy": E5M2}
+"""Elements of each operand that has one scale (TE's HYBRID)."""
 SCHEMES: dict[str, Scheme] = {
     "nvfp4": NVFP4Scheme(),
     "mxfp8": MXFP8Scheme(),

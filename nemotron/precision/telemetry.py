@@ -13,7 +13,6 @@ class Tally:
     """Sums over everything that was observed of one operand of one layer."""
 
     amax: float = 0.0
-    count: int = 0
     nonzero: int = 0
     underflowed: int = 0
     saturated: int = 0
@@ -21,14 +20,15 @@ class Tally:
     norm: float = 0.0
 
     def add(self, tensor: Tensor, operand: Operand) -> None:
-        """Compare a tensor with its quantised form."""
-        exact = tensor.detach().float()
-        values = operand.values if operand.scale is None else operand.values * operand.scale
+        """Compare tensors, one under another, with their quantised form."""
+        exact = operand.groups.fill(tensor.detach()).float()
+        values = operand.values
+        if operand.scale is not None:
+            values = values * operand.groups.spread(operand.scale, 1)
         magnitude = exact.abs()
         lost = (values == 0) & (exact != 0)
         at_end = operand.elements.float().abs() == operand.largest
         self.amax = max(self.amax, magnitude.max().item())
-        self.count += exact.numel()
         self.nonzero += int((exact != 0).sum())
         self.underflowed += int(lost.sum())
         self.saturated += int((at_end & (magnitude > values.abs())).sum())

@@ -11,12 +11,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.func import functional_call
 
 from nemotron.precision.config import NVFP4Config
+from nemotron.precision.groups import Groups
 from nemotron.precision.random_bits import Draw
 
 MULTIPLES = {"fp8_current": 16, "fp8_block": 128, "mxfp8": 32, "nvfp4": 32}
@@ -44,7 +44,7 @@ class TransformerEngineLayer:
         if "weight" not in self._modules:
             sizes = (weight.shape[1], weight.shape[0])
             self._modules["weight"] = _emptied(te.Linear, sizes, x.device)
-        filled = F.pad(x, (0, 0, 0, -x.shape[0] % self._multiple))
+        filled = Groups((x.shape[0],), self._multiple).fill(x)
         with te.autocast(enabled=True, recipe=self._recipe):
             y = functional_call(
                 self._modules["weight"], {"weight": weight.to(torch.bfloat16)}, (filled,)
@@ -64,17 +64,12 @@ class TransformerEngineLayer:
         if name not in self._modules:
             sizes = (weight.shape[0], weight.shape[2], weight.shape[1])
             self._modules[name] = _emptied(te.GroupedLinear, sizes, x.device)
-        filled = (counts + self._multiple - 1) // self._multiple * self._multiple
-        # a row's place is moved by what the experts before it were filled up with
-        moved = torch.repeat_interleave(
-            (filled - counts).cumsum(0) - (filled - counts), counts, output_size=x.shape[0]
-        )
-        places = torch.arange(x.shape[0], device=x.device) + moved
-        splits = filled.tolist()
-        rows = x.new_zeros(sum(splits), x.shape[1]).index_copy(0, places, x)
+        groups = Groups(tuple(counts.tolist()), self._multiple)
         weights = {f"weight{i}": w for i, w in enumerate(weight.to(torch.bfloat16).unbind())}
         with te.autocast(enabled=True, recipe=self._recipe):
-            return functional_call(self._modules[name], weights, (rows, splits))[places]
+            splits = list(groups.filled)
+            y = functional_call(self._modules[name], weights, (groups.fill(x), splits))
+        return y[groups.places(x.device)]
 
 
 def _emptied(

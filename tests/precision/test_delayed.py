@@ -63,7 +63,7 @@ def test_scales_and_histories_are_those_of_the_kernel(algorithm, steps, length, 
     histories = Histories({"layer": 1}, options, torch.device("cpu"))
     kernels = {"x": Kernel(448.0, options), "w": Kernel(448.0, options),
                "dy": Kernel(57344.0, options)}  # fmt: skip
-    scheme = DelayedFP8Scheme(histories.slots("layer")[0])
+    scheme = DelayedFP8Scheme(histories.slots("layer"))
     for magnitudes in steps:
         for (operand, kernel), amax in zip(kernels.items(), magnitudes, strict=True):
             scheme.remember(operand, torch.tensor([[amax / 2, -amax]]))
@@ -78,7 +78,7 @@ def test_scales_and_histories_are_those_of_the_kernel(algorithm, steps, length, 
 
 def test_a_nan_leaves_no_trace_and_portions_share_the_largest():
     histories = Histories({"layer": 1}, DelayedConfig(history_length=2), torch.device("cpu"))
-    scheme = DelayedFP8Scheme(histories.slots("layer")[0])
+    scheme = DelayedFP8Scheme(histories.slots("layer"))
     for portion in ([1.0, -7.0], [2.0, 3.0], [math.nan, 9.0]):
         scheme.remember("x", torch.tensor([portion]))
     histories.roll(lambda amaxes: amaxes)
@@ -244,6 +244,8 @@ def test_recomputing_a_block_changes_no_history():
 def test_experts_held_elsewhere_have_their_places_and_an_idle_one_keeps_its_scale():
     model, quantization = build()
     experts = model.get_submodule(EXPERTS)
+    for name, weight in list(experts.named_parameters()):
+        setattr(experts, name, torch.nn.Parameter(weight.detach()[2:5]))
     quantization.set_part(EXPERTS, first_expert=2)
     counts = torch.tensor([3, 0, 4])
     x = torch.ones(7, experts.up_proj.shape[2], dtype=torch.bfloat16)

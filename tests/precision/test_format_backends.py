@@ -23,19 +23,19 @@ from nemotron.precision.schemes import SCHEMES, Quantized, Scheme
 from nemotron.recipe.load import load_recipe
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-DRAW = Draw((11, 12))
+DRAW = Draw(11)
 CPU = torch.device("cpu")
 CUDA = torch.device("cuda")
 
 
-def scheme_of(format: str, device: torch.device = CPU) -> Scheme:
+def scheme_of(format: str, device: torch.device = CPU, tensors: int = 1) -> Scheme:
     """A scheme; the delayed one has scales from a step that had seen other magnitudes."""
     if format != "fp8_delayed":
         return SCHEMES[format]
-    histories = Histories({"layer": 1}, DelayedConfig(), device)
-    scheme = DelayedFP8Scheme(histories.slots("layer")[0])
+    histories = Histories({"layer": tensors}, DelayedConfig(), device)
+    scheme = DelayedFP8Scheme(histories.slots("layer", count=tensors))
     for operand, amax in (("x", 3.0), ("w", 0.5), ("dy", 2e-3)):
-        scheme.remember(operand, torch.tensor([amax], device=device))
+        scheme.remember(operand, torch.full((tensors, 1), amax, device=device), (1,) * tensors)
     histories.roll(lambda amaxes: amaxes)
     return scheme
 
@@ -49,23 +49,31 @@ def inputs(device: torch.device, tokens: int = 35, width: int = 80, out: int = 1
 
 
 def decoded(side: Quantized) -> torch.Tensor:
+    """Return [rows, contracted] in float64."""
     operand = side.operand()
-    values = operand.values.double()
+    values = operand.side(0).double()
     return values if operand.scale is None else values * operand.scale.double()
+
+
+def product(left: Quantized, right: Quantized) -> torch.Tensor:
+    """Of what zeros fill up, one may have more."""
+    a, b = decoded(left), decoded(right)
+    inner = min(a.shape[1], b.shape[1])
+    return a[:, :inner] @ b[:, :inner].T
 
 
 def results(format: str, name: str, device: torch.device, wide: bool = True):
     """Output and gradients of a layer, and those of the decoded operands in float64."""
     x, weight, dy = inputs(device)
     scheme = scheme_of(format, device)
-    row, turned = scheme.weight(weight.bfloat16())
-    dy_row, dy_turned = scheme.gradient(dy, DRAW)
+    row, turned = scheme.quantize("w", weight.bfloat16())
+    dy_row, dy_turned = scheme.quantize("dy", dy, draw=DRAW)
     exact = (
-        decoded(scheme.activation(x)) @ decoded(row).T,
-        decoded(dy_row) @ decoded(turned).T,
-        decoded(dy_turned) @ decoded(scheme.kept_activation(x)).T,
+        product(scheme.quantize("x", x)[0], row),
+        product(dy_row, turned),
+        product(dy_turned, scheme.quantize("x", x)[1]),
     )
-    layer = BY_NAME[name].function({"weight": [scheme]}, format, NVFP4Config())
+    layer = BY_NAME[name].function({"weight": scheme}, format, NVFP4Config())
     if wide:
         x, dy = x.float(), dy.float()
     x, weight = x.requires_grad_(), weight.requires_grad_()
@@ -102,8 +110,8 @@ def test_experts_have_each_backends_products(format: str):
     x, _, dy = inputs(CPU)
     found = []
     for name in ("emulate", "torch"):
-        scheme = scheme_of(format)
-        layer = BY_NAME[name].function({"up": [scheme] * 3}, format, NVFP4Config())
+        scheme = scheme_of(format, tensors=3)
+        layer = BY_NAME[name].function({"up": scheme}, format, NVFP4Config())
         w, leaf = weight.clone().requires_grad_(), x.float().requires_grad_()
         y = layer.grouped(leaf, w, counts, "up", DRAW)
         y.backward(dy.float())

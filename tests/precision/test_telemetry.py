@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 def figures(tensor: torch.Tensor, scheme: str = "nvfp4") -> dict[str, float]:
     telemetry = Telemetry()
-    telemetry.observe("layer", "x", tensor, SCHEMES[scheme].activation(tensor).operand())
+    telemetry.observe("layer", "x", tensor, SCHEMES[scheme].quantize("x", tensor)[0].operand())
     found = telemetry.take()
     assert not telemetry.take()
     return {name.rpartition("/")[2]: value for name, value in found.items()}
