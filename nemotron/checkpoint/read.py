@@ -67,6 +67,12 @@ def load_tensors(info: CheckpointInfo, into: dict[str, Tensor]) -> None:
         raise UserError(f"{info.folder} is damaged: {reason}; use another one.") from exception
 
 
+def lacking(info: CheckpointInfo, tensors: dict[str, Tensor]) -> list[str]:
+    """Return the names of which the checkpoint has no tensor of this shape and dtype."""
+    saved = _saved_tensors(info)
+    return [name for name, tensor in tensors.items() if _difference(name, tensor, saved.get(name))]
+
+
 def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return configuration and weights of the newest whole checkpoint at `path`, on the CPU.
 

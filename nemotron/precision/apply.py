@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from nemotron.precision.backends import BY_NAME, choose, format_call
 from nemotron.precision.config import PrecisionConfig
-from nemotron.precision.delayed import DelayedFP8Scheme, Histories
+from nemotron.precision.delayed import FRESH, DelayedFP8Scheme, Histories
 from nemotron.precision.groups import Sizes
 from nemotron.precision.policy import Assignment, kind_of, resolve
 from nemotron.precision.random_bits import Draw, Numbers
@@ -119,6 +119,10 @@ class Quantization:
         Names and shapes are the same at every step; values are put in place.
         """
         return {f"precision.{name}": tensor for name, tensor in self._histories.tensors()}
+
+    def forget(self, name: str) -> None:
+        """Put one of `tensors` back to what it is before the first step."""
+        self.tensors()[name].fill_(FRESH[name.rpartition(".")[2]])
 
     def metrics(self) -> dict[str, float]:
         """Return what was measured of the operands since this was last asked for."""

@@ -7,7 +7,9 @@ from pydantic import Field, model_validator
 from nemotron.section import Section
 
 Format = Literal["bf16", "fp8_delayed", "fp8_current", "fp8_block", "mxfp8", "nvfp4"]
-Preset = Literal["bf16", "fp8_delayed", "fp8_current", "fp8_block", "mxfp8", "nvfp4", "nvfp4_super"]
+Preset = Literal[
+    "bf16", "fp8_delayed", "fp8_current", "fp8_block", "mxfp8", "nvfp4", "nvfp4_super", "nvfp4_all"
+]
 
 
 class PrecisionRule(Section):
@@ -78,7 +80,7 @@ class PrecisionConfig(Section):
     compute: Literal["fp32", "bf16"] = "fp32"
     """Format of activations and of the matrix products that are not quantised."""
     preset: Preset = "bf16"
-    """Formats of the linear layers: nvfp4_super is Super's pre-training, bf16 quantises nothing."""
+    """Formats of the linear layers: nvfp4, or nvfp4_super, is Super's pre-training; bf16: none."""
     rules: Annotated[tuple[PrecisionRule, ...], Field(strict=False)] = ()
     """Rules before those of the preset; the first that fits decides."""
     switches: Annotated[tuple[PrecisionSwitch, ...], Field(strict=False)] = ()

@@ -18,12 +18,15 @@ from nemotron.precision.groups import Groups, Sizes
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import PER_TENSOR, Matrix, Reduce, Scheme
 
+FRESH = {"amax_history": 0.0, "scale": 1.0}
+"""What the state of a tensor holds before the first step."""
+
 
 class Histories:
     """Scales of all tensors that are scaled late, and the magnitudes that they come from.
 
     `sizes` gives each matrix's name and the number of its experts, or 1. All lie in two tensors,
-    which are the state of a run; before the first step magnitudes are 0 and scales 1.
+    which are the state of a run.
     """
 
     def __init__(
@@ -37,9 +40,10 @@ class Histories:
                 self._places[f"{name}.{operand}"] = slice(end, end := end + size)
                 largest += [format.max * 2.0**-options.margin] * size
         self._largest = torch.tensor(largest, dtype=torch.float32, device=device)
-        self._amax = torch.zeros(end, options.history_length, device=device)
+        shape = (end, options.history_length)
+        self._amax = torch.full(shape, FRESH["amax_history"], device=device)
         """Place 0 collects the step that runs; the others go from the oldest to the newest."""
-        self._scale = torch.ones(end, device=device)
+        self._scale = torch.full((end,), FRESH["scale"], device=device)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the state by name: [experts, steps] magnitudes and [experts] scales."""

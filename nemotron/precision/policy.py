@@ -42,6 +42,16 @@ def _rule(format: str, **conditions: object) -> PrecisionRule:
     return PrecisionRule.model_validate({"format": format, **conditions})
 
 
+SUPER = Preset(
+    (
+        _rule("bf16", name="mtp.*"),
+        _rule("bf16", tail=SUPER_TAIL),
+        _rule("bf16", kind="attention.*"),
+        _rule("bf16", kind="moe.latent"),
+        _rule("mxfp8", kind="mamba.out_proj"),
+    ),
+    "nvfp4",
+)
 PRESETS = {
     "bf16": Preset((), "bf16"),
     "fp8_delayed": Preset((), "fp8_delayed"),
@@ -50,17 +60,9 @@ PRESETS = {
     ),
     "fp8_block": Preset((_rule("bf16", last_block=1), _rule("bf16", tail_blocks=2)), "fp8_block"),
     "mxfp8": Preset((), "mxfp8"),
-    "nvfp4": Preset((), "nvfp4"),
-    "nvfp4_super": Preset(
-        (
-            _rule("bf16", name="mtp.*"),
-            _rule("bf16", tail=SUPER_TAIL),
-            _rule("bf16", kind="attention.*"),
-            _rule("bf16", kind="moe.latent"),
-            _rule("mxfp8", kind="mamba.out_proj"),
-        ),
-        "nvfp4",
-    ),
+    "nvfp4": SUPER,
+    "nvfp4_super": SUPER,
+    "nvfp4_all": Preset((), "nvfp4"),
 }
 """Published assignments of formats.
 

@@ -130,5 +130,11 @@ def _conditions(config: PretrainConfig, course: Course) -> Iterator[tuple[list[s
     yield ["data.mask_eod_loss"], whole, f"data.packing.kind = {data.packing.kind}"
     ingredients = [f"precision.nvfp4.{name}" for name in type(config.precision.nvfp4).model_fields]
     yield ingredients, not config.precision.names("nvfp4"), "no layer is in nvfp4"
+    late = [
+        f"precision.fp8_delayed.{name}" for name in type(config.precision.fp8_delayed).model_fields
+    ]
+    yield late, not config.precision.names("fp8_delayed"), "no layer is in fp8_delayed"
+    quantised = ["precision.backend", "precision.observe_every_steps"]
+    yield quantised, not config.precision.quantizes, "no layer is quantised"
     trackers = config.logging.trackers
     yield ["logging.project"], not trackers, "logging.trackers is empty"

@@ -17,6 +17,7 @@ from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check
 from nemotron.recipe.explain import explain
 from nemotron.recipe.read import Document, Path_, parse_yaml, plain_scalar, read_yaml
+from nemotron.recipe.shorthand import expand_precision
 from nemotron.train.config import PretrainConfig
 
 COMMAND_LINE = "command line"
@@ -42,6 +43,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         change = _read_override(override)
         insert_blends(change, Path())
+        expand_precision(change)
         _merge(document, change)
     values = _resolve(document)
     try:
@@ -62,6 +64,7 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> Document:
         raise UserError(f"{chain[-1]}: extends names a file that does not exist: {links}.")
     own = read_yaml(path)
     insert_blends(own, path.parent)
+    expand_precision(own)
     place = own.places.get(("extends",), str(path))
     own.places = {key: line for key, line in own.places.items() if key[0] != "extends"}
     bases = own.values.pop("extends", [])

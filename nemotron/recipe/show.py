@@ -1,8 +1,9 @@
 """A recipe for people: resolved with the origin of each value, compared, and as a JSON schema."""
 
 import json
-from typing import Any
+from typing import Any, get_args
 
+from nemotron.precision.config import Preset
 from nemotron.recipe.load import Recipe
 from nemotron.recipe.read import Path_
 from nemotron.train.config import PretrainConfig
@@ -39,6 +40,9 @@ def schema() -> str:
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "Recipe, or recipes, whose values this one starts from.",
     }
+    precision = document["properties"]["precision"]
+    word = {"enum": ["fp32", *get_args(Preset)], "description": "fp32, or a preset in bfloat16."}
+    precision["anyOf"] = [word, {"$ref": precision.pop("$ref")}]
     for section in ("DataConfig", "PhaseConfig", "LengthConfig"):
         properties = document["$defs"][section]["properties"]
         inline = properties.get("blend", {}).get("anyOf", [])

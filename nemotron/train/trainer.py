@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemotron.checkpoint.manifest import CheckpointInfo
-from nemotron.checkpoint.read import load_tensors, read_state
+from nemotron.checkpoint.read import lacking, load_tensors, read_state
 from nemotron.data.batch import Batch
 from nemotron.data.loader import TrainingData
 from nemotron.errors import UserError
@@ -302,6 +302,10 @@ class Trainer:
             )
         self.data.check_fingerprint(saved["data"], info.step)
         tensors = self.tensors()
+        # a run that was in another format then has no scales there
+        for name in lacking(info, self.quantization.tensors()):
+            self.quantization.forget(name)
+            del tensors[name]
         load_tensors(info, tensors)
         self.local.drop_gathered()
         torch.set_rng_state(tensors[RNG])

@@ -120,7 +120,7 @@ def build(**changes) -> tuple[HybridLM, Quantization]:
     model = HybridLM(load_recipe(ROOT / "recipes/tiny/smoke.yaml").config.model)
     model.init_weights(1)
     model.compute_dtype = torch.bfloat16
-    values = {"compute": "bf16", "preset": "nvfp4"} | changes
+    values = {"compute": "bf16", "preset": "nvfp4_all"} | changes
     return model, Quantization(model, PrecisionConfig.model_validate(values), seed=3)
 
 
@@ -157,7 +157,7 @@ def test_a_portion_may_have_any_tokens_of_the_batch():
 
 
 def test_a_layers_part_outlasts_a_change_of_format():
-    model, quantization = build(preset="bf16", switches=[{"step": 2, "preset": "nvfp4"}])
+    model, quantization = build(preset="bf16", switches=[{"step": 2, "preset": "nvfp4_all"}])
     seen = []
 
     def reduce(amax: torch.Tensor) -> torch.Tensor:

@@ -69,7 +69,7 @@ def test_the_first_rule_that_fits_decides_and_rules_come_before_the_preset():
         {"format": "fp8_block", "kind": "mamba.*", "first_block": 2, "last_block": 2},
         {"format": "mxfp8", "kind": "attention.*"},
     ]
-    table = assign(meta_model("tiny/pretrain.yaml"), config(rules=rules), "nvfp4")
+    table = assign(meta_model("tiny/pretrain.yaml"), config(rules=rules), "nvfp4_all")
     by_name = {line.module: line.format for line in table}
     assert by_name["backbone.layers.0.mixer.in_proj"] == "bf16"
     assert by_name["backbone.layers.2.mixer.in_proj"] == "fp8_block"
@@ -79,7 +79,9 @@ def test_the_first_rule_that_fits_decides_and_rules_come_before_the_preset():
 
 
 def test_what_is_no_linear_layer_is_in_no_table():
-    names = {line.module for line in assign(meta_model("tiny/pretrain.yaml"), config(), "nvfp4")}
+    names = {
+        line.module for line in assign(meta_model("tiny/pretrain.yaml"), config(), "nvfp4_all")
+    }
     for part in ("gate", "norm", "conv1d", "embeddings", "lm_head", "eh_proj"):
         assert not [name for name in names if name.endswith(part)]
 
@@ -91,7 +93,7 @@ def test_a_rule_that_decides_nothing_is_refused():
     ):
         rules = [{"format": "mxfp8", "kind": "moe.*"}, rule]
         with pytest.raises(UserError, match=r"precision.rules.1 decides no layer \((kind|blocks)"):
-            assign(meta_model("tiny/pretrain.yaml"), config(rules=rules), "nvfp4")
+            assign(meta_model("tiny/pretrain.yaml"), config(rules=rules), "nvfp4_all")
 
 
 def test_the_table_is_shown_for_every_switch(capsys):
@@ -125,7 +127,7 @@ def test_a_model_changes_its_formats_and_keeps_its_parameters():
     before = {name: id(parameter) for name, parameter in model.named_parameters()}
     ids = torch.arange(64).view(2, 32)
     plain = model(ids)
-    changing = config(preset="nvfp4", switches=[{"step": 1, "preset": "bf16"}])
+    changing = config(preset="nvfp4_all", switches=[{"step": 1, "preset": "bf16"}])
     quantization = Quantization(model, changing, seed=3)
     assert not torch.equal(model(ids), plain)
     quantization.begin(1, 0)
@@ -136,7 +138,10 @@ def test_a_model_changes_its_formats_and_keeps_its_parameters():
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [
-        ({"preset": "nvfp4", "compute": "fp32"}, "cannot be quantised further; use compute: bf16"),
+        (
+            {"preset": "nvfp4_all", "compute": "fp32"},
+            "cannot be quantised further; use compute: bf16",
+        ),
         ({"rules": [{"format": "mxfp8"}]}, "format stands alone; give the rule a condition"),
         (
             {"switches": [{"step": 9, "preset": "bf16"}, {"step": 5, "preset": "mxfp8"}]},
@@ -152,7 +157,7 @@ def test_settings_that_cannot_be_meant_are_refused(values: dict, sentence: str):
 
 def test_every_layer_call_step_and_portion_draws_bits_of_its_own():
     model = HybridLM(load_recipe(RECIPES / "tiny/smoke.yaml").config.model)
-    quantization = Quantization(model, config(preset="nvfp4"), seed=3)
+    quantization = Quantization(model, config(preset="nvfp4_all"), seed=3)
     draws = []
 
     def draw_all(step: int, first_token: int) -> list[Draw]:

@@ -48,7 +48,7 @@ def test_every_layer_of_a_model_is_measured_and_no_number_changes():
         model = HybridLM(config)
         model.init_weights(1)
         model.compute_dtype = torch.bfloat16
-        settings = {"compute": "bf16", "preset": "nvfp4", "observe_every_steps": every}
+        settings = {"compute": "bf16", "preset": "nvfp4_all", "observe_every_steps": every}
         quantization = Quantization(model, PrecisionConfig.model_validate(settings), seed=1)
         quantization.begin(1, 0)
         hidden = model(torch.arange(64).view(2, 32))

@@ -14,7 +14,9 @@ def precision(preset: str, **changes: object) -> dict:
     return {"compute": "bf16", "preset": preset, **changes}
 
 
-@pytest.mark.parametrize("preset", ["nvfp4_super", "mxfp8", "fp8_current", "fp8_block"])
+@pytest.mark.parametrize(
+    "preset", ["nvfp4_super", "mxfp8", "fp8_current", "fp8_block", "fp8_delayed"]
+)
 def test_every_preset_learns(recipe, preset: str):
     config = recipe(preset, precision=precision(preset))
     assert train(config) == 0
@@ -24,12 +26,12 @@ def test_every_preset_learns(recipe, preset: str):
 
 
 def test_a_resumed_run_draws_the_same_bits_across_a_change_of_format(recipe, capsys):
-    changing = precision("nvfp4", switches=[{"step": 4, "preset": "mxfp8"}])
+    changing = precision("nvfp4_all", switches=[{"step": 4, "preset": "mxfp8"}])
     whole, stopped = (recipe(name, precision=changing) for name in ("whole", "stopped"))
     assert train(whole) == 0
     told = capsys.readouterr().out
     assert "precision: preset mxfp8 from here on" in told
-    assert "precision  nvfp4       mamba.in_proj x 1: default of nvfp4" in told
+    assert "precision  nvfp4       mamba.in_proj x 1: default of nvfp4_all" in told
     for step in (2, 4, 6):
         assert train(stopped, resume=step > 2, stop_at=step) == 75
     assert train(stopped, resume=True) == 0
@@ -39,7 +41,7 @@ def test_a_resumed_run_draws_the_same_bits_across_a_change_of_format(recipe, cap
                if n.startswith("model."))  # fmt: skip
     table = json.loads((folder / "whole" / "precision.json").read_text())
     assert {line["format"] for line in table} == {"nvfp4"}
-    plain = recipe("plain", precision=precision("nvfp4"))
+    plain = recipe("plain", precision=precision("nvfp4_all"))
     assert train(plain) == 0
     losses = [
         [
@@ -53,7 +55,31 @@ def test_a_resumed_run_draws_the_same_bits_across_a_change_of_format(recipe, cap
     assert losses[0][5:] != losses[1][5:]
 
 
-def test_a_run_may_go_on_in_another_format(recipe):
-    assert train(recipe("moves", precision=precision("nvfp4")), stop_at=4) == 75
-    config = recipe("moves", precision=precision("bf16"))
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [("nvfp4_all", "bf16"), ("mxfp8", "fp8_delayed"), ("fp8_delayed", "mxfp8")],
+)
+def test_a_run_may_go_on_in_another_format(recipe, before: str, after: str):
+    assert train(recipe("moves", precision=precision(before)), stop_at=4) == 75
+    config = recipe("moves", precision=precision(after))
     assert train(config, resume=True, allow_changed=["precision"]) == 0
+    saved = final_tensors(Path(config.output) / "moves")
+    scales = [t for name, t in saved.items() if name.endswith(".scale")]
+    assert bool(scales) == (after == "fp8_delayed")
+    assert all(t.isfinite().all() and (t != 1).any() for t in scales)
+
+
+def test_delayed_scales_go_on_where_a_run_was_stopped_and_start_anew_with_another_history(recipe):
+    whole, stopped = (recipe(name, precision=precision("fp8_delayed")) for name in ("whole", "cut"))
+    assert train(whole) == 0
+    assert train(stopped, stop_at=3) == 75
+    assert train(stopped, resume=True) == 0
+    folder = Path(whole.output)
+    assert_same_run(folder / "cut", folder / "whole")
+    shorter = precision("fp8_delayed", fp8_delayed={"history_length": 3})
+    assert train(recipe("short", precision=precision("fp8_delayed")), stop_at=4) == 75
+    config = recipe("short", precision=shorter)
+    assert train(config, resume=True, allow_changed=["precision"]) == 0
+    histories = [t for n, t in final_tensors(folder / "short").items() if "amax_history" in n]
+    assert histories
+    assert {t.shape[1] for t in histories} == {3}
