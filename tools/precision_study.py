@@ -2,8 +2,9 @@
 
     python tools/precision_study.py --out study [--seeds 1 2 3] [--steps 300] [--variants ...]
 
-Prints the final validation loss of each variant, relative to bfloat16 at the same seed, with its
-step time and peak memory, and draws the differences of the training losses. A run that is
+Prints the final validation loss of each variant, relative to bfloat16 at the same seed and, where
+an ingredient is left out, to NVFP4 with all of them, each with the standard error of the mean over
+the seeds, and draws the differences of the training losses. A run that is
 finished is not repeated, so the command can be given again with more seeds or variants.
 """
 
@@ -21,16 +22,16 @@ from rich.table import Table
 from nemotron.train.metrics import Record, read_metrics
 
 ROOT = Path(__file__).parents[1]
-BASE = "bf16"
+BASE, FULL = "bf16", "nvfp4"
 VARIANTS = {
     BASE: ["precision.preset=bf16"],
     "fp8_current": ["precision.preset=fp8_current"],
     "mxfp8": ["precision.preset=mxfp8"],
-    "nvfp4_super": ["precision.preset=nvfp4_super"],
-    "nvfp4, no tail": ["precision.preset=nvfp4_super", "precision.rules=[{rule}]"],
-    "nvfp4, no Hadamard": ["precision.preset=nvfp4_super", "precision.nvfp4.hadamard=false"],
-    "nvfp4, nearest": ["precision.preset=nvfp4_super", "precision.nvfp4.stochastic_rounding=false"],
-    "nvfp4, 1-D weights": ["precision.preset=nvfp4_super", "precision.nvfp4.square_weights=false"],
+    "nvfp4": ["precision.preset=nvfp4"],
+    "nvfp4, no tail": ["precision.preset=nvfp4", "precision.rules=[{rule}]"],
+    "nvfp4, no Hadamard": ["precision.preset=nvfp4", "precision.nvfp4.hadamard=false"],
+    "nvfp4, nearest": ["precision.preset=nvfp4", "precision.nvfp4.stochastic_rounding=false"],
+    "nvfp4, 1-D weights": ["precision.preset=nvfp4", "precision.nvfp4.square_weights=false"],
 }
 """Settings of each variant; without a tail the last blocks are quantised like the others."""
 NO_TAIL = "{format: nvfp4, kind: 'moe.*experts'}, {format: nvfp4, kind: mamba.in_proj}"
@@ -82,24 +83,48 @@ def final_loss(records: list[Record]) -> float:
 
 def report(options: argparse.Namespace, runs: dict[tuple[str, int], list[Record]]) -> None:
     """Print and store the table."""
-    table = Table("variant", *(f"seed {seed}" for seed in options.seeds), "mean", "step", "memory")
+    seeds = options.seeds
+    table = Table("variant", "loss", *map(str, seeds), "over bf16", "over NVFP4", "step", "memory")
+    variants = list(dict.fromkeys(variant for variant, _ in runs))
+    losses = {v: [final_loss(runs[v, seed]) for seed in seeds] for v in variants}
+    base_seconds, base_memory = costs(runs, BASE, seeds)
     facts = {}
-    for variant in dict.fromkeys(v for v, _ in runs):
-        losses = [final_loss(runs[variant, seed]) for seed in options.seeds]
-        bases = [final_loss(runs[BASE, seed]) for seed in options.seeds]
-        gaps = [loss / base - 1 for loss, base in zip(losses, bases, strict=True)]
-        times, memory = costs(runs, variant, options.seeds)
-        base_times, base_memory = costs(runs, BASE, options.seeds)
-        facts[variant] = {"losses": losses, "gaps": gaps, "step_ratio": times / base_times}
+    for variant in variants:
+        gaps = relative(losses[variant], losses[BASE])
+        seconds, memory = costs(runs, variant, seeds)
+        facts[variant] = {
+            "losses": losses[variant],
+            "gaps": gaps,
+            "step_ratio": seconds / base_seconds,
+            "memory_ratio": memory / base_memory,
+        }
+        is_ablation = variant.startswith(f"{FULL}, ") and FULL in losses
+        over_full = estimate(relative(losses[variant], losses[FULL])) if is_ablation else ""
         table.add_row(
             variant,
-            *(f"{loss:.4f} ({gap:+.2%})" for loss, gap in zip(losses, gaps, strict=True)),
-            f"{statistics.fmean(gaps):+.2%}",
-            f"{times / base_times:.2f}x",
+            f"{statistics.fmean(losses[variant]):.4f}",
+            *(f"{gap:+.2%}" for gap in gaps),
+            estimate(gaps) if variant != BASE else "",
+            over_full,
+            f"{seconds / base_seconds:.2f}x",
             f"{memory / base_memory:.2f}x",
         )
-    Console(width=140).print(table)
-    (options.out / "study.json").write_text(json.dumps(facts, indent=2) + "\n")
+    Console(width=80 + 9 * len(seeds)).print(table)
+    facts_file = options.out / "study.json"
+    facts_file.write_text(json.dumps({"seeds": seeds, "variants": facts}, indent=2) + "\n")
+
+
+def relative(losses: list[float], bases: list[float]) -> list[float]:
+    """Return by what share each loss lies above that of the same seed."""
+    return [loss / base - 1 for loss, base in zip(losses, bases, strict=True)]
+
+
+def estimate(gaps: list[float]) -> str:
+    """Return the mean over the seeds and its standard error."""
+    mean = f"{statistics.fmean(gaps):+.2%}"
+    if len(gaps) == 1:
+        return mean
+    return f"{mean} ± {statistics.stdev(gaps) / len(gaps) ** 0.5:.2%}"
 
 
 def costs(

@@ -74,13 +74,13 @@ def violations(
     model: ModelConfig,
     config: ParallelConfig,
     *,
-    seq_lens: list[int],
-    rows_per_step: list[int],
+    seq_len: int,
+    rows_per_step: int,
     micro_batch: int,
 ) -> Iterator[Finding]:
     """Yield every rule that this layout breaks, each with the nearest legal value.
 
-    `seq_lens` and `rows_per_step` are those of the run's phases, side by side.
+    `micro_batch` are the rows of a portion, `rows_per_step` those of a step.
     Source of the rules: pytorch/torchtitan: torchtitan/distributed/parallel_dims.py;
     NVIDIA/Megatron-LM: megatron/core/ssm/mamba_mixer.py and mamba_context_parallel.py.
     """
@@ -89,10 +89,9 @@ def violations(
     yield from _expert(dims, model, layers)
     yield from _context(dims, model, config, layers)
     yield from _pipeline(dims, model, config)
-    for seq_len, rows in zip(seq_lens, rows_per_step, strict=True):
-        yield from _rows(dims, model, seq_len, rows, micro_batch)
-        if dims.pp > 1:
-            yield from _portions(dims, config, rows, micro_batch)
+    yield from _rows(dims, model, seq_len, rows_per_step, micro_batch)
+    if dims.pp > 1:
+        yield from _portions(dims, config, rows_per_step, micro_batch)
 
 
 def _tensor(dims: ParallelDims, model: ModelConfig, layers: str) -> Iterator[Finding]:

@@ -83,7 +83,7 @@ class Setting:
             hardware=self.hardware,
             seq_len=part.seq_len,
             rows=part.rows,
-            micro_batch=micro_batch or config.batch.micro_batch,
+            micro_batch=config.rows_at_once(part.seq_len, micro_batch),
             formats=self.formats[part.seq_len],
             depths=self.depths,
             recompute=recompute,
@@ -99,14 +99,16 @@ class Setting:
 
     def violations(self, dims: ParallelDims, micro_batch: int | None = None) -> list[Finding]:
         """Return every rule that a layout breaks, with the nearest legal value."""
-        found = violations(
-            dims,
-            self.config.model,
-            self.config.parallel,
-            seq_lens=[part.seq_len for part in self.parts],
-            rows_per_step=[part.rows for part in self.parts],
-            micro_batch=micro_batch or self.config.batch.micro_batch,
-        )
+        found: list[Finding] = []
+        for part in self.parts:
+            found += violations(
+                dims,
+                self.config.model,
+                self.config.parallel,
+                seq_len=part.seq_len,
+                rows_per_step=part.rows,
+                micro_batch=self.config.rows_at_once(part.seq_len, micro_batch),
+            )
         return list(dict.fromkeys(found))
 
 

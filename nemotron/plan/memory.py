@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from nemotron.model.config import ModelConfig
 from nemotron.ops.linear_cross_entropy.chunked import CHUNK_ELEMENTS
 from nemotron.ops.ssd.chunked import CHUNK
+from nemotron.parallel.context.state_passing import GATHERED_BYTES
 from nemotron.plan.communication import dispatched_bytes
 from nemotron.plan.job import Job
 from nemotron.plan.parameters import Split, layer_split
@@ -193,11 +194,12 @@ def head_bytes(job: Job) -> float:
 def _context_buffers(job: Job) -> float:
     """Keys and values of a whole row with their gradients, or the states of all chunks."""
     model, dims = job.model, job.dims
-    row = job.seq_len * job.micro_batch
+    tokens = job.seq_len * job.micro_batch
     heads = max(1.0, model.num_key_value_heads / dims.tp)
-    keys = 2 * 2 * heads * model.head_dim * job.compute_bytes * row
+    keys = 2 * 2 * heads * model.head_dim * job.compute_bytes * tokens
     states = 0.0
     if job.mamba_context == "state_passing":
         per_head = model.mamba_head_dim * model.ssm_state_size + 1
-        states = 2 * 2 * dims.cp * job.micro_batch * model.mamba_num_heads / dims.tp * per_head * 4
+        row = 2 * dims.cp * model.mamba_num_heads / dims.tp * per_head * 4
+        states = 2 * min(job.micro_batch * row, max(row, GATHERED_BYTES))
     return max(keys if "*" in job.layers else 0.0, states if "M" in job.layers else 0.0)

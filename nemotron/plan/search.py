@@ -23,6 +23,8 @@ class Candidate:
     prediction: Prediction
     bytes: float
     """Memory of the fullest rank, over all lengths of row."""
+    micro_batch: int
+    """As the recipe says it, in rows of `data.seq_len`."""
 
     @property
     def overrides(self) -> str:
@@ -33,7 +35,7 @@ class Candidate:
             for axis in ("pp", "dp_replicate", "cp", "tp", "ep")
             if getattr(dims, axis) > 1
         ]
-        return " ".join([*shown, f"batch.micro_batch={job.micro_batch}", _recompute(job)])
+        return " ".join([*shown, f"batch.micro_batch={self.micro_batch}", _recompute(job)])
 
 
 def _recompute(job: Job) -> str:
@@ -76,7 +78,7 @@ def search(setting: Setting, world: int, constants: Constants, keep: int = 10) -
             if part is not longest:
                 job = setting.job(part, dims, micro_batch=micro_batch, recompute=recompute)
             fitting += 1
-            candidate = Candidate(predict(job, constants), needed)
+            candidate = Candidate(predict(job, constants), needed, micro_batch)
             # of layouts that differ in dp_replicate alone, the best is enough
             key = (dims.pp, dims.cp, dims.tp, dims.ep, micro_batch)
             found[key] = min(candidate, found.get(key, candidate), key=_rank)
@@ -108,6 +110,7 @@ def _layouts(setting: Setting, world: int) -> Iterator[tuple[ParallelDims, int]]
     """Yield every layout and micro-batch that breaks no rule."""
     model, parts = setting.config.model, setting.parts
     rows = min(part.rows for part in parts)
+    usual = setting.config.batch.global_tokens // setting.config.data.seq_len
     longest = max(part.seq_len for part in parts)
     experts = divisors(model.n_routed_experts) if _has_experts(setting) else [1]
     within = [tp for tp in divisors(world) if tp <= setting.hardware.domain]
@@ -123,7 +126,7 @@ def _layouts(setting: Setting, world: int) -> Iterator[tuple[ParallelDims, int]]
                     replicas = world // (tp * pp * cp * shard)
                     if rows % (replicas * shard):
                         continue
-                    own = rows // (replicas * shard)
+                    own = max(1, usual // (replicas * shard))
                     for ep in experts:
                         if (shard * cp * tp) % ep:
                             continue
@@ -131,7 +134,7 @@ def _layouts(setting: Setting, world: int) -> Iterator[tuple[ParallelDims, int]]
                         if setting.violations(dims, 1):
                             continue
                         for size in divisors(own):
-                            if size <= MOST_ROWS:
+                            if size <= MOST_ROWS and not setting.violations(dims, size):
                                 yield dims, size
 
 

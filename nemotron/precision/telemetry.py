@@ -15,6 +15,7 @@ class Tally:
     amax: float = 0.0
     nonzero: int = 0
     underflowed: int = 0
+    dead: int = 0
     saturated: int = 0
     error: float = 0.0
     norm: float = 0.0
@@ -31,15 +32,20 @@ class Tally:
         self.amax = max(self.amax, magnitude.max().item())
         self.nonzero += int((exact != 0).sum())
         self.underflowed += int(lost.sum())
+        self.dead += int((lost & (operand.elements.float() != 0)).sum())
         self.saturated += int((at_end & (magnitude > values.abs())).sum())
         self.error += (values - exact).double().square().sum().item()
         self.norm += exact.double().square().sum().item()
 
     def values(self) -> dict[str, float]:
-        """Return the figures; shares are of the numbers that are not zero."""
+        """Return the figures; shares are of the numbers that are not zero.
+
+        Of those that underflow, the dead are in blocks whose scale became zero.
+        """
         return {
             "amax": self.amax,
             "underflow": self.underflowed / max(1, self.nonzero),
+            "dead": self.dead / max(1, self.nonzero),
             "saturation": self.saturated / max(1, self.nonzero),
             "error": (self.error / self.norm) ** 0.5 if self.norm else 0.0,
         }

@@ -247,6 +247,11 @@ class PretrainConfig(Section):
     reliability: ReliabilityConfig = ReliabilityConfig()
     """Steps, ranks and replicas that go wrong."""
 
+    def rows_at_once(self, seq_len: int, micro_batch: int | None = None) -> int:
+        """Return the rows of a portion: as many tokens as `micro_batch` rows of `data.seq_len`."""
+        tokens = (micro_batch or self.batch.micro_batch) * self.data.seq_len
+        return max(1, tokens // seq_len)
+
     def recomputes(self, kind: str) -> bool:
         """Say whether the activations of layers of this kind are computed again."""
         return self.recompute == "block" or kind in self.recompute

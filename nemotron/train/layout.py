@@ -8,21 +8,17 @@ from nemotron.train.course import Course
 
 
 def findings(config: PretrainConfig, course: Course, dims: ParallelDims) -> list[Finding]:
-    """Return every rule that the layout breaks in any phase, each once, with what would be right.
-
-    The rows of `micro_batch` are those of `data.seq_len`, as many tokens in rows of other lengths.
-    """
+    """Return every rule that the layout breaks in any phase, each once, with what is right."""
     found: list[Finding] = []
     for phase in course.timeline.phases:
         for length in phase.lengths:
-            tokens = config.batch.micro_batch * config.data.seq_len
             found += violations(
                 dims,
                 config.model,
                 config.parallel,
-                seq_lens=[length.seq_len],
-                rows_per_step=[phase.tokens_per_step // length.seq_len],
-                micro_batch=max(1, tokens // length.seq_len),
+                seq_len=length.seq_len,
+                rows_per_step=phase.tokens_per_step // length.seq_len,
+                micro_batch=config.rows_at_once(length.seq_len),
             )
     return list(dict.fromkeys(found))
 

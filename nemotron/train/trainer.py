@@ -247,7 +247,10 @@ class Trainer:
 
     def _portions(self, step: int, batch: Batch) -> Iterator[tuple[Numbers, Batch]]:
         """Yield what is computed at once of this rank's rows, with the numbers of its tokens."""
-        at_once, (num_rows, length) = self._rows_at_once(step), batch.input_ids.shape
+        at_once, (num_rows, length) = (
+            self.config.rows_at_once(self.data.seq_len(step)),
+            batch.input_ids.shape,
+        )
         first = self.local.batch_rank * num_rows
         for micro in self.local.share_rows(batch).split(at_once):
             rows = micro.input_ids.shape[0]
@@ -324,11 +327,6 @@ class Trainer:
     def _record(self, kind: str, values: Record) -> Record:
         state = self.state
         return {"kind": kind, "step": state.step, "data/tokens": state.tokens, **values}
-
-    def _rows_at_once(self, step: int) -> int:
-        """Return the rows of a portion: as many tokens as `micro_batch` rows of `data.seq_len`."""
-        tokens = self.config.batch.micro_batch * self.config.data.seq_len
-        return max(1, tokens // self.data.seq_len(step))
 
     def _step_values(self, step: int, result: StepResult) -> Record:
         config = self.config.model

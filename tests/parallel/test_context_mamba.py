@@ -11,6 +11,7 @@ from torch import Tensor
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.mamba2 import Mamba2, mix_tokens
+from nemotron.parallel.context import state_passing
 from nemotron.parallel.context.apply import MIXING
 from nemotron.parallel.context.layout import in_row_order, shard
 
@@ -132,6 +133,14 @@ def in_float64(row: Row) -> Row:
     )
 
 
+def on_ranks_row_by_row(cases: list[Case]) -> list[list[Tensor]]:
+    usual, state_passing.GATHERED_BYTES = state_passing.GATHERED_BYTES, 1
+    try:
+        return on_ranks("state_passing", cases)
+    finally:
+        state_passing.GATHERED_BYTES = usual
+
+
 METHODS = pytest.mark.parametrize("method", ["state_passing", "all_to_all"])
 
 # rows of four chunks of 6 tokens on two ranks, of eight chunks of 3 on four
@@ -178,6 +187,15 @@ def test_any_sizes_and_documents_agree(four: Pool, method: str):
         bias = pick(0, 1) == 1
         cases.append(Case(chunk, documents, rows, heads, groups, kernel, bias, seed=seed))
     assert compare(four, method, cases) <= 1e-12
+
+
+def test_states_of_some_rows_at_a_time_are_those_of_all(four: Pool):
+    cases = [Case(3, None, rows=3), Case(3, ([4, 11, 9], [20, 4]))]
+    at_once = four.run(on_ranks, "state_passing", cases)
+    by_row = four.run(on_ranks_row_by_row, cases)
+    for ours, theirs in zip(by_row, at_once, strict=True):
+        for found, expected in zip(ours, theirs, strict=True):
+            assert worst(found, expected) <= 1e-14
 
 
 @METHODS

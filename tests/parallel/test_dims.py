@@ -31,8 +31,8 @@ def found(seq_len: int = 512, rows: int = 48, micro_batch: int = 1, **sizes: obj
             resolve_dims(config, others * shard),
             MODEL,
             config,
-            seq_lens=[seq_len],
-            rows_per_step=[rows],
+            seq_len=seq_len,
+            rows_per_step=rows,
             micro_batch=micro_batch,
         )
     ]

@@ -25,8 +25,8 @@ def test_every_published_row_is_a_layout_that_breaks_no_rule(row: Published):
         job.dims,
         job.model,
         ParallelConfig(),
-        seq_lens=[job.seq_len],
-        rows_per_step=[job.rows],
+        seq_len=job.seq_len,
+        rows_per_step=job.rows,
         micro_batch=job.micro_batch,
     )
     assert list(found) == []

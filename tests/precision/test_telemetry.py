@@ -26,18 +26,25 @@ def test_numbers_that_the_format_has_are_not_changed():
     row = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -6, -4, -3, -2, -1.5, -1, -0.5, 0])
     tensor = torch.cat([row * 448, row]).view(1, 32)
     # a scale of 448 and one of 1 under a global scale of 1: nothing is rounded
-    assert figures(tensor) == {"amax": 2688.0, "underflow": 0.0, "saturation": 0.0, "error": 0.0}
+    assert figures(tensor) == {
+        "amax": 2688.0, "underflow": 0.0, "dead": 0.0, "saturation": 0.0, "error": 0.0
+    }  # fmt: skip
 
 
 def test_what_is_lost_at_either_end_is_counted():
     block = torch.tensor([[6.0, *[0.2] * 3, *[0.0] * 4, *[3.0] * 8]]) * 448
     found = figures(block)
     assert found["underflow"] == 3 / 12
+    assert found["dead"] == 0
     assert found["saturation"] == 0
     assert abs(found["error"] - (3 * 0.2**2 / (36 + 3 * 0.04 + 72)) ** 0.5) < 1e-6
     # a block whose scale is rounded down cannot reach its largest number
     second = torch.cat([block, torch.full((1, 16), 6.0 * 16.8)])
     assert figures(second)["saturation"] == 16 / 28
+    # one over 458752 is the largest share of a tensor's magnitude at which a block's scale is zero
+    third = torch.cat([block, torch.full((1, 16), 6.0 * 448 / 458752)])
+    assert figures(third)["dead"] == 16 / 28
+    assert figures(third)["underflow"] == 19 / 28
     assert figures(torch.tensor([[448.0, 1.0]]), "fp8_current")["saturation"] == 0
 
 

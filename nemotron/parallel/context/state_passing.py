@@ -25,6 +25,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from nemotron.model.cache import MambaState
 from nemotron.model.mamba2 import Mamba2
@@ -32,6 +33,9 @@ from nemotron.ops.causal_conv1d import causal_conv1d
 from nemotron.ops.ssd import ssd
 from nemotron.parallel.collectives import Group, all_gather, all_to_all
 from nemotron.parallel.context.layout import chunks_of, in_rank_order, in_row_order
+
+GATHERED_BYTES = 1 << 30
+"""Of the states of all ranks that exist at a time."""
 
 
 class StatePassing:
@@ -87,7 +91,25 @@ class StatePassing:
     def _entering(
         self, final: Float[Tensor, "B2 H P N"], decay: Float[Tensor, "B2 H"]
     ) -> Float[Tensor, "B2 H P N"]:
-        """Return the state before each of this rank's chunks."""
+        """Return the state before each of this rank's chunks.
+
+        Many short rows have as many states as many long ones: of those, some are gathered at a time
+        and again in backward.
+        """
+        rows = max(1, GATHERED_BYTES // (self.size * final[:2].nbytes))
+        parts = list(zip(final.split(2 * rows), decay.split(2 * rows), strict=True))
+        if len(parts) == 1:
+            return self._passed_on(final, decay)
+        return torch.cat(
+            [
+                checkpoint(self._passed_on, *part, use_reentrant=False, preserve_rng_state=False)
+                for part in parts
+            ]
+        )
+
+    def _passed_on(
+        self, final: Float[Tensor, "B2 H P N"], decay: Float[Tensor, "B2 H"]
+    ) -> Float[Tensor, "B2 H P N"]:
         own = torch.cat([final.flatten(2), decay.unsqueeze(-1)], dim=-1)
         chunks = all_gather(own.unflatten(0, (-1, 2)), 1, self.group)  # [B, 2cp, H, PN + 1]
         decays = in_row_order(chunks[..., -1], self.size)
