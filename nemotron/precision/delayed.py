@@ -11,7 +11,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.precision import fp8
-from nemotron.precision.blocks import block_amax
 from nemotron.precision.config import DelayedConfig
 from nemotron.precision.formats import FLT_MAX
 from nemotron.precision.groups import Groups, Sizes
@@ -100,7 +99,7 @@ class DelayedFP8Scheme(Scheme):
     ) -> None:
         """Let a step's magnitudes grow; a NaN leaves no trace, as in the kernel's fmaxf."""
         groups = Groups((tensor.shape[0],) if sizes is None else sizes)
-        found = groups.largest(block_amax(tensor.detach(), 1, tensor.shape[1]), 1)
+        found = groups.amax(tensor.detach())
         newest = self.slots[operand].newest
         torch.maximum(newest, found.nan_to_num(nan=0.0, posinf=torch.inf), out=newest)
 

@@ -52,7 +52,7 @@ def quantize_current(
 ) -> ScaledFP8:
     """Quantise by the largest magnitude of each tensor, or by `amax` known over more of it."""
     groups = Groups((x.shape[0],)) if groups is None else groups
-    found = groups.largest(block_amax(x, 1, x.shape[1]), 1) if amax is None else amax
+    found = groups.amax(x) if amax is None else amax
     scale = encode_scale(found, format, FLT_MAX, power_of_two)
     return quantize_scaled(x, format, scale, groups)
 

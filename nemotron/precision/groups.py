@@ -8,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from nemotron.precision.blocks import block_amax
+
 Sizes = tuple[int, ...]
 """Rows of each tensor: those of each expert, or of the only one."""
 
@@ -53,6 +55,10 @@ class Groups:
             return F.pad(x, (0, 0) * (x.dim() - 1) + (0, self.filled[0] - self.sizes[0]))
         filled = x.new_zeros(sum(self.filled), *x.shape[1:])
         return filled.index_copy_(0, self.places(x.device), x)
+
+    def amax(self, x: Float[Tensor, "filled K"]) -> Float[Tensor, " G"]:
+        """Return the largest magnitude of each tensor; 0 where there is nothing."""
+        return self.largest(block_amax(x, 1, x.shape[1]), 1)
 
     def largest(self, blocks: Float[Tensor, "rows columns"], height: int) -> Float[Tensor, " G"]:
         """Return the largest of each tensor's blocks, which are `height` rows high; 0 for none."""

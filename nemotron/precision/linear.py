@@ -41,7 +41,7 @@ class _Linear(torch.autograd.Function):
             scheme.remember("w", narrow, outputs)
         keep = is_training and ctx.needs_input_grad[1]
         row, ctx.activation = scheme.quantize("x", x, sizes, both=keep)
-        weight_row, ctx.weight = scheme.quantize("w", narrow, outputs)
+        weight_row, ctx.weight = scheme.quantize("w", narrow, outputs, both=is_training)
         y = x.new_empty(x.shape[0], weight.shape[1])
         product(row, weight_row, y.split(sizes))
         return y

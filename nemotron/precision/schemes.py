@@ -15,7 +15,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.precision import fp8, hadamard, mxfp8, nvfp4
-from nemotron.precision.blocks import block_amax
 from nemotron.precision.formats import E2M1_MAX, E4M3, E5M2
 from nemotron.precision.groups import Groups, Sizes
 from nemotron.precision.random_bits import Draw
@@ -126,11 +125,7 @@ class Scheme(ABC):
     def _amax(self, operand: str, filled: Tensor, groups: Groups) -> Float[Tensor, " G"] | None:
         """Return the largest magnitude of each tensor where it is not that of what is here."""
         reduce = self.reduce.get(operand)
-        return (
-            None
-            if reduce is None
-            else reduce(groups.largest(block_amax(filled, 1, filled.shape[1]), 1))
-        )
+        return None if reduce is None else reduce(groups.amax(filled))
 
 
 @dataclass(frozen=True)
@@ -158,7 +153,7 @@ class NVFP4Scheme(Scheme):
             bits=self._bits(operand, filled, groups, draw, stream=0),
         )
         if is_square:  # the other direction has the same values
-            return row, row.pack()
+            return row, row.pack() if both else None
         if not both:
             return row, None
         is_transformed = operand != "w" and self.hadamard
