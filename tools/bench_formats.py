@@ -31,7 +31,8 @@ from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.grouped_linear import grouped_linear
-from nemotron.precision.apply import Quantization, linear_layers
+from nemotron.precision.apply import Quantization
+from nemotron.precision.assign import linear_layers
 from nemotron.precision.backends import FORMATS, format_call, in_order
 from nemotron.precision.config import NVFP4Config, PrecisionConfig, Preset
 from nemotron.precision.policy import kind_of

@@ -4,7 +4,7 @@ from collections import defaultdict
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.flops import training_flops_per_token
-from nemotron.precision.apply import preset_at
+from nemotron.precision.assign import preset_at
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.policy import resolve
 

@@ -9,11 +9,12 @@ import xxhash
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from nemotron.precision.backends import BY_NAME, choose, format_call
+from nemotron.precision.assign import assign, device_of, linear_layers, preset_at, with_backend
+from nemotron.precision.backends import BY_NAME
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.delayed import FRESH, DelayedFP8Scheme, Histories
 from nemotron.precision.groups import Sizes
-from nemotron.precision.policy import Assignment, kind_of, resolve
+from nemotron.precision.policy import Assignment
 from nemotron.precision.random_bits import Draw, Numbers
 from nemotron.precision.schemes import SCHEMES, NVFP4Scheme, Reduce, Scheme
 from nemotron.precision.telemetry import Telemetry
@@ -186,7 +187,7 @@ class Quantization:
         if module is None:
             return line
         is_split = bool(self._parts.get(line.module, WHOLE).reduce)
-        return _with_backend(line, self._config, module, self._device, is_split=is_split)
+        return with_backend(line, self._config, module, self._device, is_split=is_split)
 
     def _late_matrices(self) -> dict[str, int]:
         """Return every matrix that is ever in fp8_delayed, with its number of experts or 1."""
@@ -280,59 +281,6 @@ class Quantization:
         name = f"{self._seed}/{self._step}/{module}/{call}"
         key = xxhash.xxh64_intdigest(name.encode())
         return Draw(key, self._rows_of(module), self._parts.get(module, WHOLE).columns)
-
-
-def preset_at(config: PrecisionConfig, step: int) -> str:
-    """Return the preset that holds at a step."""
-    presets = [config.preset, *(s.preset for s in config.switches if s.step <= step)]
-    return presets[-1]
-
-
-def assign(
-    model: nn.Module, config: PrecisionConfig, preset: str, device: torch.device | None = None
-) -> list[Assignment]:
-    """Return the table of a model, which may lie on the meta device.
-
-    Backends are those for `device`, or for where a run of this machine would be.
-
-    Raises:
-        UserError: when a rule decides nothing, or a named backend is not fit for a layer.
-    """
-    layers = model.get_submodule("backbone.layers")
-    assert isinstance(layers, nn.ModuleList)
-    where = device_of(model) if device is None else device
-    return [
-        _with_backend(line, config, model.get_submodule(line.module), where)
-        for line in resolve(linear_layers(model), len(layers), config, preset)
-    ]
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Return where a model lies, or would lie if it is not built yet."""
-    device = next(model.parameters()).device
-    if device.type == "meta":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return device
-
-
-def linear_layers(model: nn.Module) -> Sequence[str]:
-    """Return the names of all modules that a format can be given to."""
-    return [name for name, _ in model.named_modules() if kind_of(name) is not None]
-
-
-def _with_backend(
-    line: Assignment,
-    config: PrecisionConfig,
-    module: nn.Module,
-    device: torch.device,
-    *,
-    is_split: bool = False,
-) -> Assignment:
-    if line.format == "bf16":
-        return line
-    shape = next(module.parameters(recurse=False)).shape
-    call = format_call(line.format, device, shape, is_split=is_split)
-    return replace(line, backend=choose(config.backend, call, line.module).name)
 
 
 def _matrix(module: str, name: str) -> str:

@@ -16,7 +16,8 @@ from nemotron.ops.describe import choose_backends, describe
 from nemotron.ops.registry import OPERATIONS
 from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.runtime import Launch, start
-from nemotron.precision.apply import DTYPES, assign, preset_at
+from nemotron.precision.apply import DTYPES
+from nemotron.precision.assign import assign, preset_at
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course, plan_course
 from nemotron.train.deterministic import deterministic

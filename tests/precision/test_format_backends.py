@@ -13,7 +13,8 @@ from nemotron.cli import run
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.precision import backends
-from nemotron.precision.apply import Quantization, assign
+from nemotron.precision.apply import Quantization
+from nemotron.precision.assign import assign
 from nemotron.precision.backends import BACKENDS, BY_NAME, FORMATS, FormatCall, choose, format_call
 from nemotron.precision.config import DelayedConfig, NVFP4Config, PrecisionConfig
 from nemotron.precision.delayed import DelayedFP8Scheme, Histories

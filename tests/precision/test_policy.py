@@ -10,7 +10,8 @@ from pydantic import ValidationError
 from nemotron.cli import run
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
-from nemotron.precision.apply import Quantization, assign, preset_at
+from nemotron.precision.apply import Quantization
+from nemotron.precision.assign import assign, preset_at
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.policy import tail_blocks
 from nemotron.precision.random_bits import Draw
