@@ -33,7 +33,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.ops.grouped_linear import grouped_linear
 from nemotron.precision.apply import Quantization
 from nemotron.precision.assign import linear_layers
-from nemotron.precision.backends import FORMATS, format_call, in_order
+from nemotron.precision.backends import FormatBackend, Layer, format_call, in_order
 from nemotron.precision.config import NVFP4Config, PrecisionConfig, Preset
 from nemotron.precision.policy import kind_of
 from nemotron.precision.random_bits import Draw
@@ -213,23 +213,16 @@ def _layer(
         narrow = weight.bfloat16()
         return grouped_linear(x, narrow, counts) if shape.experts else F.linear(x, narrow)
 
+    def quantised(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
+        if shape.experts:
+            return lambda x, weight: layer.grouped(x, weight, counts, "weight", draw)
+        return lambda x, weight: layer.linear(x, weight, draw)
+
     runs = {(BASE, ""): passes(plain)}
-    for format in SCHEMES:
-        call = format_call(format, torch.device(device), (shape.out, shape.width))
-        for backend in in_order(device):
-            if backend.unfit(call) is not None:
-                continue
-            layer = backend.function({"weight": SCHEMES[format]}, format, NVFP4Config())
-            if shape.experts:
-
-                def quantised(x: Tensor, weight: Tensor, layer: object = layer) -> Tensor:
-                    return layer.grouped(x, weight, counts, "weight", draw)  # type: ignore[attr-defined]
-            else:
-
-                def quantised(x: Tensor, weight: Tensor, layer: object = layer) -> Tensor:
-                    return layer.linear(x, weight, draw)  # type: ignore[attr-defined]
-
-            runs[format, backend.name] = passes(quantised)
+    for format, scheme in SCHEMES.items():
+        for backend in fit(format, [(shape.out, shape.width)], device):
+            layer = backend.function({"weight": scheme}, format, NVFP4Config())
+            runs[format, backend.name] = passes(quantised(layer))
     experts = f"{shape.experts} x " if shape.experts else ""
     what = f"{shape.kind} {experts}{shape.out} x {shape.width}, {rows} rows"
     yield from _compared({"model": model, "layer": what}, runs, options)
@@ -260,43 +253,47 @@ def _block(
     tokens = torch.randint(1024, shape, generator=torch.Generator().manual_seed(0))
     tokens = tokens.to(options.device)
 
-    def passes(settings: dict[str, object]) -> Callable[[], Results]:
+    def passes(format: str, backend: str = "auto") -> Callable[[], Results]:
+        rules = [{"kind": "*", "format": format}]
+        values = {"compute": "bf16", "rules": rules, "backend": backend}
+        bound = twin(model)
+        quantization = Quantization(bound, PrecisionConfig.model_validate(values), seed=0)
+
         def run() -> Results:
-            # binding the layers takes no time worth counting
-            rules = [settings] if settings["format"] != BASE else []
-            quantization = Quantization(
-                model,
-                PrecisionConfig.model_validate(
-                    {"compute": "bf16", "rules": rules, "backend": backend}
-                ),
-                seed=0,
-            )
             quantization.begin(1, 0)
-            model.zero_grad()
-            hidden = model(tokens)
+            hidden = bound(tokens)
             hidden.backward(hidden.detach())
-            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            gradients = [p.grad for p in bound.parameters() if p.grad is not None]
+            bound.zero_grad()
             return (hidden.detach(), *gradients)
 
-        backend = settings.pop("backend", "auto")
         return run
 
-    runs = {(BASE, ""): passes({"kind": "*", "format": BASE})}
-    for format in FORMATS:
-        if format == "fp8_delayed":
-            continue
-        for backend in in_order(options.device):
-            shapes = [p.shape for n in linear_layers(model)
-                      for p in model.get_submodule(n).parameters(recurse=False)]  # fmt: skip
-            calls = [format_call(format, torch.device(options.device), s) for s in shapes]
-            if all(backend.unfit(call) is None for call in calls):
-                settings = {"kind": "*", "format": format, "backend": backend.name}
-                runs[format, backend.name] = passes(settings)
+    shapes = [(s.out, s.width) for s in shapes_of(model.config)]
+    runs = {(BASE, ""): passes(BASE)}
+    for format in SCHEMES:
+        for backend in fit(format, shapes, options.device):
+            runs[format, backend.name] = passes(format, backend.name)
     what = f"{kind} of {shape[0]} x {shape[1]} tokens"
     yield from _compared({"model": name, "block": what}, runs, options)
 
 
+def twin(model: HybridLM) -> HybridLM:
+    """Return a model that shares the weights."""
+    with torch.device("meta"):
+        other = HybridLM(model.config)
+    other.load_state_dict(model.state_dict(), assign=True)
+    other.compute_dtype = model.compute_dtype
+    return other
+
+
 # both
+
+
+def fit(format: str, shapes: Sequence[tuple[int, int]], device: str) -> list[FormatBackend]:
+    """Return the backends that have a format here for weights of all these shapes."""
+    calls = [format_call(format, torch.device(device), shape) for shape in shapes]
+    return [b for b in in_order(device) if all(b.unfit(call) is None for call in calls)]
 
 
 def _model(name: str, options: argparse.Namespace) -> ModelConfig:

@@ -34,7 +34,11 @@ VARIANTS = {
     "nvfp4, 1-D weights": ["precision.preset=nvfp4", "precision.nvfp4.square_weights=false"],
 }
 """Settings of each variant; without a tail the last blocks are quantised like the others."""
-NO_TAIL = "{format: nvfp4, kind: 'moe.*experts'}, {format: nvfp4, kind: mamba.in_proj}"
+NO_TAIL = (
+    "{format: bf16, name: 'mtp.*'}, {format: nvfp4, kind: 'moe.*experts'}, "
+    "{format: nvfp4, kind: mamba.in_proj}, {format: mxfp8, kind: mamba.out_proj}"
+)
+"""Super's assignment to every block of the stack."""
 SMOOTHED = 20
 """Steps over which a drawn loss is averaged."""
 
