@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -30,7 +31,7 @@ class Groups:
     @cached_property
     def starts(self) -> Sizes:
         """First row of each in the filled matrix."""
-        return tuple(sum(self.filled[:group]) for group in range(len(self.filled)))
+        return tuple(accumulate(self.filled, initial=0))[:-1]
 
     def rows(self, group: int) -> slice:
         """Return a tensor's own rows of the filled matrix."""

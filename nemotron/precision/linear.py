@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemotron.precision.groups import Sizes
 from nemotron.precision.random_bits import Draw
+from nemotron.precision.saving import put_back, take_out
 from nemotron.precision.schemes import Quantized, Scheme, multiply
 
 Product = Callable[[Quantized, Quantized, Sequence[Tensor]], None]
@@ -40,8 +41,12 @@ class _Linear(torch.autograd.Function):
             scheme.remember("x", x, sizes)
             scheme.remember("w", narrow, outputs)
         keep = is_training and ctx.needs_input_grad[1]
-        row, ctx.activation = scheme.quantize("x", x, sizes, both=keep)
-        weight_row, ctx.weight = scheme.quantize("w", narrow, outputs, both=is_training)
+        row, activation = scheme.quantize("x", x, sizes, both=keep)
+        weight_row, turned = scheme.quantize("w", narrow, outputs, both=is_training)
+        saved: list[Tensor] = []
+        ctx.activation = activation and take_out(activation, saved)
+        ctx.weight = turned and take_out(turned, saved)
+        ctx.save_for_backward(*saved)
         y = x.new_empty(x.shape[0], weight.shape[1])
         product(row, weight_row, y.split(sizes))
         return y
@@ -50,13 +55,13 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         ctx.scheme.remember("dy", dy, ctx.sizes)
         row, turned = ctx.scheme.quantize("dy", dy, ctx.sizes, draw=ctx.draw)
-        dx = dw = None
+        dx, dw, saved = None, None, ctx.saved_tensors
         if ctx.needs_input_grad[0]:
             dx = dy.new_empty(dy.shape[0], ctx.shape[2])
-            ctx.product(row, ctx.weight, dx.split(ctx.sizes))
+            ctx.product(row, put_back(ctx.weight, saved), dx.split(ctx.sizes))
         if ctx.needs_input_grad[1]:
             dw = dy.new_empty(ctx.shape, dtype=ctx.weight_dtype)
-            ctx.product(turned, ctx.activation, dw.unbind())
+            ctx.product(turned, put_back(ctx.activation, saved), dw.unbind())
         return dx, dw, None, None, None, None, None
 
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from nemotron.precision.linear import quantized_grouped_linear, quantized_linear
 from nemotron.precision.random_bits import Draw
@@ -133,15 +134,42 @@ def test_experts_are_layers_of_their_own_and_one_without_rows_has_no_gradient(na
         assert torch.equal(alone[2], dw[expert])
 
 
-def test_only_the_quantised_activation_is_kept_for_backward():
+def held_by(node) -> int:
+    """Bytes of tensors that a node of the graph holds but autograd does not know of."""
+    held = [v for v in vars(node).values() if isinstance(v, torch.Tensor)]
+    for side in (node.activation, node.weight):
+        matrix = side.matrix
+        held += [v for v in vars(matrix).values() if isinstance(v, torch.Tensor)]
+    return sum(tensor.nbytes for tensor in held)
+
+
+def test_only_the_quantised_operands_are_kept_for_backward():
     x, weight, dy = inputs(tokens=256, width=256, out=64)
     y = quantized_linear(x.requires_grad_(), weight.requires_grad_(), SCHEMES["nvfp4"], DRAW)
     node = y.grad_fn
-    kept = node.activation.matrix
-    assert kept.packed.numel() + kept.scales.bytes.numel() == 256 * 256 * 4.5 / 8
-    assert not node.saved_tensors
-    y.backward(dy[:, :64].repeat(6, 1)[:256])
+    # 4.5 bits of X; of W its codes and a scale for each square; amaxes
+    kept = 256 * 256 * 4.5 / 8 + 256 * 64 / 2 + 256 * 64 / 256 + 2 * 4
+    assert sum(tensor.nbytes for tensor in node.saved_tensors) == kept
+    assert held_by(node) == 0
+    y.backward(dy)
     assert x.grad.isfinite().all()
+    with pytest.raises(RuntimeError, match="freed"):
+        _ = node.saved_tensors
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_operands_are_made_again_where_a_layer_is_recomputed(name: str):
+    x, weight, dy = inputs(tokens=64)
+    once = run(quantized_linear, x, weight, dy, SCHEMES[name], DRAW)
+
+    def again(x, weight, *rest):
+        y = checkpoint(quantized_linear, x, weight, *rest, use_reentrant=False)
+        # what autograd keeps is then left to it, and nothing else is there
+        assert held_by(y.grad_fn) == 0
+        return y
+
+    twice = run(again, x, weight, dy, SCHEMES[name], DRAW)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
 
 
 def test_ingredients_can_be_left_out():
