@@ -1,6 +1,6 @@
 """One run, from its configuration to its exit code: check, build, restore, train."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.runtime import Launch, start
 from nemotron.precision.apply import DTYPES
 from nemotron.precision.assign import assign, preset_at
+from nemotron.precision.policy import Assignment, summarize
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course, plan_course
 from nemotron.train.deterministic import deterministic
@@ -108,12 +109,15 @@ def dry_run(config: PretrainConfig) -> int:
     mtp = f" + {count.mtp:,} for multi-token prediction" if count.mtp else ""
     documents = config.data.reset_documents
     choices = choose_backends(device, DTYPES[config.precision.compute], documents)
+    tables = [table for _, _, table in _precision_tables(config, model, device)]
+    formats = summarize(tables[0]) if config.precision.quantizes else []
     state = "exists, would go on by --resume" if folder.path.exists() else "new"
     for line in (
         f"run        {folder.path} ({state})",
         f"model      {count.total:,} parameters, {count.active:,} active{mtp}",
         f"training   {course.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
         *(f"operations {line}" for line in describe(choices, device)),
+        *(f"precision  {line}" for line in formats),
         *(describe_places(config, course, dims) if dims.world > 1 else ()),
     ):
         if launch is None or launch.rank == 0:
@@ -125,15 +129,13 @@ def describe_precision(config: PretrainConfig) -> list[str]:
     """Return the format of every linear layer at the start and after each switch, with reasons.
 
     Raises:
-        UserError: when a rule fits no layer.
+        UserError: when a rule fits no layer, or a named backend is not fit for one.
     """
     with torch.device("meta"):
         model = HybridLM(config.model)
     lines = []
-    for step in (0, *(switch.step for switch in config.precision.switches)):
-        preset = preset_at(config.precision, step)
+    for step, preset, table in _precision_tables(config, model):
         lines.append(f"from step {step}: preset {preset}")
-        table = assign(model, config.precision, preset)
         width = max((len(line.module) for line in table), default=0)
         lines += [
             f"  {line.module:<{width}}  {line.format:<11}  {line.backend:<7}  {line.kind}: "
@@ -160,6 +162,15 @@ def _pick_device(name: str, launch: Launch | None = None) -> torch.device:
         torch.cuda.set_device(launch.local_rank)
         return torch.device(name, launch.local_rank)
     return torch.device(name)
+
+
+def _precision_tables(
+    config: PretrainConfig, model: HybridLM, device: torch.device | None = None
+) -> Iterator[tuple[int, str, list[Assignment]]]:
+    """Yield the table of formats at the start and after each switch, with its step and preset."""
+    for step in (0, *(switch.step for switch in config.precision.switches)):
+        preset = preset_at(config.precision, step)
+        yield step, preset, assign(model, config.precision, preset, device)
 
 
 def _pin_backends(config: PretrainConfig) -> None:

@@ -160,6 +160,17 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(recipe, capsys, tmp_pa
     assert listing(tmp_path) == before
 
 
+def test_a_dry_run_tells_the_formats_and_refuses_a_backend_that_is_not_fit(recipe, capsys):
+    low = {"compute": "bf16", "preset": "nvfp4"}
+    assert dry_run(recipe(precision=low)) == 0
+    assert "precision  nvfp4       mamba.in_proj x 1: default of nvfp4 (emulate)" in (
+        capsys.readouterr().out
+    )
+    later = {"compute": "bf16", "switches": [{"step": 2, "preset": "mxfp8"}], "backend": "torch"}
+    with pytest.raises(UserError, match="precision.backend = torch is not fit for .* in mxfp8"):
+        dry_run(recipe(precision=later))
+
+
 def test_a_dry_run_refuses_a_backend_that_does_not_exist(recipe):
     with pytest.raises(UserError, match=r"ops.ssd = fast is unknown; use auto or one of .*chunked"):
         dry_run(recipe(ops={"ssd": "fast"}))
