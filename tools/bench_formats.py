@@ -58,7 +58,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="append the rows to this file, a line each")
     parser.add_argument("--recipe", default=ROOT / "recipes/tiny/pretrain.yaml", help="of steps")
     presets = [name for name in get_args(Preset) if name != BASE]
-    parser.add_argument("--presets", nargs="+", choices=presets, default=presets, help="of steps")
+    distinct = [name for name in presets if name != "nvfp4_super"]
+    parser.add_argument("--presets", nargs="+", choices=presets, default=distinct, help="of steps")
     parser.add_argument("--models", nargs="+", default=["nano", "super"], help="of layers, blocks")
     parser.add_argument("--tokens", type=int, help="default: 8192 on a GPU, 256 on a CPU")
     parser.add_argument("--experts", type=int, help="at most so many; default: all, 8 on a CPU")
