@@ -12,7 +12,7 @@ from torch.nn.functional import ScalingType
 
 from nemotron.precision import scaled_mm
 from nemotron.precision.formats import decode_e2m1, decode_e8m0, unpack_e2m1
-from nemotron.precision.linear import quantized_linear
+from nemotron.precision.linear import quantized_grouped_linear, quantized_linear
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import SCHEMES, NVFP4Scheme, multiply
 
@@ -112,3 +112,23 @@ def test_gpus_are_handed_legal_layouts_of_the_right_numbers(calls, name: str, sh
         assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max()
     if tokens > 128:
         assert calls == KINDS[name.split()[0]]
+
+
+@pytest.mark.parametrize("name", [*SCHEMES, "nvfp4 rows"])
+def test_each_experts_part_of_a_matrix_is_handed_over(calls, name: str):
+    counts = torch.tensor([20, 0, 131, 16])
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(167, 144, generator=g)
+    weight = torch.randn(4, 200, 144, generator=g) / torch.tensor([1.0, 2, 3, 40]).view(4, 1, 1)
+    dy = torch.randn(167, 200, generator=g) * 1e-3
+    scheme = NVFP4Scheme(square_weights=False) if name == "nvfp4 rows" else SCHEMES[name]
+    results = []
+    for product in (multiply, scaled_mm.multiply):
+        leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
+        y = quantized_grouped_linear(*leaves, counts, scheme, Draw(12), product)
+        y.backward(dy)
+        results.append((y.detach(), *(leaf.grad for leaf in leaves)))
+    for ours, theirs in zip(*results, strict=True):
+        # the same operands; float32 sums of at most 200 terms against float64
+        assert (ours - theirs).abs().max() <= 2e-6 * theirs.abs().max()
+    assert len(calls) == 9, "three experts with rows, three products each"

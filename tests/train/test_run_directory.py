@@ -167,7 +167,7 @@ def test_a_dry_run_tells_the_formats_and_refuses_a_backend_that_is_not_fit(recip
         capsys.readouterr().out
     )
     later = {"compute": "bf16", "switches": [{"step": 2, "preset": "mxfp8"}], "backend": "torch"}
-    with pytest.raises(UserError, match="precision.backend = torch is not fit for .* in mxfp8"):
+    with pytest.raises(UserError, match=r"precision.backend = torch is not fit for .* in mxfp8"):
         dry_run(recipe(precision=later))
 
 
