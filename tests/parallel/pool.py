@@ -1,5 +1,7 @@
 """Processes that stay: each test hands them a function, and gets what every rank returned."""
 
+import gc
+import itertools
 import multiprocessing
 import os
 import pickle
@@ -19,7 +21,7 @@ TIMEOUT_S = 120
 
 
 class Pool:
-    """`world` processes that share a gloo group; a failure ends them, and the next call renews."""
+    """`world` processes, in a gloo group for each call; after a failure they are started anew."""
 
     def __init__(self, world: int) -> None:
         self.world = world
@@ -48,11 +50,11 @@ class Pool:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("spawn")
-        store = Path(tempfile.mkdtemp()) / "store"
+        folder = Path(tempfile.mkdtemp())
         for rank in range(self.world):
             ours, theirs = context.Pipe()
             process = context.Process(
-                target=_serve, args=(rank, self.world, store, theirs), daemon=True
+                target=_serve, args=(rank, self.world, folder, theirs), daemon=True
             )
             process.start()
             theirs.close()
@@ -81,23 +83,26 @@ class Pool:
         return results, problems
 
 
-def _serve(rank: int, world: int, store: Path, pipe: Connection) -> None:
+def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
     torch.set_num_threads(1)
     torch.use_deterministic_algorithms(True)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{store}",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )
-    while True:
+    for number in itertools.count():
         try:
             function, arguments = pickle.loads(pipe.recv_bytes())
         except EOFError:
             os._exit(0)
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{folder}/store-{number}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=TIMEOUT_S),
+        )
         try:
             answer = True, function(*arguments)
         except BaseException:
             answer = False, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))
+        # a group's threads ask for news a hundred times a second for as long as it exists
+        dist.destroy_process_group()
+        gc.collect()
