@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 from torch import Tensor
 
 from nemotron.precision import fp8, hadamard, mxfp8, nvfp4
@@ -145,12 +145,14 @@ class NVFP4Scheme(Scheme):
     ) -> tuple[Matrix, Matrix | None]:
         wide = filled.float()
         is_square = operand == "w" and self.square_weights
+        is_stochastic = operand == "dy" and self.stochastic
+        numbered = draw.fill(groups) if is_stochastic and draw is not None else None
         row = nvfp4.quantize(
             wide,
             height=nvfp4.BLOCK if is_square else 1,
             groups=groups,
             amax=self._amax(operand, wide, groups),
-            bits=self._bits(operand, filled, groups, draw, stream=0),
+            bits=_bits(numbered, wide, stream=0),
         )
         if is_square:  # the other direction has the same values
             return row, row.pack() if both else None
@@ -164,16 +166,15 @@ class NVFP4Scheme(Scheme):
             width=1,
             groups=groups,
             amax=self._amax(operand, tokens, groups),
-            bits=self._bits(operand, filled, groups, draw, stream=1),
+            bits=_bits(numbered, wide, stream=1),
         )
         return row, turned if operand == "dy" else turned.pack()
 
-    def _bits(
-        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, stream: int
-    ) -> Tensor | None:
-        if operand != "dy" or draw is None or not self.stochastic:
-            return None
-        return draw.fill(groups).bits(*filled.shape, stream=stream, device=filled.device)
+
+def _bits(draw: Draw | None, filled: Tensor, stream: int) -> UInt8[Tensor, "M N"] | None:
+    if draw is None:
+        return None
+    return draw.bits(*filled.shape, stream=stream, device=filled.device)
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from nemotron.model.mamba2 import Mamba2, mix_tokens
 from nemotron.parallel.context import state_passing
 from nemotron.parallel.context.apply import MIXING
 from nemotron.parallel.context.layout import in_row_order, shard
+from nemotron.parallel.context.state_passing import StatePassing
 
 pytestmark = pytest.mark.distributed
 
@@ -133,12 +134,19 @@ def in_float64(row: Row) -> Row:
     )
 
 
-def on_ranks_row_by_row(cases: list[Case]) -> list[list[Tensor]]:
-    usual, state_passing.GATHERED_BYTES = state_passing.GATHERED_BYTES, 1
-    try:
-        return on_ranks("state_passing", cases)
-    finally:
-        state_passing.GATHERED_BYTES = usual
+def on_ranks_row_by_row(cases: list[Case]) -> tuple[list[int], list[list[Tensor]]]:
+    """Return the rows that were gathered at each time, again in backward, and the outcomes."""
+    gathered: list[int] = []
+    pass_on = StatePassing._passed_on
+
+    def counted(self: StatePassing, final: Tensor, decay: Tensor) -> Tensor:
+        gathered.append(final.shape[0] // 2)
+        return pass_on(self, final, decay)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state_passing, "GATHERED_BYTES", 1)
+        patch.setattr(StatePassing, "_passed_on", counted)
+        return gathered, on_ranks("state_passing", cases)
 
 
 METHODS = pytest.mark.parametrize("method", ["state_passing", "all_to_all"])
@@ -193,7 +201,8 @@ def test_states_of_some_rows_at_a_time_are_those_of_all(four: Pool):
     cases = [Case(3, None, rows=3), Case(3, ([4, 11, 9], [20, 4]))]
     at_once = four.run(on_ranks, "state_passing", cases)
     by_row = four.run(on_ranks_row_by_row, cases)
-    for ours, theirs in zip(by_row, at_once, strict=True):
+    for (gathered, ours), theirs in zip(by_row, at_once, strict=True):
+        assert gathered == [1] * 2 * (3 + 2)
         for found, expected in zip(ours, theirs, strict=True):
             assert worst(found, expected) <= 1e-14
 

@@ -4,30 +4,12 @@ import random
 from typing import Any
 
 import pytest
+from conftest import MODEL
 from pool import Pool
 from prepared import write_prepared
 from reliability_run import compared, skips, told
 
 pytestmark = pytest.mark.distributed
-
-MODEL = {
-    "vocab_size": 4096,
-    "hidden_size": 24,
-    "hybrid_override_pattern": "ME*E",
-    "mamba_num_heads": 4,
-    "mamba_head_dim": 6,
-    "n_groups": 2,
-    "ssm_state_size": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 6,
-    "n_routed_experts": 6,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 20,
-    "moe_shared_expert_intermediate_size": 28,
-    "num_nextn_predict_layers": 1,
-    "mtp_hybrid_override_pattern": "*E",
-}
 
 LAYOUTS: dict[str, dict[str, Any]] = {
     "fsdp": {},
