@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -190,8 +190,10 @@ def _in_processes(
     with ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(job, counter)
     ) as pool:
-        running = {pool.submit(_work_here, unit): unit.number for unit in todo}
+        running: dict[Future[Receipt], int] = {}
         try:
+            with _interrupts_held():  # which the workers, started here, inherit
+                running |= {pool.submit(_work_here, unit): unit.number for unit in todo}
             while running:
                 done, _ = wait(running, POLLED_S, FIRST_COMPLETED)
                 progress.reach(counter.value)
@@ -203,10 +205,30 @@ def _in_processes(
                 "and give the same command again: finished shards are kept."
             ) from None
         finally:
-            pool.shutdown(wait=False, cancel_futures=True)
             if running:
                 for process in multiprocessing.active_children():
                     process.terminate()
+
+
+@contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """Hold Ctrl-C back until the end; a process started meanwhile never gets it.
+
+    It reaches the parent, which ends its workers. A worker that only ignored it once it runs would
+    print a traceback when it came while it still imports; so would one whose parent is interrupted
+    before it was told all. The mask is what a worker inherits; the handler is for the parent, where
+    a thread of a library may take the signal that this thread masks.
+    """
+    held: list[int] = []
+    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        signal.signal(signal.SIGINT, handler)
+        if held:
+            signal.raise_signal(signal.SIGINT)
 
 
 _worker: tuple[Job, "Synchronized[int]", Tokenizer] | None = None
@@ -219,7 +241,6 @@ def _start_worker(job: Job, counter: "Synchronized[int]") -> None:
         os._exit(1)  # the parent died while this process was starting
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes share the cores already
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
     _worker = job, counter, load_tokenizer(job.tokenizer)
 
 
