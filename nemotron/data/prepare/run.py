@@ -7,7 +7,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -187,14 +187,14 @@ def _in_processes(
 ) -> Generator[tuple[int, Receipt], None, None]:
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
-    with ProcessPoolExecutor(
+    pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(job, counter)
-    ) as pool:
-        running: dict[Future[Receipt], int] = {}
+    )
+    with _interrupts_noted() as interrupts, pool:
+        with _interrupts_blocked():  # the pool starts its workers here
+            running = {pool.submit(_work_here, unit): unit.number for unit in todo}
         try:
-            with _interrupts_held():  # which the workers, started here, inherit
-                running |= {pool.submit(_work_here, unit): unit.number for unit in todo}
-            while running:
+            while running and not interrupts:
                 done, _ = wait(running, POLLED_S, FIRST_COMPLETED)
                 progress.reach(counter.value)
                 for future in done:
@@ -211,24 +211,38 @@ def _in_processes(
 
 
 @contextmanager
-def _interrupts_held() -> Iterator[None]:
-    """Hold Ctrl-C back until the end; a process started meanwhile never gets it.
+def _interrupts_noted() -> Iterator[list[int]]:
+    """Yield a list that a Ctrl-C is noted in, which takes effect at the end; a second one does now.
 
-    It reaches the parent, which ends its workers. A worker that only ignored it once it runs would
-    print a traceback when it came while it still imports; so would one whose parent is interrupted
-    before it was told all. The mask is what a worker inherits; the handler is for the parent, where
-    a thread of a library may take the signal that this thread masks.
+    So it never interrupts what cannot be: a process that is just being started, a queue's lock.
     """
-    held: list[int] = []
-    handler = signal.signal(signal.SIGINT, lambda number, _: held.append(number))
+    noted: list[int] = []
+
+    def note(number: int, _frame: object) -> None:
+        if noted:
+            raise KeyboardInterrupt
+        noted.append(number)
+
+    handler = signal.signal(signal.SIGINT, note)
+    try:
+        yield noted
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if noted:
+            signal.raise_signal(signal.SIGINT)
+
+
+@contextmanager
+def _interrupts_blocked() -> Iterator[None]:
+    """Block Ctrl-C in processes that are started meanwhile: it reaches the parent, which ends them.
+
+    A worker that only ignored it once it runs would print a traceback when it still imports.
+    """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        signal.signal(signal.SIGINT, handler)
-        if held:
-            signal.raise_signal(signal.SIGINT)
 
 
 _worker: tuple[Job, "Synchronized[int]", Tokenizer] | None = None
