@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import MODEL
+from layout_model import MODEL
 from layout_run import Outcome, joined, run_steps
 from pool import Pool
 

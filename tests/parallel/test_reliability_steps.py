@@ -4,7 +4,7 @@ import random
 from typing import Any
 
 import pytest
-from conftest import MODEL
+from layout_model import MODEL
 from pool import Pool
 from prepared import write_prepared
 from reliability_run import compared, skips, told
