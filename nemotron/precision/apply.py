@@ -13,7 +13,7 @@ from nemotron.precision.assign import assign, device_of, linear_layers, preset_a
 from nemotron.precision.backends import BY_NAME
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.delayed import FRESH, DelayedFP8Scheme, Histories
-from nemotron.precision.groups import Sizes
+from nemotron.precision.groups import Sizes, Slab, slabs
 from nemotron.precision.policy import Assignment
 from nemotron.precision.random_bits import Draw, Numbers
 from nemotron.precision.schemes import SCHEMES, NVFP4Scheme, Reduce, Scheme
@@ -226,15 +226,21 @@ class Quantization:
     ) -> None:
         """Measure the operands of a product; the gradient's when it comes."""
 
-        def observe(operand: str, tensor: Tensor, sizes: Sizes) -> None:
-            row, _ = scheme.quantize(operand, tensor, sizes, both=False)
+        def observe(operand: str, tensor: Tensor, slab: Slab, sizes: Sizes) -> None:
+            row, _ = scheme.part(slab.experts).quantize(operand, tensor, sizes, both=False)
             self._observed.observe(name, operand, tensor, row.operand())
 
-        narrow = weight.detach().to(torch.bfloat16).flatten(0, 1)
-        observe("x", x.detach(), sizes)
-        observe("w", narrow, (weight.shape[1],) * weight.shape[0])
+        def observe_rows(operand: str, tensor: Tensor) -> None:
+            for slab in cut:
+                observe(operand, tensor[slab.rows], slab, slab.sizes)
+
+        cut = slabs(sizes, weight[0].numel())
+        observe_rows("x", x.detach())
+        for slab in cut:
+            narrow = weight[slab.experts].detach().to(torch.bfloat16).flatten(0, 1)
+            observe("w", narrow, slab, (weight.shape[1],) * len(slab.sizes))
         if y.requires_grad:
-            y.register_hook(lambda dy: observe("dy", dy, sizes))
+            y.register_hook(lambda dy: observe_rows("dy", dy))
 
     def _bind(self, line: Assignment) -> None:
         module = self._here.get(line.module)

@@ -17,9 +17,9 @@ def block_amax(x: Float[Tensor, "M K"], height: int, width: int) -> Float[Tensor
     if below or beside:
         bits = F.pad(bits, (0, beside, 0, below))
     if height > 1:
-        bits = bits.view(-1, height, bits.shape[1]).amax(1)
+        bits = bits.view(bits.shape[0] // height, height, bits.shape[1]).amax(1)
     if width > 1:
-        bits = bits.view(bits.shape[0], -1, width).amax(2)
+        bits = bits.view(bits.shape[0], bits.shape[1] // width, width).amax(2)
     return bits.view(torch.float32)
 
 
@@ -27,7 +27,7 @@ def scale_blocks(
     x: Float[Tensor, "M K"], scales: Float[Tensor, "rows columns"], height: int, width: int
 ) -> Float[Tensor, "M K"]:
     """Multiply every element of a matrix by the value of its block."""
-    if x.shape[0] % height or x.shape[1] % width:
+    if x.shape != (scales.shape[0] * height, scales.shape[1] * width):
         return x * spread(scales, height, width, (x.shape[0], x.shape[1]))
     blocks = x.view(scales.shape[0], height, scales.shape[1], width)
     return (blocks * scales[:, None, :, None]).view(x.shape)

@@ -4,7 +4,7 @@ Source: NVIDIA/TransformerEngine: transformer_engine/common/recipe/delayed_scali
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -93,6 +93,14 @@ class DelayedFP8Scheme(Scheme):
     """
 
     slots: Mapping[str, Slot]
+
+    def part(self, experts: slice) -> "DelayedFP8Scheme":
+        """Return the scheme of some of the experts, which have their places in the same slots."""
+        slots = {
+            operand: Slot(slot.newest[experts], slot.scale[experts])
+            for operand, slot in self.slots.items()
+        }
+        return replace(self, slots=slots)
 
     def remember(
         self, operand: str, tensor: Float[Tensor, "M K"], sizes: Sizes | None = None

@@ -15,6 +15,30 @@ Sizes = tuple[int, ...]
 """Rows of each tensor: those of each expert, or of the only one."""
 
 
+AT_ONCE = 1 << 25
+"""Weights of experts that are quantised at once: bounds the memory of what lies between."""
+
+
+@dataclass(frozen=True)
+class Slab:
+    """Experts that are quantised at once, and their rows."""
+
+    experts: slice
+    rows: slice
+    sizes: Sizes
+
+
+def slabs(sizes: Sizes, weights: int) -> list[Slab]:
+    """Cut experts, each with so many rows and that many weights, into what is quantised at once."""
+    count, starts = max(1, AT_ONCE // max(1, weights)), (0, *accumulate(sizes))
+    cut = []
+    for first in range(0, len(sizes), count):
+        own = sizes[first : first + count]
+        last = first + len(own)
+        cut.append(Slab(slice(first, last), slice(starts[first], starts[last]), own))
+    return cut
+
+
 @dataclass(frozen=True)
 class Groups:
     """Where each tensor's rows are, once zeros fill it up so that no block lies in two of them."""

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.precision.groups import Sizes
+from nemotron.precision.groups import Sizes, slabs
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.saving import put_back, take_out
 from nemotron.precision.schemes import Quantized, Scheme, multiply
@@ -33,35 +33,47 @@ class _Linear(torch.autograd.Function):
         product: Product,
         is_training: bool,
     ) -> Float[Tensor, "R N"]:
-        ctx.sizes, ctx.scheme, ctx.draw, ctx.product = sizes, scheme, draw, product
+        ctx.scheme, ctx.draw, ctx.product = scheme, draw, product
         ctx.shape, ctx.weight_dtype = weight.shape, weight.dtype
-        narrow = weight.to(torch.bfloat16).flatten(0, 1)
-        outputs = (weight.shape[1],) * weight.shape[0]
-        if is_training:
-            scheme.remember("x", x, sizes)
-            scheme.remember("w", narrow, outputs)
+        ctx.slabs = slabs(sizes, weight[0].numel())
         keep = is_training and ctx.needs_input_grad[1]
-        row, activation = scheme.quantize("x", x, sizes, both=keep)
-        weight_row, turned = scheme.quantize("w", narrow, outputs, both=is_training)
-        saved: list[Tensor] = []
-        ctx.activation = activation and take_out(activation, saved)
-        ctx.weight = turned and take_out(turned, saved)
-        ctx.save_for_backward(*saved)
         y = x.new_empty(x.shape[0], weight.shape[1])
-        product(row, weight_row, y.split(sizes))
+        kept: list[tuple[Quantized | None, Quantized | None]] = []
+        saved: list[Tensor] = []
+        for slab in ctx.slabs:
+            own, rows = scheme.part(slab.experts), x[slab.rows]
+            narrow = weight[slab.experts].to(torch.bfloat16).flatten(0, 1)
+            outputs = (weight.shape[1],) * len(slab.sizes)
+            if is_training:
+                own.remember("x", rows, slab.sizes)
+                own.remember("w", narrow, outputs)
+            row, activation = own.quantize("x", rows, slab.sizes, both=keep)
+            weight_row, turned = own.quantize("w", narrow, outputs, both=is_training)
+            kept.append(
+                (activation and take_out(activation, saved), turned and take_out(turned, saved))
+            )
+            product(row, weight_row, y[slab.rows].split(slab.sizes))
+        ctx.kept = kept
+        ctx.save_for_backward(*saved)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.scheme.remember("dy", dy, ctx.sizes)
-        row, turned = ctx.scheme.quantize("dy", dy, ctx.sizes, draw=ctx.draw)
-        dx, dw, saved = None, None, ctx.saved_tensors
+        saved = ctx.saved_tensors
+        dx = dw = None
         if ctx.needs_input_grad[0]:
             dx = dy.new_empty(dy.shape[0], ctx.shape[2])
-            ctx.product(row, put_back(ctx.weight, saved), dx.split(ctx.sizes))
         if ctx.needs_input_grad[1]:
             dw = dy.new_empty(ctx.shape, dtype=ctx.weight_dtype)
-            ctx.product(turned, put_back(ctx.activation, saved), dw.unbind())
+        for slab, (activation, weight) in zip(ctx.slabs, ctx.kept, strict=True):
+            own, rows = ctx.scheme.part(slab.experts), dy[slab.rows]
+            draw = ctx.draw and ctx.draw.part(slab.rows)
+            own.remember("dy", rows, slab.sizes)
+            row, turned = own.quantize("dy", rows, slab.sizes, draw=draw)
+            if dx is not None:
+                ctx.product(row, put_back(weight, saved), dx[slab.rows].split(slab.sizes))
+            if dw is not None:
+                ctx.product(turned, put_back(activation, saved), dw[slab.experts].unbind())
         return dx, dw, None, None, None, None, None
 
 

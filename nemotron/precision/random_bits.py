@@ -46,6 +46,11 @@ class Draw:
     columns: Numbers = 0
     """Number of each column in the whole matrix, of which a rank may hold some."""
 
+    def part(self, rows: slice) -> "Draw":
+        """Return what some of the rows hang on."""
+        own = self.rows + rows.start if isinstance(self.rows, int) else self.rows[rows]
+        return replace(self, rows=own)
+
     def fill(self, groups: Groups) -> "Draw":
         """Number the rows of a matrix that is filled up: those that fill a tensor are numbered on.
 

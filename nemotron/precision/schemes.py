@@ -111,6 +111,10 @@ class Scheme(ABC):
             return Quantized(row, groups), None
         return Quantized(row, groups), Quantized(turned, groups, turned=True)
 
+    def part(self, experts: slice) -> "Scheme":
+        """Return how some of the experts are treated; only delayed scaling knows one by one."""
+        return self
+
     def remember(  # noqa: B027, most need nothing
         self, operand: str, tensor: Float[Tensor, "M K"], sizes: Sizes | None = None
     ) -> None:

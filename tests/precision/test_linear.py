@@ -134,12 +134,24 @@ def test_experts_are_layers_of_their_own_and_one_without_rows_has_no_gradient(na
         assert torch.equal(alone[2], dw[expert])
 
 
+@pytest.mark.parametrize("name", SCHEMES)
+def test_experts_that_are_all_idle_have_no_outputs_and_no_gradients(name: str):
+    x, _, dy = inputs(tokens=0)
+    counts, weight = torch.zeros(4, dtype=torch.int64), torch.randn(4, 112, 80)
+    for experts in (slice(0, 1), slice(0, 4)):
+        y, dx, dw = run(
+            quantized_grouped_linear, x, weight[experts], dy, counts[experts], SCHEMES[name], DRAW
+        )
+        assert y.shape == (0, 112)
+        assert dx.shape == (0, 80)
+        assert not dw.any()
+
+
 def held_by(node) -> int:
     """Bytes of tensors that a node of the graph holds but autograd does not know of."""
     held = [v for v in vars(node).values() if isinstance(v, torch.Tensor)]
-    for side in (node.activation, node.weight):
-        matrix = side.matrix
-        held += [v for v in vars(matrix).values() if isinstance(v, torch.Tensor)]
+    for side in (side for kept in node.kept for side in kept):
+        held += [v for v in vars(side.matrix).values() if isinstance(v, torch.Tensor)]
     return sum(tensor.nbytes for tensor in held)
 
 
