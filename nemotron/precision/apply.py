@@ -234,7 +234,7 @@ class Quantization:
             for slab in cut:
                 observe(operand, tensor[slab.rows], slab, slab.sizes)
 
-        cut = slabs(sizes, weight[0].numel())
+        cut = slabs(sizes, weight)
         observe_rows("x", x.detach())
         for slab in cut:
             narrow = weight[slab.experts].detach().to(torch.bfloat16).flatten(0, 1)

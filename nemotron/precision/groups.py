@@ -15,8 +15,12 @@ Sizes = tuple[int, ...]
 """Rows of each tensor: those of each expert, or of the only one."""
 
 
-AT_ONCE = 1 << 25
-"""Weights of experts that are quantised at once: bounds the memory of what lies between."""
+AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""Weights of experts that are quantised at once, on each kind of device.
+
+It bounds the memory of what lies between. A CPU is fastest with tensors that the allocator keeps
+(glibc gives back those above 32 MiB, and each new one costs a fault a page), a GPU with few calls.
+"""
 
 
 @dataclass(frozen=True)
@@ -28,9 +32,10 @@ class Slab:
     sizes: Sizes
 
 
-def slabs(sizes: Sizes, weights: int) -> list[Slab]:
-    """Cut experts, each with so many rows and that many weights, into what is quantised at once."""
-    count, starts = max(1, AT_ONCE // max(1, weights)), (0, *accumulate(sizes))
+def slabs(sizes: Sizes, weight: Float[Tensor, "E N K"]) -> list[Slab]:
+    """Cut experts with so many rows each, and these weights, into what is quantised at once."""
+    count = max(1, AT_ONCE[weight.device.type] // max(1, weight[0].numel()))
+    starts = (0, *accumulate(sizes))
     cut = []
     for first in range(0, len(sizes), count):
         own = sizes[first : first + count]

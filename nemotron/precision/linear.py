@@ -35,7 +35,7 @@ class _Linear(torch.autograd.Function):
     ) -> Float[Tensor, "R N"]:
         ctx.scheme, ctx.draw, ctx.product = scheme, draw, product
         ctx.shape, ctx.weight_dtype = weight.shape, weight.dtype
-        ctx.slabs = slabs(sizes, weight[0].numel())
+        ctx.slabs = slabs(sizes, weight)
         keep = is_training and ctx.needs_input_grad[1]
         y = x.new_empty(x.shape[0], weight.shape[1])
         kept: list[tuple[Quantized | None, Quantized | None]] = []
