@@ -13,8 +13,6 @@ from nemotron.precision.blocks import block_amax
 
 Sizes = tuple[int, ...]
 """Rows of each tensor: those of each expert, or of the only one."""
-
-
 AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
 """Weights of experts that are quantised at once, on each kind of device.
 

@@ -19,7 +19,7 @@ Product = Callable[[Quantized, Quantized, Sequence[Tensor]], None]
 class _Linear(torch.autograd.Function):
     """Y = X Wᵀ from quantised operands, for each expert's rows or for all rows as one.
 
-    Of X only the quantised form is kept for backward.
+    Experts are taken some at a time. Of X only the quantised form is kept for backward.
     """
 
     @staticmethod
