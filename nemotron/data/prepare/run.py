@@ -4,7 +4,6 @@ import json
 import multiprocessing
 import os
 import shutil
-import signal
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron.data.folder import FORMAT, Manifest, read_manifest
+from nemotron.data.prepare import interrupts
 from nemotron.data.prepare.assemble import assemble
 from nemotron.data.prepare.inputs import Plan, Unit, plan
 from nemotron.data.prepare.options import PrepareOptions, parse_filter
@@ -190,11 +190,11 @@ def _in_processes(
     pool = ProcessPoolExecutor(
         workers, mp_context=context, initializer=_start_worker, initargs=(job, counter)
     )
-    with _interrupts_noted() as interrupts, pool:
-        with _interrupts_blocked():  # the pool starts its workers here
+    with interrupts.noted() as noted, pool:
+        with interrupts.blocked():  # the pool starts its workers here
             running = {pool.submit(_work_here, unit): unit.number for unit in todo}
         try:
-            while running and not interrupts:
+            while running and not noted:
                 done, _ = wait(running, POLLED_S, FIRST_COMPLETED)
                 progress.reach(counter.value)
                 for future in done:
@@ -208,41 +208,6 @@ def _in_processes(
             if running:
                 for process in multiprocessing.active_children():
                     process.terminate()
-
-
-@contextmanager
-def _interrupts_noted() -> Iterator[list[int]]:
-    """Yield a list that a Ctrl-C is noted in, which takes effect at the end; a second one does now.
-
-    So it never interrupts what cannot be: a process that is just being started, a queue's lock.
-    """
-    noted: list[int] = []
-
-    def note(number: int, _frame: object) -> None:
-        if noted:
-            raise KeyboardInterrupt
-        noted.append(number)
-
-    handler = signal.signal(signal.SIGINT, note)
-    try:
-        yield noted
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if noted:
-            signal.raise_signal(signal.SIGINT)
-
-
-@contextmanager
-def _interrupts_blocked() -> Iterator[None]:
-    """Block Ctrl-C in processes that are started meanwhile: it reaches the parent, which ends them.
-
-    A worker that only ignored it once it runs would print a traceback when it still imports.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 _worker: tuple[Job, "Synchronized[int]", Tokenizer] | None = None
