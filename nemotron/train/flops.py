@@ -1,5 +1,6 @@
 """What a token costs, and what the machine could do at best: the two sides of utilisation."""
 
+import statistics
 import time
 from dataclasses import dataclass
 
@@ -38,19 +39,23 @@ def count_parameters(model: nn.Module, config: ModelConfig) -> ParameterCount:
 
 
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
-    """Return the FLOP/s of the best of a few large matrix products in `dtype`."""
+    """Return the FLOP/s of large matrix products in `dtype`: the median, on random numbers.
+
+    A GPU multiplies constant matrices up to 13 % faster, since their bits hardly toggle.
+    """
     size = MEASURED_SIZE[device.type]
-    a = torch.full((size, size), 0.5, device=device, dtype=dtype)
-    b, out = a.clone(), torch.empty_like(a)
+    generator = torch.Generator(device).manual_seed(0)
+    a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
     torch.mm(a, b, out=out)  # the first product sets up the library
-    best, deadline = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < deadline:
+    times, deadline = [], time.perf_counter() + seconds
+    while not times or time.perf_counter() < deadline:
         _wait(device)
         start = time.perf_counter()
         torch.mm(a, b, out=out)
         _wait(device)
-        best = min(best, time.perf_counter() - start)
-    return 2.0 * size**3 / best
+        times.append(time.perf_counter() - start)
+    return 2.0 * size**3 / statistics.median(times)
 
 
 def _wait(device: torch.device) -> None:
