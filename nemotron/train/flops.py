@@ -48,7 +48,8 @@ def measure_matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float
     a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
     torch.mm(a, b, out=out)  # the first product sets up the library
-    times, deadline = [], time.perf_counter() + seconds
+    times: list[float] = []
+    deadline = time.perf_counter() + seconds
     while not times or time.perf_counter() < deadline:
         _wait(device)
         start = time.perf_counter()
