@@ -96,9 +96,7 @@ def test_the_start_of_a_run_names_what_is_missing():
     )
 
 
-def test_a_package_that_is_installed_but_does_not_import_says_why(
-    tmp_path, monkeypatch
-):
+def test_a_package_that_is_installed_but_does_not_import_says_why(tmp_path, monkeypatch):
     (tmp_path / "halfway.py").write_text("import surely_not_installed")
     monkeypatch.syspath_prepend(tmp_path)
     backend = Backend("halfway", lambda: None, packages=("halfway",), imports=("halfway",))

@@ -1,5 +1,7 @@
 """The Triton kernels of the scan: in the interpreter on a CPU, compiled on a GPU."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from against_reference import doubled, results, worst
@@ -59,10 +61,10 @@ def error(inputs: list[Tensor | None], ids: Tensor | None) -> float:
 
 
 @pytest.fixture(params=[1, 12], ids=["one_segment", "segments"])
-def segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def segments(request: pytest.FixtureRequest) -> Iterator[None]:
     """Cut short rows into segments as if there were more programs to fill."""
-    monkeypatch.setattr(kernels, "SHORTEST_SEGMENT", 1)
-    monkeypatch.setattr(kernels, "PROGRAMS", request.param)
+    with kernels.SEGMENTS.forced({"programs": request.param, "shortest": 1}):
+        yield
 
 
 @pytest.mark.usefixtures("segments")
