@@ -20,7 +20,6 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -29,12 +28,9 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 from torch import Tensor
-from triton.backends.compiler import GPUTarget
-from triton.runtime.driver import driver
-from triton.runtime.jit import JITFunction
 
-SHARED_LIMIT = 227 * 1024
-"""Bytes of shared memory that a block of compute capability 9.0 can have."""
+from nemotron.ops.tuning import base
+from nemotron.tune.compiled import SHARED_LIMIT, launches_replaced, pretend, used
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TOKENS = 8192
@@ -197,15 +193,8 @@ CASES: dict[str, Callable[[], None]] = {
 
 def compile_case(name: str, arch: int) -> list[Compiled]:
     """Run a case with launches that only compile; returns one entry a launch."""
-    driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", arch, 32),
-            get_current_device=lambda: 0,
-            get_current_stream=lambda device: 0,
-        )
-    )
+    pretend(arch)
     found: dict[str, Compiled] = {}
-    launch = JITFunction.run
 
     def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
         kernel = launch(self, *arguments, grid=grid, warmup=True, **keywords)
@@ -213,35 +202,28 @@ def compile_case(name: str, arch: int) -> list[Compiled]:
         found[f"{entry.kernel} {kernel.hash}"] = entry
         return kernel
 
-    JITFunction.run = compile_only
-    try:
+    # with the launch parameters of the tuning base that is shipped
+    with launches_replaced(compile_only) as launch, base.assume(f"sm{arch}"):
         CASES[name]()
-    finally:
-        JITFunction.run = launch
     return list(found.values())
 
 
 def read(case: str, name: str, kernel: Any) -> Compiled:
     """Read registers, memory and instructions off a compiled kernel."""
-    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    registers, stack, shared = used(kernel)
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-
-        def dump(flag: str) -> str:
-            command = [tools / "cuobjdump", flag, file.name]
-            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
-        used = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage"))
-        assert used is not None, f"cuobjdump says nothing of {name}"
-        code = dump("-sass")
+        command = [tool, "-sass", file.name]
+        code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return Compiled(
         case,
         name,
         f"{kernel.metadata.num_warps} warps, {kernel.metadata.num_stages} stages",
-        int(used[1]),
-        int(used[2]),
-        kernel.metadata.shared,
+        registers,
+        stack,
+        shared,
         kernel.asm["ttir"].count("tt.dot "),
         len(re.findall(r"\bHGMMA\b", code)),
     )

@@ -256,10 +256,11 @@ class Quantization:
         schemes = self._schemes_of(line, module)
         backend = BY_NAME[line.backend]
         layer = backend.function(schemes, line.format, self._config.nvfp4)
+        is_drawn = line.format == "nvfp4"  # the others round to nearest
 
         def linear(x: Tensor) -> Tensor:
             rows, weight = x.reshape(-1, x.shape[-1]), _weight(module)
-            y = layer.linear(rows, weight, self._draw(line.module))
+            y = layer.linear(rows, weight, self._draw(line.module) if is_drawn else None)
             if self._is_observed():
                 sizes = (rows.shape[0],)
                 scheme = schemes["weight"]
@@ -267,9 +268,11 @@ class Quantization:
             return y.view(*x.shape[:-1], -1)
 
         def experts(rows: Tensor, weight: Tensor, counts: Tensor, numbers: Tensor | None) -> Tensor:
-            (name,) = (n for n, p in module.named_parameters(recurse=False) if p is weight)
-            assert numbers is not None, line.module
-            draw = replace(self._draw(line.module), rows=numbers)
+            (name,) = (name for name in schemes if getattr(module, name) is weight)
+            draw = None
+            if is_drawn:
+                assert numbers is not None, line.module
+                draw = replace(self._draw(line.module), rows=numbers)
             y = layer.grouped(rows, weight, counts, name, draw)
             if self._is_observed():
                 sizes = tuple(counts.tolist())
@@ -278,7 +281,7 @@ class Quantization:
 
         function: Callable[..., Tensor] = experts if grouped else linear
         vars(module)[hook] = function
-        if grouped:
+        if grouped and is_drawn:
             vars(module)["number_copies"] = partial(self.copy_numbers, line.module)
 
     def _draw(self, module: str) -> Draw:

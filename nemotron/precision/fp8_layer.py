@@ -6,8 +6,7 @@ takes neither E5M2 nor the scales of blocks. Codes and scales are those of `sche
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,6 @@ from nemotron.precision.kernels import grouped_fp8
 from nemotron.precision.kernels import quantize_fp8 as kernels
 from nemotron.precision.kernels.quantize_fp8 import TILE, Codes, Plan, Sides
 from nemotron.precision.random_bits import Draw
-from nemotron.precision.saving import put_back, take_out
 from nemotron.precision.schemes import PER_TENSOR, BlockFP8Scheme, Scheme
 
 STEP = 16
@@ -30,6 +28,12 @@ STEP = 16
 FAST_FORWARD = True
 """Whether outputs of tensors with one scale are summed by the tensor cores alone, as Transformer
 Engine does it: with about 14 bits, which is more than codes have. Gradients never are."""
+
+_TENSORS, _ROWS, _SQUARES = (
+    [kind]
+    for kind in (ScalingType.TensorWise, ScalingType.BlockWise1x128, ScalingType.BlockWise128x128)
+)
+_PLAIN = [SwizzleType.NO_SWIZZLE]
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class FP8Layer:
     ) -> Float[Tensor, "M N"]:
         """Return X Wᵀ; gradients round to nearest, whatever is drawn."""
         scheme = self.schemes["weight"]
-        return _Linear.apply(x, weight.unsqueeze(0), None, scheme, torch.is_grad_enabled())
+        return _Linear.apply(x, weight, None, scheme, torch.is_grad_enabled())
 
     def grouped(
         self,
@@ -63,17 +67,6 @@ def build(schemes: Mapping[str, Scheme], format: str, options: NVFP4Config) -> F
     return FP8Layer(schemes)
 
 
-class _Like(NamedTuple):
-    """What a result is like, which cuBLAS makes itself and a kernel writes into."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    def empty(self) -> Tensor:
-        return torch.empty(self.shape, dtype=self.dtype, device=self.device)
-
-
 class _Linear(torch.autograd.Function):
     """Y = X Wᵀ; of X and W only the codes that backward reads are kept."""
 
@@ -81,54 +74,53 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any,
         x: Float[Tensor, "R K"],
-        weight: Float[Tensor, "G N K"],
+        weight: Float[Tensor, "*G N K"],
         counts: Int[Tensor, " G"] | None,
         scheme: Scheme,
         is_training: bool,
     ) -> Float[Tensor, "R N"]:
+        rows, columns = x.shape[0], weight.shape[-2]
         ctx.shape, ctx.weight_dtype, ctx.scheme = weight.shape, weight.dtype, scheme
-        ctx.kept = ()
-        saved: list[Tensor] = []
-        like = _Like((x.shape[0], weight.shape[1]), x.dtype, x.device)
-        if not x.shape[0]:
-            return like.empty()
-        plan = None if counts is None else kernels.plan(counts, x.shape[0])
-        activation = quantize(
-            scheme, "x", x, plan,
-            turned=is_training and ctx.needs_input_grad[1], remembers=is_training,
-        )  # fmt: skip
-        matrix = quantize(
-            scheme, "w", weight, plan, turned=is_training and ctx.needs_input_grad[0],
-            remembers=is_training,
-        )  # fmt: skip
-        assert activation.row is not None
-        assert matrix.row is not None
-        y = multiply(scheme, activation.row, matrix.row, plan, like, fast=FAST_FORWARD)
+        ctx.groups = None
+        if not rows:
+            return x.new_empty(0, columns)
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        plan = None if counts is None else kernels.plan(counts, rows)
+        activation, activation_turned = quantize(
+            scheme, "x", x, plan, turned=is_training and wants_weight, remembers=is_training
+        )
+        matrix, matrix_turned = quantize(
+            scheme, "w", weight, plan, turned=is_training and wants_x, remembers=is_training
+        )
+        assert activation is not None
+        assert matrix is not None
+        y = multiply(scheme, activation, matrix, plan, (rows, columns), x.dtype, fast=FAST_FORWARD)
         if is_training:
-            kept = (activation.turned, matrix.turned, plan)
-            ctx.kept = tuple(part and take_out(part, saved) for part in kept)
-            ctx.save_for_backward(*saved)
+            bounds = None
+            if plan is not None:
+                bounds, ctx.groups, _ = plan
+            kept = (*(activation_turned or (None, None)), *(matrix_turned or (None, None)))
+            ctx.save_for_backward(*kept, bounds)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        like_x = _Like((dy.shape[0], ctx.shape[2]), dy.dtype, dy.device)
-        like_weight = _Like(ctx.shape, ctx.weight_dtype, dy.device)
+        rows, columns = dy.shape[0], ctx.shape[-1]
         dx = dw = None
-        if not dy.shape[0]:
-            dx = like_x.empty() if wants_x else None
-            dw = like_weight.empty().zero_() if wants_weight else None
+        if not rows:
+            dx = dy.new_empty(0, columns) if wants_x else None
+            dw = dy.new_zeros(ctx.shape, dtype=ctx.weight_dtype) if wants_weight else None
             return dx, dw, None, None, None
-        saved = ctx.saved_tensors
-        activation, matrix, plan = (part and put_back(part, saved) for part in ctx.kept)
-        gradient = quantize(ctx.scheme, "dy", dy, plan, row=wants_x, turned=wants_weight)
-        if wants_x:
-            assert gradient.row is not None
-            dx = multiply(ctx.scheme, gradient.row, matrix, plan, like_x, fast=False)
-        if wants_weight:
-            assert gradient.turned is not None
-            dw = multiply_turned(ctx.scheme, gradient.turned, activation, plan, like_weight)
+        x_codes, x_scale_inv, w_codes, w_scale_inv, bounds = ctx.saved_tensors
+        plan = None if bounds is None else Plan(bounds, ctx.groups, rows)
+        gradient, turned = quantize(ctx.scheme, "dy", dy, plan, row=wants_x, turned=wants_weight)
+        if gradient is not None:
+            matrix = Codes(w_codes, w_scale_inv)
+            dx = multiply(ctx.scheme, gradient, matrix, plan, (rows, columns), dy.dtype, fast=False)
+        if turned is not None:
+            activation = Codes(x_codes, x_scale_inv)
+            dw = multiply_turned(ctx.scheme, turned, activation, plan, ctx.shape, ctx.weight_dtype)
         return dx, dw, None, None, None
 
 
@@ -143,79 +135,99 @@ def quantize(
     remembers: bool = True,
 ) -> Sides:
     """Quantise an operand of a layer; delayed scaling may remember its magnitudes."""
-    rows = None if operand == "w" else plan
-    run = partial(kernels.quantize, tensor, plan=rows, row=row, turned=turned)
+    multiple = STEP if plan is None else TILE
+    narrow = operand == "w"
+    if narrow:
+        plan = None
     if isinstance(scheme, BlockFP8Scheme):
-        return run(E4M3, kernels.BY_SQUARES if operand == "w" else kernels.BY_ROWS)
-    run = partial(run, PER_TENSOR[operand], multiple=STEP if plan is None else TILE)
+        scaling = kernels.BY_SQUARES if narrow else kernels.BY_ROWS
+        return kernels.quantize(
+            tensor, E4M3, scaling, plan=plan, row=row, turned=turned, narrow=narrow
+        )
+    newest = None
     if isinstance(scheme, DelayedFP8Scheme):
         slot = scheme.slots[operand]
+        scaling, given = kernels.BY_SCALE, slot.scale
         newest = slot.newest if remembers else None
-        return run(kernels.BY_SCALE, given=slot.scale, newest=newest)
-    amax = kernels.largest(tensor, rows)
-    if (reduce := scheme.reduce.get(operand)) is not None:
-        amax = reduce(amax)
-    return run(kernels.BY_AMAX, given=amax)
+    elif (reduce := scheme.reduce.get(operand)) is not None:
+        scaling, given = kernels.BY_AMAX, reduce(kernels.largest(tensor, plan, narrow=narrow))
+    else:
+        scaling, given = kernels.BY_PARTS, kernels.measure(tensor, plan, narrow=narrow)
+    return kernels.quantize(
+        tensor, PER_TENSOR[operand], scaling, given=given, plan=plan, multiple=multiple,
+        row=row, turned=turned, newest=newest, narrow=narrow,
+    )  # fmt: skip
 
 
 def multiply(
-    scheme: Scheme, rows: Codes, matrices: Codes, plan: Plan | None, like: _Like, *, fast: bool
+    scheme: Scheme,
+    rows: Codes,
+    matrices: Codes,
+    plan: Plan | None,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    *,
+    fast: bool,
 ) -> Float[Tensor, "R N"]:
-    """Return rows times matrices, transposed."""
+    """Return rows times matrices, transposed, without what fills them up."""
     in_blocks = isinstance(scheme, BlockFP8Scheme)
     # blocks fill a matrix up to whole ones, and a copy would take out what is too much
-    if plan is not None or (in_blocks and like.shape[1] % TILE):
-        out = like.empty()
+    if plan is not None or (in_blocks and shape[1] % TILE):
+        out = torch.empty(shape, dtype=dtype, device=rows.elements.device)
         grouped_fp8.multiply(rows, matrices, plan, out, in_blocks=in_blocks, fast=fast)
         return out
-    right = Codes(matrices.elements[0], matrices.scale_inv)
-    kinds = (ScalingType.TensorWise, ScalingType.TensorWise)
-    if in_blocks:
-        kinds = (ScalingType.BlockWise1x128, ScalingType.BlockWise128x128)
-    return _scaled_mm(rows, right, kinds, like, fast=fast and not in_blocks)
+    if not in_blocks:
+        return _scaled_mm(rows, matrices, _TENSORS, _TENSORS, shape, dtype, fast=fast)
+    left = Codes(rows.elements, rows.scale_inv.T)
+    right = Codes(matrices.elements, matrices.scale_inv[0].T)
+    return _scaled_mm(left, right, _ROWS, _SQUARES, shape, dtype)
 
 
 def multiply_turned(
-    scheme: Scheme, left: Codes, right: Codes, plan: Plan | None, like: _Like
-) -> Float[Tensor, "G N K"]:
+    scheme: Scheme,
+    left: Codes,
+    right: Codes,
+    plan: Plan | None,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+) -> Float[Tensor, "*G N K"]:
     """Return the sums over each tensor's rows of outer products."""
     in_blocks = isinstance(scheme, BlockFP8Scheme)
     if plan is not None:
-        out = like.empty()
+        out = torch.empty(shape, dtype=dtype, device=left.elements.device)
         grouped_fp8.multiply_turned(left, right, plan, out, in_blocks=in_blocks)
         return out
-    kinds = (ScalingType.TensorWise, ScalingType.TensorWise)
-    if in_blocks:
-        kinds = (ScalingType.BlockWise1x128, ScalingType.BlockWise1x128)
-    return _scaled_mm(left, right, kinds, like, fast=False).unsqueeze(0)
+    if not in_blocks:
+        return _scaled_mm(left, right, _TENSORS, _TENSORS, shape, dtype)
+    left, right = Codes(left.elements, left.scale_inv.T), Codes(right.elements, right.scale_inv.T)
+    return _scaled_mm(left, right, _ROWS, _ROWS, shape, dtype)
 
 
 def _scaled_mm(
-    left: Codes, right: Codes, kinds: tuple[ScalingType, ScalingType], like: _Like, *, fast: bool
+    left: Codes,
+    right: Codes,
+    left_kind: list[ScalingType],
+    right_kind: list[ScalingType],
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    *,
+    fast: bool = False,
 ) -> Float[Tensor, "M N"]:
     """Return cuBLAS's product without what fills its sides up."""
-    sides = zip((left, right), kinds, strict=True)
-    scales = [_as_cublas(side.scale_inv, kind) for side, kind in sides]
-    swizzles = [SwizzleType.NO_SWIZZLE] if kinds[0] != ScalingType.TensorWise else []
+    swizzles = [] if left_kind is _TENSORS else _PLAIN
     result = F.scaled_mm(
         left.elements,
         right.elements.T,
-        [scales[0]],
-        [kinds[0]],
-        [scales[1]],
-        [kinds[1]],
+        [left.scale_inv],
+        left_kind,
+        [right.scale_inv],
+        right_kind,
         swizzle_a=swizzles,
         swizzle_b=swizzles,
-        output_dtype=like.dtype,
+        output_dtype=dtype,
         use_fast_accum=fast,
     )
-    rows, columns = like.shape[-2:]
+    if result.shape == shape:
+        return result
+    rows, columns = shape
     return result[:rows, :columns].contiguous()
-
-
-def _as_cublas(scale_inv: Tensor, kind: ScalingType) -> Tensor:
-    if kind == ScalingType.TensorWise:
-        return scale_inv.view(())
-    if kind == ScalingType.BlockWise128x128:
-        return scale_inv[0].T
-    return scale_inv.T

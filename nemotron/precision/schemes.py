@@ -15,9 +15,10 @@ import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nemotron.precision import fp8, hadamard, kernels, mxfp8, nvfp4
+from nemotron.precision import fp8, hadamard, mxfp8, nvfp4
 from nemotron.precision.formats import E2M1_MAX, E4M3, E5M2
 from nemotron.precision.groups import Groups, Sizes
+from nemotron.precision.kernels import available
 from nemotron.precision.random_bits import Draw
 
 Reduce = Callable[[Tensor], Tensor]
@@ -156,7 +157,7 @@ class NVFP4Scheme(Scheme):
         is_square = operand == "w" and self.square_weights
         is_stochastic = operand == "dy" and self.stochastic
         numbered = draw.fill(groups) if is_stochastic and draw is not None else None
-        if (fast := kernels.of_blocks(filled)) and (
+        if (fast := available.of_blocks(filled)) and (
             numbered is None or isinstance(numbered.columns, int)
         ):
             return self._by_kernels(fast, operand, filled, groups, numbered, both=both)
@@ -253,7 +254,7 @@ class MXFP8Scheme(Scheme):
     def _matrices(
         self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
     ) -> tuple[Matrix, Matrix | None]:
-        if fast := kernels.of_blocks(filled):
+        if fast := available.of_blocks(filled):
             (elements, scales), across = fast.mxfp8(filled, both=both)
             row = mxfp8.MXFP8(elements, scales, 1, mxfp8.BLOCK)
             if across is None:

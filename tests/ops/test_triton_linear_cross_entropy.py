@@ -1,5 +1,4 @@
 import importlib
-
 from collections.abc import Iterator
 
 import pytest

@@ -98,6 +98,12 @@ def test_several_groups_and_heads_keep_to_themselves():
     assert error(inputs, documents(1, 40)) <= 5e-6
 
 
+def test_heads_of_a_group_may_be_parted_among_programs():
+    inputs = draw(1, 20, heads=6, groups=3, state_size=16)
+    with kernels.GRADIENTS_OF_HEADS.forced({"warps": 8, "stages": 1, "parts": 4}):
+        assert error(inputs, documents(1, 20)) <= 5e-6
+
+
 def test_slices_of_wider_tensors_are_read_in_place():
     x, dt, A, B, C, D, state = draw(2, 40, groups=2)
     # as in the mixer: x, B and C are channels of one tensor; heads first in dt is no harm

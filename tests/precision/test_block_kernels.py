@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from nemotron.precision import kernels
+from nemotron.precision.kernels import available
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import SCHEMES, MXFP8Scheme, NVFP4Scheme, Quantized, Scheme
 
@@ -24,7 +24,7 @@ def with_kernels(monkeypatch):
     def quantize(scheme: Scheme, operand: str, x: Tensor, *arguments, **options):
         module = import_module("nemotron.precision.kernels.quantize_blocks")
         with monkeypatch.context() as patched:
-            patched.setattr(kernels, "of_blocks", lambda x: module)
+            patched.setattr(available, "of_blocks", lambda x: module)
             return scheme.quantize(operand, x.to(DEVICE), *arguments, **options)
 
     return quantize
@@ -106,5 +106,5 @@ def test_nothing_is_quantised_to_nothing(with_kernels):
 
 @pytest.mark.gpu
 def test_a_gpu_has_the_kernels():
-    assert kernels.of_blocks(torch.empty(1, device="cuda")) is not None
-    assert kernels.of_blocks(torch.empty(1)) is None
+    assert available.of_blocks(torch.empty(1, device="cuda")) is not None
+    assert available.of_blocks(torch.empty(1)) is None

@@ -36,6 +36,8 @@ class Part:
     together: str = ""
     packages: bool = False
     """Whether the sources of mamba-ssm are on its path."""
+    usual: bool = True
+    """Whether it runs where no stages are named."""
 
 
 PARTS = (
@@ -51,6 +53,7 @@ PARTS = (
     Part("step", "step", 45, ("--variant", "before")),
     Part("decode", "decode", 40),
     Part("peer", "peer", 100, packages=True),
+    Part("tune", "tune", 100, usual=False),
 )
 """In the order in which they run; a group of parts side by side ends before the next one begins."""
 
@@ -61,7 +64,8 @@ SPARE = 8.0
 
 def main() -> int:
     options = _options()
-    chosen = options.stages.split(",") if options.stages else list(STAGES)
+    usual = [part.stage for part in PARTS if part.usual]
+    chosen = options.stages.split(",") if options.stages else usual
     unknown = sorted(set(chosen) - set(STAGES) - {"warm"})
     if unknown:
         print(f"unknown stages: {', '.join(unknown)}; there are {', '.join(STAGES)}, warm")
@@ -88,8 +92,8 @@ def main() -> int:
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     parser.add_argument("--out", type=Path, default=Path("gpu_check"), help="folder of results")
-    parser.add_argument("--pack", type=Path, help="folder for three files that hold all others")
-    parser.add_argument("--stages", help=f"of {','.join(STAGES)},warm; default: all")
+    parser.add_argument("--pack", type=Path, help="folder for few files that hold all others")
+    parser.add_argument("--stages", help=f"of {','.join(STAGES)},warm; default: all but tune")
     parser.add_argument("--seconds", type=float, default=USUAL, help="scales every limit")
     parser.add_argument("--packages", type=Path, help="folder that holds mamba_ssm's sources")
     parser.add_argument("--tiny", action="store_true", help="on a CPU, to show bugs")
@@ -102,9 +106,14 @@ def _pack(options: argparse.Namespace, seconds: dict[str, dict[str, object]]) ->
     (options.out / "table.txt").write_text(text)
     if options.pack is not None:
         options.pack.mkdir(parents=True, exist_ok=True)
-        for name in ("table.txt", RESULTS):
-            if (options.out / name).exists():
-                shutil.copy(options.out / name, options.pack)
+        # among them a new tuning base
+        for path in (
+            options.out / "table.txt",
+            options.out / RESULTS,
+            *options.out.glob("sm*.json"),
+        ):
+            if path.exists():
+                shutil.copy(path, options.pack)
         with tarfile.open(options.pack / "logs.tar.gz", "w:gz") as archive:
             archive.add(options.out, "gpu_check")
     return text

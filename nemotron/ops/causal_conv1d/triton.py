@@ -15,17 +15,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops import launch
+from nemotron.ops.tuning.tunable import Tunable
 
 LOG2_E = tl.constexpr(launch.LOG2_E)
 
-# channels of a program: 4 a thread forward, 8 bytes of bfloat16 a load, and 2 backward, which
-# needs more registers for each
-CHANNELS = 256
-FORWARD_WARPS, BACKWARD_WARPS = 2, 4
-# loads on their way in a thread before the first is used
-UNROLL = 8
-# 12 and 5 of them fit each of the 132 multiprocessors of an H100: then all run at once
-FORWARD_PROGRAMS, BACKWARD_PROGRAMS = 1584, 660
 # a program walks over a multiple of so many tokens, so that few lengths are compiled
 STRIP_MULTIPLE = 64
 
@@ -252,6 +245,39 @@ def _backward(
         tl.store(at + W * C, grad_bias, mask=channels < C)
 
 
+# `unroll` loads are on their way in a thread before the first is used
+FORWARD = Tunable(
+    "causal_conv1d",
+    "forward",
+    (_forward,),
+    ("rows", "tokens", "channels"),
+    # 4 channels a thread: 8 bytes of bfloat16 a load; 12 programs fit each of the 132
+    # multiprocessors of an H100: then all run at once
+    {"channels": 256, "warps": 2, "unroll": 8, "programs": 1584},
+    {
+        "channels": (128, 256, 512),
+        "warps": (1, 2, 4, 8),
+        "unroll": (4, 8, 16),
+        "programs": (792, 1056, 1584, 2112, 3168, 6336),
+    },
+)
+BACKWARD = Tunable(
+    "causal_conv1d",
+    "backward",
+    (_backward,),
+    ("rows", "tokens", "channels"),
+    # 2 channels a thread, as each needs more registers; 5 programs fit
+    {"channels": 256, "warps": 4, "unroll": 8, "programs": 660},
+    {
+        "channels": (128, 256, 512),
+        "warps": (1, 2, 4, 8),
+        "unroll": (4, 8, 16),
+        "programs": (396, 528, 660, 1056, 1320, 2640),
+    },
+    reorders=("programs",),
+)
+
+
 class _CausalConv(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -270,8 +296,9 @@ class _CausalConv(torch.autograd.Function):
         ctx.save_for_backward(x, weight, bias, initial_state, seq_idx)
         ctx.activation = activation
         rows, length, channels = x.shape
-        blocks = triton.cdiv(channels, CHANNELS)
-        steps = _steps(length, FORWARD_PROGRAMS // (rows * blocks))
+        found = FORWARD.at(x, rows, length, channels)
+        blocks = triton.cdiv(channels, found["channels"])
+        steps = _steps(length, found["programs"] // (rows * blocks))
         strips = triton.cdiv(length, steps)
         y = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _forward[(blocks, rows * strips)](
@@ -288,9 +315,9 @@ class _CausalConv(torch.autograd.Function):
             W=weight.shape[1],
             ACTIVATION=activation,
             STEPS=steps,
-            UNROLL=UNROLL,
-            CHANNELS=CHANNELS,
-            num_warps=FORWARD_WARPS,
+            UNROLL=found["unroll"],
+            CHANNELS=found["channels"],
+            num_warps=found["warps"],
         )
         return y
 
@@ -300,8 +327,9 @@ class _CausalConv(torch.autograd.Function):
         grad = _dense(grad)
         rows, length, channels = x.shape
         width = weight.shape[1]
-        blocks = triton.cdiv(channels, CHANNELS)
-        steps = _steps(length, BACKWARD_PROGRAMS // (rows * blocks), extra=width - 1)
+        found = BACKWARD.at(x, rows, length, channels)
+        blocks = triton.cdiv(channels, found["channels"])
+        steps = _steps(length, found["programs"] // (rows * blocks), extra=width - 1)
         strips = triton.cdiv(length, steps - (width - 1))
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _, needs_weight, needs_bias, needs_state, *_ = ctx.needs_input_grad
@@ -331,9 +359,9 @@ class _CausalConv(torch.autograd.Function):
             W=width,
             ACTIVATION=ctx.activation,
             STEPS=steps,
-            UNROLL=UNROLL,
-            CHANNELS=CHANNELS,
-            num_warps=BACKWARD_WARPS,
+            UNROLL=found["unroll"],
+            CHANNELS=found["channels"],
+            num_warps=found["warps"],
         )
         grad_weight = grad_bias = None
         if partial is not None:

@@ -11,17 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from nemotron.ops.launch import power_of_2
 from nemotron.ops.rms_norm.triton import as_rows, multiprocessors, rows_of_a_block, share
-
-# two 8 KiB tiles of bfloat16 a program, 64 bytes of each a thread
-FORWARD_ELEMENTS = 4096
-FORWARD_WARPS = 4
-# three tiles are read, and the sum for the gain stays in registers beside them
-BACKWARD_ELEMENTS = 2048
-BACKWARD_WARPS = 4
-# rows on their way while others are worked on
-BACKWARD_STAGES = 3
-# as many as have room for their registers at once
-PROGRAMS_PER_MULTIPROCESSOR = 3
+from nemotron.ops.tuning.tunable import Tunable
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -121,6 +111,34 @@ def _backward(
         tl.store(at, tl.sum(grad_weight, 0), mask=column < SIZE)
 
 
+FORWARD = Tunable(
+    "gated_rms_norm",
+    "forward",
+    (_forward,),
+    ("rows", "group"),
+    # two 8 KiB tiles of bfloat16 a program, 64 bytes of each a thread
+    {"elements": 4096, "warps": 4},
+    {"elements": (1024, 2048, 4096, 8192), "warps": (2, 4, 8, 16)},
+    reorders=("elements", "warps"),
+)
+BACKWARD = Tunable(
+    "gated_rms_norm",
+    "backward",
+    (_backward,),
+    ("rows", "group"),
+    # three tiles are read, and the sum for the gain stays in registers beside them; stages are rows
+    # on their way while others are worked on; as many programs as have room for their registers
+    {"elements": 2048, "warps": 4, "stages": 3, "programs": 3},
+    {
+        "elements": (1024, 2048, 4096, 8192),
+        "warps": (2, 4, 8, 16),
+        "stages": (1, 2, 3, 4),
+        "programs": (2, 3, 4, 6, 8),
+    },
+    reorders=("elements", "warps", "stages", "programs"),
+)
+
+
 class _GatedRMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
@@ -130,7 +148,8 @@ class _GatedRMSNorm(torch.autograd.Function):
         result = torch.empty(y.shape, dtype=y.dtype, device=y.device)
         scale = torch.empty(rows, groups, dtype=torch.float32, device=y.device)
         block = power_of_2(size)
-        height = rows_of_a_block(FORWARD_ELEMENTS, block)
+        launch = FORWARD.at(y, rows, size)
+        height = rows_of_a_block(launch["elements"], block)
         _forward[(triton.cdiv(rows, height) * groups,)](
             ys,
             zs,
@@ -145,7 +164,7 @@ class _GatedRMSNorm(torch.autograd.Function):
             GROUPS=groups,
             ROWS=height,
             BLOCK=block,
-            num_warps=FORWARD_WARPS,
+            num_warps=launch["warps"],
         )
         ctx.save_for_backward(y, z, weight, scale)
         return result
@@ -158,8 +177,9 @@ class _GatedRMSNorm(torch.autograd.Function):
         (rows, width), groups = ys.shape, scale.shape[1]
         size = width // groups
         block = power_of_2(size)
-        height = rows_of_a_block(BACKWARD_ELEMENTS, block)
-        most = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(y.device)
+        launch = BACKWARD.at(y, rows, size)
+        height = rows_of_a_block(launch["elements"], block)
+        most = launch["programs"] * multiprocessors(y.device)
         programs, steps = share(rows, height, max(1, most // groups))
         grad_y, grad_z = (torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in (y, z))
         needs_weight = ctx.needs_input_grad[2]
@@ -184,9 +204,9 @@ class _GatedRMSNorm(torch.autograd.Function):
             GROUPS=groups,
             ROWS=height,
             BLOCK=block,
-            STAGES=BACKWARD_STAGES,
+            STAGES=launch["stages"],
             WEIGHT_GRAD=needs_weight,
-            num_warps=BACKWARD_WARPS,
+            num_warps=launch["warps"],
         )
         grad_weight = partial.sum(0).to(weight.dtype) if needs_weight else None
         return grad_y, grad_z, grad_weight, None, None

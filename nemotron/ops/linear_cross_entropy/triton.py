@@ -17,25 +17,23 @@ from torch.autograd.function import once_differentiable
 
 from nemotron.ops.launch import LOG2_E, power_of_2
 from nemotron.ops.linear_cross_entropy.chunked import IGNORED, add_product
+from nemotron.ops.tuning.tunable import Configuration, Tunable
 
 # at 4096 rows the products run at full speed, and the head's gradient is added to only twice
 CHUNK_ROWS = 4096
 # 4096 rows of 131072 logits in bfloat16
 CHUNK_BYTES = 1 << 30
-# one program fills a multiprocessor, so that the rows in work stay in the L2 cache until they are
-# read again
-BLOCK = 16384
-WARPS = 32
 # stays finite when multiplied by log2 e, and no logit is smaller
 LOWEST = -1e38
 
 
 @triton.jit
-def _row_statistics(row_ptr, V, BLOCK: tl.constexpr, LOG2_E: tl.constexpr, LOWEST: tl.constexpr):
+def _row_statistics(row_ptr, V, BLOCK: tl.constexpr, STAGES: tl.constexpr, LOG2_E: tl.constexpr,
+                    LOWEST: tl.constexpr):  # fmt: skip
     # each lane keeps a maximum and a sum of its own: one exponential a logit, and no barriers
     peaks = tl.full([BLOCK], LOWEST, tl.float32)
     sums = tl.zeros([BLOCK], tl.float32)
-    for start in tl.range(0, V, BLOCK):
+    for start in tl.range(0, V, BLOCK, num_stages=STAGES):
         columns = start + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + columns, mask=columns < V, other=float("-inf")).to(tl.float32)
         smaller = tl.exp2(-tl.abs(x - peaks) * LOG2_E)
@@ -46,10 +44,11 @@ def _row_statistics(row_ptr, V, BLOCK: tl.constexpr, LOG2_E: tl.constexpr, LOWES
 
 
 @triton.jit
-def _write_slope(row_ptr, V, label, peak, total, share, BLOCK: tl.constexpr, LOG2_E: tl.constexpr):
+def _write_slope(row_ptr, V, label, peak, total, share, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+                 LOG2_E: tl.constexpr):  # fmt: skip
     scale = share / total
     blocks = tl.cdiv(V, BLOCK)
-    for step in tl.range(0, blocks):
+    for step in tl.range(0, blocks, num_stages=STAGES):
         # backwards: what was read last is the likeliest to be in the cache
         columns = (blocks - 1 - step) * BLOCK + tl.arange(0, BLOCK)
         x = tl.load(row_ptr + columns, mask=columns < V, other=0.0).to(tl.float32)
@@ -81,6 +80,7 @@ def _losses(
     SLOPE: tl.constexpr,
     KEEP: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     LOG2_E: tl.constexpr,
     LOWEST: tl.constexpr,
 ):
@@ -95,7 +95,7 @@ def _losses(
             tl.store(peaks_ptr + row, 0.0)
             tl.store(totals_ptr + row, 1.0)
     else:
-        peak, total = _row_statistics(row_ptr, V, BLOCK, LOG2_E, LOWEST)
+        peak, total = _row_statistics(row_ptr, V, BLOCK, STAGES, LOG2_E, LOWEST)
         # a label outside the vocabulary shows in the loss
         known = (label >= 0) & (label < V)
         picked = tl.load(row_ptr + label, mask=known, other=float("nan")).to(tl.float32)
@@ -107,7 +107,7 @@ def _losses(
         if SLOPE:
             # another thread may still be reading the logit of the label
             tl.debug_barrier()
-            _write_slope(row_ptr, V, label, peak, total, share, BLOCK, LOG2_E)
+            _write_slope(row_ptr, V, label, peak, total, share, BLOCK, STAGES, LOG2_E)
         if KEEP:
             tl.store(peaks_ptr + row, peak)
             tl.store(totals_ptr + row, total)
@@ -124,6 +124,7 @@ def _slopes(
     logits_stride,
     IGNORED: tl.constexpr,
     BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
     LOG2_E: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -135,7 +136,20 @@ def _slopes(
         peak = tl.load(peaks_ptr + row)
         total = tl.load(totals_ptr + row)
         share = tl.load(shares_ptr + row).to(tl.float32)
-        _write_slope(row_ptr, V, label, peak, total, share, BLOCK, LOG2_E)
+        _write_slope(row_ptr, V, label, peak, total, share, BLOCK, STAGES, LOG2_E)
+
+
+LOSSES = Tunable(
+    "linear_cross_entropy",
+    "losses",
+    (_losses,),
+    ("vocabulary",),
+    # one program fills a multiprocessor, so that the rows in work stay in the L2 cache until they
+    # are read again
+    {"block": 16384, "warps": 32, "stages": 1},
+    {"block": (2048, 4096, 8192, 16384, 32768), "warps": (8, 16, 32), "stages": (1, 2, 3, 4)},
+    reorders=("block", "warps", "stages"),
+)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -208,6 +222,7 @@ class _LossPerToken(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = None
         for rows, logits in _logits(hidden, matrix):
+            launch = _launch(logits)
             _slopes[(logits.shape[0],)](
                 logits,
                 labels[rows],
@@ -217,9 +232,10 @@ class _LossPerToken(torch.autograd.Function):
                 logits.shape[1],
                 logits.stride(0),
                 IGNORED=IGNORED,
-                BLOCK=_block(logits),
+                BLOCK=launch["block"],
+                STAGES=launch["stages"],
                 LOG2_E=LOG2_E,
-                num_warps=WARPS,
+                num_warps=launch["warps"],
             )
             if grad_hidden is not None:
                 torch.mm(logits, matrix, out=grad_hidden[rows])
@@ -253,8 +269,9 @@ def chunk_rows(hidden: Float[Tensor, "M D"], matrix: Float[Tensor, "V D"]) -> in
     return triton.cdiv(even, 128) * 128
 
 
-def _block(logits: Float[Tensor, "rows V"]) -> int:
-    return min(BLOCK, power_of_2(logits.shape[1]))
+def _launch(logits: Float[Tensor, "rows V"]) -> Configuration:
+    found = LOSSES.at(logits, logits.shape[1])
+    return {**found, "block": min(found["block"], power_of_2(logits.shape[1]))}
 
 
 def _launch_losses(
@@ -268,6 +285,7 @@ def _launch_losses(
     slope: bool = False,
 ) -> None:
     """Write the weighted losses and, where asked, the statistics; the slope replaces the logits."""
+    launch = _launch(logits)
     _losses[(logits.shape[0],)](
         logits,
         labels,
@@ -281,10 +299,11 @@ def _launch_losses(
         WEIGHTED=weights is not None,
         SLOPE=slope,
         KEEP=peaks is not None,
-        BLOCK=_block(logits),
+        BLOCK=launch["block"],
+        STAGES=launch["stages"],
         LOG2_E=LOG2_E,
         LOWEST=LOWEST,
-        num_warps=WARPS,
+        num_warps=launch["warps"],
     )
 
 

@@ -11,17 +11,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron.ops.launch import power_of_2
+from nemotron.ops.tuning.tunable import Tunable
 
-# 16 KiB of bfloat16 a program, 64 bytes a thread: four such programs keep the memory busy
-FORWARD_ELEMENTS = 8192
-FORWARD_WARPS = 8
-# half of it, because the rows of two tensors and the gain's sum are held at once
-BACKWARD_ELEMENTS = 4096
-BACKWARD_WARPS = 8
-# rows on their way while one is worked on
-BACKWARD_STAGES = 3
-# more would write more partial sums than two rows in flight a multiprocessor are worth
-PROGRAMS_PER_MULTIPROCESSOR = 2
 # more rows of a narrow matrix would leave multiprocessors without a program
 MOST_ROWS = 16
 
@@ -97,6 +88,35 @@ def _backward(
         tl.store(at, tl.sum(grad_weight, 0), mask=column < D)
 
 
+FORWARD = Tunable(
+    "rms_norm",
+    "forward",
+    (_forward,),
+    ("rows", "width"),
+    # 16 KiB of bfloat16 a program, 64 bytes a thread: four such programs keep the memory busy
+    {"elements": 8192, "warps": 8},
+    {"elements": (2048, 4096, 8192, 16384), "warps": (2, 4, 8, 16)},
+    reorders=("elements", "warps"),
+)
+BACKWARD = Tunable(
+    "rms_norm",
+    "backward",
+    (_backward,),
+    ("rows", "width"),
+    # half as many elements, because the rows of two tensors and the gain's sum are held at once;
+    # stages are rows on their way while one is worked on; more programs a multiprocessor would
+    # write more partial sums than two rows in flight are worth
+    {"elements": 4096, "warps": 8, "stages": 3, "programs": 2},
+    {
+        "elements": (2048, 4096, 8192, 16384),
+        "warps": (2, 4, 8, 16),
+        "stages": (1, 2, 3, 4),
+        "programs": (1, 2, 3, 4, 6, 8),
+    },
+    reorders=("elements", "warps", "stages", "programs"),
+)
+
+
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -105,7 +125,8 @@ class _RMSNorm(torch.autograd.Function):
         result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         scale = torch.empty(rows, dtype=torch.float32, device=x.device)
         block = power_of_2(width)
-        height = rows_of_a_block(FORWARD_ELEMENTS, block)
+        launch = FORWARD.at(x, rows, width)
+        height = rows_of_a_block(launch["elements"], block)
         _forward[(triton.cdiv(rows, height),)](
             matrix,
             weight,
@@ -117,7 +138,7 @@ class _RMSNorm(torch.autograd.Function):
             D=width,
             ROWS=height,
             BLOCK=block,
-            num_warps=FORWARD_WARPS,
+            num_warps=launch["warps"],
         )
         ctx.save_for_backward(x, weight, scale)
         return result
@@ -129,8 +150,9 @@ class _RMSNorm(torch.autograd.Function):
         matrix, grad = as_rows(x), as_rows(grad)
         rows, width = matrix.shape
         block = power_of_2(width)
-        height = rows_of_a_block(BACKWARD_ELEMENTS, block)
-        most = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
+        launch = BACKWARD.at(x, rows, width)
+        height = rows_of_a_block(launch["elements"], block)
+        most = launch["programs"] * multiprocessors(x.device)
         programs, steps = share(rows, height, most)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         needs_weight = ctx.needs_input_grad[1]
@@ -151,9 +173,9 @@ class _RMSNorm(torch.autograd.Function):
             D=width,
             ROWS=height,
             BLOCK=block,
-            STAGES=BACKWARD_STAGES,
+            STAGES=launch["stages"],
             WEIGHT_GRAD=needs_weight,
-            num_warps=BACKWARD_WARPS,
+            num_warps=launch["warps"],
         )
         return grad_x, partial.sum(0).to(weight.dtype) if needs_weight else None, None
 

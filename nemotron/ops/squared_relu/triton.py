@@ -11,13 +11,7 @@ from torch.autograd.function import once_differentiable
 
 from nemotron.ops.launch import power_of_2
 from nemotron.ops.rms_norm.triton import as_rows, rows_of_a_block
-
-# 8 KiB of bfloat16 are read a program: ten of them and more have room on a multiprocessor
-FORWARD_ELEMENTS = 4096
-BACKWARD_ELEMENTS = 2048
-WARPS = 4
-# the widths of experts, 1,856 and 2,688, leave 10 and 13 % of such blocks empty
-COLUMNS = 1024
+from nemotron.ops.tuning.tunable import Tunable
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -90,13 +84,43 @@ def _backward(
         tl.store(at, tl.sum(total, 1).to(grad_weight_ptr.dtype.element_ty), mask=in_rows)
 
 
+# 8 KiB of bfloat16 are read a program: ten of them and more have room on a multiprocessor; the
+# widths of experts, 1,856 and 2,688, leave 10 and 13 % of 1,024 columns empty
+FORWARD = Tunable(
+    "squared_relu",
+    "forward",
+    (_forward,),
+    ("rows", "width"),
+    {"elements": 4096, "columns": 1024, "warps": 4},
+    {
+        "elements": (1024, 2048, 4096, 8192, 16384),
+        "columns": (512, 1024, 2048, 4096),
+        "warps": (2, 4, 8),
+    },
+)
+BACKWARD = Tunable(
+    "squared_relu",
+    "backward",
+    (_backward,),
+    ("rows", "width"),
+    {"elements": 2048, "columns": 1024, "warps": 4},
+    {
+        "elements": (512, 1024, 2048, 4096, 8192),
+        "columns": (512, 1024, 2048, 4096),
+        "warps": (2, 4, 8),
+    },
+    reorders=("elements", "columns", "warps"),
+)
+
+
 class _SquaredReLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
         matrix = as_rows(x)
         rows, width = matrix.shape
-        columns = min(COLUMNS, power_of_2(width))
-        height = rows_of_a_block(FORWARD_ELEMENTS, columns)
+        launch = FORWARD.at(x, rows, width)
+        columns = min(launch["columns"], power_of_2(width))
+        height = rows_of_a_block(launch["elements"], columns)
         result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         _forward[(triton.cdiv(rows, height) * triton.cdiv(width, columns),)](
             matrix,
@@ -108,7 +132,7 @@ class _SquaredReLU(torch.autograd.Function):
             ROWS=height,
             COLUMNS=columns,
             WEIGHTED=weight is not None,
-            num_warps=WARPS,
+            num_warps=launch["warps"],
         )
         ctx.save_for_backward(x, weight)
         return result
@@ -119,8 +143,9 @@ class _SquaredReLU(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         matrix, grad = as_rows(x), as_rows(grad)
         rows, width = matrix.shape
-        columns = min(COLUMNS, power_of_2(width))
-        height = rows_of_a_block(BACKWARD_ELEMENTS, columns)
+        launch = BACKWARD.at(x, rows, width)
+        columns = min(launch["columns"], power_of_2(width))
+        height = rows_of_a_block(launch["elements"], columns)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         grad_weight = None
         if weight is not None:
@@ -138,7 +163,7 @@ class _SquaredReLU(torch.autograd.Function):
             ROWS=height,
             COLUMNS=columns,
             WEIGHTED=weight is not None,
-            num_warps=WARPS,
+            num_warps=launch["warps"],
         )
         return grad_x, grad_weight
 

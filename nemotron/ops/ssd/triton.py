@@ -4,6 +4,7 @@ Nothing but the inputs is kept for the backward pass, which computes the states 
 again. Decays, states and sums are float32, products are taken in the dtype of x.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,20 +15,55 @@ from torch import Tensor
 
 from nemotron.ops.launch import dot_type
 from nemotron.ops.ssd import triton_kernels as kernels
+from nemotron.ops.tuning.tunable import Tunable
 
 CHUNK = {torch.bfloat16: 64, torch.float32: 16}
 """Tokens in a chunk: with twice as many the kernels run out of registers."""
-PROGRAMS = 512
-"""Programs that a walk over segments should have: about four for each of a GPU's processors."""
-SHORTEST_SEGMENT = 8
-"""Chunks in a segment at least: the sum over the segments before costs about one chunk each."""
+AXES = ("rows", "tokens", "heads", "heads_of_group", "head_dim", "state")
+WARPS, STAGES = (4, 8, 16), (1, 2, 3, 4)
 
-# warps and stages by dtype of x: no bfloat16 kernel spills registers on compute capability 9.0
-_SEGMENT_STATES = {torch.bfloat16: (4, 3), torch.float32: (8, 1)}
-_OUTPUTS = {torch.bfloat16: (8, 3), torch.float32: (8, 1)}
-_CHUNK_STATES = {torch.bfloat16: (4, 3), torch.float32: (8, 1)}
-_GRADIENTS_OF_HEADS = {torch.bfloat16: (8, 2), torch.float32: (8, 1)}
-_GRADIENTS_OF_GROUPS = {torch.bfloat16: (8, 2), torch.float32: (8, 1)}
+SEGMENTS = Tunable(
+    "ssd",
+    "segments",
+    (kernels.segment_states, kernels.outputs, kernels.chunk_states),
+    AXES,
+    # programs that a walk over segments should have: about four for each of a GPU's processors;
+    # chunks in a segment at least: the sum over the segments before costs about one chunk each
+    {"programs": 512, "shortest": 8},
+    {"programs": (256, 512, 768, 1024, 2048), "shortest": (4, 8, 16)},
+    reorders=("programs", "shortest"),
+)
+# no bfloat16 kernel spills registers on compute capability 9.0 with these defaults
+SEGMENT_STATES, OUTPUTS, CHUNK_STATES, GRADIENTS_OF_GROUPS = (
+    Tunable(
+        "ssd",
+        kernel.__name__,
+        (kernel,),
+        AXES,
+        {"warps": warps, "stages": stages},
+        {"warps": WARPS, "stages": STAGES},
+        by_dtype={torch.float32: {"warps": 8, "stages": 1}},
+        reorders=("warps", "stages"),
+    )
+    for kernel, warps, stages in (
+        (kernels.segment_states, 4, 3),
+        (kernels.outputs, 8, 3),
+        (kernels.chunk_states, 4, 3),
+        (kernels.gradients_of_groups, 8, 2),
+    )
+)
+GRADIENTS_OF_HEADS = Tunable(
+    "ssd",
+    "gradients_of_heads",
+    (kernels.gradients_of_heads,),
+    AXES,
+    # with more parts of a group's heads there are more programs, each of which multiplies C by B
+    {"warps": 8, "stages": 2, "parts": 1},
+    {"warps": WARPS, "stages": STAGES, "parts": (1, 2, 4, 8)},
+    by_dtype={torch.float32: {"warps": 8, "stages": 1, "parts": 1}},
+    # another loop may be laid out over threads in another way, and so may its sums
+    reorders=("warps", "stages", "parts"),
+)
 
 
 class _Cut(NamedTuple):
@@ -38,11 +74,12 @@ class _Cut(NamedTuple):
     num_segments: int
 
     @staticmethod
-    def of(x: Float[Tensor, "B T H P"]) -> "_Cut":
+    def of(x: Float[Tensor, "B T H P"], sizes: tuple[int, ...]) -> "_Cut":
         rows, num_tokens, heads, _ = x.shape
+        launch = SEGMENTS.at(x, *sizes)
         num_chunks = triton.cdiv(num_tokens, CHUNK[x.dtype])
-        wanted = triton.cdiv(PROGRAMS, rows * heads)
-        segment_chunks = max(triton.cdiv(num_chunks, wanted), SHORTEST_SEGMENT)
+        wanted = triton.cdiv(launch["programs"], rows * heads)
+        segment_chunks = max(triton.cdiv(num_chunks, wanted), launch["shortest"])
         return _Cut(num_chunks, segment_chunks, triton.cdiv(num_chunks, segment_chunks))
 
 
@@ -59,9 +96,15 @@ def _constants(x: Float[Tensor, "B T H P"], B: Float[Tensor, "B T G N"]) -> dict
     }
 
 
-def _launch(settings: dict[torch.dtype, tuple[int, int]], x: Tensor) -> dict[str, int]:
-    num_warps, num_stages = settings[x.dtype]
-    return {"num_warps": num_warps, "num_stages": num_stages}
+def _sizes(x: Float[Tensor, "B T H P"], B: Float[Tensor, "B T G N"]) -> tuple[int, ...]:
+    rows, num_tokens, heads, P = x.shape
+    groups, N = B.shape[2:]
+    return rows, num_tokens, heads, heads // groups, P, N
+
+
+def _launch(tunable: Tunable, x: Tensor, sizes: tuple[int, ...]) -> dict[str, int]:
+    found = tunable.at(x, *sizes)
+    return {"num_warps": found["warps"], "num_stages": found["stages"]}
 
 
 def _in_place(tensor: Tensor) -> Tensor:
@@ -84,7 +127,8 @@ class _Scan(torch.autograd.Function):
     ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"]]:
         rows, num_tokens, heads, P = x.shape
         N = B.shape[3]
-        cut, constants = _Cut.of(x), _constants(x, B)
+        sizes, constants = _sizes(x, B), _constants(x, B)
+        cut = _Cut.of(x, sizes)
         # heads first: those of a group run at the same time and find its B and C in the cache
         grid = (heads, cut.num_segments, rows)
         segment_states = dt.new_empty(rows, cut.num_segments, heads, P, N)
@@ -97,14 +141,14 @@ class _Scan(torch.autograd.Function):
                 B, *B.stride()[:3], None, 0, 0, 0, ids, ids_stride,
                 segment_states, None, segment_decays,
                 num_tokens, heads, *cut,
-                **constants, **_launch(_SEGMENT_STATES, x),
+                **constants, **_launch(SEGMENT_STATES, x, sizes),
             )  # fmt: skip
         y = x.new_empty(x.shape)
         final_state = dt.new_empty(rows, heads, P, N)
         kernels.outputs[grid](
             x, *x.stride()[:3], dt, *dt.stride(), A, B, *B.stride()[:3], C, *C.stride()[:3], D,
             ids, ids_stride, initial_state, segment_states, segment_decays, y, final_state,
-            num_tokens, heads, *cut, **constants, **_launch(_OUTPUTS, x),
+            num_tokens, heads, *cut, **constants, **_launch(OUTPUTS, x, sizes),
         )  # fmt: skip
         ctx.save_for_backward(x, dt, A, B, C, D, initial_state, ids)
         ctx.set_materialize_grads(False)
@@ -116,7 +160,8 @@ class _Scan(torch.autograd.Function):
         needs_x, needs_dt, needs_A, needs_B, needs_C, needs_D, needs_state, _ = ctx.needs_input_grad
         rows, num_tokens, heads, P = x.shape
         groups, N = B.shape[2:]
-        cut, constants = _Cut.of(x), _constants(x, B)
+        sizes, constants = _sizes(x, B), _constants(x, B)
+        cut = _Cut.of(x, sizes)
         dy = torch.zeros_like(x) if dy is None else _in_place(dy)
         dfinal = None if dfinal is None else dfinal.contiguous()
         ids_stride = 0 if ids is None else ids.stride(0)
@@ -133,7 +178,7 @@ class _Scan(torch.autograd.Function):
             kernels.segment_states[both_directions](
                 *inputs, ids, ids_stride, segment_states, segment_dstates, segment_decays,
                 num_tokens, heads, *cut,
-                **constants, **_launch(_SEGMENT_STATES, x),
+                **constants, **_launch(SEGMENT_STATES, x, sizes),
             )  # fmt: skip
         states = x.new_empty(rows, cut.num_chunks, heads, P, N)
         dstates = torch.empty_like(states)
@@ -141,23 +186,25 @@ class _Scan(torch.autograd.Function):
         kernels.chunk_states[both_directions](
             *inputs, ids, ids_stride, initial_state, dfinal,
             segment_states, segment_dstates, segment_decays, states, dstates, dinitial,
-            num_tokens, heads, *cut, **constants, **_launch(_CHUNK_STATES, x),
+            num_tokens, heads, *cut, **constants, **_launch(CHUNK_STATES, x, sizes),
         )  # fmt: skip
 
         dx = ddt = dA = dB = dC = dD = None
         if needs_x or needs_dt or needs_A or needs_D:
             dx, ddt = x.new_empty(x.shape), dt.new_empty(dt.shape)
             dA, dD = dt.new_empty(2, rows, cut.num_chunks, heads)
-            kernels.gradients_of_heads[(groups, cut.num_chunks, rows)](
+            parts = math.gcd(GRADIENTS_OF_HEADS.at(x, *sizes)["parts"], heads // groups)
+            kernels.gradients_of_heads[(groups * parts, cut.num_chunks, rows)](
                 *inputs, D, ids, ids_stride, states, dstates, dx, ddt, dA, dD,
-                num_tokens, heads, **constants, **_launch(_GRADIENTS_OF_HEADS, x),
+                num_tokens, heads, **constants, HEADS=heads // groups // parts,
+                **_launch(GRADIENTS_OF_HEADS, x, sizes),
             )  # fmt: skip
             dA, dD = dA.sum((0, 1)).to(A.dtype), dD.sum((0, 1)).to(D.dtype)
         if needs_B or needs_C:
             dB, dC = B.new_empty(B.shape), C.new_empty(C.shape)
             kernels.gradients_of_groups[(groups, cut.num_chunks, rows)](
                 *inputs, ids, ids_stride, states, dstates, dB, dC,
-                num_tokens, heads, **constants, **_launch(_GRADIENTS_OF_GROUPS, x),
+                num_tokens, heads, **constants, **_launch(GRADIENTS_OF_GROUPS, x, sizes),
             )  # fmt: skip
         return dx, ddt, dA, dB, dC, dD, dinitial, None
 

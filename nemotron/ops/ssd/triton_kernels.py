@@ -306,10 +306,14 @@ def gradients_of_heads(
     B_ptr, B_b, B_t, B_g, C_ptr, C_b, C_t, C_g, D_ptr, ids_ptr, ids_b, states_ptr, dstates_ptr,
     dx_ptr, ddt_ptr, dA_ptr, dD_ptr, T, H,
     R: tl.constexpr, P: tl.constexpr, N: tl.constexpr, Q: tl.constexpr,
-    DOT: tl.constexpr, SUM: tl.constexpr,
+    DOT: tl.constexpr, SUM: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    """Compute dx, ddt and each program's part of dA and dD; a program per (group, chunk, row)."""
-    group, chunk = tl.program_id(0), tl.program_id(1)
+    """Compute dx, ddt and each program's part of dA and dD.
+
+    A program per (`HEADS` heads of a group, chunk, row).
+    """
+    first, chunk = tl.program_id(0) * HEADS, tl.program_id(1)
+    group = first // R
     row = tl.program_id(2).to(tl.int64)
     q = tl.arange(0, Q)
     start = chunk * Q
@@ -319,8 +323,8 @@ def gradients_of_heads(
         ids_ptr += row * ids_b
     CB = tl.dot(C, tl.trans(B), input_precision="ieee")
     CB = tl.where(_visible(ids_ptr, start, T, Q), CB, 0.0)
-    for r in range(R):
-        head = group * R + r
+    for r in range(HEADS):
+        head = first + r
         A = tl.load(A_ptr + head).to(tl.float32)
         D = tl.load(D_ptr + head).to(tl.float32)
         dt_head = dt_ptr + row * dt_b + head * dt_h

@@ -9,14 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.launch import power_of_2
-
-# 16 bytes of bfloat16 a thread, and a width of 2688 fills nine tenths of three blocks
-COLUMNS = 1024
-WARPS = 4
-# four loads in flight a thread hide the look-up of the token
-COPIED_ROWS = 4
-# rows of a token that are on their way at a time; a top-k of 6 takes one turn, 22 takes three
-ADDED_ROWS = 8
+from nemotron.ops.tuning.tunable import Tunable
 
 
 @triton.jit
@@ -70,6 +63,28 @@ def _add(
     tl.store(at, total.to(sums_ptr.dtype.element_ty), mask=column < width)
 
 
+# 1,024 columns are 16 bytes of bfloat16 a thread, and a width of 2688 fills nine tenths of three
+# blocks
+COPY = Tunable(
+    "token_copies",
+    "copy",
+    (_copy,),
+    ("rows", "width"),
+    # four loads in flight a thread hide the look-up of the token
+    {"columns": 1024, "warps": 4, "rows": 4},
+    {"columns": (256, 512, 1024, 2048, 4096), "warps": (2, 4, 8), "rows": (1, 2, 4, 8, 16)},
+)
+ADD = Tunable(
+    "token_copies",
+    "add",
+    (_add,),
+    ("rows", "tokens", "width"),
+    # rows of a token that are on their way at a time; a top-k of 6 takes one turn, 22 takes three
+    {"columns": 1024, "warps": 4, "rows": 8},
+    {"columns": (256, 512, 1024, 2048, 4096), "warps": (1, 2, 4, 8), "rows": (2, 4, 6, 8, 16)},
+)
+
+
 class _TokenCopies(torch.autograd.Function):
     """The gradient of either direction is the other direction."""
 
@@ -94,18 +109,19 @@ def _launch_copy(x: Float[Tensor, "M I"], token: Int[Tensor, " R"]) -> Float[Ten
     x, token = _readable(x), token.contiguous()
     num_rows, width = token.shape[0], x.shape[1]
     rows = x.new_empty(num_rows, width)
-    columns = min(COLUMNS, power_of_2(width))
+    launch = COPY.at(x, num_rows, width)
+    columns, height = min(launch["columns"], power_of_2(width)), launch["rows"]
     if num_rows:
-        _copy[(triton.cdiv(num_rows, COPIED_ROWS), triton.cdiv(width, columns))](
+        _copy[(triton.cdiv(num_rows, height), triton.cdiv(width, columns))](
             x,
             token,
             rows,
             num_rows,
             width,
             x.stride(0),
-            ROWS=COPIED_ROWS,
+            ROWS=height,
             COLUMNS=columns,
-            num_warps=WARPS,
+            num_warps=launch["warps"],
         )
     return rows
 
@@ -116,7 +132,8 @@ def _launch_add(
     rows, place, starts = _readable(rows), place.contiguous(), starts.contiguous()
     num_tokens, width = starts.shape[0], rows.shape[1]
     sums = rows.new_empty(num_tokens, width)
-    columns = min(COLUMNS, power_of_2(width))
+    launch = ADD.at(rows, rows.shape[0], num_tokens, width)
+    columns = min(launch["columns"], power_of_2(width))
     if num_tokens:
         _add[(num_tokens, triton.cdiv(width, columns))](
             rows,
@@ -127,9 +144,9 @@ def _launch_add(
             place.shape[0],
             width,
             rows.stride(0),
-            ROWS=ADDED_ROWS,
+            ROWS=launch["rows"],
             COLUMNS=columns,
-            num_warps=WARPS,
+            num_warps=launch["warps"],
         )
     return sums
 

@@ -13,17 +13,12 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from nemotron.ops.launch import INTERPRETED, power_of_2
+from nemotron.ops.launch import INTERPRETED, Launcher, power_of_2
+from nemotron.ops.tuning.tunable import Tunable
 from nemotron.precision.kernels.quantize_fp8 import TILE, Codes, Plan, locate
 
 BULK = True
 """Whether tiles come by bulk copies (TMA), or by loads of each thread."""
-WARPS = 8
-"""Two groups of four, each with the sums of 64 rows: 64 registers a thread, and 64 for a part."""
-STAGES = 4
-"""Tiles on their way: 128 KiB of shared memory."""
-NARROW_STAGES = 3
-"""Sums that stay in the tensor cores take few registers: two programs, of 96 KiB each, fit."""
 WIDE_COLUMNS = 256
 """Columns of a tile whose sums stay in the tensor cores: a quarter less is read for a product."""
 WASTE = 1.07
@@ -113,6 +108,31 @@ def _by_experts(a, b, a_scales, b_scales, out, bounds, high, wide, a_high, b_hig
     tl.store(out + at, sums.to(out.dtype.element_ty), mask=mask)
 
 
+_by_rows_on, _by_experts_on = Launcher(_by_rows), Launcher(_by_experts)
+
+
+AXES = ("groups", "rows", "columns", "contracted")
+# 8 warps are two groups of four, each with the sums of 64 rows: 64 registers a thread, and 64 for a
+# part; four stages are 128 KiB of tiles on their way
+BY_ROWS, BY_ROWS_WIDE, BY_ROWS_NARROW, BY_EXPERTS = (
+    Tunable(
+        "grouped_fp8",
+        launch,
+        (kernel,),
+        AXES,
+        {"warps": 8, "stages": stages},
+        {"warps": (4, 8), "stages": (2, 3, 4, 5, 6)},
+    )
+    for launch, kernel, stages in (
+        ("by_rows", _by_rows, 4),
+        ("by_rows_wide", _by_rows, 4),
+        # sums that stay in the tensor cores take few registers: two programs, of 96 KiB each, fit
+        ("by_rows_narrow", _by_rows, 3),
+        ("by_experts", _by_experts, 4),
+    )
+)
+
+
 def multiply(
     rows: Codes,
     matrices: Codes,
@@ -140,13 +160,19 @@ def multiply(
     bounds = b_scales if plan is None else plan.bounds
     wide = -(-columns // WIDE_COLUMNS) * WIDE_COLUMNS
     width = WIDE_COLUMNS if fast and not in_blocks and wide <= WASTE * columns else TILE
-    stages = NARROW_STAGES if fast and not in_blocks and width == TILE else STAGES
-    _by_rows[(-(-columns // width), tiles)](
-        _source(a, TILE), _source(b, width), rows.scale_inv, b_scales, out, bounds,
-        out.shape[0], columns, a.shape[1], a.stride(0), b_rows, rows.scale_inv.stride(0),
-        b_scales.shape[1] if in_blocks else 0, b_scales.shape[2] if in_blocks else 0,
-        out.stride(0), groups, power_of_2(groups + 2), plan is not None,
-        in_blocks, fast, _is_bulk(), INTERPRETED, width, TILE, num_warps=WARPS, num_stages=stages,
+    tunable = BY_ROWS
+    if fast and not in_blocks:
+        tunable = BY_ROWS_NARROW if width == TILE else BY_ROWS_WIDE
+    launch = tunable.at(a, groups, out.shape[0], columns, a.shape[1])
+    _by_rows_on(
+        (-(-columns // width), tiles, 1),
+        (_source(a, TILE), _source(b, width), rows.scale_inv, b_scales, out, bounds),
+        (out.shape[0], columns, a.shape[1], a.stride(0), b_rows, rows.scale_inv.stride(0),
+         b_scales.shape[1] if in_blocks else 0, b_scales.shape[2] if in_blocks else 0,
+         out.stride(0)),
+        (groups, power_of_2(groups + 2), plan is not None, in_blocks, fast, _is_bulk(),
+         INTERPRETED, width, TILE),
+        num_warps=launch["warps"], num_stages=launch["stages"],
     )  # fmt: skip
 
 
@@ -156,10 +182,13 @@ def multiply_turned(
     """Write the sum over each expert's rows of their outer products into `out`; 0 without rows."""
     groups, high, wide = out.shape
     a, b = left.elements, right.elements
-    _by_experts[(-(-wide // TILE), -(-high // TILE), groups)](
-        _source(a, TILE), _source(b, TILE), left.scale_inv, right.scale_inv, out, plan.bounds,
-        high, wide, a.shape[0], b.shape[0], a.stride(0),
-        groups, in_blocks, _is_bulk(), INTERPRETED, TILE, num_warps=WARPS, num_stages=STAGES,
+    launch = BY_EXPERTS.at(a, groups, a.shape[1], wide, high)
+    _by_experts_on(
+        (-(-wide // TILE), -(-high // TILE), groups),
+        (_source(a, TILE), _source(b, TILE), left.scale_inv, right.scale_inv, out, plan.bounds),
+        (high, wide, a.shape[0], b.shape[0], a.stride(0)),
+        (groups, in_blocks, _is_bulk(), INTERPRETED, TILE),
+        num_warps=launch["warps"], num_stages=launch["stages"],
     )  # fmt: skip
 
 

@@ -5,35 +5,29 @@ A tile of 128 by 128 elements is a program's. Tensors lie one under another: mat
 the device knows (`Plan`). Codes are those of `nemotron.precision.fp8`, to the bit.
 """
 
-from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from nemotron.ops.launch import INTERPRETED, power_of_2
+from nemotron.ops.launch import INTERPRETED, Launcher, power_of_2
+from nemotron.ops.tuning.tunable import Tunable
 from nemotron.precision.formats import E4M3, FP8
 
 TILE = 128
 """Rows and columns of a tile: a block of FP8 with block scales."""
-WIDTHS = {False: 64, True: 128}
-"""Columns of a tile of tensors with one scale, and of one with block scales: two programs run on a
-multiprocessor where tiles may be narrow, so that one loads while the other stores."""
-WARPS = {64: 8, 128: 16}
-"""32 elements a thread: with more, a tile and its transpose take all registers."""
-MEASURE_WARPS = 8
-"""Enough loads at once to fill the memory's queue; a pass that only reads needs few registers."""
 PARTS = 2048
 """Magnitudes of tiles that are read at once for the largest of a tensor."""
-BY_AMAX, BY_SCALE, BY_ROWS, BY_SQUARES = range(4)
+BY_AMAX, BY_SCALE, BY_ROWS, BY_SQUARES, BY_PARTS = range(5)
 """Where scales come from: each tensor's largest magnitude, scales that are known, blocks of 128
-along each direction, squares of 128 by 128."""
+along each direction, squares of 128 by 128, the largest magnitudes of each tensor's tiles."""
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Where the rows of each expert are, on the device.
 
     Each expert's rows are cut into tiles, of which the last is partial. Rows that no expert has are
@@ -47,12 +41,11 @@ class Plan:
 
     @property
     def tiles(self) -> int:
-        """The most tiles that there can be: the device knows how many there are."""
-        return (self.rows + (TILE - 1) * (self.groups + 1)) // TILE
+        """The most tiles that there can be."""
+        return most_tiles(self.rows, self.groups)
 
 
-@dataclass(frozen=True)
-class Codes:
+class Codes(NamedTuple):
     """Tensors in FP8 along their last dimension, or, transposed, along their first.
 
     Tensors of equal size lie at equal distances, each filled up with zeros on both sides. Rows of
@@ -65,8 +58,7 @@ class Codes:
     contracted/128 rounded up to 4] for squares: all as cuBLAS wants them, transposed."""
 
 
-@dataclass(frozen=True)
-class Sides:
+class Sides(NamedTuple):
     """An operand along its last dimension and along its first, as far as they were asked for."""
 
     row: Codes | None
@@ -194,10 +186,9 @@ def _measure(x, parts, bounds, stride, group_stride, each, columns,
 
 
 @triton.jit
-def _largest(parts, out, bounds, tiles, blocks, stride,
-             GROUPS: tl.constexpr, PLANNED: tl.constexpr, IS_LATE: tl.constexpr,
-             PARTS: tl.constexpr):  # fmt: skip
-    group = tl.program_id(0)
+def _largest_part(parts, bounds, group, tiles, blocks, GROUPS: tl.constexpr, PLANNED: tl.constexpr,
+                  PARTS: tl.constexpr):  # fmt: skip
+    """Return the bits of a tensor's largest magnitude; each has `tiles` where it is not planned."""
     if PLANNED:
         start = tl.load(bounds + GROUPS + 2 + group) * blocks
         end = tl.load(bounds + GROUPS + 3 + group) * blocks
@@ -208,7 +199,15 @@ def _largest(parts, out, bounds, tiles, blocks, stride,
     for first in range(start, end, PARTS):
         at = first + index
         found = tl.maximum(found, tl.load(parts + at, mask=at < end, other=0))
-    largest = tl.max(found, 0)
+    return tl.max(found, 0)
+
+
+@triton.jit
+def _largest(parts, out, bounds, tiles, blocks, stride,
+             GROUPS: tl.constexpr, PLANNED: tl.constexpr, IS_LATE: tl.constexpr,
+             PARTS: tl.constexpr):  # fmt: skip
+    group = tl.program_id(0)
+    largest = _largest_part(parts, bounds, group, tiles, blocks, GROUPS, PLANNED, PARTS)
     if IS_LATE:
         # a NaN leaves no trace
         largest = tl.where(largest > 0x7F800000, 0, largest)
@@ -226,12 +225,17 @@ def _quantize(
     GROUPS: tl.constexpr, SIZE: tl.constexpr, PLANNED: tl.constexpr, NARROW: tl.constexpr,
     EXACT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, IS_E4M3: tl.constexpr,
     SCALING: tl.constexpr, HAS_ROW: tl.constexpr, HAS_TURNED: tl.constexpr, MEASURES: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     LARGEST: tl.constexpr = 448.0 if IS_E4M3 else 57344.0
     block, tile = tl.program_id(0), tl.program_id(1)
     group, place, first, end = locate(tile, bounds, each, GROUPS, SIZE, PLANNED, TILE)
     if group >= GROUPS:
         return
+    if SCALING == 4:
+        # before the tile takes the registers
+        high, wide = (each + TILE - 1) // TILE, (columns + TILE - 1) // TILE
+        amax = _largest_part(given, bounds, group, high, wide, GROUPS, PLANNED, PARTS)
     data = _load_tile(x, stride, group_stride, group, first, end, each, block, columns,
                       PLANNED, NARROW, EXACT, TILE, WIDTH)  # fmt: skip
     lane, beside = tl.arange(0, TILE), tl.arange(0, WIDTH)
@@ -251,12 +255,14 @@ def _quantize(
         largest = tl.max(tl.max(bits, 1), 0)
         tl.store(parts + tile * tl.num_programs(0) + block, largest)
 
-    if SCALING == 0 or SCALING == 1:
-        held = tl.load(given + group)
+    if SCALING == 0 or SCALING == 1 or SCALING == 4:
         if SCALING == 0:
-            scale = _encode_scale(held.to(tl.int32, bitcast=True), LARGEST, False)
+            held = tl.load(given + group).to(tl.int32, bitcast=True)
+            scale = _encode_scale(held, LARGEST, False)
+        elif SCALING == 1:
+            scale = tl.load(given + group)
         else:
-            scale = held
+            scale = _encode_scale(amax, LARGEST, False)
         if (place == 0) & (block == 0):
             tl.store(row_scales + group, tl.div_rn(1.0, scale))
         codes = to_fp8(data * scale, IS_E4M3, EXACT)
@@ -267,10 +273,17 @@ def _quantize(
         blocks = tl.num_programs(0)
         high = (rows_out + TILE - 1) // TILE
         wide, deep = (blocks + 3) // 4 * 4, (high + 3) // 4 * 4
+        # the last one of a line fills it up to four with zeros
+        beyond = tl.arange(0, 4)
+        stored = tl.where(beyond == 0, decode, 0.0)
         if HAS_ROW:
-            tl.store(row_scales + (group * high + place) * wide + block, decode)
+            kept = (beyond == 0) | ((block == blocks - 1) & (block + beyond < wide))
+            at = (group * high + place) * wide + block + beyond
+            tl.store(row_scales + at, stored, mask=kept)
         if HAS_TURNED:
-            tl.store(turned_scales + (group * blocks + block) * deep + place, decode)
+            kept = (beyond == 0) | ((place == high - 1) & (place + beyond < deep))
+            at = (group * blocks + block) * deep + place + beyond
+            tl.store(turned_scales + at, stored, mask=kept)
         codes = to_fp8(data * scale, IS_E4M3, EXACT)
         turned = codes
     else:
@@ -289,60 +302,91 @@ def _quantize(
         start = row.to(tl.int64) * columns_out + column_first
         at = lane[:, None] * columns_out + beside[None, :]
         mask = (row + lane < row_end)[:, None] & (column < columns_out)[None, :]
+        codes = codes.to(row_codes.dtype.element_ty, bitcast=True)
         tl.store(row_codes + start + at, codes, mask=mask)
     if HAS_TURNED:
         at = beside[:, None] * turned_stride + lane[None, :]
         mask = (column < columns_out)[:, None] & (turned_first + lane < turned_end)[None, :]
-        tl.store(turned_codes + turned_base + at, tl.trans(turned), mask=mask)
+        turned = tl.trans(turned).to(turned_codes.dtype.element_ty, bitcast=True)
+        tl.store(turned_codes + turned_base + at, turned, mask=mask)
+
+
+_plan_on, _measure_on, _largest_on, _quantize_on = map(
+    Launcher, (_plan, _measure, _largest, _quantize)
+)
+
+
+AXES = ("groups", "rows", "columns")
+# 32 elements a thread: with more, a tile and its transpose take all registers; two programs run on
+# a multiprocessor where tiles may be narrow, so that one loads while the other stores
+QUANTIZE = Tunable(
+    "quantize_fp8",
+    "tensors",
+    (_quantize,),
+    AXES,
+    {"width": 64, "warps": 8},
+    {"width": (32, 64, 128), "warps": (2, 4, 8, 16)},
+)
+QUANTIZE_BLOCKS = Tunable(
+    "quantize_fp8", "blocks", (_quantize,), AXES, {"warps": 16}, {"warps": (4, 8, 16, 32)}
+)
+# enough loads at once to fill the memory's queue; a pass that only reads needs few registers
+MEASURE = Tunable("quantize_fp8", "measure", (_measure,), AXES, {"warps": 8}, {"warps": (4, 8, 16)})
+REDUCE_WARPS = 8
 
 
 def plan(counts: Int[Tensor, " G"], rows: int) -> Plan:
     """Return where the rows of each expert are, without a look at the counts from the host."""
     groups = counts.shape[0]
     bounds = torch.empty(2, groups + 2, dtype=torch.int32, device=counts.device)
-    _plan[(1,)](counts, bounds, rows, groups, power_of_2(groups + 2), TILE, num_warps=4)
+    constants = (groups, power_of_2(groups + 2), TILE)
+    _plan_on((1, 1, 1), (counts, bounds), (rows,), constants, num_warps=4)
     return Plan(bounds, groups, rows)
 
 
-@dataclass(frozen=True)
-class Layout:
-    """How the tensors of an operand lie: [G, N, K] of equal size, or the rows of experts."""
+class Layout(NamedTuple):
+    """Codes of the tensors of an operand: [G, N, K] of equal size, or the rows of experts."""
 
-    x: Float[Tensor, "*G N K"]
-    plan: Plan | None
-    multiple: int = TILE
-    """What both sizes of a code matrix are rounded up to."""
-
-    @property
-    def groups(self) -> int:
-        """The number of tensors."""
-        if self.plan is not None:
-            return self.plan.groups
-        return self.x.shape[0] if self.x.dim() == 3 else 1
-
-    @property
-    def each(self) -> int:
-        """Rows of each tensor, where all have as many."""
-        return self.x.shape[-2]
-
-    @property
-    def tiles(self) -> int:
-        """Tiles one under another."""
-        return self.groups * -(-self.each // TILE) if self.plan is None else self.plan.tiles
-
-    @property
-    def rows_out(self) -> int:
-        """Rows of each tensor's codes."""
-        return _round_up(self.each, self.multiple) if self.plan is None else self.each
-
-    @property
-    def columns_out(self) -> int:
-        """Columns of each tensor's codes."""
-        return _round_up(self.x.shape[-1], self.multiple)
+    groups: int
+    """The number of tensors."""
+    size: int
+    """A power of two for what a program reads of the bounds of experts' rows."""
+    each: int
+    """Rows of each tensor, where all have as many."""
+    columns: int
+    tiles: int
+    """Tiles one under another."""
+    rows_out: int
+    """Rows of each tensor's codes."""
+    columns_out: int
+    """Columns of each tensor's codes."""
+    turned_rows: int
+    """Rows of each tensor's codes, transposed, whose columns these are there."""
+    lead: tuple[int, ...]
+    """Dimensions of the codes before the last two."""
 
     def blocks(self, width: int) -> int:
         """Return how many tiles of so many columns lie beside one another."""
         return -(-self.columns_out // width)
+
+
+@lru_cache(maxsize=1024)
+def layout(shape: tuple[int, ...], experts: int | None, multiple: int) -> Layout:
+    """Return the layout of a tensor, with codes whose sizes are rounded up to `multiple`.
+
+    With a plan its rows belong to so many experts.
+    """
+    each, columns = shape[-2:]
+    groups = experts or (shape[0] if len(shape) == 3 else 1)
+    tiles, rows_out = -(-each // TILE) * groups, _round_up(each, multiple)
+    turned_rows = rows_out
+    if experts is not None:
+        tiles, rows_out = most_tiles(each, experts), each
+        turned_rows = tiles * TILE
+    return Layout(
+        groups, power_of_2(groups + 2), each, columns, tiles, rows_out,
+        _round_up(columns, multiple), turned_rows, tuple(shape[:-2]),
+    )  # fmt: skip
 
 
 def quantize(
@@ -350,86 +394,119 @@ def quantize(
     format: FP8,
     scaling: int,
     *,
-    given: Float[Tensor, " G"] | None = None,
+    given: Shaped[Tensor, " numbers"] | None = None,
     plan: Plan | None = None,
     multiple: int = TILE,
     row: bool = True,
     turned: bool = True,
     newest: Float[Tensor, " G"] | None = None,
+    narrow: bool = False,
 ) -> Sides:
     """Quantise a matrix, the stacked matrices of experts, or the rows of experts by their plan.
 
-    `given` are the largest magnitudes (BY_AMAX) or scales (BY_SCALE) of the tensors; `newest` holds
-    magnitudes that grow to those of the tensors. Stacked matrices in float32 are weights and are
-    rounded to bfloat16 first.
+    `given` are the largest magnitudes (BY_AMAX) or scales (BY_SCALE) of the tensors, or what
+    `measure` returned (BY_PARTS); `newest` holds magnitudes that grow to those of the tensors.
+    `narrow` rounds to bfloat16 first.
     """
-    layout = Layout(x, plan, multiple)
+    experts = None if plan is None else plan.groups
+    groups, size, each, columns, tiles, high, wide, long, lead = at = layout(
+        x.shape, experts, multiple
+    )
     data, stride, group_stride = _strides(x)
-    tiles, groups, high, wide = layout.tiles, layout.groups, layout.rows_out, layout.columns_out
-    width = WIDTHS[scaling in (BY_ROWS, BY_SQUARES)]
-    blocks = layout.blocks(width)
-    codes = torch.empty(0, dtype=torch.uint8, device=x.device)
-    lead = (groups,) if x.dim() == 3 else ()
-    long = high if plan is None else tiles * TILE
-    row_codes = codes.new_empty(*lead, high, wide) if row else codes
-    turned_codes = codes.new_empty(*lead, wide, long) if turned else codes
-    none = torch.empty(0, device=x.device)
-    if scaling in (BY_AMAX, BY_SCALE):
-        row_scales = turned_scales = torch.empty(groups, device=x.device)
+    device, in_blocks = x.device, scaling in (BY_ROWS, BY_SQUARES)
+    launch = (QUANTIZE_BLOCKS if in_blocks else QUANTIZE).at(x, groups, each, columns)
+    # a block of scales is as wide as a tile
+    width = launch.get("width", TILE)
+    blocks = at.blocks(width)
+    row_codes = turned_codes = None
+    if row:
+        row_codes = torch.empty((*lead, high, wide), dtype=format.dtype, device=device)
+    if turned:
+        turned_codes = torch.empty((*lead, wide, long), dtype=format.dtype, device=device)
+    row_scales = turned_scales = None
+    if not in_blocks:
+        row_scales = turned_scales = torch.empty(groups, device=device)
     elif scaling == BY_SQUARES:
         deep = -(-high // TILE)
-        row_scales = torch.zeros(groups, deep, _round_up(blocks, 4), device=x.device)
-        turned_scales = torch.zeros(groups, blocks, _round_up(deep, 4), device=x.device)
+        row_scales = torch.empty(groups, deep, _round_up(blocks, 4), device=device)
+        turned_scales = torch.empty(groups, blocks, _round_up(deep, 4), device=device)
     else:
-        row_scales = torch.empty(blocks, high, device=x.device) if row else none
-        turned_scales = torch.empty(tiles, wide, device=x.device) if turned else none
-    measures = newest is not None
-    parts = torch.empty(tiles * blocks if measures else 0, dtype=torch.int32, device=x.device)
-    bounds = parts if plan is None else plan.bounds
-    size = power_of_2(groups + 2)
-    _quantize[(blocks, tiles)](
-        data, none if given is None else given, row_codes, row_scales, turned_codes, turned_scales,
-        parts, bounds, stride, group_stride, layout.each, x.shape[-1], high, wide, long, high,
-        groups, size, plan is not None, _is_narrowed(x), INTERPRETED, TILE,
-        width, format is E4M3, scaling, row, turned, measures, num_warps=WARPS[width],
+        row_scales = torch.empty(blocks, high, device=device) if row else None
+        turned_scales = torch.empty(tiles, wide, device=device) if turned else None
+    parts = None
+    if newest is not None:
+        parts = torch.empty(tiles * blocks, dtype=torch.int32, device=device)
+    # what a kernel neither reads nor writes may be any tensor
+    _quantize_on(
+        (blocks, tiles, 1),
+        (data, _or(given, data), _or(row_codes, data), _or(row_scales, data),
+         _or(turned_codes, data), _or(turned_scales, data), _or(parts, data),
+         data if plan is None else plan.bounds),
+        (stride, group_stride, each, columns, high, wide, long, high),
+        (groups, size, plan is not None, narrow, INTERPRETED, TILE, width, format is E4M3, scaling,
+         row, turned, parts is not None, PARTS),
+        num_warps=launch["warps"],
     )  # fmt: skip
     if newest is not None:
-        _reduce(parts, newest, layout, blocks, is_late=True)
+        assert parts is not None
+        _reduce(parts, newest, plan, at, blocks, is_late=True)
     return Sides(
-        Codes(row_codes.view(format.dtype), row_scales) if row else None,
-        Codes(turned_codes.view(format.dtype), turned_scales) if turned else None,
+        None if row_codes is None else Codes(row_codes, _held(row_scales)),
+        None if turned_codes is None else Codes(turned_codes, _held(turned_scales)),
     )
 
 
-def largest(x: Float[Tensor, "*G N K"], plan: Plan | None = None) -> Float[Tensor, " G"]:
-    """Return the largest magnitude of each tensor; 0 where there is nothing."""
-    layout = Layout(x, plan)
+def measure(
+    x: Float[Tensor, "*G N K"], plan: Plan | None = None, *, narrow: bool = False
+) -> Int[Tensor, " parts"]:
+    """Return the bits of the largest magnitude of each tile, for `quantize`."""
+    at = layout(x.shape, None if plan is None else plan.groups, TILE)
     data, stride, group_stride = _strides(x)
-    tiles, blocks, groups = layout.tiles, layout.blocks(TILE), layout.groups
-    parts = torch.empty(tiles * blocks, dtype=torch.int32, device=x.device)
-    bounds = parts if plan is None else plan.bounds
-    _measure[(blocks, tiles)](
-        data, parts, bounds, stride, group_stride, layout.each, x.shape[-1],
-        groups, power_of_2(groups + 2), plan is not None, _is_narrowed(x), INTERPRETED, TILE,
-        TILE, num_warps=MEASURE_WARPS,
+    blocks = at.blocks(TILE)
+    launch = MEASURE.at(x, at.groups, at.each, at.columns)
+    parts = torch.empty(at.tiles * blocks, dtype=torch.int32, device=x.device)
+    _measure_on(
+        (blocks, at.tiles, 1),
+        (data, parts, parts if plan is None else plan.bounds),
+        (stride, group_stride, at.each, at.columns),
+        (at.groups, at.size, plan is not None, narrow, INTERPRETED, TILE, TILE),
+        num_warps=launch["warps"],
     )  # fmt: skip
-    amax = torch.empty(groups, device=x.device)
-    _reduce(parts, amax, layout, blocks, is_late=False)
+    return parts
+
+
+def largest(
+    x: Float[Tensor, "*G N K"], plan: Plan | None = None, *, narrow: bool = False
+) -> Float[Tensor, " G"]:
+    """Return the largest magnitude of each tensor; 0 where there is nothing."""
+    parts = measure(x, plan, narrow=narrow)
+    at = layout(x.shape, None if plan is None else plan.groups, TILE)
+    amax = torch.empty(at.groups, device=x.device)
+    _reduce(parts, amax, plan, at, at.blocks(TILE), is_late=False)
     return amax
 
 
-def _reduce(parts: Tensor, out: Tensor, layout: Layout, blocks: int, *, is_late: bool) -> None:
+def _reduce(
+    parts: Tensor, out: Tensor, plan: Plan | None, at: Layout, blocks: int, *, is_late: bool
+) -> None:
     """Write each tensor's largest magnitude, or let those of a history grow to them."""
-    plan, groups = layout.plan, layout.groups
-    bounds = parts if plan is None else plan.bounds
-    _largest[(groups,)](
-        parts, out, bounds, layout.tiles // groups, blocks, out.stride(0),
-        groups, plan is not None, is_late, PARTS, num_warps=MEASURE_WARPS,
-    )  # fmt: skip
+    groups = at.groups
+    _largest_on(
+        (groups, 1, 1),
+        (parts, out, parts if plan is None else plan.bounds),
+        (at.tiles // groups, blocks, out.stride(0)),
+        (groups, plan is not None, is_late, PARTS),
+        num_warps=REDUCE_WARPS,
+    )
 
 
-def _is_narrowed(x: Tensor) -> bool:
-    return x.dim() == 3 and x.dtype == torch.float32
+def _or(tensor: Tensor | None, other: Tensor) -> Tensor:
+    return other if tensor is None else tensor
+
+
+def _held(tensor: Tensor | None) -> Tensor:
+    assert tensor is not None
+    return tensor
 
 
 def _strides(x: Tensor) -> tuple[Tensor, int, int]:
@@ -437,7 +514,13 @@ def _strides(x: Tensor) -> tuple[Tensor, int, int]:
     data = x if x.stride(-1) == 1 else x.contiguous()
     if INTERPRETED:
         data = data.float()  # it reads subnormal numbers of bfloat16 as others
-    return data, data.stride(-2), data.stride(0) if data.dim() == 3 else 0
+    strides = data.stride()
+    return data, strides[-2], strides[0] if len(strides) == 3 else 0
+
+
+def most_tiles(rows: int, experts: int) -> int:
+    """Return the most tiles that so many rows can have: the device knows how many there are."""
+    return (rows + (TILE - 1) * (experts + 1)) // TILE
 
 
 def _round_up(size: int, multiple: int) -> int:

@@ -1,0 +1,373 @@
+"""What is timed: each tunable launch inside its operation, at the sizes of one layer of a model.
+
+Inputs on the device `meta` have no values: their launches can only be compiled.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron.ops.causal_conv1d import triton as causal_conv1d
+from nemotron.ops.gated_rms_norm import triton as gated_rms_norm
+from nemotron.ops.linear_cross_entropy import triton as linear_cross_entropy
+from nemotron.ops.rms_norm import triton as rms_norm
+from nemotron.ops.squared_relu import triton as squared_relu
+from nemotron.ops.ssd import triton as ssd
+from nemotron.ops.token_copies import triton as token_copies
+from nemotron.ops.tuning.tunable import Tunable
+from nemotron.precision.formats import E4M3, E5M2
+from nemotron.precision.kernels import grouped_fp8, quantize_fp8
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What kernels see of a model on one device."""
+
+    rows: int
+    tokens: int
+    """Of a row."""
+    hidden: int
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    experts: int
+    """Held by this device."""
+    copies: int
+    """Of each token."""
+    expert_input: int
+    expert_width: int
+    vocabulary: int
+
+    @property
+    def all(self) -> int:
+        """Tokens of all rows."""
+        return self.rows * self.tokens
+
+    @property
+    def inner(self) -> int:
+        """Channels of the scan."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution."""
+        return self.inner + 2 * self.groups * self.state
+
+    @property
+    def projected(self) -> int:
+        """Columns of in_proj: the gate, the channels and a time step for each head."""
+        return self.inner + self.channels + self.heads
+
+
+NANO = Sizes(2, 4096, 2688, 64, 64, 8, 128, 16, 6, 2688, 1856, 131072)
+SUPER = Sizes(2, 4096, 4096, 128, 64, 8, 128, 64, 22, 1024, 2688, 131072)
+TINY = Sizes(1, 32, 32, 2, 16, 1, 16, 2, 2, 32, 16, 128)
+"""For tests, and to show bugs on a CPU."""
+MODELS = {"nano": NANO, "super": SUPER, "tiny": TINY}
+
+
+def sizes_of(shapes: str) -> Sizes:
+    """Return the sizes of a released model, or those of a recipe's file.
+
+    Raises:
+        UserError: when the recipe has a mistake or is not there.
+    """
+    if shapes in MODELS:
+        return MODELS[shapes]
+    from nemotron.recipe.load import load_recipe
+
+    config = load_recipe(Path(shapes), []).config
+    model = config.model
+    experts = max(1, model.n_routed_experts // config.parallel.ep)
+    return Sizes(
+        config.batch.micro_batch,
+        config.data.seq_len,
+        model.hidden_size,
+        model.mamba_num_heads,
+        model.mamba_head_dim,
+        model.n_groups,
+        model.ssm_state_size,
+        experts,
+        model.num_experts_per_tok,
+        model.moe_latent_size or model.hidden_size,
+        model.moe_intermediate_size,
+        model.vocab_size,
+    )
+
+
+class Draw:
+    """Draws inputs on a device; on `meta` they have shapes only."""
+
+    def __init__(self, device: torch.device, seed: int) -> None:
+        self.device = device
+        self._generator = None
+        if device.type != "meta":
+            self._generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(self, *shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
+        """Return normal numbers."""
+        if self._generator is None:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        drawn = torch.empty(shape, dtype=dtype, device=self.device)
+        return drawn.normal_(0, scale, generator=self._generator)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return float32 numbers in [0, 1)."""
+        drawn = torch.empty(shape, device=self.device)
+        return drawn if self._generator is None else drawn.uniform_(generator=self._generator)
+
+    def below(self, size: int, count: int) -> Tensor:
+        """Return whole numbers from 0 below `size`."""
+        drawn = torch.empty(count, dtype=torch.int64, device=self.device)
+        return drawn if self._generator is None else drawn.random_(size, generator=self._generator)
+
+
+Run = Callable[[], Sequence[Tensor]]
+"""Runs the operation, forward and backward, and returns its results and gradients."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """An operation with its inputs, in which some tunable launches take part."""
+
+    name: str
+    tunables: tuple[Tunable, ...]
+    draw: Callable[[Sizes, Draw], Run]
+    flops: Callable[[Sizes], float] = lambda sizes: 0.0
+    """Of each launch, where products are what binds it."""
+    fp8: bool = False
+    """Whether those are products of FP8."""
+    tensor_passes: int = 1
+    """How often the kernel must move the largest of its tensors: twice where it writes in place."""
+
+
+def _run(function: Callable[..., object], inputs: Sequence[Tensor | None], *rest: object) -> Run:
+    """Return what calls a function and its backward, always with the same gradient."""
+    leaves = [
+        t.detach().requires_grad_() if t is not None and t.is_floating_point() else t
+        for t in inputs
+    ]
+    gradients: list[Tensor] = []
+
+    def run() -> list[Tensor]:
+        result = function(*leaves, *rest)
+        found = result if isinstance(result, tuple) else (result,)
+        outputs = [t for t in found if isinstance(t, Tensor)]
+        if not gradients:
+            draw = Draw(outputs[0].device, 7)
+            gradients.extend(draw.normal(*t.shape, dtype=t.dtype) for t in outputs)
+        for leaf in leaves:
+            if leaf is not None:
+                leaf.grad = None
+        torch.autograd.backward(outputs, gradients)
+        return [t.detach() for t in outputs] + [
+            leaf.grad for leaf in leaves if leaf is not None and leaf.grad is not None
+        ]
+
+    return run
+
+
+def _scan(sizes: Sizes, draw: Draw) -> Run:
+    mixed = draw.normal(sizes.rows, sizes.tokens, sizes.channels)
+    bc = sizes.groups * sizes.state
+    x, B, C = mixed.split([sizes.inner, bc, bc], dim=-1)
+    B, C = (part.unflatten(-1, (sizes.groups, sizes.state)) for part in (B, C))
+    x = x.unflatten(-1, (sizes.heads, sizes.head_dim))
+    dt = draw.uniform(sizes.rows, sizes.tokens, sizes.heads) * 0.1
+    A, D = -1 - 15 * draw.uniform(sizes.heads), draw.normal(sizes.heads, dtype=FP32)
+    # packed rows have documents, and that is how most training runs
+    cuts = draw.uniform(sizes.rows, sizes.tokens) < 4 / sizes.tokens
+    documents = cuts.to(torch.int32).cumsum(1).to(torch.int32)
+    return _run(ssd.ssd, [x, dt, A, B, C, D], None, documents)
+
+
+def _convolution(sizes: Sizes, draw: Draw) -> Run:
+    x = draw.normal(sizes.rows, sizes.tokens, sizes.projected)
+    x = x[..., sizes.inner : sizes.inner + sizes.channels]
+    weight = draw.normal(sizes.channels, 4, dtype=FP32, scale=0.5)
+    bias = draw.normal(sizes.channels, dtype=FP32)
+    cuts = draw.uniform(sizes.rows, sizes.tokens) < 4 / sizes.tokens
+    documents = cuts.to(torch.int32).cumsum(1).to(torch.int32)
+    return _run(causal_conv1d.causal_conv1d, [x, weight, bias], None, documents, True)
+
+
+def _norm(sizes: Sizes, draw: Draw) -> Run:
+    x, weight = draw.normal(sizes.rows, sizes.tokens, sizes.hidden), draw.uniform(sizes.hidden)
+    return _run(rms_norm.rms_norm, [x, weight], 1e-5)
+
+
+def _gated_norm(sizes: Sizes, draw: Draw) -> Run:
+    y = draw.normal(sizes.rows, sizes.tokens, sizes.inner)
+    z = draw.normal(sizes.rows, sizes.tokens, sizes.projected)[..., : sizes.inner]
+    weight = draw.uniform(sizes.inner)
+    return _run(gated_rms_norm.gated_rms_norm, [y, z, weight], sizes.groups, 1e-5)
+
+
+def _activation(sizes: Sizes, draw: Draw) -> Run:
+    rows = sizes.all * sizes.copies
+    inputs = [draw.normal(rows, sizes.expert_width), draw.uniform(rows, 1)]
+    return _run(squared_relu.squared_relu, inputs)
+
+
+def _copies(sizes: Sizes, draw: Draw) -> Run:
+    rows = sizes.all * sizes.copies
+    scores = draw.uniform(sizes.all, max(sizes.experts, sizes.copies))
+    # rows sorted by expert, each token's experts drawn apart
+    order = scores.topk(sizes.copies, dim=1).indices.flatten().argsort(stable=True)
+    place = torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=order.device))
+    starts = torch.arange(0, rows, sizes.copies, device=order.device)
+    token = order // sizes.copies
+    copied = _run(
+        lambda x: token_copies.token_copies(x, token, place, starts, "copy"),
+        [draw.normal(sizes.all, sizes.expert_input)],
+    )
+    return copied  # its backward is the sum
+
+
+def _head(sizes: Sizes, draw: Draw) -> Run:
+    rows = min(sizes.all, 4096)  # a chunk
+    hidden = draw.normal(rows, sizes.hidden)
+    weight = draw.normal(sizes.vocabulary, sizes.hidden, scale=0.02)
+    labels = draw.below(sizes.vocabulary, rows)
+    return _run(linear_cross_entropy.linear_cross_entropy, [hidden, weight], labels, "sum")
+
+
+def _quantize_rows(sizes: Sizes, draw: Draw) -> Run:
+    rows, groups = sizes.all * sizes.copies, sizes.experts
+    x = draw.normal(rows, sizes.expert_input)
+    counts = torch.full((groups,), rows // groups, device=draw.device)
+
+    def run() -> list[Tensor]:
+        plan = quantize_fp8.plan(counts, rows)
+        amax = quantize_fp8.largest(x, plan)
+        found = quantize_fp8.quantize(x, E4M3, quantize_fp8.BY_AMAX, given=amax, plan=plan)
+        assert found.row is not None
+        assert found.turned is not None
+        # what is behind the last expert's rows is not written
+        used = rows // groups * groups
+        across = -(-(rows // groups) // quantize_fp8.TILE) * quantize_fp8.TILE * groups
+        return [amax, found.row.elements[:used], found.turned.elements[:, :across]]
+
+    return run
+
+
+def _quantize_blocks(sizes: Sizes, draw: Draw) -> Run:
+    x = draw.normal(sizes.all, sizes.hidden)
+
+    def run() -> list[Tensor]:
+        sides = quantize_fp8.quantize(x, E4M3, quantize_fp8.BY_ROWS)
+        assert sides.row is not None
+        assert sides.turned is not None
+        return [t for part in (sides.row, sides.turned) for t in (part.elements, part.scale_inv)]
+
+    return run
+
+
+def _products(sizes: Sizes, draw: Draw, launch: str) -> Run:
+    rows, groups = sizes.all * sizes.copies, sizes.experts
+    wide, deep = sizes.expert_width, sizes.expert_input
+    if launch == "by_rows_wide":  # the columns of wide tiles must fit
+        wide, deep = deep, wide
+    counts = torch.full((groups,), rows // groups, device=draw.device)
+    x, dy = draw.normal(rows, deep), draw.normal(rows, wide, scale=1e-3)
+    weight = draw.normal(groups, wide, deep, scale=0.02)
+    one = torch.ones(groups, device=draw.device)
+
+    def codes(values: Tensor, is_rows: bool, gradient: bool = False) -> quantize_fp8.Sides:
+        return quantize_fp8.quantize(
+            values,
+            E5M2 if gradient else E4M3,
+            quantize_fp8.BY_SCALE,
+            given=one,
+            plan=plan if is_rows else None,
+        )
+
+    plan = quantize_fp8.plan(counts, rows)
+    sides, matrices, slopes = codes(x, True), codes(weight, False), codes(dy, True, gradient=True)
+
+    def run() -> list[Tensor]:
+        if launch == "by_experts":
+            out = weight.new_empty(weight.shape)
+            assert slopes.turned is not None
+            assert sides.turned is not None
+            grouped_fp8.multiply_turned(slopes.turned, sides.turned, plan, out, in_blocks=False)
+        elif launch == "by_rows":  # the gradient of the rows
+            out = x.new_empty(x.shape)
+            assert slopes.row is not None
+            assert matrices.turned is not None
+            grouped_fp8.multiply(
+                slopes.row, matrices.turned, plan, out, in_blocks=False, fast=False
+            )
+        else:
+            out = dy.new_empty(dy.shape)
+            assert sides.row is not None
+            assert matrices.row is not None
+            grouped_fp8.multiply(sides.row, matrices.row, plan, out, in_blocks=False, fast=True)
+        return [out]
+
+    return run
+
+
+def _product(launch: str, tunable: Tunable) -> Problem:
+    return Problem(
+        f"grouped_fp8 {launch}",
+        (tunable,),
+        lambda sizes, draw: _products(sizes, draw, launch),
+        lambda s: 2.0 * s.all * s.copies * s.expert_width * s.expert_input,
+        fp8=True,
+    )
+
+
+PROBLEMS = (
+    Problem(
+        "ssd",
+        (
+            ssd.GRADIENTS_OF_HEADS,
+            ssd.OUTPUTS,
+            ssd.GRADIENTS_OF_GROUPS,
+            ssd.CHUNK_STATES,
+            ssd.SEGMENT_STATES,
+            ssd.SEGMENTS,
+        ),
+        _scan,
+    ),
+    Problem("linear_cross_entropy", (linear_cross_entropy.LOSSES,), _head, tensor_passes=2),
+    Problem("causal_conv1d", (causal_conv1d.BACKWARD, causal_conv1d.FORWARD), _convolution),
+    Problem("rms_norm", (rms_norm.BACKWARD, rms_norm.FORWARD), _norm),
+    Problem("gated_rms_norm", (gated_rms_norm.BACKWARD, gated_rms_norm.FORWARD), _gated_norm),
+    Problem("squared_relu", (squared_relu.BACKWARD, squared_relu.FORWARD), _activation),
+    Problem("token_copies", (token_copies.ADD, token_copies.COPY), _copies),
+    Problem("quantize_fp8", (quantize_fp8.QUANTIZE, quantize_fp8.MEASURE), _quantize_rows),
+    _product("by_experts", grouped_fp8.BY_EXPERTS),
+    _product("by_rows", grouped_fp8.BY_ROWS),
+    _product("by_rows_narrow", grouped_fp8.BY_ROWS_NARROW),
+    _product("by_rows_wide", grouped_fp8.BY_ROWS_WIDE),
+    Problem("quantize_fp8 blocks", (quantize_fp8.QUANTIZE_BLOCKS,), _quantize_blocks),
+)
+"""In the order of time in a training step: the first are the first to be searched."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tunable launch at one model's sizes: what a search works on."""
+
+    problem: Problem
+    tunable: Tunable
+    sizes: Sizes
+
+
+def targets(operation: str, sizes: Sequence[Sizes]) -> list[Target]:
+    """Return what belongs to an operation, a launch (`ssd outputs`) or everything (`all`)."""
+    return [
+        Target(problem, tunable, each)
+        for each in sizes
+        for problem in PROBLEMS
+        for tunable in problem.tunables
+        if operation in ("all", tunable.operation, tunable.name)
+    ]
