@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nemotron.device import GIB, find_device, host_memory
 from nemotron.ops.describe import ALL, training_call
 from nemotron.ops.registry import Backend, Call
 from nemotron.precision.backends import FORMATS, choose, format_call, in_order
@@ -36,7 +37,7 @@ ONLY_CUDA = {"triton", "mamba-ssm", "causal-conv1d", "flash-attn", "transformer-
 def doctor() -> int:
     """Print device, versions and every operation's and format's backends; returns the exit code."""
     console = Console(soft_wrap=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = find_device("auto")
     for name, value in machine(device).items():
         console.print(f"{name:10s} {value}", highlight=False)
     console.print(_packages(device))
@@ -48,7 +49,7 @@ def doctor() -> int:
 
 def machine(device: torch.device) -> dict[str, str]:
     """Return what is known of processor, memory and accelerator."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    memory = host_memory() / GIB
     facts = {
         "python": f"{platform.python_version()} on {platform.system()} {platform.machine()}",
         "cpu": f"{os.cpu_count()} cores, {torch.get_num_threads()} threads, "
@@ -58,7 +59,7 @@ def machine(device: torch.device) -> dict[str, str]:
     if device.type == "cuda":
         found = torch.cuda.get_device_properties(device)
         facts["device"] = (
-            f"{torch.cuda.device_count()} x {found.name}, {found.total_memory / 2**30:.0f} GiB, "
+            f"{torch.cuda.device_count()} x {found.name}, {found.total_memory / GIB:.0f} GiB, "
             f"compute capability {found.major}.{found.minor}, CUDA {torch.version.cuda}"
         )
     return facts

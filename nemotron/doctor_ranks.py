@@ -16,6 +16,7 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
+from nemotron.device import synchronize
 from nemotron.errors import UserError
 from nemotron.parallel.runtime import Launch, leave_alone
 from nemotron.rank_report import RankReport, differences, remarks, report, resolve, spell
@@ -243,8 +244,7 @@ def _time_sums(device: torch.device, group: dist.ProcessGroup | None = None) -> 
         for _ in range(4):
             start = time.perf_counter()
             dist.all_reduce(tensor, group=group)
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
+            synchronize(device)
             seconds.append(time.perf_counter() - start)
         took = statistics.median(seconds[1:])  # the first one connects
         rate = f" ({elements * 4 / took / 1e9:.1f} GB/s)" if elements == MEDIUM else ""

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from nemotron.device import GIB
 from nemotron.doctor import PACKAGES
 from nemotron.train.provenance import collect
 
@@ -54,7 +55,7 @@ def report(rank: int, local_rank: int, master: str) -> RankReport:
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if local_rank < count:
         found = torch.cuda.get_device_properties(local_rank)
-        device = f"{found.name}, {found.total_memory / 2**30:.0f} GiB"
+        device = f"{found.name}, {found.total_memory / GIB:.0f} GiB"
         device_id = str(found.uuid)
     elif count:
         device = "none"

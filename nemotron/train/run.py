@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemotron.checkpoint.read import read_model
 from nemotron.data.loader import TrainingData
+from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
@@ -22,11 +23,7 @@ from nemotron.precision.policy import Assignment, summarize
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course, plan_course
 from nemotron.train.deterministic import deterministic
-from nemotron.train.flops import (
-    count_parameters,
-    measure_matmul_peak,
-    training_flops_per_token,
-)
+from nemotron.train.flops import count_parameters, training_flops_per_token
 from nemotron.train.layout import check_layout, least_world
 from nemotron.train.loss import num_depths
 from nemotron.train.places import describe_places
@@ -63,7 +60,7 @@ def train(
     course = plan_course(config)
     check_layout(config, course, launch.world if launch else 1)
     check_trackers(config.logging.trackers)
-    device = _pick_device(config.device, launch)
+    device = find_device(config.device, launch.local_rank if launch else None)
     folder = RunDirectory(config)
     ranks = start(launch, device, config.parallel)
     ranks.first(lambda: folder.check(course.num_steps, resume=resume, allow_changed=allow_changed))
@@ -96,7 +93,7 @@ def dry_run(config: PretrainConfig) -> int:
     course = plan_course(config)
     dims = check_layout(config, course, launch.world if launch else least_world(config.parallel))
     check_trackers(config.logging.trackers)
-    device = _pick_device(config.device)
+    device = find_device(config.device)
     folder = RunDirectory(config)
     folder.check(course.num_steps, resume=True)
     _pin_backends(config)
@@ -143,25 +140,6 @@ def describe_precision(config: PretrainConfig) -> list[str]:
             for line in table
         ]
     return lines
-
-
-def _pick_device(name: str, launch: Launch | None = None) -> torch.device:
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "device = cuda, but no GPU can be used here; "
-            "run `nemotron doctor`, or use device: auto."
-        )
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    if name == "cuda" and launch is not None:
-        if launch.local_rank >= (count := torch.cuda.device_count()):
-            raise UserError(
-                f"local rank {launch.local_rank} has no GPU: there are {count} here; start one "
-                "process for each."
-            )
-        torch.cuda.set_device(launch.local_rank)
-        return torch.device(name, launch.local_rank)
-    return torch.device(name)
 
 
 def _precision_tables(

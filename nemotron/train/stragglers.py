@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import torch
 
+from nemotron.device import synchronize
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import ReliabilityConfig
 from nemotron.train.metrics import Record
@@ -82,16 +83,12 @@ class Stragglers:
         a = torch.ones(size, size, device=self._device)
         seconds = []
         for _ in range(PROBES):
-            self._wait()
+            synchronize(self._device)
             start = time.perf_counter()
             a @ a
-            self._wait()
+            synchronize(self._device)
             seconds.append(time.perf_counter() - start)
         return min(seconds)
-
-    def _wait(self) -> None:
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
 
 
 def slowest(table: list[list[float]]) -> tuple[int, str, float, float]:

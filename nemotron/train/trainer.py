@@ -12,6 +12,7 @@ from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import lacking, load_tensors, read_state
 from nemotron.data.batch import Batch
 from nemotron.data.loader import TrainingData
+from nemotron.device import memory_values
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
@@ -45,7 +46,7 @@ from nemotron.train.optimizer import (
     squares_by_kind,
 )
 from nemotron.train.progress import Progress
-from nemotron.train.record import StepResult, Stopwatch, memory_values
+from nemotron.train.record import StepResult, Stopwatch
 from nemotron.train.replicas import ReplicaCheck
 from nemotron.train.rows import OwnRows
 from nemotron.train.snapshot import RNG, snapshot
