@@ -14,7 +14,7 @@ import torch
 
 from nemotron.device import GIB
 from nemotron.doctor import PACKAGES
-from nemotron.train.provenance import collect
+from nemotron.run.provenance import collect
 
 MOST_SKEW_S = 1.0
 """Clocks further apart make the order of log lines and files useless."""

@@ -20,7 +20,7 @@ from bench_machine import describe
 from rich.console import Console
 from rich.table import Table
 
-from nemotron.train.metrics import read_metrics
+from nemotron.run.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 WARM_UP = 3

@@ -26,7 +26,7 @@ from nemotron.checkpoint.find import newest  # noqa: E402
 from nemotron.checkpoint.manifest import CheckpointInfo  # noqa: E402
 from nemotron.checkpoint.metadata import SafeReader  # noqa: E402
 from nemotron.checkpoint.read import load_tensors, read_state  # noqa: E402
-from nemotron.train.metrics import read_metrics  # noqa: E402
+from nemotron.run.metrics import read_metrics  # noqa: E402
 
 WORKER = """
 import json, sys, torch

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nemotron.device import synchronize
 from nemotron.model.router import Router
+from nemotron.run.metrics import Record
 from nemotron.train.loss import TokenCounts
-from nemotron.train.metrics import Record
 from nemotron.train.optimizer import GradientNorms
 from nemotron.train.progress import Progress
 from nemotron.train.state import Skip

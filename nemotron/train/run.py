@@ -20,6 +20,10 @@ from nemotron.parallel.runtime import Launch, start
 from nemotron.precision.apply import DTYPES
 from nemotron.precision.assign import assign, preset_at
 from nemotron.precision.policy import Assignment, summarize
+from nemotron.run.folder import RunFolder
+from nemotron.run.screen import Screen
+from nemotron.run.signals import StopRequest
+from nemotron.run.trackers import check_trackers
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course, plan_course
 from nemotron.train.deterministic import deterministic
@@ -27,11 +31,7 @@ from nemotron.train.flops import count_parameters, training_flops_per_token
 from nemotron.train.layout import check_layout, least_world
 from nemotron.train.loss import num_depths
 from nemotron.train.places import describe_places
-from nemotron.train.run_directory import RunDirectory
-from nemotron.train.screen import Screen
 from nemotron.train.session import DONE, Session
-from nemotron.train.signals import StopRequest
-from nemotron.train.trackers import check_trackers
 from nemotron.train.trainer import Trainer
 from nemotron.train.watchdog import Watchdog
 
@@ -61,7 +61,7 @@ def train(
     check_layout(config, course, launch.world if launch else 1)
     check_trackers(config.logging.trackers)
     device = find_device(config.device, launch.local_rank if launch else None)
-    folder = RunDirectory(config)
+    folder = RunFolder(config.run_path, config)
     ranks = start(launch, device, config.parallel)
     ranks.first(lambda: folder.check(course.num_steps, resume=resume, allow_changed=allow_changed))
     with ExitStack() as stack:
@@ -94,7 +94,7 @@ def dry_run(config: PretrainConfig) -> int:
     dims = check_layout(config, course, launch.world if launch else least_world(config.parallel))
     check_trackers(config.logging.trackers)
     device = find_device(config.device)
-    folder = RunDirectory(config)
+    folder = RunFolder(config.run_path, config)
     folder.check(course.num_steps, resume=True)
     _pin_backends(config)
     with torch.device("meta"):

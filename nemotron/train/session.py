@@ -22,16 +22,16 @@ from nemotron.ops.describe import choose_backends
 from nemotron.ops.describe import describe as describe_backends
 from nemotron.precision.apply import DTYPES
 from nemotron.precision.policy import summarize
-from nemotron.train import provenance
+from nemotron.run import provenance
+from nemotron.run.folder import RunFolder
+from nemotron.run.metrics import MetricsFile, Record
+from nemotron.run.screen import Screen
+from nemotron.run.signals import StopRequest
+from nemotron.run.trackers import TRACKERS, Mirrors, TrackedRun
 from nemotron.train.faults import describe as describe_fault
 from nemotron.train.flops import count_parameters
-from nemotron.train.metrics import MetricsFile, Record
 from nemotron.train.replicas import ReplicasDiffer
 from nemotron.train.rollback import roll_back
-from nemotron.train.run_directory import RunDirectory
-from nemotron.train.screen import Screen
-from nemotron.train.signals import StopRequest
-from nemotron.train.trackers import TRACKERS, Mirrors, TrackedRun
 from nemotron.train.trainer import Diverged, Hooks, Trainer
 
 DONE, FAILED, STOPPED = 0, 1, 75
@@ -48,7 +48,7 @@ class Session:
     def __init__(
         self,
         trainer: Trainer,
-        folder: RunDirectory,
+        folder: RunFolder,
         screen: Screen,
         stop: StopRequest,
         stop_at: int | None,

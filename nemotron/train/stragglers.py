@@ -13,8 +13,8 @@ import torch
 
 from nemotron.device import synchronize
 from nemotron.parallel.runtime import Ranks
+from nemotron.run.metrics import Record
 from nemotron.train.config import ReliabilityConfig
-from nemotron.train.metrics import Record
 
 OWN_PARTS = ("data", "forward_backward", "optimizer")
 """Parts of a step that are a rank's own, as its stopwatch names them; the others are waiting."""

@@ -22,6 +22,7 @@ from nemotron.parallel.quantized import connect, token_numbers
 from nemotron.parallel.runtime import Ranks
 from nemotron.precision.apply import Quantization
 from nemotron.precision.random_bits import Numbers
+from nemotron.run.metrics import Record
 from nemotron.train.build import build_model
 from nemotron.train.config import PretrainConfig
 from nemotron.train.course import Course
@@ -36,7 +37,6 @@ from nemotron.train.loss import (
     objective,
     stage_losses,
 )
-from nemotron.train.metrics import Record
 from nemotron.train.optimizer import (
     GradientNorms,
     Optimizer,

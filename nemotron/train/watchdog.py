@@ -23,8 +23,8 @@ from nemotron.errors import UserError
 from nemotron.files import write_text
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.runtime import Ranks, leave_alone
+from nemotron.run.folder import RunFolder
 from nemotron.train.progress import PHASES, Progress
-from nemotron.train.run_directory import RunDirectory
 
 POLL_S = 0.5
 """Seconds between two looks."""
@@ -61,7 +61,7 @@ class Watchdog:
     """Watches the main thread while it is entered, if there are other ranks."""
 
     def __init__(
-        self, ranks: Ranks, config: ParallelConfig, folder: RunDirectory, progress: Progress
+        self, ranks: Ranks, config: ParallelConfig, folder: RunFolder, progress: Progress
     ) -> None:
         self._ranks, self._config, self._progress = ranks, config, progress
         self._folder = folder

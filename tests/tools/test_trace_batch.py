@@ -45,7 +45,7 @@ def test_the_files_come_in_the_order_in_which_the_batch_meets_them(found: Any):
 
 def test_nothing_outside_recipe_and_step_is_counted(found: Any):
     names = {str(path.relative_to(ROOT / "nemotron")) for path in found.functions}
-    assert names.isdisjoint({"train/provenance.py", "checkpoint/write.py", "train/screen.py"})
+    assert names.isdisjoint({"run/provenance.py", "checkpoint/write.py", "run/screen.py"})
     assert "TrainingData.__init__" not in found.functions[ROOT / "nemotron/data/loader.py"]
 
 

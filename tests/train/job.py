@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from nemotron.run.folder import dump_recipe
 from nemotron.train.config import PretrainConfig
-from nemotron.train.run_directory import dump_recipe
 
 ROOT = Path(__file__).parents[2]
 

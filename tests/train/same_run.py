@@ -7,7 +7,7 @@ import torch
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.metadata import SafeReader
 from nemotron.checkpoint.read import load_tensors, read_state
-from nemotron.train.metrics import read_metrics
+from nemotron.run.metrics import read_metrics
 
 MEASURED = ("perf/", "mem/", "ranks/")
 """Metrics that depend on the clock and the machine's load."""

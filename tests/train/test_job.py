@@ -7,7 +7,7 @@ import time
 import pytest
 from job import TIMEOUT_S, Job
 
-from nemotron.train.metrics import read_metrics
+from nemotron.run.metrics import read_metrics
 
 pytestmark = pytest.mark.distributed
 

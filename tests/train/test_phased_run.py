@@ -4,7 +4,7 @@ from pathlib import Path
 
 from same_run import assert_same_run
 
-from nemotron.train.metrics import read_metrics
+from nemotron.run.metrics import read_metrics
 from nemotron.train.run import train
 
 PHASES = [

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from same_run import assert_same_run, final_tensors
 
-from nemotron.train.metrics import read_metrics
+from nemotron.run.metrics import read_metrics
 from nemotron.train.run import train
 
 

@@ -9,7 +9,7 @@ from same_run import assert_same_run, final_tensors
 
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.read import read_state
-from nemotron.train.metrics import ABANDONED, read_metrics
+from nemotron.run.metrics import ABANDONED, read_metrics
 from nemotron.train.run import train
 
 SCHEDULE = {"peak": 1e-2, "total_steps": 12, "warmup_steps": 2, "decay_steps": 3}

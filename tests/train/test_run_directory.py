@@ -10,9 +10,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from nemotron.errors import UserError
+from nemotron.run.folder import RunFolder, dump_recipe
 from nemotron.train.config import PretrainConfig
 from nemotron.train.run import dry_run, train
-from nemotron.train.run_directory import RunDirectory, dump_recipe
 
 STEPS = 8
 
@@ -25,7 +25,7 @@ def listing(folder: Path) -> dict[str, int]:
 def pretend_run(recipe, **changes) -> PretrainConfig:
     """Make a folder that looks as a run does after its first line of metrics."""
     config = recipe(**changes)
-    with RunDirectory(config) as folder:
+    with RunFolder(config.run_path, config) as folder:
         folder.write_description(b"{}")
         folder.metrics.write_text('{"kind": "train", "step": 1}\n')
     return config
@@ -33,12 +33,15 @@ def pretend_run(recipe, **changes) -> PretrainConfig:
 
 def test_a_second_run_in_the_same_folder_is_told_who_holds_it(recipe):
     config = recipe()
-    with RunDirectory(config):
+    with RunFolder(config.run_path, config):
         with pytest.raises(UserError, match=f"in use by process {os.getpid()} on .* since 2"):
-            RunDirectory(config).check(STEPS, resume=True)
-        with pytest.raises(UserError, match="in use by process"), RunDirectory(config):
+            RunFolder(config.run_path, config).check(STEPS, resume=True)
+        with (
+            pytest.raises(UserError, match="in use by process"),
+            RunFolder(config.run_path, config),
+        ):
             pass
-    RunDirectory(config).check(STEPS, resume=True)
+    RunFolder(config.run_path, config).check(STEPS, resume=True)
 
 
 def test_the_lock_of_a_dead_process_is_no_obstacle(recipe):
@@ -46,9 +49,9 @@ def test_the_lock_of_a_dead_process_is_no_obstacle(recipe):
     script = (
         "import json, os, signal, sys\n"
         "from nemotron.train.config import PretrainConfig\n"
-        "from nemotron.train.run_directory import RunDirectory\n"
+        "from nemotron.run.folder import RunFolder\n"
         "config = PretrainConfig.model_validate(json.loads(sys.argv[1]))\n"
-        "RunDirectory(config).__enter__()\n"
+        "RunFolder(config.run_path, config).__enter__()\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
     root = Path(__file__).parents[2]
@@ -59,7 +62,7 @@ def test_the_lock_of_a_dead_process_is_no_obstacle(recipe):
     )
     lock = Path(config.output) / config.name / "lock"
     assert json.loads(lock.read_text())["pid"] != os.getpid()
-    with RunDirectory(config):
+    with RunFolder(config.run_path, config):
         assert json.loads(lock.read_text())["pid"] == os.getpid()
 
 
@@ -78,7 +81,7 @@ def test_a_resume_with_another_recipe_lists_the_changed_keys(recipe):
     with pytest.raises(UserError) as error:
         train(changed, resume=True)
     assert "seed was 1234, is 7; schedule.peak was 0.01, is 0.03" in str(error.value)
-    folder = RunDirectory(changed)
+    folder = RunFolder(changed.run_path, changed)
     folder.check(STEPS, resume=True, allow_changed=["seed", "schedule.peak"])
 
 
@@ -90,7 +93,7 @@ def test_what_changes_no_result_may_change_on_resume(recipe):
         logging={"every_steps": 3},
         recompute="block",
     )
-    RunDirectory(changed).check(STEPS, resume=True)
+    RunFolder(changed.run_path, changed).check(STEPS, resume=True)
 
 
 def test_a_folder_that_cannot_be_written_is_found_out_at_the_start(recipe, tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from nemotron.train.redaction import (
+from nemotron.run.redaction import (
     HIDDEN,
     names_a_secret,
     redact,

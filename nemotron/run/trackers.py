@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemotron.errors import UserError
-from nemotron.train.metrics import Record
+from nemotron.run.metrics import Record
 
 INSTALL = {
     "wandb": ("wandb", "pip install wandb"),

@@ -8,7 +8,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from nemotron.train.metrics import Record
+from nemotron.run.metrics import Record
 
 SMOOTHING = 0.95
 """Weight of the past in the smoothed loss of the panel."""

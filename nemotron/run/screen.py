@@ -12,9 +12,9 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.live import Live
 
-from nemotron.train.metrics import Record
-from nemotron.train.panel import Progress
-from nemotron.train.redaction import redact_text
+from nemotron.run.metrics import Record
+from nemotron.run.panel import Progress
+from nemotron.run.redaction import redact_text
 
 
 class Screen:

@@ -17,7 +17,7 @@ import torch
 from nemotron.checkpoint.manifest import code_version
 from nemotron.errors import UserError
 from nemotron.files import write_json
-from nemotron.train.redaction import redact, redact_arguments
+from nemotron.run.redaction import redact, redact_arguments
 
 PACKAGES = ("torch", "numpy", "tokenizers", "pydantic", "mamba-ssm", "causal-conv1d", "flash-attn")
 """Packages whose versions can change a result."""

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nemotron.train.panel import Progress
-from nemotron.train.screen import Screen
+from nemotron.run.panel import Progress
+from nemotron.run.screen import Screen
 
 TRAIN = {
     "kind": "train",
@@ -135,7 +135,7 @@ def test_messages_of_the_lower_packages_are_told():
 
 TALKATIVE = """
 import sys
-from nemotron.train.screen import Screen
+from nemotron.run.screen import Screen
 screen = Screen()
 screen.start("run", 10)
 for step in range(1, 200):

@@ -20,7 +20,7 @@ from nemotron.checkpoint.find import steps
 from nemotron.errors import UserError
 from nemotron.files import try_lock, write_bytes, write_json, write_text
 from nemotron.parallel.runtime import Ranks
-from nemotron.train.config import PretrainConfig
+from nemotron.section import Section
 
 FREE_TO_CHANGE = (
     "name",
@@ -50,11 +50,11 @@ FREE_TO_CHANGE = (
 WRITE_TEST_BYTES = 1 << 16
 
 
-class RunDirectory:
-    """`output/name`, held by one process at a time while it is entered."""
+class RunFolder:
+    """A folder with what a run of a recipe leaves, held by one process while it is entered."""
 
-    def __init__(self, config: PretrainConfig) -> None:
-        self.path = Path(config.output) / config.name
+    def __init__(self, path: Path, config: Section) -> None:
+        self.path = path
         self.recipe = self.path / "recipe.yaml"
         self.provenance = self.path / "provenance.json"
         self.metrics = self.path / "metrics.jsonl"
@@ -236,7 +236,7 @@ class RunDirectory:
         ]
 
 
-def dump_recipe(config: PretrainConfig) -> str:
+def dump_recipe(config: Section) -> str:
     """Return the resolved recipe as YAML that reads back to the same configuration."""
     yaml = YAML()
     yaml.Representer = _Representer

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nemotron.train.metrics import MetricsFile, read_metrics
+from nemotron.run.metrics import MetricsFile, read_metrics
 
 
 def record(step: int, **values) -> dict:
