@@ -69,11 +69,11 @@ def train(
     Launch.of_this_process()  # a mistake there is told before the recipe is read
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
-        from nemotron.train.run import dry_run as describe
+        from nemotron.train.start import dry_run as describe
 
         return describe(loaded.config)
     from nemotron.loading import read_weights
-    from nemotron.train.run import train as run
+    from nemotron.train.start import train as run
 
     return run(
         loaded.config,
@@ -99,7 +99,7 @@ def recipe_show(
 
     loaded = load_recipe(recipe, overrides or [])
     if precision:
-        from nemotron.train.run import describe_precision
+        from nemotron.train.start import describe_precision
 
         for line in describe_precision(loaded.config):
             print(line)
@@ -281,8 +281,8 @@ def data_plan(recipe: RecipeFile, overrides: Overrides = None) -> int:
 
 def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
     from nemotron.recipe.load import load_recipe
-    from nemotron.train.course import plan_course
-    from nemotron.train.run import open_data
+    from nemotron.train.schedule import plan_course
+    from nemotron.train.start import open_data
 
     config = load_recipe(recipe, overrides or []).config
     return open_data(config, plan_course(config))

@@ -32,7 +32,7 @@ WORKER = """
 import json, sys, torch
 torch.set_num_threads(1)
 from nemotron.train.config import PretrainConfig
-from nemotron.train.run import train
+from nemotron.train.start import train
 sys.exit(train(PretrainConfig.model_validate(json.loads(sys.argv[1])), resume=True))
 """
 

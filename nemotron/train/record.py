@@ -11,11 +11,10 @@ from torch import Tensor
 from nemotron.device import synchronize
 from nemotron.model.router import Router
 from nemotron.run.metrics import Record
-from nemotron.train.loss import TokenCounts
+from nemotron.train.loss import StepSums, TokenCounts
 from nemotron.train.optimizer import GradientNorms
 from nemotron.train.progress import Progress
 from nemotron.train.state import Skip
-from nemotron.train.sums import StepSums
 
 
 class Stopwatch:

@@ -14,22 +14,24 @@ from nemotron.data.batch import Batch
 from nemotron.data.loader import TrainingData
 from nemotron.device import memory_values
 from nemotron.errors import UserError
+from nemotron.model.block import Block
+from nemotron.model.config import LAYER_KINDS
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
+from nemotron.parallel.apply import LocalModel, distribute
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.mesh import Mesh
 from nemotron.parallel.quantized import connect, token_numbers
 from nemotron.parallel.runtime import Ranks
 from nemotron.precision.apply import Quantization
+from nemotron.precision.apply import apply as apply_precision
 from nemotron.precision.random_bits import Numbers
 from nemotron.run.metrics import Record
-from nemotron.train.build import build_model
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import Course
-from nemotron.train.evaluate import evaluate
 from nemotron.train.faults import Faults
 from nemotron.train.flops import training_flops_per_token
 from nemotron.train.loss import (
+    StepSums,
     TokenCounts,
     count_tokens,
     losses,
@@ -49,10 +51,10 @@ from nemotron.train.progress import Progress
 from nemotron.train.record import StepResult, Stopwatch
 from nemotron.train.replicas import ReplicaCheck
 from nemotron.train.rows import OwnRows
-from nemotron.train.snapshot import RNG, snapshot
-from nemotron.train.state import Skip, TrainerState
+from nemotron.train.schedule import Course
+from nemotron.train.state import RNG, Skip, TrainerState, snapshot
 from nemotron.train.stragglers import Stragglers
-from nemotron.train.sums import StepSums
+from nemotron.train.validation import evaluate
 
 SOURCES_LOGGED = 64
 """Sources up to which the tokens read from each are logged."""
@@ -367,3 +369,31 @@ def _reason_to_skip(
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return Skip.NOT_FINITE
     return Skip.SPIKE if skips_spike else None
+
+
+def build_model(
+    config: PretrainConfig, device: torch.device, mesh: Mesh | None = None
+) -> LocalModel:
+    """Build what this rank holds of the recipe's model, with fresh weights."""
+
+    def build() -> HybridLM:
+        # on meta first, so that no memory is spent on what other ranks hold
+        with torch.device("meta"):
+            model = HybridLM(config.model)
+        apply_precision(model, config.precision)
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.recompute = config.recomputes(LAYER_KINDS[block.letter])
+        return model
+
+    local = distribute(
+        build,
+        mesh,
+        config.parallel,
+        seq_len=config.data.seq_len,
+        num_depths=num_depths(config.model, config.loss),
+        device=device,
+    )
+    local.materialise(device)
+    local.init_weights(config.seed)
+    return local

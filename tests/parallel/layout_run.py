@@ -18,9 +18,9 @@ from nemotron.parallel.apply import local_of
 from nemotron.parallel.pieces import Pieces
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import plan_course
 from nemotron.train.layout import check_layout
-from nemotron.train.run import open_data
+from nemotron.train.schedule import plan_course
+from nemotron.train.start import open_data
 from nemotron.train.trainer import Trainer
 
 CPU = torch.device("cpu")

@@ -9,9 +9,9 @@ from torch import Tensor
 from nemotron.parallel.apply import local_of
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import plan_course
 from nemotron.train.replicas import ReplicasDiffer
-from nemotron.train.run import open_data
+from nemotron.train.schedule import plan_course
+from nemotron.train.start import open_data
 from nemotron.train.trainer import Hooks, Trainer
 
 

@@ -11,8 +11,8 @@ from test_reliability_steps import values  # noqa: F401 (a fixture)
 from nemotron.parallel.apply import local_of
 from nemotron.parallel.dims import ParallelDims
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import plan_course
-from nemotron.train.places import describe_places
+from nemotron.train.layout import describe_places
+from nemotron.train.schedule import plan_course
 
 pytestmark = pytest.mark.distributed
 

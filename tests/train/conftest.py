@@ -10,7 +10,7 @@ from prepared import write_prepared
 from tiny_run import build_recipe
 
 from nemotron.train.config import PretrainConfig
-from nemotron.train.run import train
+from nemotron.train.start import train
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -8,7 +8,7 @@ from same_run import assert_same_run
 
 from nemotron.errors import UserError
 from nemotron.train.deterministic import WORKSPACE, deterministic
-from nemotron.train.run import train
+from nemotron.train.start import train
 
 
 def settings() -> tuple[bool, bool, bool, bool]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from same_run import assert_same_run
 
 from nemotron.run.metrics import read_metrics
-from nemotron.train.run import train
+from nemotron.train.start import train
 
 PHASES = [
     {"name": "first", "steps": 3},

@@ -7,7 +7,7 @@ import pytest
 from same_run import assert_same_run, final_tensors
 
 from nemotron.run.metrics import read_metrics
-from nemotron.train.run import train
+from nemotron.train.start import train
 
 
 def precision(preset: str, **changes: object) -> dict:

@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 from nemotron.errors import UserError
 from nemotron.run.folder import RunFolder, dump_recipe
 from nemotron.train.config import PretrainConfig
-from nemotron.train.run import dry_run, train
+from nemotron.train.start import dry_run, train
 
 STEPS = 8
 

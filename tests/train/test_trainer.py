@@ -13,11 +13,11 @@ from nemotron.errors import UserError
 from nemotron.parallel.runtime import Ranks
 from nemotron.run.metrics import read_metrics
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import plan_course
-from nemotron.train.evaluate import evaluate
-from nemotron.train.run import open_data, train
+from nemotron.train.schedule import plan_course
+from nemotron.train.start import open_data, train
 from nemotron.train.state import SPIKE_MINIMUM, Skip, TrainerState
 from nemotron.train.trainer import Trainer
+from nemotron.train.validation import evaluate
 
 CPU = torch.device("cpu")
 

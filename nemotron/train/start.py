@@ -25,13 +25,12 @@ from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import Course, plan_course
 from nemotron.train.deterministic import deterministic
 from nemotron.train.flops import count_parameters, training_flops_per_token
-from nemotron.train.layout import check_layout, least_world
+from nemotron.train.layout import check_layout, describe_places, least_world
+from nemotron.train.loop import DONE, Session
 from nemotron.train.loss import num_depths
-from nemotron.train.places import describe_places
-from nemotron.train.session import DONE, Session
+from nemotron.train.schedule import Course, plan_course
 from nemotron.train.trainer import Trainer
 from nemotron.train.watchdog import Watchdog
 
