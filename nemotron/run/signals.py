@@ -15,10 +15,24 @@ INTERRUPTED = 130
 
 
 class StopRequest:
-    """Remembers the first stop signal while it is entered; restores the handlers afterwards."""
+    """Remembers the first stop signal while it is entered; restores the handlers afterwards.
 
-    def __init__(self) -> None:
+    A run may also be asked at its start to stop after so many steps.
+    """
+
+    def __init__(self, after: int | None = None) -> None:
         self.signal: str | None = None
+        self._after = after
+
+    def is_due(self, steps: int) -> bool:
+        """Say whether this process was asked to stop, when so many steps are done."""
+        return self.reason(steps) is not None
+
+    def reason(self, steps: int) -> str | None:
+        """Say who asked to stop, when so many steps are done; None when nobody did."""
+        if self.signal is not None or self._after is None or steps < self._after:
+            return self.signal
+        return f"--stop-at {self._after}"
 
     def __enter__(self) -> Self:
         self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}

@@ -21,15 +21,18 @@ from nemotron.precision.apply import DTYPES
 from nemotron.precision.assign import assign, preset_at
 from nemotron.precision.policy import Assignment, summarize
 from nemotron.run.folder import RunFolder
+from nemotron.run.log import RunLog
 from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
+from nemotron.train.announce import model_line
 from nemotron.train.config import PretrainConfig
 from nemotron.train.deterministic import deterministic
 from nemotron.train.flops import count_parameters, training_flops_per_token
 from nemotron.train.layout import check_layout, describe_places, least_world
-from nemotron.train.loop import DONE, Session
+from nemotron.train.loop import DONE, run
 from nemotron.train.loss import num_depths
+from nemotron.train.save import Saver
 from nemotron.train.schedule import Course, plan_course
 from nemotron.train.trainer import Trainer
 from nemotron.train.watchdog import Watchdog
@@ -64,9 +67,10 @@ def train(
     ranks = start(launch, device, config.parallel)
     ranks.first(lambda: folder.check(course.num_steps, resume=resume, allow_changed=allow_changed))
     with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest())
+        stop = stack.enter_context(StopRequest(stop_at))
         screen = Screen(is_silent=not ranks.is_first)
         stack.callback(screen.close)
+        log = RunLog(screen)
         is_on = config.reliability.deterministic
         stack.enter_context(deterministic(device, on=is_on))
         _pin_backends(config)
@@ -76,10 +80,10 @@ def train(
         trainer = Trainer(config, course, data, device, sum(ranks.gather(own_peak)), ranks)
         stack.enter_context(folder.held(ranks))
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
-        session = Session(trainer, folder, screen, stop, stop_at)
-        if not (resume and session.restore()) and config.init_from is not None:
+        saver = Saver(trainer, folder, log)
+        if not (resume and saver.restore()) and config.init_from is not None:
             _load_initial(trainer.local, config.init_from, read_initial)
-        return session.run(recipe_path)
+        return run(trainer, folder, log, saver, stop, recipe_path)
 
 
 def dry_run(config: PretrainConfig) -> int:
@@ -102,7 +106,6 @@ def dry_run(config: PretrainConfig) -> int:
     depths = num_depths(config.model, config.loss)
     tokens = course.timeline.num_tokens
     flops = training_flops_per_token(config.model, config.data.seq_len, depths) * tokens
-    mtp = f" + {count.mtp:,} for multi-token prediction" if count.mtp else ""
     documents = config.data.reset_documents
     choices = choose_backends(device, DTYPES[config.precision.compute], documents)
     tables = [table for _, _, table in _precision_tables(config, model, device)]
@@ -110,7 +113,7 @@ def dry_run(config: PretrainConfig) -> int:
     state = "exists, would go on by --resume" if folder.path.exists() else "new"
     for line in (
         f"run        {folder.path} ({state})",
-        f"model      {count.total:,} parameters, {count.active:,} active{mtp}",
+        model_line(count),
         f"training   {course.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
         *(f"operations {line}" for line in describe(choices, device)),
         *(f"precision  {line}" for line in formats),

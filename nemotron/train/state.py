@@ -25,6 +25,10 @@ SPIKE_SIGMAS = 6.0
 """Standard deviations above the mean from which a loss is reported as a spike."""
 
 
+class Diverged(Exception):
+    """Too many steps were skipped, and nothing is left to try; says which and why."""
+
+
 class Skip(enum.Enum):
     """Why a step left weights, moments and router bias as they were."""
 

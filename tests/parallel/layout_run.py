@@ -65,7 +65,7 @@ def run_steps(values: dict[str, Any], num_steps: int) -> Outcome:
         outcome.loads.append({n: load.tolist() for n, load in result.sums.load.items()})
         if step == 0:
             outcome.gradients = held(trainer, gradients=True)
-    outcome.validation = trainer._validation()
+    outcome.validation = trainer.validate()
     outcome.weights = held(trainer, gradients=False)
     forget_groups(trainer)
     return outcome

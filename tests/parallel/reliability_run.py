@@ -8,11 +8,13 @@ from torch import Tensor
 
 from nemotron.parallel.apply import local_of
 from nemotron.parallel.runtime import Ranks
+from nemotron.run.signals import StopRequest
 from nemotron.train.config import PretrainConfig
+from nemotron.train.loop import loop
 from nemotron.train.replicas import ReplicasDiffer
 from nemotron.train.schedule import plan_course
 from nemotron.train.start import open_data
-from nemotron.train.trainer import Hooks, Trainer
+from nemotron.train.trainer import Trainer
 
 
 def build_trainer(values: dict[str, Any]) -> Trainer:
@@ -39,7 +41,7 @@ def compared(values: dict[str, Any], num_steps: int) -> tuple[int, str]:
     """Train, comparing replicas; returns the steps done and what was found."""
     trainer = build_trainer(values)
     try:
-        trainer.run(_hooks(trainer, num_steps, []))
+        loop(trainer, Notes(), NothingSaved(), StopRequest(num_steps))
     except ReplicasDiffer as problem:
         return trainer.state.step, str(problem)
     return trainer.state.step, ""
@@ -47,20 +49,28 @@ def compared(values: dict[str, Any], num_steps: int) -> tuple[int, str]:
 
 def told(values: dict[str, Any], num_steps: int) -> tuple[list[str], list[dict[str, Any]]]:
     """Train; returns what was told, and the records of the steps."""
-    trainer, lines, records = build_trainer(values), [], []
-    hooks = _hooks(trainer, num_steps, records)
-    trainer.run(Hooks(hooks.report, lines.append, hooks.save, hooks.go_back, hooks.stop))
-    return lines, [r for r in records if r["kind"] == "train"]
+    trainer, notes = build_trainer(values), Notes()
+    loop(trainer, notes, NothingSaved(), StopRequest(num_steps))
+    return notes.lines, [r for r in notes.records if r["kind"] == "train"]
 
 
-def _hooks(trainer: Trainer, num_steps: int, records: list[dict[str, Any]]) -> Hooks:
-    return Hooks(
-        report=records.append,
-        tell=lambda text: None,
-        save=lambda: None,
-        go_back=lambda bad: None,
-        stop=lambda steps: steps >= num_steps,
-    )
+class Notes:
+    """A log that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.records: list[dict[str, Any]] = []
+        self.tell, self.record = self.lines.append, self.records.append
+
+
+class NothingSaved:
+    """A saver of runs that leave nothing."""
+
+    def save_or_warn(self) -> None:
+        pass
+
+    def finish_or_warn(self, *, wait: bool) -> None:
+        pass
 
 
 def _copies(trainer: Trainer) -> dict[str, Tensor]:
