@@ -19,8 +19,8 @@ from nemotron.run import provenance
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.trackers import TrackedRun
-from nemotron.train.faults import describe as describe_fault
 from nemotron.train.flops import ParameterCount, count_parameters
+from nemotron.train.reliability.faults import describe as describe_fault
 from nemotron.train.trainer import Trainer
 
 

@@ -11,10 +11,10 @@ from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import TRACKERS, Mirrors
 from nemotron.train.announce import announce, announce_failure, announce_results, announce_stop
 from nemotron.train.record import StepResult
-from nemotron.train.replicas import ReplicasDiffer
+from nemotron.train.reliability.replicas import ReplicasDiffer
+from nemotron.train.reliability.stragglers import Stragglers
 from nemotron.train.save import Saver
 from nemotron.train.state import Diverged
-from nemotron.train.stragglers import Stragglers
 from nemotron.train.trainer import Trainer
 
 DONE, FAILED, STOPPED = 0, 1, 75

@@ -1,40 +1,16 @@
 """What is written down about an optimizer step."""
 
 import math
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from nemotron.device import synchronize
 from nemotron.model.router import Router
 from nemotron.run.metrics import Record
 from nemotron.train.loss import StepSums, TokenCounts
 from nemotron.train.optimizer import GradientNorms
-from nemotron.train.progress import Progress
 from nemotron.train.state import Skip
-
-
-class Stopwatch:
-    """Seconds of each part of a step, by a clock that cannot go backwards."""
-
-    def __init__(self, device: torch.device, progress: Progress, step: int) -> None:
-        self._device, self._progress, self._step = device, progress, step
-        self.seconds: dict[str, float] = {}
-        self._part: str | None = None
-        self._start = 0.0
-
-    def begin(self, part: str | None) -> None:
-        """End the part so far, waiting for the device first, and begin another, if any."""
-        synchronize(self._device)
-        now = time.perf_counter()
-        if self._part is not None:
-            self.seconds[self._part] = now - self._start
-        self._part, self._start = part, now
-        if part is not None:
-            self._progress.enter(self._step, part)
 
 
 @dataclass(frozen=True)

@@ -27,15 +27,15 @@ from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
 from nemotron.train.announce import model_line
 from nemotron.train.config import PretrainConfig
-from nemotron.train.deterministic import deterministic
 from nemotron.train.flops import count_parameters, training_flops_per_token
 from nemotron.train.layout import check_layout, describe_places, least_world
 from nemotron.train.loop import DONE, run
 from nemotron.train.loss import num_depths
+from nemotron.train.reliability.deterministic import deterministic
+from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
 from nemotron.train.schedule import Course, plan_course
 from nemotron.train.trainer import Trainer
-from nemotron.train.watchdog import Watchdog
 
 ReadModel = Callable[[Path], tuple[ModelConfig, dict[str, Tensor]]]
 

@@ -29,7 +29,6 @@ from nemotron.precision.random_bits import Numbers
 from nemotron.run.metrics import Record
 from nemotron.run.signals import StopRequest
 from nemotron.train.config import PretrainConfig
-from nemotron.train.faults import Faults
 from nemotron.train.flops import training_flops_per_token
 from nemotron.train.loss import (
     StepSums,
@@ -48,9 +47,10 @@ from nemotron.train.optimizer import (
     parameter_kinds,
     squares_by_kind,
 )
-from nemotron.train.progress import Progress
-from nemotron.train.record import StepResult, Stopwatch
-from nemotron.train.replicas import ReplicaCheck
+from nemotron.train.record import StepResult
+from nemotron.train.reliability.faults import Faults
+from nemotron.train.reliability.progress import Progress, Stopwatch
+from nemotron.train.reliability.replicas import ReplicaCheck
 from nemotron.train.rows import OwnRows
 from nemotron.train.schedule import Course
 from nemotron.train.state import RNG, Skip, TrainerState, snapshot

@@ -13,7 +13,7 @@ from nemotron.data.batch import NO_LABEL
 from nemotron.data.loader import TrainingData, ValidationBatch
 from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.runtime import Ranks
-from nemotron.train.progress import Progress
+from nemotron.train.reliability.progress import Progress
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from nemotron.parallel.runtime import Ranks
 from nemotron.run.signals import StopRequest
 from nemotron.train.config import PretrainConfig
 from nemotron.train.loop import loop
-from nemotron.train.replicas import ReplicasDiffer
+from nemotron.train.reliability.replicas import ReplicasDiffer
 from nemotron.train.schedule import plan_course
 from nemotron.train.start import open_data
 from nemotron.train.trainer import Trainer

@@ -4,7 +4,7 @@ import torch
 
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import ReliabilityConfig
-from nemotron.train.stragglers import PROBE, Stragglers, slowest
+from nemotron.train.reliability.stragglers import PROBE, Stragglers, slowest
 
 
 def test_the_rank_with_the_longest_own_time_is_slowest_in_what_exceeds_the_median():

@@ -24,7 +24,7 @@ from nemotron.files import write_text
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.runtime import Ranks, leave_alone
 from nemotron.run.folder import RunFolder
-from nemotron.train.progress import PHASES, Progress
+from nemotron.train.reliability.progress import PHASES, Progress
 
 POLL_S = 0.5
 """Seconds between two looks."""

@@ -7,7 +7,7 @@ import torch
 from same_run import assert_same_run
 
 from nemotron.errors import UserError
-from nemotron.train.deterministic import WORKSPACE, deterministic
+from nemotron.train.reliability.deterministic import WORKSPACE, deterministic
 from nemotron.train.start import train
 
 

@@ -4,8 +4,8 @@ import pytest
 
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.runtime import Ranks
-from nemotron.train.progress import Progress
-from nemotron.train.watchdog import Answer, Watchdog, pending_collective, verdict
+from nemotron.train.reliability.progress import Progress
+from nemotron.train.reliability.watchdog import Answer, Watchdog, pending_collective, verdict
 
 
 def answer(phase: str, collective: str | None = None, *, step: int = 4, error: str | None = None):

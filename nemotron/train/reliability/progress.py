@@ -3,6 +3,10 @@
 import time
 from dataclasses import dataclass
 
+import torch
+
+from nemotron.device import synchronize
+
 PHASES = (
     "start",
     "data",
@@ -55,3 +59,23 @@ class Progress:
     def is_rare(self) -> bool:
         """Whether it may take longer now than in other steps: the first one compiles and opens."""
         return self.place.phase in RARE or self.place.step == self.first_step
+
+
+class Stopwatch:
+    """Seconds of each part of a step, by a clock that cannot go backwards."""
+
+    def __init__(self, device: torch.device, progress: Progress, step: int) -> None:
+        self._device, self._progress, self._step = device, progress, step
+        self.seconds: dict[str, float] = {}
+        self._part: str | None = None
+        self._start = 0.0
+
+    def begin(self, part: str | None) -> None:
+        """End the part so far, waiting for the device first, and begin another, if any."""
+        synchronize(self._device)
+        now = time.perf_counter()
+        if self._part is not None:
+            self.seconds[self._part] = now - self._start
+        self._part, self._start = part, now
+        if part is not None:
+            self._progress.enter(self._step, part)
