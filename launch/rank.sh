@@ -10,6 +10,9 @@ export RANK="${RANK:-${SLURM_PROCID:?neither RANK nor SLURM_PROCID is set}}"
 export LOCAL_RANK="${LOCAL_RANK:-${SLURM_LOCALID:?neither LOCAL_RANK nor SLURM_LOCALID is set}}"
 export WORLD_SIZE="${WORLD_SIZE:-${SLURM_NTASKS:?neither WORLD_SIZE nor SLURM_NTASKS is set}}"
 
+# layers of unequal size leave gaps that blocks of fixed size could not fill
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+
 place=${START_DIR:+$START_DIR/rank-$RANK}
 if [ -n "$place" ] && [ "$RANK" -ne 0 ]; then
     exec >>"$place.log" 2>&1

@@ -11,6 +11,10 @@ import torch
 
 HAS_CUDA = torch.cuda.is_available()
 
+if not HAS_CUDA:
+    # read when a module of kernels is imported: its kernels then run on CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"
+
 
 def pytest_configure(config: pytest.Config) -> None:
     # who starts in the background of a shell ignores it, and so would all that tests start

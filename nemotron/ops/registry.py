@@ -1,5 +1,7 @@
 """Choosing an implementation: each operation lists its backends from fastest to slowest."""
 
+import functools
+import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -34,12 +36,17 @@ class Backend:
     features: frozenset[str] = frozenset()
     packages: tuple[str, ...] = ()
     install: str = ""
+    imports: tuple[str, ...] = ()
+    """Modules that the function imports; a package may be installed and still fail to import."""
 
     def missing(self) -> str | None:
-        """Say which package is not installed, or return None."""
+        """Say which package is not installed or cannot be imported, or return None."""
         for package in self.packages:
             if importlib.util.find_spec(package) is None:
                 return f"package {package} is not installed ({self.install})"
+        for module in self.imports:
+            if reason := _import_error(module):
+                return f"{module} cannot be imported ({reason})"
         return None
 
     def unfit(self, call: Call) -> str | None:
@@ -51,6 +58,27 @@ class Backend:
         if lacking := call.needs - self.features:
             return f"does not honour {', '.join(sorted(lacking))}"
         return self.missing()
+
+
+@functools.cache
+def _import_error(module: str) -> str | None:
+    try:
+        importlib.import_module(module)
+    except ImportError as error:
+        return str(error)
+    return None
+
+
+def lazy(module: str, name: str) -> Callable[..., Any]:
+    """Return a function that imports `module` when it is first called and runs `name` from it.
+
+    For modules that import an optional package.
+    """
+
+    def call(*arguments: Any, **keywords: Any) -> Any:
+        return getattr(importlib.import_module(module), name)(*arguments, **keywords)
+
+    return call
 
 
 @dataclass

@@ -3,8 +3,9 @@
 Gradients are added up, never averaged: the loss is divided by the tokens of all ranks before.
 """
 
+import itertools
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -66,6 +67,7 @@ def shard(model: HybridLM, root: nn.Module, mesh: Mesh, config: ParallelConfig) 
             # used once for each depth of prediction, and first in backward
             fully_shard(head, mesh=mesh.fsdp, mp_policy=rounded, reshard_after_forward=False)
     fully_shard(root, mesh=mesh.fsdp, mp_policy=wide, reshard_after_forward=False)
+    _gather_ahead(blocks)
     if isinstance(head, FSDPModule):
         register_fsdp_forward_method(head, "loss")
     for unit in units(root):
@@ -77,6 +79,17 @@ def shard(model: HybridLM, root: nn.Module, mesh: Mesh, config: ParallelConfig) 
 def units(root: nn.Module) -> Iterator[FSDPModule]:
     """Yield every unit, the root included."""
     yield from (module for module in root.modules() if isinstance(module, FSDPModule))
+
+
+def _gather_ahead(blocks: Sequence[nn.Module]) -> None:
+    """Gather the weights of the next block while one computes.
+
+    By itself FSDP2 gathers as early as the host reaches a layer, and a host that waits for a number
+    of the router reaches it late. Backward gathers one unit ahead without being asked.
+    """
+    for block, following in itertools.pairwise(blocks):
+        assert isinstance(block, FSDPModule), type(block)
+        block.set_modules_to_forward_prefetch(list(units(following)))
 
 
 def drop_gathered(root: nn.Module) -> None:

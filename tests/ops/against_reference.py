@@ -20,7 +20,8 @@ def results(function: Callable[..., Any], inputs: Inputs, *rest: object) -> list
     generator = torch.Generator().manual_seed(99)
     # contiguous and exact in bfloat16, so that every layout and dtype gets the same numbers
     cotangents = [
-        torch.randn(tuple(y.shape), generator=generator).bfloat16().to(y.dtype) for y in outputs
+        torch.randn(tuple(y.shape), generator=generator).bfloat16().to(y.device, y.dtype)
+        for y in outputs
     ]
     wanted = [t for t in leaves if t is not None and t.is_floating_point()]
     gradients = torch.autograd.grad(outputs, wanted, cotangents)
@@ -40,5 +41,7 @@ def worst(found: Sequence[Tensor], exact: Sequence[Tensor]) -> float:
         assert ours.shape == true.shape
         assert torch.isfinite(ours).all()
         scale = float(true.abs().max()) if true.numel() else 0.0
-        ratios.append(float((ours.double() - true).abs().max()) / scale if scale else 0.0)
+        ratios.append(
+            float((ours.to(true.device).double() - true).abs().max()) / scale if scale else 0.0
+        )
     return max(ratios)

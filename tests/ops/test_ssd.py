@@ -139,6 +139,26 @@ def test_views_that_are_not_contiguous_give_the_same():
     assert worst(found, results(chunked.ssd, doubled(inputs), None)) <= 1e-5
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+def test_running_sums_by_product_are_those_by_addition(reverse: bool):
+    a = torch.randn(2, 3, 64, 5, generator=torch.Generator().manual_seed(0)).double()
+    ids = documents(2, 3 * 64, seed=1).unflatten(1, (3, 64))
+    for numbers in (None, ids):
+        found = chunked._running_sum_by_product(a, numbers, reverse)
+        assert worst([found], [chunked._running_sum(a, numbers, reverse)]) <= 1e-14
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("with_documents", [False, True])
+def test_the_chunks_run_in_deterministic_mode_on_a_gpu(with_documents: bool):
+    inputs = draw(2, 200)
+    ids = documents(2, 200, seed=3) if with_documents else None
+    exact = results(reference.ssd, doubled(inputs), ids)
+    on_gpu = [t.cuda() if t is not None else None for t in inputs]
+    found = results(chunked.ssd, on_gpu, ids.cuda() if ids is not None else None)
+    assert worst([t.cpu() for t in found], exact) <= 1e-5
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_the_kernels_of_mamba_ssm_agree(with_documents: bool):

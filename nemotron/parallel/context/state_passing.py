@@ -37,6 +37,9 @@ from nemotron.parallel.context.layout import chunks_of, in_rank_order, in_row_or
 GATHERED_BYTES = 1 << 30
 """Of the states of all ranks that exist at a time."""
 
+SUMMED_TOKENS = 128
+"""Tokens whose running sum is one product."""
+
 
 class StatePassing:
     """A `TokenMixing` for one rank's tokens; its two chunks of B rows go as 2 B rows."""
@@ -64,7 +67,7 @@ class StatePassing:
         x, B, C = mixer.split(mixed[:, before:])
         A = -mixer.A_log.exp()
         y, final = ssd(x, dt, A, B, C, mixer.D, seq_idx=ids, return_final_state=True)
-        decay = (dt * A).cumsum(1).exp()  # [2B, T, H]
+        decay = _running_sum(dt * A).exp()  # [2B, T, H]
         if ids is not None and window_ids is not None:
             # the state before a chunk is that of the document with which the last one ended
             decay = decay * (ids == window_ids[:, before - 1, None]).unsqueeze(-1)
@@ -118,6 +121,17 @@ class StatePassing:
             [in_rank_order(_weights(decays, c), self.size) for c in chunks_of(self.rank, self.size)]
         )
         return torch.einsum("kbch,bchs->bkhs", weights, chunks[..., :-1]).reshape(final.shape)
+
+
+def _running_sum(values: Float[Tensor, "B2 T H"]) -> Float[Tensor, "B2 T H"]:
+    """Add up along the tokens; on a GPU by products, since its `cumsum` is not deterministic."""
+    if values.device.type != "cuda":
+        return values.cumsum(1)
+    length = values.shape[1]
+    blocks = F.pad(values, (0, 0, 0, -length % SUMMED_TOKENS)).unflatten(1, (-1, SUMMED_TOKENS))
+    inside = values.new_ones(SUMMED_TOKENS, SUMMED_TOKENS).tril() @ blocks  # [2B, blocks, ., H]
+    before = values.new_ones(blocks.shape[1], blocks.shape[1]).tril(-1) @ inside[:, :, -1]
+    return (inside + before.unsqueeze(2)).flatten(1, 2)[:, :length]
 
 
 def _as_rows(values: Shaped[Tensor, "B Tl *rest"]) -> Shaped[Tensor, "B2 T *rest"]:
