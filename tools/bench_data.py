@@ -29,7 +29,8 @@ from rich.table import Table
 
 from nemotron.data.config import DataConfig, SourceConfig, leaves
 from nemotron.data.corpus import load_documents
-from nemotron.data.indexed import Shard, ShardWriter
+from nemotron.data.indexed import Shard
+from nemotron.data.prepare.writer import ShardWriter
 from nemotron.data.timeline import Phase, RowLength, Timeline, single_phase
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 

@@ -15,8 +15,6 @@ DECAYS: dict[str, Callable[[float], float]] = {
     "cosine": lambda r: (math.cos(math.pi * r) + 1) / 2,
     "exponential": lambda r: 2 * 0.5**r - 1,
 }
-
-
 """What is left of the way from peak to minimum, when the share r of the decay is done.
 
 Source: NVIDIA/Megatron-LM: megatron/core/optimizer_param_scheduler.py.

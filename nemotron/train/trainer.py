@@ -12,6 +12,7 @@ from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import lacking, load_tensors, read_state
 from nemotron.data.batch import Batch
 from nemotron.data.loader import TrainingData
+from nemotron.data.prefetch import OwnRows
 from nemotron.device import memory_values
 from nemotron.errors import UserError
 from nemotron.model.block import Block
@@ -51,7 +52,6 @@ from nemotron.train.record import StepResult
 from nemotron.train.reliability.faults import Faults
 from nemotron.train.reliability.progress import Progress, Stopwatch
 from nemotron.train.reliability.replicas import ReplicaCheck
-from nemotron.train.rows import OwnRows
 from nemotron.train.schedule import Course
 from nemotron.train.state import RNG, Skip, TrainerState, snapshot
 from nemotron.train.validation import evaluate
@@ -99,7 +99,8 @@ class Trainer:
         self._batches = OwnRows(
             config.data,
             data,
-            self.local,
+            reader=self.local.batch_rank,
+            num_readers=dims.batch,
             num_steps=course.num_steps,
             num_depths=self._depths,
             pin=device.type == "cuda",

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from prepared import write_ids
 
 from nemotron.data.config import DataConfig, PackingConfig, SourceConfig, leaves
-from nemotron.data.indexed import Shard, ShardWriter
+from nemotron.data.indexed import Shard, Stream
 from nemotron.data.loader import TrainingData
 from nemotron.data.packing import best_fit, first_fit, pack_stream, plan_rows
-from nemotron.data.stream import Stream
+from nemotron.data.prepare.writer import ShardWriter
 from nemotron.data.timeline import single_phase
 
 CAPACITY = 9

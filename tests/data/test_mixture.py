@@ -5,7 +5,8 @@ from fractions import Fraction
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from nemotron.data.order import Blend, permute
+from nemotron.data.mixture import Blend
+from nemotron.data.source import permute
 
 KEYS = st.integers(0, 2**64 - 1)
 WEIGHT = st.one_of(
