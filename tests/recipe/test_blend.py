@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from nemotron.data.blend import is_megatron_blend, read_megatron_blend
 from nemotron.data.config import BlendConfig, leaves
 from nemotron.errors import UserError
+from nemotron.recipe.blend import is_megatron_blend, read_megatron_blend
 from nemotron.recipe.load import load_recipe
 
 SMOKE = Path(__file__).parents[2] / "recipes/tiny/smoke.yaml"
