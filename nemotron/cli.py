@@ -340,10 +340,10 @@ def doctor(
 ) -> int:
     """Say what this machine can run, and why not where it cannot."""
     if ranks:
-        from nemotron.doctor_ranks import doctor_ranks
+        from nemotron.doctor.ranks import compare_ranks
 
-        return doctor_ranks(timeout)
-    from nemotron.doctor import doctor as run
+        return compare_ranks(timeout)
+    from nemotron.doctor.machine import doctor as run
 
     return run()
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nemotron.device import GIB
-from nemotron.doctor import PACKAGES
+from nemotron.doctor.machine import PACKAGES
 from nemotron.run.provenance import collect
 
 MOST_SKEW_S = 1.0

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from nemotron.rank_report import RankReport, differences, remarks, report, spell
+from nemotron.doctor.report import RankReport, differences, remarks, report, spell
 
 
 def invented(rank: int, **changes) -> RankReport:

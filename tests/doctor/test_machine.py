@@ -1,3 +1,5 @@
+"""What the doctor says of this machine."""
+
 import pytest
 import torch
 

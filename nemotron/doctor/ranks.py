@@ -17,9 +17,9 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron.device import synchronize
+from nemotron.doctor.report import RankReport, differences, remarks, report, resolve, spell
 from nemotron.errors import UserError
 from nemotron.parallel.runtime import Launch, leave_alone
-from nemotron.rank_report import RankReport, differences, remarks, report, resolve, spell
 
 FINE, UNFIT = 0, 1
 
@@ -63,7 +63,7 @@ class Seat:
         return self.launch.world
 
 
-def doctor_ranks(timeout_s: float) -> int:
+def compare_ranks(timeout_s: float) -> int:
     """Compare all ranks; returns 0 if they fit together, else 1, the same on every rank.
 
     A process that torchrun or srun started as one rank does not return: it leaves with that code.
