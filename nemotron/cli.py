@@ -393,7 +393,7 @@ def export(
     ] = 5.0,
 ) -> int:
     """Write the model as a Hugging Face folder, and check it in a fresh process."""
-    from nemotron.hf.command import export as run_export
+    from nemotron.hf.export import export as run_export
 
     return run_export(
         run,
@@ -412,7 +412,7 @@ def import_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> int:
     """Read a Hugging Face folder into a run that can be trained on and exported again."""
-    from nemotron.hf.command import import_ as run_import
+    from nemotron.hf.import_ import import_ as run_import
 
     return run_import(folder, out, overwrite=overwrite)
 

@@ -2,18 +2,55 @@
 
 import datetime
 import secrets
+import shutil
 from pathlib import Path
 
 from nemotron.checkpoint.read import MODEL_PREFIX
-from nemotron.checkpoint.write import save
+from nemotron.checkpoint.write import CheckpointNotSaved, save
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.files import hash_file, write_bytes, write_json
-from nemotron.hf.folder import CONFIG, LoadedFolder
+from nemotron.hf.folder import CONFIG, LoadedFolder, is_exported, read_folder
+from nemotron.hf.target import fresh_beside, publish, refuse_taken
 from nemotron.hf.tokenizer_files import KEPT_FOLDER, TOKENIZER, read_kept_files, read_tokenizer
 
 STEP = 0
 """Step of an imported checkpoint: nothing was trained here yet."""
+
+
+def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> int:
+    """Make a run out of a folder of safetensors: a checkpoint, its tokenizer and provenance.
+
+    Returns the exit code.
+
+    Raises:
+        UserError: when the folder is not exactly what its `config.json` says, or `out` is taken;
+            nothing is written.
+    """
+    origin, target = Path(folder), Path(out)
+    if not is_exported(origin):
+        raise UserError(
+            f"{origin / CONFIG} does not exist; give a folder in Hugging Face's layout."
+        )
+    refuse_taken(target, KEPT_FOLDER, overwrite=overwrite)
+    loaded = read_folder(origin)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = fresh_beside(target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be made: {error.strerror}; choose another.") from error
+    try:
+        notes = write_run(origin, loaded, partial)
+        publish(partial, target)
+    except CheckpointNotSaved as problem:
+        print(f"failed: {problem}")
+        return 1
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for note in (*loaded.notes, *notes):
+        print(f"note: {note}")
+    print(f"imported {len(loaded.weights):,} tensors to {target}")
+    return 0
 
 
 def check_tokenizer(folder: Path, vocab_size: int) -> bytes:
