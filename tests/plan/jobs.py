@@ -6,7 +6,7 @@ from typing import Any
 from nemotron.parallel.dims import ParallelDims
 from nemotron.plan.hardware import SYSTEMS
 from nemotron.plan.job import Job
-from nemotron.plan.models import SUPER
+from nemotron.plan.published import SUPER
 
 EVERYTHING = frozenset({"mamba", "attention", "moe", "mlp"})
 

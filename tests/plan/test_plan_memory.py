@@ -11,8 +11,7 @@ from nemotron.parallel.config import PipelineConfig
 from nemotron.parallel.dims import ParallelDims
 from nemotron.plan.job import Storage
 from nemotron.plan.memory import GIB, activation_bytes, memory
-from nemotron.plan.models import NANO, SUPER
-from nemotron.plan.published import ROWS
+from nemotron.plan.published import NANO, ROWS, SUPER
 from nemotron.plan.trace import trace_blocks
 from nemotron.recipe.load import load_recipe
 
