@@ -19,8 +19,8 @@ from bench_machine import Watch, matmul_peak
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.engine import Engine
-from nemotron.generate.weights import prepare_weights
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.ssd import ssd
 from nemotron.train.config import LossConfig, OptimizerConfig

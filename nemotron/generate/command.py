@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device
 from nemotron.errors import UserError
+from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.engine import Engine
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.text import TextStream
-from nemotron.generate.weights import prepare_weights
 from nemotron.model.hybrid import HybridLM
 
 

@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
+from nemotron.generate.decode_layers import FEW_TOKENS, FewTokensMoE, prepare_weights
 from nemotron.generate.engine import Engine
-from nemotron.generate.weights import FEW_TOKENS, FewTokensMoE, prepare_weights
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.moe import MoE
