@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from prepared import write_prepared
 from safetensors.torch import load_file, save_file
 
 from nemotron.cli import run
 from nemotron.recipe.load import load_recipe
 from nemotron.run.folder import RunFolder
+from tests.support.prepared import write_prepared
 
 RECIPE = """\
 name: mine

@@ -4,7 +4,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from jobs import EVERYTHING, super_job
 
 from nemotron.model.config import ModelConfig
 from nemotron.parallel.config import PipelineConfig
@@ -14,6 +13,7 @@ from nemotron.plan.memory import GIB, activation_bytes, memory
 from nemotron.plan.published import NANO, ROWS, SUPER
 from nemotron.plan.trace import trace_blocks
 from nemotron.recipe.load import load_recipe
+from tests.support.plan_jobs import EVERYTHING, super_job
 
 TINY = Path(__file__).parents[2] / "recipes/tiny/pretrain.yaml"
 

@@ -8,10 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from same_run import assert_same_run, computed_metrics
-
 from nemotron.train.config import PretrainConfig
 from nemotron.train.start import train
+from tests.support.same_run import assert_same_run, computed_metrics
 
 WORKER = """
 import json, sys, torch

@@ -7,7 +7,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from same_run import final_tensors
 
 from nemotron.errors import UserError
 from nemotron.parallel.runtime import Ranks
@@ -18,6 +17,7 @@ from nemotron.train.start import open_data, train
 from nemotron.train.state import SPIKE_MINIMUM, Skip, TrainerState
 from nemotron.train.trainer import Trainer
 from nemotron.train.validation import evaluate
+from tests.support.same_run import final_tensors
 
 CPU = torch.device("cpu")
 

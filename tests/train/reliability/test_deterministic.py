@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from same_run import assert_same_run
 
 from nemotron.errors import UserError
 from nemotron.train.reliability.deterministic import WORKSPACE, deterministic
 from nemotron.train.start import train
+from tests.support.same_run import assert_same_run
 
 
 def settings() -> tuple[bool, bool, bool, bool]:

@@ -5,9 +5,9 @@ import subprocess
 import sys
 
 import pytest
-from cluster import PATIENCE_S, clean_environment, free_port
 
 from nemotron import cli
+from tests.support.cluster import PATIENCE_S, clean_environment, free_port
 
 pytestmark = pytest.mark.distributed
 
