@@ -16,5 +16,5 @@ for precision in fp32 bf16 fp8_current fp8_block nvfp4; do
         output="$runs" name=$precision
 done
 for part in layers blocks steps; do
-    "$python" tools/bench_formats.py $part --device cuda
+    "$python" tools/bench/formats.py $part --device cuda
 done

@@ -1,6 +1,6 @@
 """One program of the benchmark in its own process: ours, or transformers' model as the peer.
 
-python tools/bench_worker.py ours|peer CASE DTYPE EXPERTS; then one command a line on stdin:
+python tools/bench/worker.py ours|peer CASE DTYPE EXPERTS; then one command a line on stdin:
 `step N` answers with seconds, other processes' share of the cores and peak memory, `check FILE`
 writes loss and gradients (the logits of a decoding case, the output and gradients of the scan),
 `peak DTYPE` measures the machine.
@@ -14,8 +14,8 @@ from functools import partial
 from typing import Protocol
 
 import torch
-from bench_cases import CASES, DECODE_TOKENS, DTYPES, PROXIES, Case, draw_tokens
-from bench_machine import Watch, matmul_peak
+from cases import CASES, DECODE_TOKENS, DTYPES, PROXIES, Case, draw_tokens
+from machine import Watch, matmul_peak
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch

@@ -1,11 +1,11 @@
 """Measure the data path: preparing, opening, indexing, loading. Prints a table, ratios in one run.
 
-python tools/bench_data.py prepare [--mb 100]   MB/s against Megatron-LM's way of doing it
-python tools/bench_data.py memory               peak memory of the preparation, 10 MB to 2 GB
-python tools/bench_data.py open                 ten thousand shards: seconds and memory
-python tools/bench_data.py horizon              a run of 25 T tokens: seconds and memory
-python tools/bench_data.py loader               tokens/s of the loader alone
-python tools/bench_data.py wait                 share of a tiny run's steps spent waiting for rows
+python tools/bench/data.py prepare [--mb 100]   MB/s against Megatron-LM's way of doing it
+python tools/bench/data.py memory               peak memory of the preparation, 10 MB to 2 GB
+python tools/bench/data.py open                 ten thousand shards: seconds and memory
+python tools/bench/data.py horizon              a run of 25 T tokens: seconds and memory
+python tools/bench/data.py loader               tokens/s of the loader alone
+python tools/bench/data.py wait                 share of a tiny run's steps spent waiting for rows
 """
 
 import argparse
@@ -34,7 +34,7 @@ from nemotron.data.prepare.writer import ShardWriter
 from nemotron.data.timeline import Phase, RowLength, Timeline, single_phase
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 MIB = 1 << 20
 EOD = 2
 NANO_STEP = 25_165_824

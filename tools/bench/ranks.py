@@ -1,6 +1,6 @@
 """What processes cost: FSDP2 on one rank against none, two ranks against one with two threads.
 
-    python tools/bench_ranks.py [RECIPE] [--steps N] [--rounds N] [--json FILE]
+    python tools/bench/ranks.py [RECIPE] [--steps N] [--rounds N] [--json FILE]
 
 Every case is a run of its own, the cases take turns, and of each the median step is kept, the first
 ones left out. Ratios of one call are to be quoted, never its seconds.
@@ -16,13 +16,13 @@ import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
-from bench_machine import describe
+from machine import describe
 from rich.console import Console
 from rich.table import Table
 
 from nemotron.run.metrics import read_metrics
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WARM_UP = 3
 
 

@@ -1,8 +1,8 @@
 """Compare number formats with bfloat16 on this machine: whole steps, layers, blocks.
 
-    python tools/bench_formats.py steps [--presets ...]     # what a training step costs
-    python tools/bench_formats.py layers [--models ...]     # products of Nano's and Super's layers
-    python tools/bench_formats.py blocks [--models ...]     # a whole block of each kind
+    python tools/bench/formats.py steps [--presets ...]     # what a training step costs
+    python tools/bench/formats.py layers [--models ...]     # products of Nano's and Super's layers
+    python tools/bench/formats.py blocks [--models ...]     # a whole block of each kind
 
 Everything is measured in turns with bfloat16, so that the ratios hold on a machine that others use.
 `steps` gives each preset a process of its own, for its peak memory. `layers` and `blocks` run
@@ -42,7 +42,7 @@ from nemotron.recipe.load import load_recipe
 from nemotron.train.loss import count_tokens, losses, objective
 from nemotron.train.optimizer import Optimizer
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 WARM_UPS = 2
 BASE = "bf16"
 Results = tuple[Tensor, ...]

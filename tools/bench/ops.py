@@ -1,6 +1,6 @@
 """Time every operation, forward and backward, beside its reference and its speed of light.
 
-python tools/bench_ops.py [--op NAME ...] [--dtype fp32|bf16 ...] [--json]
+python tools/bench/ops.py [--op NAME ...] [--dtype fp32|bf16 ...] [--json]
 
 The speed of light is the longer of arithmetic at the machine's own matmul peak and of moving each
 input, output and gradient once at its copy bandwidth, both measured in the same run. The score
@@ -19,8 +19,8 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-from bench_cases import DTYPES
-from bench_machine import Watch, copy_bandwidth, matmul_peak
+from cases import DTYPES
+from machine import Watch, copy_bandwidth, matmul_peak
 from torch import Tensor
 
 from nemotron.ops import (
@@ -254,7 +254,7 @@ def main() -> int:
     parser.add_argument("--dtype", action="append", choices=list(DTYPES), help="only this one")
     parser.add_argument("--json", action="store_true", help="print one line of JSON for each")
     parser.add_argument("--patience", type=float, default=300, help="seconds to wait for quiet")
-    parser.add_argument("--max-others", type=float, default=0.10, help="as in bench.py")
+    parser.add_argument("--max-others", type=float, default=0.10, help="as in models.py")
     options = parser.parse_args()
     bandwidth = copy_bandwidth()
     for dtype in options.dtype or DTYPES:

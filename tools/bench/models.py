@@ -1,6 +1,6 @@
 """Compare training and decoding with transformers' NemotronH on this machine.
 
-python tools/bench.py [--case NAME ...] [--json FILE]
+python tools/bench/models.py [--case NAME ...] [--json FILE]
 
 Both programs run in processes of their own and take turns, on the same weights and tokens; the
 scan also with fresh inputs and cold caches. First loss and gradients must agree, then the peer's
@@ -22,8 +22,8 @@ from pathlib import Path
 from typing import IO, Any, Self, cast
 
 import torch
-from bench_cases import CASES, DTYPES, PROXIES, Case
-from bench_machine import describe
+from cases import CASES, DTYPES, PROXIES, Case
+from machine import describe
 
 from nemotron.train.flops import training_flops_per_token
 
@@ -47,7 +47,7 @@ class Worker:
 
     def __init__(self, side: str, case: Case, dtype: str, experts: str = "") -> None:
         self.label = " ".join(filter(None, (side, dtype, experts)))
-        script = Path(__file__).with_name("bench_worker.py")
+        script = Path(__file__).with_name("worker.py")
         self._process = subprocess.Popen(
             [sys.executable, script, side, case.name, dtype, experts],
             stdin=subprocess.PIPE,
