@@ -10,8 +10,8 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from nemotron.data.chat.encode import encode_conversation
 from nemotron.data.folder import Counts, FileFacts, ShardFacts
+from nemotron.data.prepare.conversations import encode_conversation
 from nemotron.data.prepare.encode import Ids, encode_documents
 from nemotron.data.prepare.inputs import Piece, Unit
 from nemotron.data.prepare.options import PrepareOptions, parse_filter
