@@ -16,6 +16,7 @@ from nemotron.hf.shards import INDEX, write_shards
 from nemotron.hf.source import CheckpointSource, open_checkpoint
 from nemotron.hf.target import fresh_beside, publish, refuse_taken
 from nemotron.hf.tokenizer_files import write_tokenizer_files
+from nemotron.run.files import RunFiles
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Size that a shard does not exceed, as on the hub."""
@@ -43,7 +44,7 @@ def export(
         print(line)
     if source.run is None:
         raise UserError(f"{run} lies in no run, so its tokenizer is unknown; give a run's folder.")
-    target = Path(out) if out is not None else source.run / "export"
+    target = Path(out) if out is not None else source.run.path / "export"
     check_target(target, source, overwrite=overwrite)
     partial = fresh_beside(target)
     try:
@@ -78,7 +79,7 @@ def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> 
 
 
 def write_folder(
-    source: CheckpointSource, run: Path, folder: Path, *, mamba_fp32: bool, max_shard_bytes: int
+    source: CheckpointSource, run: RunFiles, folder: Path, *, mamba_fp32: bool, max_shard_bytes: int
 ) -> tuple[int, int]:
     """Write every file of the export into an existing folder; returns tensors and their bytes.
 

@@ -20,6 +20,7 @@ from nemotron.checkpoint.find import steps
 from nemotron.errors import UserError
 from nemotron.files import try_lock, write_bytes, write_json, write_text
 from nemotron.parallel.runtime import Ranks
+from nemotron.run.files import RunFiles
 from nemotron.section import Section
 
 FREE_TO_CHANGE = (
@@ -50,19 +51,11 @@ FREE_TO_CHANGE = (
 WRITE_TEST_BYTES = 1 << 16
 
 
-class RunFolder:
+class RunFolder(RunFiles):
     """A folder with what a run of a recipe leaves, held by one process while it is entered."""
 
     def __init__(self, path: Path, config: Section) -> None:
-        self.path = path
-        self.recipe = self.path / "recipe.yaml"
-        self.provenance = self.path / "provenance.json"
-        self.metrics = self.path / "metrics.jsonl"
-        self.log = self.path / "log.txt"
-        self.tokenizer = self.path / "tokenizer.json"
-        self.precision = self.path / "precision.json"
-        self.checkpoints = self.path / "checkpoints"
-        self.ranks = self.path / "ranks"
+        super().__init__(path)
         self._config = config
         self._lock = -1
 
@@ -150,18 +143,12 @@ class RunFolder:
             if ranks.is_first:
                 self.__exit__(None, None, None)
 
-    def log_of(self, rank: int) -> Path:
-        """Return the log of a rank; the first one's is that of the run."""
-        return self.log if rank == 0 else self.ranks / f"rank-{rank}.log"
-
     def write_status(self, state: str, step: int, exit_code: int | None = None) -> None:
         """Say how the newest start of the run stands: running, done, stopped or failed.
 
         Whoever started it may not learn it from an exit code: torchrun has one of its own.
         """
-        write_json(
-            self.path / "status.json", {"state": state, "step": step, "exit_code": exit_code}
-        )
+        write_json(self.status, {"state": state, "step": step, "exit_code": exit_code})
 
     def write_description(self, tokenizer: bytes) -> None:
         """Write the resolved recipe and the tokenizer."""
@@ -174,12 +161,11 @@ class RunFolder:
         `hf/` holds companions that take the place of an export's own: the chat template, and the
         tokens at which generation stops.
         """
-        companions = self.path / "hf"
-        companions.mkdir(exist_ok=True)
-        write_text(companions / "chat_template.jinja", template)
+        self.companions.mkdir(exist_ok=True)
+        write_text(self.companions / "chat_template.jinja", template)
         sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
         ids = {"eos_token_id": eos_ids, **others}
-        write_json(companions / "generation_config.json", ids | sampling)
+        write_json(self.companions / "generation_config.json", ids | sampling)
 
     def write_precision(self, table: list[dict[str, str]]) -> None:
         """Write which format each linear layer computes in, and why."""

@@ -34,16 +34,22 @@ def record_start(path: Path, step: int, facts: Facts) -> str:
     Raises:
         UserError: when the entries of earlier starts cannot be read.
     """
-    known: Facts = {"id": secrets.token_hex(4), "starts": []}
+    known = _fresh()
     if path.exists():
         try:
             known = json.loads(path.read_bytes())
         except ValueError as error:
             raise UserError(f"{path} is no JSON: {error}; restore it or move it away.") from None
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-    known["starts"].append(redact({"time": now, "step": step} | facts))
+    known["starts"].append(redact({"time": _now(), "step": step} | facts))
     write_json(path, known)
     return known["id"]
+
+
+def record_import(path: Path, facts: Facts) -> Facts:
+    """Write where a run that was never started comes from; returns that, with the time."""
+    origin = {"time": _now()} | facts
+    write_json(path, _fresh() | {"imported": origin})
+    return origin
 
 
 def collect(device: torch.device) -> Facts:
@@ -63,6 +69,14 @@ def collect(device: torch.device) -> Facts:
         },
         "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
     }
+
+
+def _fresh() -> Facts:
+    return {"id": secrets.token_hex(4), "starts": []}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
 def _versions() -> dict[str, str]:
