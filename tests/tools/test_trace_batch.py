@@ -83,20 +83,30 @@ def test_products_are_counted_as_the_sources_make_them(found: Any):
     assert not any("backward" in name for chain in found.chains for name in chain)
 
 
-def test_a_projection_is_no_further_from_the_loop_than_the_target_says(
+def test_the_step_is_one_call_from_the_loop(found: Any, tool: ModuleType):
+    assert found.step_calls == 1 <= tool.STEP_CALLS
+
+
+def test_a_projection_is_no_further_from_the_step_than_the_target_says(
     found: Any, tool: ModuleType
 ):
     chains = [c for c in found.chains if c[2] == "HybridLM.forward" and c[-2] == "Linear.forward"]
     mixers = [c for c in chains if "MLP.forward" not in c]
     assert mixers
-    assert all(len(chain) - 1 <= tool.CALLS for chain in mixers)
+    assert all(len(chain) - 1 <= tool.PROJECTION_CALLS for chain in mixers)
+
+
+def test_what_a_person_reads_is_met_and_within_its_targets(found: Any, tool: ModuleType):
+    files = tool.read(found)
+    assert len(files) == len(tool.READ) <= tool.READ_FILES
+    assert sum(path.read_bytes().count(b"\n") for path in files) <= tool.READ_LINES
 
 
 def test_the_report_gives_totals_beside_the_targets(found: Any, tool: ModuleType):
     text = tool.report(found)
     lines = sum(path.read_bytes().count(b"\n") for path in found.functions)
     assert f"all{len(found.functions):>29}{lines:>8,}\n" in text
-    assert "target                        10   3,000\n" in text
+    assert f"ran{len(found.functions):>29}{tool.RAN_FILES:>8}{lines:>8,}\n" in text
 
 
 def test_a_recipe_that_is_wrong_is_told_as_by_the_command(tool: ModuleType):
