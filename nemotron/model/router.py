@@ -5,11 +5,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.config import ModelConfig
+from nemotron.ops.wide_linear import wide_linear
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,13 @@ class Routing:
     @functools.cached_property
     def counts(self) -> Int[Tensor, " E"]:
         """Tokens that each expert gets."""
-        return torch.bincount(self.experts.flatten(), minlength=self.scores.shape[1])
+        return count(self.experts.flatten(), self.scores.shape[1])
+
+
+def count(numbers: Int[Tensor, " N"], size: int) -> Int[Tensor, " size"]:
+    """Return how often each number below `size` is there; unlike `bincount`, without a wait."""
+    counts = torch.zeros(size, dtype=torch.int64, device=numbers.device)
+    return counts.scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
 @dataclass(frozen=True)
@@ -66,18 +72,12 @@ class Router(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "M D"]) -> Routing:
-        dtype = self.score_dtype
-        scores = F.linear(x.to(dtype), self.weight.to(dtype)).sigmoid()
+        scores = wide_linear(x, self.weight).sigmoid()  # never rounded to bfloat16
         experts = self._choose(scores.detach() + self.e_score_correction_bias)
         weights = scores.gather(1, experts)
         if self.normalise:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(scores, experts, weights * self.scaling)
-
-    @property
-    def score_dtype(self) -> torch.dtype:
-        """Float32, or float64 when the weights are: scores never round to bf16."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
 
     def _choose(self, biased: Float[Tensor, "M E"]) -> Int[Tensor, "M K"]:
         if self.num_groups > 1:

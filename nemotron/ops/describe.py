@@ -9,9 +9,13 @@ from nemotron.ops import (
     causal_conv1d,
     gated_rms_norm,
     grouped_linear,
+    linear,
     linear_cross_entropy,
     rms_norm,
+    squared_relu,
     ssd,
+    token_copies,
+    wide_linear,
 )
 from nemotron.ops.registry import Call, Operation
 
@@ -22,9 +26,13 @@ ALL: tuple[Operation, ...] = tuple(
         causal_conv1d,
         gated_rms_norm,
         grouped_linear,
+        linear,
         linear_cross_entropy,
         rms_norm,
+        squared_relu,
         ssd,
+        token_copies,
+        wide_linear,
     )
 )
 

@@ -3,14 +3,12 @@
 A module of kernels imports triton at its top, so only a lazy backend may import it.
 """
 
-import os
-
 import torch
 import triton
 import triton.language as tl
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-"""Whether kernels run in Triton's interpreter, on CPU tensors; Triton reads it at import, too."""
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+"""Whether kernels run in Triton's interpreter, on CPU tensors (TRITON_INTERPRET=1)."""
 
 LOG2_E = 1.4426950408889634
 

@@ -3,10 +3,12 @@
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.attention import flash_attn, reference, sdpa
+from nemotron.ops.attention import flash_attn, reference, sdpa, varlen
 from nemotron.ops.registry import Operation
 
-operation = Operation("attention", [flash_attn.backend, sdpa.backend, reference.backend])
+operation = Operation(
+    "attention", [flash_attn.backend, varlen.backend, sdpa.backend, reference.backend]
+)
 
 
 def attention(
@@ -29,5 +31,6 @@ def attention(
         cache=k.shape[1] != q.shape[1],
         start=start is not None,
         documents_after_a_prefix=seq_idx is not None and k.shape[1] != q.shape[1],
+        any_head_size=q.shape[-1] % 8 != 0 or q.shape[-1] > 256,
     )
     return function(q, k, v, seq_idx, start)

@@ -1,10 +1,10 @@
 """The kernels of the package flash-attn; documents go in as sequences of varying length."""
 
 import torch
-import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron.ops.attention.documents import sequences
 from nemotron.ops.registry import Backend
 
 
@@ -21,27 +21,8 @@ def attention(
     assert start is None, "this backend does not have the feature"
     if seq_idx is None:
         return flash_attn_func(q, k, v, causal=True)
-    first = torch.ones_like(seq_idx, dtype=torch.bool)
-    first[:, 1:] = seq_idx[:, 1:] != seq_idx[:, :-1]
-    prefix = k.shape[1] - q.shape[1]
-    q, k, v = (tensor.flatten(0, 1) for tensor in (q, k, v))  # [B * T or S, heads, Dh]
-    ends_k = ends_q = _ends(first.flatten())
-    if prefix:
-        # without the documents that end before the first query
-        number = first.cumsum(1)
-        needed = (number >= number[:, prefix : prefix + 1]).flatten()
-        k, v, ends_k = k[needed], v[needed], _ends(first.flatten()[needed])
-        queries = first[:, prefix:].clone()
-        queries[:, 0] = True
-        ends_q = _ends(queries.flatten())
-    longest = torch.stack([ends.diff().max() for ends in (ends_q, ends_k)]).tolist()
-    y = flash_attn_varlen_func(q, k, v, ends_q, ends_k, *longest, causal=True)
+    y = flash_attn_varlen_func(*sequences(q, k, v, seq_idx), causal=True)
     return y.unflatten(0, (seq_idx.shape[0], -1))
-
-
-def _ends(first: Bool[Tensor, " M"]) -> Int[Tensor, " N"]:
-    """Return where documents begin, and the end, in rows laid end to end."""
-    return F.pad(first.nonzero().flatten(), (0, 1), value=first.numel()).to(torch.int32)
 
 
 backend = Backend(
@@ -49,7 +30,7 @@ backend = Backend(
     attention,
     devices=frozenset({"cuda"}),
     dtypes=frozenset({torch.bfloat16}),
-    features=frozenset({"documents", "cache", "documents_after_a_prefix"}),
+    features=frozenset({"documents", "cache", "documents_after_a_prefix", "any_head_size"}),
     packages=("flash_attn",),
     install="pip install 'flash-attn>=2.8' --no-build-isolation",
 )

@@ -35,5 +35,7 @@ def attention(
 backend = Backend(
     "reference",
     attention,
-    features=frozenset({"documents", "cache", "start", "documents_after_a_prefix"}),
+    features=frozenset(
+        {"documents", "cache", "start", "documents_after_a_prefix", "any_head_size"}
+    ),
 )

@@ -78,5 +78,7 @@ def _seen(
 backend = Backend(
     "sdpa",
     attention,
-    features=frozenset({"documents", "cache", "start", "documents_after_a_prefix"}),
+    features=frozenset(
+        {"documents", "cache", "start", "documents_after_a_prefix", "any_head_size"}
+    ),
 )

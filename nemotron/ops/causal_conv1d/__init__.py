@@ -1,12 +1,32 @@
 """Causal depthwise convolution with SiLU."""
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.causal_conv1d import package, reference, taps
-from nemotron.ops.registry import Operation
+from nemotron.ops.registry import Backend, Operation, lazy
 
-operation = Operation("causal_conv1d", [package.backend, taps.backend, reference.backend])
+operation = Operation(
+    "causal_conv1d",
+    [
+        Backend(
+            "triton",
+            lazy("nemotron.ops.causal_conv1d.triton", "causal_conv1d"),
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({torch.float32, torch.bfloat16}),
+            features=frozenset(
+                {"documents", "initial_state", "documents_after_a_state", "any_width"}
+            ),
+            packages=("triton",),
+            install="comes with torch for CUDA",
+            imports=("nemotron.ops.causal_conv1d.triton",),
+        ),
+        package.backend,
+        taps.backend,
+        reference.backend,
+    ],
+)
 
 
 def causal_conv1d(
@@ -28,6 +48,7 @@ def causal_conv1d(
         documents=seq_idx is not None,
         initial_state=initial_state is not None,
         documents_after_a_state=seq_idx is not None and initial_state is not None,
-        any_width=x.shape[2] % 8 != 0,
+        # x may be a slice of a wider tensor
+        any_width=any(number % 8 for number in (x.shape[2], *x.stride()[:2])),
     )
     return function(x, weight, bias, initial_state, seq_idx, activation)

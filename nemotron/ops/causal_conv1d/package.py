@@ -34,8 +34,9 @@ backend = Backend(
     causal_conv1d,
     devices=frozenset({"cuda"}),
     dtypes=frozenset({torch.float32, torch.bfloat16}),
-    # not both in one call, and no channel counts that 8 does not divide
+    # not both in one call, and no channel counts or strides that 8 does not divide
     features=frozenset({"documents", "initial_state"}),
     packages=("causal_conv1d",),
     install="pip install 'causal-conv1d>=1.6' --no-build-isolation",
+    imports=("causal_conv1d",),
 )

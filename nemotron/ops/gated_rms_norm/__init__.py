@@ -1,12 +1,28 @@
 """The gated, grouped normalisation of the Mamba-2 mixer."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.ops.gated_rms_norm import fused, reference
-from nemotron.ops.registry import Operation
+from nemotron.ops.registry import Backend, Operation, lazy
 
-operation = Operation("gated_rms_norm", [fused.backend, reference.backend])
+operation = Operation(
+    "gated_rms_norm",
+    [
+        Backend(
+            "triton",
+            lazy("nemotron.ops.gated_rms_norm.triton", "gated_rms_norm"),
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({torch.float32, torch.bfloat16}),
+            packages=("triton",),
+            install="comes with torch for CUDA",
+            imports=("nemotron.ops.gated_rms_norm.triton",),
+        ),
+        fused.backend,
+        reference.backend,
+    ],
+)
 
 
 def gated_rms_norm(

@@ -12,7 +12,7 @@ def grouped_linear(
     x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
 ) -> Float[Tensor, "R N"]:
     """All products in one kernel; widths must be multiples of 8 (16 bytes in bf16)."""
-    ends = counts.cumsum(0).to(torch.int32)
+    ends = counts.cumsum(0, dtype=torch.int32)
     return F.grouped_mm(x, weight.mT, offs=ends)
 
 

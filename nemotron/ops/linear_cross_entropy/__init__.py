@@ -2,13 +2,29 @@
 
 from typing import Literal
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.linear_cross_entropy import chunked, reference
-from nemotron.ops.registry import Operation
+from nemotron.ops.registry import Backend, Operation, lazy
 
-operation = Operation("linear_cross_entropy", [chunked.backend, reference.backend])
+operation = Operation(
+    "linear_cross_entropy",
+    [
+        Backend(
+            "triton",
+            lazy("nemotron.ops.linear_cross_entropy.triton", "linear_cross_entropy"),
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({torch.bfloat16, torch.float32}),
+            packages=("triton",),
+            install="comes with torch for CUDA",
+            imports=("nemotron.ops.linear_cross_entropy.triton",),
+        ),
+        chunked.backend,
+        reference.backend,
+    ],
+)
 
 
 def linear_cross_entropy(

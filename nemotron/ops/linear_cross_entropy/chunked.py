@@ -1,6 +1,6 @@
 """Head and cross entropy over chunks of tokens: the logits of a whole batch never exist."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Literal
 
 import torch
@@ -10,7 +10,9 @@ from torch import Tensor
 from nemotron.ops.registry import Backend
 
 CHUNK_ELEMENTS = 1 << 21
-"""Logits that exist at a time; 8 MB in float32."""
+"""Logits that exist at a time on a CPU; 8 MB in float32."""
+GPU_CHUNK_ELEMENTS = 1 << 28
+"""The same on a GPU, where fewer than about 2048 rows at a time leave the products unbusy."""
 IGNORED = -100
 
 CrossEntropy = Callable[[Tensor, Tensor, bool], tuple[Tensor, Tensor | None]]
@@ -43,19 +45,15 @@ class _SummedLoss(torch.autograd.Function):
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        kept = (labels != IGNORED).nonzero().squeeze(1)
-        everything = kept.shape[0] == labels.shape[0]
         matrix = weight.to(hidden.dtype)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
         total = torch.zeros((), dtype=wide, device=hidden.device)
-        for rows in kept.split(_chunk(weight)):
-            part = hidden[rows[0] : rows[-1] + 1] if everything else hidden[rows]
+        for rows, target, share in _chunks(labels, weights, _chunk(weight)):
+            part = hidden[rows]
             logits = torch.mm(part, matrix.T).to(wide)
-            losses, slope = cross_entropy(
-                logits, labels[rows].unsqueeze(1), needs_hidden or needs_weight
-            )
-            share = None if weights is None else weights[rows].unsqueeze(1)
+            losses, slope = cross_entropy(logits, target.unsqueeze(1), needs_hidden or needs_weight)
+            share = None if share is None else share.unsqueeze(1)
             total += (losses if share is None else losses * share).sum()
             if slope is None:
                 continue
@@ -65,11 +63,7 @@ class _SummedLoss(torch.autograd.Function):
             if grad_hidden is not None:
                 grad_hidden[rows] = torch.mm(narrow, matrix)
             if grad_weight is not None:
-                if hidden.dtype == wide:
-                    grad_weight.addmm_(narrow.T, part)
-                else:
-                    # the head's gradient is summed in float32 over the chunks
-                    grad_weight += torch.mm(narrow.T, part)
+                add_product(grad_weight, narrow.T, part)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return total
@@ -113,8 +107,61 @@ class _LossPerToken(torch.autograd.Function):
         return leaf.grad, matrix.grad, None
 
 
+Rows = slice | Int[Tensor, " rows"]
+
+
+Chunk = tuple[Rows, Int[Tensor, " rows"], Float[Tensor, " rows"] | None]
+"""Rows with their labels and weights."""
+
+
+def _chunks(labels: Tensor, weights: Tensor | None, size: int) -> Iterator[Chunk]:
+    # to find the rows that have a label, the host would have to wait for a GPU
+    find = labelled_rows if labels.device.type == "cpu" else all_rows
+    return find(labels, weights, size)
+
+
+def labelled_rows(
+    labels: Int[Tensor, " M"], weights: Float[Tensor, " M"] | None, size: int
+) -> Iterator[Chunk]:
+    """Yield the rows that have a label, `size` at a time."""
+    kept = (labels != IGNORED).nonzero().squeeze(1)
+    everything = kept.shape[0] == labels.shape[0]
+    for rows in kept.split(size):
+        share = None if weights is None else weights[rows]
+        yield slice(rows[0], rows[-1] + 1) if everything else rows, labels[rows], share
+
+
+def all_rows(
+    labels: Int[Tensor, " M"], weights: Float[Tensor, " M"] | None, size: int
+) -> Iterator[Chunk]:
+    """Yield all rows, `size` at a time; those without a label weigh 0 and get some label."""
+    ignored = labels == IGNORED
+    if weights is None:
+        weights = torch.ones(labels.shape, dtype=torch.float32, device=labels.device)
+    shares, targets = weights.masked_fill(ignored, 0), labels.masked_fill(ignored, 0)
+    for start in range(0, labels.shape[0], size):
+        rows = slice(start, start + size)
+        yield rows, targets[rows], shares[rows]
+
+
+def add_product(
+    total: Float[Tensor, "V D"] | None, a: Float[Tensor, "V M"], b: Float[Tensor, "M D"]
+) -> Float[Tensor, "V D"]:
+    """Add a @ b to a sum in float32 or wider, in place; None begins a sum."""
+    wide = torch.promote_types(a.dtype, torch.float32)
+    direct = a.device.type == "cuda" and a.dtype != wide  # only there torch can widen the product
+    if total is None:
+        return torch.mm(a, b, out_dtype=wide) if direct else torch.mm(a, b).to(wide)
+    if direct:
+        return torch.addmm(total, a, b, out_dtype=wide, out=total)
+    if a.dtype == wide:
+        return total.addmm_(a, b)
+    return total.add_(torch.mm(a, b))
+
+
 def _chunk(weight: Tensor) -> int:
-    return max(64, CHUNK_ELEMENTS // weight.shape[0])
+    elements = CHUNK_ELEMENTS if weight.device.type == "cpu" else GPU_CHUNK_ELEMENTS
+    return max(64, elements // weight.shape[0])
 
 
 def _split(values: Tensor, weight: Tensor) -> tuple[Tensor, ...]:

@@ -1,12 +1,28 @@
 """Root-mean-square normalisation."""
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron.ops.registry import Operation
+from nemotron.ops.registry import Backend, Operation, lazy
 from nemotron.ops.rms_norm import fused, reference
 
-operation = Operation("rms_norm", [fused.backend, reference.backend])
+operation = Operation(
+    "rms_norm",
+    [
+        Backend(
+            "triton",
+            lazy("nemotron.ops.rms_norm.triton", "rms_norm"),
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({torch.float32, torch.bfloat16}),
+            packages=("triton",),
+            install="comes with torch for CUDA",
+            imports=("nemotron.ops.rms_norm.triton",),
+        ),
+        fused.backend,
+        reference.backend,
+    ],
+)
 
 
 def rms_norm(

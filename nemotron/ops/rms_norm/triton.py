@@ -1,0 +1,191 @@
+"""Normalisation by Triton kernels; backward is one pass and keeps one number a row."""
+
+import functools
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron.ops.launch import power_of_2
+
+# 16 KiB of bfloat16 a program, 64 bytes a thread: four such programs keep the memory busy
+FORWARD_ELEMENTS = 8192
+FORWARD_WARPS = 8
+# half of it, because the rows of two tensors and the gain's sum are held at once
+BACKWARD_ELEMENTS = 4096
+BACKWARD_WARPS = 8
+# rows on their way while one is worked on
+BACKWARD_STAGES = 3
+# more would write more partial sums than two rows in flight a multiprocessor are worth
+PROGRAMS_PER_MULTIPROCESSOR = 2
+# more rows of a narrow matrix would leave multiprocessors without a program
+MOST_ROWS = 16
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _forward(
+    x_ptr,
+    weight_ptr,
+    y_ptr,
+    scale_ptr,
+    rows,
+    x_stride,
+    eps,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    first = tl.program_id(0).to(tl.int64) * ROWS
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    inside = (first + row < rows)[:, None] & (column < D)[None, :]
+    at = x_ptr + first * x_stride + (row[:, None] * x_stride + column[None, :])
+    x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(x * x, 1) / D + eps)
+    tl.store(scale_ptr + first + row, scale, mask=first + row < rows)
+    y = x * scale[:, None] * weight[None, :]
+    at = y_ptr + first * D + (row[:, None] * D + column[None, :])
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["rows", "steps"])
+def _backward(
+    x_ptr,
+    weight_ptr,
+    scale_ptr,
+    grad_ptr,
+    grad_x_ptr,
+    grad_weight_ptr,
+    rows,
+    steps,
+    x_stride,
+    grad_stride,
+    D: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STAGES: tl.constexpr,
+    WEIGHT_GRAD: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = tl.arange(0, ROWS)
+    column = tl.arange(0, BLOCK)
+    weight = tl.load(weight_ptr + column, mask=column < D, other=0.0).to(tl.float32)
+    grad_weight = tl.zeros([ROWS, BLOCK], tl.float32)
+    for step in tl.range(0, steps, num_stages=STAGES):
+        first = (program * steps + step).to(tl.int64) * ROWS
+        inside = (first + row < rows)[:, None] & (column < D)[None, :]
+        at = x_ptr + first * x_stride + (row[:, None] * x_stride + column[None, :])
+        x = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        at = grad_ptr + first * grad_stride + (row[:, None] * grad_stride + column[None, :])
+        grad = tl.load(at, mask=inside, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + first + row, mask=first + row < rows, other=0.0)
+        unit = x * scale[:, None]
+        if WEIGHT_GRAD:
+            grad_weight += unit * grad
+        inner = grad * weight[None, :]
+        shared = tl.sum(unit * inner, 1) / D
+        grad_x = (inner - unit * shared[:, None]) * scale[:, None]
+        at = grad_x_ptr + first * D + (row[:, None] * D + column[None, :])
+        tl.store(at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
+    if WEIGHT_GRAD:
+        at = grad_weight_ptr + program * D + column
+        tl.store(at, tl.sum(grad_weight, 0), mask=column < D)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        matrix = as_rows(x)
+        rows, width = matrix.shape
+        result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+        block = power_of_2(width)
+        height = rows_of_a_block(FORWARD_ELEMENTS, block)
+        _forward[(triton.cdiv(rows, height),)](
+            matrix,
+            weight,
+            result,
+            scale,
+            rows,
+            matrix.stride(0),
+            eps,
+            D=width,
+            ROWS=height,
+            BLOCK=block,
+            num_warps=FORWARD_WARPS,
+        )
+        ctx.save_for_backward(x, weight, scale)
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        matrix, grad = as_rows(x), as_rows(grad)
+        rows, width = matrix.shape
+        block = power_of_2(width)
+        height = rows_of_a_block(BACKWARD_ELEMENTS, block)
+        most = PROGRAMS_PER_MULTIPROCESSOR * multiprocessors(x.device)
+        programs, steps = share(rows, height, most)
+        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        needs_weight = ctx.needs_input_grad[1]
+        partial = torch.empty(
+            programs if needs_weight else 0, width, dtype=torch.float32, device=x.device
+        )
+        _backward[(programs,)](
+            matrix,
+            weight,
+            scale,
+            grad,
+            grad_x,
+            partial,
+            rows,
+            steps,
+            matrix.stride(0),
+            grad.stride(0),
+            D=width,
+            ROWS=height,
+            BLOCK=block,
+            STAGES=BACKWARD_STAGES,
+            WEIGHT_GRAD=needs_weight,
+            num_warps=BACKWARD_WARPS,
+        )
+        return grad_x, partial.sum(0).to(weight.dtype) if needs_weight else None, None
+
+
+def as_rows(x: Float[Tensor, "*batch D"]) -> Float[Tensor, "M D"]:
+    """Return a matrix whose rows may lie apart, but each in one piece; a copy only where needed."""
+    matrix = x.reshape(-1, x.shape[-1])
+    return matrix if matrix.stride(1) == 1 else matrix.contiguous()
+
+
+def rows_of_a_block(elements: int, width: int) -> int:
+    """Return how many rows, a power of 2, make a block of about that many elements."""
+    return max(1, min(MOST_ROWS, elements // width))
+
+
+def share(rows: int, height: int, most: int) -> tuple[int, int]:
+    """Return how many programs, at most `most`, share the blocks of rows, and the share of each."""
+    blocks = max(1, triton.cdiv(rows, height))
+    steps = triton.cdiv(blocks, most)
+    return triton.cdiv(blocks, steps), steps
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many multiprocessors a GPU has; for anything else, few."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).multi_processor_count
+    return 2
+
+
+def rms_norm(
+    x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float
+) -> Float[Tensor, "*batch D"]:
+    """The reference's formula in float32, rounded once, with a hand-written gradient."""
+    return _RMSNorm.apply(x, weight, eps)

@@ -1,0 +1,58 @@
+"""Copies of tokens for their experts, and the sums of what the experts made of them.
+
+Both functions describe the same matrix of R rows. `token` says which token each row is a copy of.
+`place` lists the rows of all tokens' copies, token after token, and `starts` where each token's
+begin in it: a token may have any number of copies, and rows that only fill up are in no list.
+"""
+
+from typing import Literal
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron.ops.registry import Backend, Operation, lazy
+from nemotron.ops.token_copies import embedding_bag, reference
+
+operation = Operation(
+    "token_copies",
+    [
+        Backend(
+            "triton",
+            lazy("nemotron.ops.token_copies.triton", "token_copies"),
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({torch.bfloat16, torch.float32}),
+            packages=("triton",),
+            install="comes with torch for CUDA",
+            imports=("nemotron.ops.token_copies.triton",),
+        ),
+        embedding_bag.backend,
+        reference.backend,
+    ],
+)
+
+Direction = Literal["copy", "add"]
+
+
+def copy_tokens(
+    x: Float[Tensor, "M I"],
+    token: Int[Tensor, " R"],
+    place: Int[Tensor, " copies"],
+    starts: Int[Tensor, " M"],
+) -> Float[Tensor, "R I"]:
+    """Copy each token to its rows; a token's gradient is the sum of those of its copies."""
+    return operation.select(x)(x, token, place, starts, "copy")
+
+
+def add_copies(
+    rows: Float[Tensor, "R I"],
+    token: Int[Tensor, " R"],
+    place: Int[Tensor, " copies"],
+    starts: Int[Tensor, " M"],
+) -> Float[Tensor, "M I"]:
+    """Add up the rows of each token in the order of `place`; 0 where it has none.
+
+    Sums are taken in float32 or wider and rounded once. Rows that only fill up get the gradient of
+    the token that `token` names, so they must be worth nothing to whoever made them.
+    """
+    return operation.select(rows)(rows, token, place, starts, "add")

@@ -1,0 +1,284 @@
+"""Compile Triton kernels for a GPU that is not here: compile_kernels.py [CASE ...] [--arch 90].
+
+Each case calls an operation on meta tensors, forward and backward, at the sizes of Nano or Super.
+Launches are compiled instead of run, so what is compiled is what the operation would launch. The
+table shows registers, stack (spilled registers lie there), shared memory, and how many matrix
+instructions of Hopper (HGMMA) stand where the kernel multiplies. Exit code 1: a kernel spills, asks
+for more shared memory than a block can have, or multiplies bfloat16 without HGMMA.
+"""
+
+import argparse
+import functools
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+SHARED_LIMIT = 227 * 1024
+"""Bytes of shared memory that a block of compute capability 9.0 can have."""
+
+BF16, FP32 = torch.bfloat16, torch.float32
+TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """The dimensions of a released model that kernels see."""
+
+    hidden: int
+    heads: int
+    groups: int = 8
+    head_dim: int = 64
+    state: int = 128
+    expert: int = 1856
+    expert_input: int = 2688
+    vocabulary: int = 131072
+    top_k: int = 6
+
+    @property
+    def inner(self) -> int:
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        return self.inner + 2 * self.groups * self.state
+
+
+NANO = Sizes(hidden=2688, heads=64)
+SUPER = Sizes(hidden=4096, heads=128, expert=2688, expert_input=1024, top_k=22)
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler made of one launch."""
+
+    case: str
+    kernel: str
+    options: str
+    registers: int
+    stack: int
+    shared: int
+    dots: int
+    hgmma: int
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.stack:
+            found.append(f"spills {self.stack} bytes")
+        if self.shared > SHARED_LIMIT:
+            found.append(f"asks for {self.shared} bytes of shared memory")
+        if self.dots and not self.hgmma and "bf16" in self.case:
+            found.append("multiplies without HGMMA")
+        return found
+
+
+def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
+    """Return a tensor without memory that wants a gradient where it can have one."""
+    return torch.empty(shape, device="meta", dtype=dtype).requires_grad_(dtype.is_floating_point)
+
+
+def call(operation: str, function: str, *arguments: Any, module: str = "triton") -> None:
+    """Run an operation's Triton form, forward and backward."""
+    found = importlib.import_module(f"nemotron.ops.{operation}.{module}")
+    result = getattr(found, function)(*arguments)
+    outputs = [t for t in (result if isinstance(result, tuple) else (result,)) if t.requires_grad]
+    torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
+
+
+def ssd(sizes: Sizes, dtype: torch.dtype, *, documents: bool) -> None:
+    mixed = empty(2, TOKENS // 2, sizes.channels, dtype=dtype)
+    bc = sizes.groups * sizes.state
+    x, B, C = mixed.split([sizes.inner, bc, bc], dim=-1)
+    shape = (sizes.groups, sizes.state)
+    ids = empty(2, TOKENS // 2, dtype=torch.int32) if documents else None
+    initial = empty(2, sizes.heads, sizes.head_dim, sizes.state) if documents else None
+    call(
+        "ssd",
+        "ssd",
+        x.unflatten(-1, (sizes.heads, sizes.head_dim)),
+        empty(2, TOKENS // 2, sizes.heads),
+        empty(sizes.heads),
+        B.unflatten(-1, shape),
+        C.unflatten(-1, shape),
+        empty(sizes.heads),
+        initial,
+        ids,
+    )
+
+
+def convolution(sizes: Sizes, dtype: torch.dtype, *, documents: bool) -> None:
+    projected = empty(2, TOKENS // 2, sizes.inner + sizes.channels + sizes.heads, dtype=dtype)
+    x = projected[..., sizes.inner : sizes.inner + sizes.channels]
+    ids = empty(2, TOKENS // 2, dtype=torch.int32) if documents else None
+    state = empty(2, 3, sizes.channels, dtype=dtype) if documents else None
+    weight, bias = empty(sizes.channels, 4), empty(sizes.channels)
+    call("causal_conv1d", "causal_conv1d", x, weight, bias, state, ids, True)
+
+
+def norms(sizes: Sizes, dtype: torch.dtype) -> None:
+    x, weight = empty(2, TOKENS // 2, sizes.hidden, dtype=dtype), empty(sizes.hidden)
+    call("rms_norm", "rms_norm", x, weight, 1e-5)
+
+
+def gated_norms(sizes: Sizes, dtype: torch.dtype) -> None:
+    y = empty(2, TOKENS // 2, sizes.inner, dtype=dtype)
+    projected = empty(2, TOKENS // 2, sizes.inner + sizes.channels, dtype=dtype)
+    z = projected[..., : sizes.inner]
+    call("gated_rms_norm", "gated_rms_norm", y, z, empty(sizes.inner), sizes.groups, 1e-5)
+
+
+def activation(sizes: Sizes, dtype: torch.dtype) -> None:
+    x = empty(TOKENS * sizes.top_k, sizes.expert, dtype=dtype)
+    call("squared_relu", "squared_relu", x, empty(TOKENS * sizes.top_k, 1))
+    call("squared_relu", "squared_relu", empty(TOKENS, 2 * sizes.expert, dtype=dtype), None)
+
+
+def copies(sizes: Sizes, dtype: torch.dtype) -> None:
+    x, rows = (empty(n, sizes.expert_input, dtype=dtype) for n in (TOKENS, TOKENS * sizes.top_k))
+    token, place = (empty(TOKENS * sizes.top_k, dtype=torch.int64) for _ in range(2))
+    starts = empty(TOKENS, dtype=torch.int64)
+    call("token_copies", "token_copies", x, token, place, starts, "copy")
+    call("token_copies", "token_copies", rows, token, place, starts, "add")
+
+
+def cross_entropy(sizes: Sizes, dtype: torch.dtype) -> None:
+    hidden, weight = empty(TOKENS, sizes.hidden, dtype=dtype), empty(sizes.vocabulary, sizes.hidden)
+    labels = empty(TOKENS, dtype=torch.int64)
+    for reduction in ("sum", "none"):
+        call(
+            "linear_cross_entropy",
+            "linear_cross_entropy",
+            hidden,
+            weight,
+            labels,
+            reduction,
+            None,
+        )
+
+
+CASES: dict[str, Callable[[], None]] = {
+    f"{name}-{size}-{str(dtype).removeprefix('torch.').replace('bfloat', 'bf')}": functools.partial(
+        function, sizes, dtype
+    )
+    for name, function in {
+        "ssd": functools.partial(ssd, documents=False),
+        "ssd-documents": functools.partial(ssd, documents=True),
+        "conv": functools.partial(convolution, documents=False),
+        "conv-documents": functools.partial(convolution, documents=True),
+        "rms_norm": norms,
+        "gated_rms_norm": gated_norms,
+        "squared_relu": activation,
+        "copies": copies,
+        "cross_entropy": cross_entropy,
+    }.items()
+    for size, sizes in {"nano": NANO, "super": SUPER}.items()
+    for dtype in (BF16, FP32)
+}
+
+
+def compile_case(name: str, arch: int) -> list[Compiled]:
+    """Run a case with launches that only compile; returns one entry a launch."""
+    driver.set_active(
+        SimpleNamespace(
+            get_current_target=lambda: GPUTarget("cuda", arch, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda device: 0,
+        )
+    )
+    found: dict[str, Compiled] = {}
+    launch = JITFunction.run
+
+    def compile_only(self: Any, *arguments: Any, grid: Any, warmup: bool, **keywords: Any) -> Any:
+        kernel = launch(self, *arguments, grid=grid, warmup=True, **keywords)
+        entry = read(name, self.fn.__name__, kernel)
+        found[f"{entry.kernel} {kernel.hash}"] = entry
+        return kernel
+
+    JITFunction.run = compile_only
+    try:
+        CASES[name]()
+    finally:
+        JITFunction.run = launch
+    return list(found.values())
+
+
+def read(case: str, name: str, kernel: Any) -> Compiled:
+    """Read registers, memory and instructions off a compiled kernel."""
+    tools = Path(triton.__file__).parent / "backends/nvidia/bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+
+        def dump(flag: str) -> str:
+            command = [tools / "cuobjdump", flag, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        used = re.search(r"REG:(\d+) STACK:(\d+)", dump("-res-usage"))
+        assert used is not None, f"cuobjdump says nothing of {name}"
+        code = dump("-sass")
+    return Compiled(
+        case,
+        name,
+        f"{kernel.metadata.num_warps} warps, {kernel.metadata.num_stages} stages",
+        int(used[1]),
+        int(used[2]),
+        kernel.metadata.shared,
+        kernel.asm["ttir"].count("tt.dot "),
+        len(re.findall(r"\bHGMMA\b", code)),
+    )
+
+
+def results(names: list[str], arch: int, processes: int) -> Iterator[Compiled]:
+    """Compile cases in several processes, since the driver and the launcher are replaced there."""
+    with ProcessPoolExecutor(processes) as pool:
+        for entries in pool.map(functools.partial(compile_case, arch=arch), names):
+            yield from entries
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("cases", nargs="*", help="all whose name begins so (default: every case)")
+    parser.add_argument("--arch", type=int, default=90)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--json", action="store_true", help="print one line of JSON a launch")
+    asked = parser.parse_args()
+    names = [n for n in CASES if not asked.cases or any(n.startswith(c) for c in asked.cases)]
+    if not names:
+        parser.error(f"no case begins with {asked.cases}; there are {', '.join(CASES)}")
+    bad = 0
+    for entry in results(names, asked.arch, asked.processes):
+        faults = entry.faults()
+        bad += bool(faults)
+        if asked.json:
+            print(json.dumps(asdict(entry) | {"faults": faults}), flush=True)
+            continue
+        print(
+            f"{entry.case:28s} {entry.kernel:28s} {entry.options:20s}"
+            f" {entry.registers:3d} registers {entry.stack:5d} stack {entry.shared:6d} shared {entry.hgmma:3d} HGMMA"
+            f"  {'; '.join(faults)}",
+            flush=True,
+        )
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
