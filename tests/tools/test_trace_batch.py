@@ -77,8 +77,9 @@ def test_products_are_counted_as_the_sources_make_them(found: Any):
     # ME*E: two projections in the one Mamba layer, four in the one attention layer of the trunk
     trunk = ("Trainer.train_step", "losses", "HybridLM.forward", "Block.forward")
     for mixer, products in (("Mamba2", 2), ("Attention", 4)):
-        chain = (*trunk, f"{mixer}.forward", "Linear.forward", "mm")
-        assert found.chains[chain] == products  # the step is one micro-batch
+        start = (*trunk, f"{mixer}.forward", "Linear.forward")
+        calls = [n for chain, n in found.chains.items() if chain[: len(start)] == start]
+        assert sum(calls) == products  # the step is one micro-batch
     assert any("linear_cross_entropy" in chain for chain in found.chains)
     assert not any("backward" in name for chain in found.chains for name in chain)
 
@@ -90,10 +91,11 @@ def test_the_step_is_one_call_from_the_loop(found: Any, tool: ModuleType):
 def test_a_projection_is_no_further_from_the_step_than_the_target_says(
     found: Any, tool: ModuleType
 ):
-    chains = [c for c in found.chains if c[2] == "HybridLM.forward" and c[-2] == "Linear.forward"]
+    chains = [c for c in found.chains if c[2] == "HybridLM.forward" and "Linear.forward" in c]
     mixers = [c for c in chains if "MLP.forward" not in c]
     assert mixers
-    assert all(len(chain) - 1 <= tool.PROJECTION_CALLS for chain in mixers)
+    # what the operation adds to reach its backend is not the model's
+    assert all(chain.index("Linear.forward") < tool.PROJECTION_CALLS for chain in mixers)
 
 
 def test_what_a_person_reads_is_met_and_within_its_targets(found: Any, tool: ModuleType):
