@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.errors import UserError
-from nemotron.ops.registry import Backend, Call
+from nemotron.ops.registry import Backend, Call, lazy
 from nemotron.precision import scaled_mm
 from nemotron.precision.config import NVFP4Config
 from nemotron.precision.linear import Product, quantized_grouped_linear, quantized_linear
@@ -158,6 +158,18 @@ BACKENDS = (
             "nvfp4": GPUs(BLACKWELL, (11, 9)),
         },
         multiples=MULTIPLES,
+    ),
+    FormatBackend(
+        "triton",
+        lazy("nemotron.precision.fp8_layer", "build"),
+        devices=frozenset({"cuda"}),
+        features=frozenset({"split_operands"}),
+        packages=("triton",),
+        install="comes with torch for CUDA",
+        imports=("nemotron.precision.fp8_layer",),
+        gpus=dict.fromkeys(
+            ("fp8_delayed", "fp8_current", "fp8_block"), GPUs(HOPPER, (9, 9), cuda=(12, 9))
+        ),
     ),
     FormatBackend(
         "torch",

@@ -85,7 +85,7 @@ class PrecisionConfig(Section):
     """Rules before those of the preset; the first that fits decides."""
     switches: Annotated[tuple[PrecisionSwitch, ...], Field(strict=False)] = ()
     """Changes of the preset during the run, in order."""
-    backend: Literal["auto", "emulate", "torch", "transformer_engine"] = "auto"
+    backend: Literal["auto", "emulate", "torch", "triton", "transformer_engine"] = "auto"
     """How quantised products are computed; auto takes the fastest that has the format here."""
 
     observe_every_steps: int | None = Field(None, gt=0)

@@ -130,9 +130,7 @@ def quantize(
     wide = x.float().contiguous()
     blocks = block_amax(wide, height, width)
     amax = groups.largest(blocks, height) if amax is None else amax
-    encode = _global_encode_scale(amax)
-    folded = groups.spread(encode * _reciprocal(E2M1_MAX), height)
-    decode = groups.spread(1 / encode, height)
+    folded, decode = global_factors(amax, groups, height)
     scales = to_fp8((blocks * folded).clamp_(max=FLT_MAX), E4M3)
     # one over a zero scale is infinite: such a block decodes to zeros, whatever its codes are
     factors = decode_fp8(scales).mul_(decode).reciprocal_().clamp_(max=FLT_MAX)
@@ -141,10 +139,20 @@ def quantize(
     return NVFP4(elements, Scales(scales.view(torch.uint8), amax, groups, height, width))
 
 
+def global_factors(
+    amax: Float[Tensor, " G"], groups: Groups, height: int
+) -> tuple[Float[Tensor, "rows 1"], Float[Tensor, "rows 1"]]:
+    """Return for each row of blocks its tensor's encode scale over 6, and its decode scale."""
+    encode = _global_encode_scale(amax)
+    folded = groups.spread(encode * _reciprocal(E2M1_MAX), height)
+    return folded, groups.spread(1 / encode, height)
+
+
 def _global_encode_scale(amax: Tensor) -> Tensor:
     scale = divide(GLOBAL_MAX, amax.float()).clamp(max=FLT_MAX)
     return torch.where((amax == 0) | (scale == 0), 1.0, scale)
 
 
-def _reciprocal(value: float) -> Tensor:
-    return torch.tensor(value, dtype=torch.float32).reciprocal()
+def _reciprocal(value: float) -> float:
+    """Return what float32 holds of 1 / value."""
+    return torch.tensor(value, dtype=torch.float32).reciprocal().item()

@@ -66,16 +66,20 @@ class Draw:
         place = torch.arange(len(group)) - torch.tensor(groups.starts)[group]
         last = sizes[group] - 1
         source = (sizes.cumsum(0) - sizes)[group] + place.minimum(last)
-        return replace(self, rows=own.cpu()[source] + (place - last).clamp(min=0))
+        further = (place - last).clamp(min=0)
+        return replace(self, rows=own[source.to(own.device)] + further.to(own.device))
+
+    def seeds(self, rows: int, *, stream: int, device: torch.device) -> Int[Tensor, " rows"]:
+        """Return the seed of each row's sequence; another stream gives others."""
+        # it is a word of the stream's sequence, whose own seed is one of the key's
+        key = words(torch.tensor(_signed(self.key)), torch.tensor(stream)).item()
+        return mix((_numbered(self.rows, rows, device) + 1) * _signed(GAMMA) + int(key))
 
     def bits(
         self, rows: int, columns: int, *, stream: int, device: torch.device
     ) -> UInt8[Tensor, "rows columns"]:
         """Return 8 random bits for each element; another stream gives others."""
-        numbers = _numbered(self.rows, rows, device)
-        # a row's seed is a word of the stream's sequence, whose own seed is one of the key's
-        key = words(torch.tensor(_signed(self.key)), torch.tensor(stream)).to(device)
-        seeds = words(key, numbers).unsqueeze(1)
+        seeds = self.seeds(rows, stream=stream, device=device).unsqueeze(1)
         if isinstance(self.columns, int):
             first = self.columns % BYTES
             calls = torch.arange(-(-(first + columns) // BYTES), device=device)

@@ -8,13 +8,14 @@ Source: NVIDIA/TransformerEngine: transformer_engine/common/recipe/__init__.py.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import ClassVar
 
 import torch
 from jaxtyping import Float, UInt8
 from torch import Tensor
 
-from nemotron.precision import fp8, hadamard, mxfp8, nvfp4
+from nemotron.precision import fp8, hadamard, kernels, mxfp8, nvfp4
 from nemotron.precision.formats import E2M1_MAX, E4M3, E5M2
 from nemotron.precision.groups import Groups, Sizes
 from nemotron.precision.random_bits import Draw
@@ -128,8 +129,12 @@ class Scheme(ABC):
 
     def _amax(self, operand: str, filled: Tensor, groups: Groups) -> Float[Tensor, " G"] | None:
         """Return the largest magnitude of each tensor where it is not that of what is here."""
+        return self._whole(operand, groups.amax(filled)) if operand in self.reduce else None
+
+    def _whole(self, operand: str, amax: Float[Tensor, " G"]) -> Float[Tensor, " G"]:
+        """Return the largest magnitude of each whole tensor, of which ranks may hold parts."""
         reduce = self.reduce.get(operand)
-        return None if reduce is None else reduce(groups.amax(filled))
+        return amax if reduce is None else reduce(amax)
 
 
 @dataclass(frozen=True)
@@ -151,6 +156,10 @@ class NVFP4Scheme(Scheme):
         is_square = operand == "w" and self.square_weights
         is_stochastic = operand == "dy" and self.stochastic
         numbered = draw.fill(groups) if is_stochastic and draw is not None else None
+        if (fast := kernels.of_blocks(filled)) and (
+            numbered is None or isinstance(numbered.columns, int)
+        ):
+            return self._by_kernels(fast, operand, filled, groups, numbered, both=both)
         row = nvfp4.quantize(
             wide,
             height=nvfp4.BLOCK if is_square else 1,
@@ -174,6 +183,57 @@ class NVFP4Scheme(Scheme):
         )
         return row, turned if operand == "dy" else turned.pack()
 
+    def _by_kernels(
+        self,
+        fast: ModuleType,
+        operand: str,
+        filled: Tensor,
+        groups: Groups,
+        draw: Draw | None,
+        *,
+        both: bool,
+    ) -> tuple[Matrix, Matrix | None]:
+        """Do it in two reads: one for the magnitudes of whole tensors, one that quantises."""
+        is_square = operand == "w" and self.square_weights
+        is_transformed = operand != "w" and self.hadamard
+        needs_turned = both and not is_square
+        amaxes = [
+            self._whole(operand, groups.largest(bands, nvfp4.BLOCK))
+            for bands in fast.band_magnitudes(
+                filled, turned=needs_turned, transformed=is_transformed
+            )
+        ]
+        high = filled.shape[0] // nvfp4.BLOCK
+        factors = [
+            [factor.expand(high, 1).contiguous() for factor in found]
+            for found in (nvfp4.global_factors(amax, groups, nvfp4.BLOCK) for amax in amaxes)
+        ]
+        seeds, first = None, 0
+        if draw is not None:
+            assert isinstance(draw.columns, int)
+            device, first = filled.device, draw.columns
+            seeds = [draw.seeds(len(filled), stream=stream, device=device) for stream in (0, 1)]
+        found = fast.nvfp4(
+            filled,
+            factors[0],
+            factors[-1] if needs_turned else None,
+            square=is_square,
+            transformed=is_transformed,
+            seeds=seeds,
+            first=first,
+        )
+        heights, widths = (nvfp4.BLOCK if is_square else 1, nvfp4.BLOCK), (nvfp4.BLOCK, 1)
+        matrices = [
+            nvfp4.NVFP4(elements, nvfp4.Scales(scales, amax, groups, height, width))
+            for (elements, scales), amax, height, width in zip(
+                found, amaxes, heights, widths, strict=False
+            )
+        ]
+        row, turned = matrices[0], matrices[-1]
+        if not both:
+            return row, None
+        return row, turned if operand == "dy" else turned.pack()
+
 
 def _bits(draw: Draw | None, filled: Tensor, stream: int) -> UInt8[Tensor, "M N"] | None:
     if draw is None:
@@ -193,6 +253,13 @@ class MXFP8Scheme(Scheme):
     def _matrices(
         self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
     ) -> tuple[Matrix, Matrix | None]:
+        if fast := kernels.of_blocks(filled):
+            (elements, scales), across = fast.mxfp8(filled, both=both)
+            row = mxfp8.MXFP8(elements, scales, 1, mxfp8.BLOCK)
+            if across is None:
+                return row, None
+            elements, scales = across
+            return row, mxfp8.MXFP8(elements, scales, mxfp8.BLOCK, 1)
         row = mxfp8.quantize(filled)
         return row, mxfp8.quantize(filled, height=mxfp8.BLOCK, width=1) if both else None
 

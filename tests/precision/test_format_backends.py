@@ -148,7 +148,7 @@ HOPPER, BLACKWELL, CONSUMER, ADA, AMPERE = (9, 0), (10, 0), (12, 0), (8, 9), (8,
     [
         (AMPERE, ["emulate"] * 5),
         (ADA, ["torch", "torch", "emulate", "emulate", "emulate"]),
-        (HOPPER, ["torch", "torch", "torch", "emulate", "emulate"]),
+        (HOPPER, ["triton", "triton", "triton", "emulate", "emulate"]),
         (BLACKWELL, ["torch", "torch", "emulate", "torch", "torch"]),
         (CONSUMER, ["torch", "torch", "emulate", "torch", "torch"]),
     ],
@@ -168,12 +168,20 @@ def test_transformer_engine_comes_first_where_it_is_installed(monkeypatch):
     monkeypatch.setitem(backends.BY_NAME, "transformer_engine", installed)
     with pytest.raises(UserError, match="would keep the scales where no checkpoint finds them"):
         choose("transformer_engine", on(HOPPER, "fp8_delayed"), "layer")
-    assert choose("auto", on(HOPPER, "fp8_delayed"), "layer").name == "torch"
+    assert choose("auto", on(HOPPER, "fp8_delayed"), "layer").name == "triton"
     # Nano's experts are 1856 wide: no multiple of 128
     narrow = on(HOPPER, "fp8_block", shape=(1856, 2688))
-    assert choose("auto", narrow, "layer").name == "torch"
+    assert choose("auto", narrow, "layer").name == "triton"
     split = replace(on(BLACKWELL, "nvfp4"), needs=frozenset({"split_operands"}))
     assert choose("auto", split, "layer").name == "torch"
+
+
+def test_torch_takes_over_where_triton_is_missing(monkeypatch):
+    absent = [
+        replace(b, packages=("no_such_package",)) if b.name == "triton" else b for b in BACKENDS
+    ]
+    monkeypatch.setattr(backends, "BACKENDS", tuple(absent))
+    assert choose("auto", on(HOPPER, "fp8_block"), "layer").name == "torch"
 
 
 def test_a_cpu_emulates_unless_another_backend_is_named():
@@ -195,7 +203,7 @@ def test_a_cpu_emulates_unless_another_backend_is_named():
             on(HOPPER, "fp8_current"),
             "precision.backend = transformer_engine is not fit for layer in fp8_current: package "
             "transformer_engine is not installed (pip install 'transformer-engine[pytorch]>=2.14' "
-            "--no-build-isolation); use auto or torch or emulate.",
+            "--no-build-isolation); use auto or triton or torch or emulate.",
         ),
         (
             "torch",
@@ -294,5 +302,11 @@ def test_the_schema_of_a_recipe_knows_formats_and_backends():
     command = [sys.executable, "-m", "nemotron", "recipe", "schema"]
     text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     precision = json.loads(text)["$defs"]["PrecisionConfig"]["properties"]
-    assert precision["backend"]["enum"] == ["auto", "emulate", "torch", "transformer_engine"]
+    assert precision["backend"]["enum"] == [
+        "auto",
+        "emulate",
+        "torch",
+        "triton",
+        "transformer_engine",
+    ]
     assert "fp8_delayed" in precision["preset"]["enum"]

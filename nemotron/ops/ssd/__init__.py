@@ -1,12 +1,32 @@
 """Selective state-space scan of Mamba-2 (structured state-space duality)."""
 
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, bfloat16, float32
 
-from nemotron.ops.registry import Operation
+from nemotron.ops.registry import Backend, Operation, lazy
 from nemotron.ops.ssd import chunked, mamba_ssm, reference
 
-operation = Operation("ssd", [mamba_ssm.backend, chunked.backend, reference.backend])
+TRITON_SIZES = {16, 32, 64, 128}
+"""Sizes of heads and states of the Triton kernels: powers of 2 from the smallest of a product."""
+
+operation = Operation(
+    "ssd",
+    [
+        Backend(
+            "triton",
+            lazy("nemotron.ops.ssd.triton", "ssd"),
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({float32, bfloat16}),
+            features=frozenset({"documents", "initial_state", "final_state"}),
+            packages=("triton",),
+            install="comes with torch for CUDA",
+            imports=("nemotron.ops.ssd.triton",),
+        ),
+        mamba_ssm.backend,
+        chunked.backend,
+        reference.backend,
+    ],
+)
 
 
 def ssd(
@@ -32,6 +52,7 @@ def ssd(
         documents=seq_idx is not None,
         initial_state=initial_state is not None,
         final_state=return_final_state,
+        any_head_size=not {x.shape[3], B.shape[3]} <= TRITON_SIZES,
     )
     y, final_state = function(x, dt, A, B, C, D, initial_state, seq_idx)
     return (y, final_state) if return_final_state else y

@@ -390,4 +390,8 @@ def ssd(
     return y[:, :num_tokens], state.mT.reshape(b, heads, P, N)
 
 
-backend = Backend("chunked", ssd, features=frozenset({"documents", "initial_state", "final_state"}))
+backend = Backend(
+    "chunked",
+    ssd,
+    features=frozenset({"documents", "initial_state", "final_state", "any_head_size"}),
+)

@@ -39,5 +39,7 @@ def ssd(
 
 
 backend = Backend(
-    "reference", ssd, features=frozenset({"documents", "initial_state", "final_state"})
+    "reference",
+    ssd,
+    features=frozenset({"documents", "initial_state", "final_state", "any_head_size"}),
 )

@@ -1,0 +1,444 @@
+"""Matrices into FP8 on a GPU: one read writes the codes along both directions, and their scales.
+
+A tile of 128 by 128 elements is a program's. Tensors lie one under another: matrices of equal size
+(a single one, or the stacked weights of experts), or the rows of each expert, whose numbers only
+the device knows (`Plan`). Codes are those of `nemotron.precision.fp8`, to the bit.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron.ops.launch import INTERPRETED, power_of_2
+from nemotron.precision.formats import E4M3, FP8
+
+TILE = 128
+"""Rows and columns of a tile: a block of FP8 with block scales."""
+WIDTHS = {False: 64, True: 128}
+"""Columns of a tile of tensors with one scale, and of one with block scales: two programs run on a
+multiprocessor where tiles may be narrow, so that one loads while the other stores."""
+WARPS = {64: 8, 128: 16}
+"""32 elements a thread: with more, a tile and its transpose take all registers."""
+MEASURE_WARPS = 8
+"""Enough loads at once to fill the memory's queue; a pass that only reads needs few registers."""
+PARTS = 2048
+"""Magnitudes of tiles that are read at once for the largest of a tensor."""
+BY_AMAX, BY_SCALE, BY_ROWS, BY_SQUARES = range(4)
+"""Where scales come from: each tensor's largest magnitude, scales that are known, blocks of 128
+along each direction, squares of 128 by 128."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the rows of each expert are, on the device.
+
+    Each expert's rows are cut into tiles, of which the last is partial. Rows that no expert has are
+    the last, and have tiles as well.
+    """
+
+    bounds: Int[Tensor, "2 G+2"]
+    """First row, and first tile, of each expert, of the rows left over, and of what is behind."""
+    groups: int
+    rows: int
+
+    @property
+    def tiles(self) -> int:
+        """The most tiles that there can be: the device knows how many there are."""
+        return (self.rows + (TILE - 1) * (self.groups + 1)) // TILE
+
+
+@dataclass(frozen=True)
+class Codes:
+    """Tensors in FP8 along their last dimension, or, transposed, along their first.
+
+    Tensors of equal size lie at equal distances, each filled up with zeros on both sides. Rows of
+    experts lie as they came; transposed, those of each expert begin at a tile.
+    """
+
+    elements: Float[Tensor, "rows contracted"]
+    scale_inv: Float[Tensor, "*scales"]
+    """[G] for tensors; [contracted/128, rows] for blocks along the last dimension; [G, rows/128,
+    contracted/128 rounded up to 4] for squares: all as cuBLAS wants them, transposed."""
+
+
+@dataclass(frozen=True)
+class Sides:
+    """An operand along its last dimension and along its first, as far as they were asked for."""
+
+    row: Codes | None
+    turned: Codes | None
+
+
+@triton.jit
+def _plan(counts, bounds, rows, GROUPS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr):
+    group = tl.arange(0, SIZE)
+    count = tl.load(counts + group, mask=group < GROUPS, other=0).to(tl.int32)
+    count = tl.where(group == GROUPS, rows - tl.sum(count, 0), count)
+    tiles = (count + TILE - 1) // TILE
+    first_row = tl.cumsum(count, 0) - count
+    first_tile = tl.cumsum(tiles, 0) - tiles
+    tl.store(bounds + group, first_row, mask=group < GROUPS + 2)
+    tl.store(bounds + GROUPS + 2 + group, first_tile, mask=group < GROUPS + 2)
+
+
+@triton.jit
+def locate(tile, bounds, each, GROUPS: tl.constexpr, SIZE: tl.constexpr, PLANNED: tl.constexpr,
+           TILE: tl.constexpr):  # fmt: skip
+    """Return a tile's group, its place among the group's tiles, its first row, and the last's end.
+
+    The group is GROUPS for rows that no expert has, and more behind them.
+    """
+    if PLANNED:
+        index = tl.arange(0, SIZE)
+        ends = tl.load(bounds + GROUPS + 3 + index, mask=index < GROUPS + 1, other=0x7FFFFFFF)
+        group = tl.sum((ends <= tile).to(tl.int32), 0)
+        held = tl.minimum(group, GROUPS)
+        place = tile - tl.load(bounds + GROUPS + 2 + held)
+        first = tl.load(bounds + held) + place * TILE
+        end = tl.load(bounds + held + 1)
+    else:
+        tiles = (each + TILE - 1) // TILE
+        group = tile // tiles
+        place = tile % tiles
+        first = group * each + place * TILE
+        end = (group + 1) * each
+    return group, place, first, end
+
+
+@triton.jit
+def to_bfloat16(x, EXACT: tl.constexpr):
+    """Round float32 to bfloat16 and back; `EXACT` by integers, as the interpreter cuts bits off."""
+    if EXACT:
+        bits = x.to(tl.int32, bitcast=True)
+        # an odd last bit rounds a half up; the sum wraps for no number that is finite
+        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) & -65536
+        return tl.where(x == x, rounded.to(tl.float32, bitcast=True), x)
+    return x.to(tl.bfloat16).to(tl.float32)
+
+
+@triton.jit
+def to_fp8(y, IS_E4M3: tl.constexpr, EXACT: tl.constexpr):
+    """Return the bytes nearest to float32 numbers, ties to even, saturating; NaN stays NaN.
+
+    The GPU's instruction does just that; `EXACT` does it by integers for the interpreter.
+    """
+    if EXACT:
+        BITS: tl.constexpr = 20 if IS_E4M3 else 21
+        LOWEST: tl.constexpr = 121 if IS_E4M3 else 113  # exponent of the least normal number
+        LARGEST: tl.constexpr = 448.0 if IS_E4M3 else 57344.0
+        # added to a subnormal, it leaves as many bits as the code has
+        ANCHOR: tl.constexpr = 16384.0 if IS_E4M3 else 128.0
+        bits = y.to(tl.int32, bitcast=True)
+        size = tl.where(y == y, tl.minimum(tl.abs(y), LARGEST), 0.0)
+        plain = size.to(tl.int32, bitcast=True)
+        rounded = (plain + ((1 << (BITS - 1)) - 1) + ((plain >> BITS) & 1)) >> BITS
+        normal = rounded - ((LOWEST - 1) << (23 - BITS))
+        anchored = (size + ANCHOR).to(tl.int32, bitcast=True)
+        anchor = (size * 0.0 + ANCHOR).to(tl.int32, bitcast=True)
+        code = tl.where((plain >> 23) >= LOWEST, normal, anchored - anchor)
+        code = tl.where(y == y, code, 0x7F)
+        return (code | ((bits >> 24) & 0x80)).to(tl.uint8)
+    if IS_E4M3:
+        return y.to(tl.float8e4nv).to(tl.uint8, bitcast=True)
+    return y.to(tl.float8e5).to(tl.uint8, bitcast=True)
+
+
+@triton.jit
+def _encode_scale(bits, LARGEST: tl.constexpr, POWER: tl.constexpr):
+    """Return `fp8.encode_scale` of magnitudes that are given as their bits."""
+    amax = bits.to(tl.float32, bitcast=True)
+    is_usable = (bits > 0) & (bits < 0x7F800000)
+    scale = tl.div_rn(tl.where(is_usable, LARGEST, 1.0), tl.where(is_usable, amax, 1.0))
+    scale = tl.where(is_usable, tl.minimum(scale, 3.4028234663852886e38), 1.0)
+    if POWER:
+        scale = (scale.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
+    return scale
+
+
+@triton.jit
+def _load_tile(x, stride, group_stride, group, first, end, each, block, columns,
+               PLANNED: tl.constexpr, NARROW: tl.constexpr, EXACT: tl.constexpr,
+               TILE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
+    lane, beside = tl.arange(0, TILE), tl.arange(0, WIDTH)
+    # a program's place takes 64 bits, what is inside a tile 32: half the registers of addresses
+    if PLANNED:
+        start = first.to(tl.int64) * stride
+    else:
+        start = (first - group * each).to(tl.int64) * stride + group.to(tl.int64) * group_stride
+    mask = (first + lane < end)[:, None] & (block * WIDTH + beside < columns)[None, :]
+    at = lane[:, None] * stride + beside[None, :]
+    tile = tl.load(x + start + block * WIDTH + at, mask=mask, other=0.0).to(tl.float32)
+    if NARROW:
+        tile = to_bfloat16(tile, EXACT)
+    return tile
+
+
+@triton.jit
+def _measure(x, parts, bounds, stride, group_stride, each, columns,
+             GROUPS: tl.constexpr, SIZE: tl.constexpr, PLANNED: tl.constexpr,
+             NARROW: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr,
+             WIDTH: tl.constexpr):  # fmt: skip
+    block, tile = tl.program_id(0), tl.program_id(1)
+    group, _, first, end = locate(tile, bounds, each, GROUPS, SIZE, PLANNED, TILE)
+    if group < GROUPS:
+        data = _load_tile(x, stride, group_stride, group, first, end, each, block, columns,
+                          PLANNED, NARROW, EXACT, TILE, WIDTH)  # fmt: skip
+        # magnitudes are in the order of their bits, and a NaN is the largest
+        bits = data.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+        largest = tl.max(tl.max(bits, 1), 0)
+        tl.store(parts + tile * tl.num_programs(0) + block, largest)
+
+
+@triton.jit
+def _largest(parts, out, bounds, tiles, blocks, stride,
+             GROUPS: tl.constexpr, PLANNED: tl.constexpr, IS_LATE: tl.constexpr,
+             PARTS: tl.constexpr):  # fmt: skip
+    group = tl.program_id(0)
+    if PLANNED:
+        start = tl.load(bounds + GROUPS + 2 + group) * blocks
+        end = tl.load(bounds + GROUPS + 3 + group) * blocks
+    else:
+        start, end = group * tiles * blocks, (group + 1) * tiles * blocks
+    index = tl.arange(0, PARTS)
+    found = tl.zeros([PARTS], tl.int32)
+    for first in range(start, end, PARTS):
+        at = first + index
+        found = tl.maximum(found, tl.load(parts + at, mask=at < end, other=0))
+    largest = tl.max(found, 0)
+    if IS_LATE:
+        # a NaN leaves no trace
+        largest = tl.where(largest > 0x7F800000, 0, largest)
+        held = tl.load(out + group * stride)
+        value = largest.to(tl.float32, bitcast=True)
+        tl.store(out + group * stride, tl.where(value > held, value, held))
+    else:
+        tl.store(out + group * stride, largest.to(tl.float32, bitcast=True))
+
+
+@triton.jit
+def _quantize(
+    x, given, row_codes, row_scales, turned_codes, turned_scales, parts, bounds,
+    stride, group_stride, each, columns, rows_out, columns_out, turned_stride, scale_stride,
+    GROUPS: tl.constexpr, SIZE: tl.constexpr, PLANNED: tl.constexpr, NARROW: tl.constexpr,
+    EXACT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, IS_E4M3: tl.constexpr,
+    SCALING: tl.constexpr, HAS_ROW: tl.constexpr, HAS_TURNED: tl.constexpr, MEASURES: tl.constexpr,
+):  # fmt: skip
+    LARGEST: tl.constexpr = 448.0 if IS_E4M3 else 57344.0
+    block, tile = tl.program_id(0), tl.program_id(1)
+    group, place, first, end = locate(tile, bounds, each, GROUPS, SIZE, PLANNED, TILE)
+    if group >= GROUPS:
+        return
+    data = _load_tile(x, stride, group_stride, group, first, end, each, block, columns,
+                      PLANNED, NARROW, EXACT, TILE, WIDTH)  # fmt: skip
+    lane, beside = tl.arange(0, TILE), tl.arange(0, WIDTH)
+    column_first = block * WIDTH
+    column = column_first + beside
+    # rows of experts stay where they are; a matrix is filled up
+    if PLANNED:
+        row, row_end, turned_first, turned_end = first, end, tile * TILE, (tile + 1) * TILE
+        turned_base = column_first.to(tl.int64) * turned_stride + turned_first
+    else:
+        turned_first, turned_end = place * TILE, rows_out
+        row, row_end = group * rows_out + turned_first, (group + 1) * rows_out
+        turned_base = (group.to(tl.int64) * columns_out + column_first) * turned_stride
+        turned_base += turned_first
+    bits = data.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if MEASURES:
+        largest = tl.max(tl.max(bits, 1), 0)
+        tl.store(parts + tile * tl.num_programs(0) + block, largest)
+
+    if SCALING == 0 or SCALING == 1:
+        held = tl.load(given + group)
+        if SCALING == 0:
+            scale = _encode_scale(held.to(tl.int32, bitcast=True), LARGEST, False)
+        else:
+            scale = held
+        if (place == 0) & (block == 0):
+            tl.store(row_scales + group, tl.div_rn(1.0, scale))
+        codes = to_fp8(data * scale, IS_E4M3, EXACT)
+        turned = codes
+    elif SCALING == 3:
+        scale = _encode_scale(tl.max(tl.max(bits, 1), 0), LARGEST, True)
+        decode = tl.div_rn(1.0, scale)
+        blocks = tl.num_programs(0)
+        high = (rows_out + TILE - 1) // TILE
+        wide, deep = (blocks + 3) // 4 * 4, (high + 3) // 4 * 4
+        if HAS_ROW:
+            tl.store(row_scales + (group * high + place) * wide + block, decode)
+        if HAS_TURNED:
+            tl.store(turned_scales + (group * blocks + block) * deep + place, decode)
+        codes = to_fp8(data * scale, IS_E4M3, EXACT)
+        turned = codes
+    else:
+        if HAS_ROW:
+            scale = _encode_scale(tl.max(bits, 1), LARGEST, True)
+            tl.store(row_scales + block.to(tl.int64) * scale_stride + row + lane,
+                     tl.div_rn(1.0, scale), mask=row + lane < row_end)  # fmt: skip
+            codes = to_fp8(data * scale[:, None], IS_E4M3, EXACT)
+        if HAS_TURNED:
+            across = _encode_scale(tl.max(bits, 0), LARGEST, True)
+            tl.store(turned_scales + tile.to(tl.int64) * columns_out + column,
+                     tl.div_rn(1.0, across), mask=column < columns_out)  # fmt: skip
+            turned = to_fp8(data * across[None, :], IS_E4M3, EXACT)
+
+    if HAS_ROW:
+        start = row.to(tl.int64) * columns_out + column_first
+        at = lane[:, None] * columns_out + beside[None, :]
+        mask = (row + lane < row_end)[:, None] & (column < columns_out)[None, :]
+        tl.store(row_codes + start + at, codes, mask=mask)
+    if HAS_TURNED:
+        at = beside[:, None] * turned_stride + lane[None, :]
+        mask = (column < columns_out)[:, None] & (turned_first + lane < turned_end)[None, :]
+        tl.store(turned_codes + turned_base + at, tl.trans(turned), mask=mask)
+
+
+def plan(counts: Int[Tensor, " G"], rows: int) -> Plan:
+    """Return where the rows of each expert are, without a look at the counts from the host."""
+    groups = counts.shape[0]
+    bounds = torch.empty(2, groups + 2, dtype=torch.int32, device=counts.device)
+    _plan[(1,)](counts, bounds, rows, groups, power_of_2(groups + 2), TILE, num_warps=4)
+    return Plan(bounds, groups, rows)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the tensors of an operand lie: [G, N, K] of equal size, or the rows of experts."""
+
+    x: Float[Tensor, "*G N K"]
+    plan: Plan | None
+    multiple: int = TILE
+    """What both sizes of a code matrix are rounded up to."""
+
+    @property
+    def groups(self) -> int:
+        """The number of tensors."""
+        if self.plan is not None:
+            return self.plan.groups
+        return self.x.shape[0] if self.x.dim() == 3 else 1
+
+    @property
+    def each(self) -> int:
+        """Rows of each tensor, where all have as many."""
+        return self.x.shape[-2]
+
+    @property
+    def tiles(self) -> int:
+        """Tiles one under another."""
+        return self.groups * -(-self.each // TILE) if self.plan is None else self.plan.tiles
+
+    @property
+    def rows_out(self) -> int:
+        """Rows of each tensor's codes."""
+        return _round_up(self.each, self.multiple) if self.plan is None else self.each
+
+    @property
+    def columns_out(self) -> int:
+        """Columns of each tensor's codes."""
+        return _round_up(self.x.shape[-1], self.multiple)
+
+    def blocks(self, width: int) -> int:
+        """Return how many tiles of so many columns lie beside one another."""
+        return -(-self.columns_out // width)
+
+
+def quantize(
+    x: Float[Tensor, "*G N K"],
+    format: FP8,
+    scaling: int,
+    *,
+    given: Float[Tensor, " G"] | None = None,
+    plan: Plan | None = None,
+    multiple: int = TILE,
+    row: bool = True,
+    turned: bool = True,
+    newest: Float[Tensor, " G"] | None = None,
+) -> Sides:
+    """Quantise a matrix, the stacked matrices of experts, or the rows of experts by their plan.
+
+    `given` are the largest magnitudes (BY_AMAX) or scales (BY_SCALE) of the tensors; `newest` holds
+    magnitudes that grow to those of the tensors. Stacked matrices in float32 are weights and are
+    rounded to bfloat16 first.
+    """
+    layout = Layout(x, plan, multiple)
+    data, stride, group_stride = _strides(x)
+    tiles, groups, high, wide = layout.tiles, layout.groups, layout.rows_out, layout.columns_out
+    width = WIDTHS[scaling in (BY_ROWS, BY_SQUARES)]
+    blocks = layout.blocks(width)
+    codes = torch.empty(0, dtype=torch.uint8, device=x.device)
+    lead = (groups,) if x.dim() == 3 else ()
+    long = high if plan is None else tiles * TILE
+    row_codes = codes.new_empty(*lead, high, wide) if row else codes
+    turned_codes = codes.new_empty(*lead, wide, long) if turned else codes
+    none = torch.empty(0, device=x.device)
+    if scaling in (BY_AMAX, BY_SCALE):
+        row_scales = turned_scales = torch.empty(groups, device=x.device)
+    elif scaling == BY_SQUARES:
+        deep = -(-high // TILE)
+        row_scales = torch.zeros(groups, deep, _round_up(blocks, 4), device=x.device)
+        turned_scales = torch.zeros(groups, blocks, _round_up(deep, 4), device=x.device)
+    else:
+        row_scales = torch.empty(blocks, high, device=x.device) if row else none
+        turned_scales = torch.empty(tiles, wide, device=x.device) if turned else none
+    measures = newest is not None
+    parts = torch.empty(tiles * blocks if measures else 0, dtype=torch.int32, device=x.device)
+    bounds = parts if plan is None else plan.bounds
+    size = power_of_2(groups + 2)
+    _quantize[(blocks, tiles)](
+        data, none if given is None else given, row_codes, row_scales, turned_codes, turned_scales,
+        parts, bounds, stride, group_stride, layout.each, x.shape[-1], high, wide, long, high,
+        groups, size, plan is not None, _is_narrowed(x), INTERPRETED, TILE,
+        width, format is E4M3, scaling, row, turned, measures, num_warps=WARPS[width],
+    )  # fmt: skip
+    if newest is not None:
+        _reduce(parts, newest, layout, blocks, is_late=True)
+    return Sides(
+        Codes(row_codes.view(format.dtype), row_scales) if row else None,
+        Codes(turned_codes.view(format.dtype), turned_scales) if turned else None,
+    )
+
+
+def largest(x: Float[Tensor, "*G N K"], plan: Plan | None = None) -> Float[Tensor, " G"]:
+    """Return the largest magnitude of each tensor; 0 where there is nothing."""
+    layout = Layout(x, plan)
+    data, stride, group_stride = _strides(x)
+    tiles, blocks, groups = layout.tiles, layout.blocks(TILE), layout.groups
+    parts = torch.empty(tiles * blocks, dtype=torch.int32, device=x.device)
+    bounds = parts if plan is None else plan.bounds
+    _measure[(blocks, tiles)](
+        data, parts, bounds, stride, group_stride, layout.each, x.shape[-1],
+        groups, power_of_2(groups + 2), plan is not None, _is_narrowed(x), INTERPRETED, TILE,
+        TILE, num_warps=MEASURE_WARPS,
+    )  # fmt: skip
+    amax = torch.empty(groups, device=x.device)
+    _reduce(parts, amax, layout, blocks, is_late=False)
+    return amax
+
+
+def _reduce(parts: Tensor, out: Tensor, layout: Layout, blocks: int, *, is_late: bool) -> None:
+    """Write each tensor's largest magnitude, or let those of a history grow to them."""
+    plan, groups = layout.plan, layout.groups
+    bounds = parts if plan is None else plan.bounds
+    _largest[(groups,)](
+        parts, out, bounds, layout.tiles // groups, blocks, out.stride(0),
+        groups, plan is not None, is_late, PARTS, num_warps=MEASURE_WARPS,
+    )  # fmt: skip
+
+
+def _is_narrowed(x: Tensor) -> bool:
+    return x.dim() == 3 and x.dtype == torch.float32
+
+
+def _strides(x: Tensor) -> tuple[Tensor, int, int]:
+    """Return a tensor whose rows are contiguous, the distance of its rows, and of its matrices."""
+    data = x if x.stride(-1) == 1 else x.contiguous()
+    if INTERPRETED:
+        data = data.float()  # it reads subnormal numbers of bfloat16 as others
+    return data, data.stride(-2), data.stride(0) if data.dim() == 3 else 0
+
+
+def _round_up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple

@@ -1,0 +1,83 @@
+"""The device that is measured and its clock: events on a GPU, the wall's time on a CPU."""
+
+import resource
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
+
+import torch
+
+FLUSHED_BYTES = 128 << 20
+"""Written before each repetition: more than twice the 50 to 60 MB of cache of a Hopper GPU."""
+CYCLES_PER_MS = 1_700_000
+"""Of a GPU that is held back while the host queues work; about its clock under load."""
+
+
+class Clock:
+    """Marks points in the work of one device and tells the time between them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.is_gpu = device.type == "cuda"
+        size = FLUSHED_BYTES if self.is_gpu else 1 << 16
+        self._flushed = torch.empty(size, dtype=torch.int8, device=device)
+
+    def mark(self) -> Any:  # Any: an event or a number
+        """Mark this point of the work that was queued."""
+        if not self.is_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def wait(self) -> None:
+        """Wait until all that was queued is done."""
+        if self.is_gpu:
+            torch.cuda.synchronize()
+
+    def milliseconds(self, marks: Sequence[Any]) -> list[float]:
+        """Return the times between neighbouring marks; waits for the last one."""
+        self.wait()
+        pairs = pairwise(marks)
+        if self.is_gpu:
+            return [first.elapsed_time(second) for first, second in pairs]
+        return [1e3 * (second - first) for first, second in pairs]
+
+    def flush(self) -> None:
+        """Drive everything out of the caches."""
+        self._flushed.zero_()
+
+    def hold(self, milliseconds: float = 1.0) -> None:
+        """Keep the GPU busy, so that the host's time to queue small work is not counted."""
+        if self.is_gpu:
+            torch.cuda._sleep(int(milliseconds * CYCLES_PER_MS))
+
+    def begin_peak(self) -> None:
+        """Count peak memory from here on."""
+        if self.is_gpu:
+            torch.cuda.reset_peak_memory_stats()
+
+    def peak_gib(self) -> float:
+        """Return peak memory: of tensors on a GPU, of the process on a CPU."""
+        if self.is_gpu:
+            return torch.cuda.max_memory_allocated() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def repeat(
+    run: Callable[[int], list[float]], seconds: float, at_least: int = 3, at_most: int = 25
+) -> list[list[float]]:
+    """Call `run` with rising numbers until the time is over; the first call is not kept.
+
+    A second call that takes a quarter of the time is all that there is.
+    """
+    run(0)
+    begin, kept = time.monotonic(), []
+    while True:
+        kept.append(run(len(kept) + 1))
+        spent = time.monotonic() - begin
+        if spent > seconds and (len(kept) >= at_least or spent > 2 * seconds):
+            return kept
+        if len(kept) >= at_most:
+            return kept

@@ -1,0 +1,279 @@
+"""Stage 5: every operation, every backend that is fit: time, share of the floor, score, error.
+
+A process of its own runs the cases; where one dies or hangs, another goes on after it. The floor is
+the longer of the FLOPs at the measured peak and of each input, output and gradient moved once; the
+score 1 / (1 + (T - T_sol) / (T_torch - T_sol)) is 0.5 for torch alone and 1 at the floor (as
+NVIDIA/SOL-ExecBench: sol_score.py). `--once` only runs everything, which fills Triton's cache.
+"""
+
+import argparse
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from clock import repeat
+from mamba_kernels import keep_part, shorten_search
+from stage import Stage, append, one_line, parser
+from torch import Tensor
+from workloads import SIZES, Rows, Size, Source, Workload, workloads
+
+from nemotron.ops.describe import ALL
+from nemotron.ops.registry import Backend, Call, Operation
+
+FULL, SMALL = Rows(2, 4096), Rows(2, 128)
+TINY_FULL, TINY_SMALL = Rows(2, 64), Rows(2, 32)
+REFERENCE_ONLY = {"ssd", "attention", "linear_cross_entropy"}
+"""Operations whose reference loops over tokens or holds far too much at full size."""
+HANGS_AFTER = 75.0
+"""Seconds without a sign of life after which the process is ended."""
+TOLERANCE = 2e-2
+"""Largest error in norm, relative, of bf16 results against float32."""
+SETS = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """One backend on one workload."""
+
+    size: Size
+    workload: Workload
+    check: Workload
+    operation: Operation
+    backend: Backend
+
+    @property
+    def name(self) -> str:
+        """Operation, what of it, and size."""
+        label = f" {self.workload.label}" if self.workload.label else ""
+        return f"{self.operation.name}{label} {self.size.name}"
+
+
+def main() -> None:
+    options = _options()
+    if options.start is not None or options.once:
+        _work(Stage("ops", options))
+        return
+    start, end = 0, time.monotonic() + options.seconds
+    while start is not None and time.monotonic() < end:
+        start = _supervise(options, start, end)
+
+
+def _options() -> argparse.Namespace:
+    options = parser(__doc__)
+    options.add_argument("--only", action="append", help="operation (repeatable; default: all)")
+    options.add_argument("--size", action="append", choices=list(SIZES), help="default: both")
+    options.add_argument("--once", action="store_true", help="run all once, time nothing")
+    options.add_argument("--part", default="0/1", help="of mamba-ssm's configurations, with --once")
+    options.add_argument("--start", type=int, help="first case, of the worker's own process")
+    return options.parse_args()
+
+
+def _supervise(options: argparse.Namespace, start: int, end: float) -> int | None:
+    """Let a process work; return the case to go on with, or None when there is none."""
+    progress: Path = options.out / "ops.progress"
+    progress.parent.mkdir(parents=True, exist_ok=True)
+    progress.write_text(f"{start} start")
+    seconds = max(5.0, end - time.monotonic())
+    words = [*sys.argv[1:], "--start", str(start), "--seconds", f"{seconds:.0f}"]
+    process = subprocess.Popen([sys.executable, __file__, *words])
+    why = "died"
+    while process.poll() is None:
+        time.sleep(0.2)
+        if time.monotonic() > end + 20:
+            process.kill()
+            return None
+        if time.time() - progress.stat().st_mtime > HANGS_AFTER:
+            why = f"gave no sign of life for {HANGS_AFTER:.0f} s"
+            process.kill()
+            process.wait()
+    if process.returncode == 0:
+        return None
+    number, _, name = progress.read_text().partition(" ")
+    if name == "start":
+        append(options.out, "ops", "worker", error=f"{why} before the first case")
+        return None
+    append(options.out, "ops", name, error=f"the process {why} ({process.returncode})")
+    return int(number) + 1
+
+
+def _work(stage: Stage) -> None:
+    shorten_search((stage.out / "ops.progress").touch)
+    keep_part(stage.options.part)
+    cases = find_cases(stage)
+    torch_times: dict[tuple[str, str], float] = {
+        (row["case"], "torch"): row["ms"] for row in _earlier(stage) if row.get("is_torch")
+    }
+    for number, case in enumerate(cases):
+        if number < (stage.options.start or 0):
+            continue
+        name = f"{case.name}: {case.backend.name}"
+        if not stage.options.once:
+            (stage.out / "ops.progress").write_text(f"{number} {name}")
+        if stage.left() < 2:
+            stage.emit(name, skipped=f"no time left, {len(cases) - number} cases not run")
+            return
+        with stage.attempt(name):
+            if stage.options.once:
+                _run_once(stage, case)
+            else:
+                _measure(stage, case, name, torch_times)
+
+
+def _earlier(stage: Stage) -> list[dict[str, Any]]:
+    from stage import read
+
+    return [row for row in read(stage.out) if row["stage"] == "ops"]
+
+
+def find_cases(stage: Stage) -> list[Case]:
+    """Return what runs: for each workload first torch's backend, then the others that are fit."""
+    options = stage.options
+    names = options.size or (["tiny"] if stage.tiny else ["nano", "super"])
+    operations = {operation.name: operation for operation in ALL}
+    full, small = (TINY_FULL, TINY_SMALL) if stage.tiny else (FULL, SMALL)
+    cases, unknown = [], set()
+    for name in names:
+        size = SIZES[name]
+        for workload, check in zip(workloads(size, full), workloads(size, small), strict=True):
+            operation = operations.get(workload.operation)
+            if operation is None:
+                unknown.add(workload.operation)
+            elif not options.only or operation.name in options.only:
+                backends = fit(operation, workload, stage.device, stage.tiny)
+                if not options.part.startswith("0/"):
+                    backends = [b for b in backends if "mamba_ssm" in b.packages]
+                cases += [Case(size, workload, check, operation, b) for b in backends]
+    if not options.once and not options.start:
+        covered = {workload.operation for workload in workloads(SIZES["tiny"], TINY_SMALL)}
+        without = sorted(operations.keys() - covered)
+        stage.emit("coverage", absent=sorted(unknown), without_workload=without)
+    return cases
+
+
+def fit(
+    operation: Operation, workload: Workload, device: torch.device, tiny: bool
+) -> list[Backend]:
+    """Return the backends to time: torch's own first; the reference only where it is that."""
+    call = Call(device.type, torch.bfloat16, workload.needs)
+    found = [b for b in operation.backends if b.unfit(call) is None]
+    if tiny:
+        # in Triton's interpreter kernels take tensors of a CPU
+        on_gpu = Call("cuda", torch.bfloat16, workload.needs)
+        mine = [b for b in operation.backends if b.name == "triton" and b.unfit(on_gpu) is None]
+        found = [*found, *(b for b in mine if b not in found)]
+    alone = [b for b in found if not b.packages and b.name != "reference"]
+    if alone or operation.name in REFERENCE_ONLY:
+        found = [b for b in found if b.name != "reference"]
+    return sorted(found, key=lambda b: bool(b.packages))
+
+
+def draw(
+    workload: Workload, device: torch.device, seed: int
+) -> tuple[list[Tensor], tuple[object, ...]]:
+    """Return inputs that ask for gradients, in their own memory layout, and other arguments."""
+    tensors, rest = workload.draw(Source(torch.Generator(device).manual_seed(seed)))
+    tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
+    return tensors, rest
+
+
+def call(function: Callable[..., Any], tensors: list[Tensor], rest: tuple[object, ...]) -> Tensor:
+    """Call a backend; of several results the first."""
+    y = function(*tensors, *rest)
+    return y[0] if isinstance(y, tuple) else y
+
+
+def _run_once(stage: Stage, case: Case) -> None:
+    for workload in (case.check, case.workload):
+        tensors, rest = draw(workload, stage.device, 0)
+        y = call(case.backend.function, tensors, rest)
+        y.backward(torch.ones_like(y))
+        stage.clock.wait()
+
+
+def error(case: Case, device: torch.device) -> float:
+    """Return the largest error in norm of output and gradients, against float32's reference."""
+    tensors, rest = draw(case.check, device, 7)
+    exact = [t.detach().float() if t.is_floating_point() else t for t in tensors]
+    exact = [t.requires_grad_(t.is_floating_point()) for t in exact]
+    found = []
+    for function, inputs in (
+        (case.backend.function, tensors),
+        (case.operation.backend("reference").function, exact),
+    ):
+        y = call(function, inputs, rest)
+        cotangent = torch.randn(
+            y.shape, generator=torch.Generator(device).manual_seed(3), device=device
+        )
+        y.backward(cotangent.to(torch.bfloat16).to(y.dtype))
+        found.append([y.detach(), *(t.grad for t in inputs if t.grad is not None)])
+    pairs = zip(*found, strict=True)
+    return max(((a.float() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
+
+
+def _measure(
+    stage: Stage, case: Case, name: str, torch_times: dict[tuple[str, str], float]
+) -> None:
+    wrong = error(case, stage.device)
+    clock, function = stage.clock, case.backend.function
+    sets = [draw(case.workload, stage.device, seed) for seed in range(SETS)]
+    y = call(function, *sets[0])
+    dy = torch.randn_like(y)
+    moved = [t.nbytes for t in sets[0][0]]
+    gradients = [t.nbytes for t in sets[0][0] if t.is_floating_point()]
+    again = sum(moved) - (0 if case.workload.reads_again else sum(gradients))
+    forward_bytes, backward_bytes = sum(moved) + y.nbytes, again + y.nbytes + sum(gradients)
+    del y
+
+    def once(number: int) -> list[float]:
+        (stage.out / "ops.progress").touch()
+        tensors, rest = sets[number % SETS]
+        for tensor in tensors:
+            tensor.grad = None
+        clock.flush()
+        clock.hold()
+        marks = [clock.mark()]
+        y = call(function, tensors, rest)
+        marks.append(clock.mark())
+        y.backward(dy)
+        return clock.milliseconds([*marks, clock.mark()])
+
+    times = repeat(once, seconds=0.1 if stage.tiny else 0.25)
+    forward = statistics.median(t[0] for t in times)
+    both = statistics.median(sum(t) for t in times)
+    peak, bandwidth = stage.roofs()
+    flops = case.workload.flops
+    floor = max(flops / peak, forward_bytes / bandwidth)
+    floor += max(case.workload.again * flops / peak, backward_bytes / bandwidth)
+    floor *= 1e3
+    is_torch = not case.backend.packages
+    if is_torch:
+        torch_times.setdefault((case.name, "torch"), both)
+    base = torch_times.get((case.name, "torch"))
+    score = None if base is None else 1 / (1 + (both - floor) / max(base - floor, 1e-9))
+    stage.emit(
+        case.name,
+        backend=case.backend.name,
+        is_torch=is_torch,
+        forward_ms=round(forward, 4),
+        ms=round(both, 4),
+        floor_ms=round(floor, 4),
+        of_floor=round(floor / both, 3),
+        score=None if score is None else round(score, 3),
+        difference=wrong,
+        flag="" if wrong <= TOLERANCE else "WRONG",
+        repetitions=len(times),
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except Exception as problem:
+        print(one_line(problem), file=sys.stderr)
+        raise

@@ -1,0 +1,239 @@
+"""Every operation at the sizes of one layer of Nano and Super: inputs, FLOPs, compulsory bytes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+@dataclass(frozen=True)
+class Size:
+    """What operations see of a model, on one GPU of a group that shares the experts."""
+
+    name: str
+    hidden: int
+    heads: int
+    head_dim: int
+    groups: int
+    state: int
+    query_heads: int
+    key_heads: int
+    attention_dim: int
+    experts: int
+    """Held here."""
+    copies: int
+    """Of each token, among the experts held here on average."""
+    expert_input: int
+    expert_width: int
+    shared_width: int
+    vocab: int
+
+    @property
+    def inner(self) -> int:
+        """Channels of the scan."""
+        return self.heads * self.head_dim
+
+    @property
+    def channels(self) -> int:
+        """Channels of the convolution."""
+        return self.inner + 2 * self.groups * self.state
+
+    @property
+    def projected(self) -> int:
+        """Columns of in_proj: the gate, the channels and a time step for each head."""
+        return self.inner + self.channels + self.heads
+
+
+NANO = Size("nano", 2688, 64, 64, 8, 128, 32, 2, 128, 16, 6, 2688, 1856, 3712, 131072)
+SUPER = Size("super", 4096, 128, 64, 8, 128, 32, 2, 128, 64, 22, 1024, 2688, 5376, 131072)
+TINY = Size("tiny", 64, 4, 16, 2, 16, 4, 2, 16, 4, 2, 64, 32, 64, 512)
+SIZES = {size.name: size for size in (NANO, SUPER, TINY)}
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How many rows of how many tokens."""
+
+    rows: int
+    tokens: int
+
+    @property
+    def all(self) -> int:
+        """Tokens of all rows."""
+        return self.rows * self.tokens
+
+
+Draw = Callable[["Source"], tuple[list[Tensor], tuple[object, ...]]]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A call of an operation: `draw` returns the tensors and the other arguments.
+
+    Floating tensors get gradients. `flops` are those of a forward pass; backward takes `again`
+    times as many.
+    """
+
+    operation: str
+    label: str
+    draw: Draw
+    flops: float = 0.0
+    again: float = 2.0
+    needs: frozenset[str] = frozenset()
+    reads_again: bool = True
+    """Whether backward must read the floating inputs, or gets by with the output's gradient."""
+
+
+@dataclass
+class Source:
+    """Draws tensors on a device."""
+
+    generator: torch.Generator
+
+    def normal(self, *shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
+        """Return normal numbers."""
+        device = self.generator.device
+        drawn = torch.randn(shape, generator=self.generator, device=device, dtype=FP32)
+        return (drawn * scale).to(dtype)
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Return float32 numbers in [0, 1)."""
+        return torch.rand(shape, generator=self.generator, device=self.generator.device)
+
+    def labels(self, count: int, size: int) -> Tensor:
+        """Return whole numbers below `size`."""
+        device = self.generator.device
+        return torch.randint(size, (count,), generator=self.generator, device=device)
+
+
+def documents(rows: Rows, device: torch.device) -> Tensor:
+    """Number the documents of each row: cut at random, four a row on average."""
+    generator = torch.Generator().manual_seed(1)
+    begins = torch.rand(rows.rows, rows.tokens, generator=generator) < 4 / rows.tokens
+    begins[:, rows.tokens // 2] = True
+    begins[:, 0] = False
+    return begins.cumsum(1).to(torch.int32).to(device)
+
+
+def seen_pairs(seq_idx: Tensor) -> float:
+    """Return how many pairs of tokens of one document there are, each in causal order."""
+    lengths = [torch.unique_consecutive(row, return_counts=True)[1] for row in seq_idx]
+    return float(sum((n.double() * (n + 1) / 2).sum() for n in lengths))
+
+
+def workloads(size: Size, rows: Rows) -> list[Workload]:
+    """Return every workload of a size."""
+    m, b, t = rows.all, rows.rows, rows.tokens
+    copies, all_experts = m * size.copies, 8 * size.experts
+
+    def rms_norm(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        return [s.normal(b, t, size.hidden), 1 + s.normal(size.hidden, dtype=FP32)], (1e-5,)
+
+    def gated(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        y, z = s.normal(b, t, size.inner), s.normal(b, t, size.projected)[..., : size.inner]
+        return [y, z, 1 + s.normal(size.inner, dtype=FP32)], (size.groups, 1e-5)
+
+    def conv(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        x = s.normal(b, t, size.projected)[..., size.inner : size.inner + size.channels]
+        weight = s.normal(size.channels, 4, dtype=FP32, scale=0.5)
+        return [x, weight, s.normal(size.channels, dtype=FP32)], (None, None, True)
+
+    def scan(s: Source, seq_idx: Tensor | None) -> tuple[list[Tensor], tuple[object, ...]]:
+        mixed, bc = s.normal(b, t, size.channels), size.groups * size.state
+        x, B, C = mixed.split([size.inner, bc, bc], dim=-1)
+        x = x.unflatten(-1, (size.heads, size.head_dim))
+        B, C = (part.unflatten(-1, (size.groups, size.state)) for part in (B, C))
+        dt = s.uniform(b, t, size.heads) * 0.1
+        A, D = -1 - 15 * s.uniform(size.heads), s.normal(size.heads, dtype=FP32)
+        return [x, dt, A, B, C, D], (None, seq_idx)
+
+    def heads(s: Source, rows: Rows) -> list[Tensor]:
+        counts = (size.query_heads, size.key_heads, size.key_heads)
+        return [s.normal(rows.rows, rows.tokens, n, size.attention_dim) for n in counts]
+
+    def groups(s: Source, k: int, n: int) -> tuple[list[Tensor], tuple[object, ...]]:
+        counts = torch.full((size.experts,), copies // size.experts, device=s.generator.device)
+        used = copies // size.experts * size.experts
+        weight = s.normal(size.experts, n, k, scale=0.02)
+        return [s.normal(used, k), weight, counts], ()
+
+    def dense(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        weight = s.normal(size.projected, size.hidden, dtype=FP32, scale=0.02)
+        return [s.normal(b, t, size.hidden), weight], ()
+
+    def router(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        weight = s.normal(all_experts, size.hidden, dtype=FP32, scale=0.02)
+        return [s.normal(m, size.hidden), weight], ()
+
+    def weighted(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        return [s.normal(copies, size.expert_width), s.uniform(copies, 1)], ()
+
+    def unweighted(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        return [s.normal(b, t, size.shared_width)], (None,)
+
+    def routed(s: Source, direction: str) -> tuple[list[Tensor], tuple[object, ...]]:
+        # rows sorted by expert, each token's experts drawn apart
+        scores = s.uniform(m, max(size.experts, size.copies))
+        experts = scores.topk(size.copies, dim=1).indices.flatten()
+        order = experts.argsort(stable=True)
+        row = torch.arange(copies, device=order.device)
+        place = torch.empty_like(order).scatter_(0, order, row)
+        starts = torch.arange(0, copies, size.copies, device=order.device)
+        x = s.normal(m if direction == "copy" else copies, size.expert_input)
+        return [x, order // size.copies, place, starts], (direction,)
+
+    def head(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        weight = s.normal(size.vocab, size.hidden, dtype=FP32, scale=0.02)
+        return [s.normal(m, size.hidden), weight, s.labels(m, size.vocab)], ("sum", None)
+
+    chunk = 128
+    scanned = chunk * size.groups * size.state + chunk * size.inner + 4 * size.inner * size.state
+    pair = 4.0 * size.query_heads * size.attention_dim  # two products, two FLOPs a term
+    one_row = Rows(1, m)
+    ids = documents(rows, torch.device("cpu"))
+    expert = 2.0 * copies * size.expert_input * size.expert_width
+    pieces = frozenset({"documents"})
+    return [
+        Workload("rms_norm", "", rms_norm),
+        Workload("gated_rms_norm", "", gated),
+        Workload("causal_conv1d", "", conv),
+        Workload("ssd", "", lambda s: scan(s, None), m * scanned),
+        Workload("squared_relu", "experts", weighted),
+        Workload("squared_relu", "shared", unweighted),
+        Workload("token_copies", "copy", lambda s: routed(s, "copy"), reads_again=False),
+        Workload("token_copies", "add", lambda s: routed(s, "add"), reads_again=False),
+        Workload("linear_cross_entropy", "", head, 2.0 * m * size.hidden * size.vocab),
+        Workload("grouped_linear", "up", lambda s: groups(s, *_up(size)), expert),
+        Workload("grouped_linear", "down", lambda s: groups(s, *reversed(_up(size))), expert),
+        Workload("linear", "in_proj", dense, 2.0 * m * size.hidden * size.projected),
+        Workload("wide_linear", "router", router, 2.0 * m * size.hidden * all_experts),
+        Workload(
+            "attention",
+            "1 row",
+            lambda s: (heads(s, one_row), (None, None)),
+            pair * m * (m + 1) / 2,
+            2.5,
+        ),
+        Workload(
+            "attention",
+            "documents",
+            lambda s: (heads(s, rows), (documents(rows, s.generator.device), None)),
+            pair * seen_pairs(ids),
+            2.5,
+            pieces,
+        ),
+        Workload(
+            "ssd",
+            "documents",
+            lambda s: scan(s, documents(rows, s.generator.device)),
+            m * scanned,
+            needs=pieces,
+        ),
+    ]
+
+
+def _up(size: Size) -> tuple[int, int]:
+    return size.expert_input, size.expert_width
