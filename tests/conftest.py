@@ -1,7 +1,9 @@
 """What holds for every test: one thread, uninitialised memory is NaN, no GPU means a named skip."""
 
+import contextlib
 import os
 import signal
+from collections.abc import Callable, Iterator
 
 # read by cuBLAS when it starts; without it PyTorch's deterministic mode refuses its products
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -25,6 +27,9 @@ def pytest_configure(config: pytest.Config) -> None:
     torch.use_deterministic_algorithms(True, warn_only=HAS_CUDA)
     if HAS_CUDA:
         config.addinivalue_line("filterwarnings", "ignore:.*deterministic.*:UserWarning")
+        # the first product of a process may be one of backward's thread
+        config.addinivalue_line("filterwarnings", "ignore:.*no current CUDA context:UserWarning")
+        config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode:UserWarning")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,3 +45,18 @@ def uninitialised_memory_is_nan() -> None:
     """Fail early when something switched the mode off for the tests that follow."""
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.fixture
+def no_waits() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """Return a context in which every wait of the host for the GPU that torch sees is an error."""
+
+    @contextlib.contextmanager
+    def forbidden() -> Iterator[None]:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    return forbidden

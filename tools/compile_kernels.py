@@ -273,7 +273,8 @@ def main() -> int:
             continue
         print(
             f"{entry.case:28s} {entry.kernel:28s} {entry.options:20s}"
-            f" {entry.registers:3d} registers {entry.stack:5d} stack {entry.shared:6d} shared {entry.hgmma:3d} HGMMA"
+            f" {entry.registers:3d} registers {entry.stack:5d} stack"
+            f" {entry.shared:6d} shared {entry.hgmma:3d} HGMMA"
             f"  {'; '.join(faults)}",
             flush=True,
         )

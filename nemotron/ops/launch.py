@@ -29,5 +29,5 @@ def dot_type(dtype: torch.dtype) -> tl.dtype:
 
 
 def power_of_2(size: int) -> int:
-    """Return the smallest power of 2 that is not below `size`: the length of a block that holds it."""
+    """Return the smallest power of 2 that is not below `size`: a block that holds it."""
     return triton.next_power_of_2(size)

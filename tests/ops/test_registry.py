@@ -82,13 +82,26 @@ def test_the_start_of_a_run_names_what_is_missing():
     assert {choice.operation for choice in choices} == {operation.name for operation in ALL}
     # a CPU run need not hear of kernels for GPUs
     assert len(describe(choices, torch.device("cpu"))) == 1
-    chosen = {choice.operation: choice for choice in choices}
-    assert chosen["ssd"].backend == "chunked"
-    assert "not on cpu" in chosen["ssd"].passed_over["mamba_ssm"]
+    on_cpu = {choice.operation: choice for choice in choices}
+    assert on_cpu["ssd"].backend == "chunked"
+    assert "not on cpu" in on_cpu["ssd"].passed_over["mamba_ssm"]
     on_gpu = choose_backends(torch.device("cuda"), torch.bfloat16, documents=True)
     missing = describe(on_gpu, torch.device("cuda"))[1:]
-    assert any("ssd: mamba_ssm is not used: package mamba_ssm" in line for line in missing) or (
-        {choice.operation: choice.backend for choice in on_gpu}["ssd"] == "mamba_ssm"
+    chosen = {choice.operation: choice.backend for choice in on_gpu}
+    assert chosen["attention"] == "flash_attn" or any(
+        "attention: flash_attn is not used: package flash_attn" in line for line in missing
+    )
+    assert chosen["ssd"] == "triton" or any(
+        "ssd: triton is not used: package triton is not installed" in line for line in missing
+    )
+
+
+def test_a_package_that_is_installed_but_does_not_import_says_why(tmp_path, monkeypatch):
+    (tmp_path / "halfway.py").write_text("import surely_not_installed")
+    monkeypatch.syspath_prepend(tmp_path)
+    backend = Backend("halfway", lambda: None, packages=("halfway",), imports=("halfway",))
+    assert backend.missing() == (
+        "halfway cannot be imported (No module named 'surely_not_installed')"
     )
 
 

@@ -1,3 +1,6 @@
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from against_reference import doubled, results, worst
@@ -13,10 +16,23 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture
-def short_strips(monkeypatch: pytest.MonkeyPatch) -> None:
+def short_strips(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let few tokens make several strips of several rounds."""
     monkeypatch.setattr(kernels, "STRIP_MULTIPLE", 8)
-    monkeypatch.setattr(kernels, "UNROLL", 4)
+    with launched(unroll=4):
+        yield
+
+
+@contextmanager
+def launched(**changes: int) -> Iterator[None]:
+    """Launch with the defaults but for some parameters."""
+    forward, backward = kernels.FORWARD, kernels.BACKWARD
+    dtype = torch.float32
+    with (
+        forward.forced({**forward.default(dtype), **changes}),
+        backward.forced({**backward.default(dtype), **changes}),
+    ):
+        yield
 
 
 def draw(rows: int, length: int, channels: int = 10, width: int = 4) -> list[Tensor | None]:
@@ -70,24 +86,25 @@ def test_a_window_of_eight(monkeypatch: pytest.MonkeyPatch):
 
 
 def test_more_channels_and_tokens_than_a_program_takes(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(kernels, "STRIP_MULTIPLE", 2 * kernels.UNROLL)
-    inputs = [*draw(1, 18, channels=kernels.CHANNELS + 3)[:3], None, None]
+    monkeypatch.setattr(kernels, "STRIP_MULTIPLE", 16)
+    inputs = [*draw(1, 18, channels=256 + 3)[:3], None, None]
     exact = results(reference.causal_conv1d, doubled(inputs), True)
-    found = results(kernels.causal_conv1d, moved(inputs), True)
+    with launched(unroll=8, channels=256):
+        found = results(kernels.causal_conv1d, moved(inputs), True)
     # float32 sums of at most 18 numbers
     assert worst(found, exact) <= 5e-6
 
 
 def test_long_rows_make_no_more_strips_than_run_at_once(monkeypatch: pytest.MonkeyPatch):
-    for name in ("FORWARD_PROGRAMS", "BACKWARD_PROGRAMS"):
-        monkeypatch.setattr(kernels, name, 2)
     monkeypatch.setattr(kernels, "STRIP_MULTIPLE", 8)
     # two strips of 24 tokens forward, and of 29 backward, 3 of whose steps are the next one's
     assert (kernels._steps(43, 2), kernels._steps(43, 2, extra=3)) == (24, 32)
     inputs = [*draw(1, 43, channels=3)[:3], None, None]
     exact = results(reference.causal_conv1d, doubled(inputs), True)
+    with launched(programs=2):
+        found = results(kernels.causal_conv1d, moved(inputs), True)
     # float32 sums of at most 43 numbers
-    assert worst(results(kernels.causal_conv1d, moved(inputs), True), exact) <= 5e-6
+    assert worst(found, exact) <= 5e-6
 
 
 @pytest.mark.usefixtures("short_strips")

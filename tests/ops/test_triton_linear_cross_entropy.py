@@ -1,4 +1,5 @@
 import importlib
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -26,9 +27,10 @@ def draw(tokens: int, dtype: torch.dtype, width: int = 24, vocab: int = 117) -> 
 
 
 @pytest.fixture
-def blocks_of_64(monkeypatch: pytest.MonkeyPatch) -> None:
+def blocks_of_64() -> Iterator[None]:
     """Let a row be more than one block, the last of them not full."""
-    monkeypatch.setattr(kernels, "BLOCK", 64)
+    with kernels.LOSSES.forced({"block": 64, "warps": 32, "stages": 2}):
+        yield
 
 
 @pytest.mark.parametrize("reduction", ["sum", "none"])
@@ -155,7 +157,7 @@ def test_the_form_of_torch_takes_all_rows_where_the_host_must_not_wait(
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("reduction", ["sum", "none"])
-def test_the_host_does_not_wait_for_the_device(reduction: str):
+def test_the_host_does_not_wait_for_the_device(reduction: str, no_waits):
     hidden, weight, labels = draw(300, torch.bfloat16)
     weights = torch.rand(300, device=DEVICE)
     for function in (kernels.linear_cross_entropy, chunked.linear_cross_entropy):
@@ -165,8 +167,5 @@ def test_the_host_does_not_wait_for_the_device(reduction: str):
             function(*leaves, labels, reduction, weights).sum().backward()
 
         step()  # compiles
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with no_waits():
             step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

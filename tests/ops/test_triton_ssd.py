@@ -1,5 +1,7 @@
 """The Triton kernels of the scan: in the interpreter on a CPU, compiled on a GPU."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from against_reference import doubled, results, worst
@@ -59,10 +61,10 @@ def error(inputs: list[Tensor | None], ids: Tensor | None) -> float:
 
 
 @pytest.fixture(params=[1, 12], ids=["one_segment", "segments"])
-def segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def segments(request: pytest.FixtureRequest) -> Iterator[None]:
     """Cut short rows into segments as if there were more programs to fill."""
-    monkeypatch.setattr(kernels, "SHORTEST_SEGMENT", 1)
-    monkeypatch.setattr(kernels, "PROGRAMS", request.param)
+    with kernels.SEGMENTS.forced({"programs": request.param, "shortest": 1}):
+        yield
 
 
 @pytest.mark.usefixtures("segments")
@@ -70,8 +72,8 @@ def segments(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
 def test_float32_is_the_recurrence_to_rounding(with_documents: bool):
     inputs = draw(2, 45)
     ids = documents(2, 45) if with_documents else None
-    # sums of some hundred float32 products; running sums inside chunks are float64
-    assert error(inputs, ids) <= 2e-6
+    # sums of some hundred float32 products, and a GPU's exp2 is right to 2^-22
+    assert error(inputs, ids) <= 5e-6
 
 
 @pytest.mark.usefixtures("segments")
@@ -88,12 +90,12 @@ def test_bfloat16_inputs_cost_no_more_than_bfloat16_products(with_documents: boo
 @pytest.mark.parametrize("length", [1, 7, 16, 65])
 def test_any_length_of_a_row_agrees(length: int, dtype: torch.dtype):
     inputs = draw(1, length, width=32, state_size=16, state=False, dtype=dtype)
-    assert error(inputs, None) <= (2e-6 if dtype == torch.float32 else 2e-2)
+    assert error(inputs, None) <= (5e-6 if dtype == torch.float32 else 2e-2)
 
 
 def test_several_groups_and_heads_keep_to_themselves():
     inputs = draw(1, 40, heads=6, groups=3, state_size=16)
-    assert error(inputs, documents(1, 40)) <= 2e-6
+    assert error(inputs, documents(1, 40)) <= 5e-6
 
 
 def test_slices_of_wider_tensors_are_read_in_place():
@@ -118,7 +120,7 @@ def test_slices_of_wider_tensors_are_read_in_place():
         [y, final_state], leaves, [wide.to(DEVICE)[..., :-5], dfinal.to(DEVICE)]
     )
     found = [t.detach().cpu() for t in (y, final_state, *gradients)]
-    assert worst(found, exact) <= 2e-6
+    assert worst(found, exact) <= 5e-6
 
 
 def test_a_gradient_of_one_output_alone_is_enough():
@@ -130,13 +132,13 @@ def test_a_gradient_of_one_output_alone_is_enough():
         found = torch.autograd.grad(ours.sum(), wanted, retain_graph=True)
         theirs = torch.autograd.grad(true.sum(), wanted, retain_graph=True, allow_unused=True)
         pairs = [(a, b) for a, b in zip(found, theirs, strict=True) if b is not None]
-        assert worst(*([t.detach() for t in side] for side in zip(*pairs, strict=True))) <= 2e-6
+        assert worst(*([t.detach() for t in side] for side in zip(*pairs, strict=True))) <= 5e-6
 
 
 def test_a_token_without_a_time_step_still_has_a_gradient():
     inputs = draw(1, 20)
     inputs[1][:, 5:9] = 0
-    assert error(inputs, None) <= 2e-6
+    assert error(inputs, None) <= 5e-6
 
 
 def test_extreme_decays_neither_overflow_nor_lose_the_gradient():

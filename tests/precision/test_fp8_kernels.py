@@ -114,7 +114,7 @@ def test_blocks_have_the_emulations_codes_and_scales(shape):
 
 def test_squares_of_weights_have_the_emulations_codes_and_scales():
     weight = numbers(2, 130, 200, seed=1)
-    found = kernels.quantize(weight.to(DEVICE), E4M3, kernels.BY_SQUARES)
+    found = kernels.quantize(weight.to(DEVICE), E4M3, kernels.BY_SQUARES, narrow=True)
     for expert in range(2):
         expected = fp8.quantize_blocks(weight[expert].bfloat16(), height=128)
         for side, codes, scales in (
@@ -125,6 +125,26 @@ def test_squares_of_weights_have_the_emulations_codes_and_scales():
             assert torch.equal(own[: codes.shape[0], : codes.shape[1]], codes)
             wide = side.scale_inv[expert].cpu()[: scales.shape[0], : scales.shape[1]]
             assert torch.equal(wide, scales)
+            # what fills them up is zero
+            assert side.scale_inv[expert].count_nonzero() == scales.numel()
+
+
+@pytest.mark.parametrize("parts", [1, 4, 2048])
+def test_magnitudes_of_tiles_give_the_scale_of_the_largest(parts: int, monkeypatch):
+    monkeypatch.setattr(kernels, "PARTS", parts)
+    x = numbers(sum(COUNTS), 300, seed=3).clamp(-1e30, 1e30).bfloat16().to(DEVICE)
+    plan = kernels.plan(torch.tensor(COUNTS, device=DEVICE), len(x))
+    for tensor, where in ((x, plan), (x, None), (x.view(2, -1, 300), None)):
+        by_amax, by_parts = (
+            kernels.quantize(tensor, E5M2, scaling, given=find(tensor, where), plan=where)
+            for scaling, find in (
+                (kernels.BY_AMAX, kernels.largest),
+                (kernels.BY_PARTS, kernels.measure),
+            )
+        )
+        assert torch.equal(bytes_of(by_parts.row), bytes_of(by_amax.row))
+        held = by_amax.row.scale_inv.isfinite()  # an expert without rows has no scale
+        assert torch.equal(by_parts.row.scale_inv[held], by_amax.row.scale_inv[held])
 
 
 def test_rows_of_experts_begin_at_tiles_once_they_are_transposed():
@@ -239,14 +259,11 @@ def test_a_layer_without_rows_has_no_gradient():
 @pytest.mark.gpu
 @pytest.mark.skipif(not HOPPER, reason="the kernels' products are for Hopper")
 @pytest.mark.parametrize("format", FORMATS)
-def test_a_layer_of_experts_waits_for_no_device(format: str):
+def test_a_layer_of_experts_waits_for_no_device(format: str, no_waits):
     counts = torch.tensor([300, 0, 412, 312], device=DEVICE)
     x = torch.randn(1024, 256, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     weight = torch.randn(4, 384, 256, device=DEVICE, requires_grad=True)
     layer = fp8_layer.FP8Layer({"up": scheme_of(format, 4)})
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with no_waits():
         layer.grouped(x, weight, counts, "up", None).sum().backward()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert weight.grad.isfinite().all()

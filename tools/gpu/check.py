@@ -49,8 +49,8 @@ PARTS = (
     Part("step", "step", 50, ("--variant", "auto")),
     Part("step", "step", 45, ("--variant", "fp8_current")),
     Part("step", "step", 45, ("--variant", "before")),
-    Part("peer", "peer", 60, packages=True),
     Part("decode", "decode", 40),
+    Part("peer", "peer", 100, packages=True),
 )
 """In the order in which they run; a group of parts side by side ends before the next one begins."""
 

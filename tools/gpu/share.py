@@ -109,11 +109,11 @@ def turns(tokens: int, experts: int, top_k: int, device: torch.device) -> Tensor
     return chosen.to(device)
 
 
-def pin_torch(device: torch.device) -> dict[str, str]:
+def pin_torch(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
     """Use what torch alone has for every operation: no Triton, no package; return the names."""
     names = {}
     for operation in ALL:
-        call = training_call(operation, device, torch.bfloat16, documents=False)
+        call = training_call(operation, device, dtype, documents=False)
         fit = [b for b in operation.backends if not b.packages and b.unfit(call) is None]
         name = BEFORE.get(operation.name, fit[0].name)
         operation.pin(name)

@@ -1,14 +1,17 @@
 """Stage 9: decoding with the share's weights in bfloat16: milliseconds a token at batch 1 and 8."""
 
 import time
+from collections import Counter
 
 import torch
+from kernels_of import host_waits, profile
 from share import build, share
 from stage import Stage, parser
 
 from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.engine import Engine
 from nemotron.generate.sampling import Sampling
+from nemotron.model.cache import Cache
 
 PROMPT, NEW, BATCHES = 128, 64, (1, 8)
 
@@ -40,6 +43,21 @@ def main() -> None:
                     floor_ms=round(_floor(stage, engine, rows), 3),
                     peak_gib=round(stage.clock.peak_gib(), 2),
                 )
+            with stage.attempt(f"batch {rows} kernels"):
+                cache, logits = engine.prefill(prompts)
+                newest = logits.argmax(-1)
+                engine.advance(cache, newest)
+                waits: Counter[str] = Counter()
+                with host_waits(waits):
+                    engine.advance(cache, newest)
+                stage.clock.wait()
+
+                def step(cache: Cache = cache, newest: torch.Tensor = newest) -> None:
+                    engine.advance(cache, newest)
+
+                table = stage.out / f"kernels_decode_{rows}.txt"
+                found_of = profile(step, stage.clock, table, top=6)
+                stage.emit(f"batch {rows} kernels", waits=dict(waits), **found_of)
 
 
 def _floor(stage: Stage, engine: Engine, rows: int) -> float:

@@ -52,10 +52,10 @@ def main() -> None:
     rounded = gradients(config, batch, cpu, torch.bfloat16, balanced=True)
     usual = {"fp32": {}, "bf16": errors_of(rounded, expected["bf16"])}
     for backends in ("auto", "torch"):
-        if backends == "torch":
-            pin_torch(stage.device)
         for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
             case = f"{name} {backends}"
+            if backends == "torch":
+                pin_torch(stage.device, dtype or torch.float32)
             with stage.attempt(case):
                 found = gradients(config, batch, stage.device, dtype, balanced=name == "bf16")
                 _compare(stage, case, found, expected[name], EXPECTED[name], usual[name])

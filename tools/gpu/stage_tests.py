@@ -54,7 +54,18 @@ def main() -> None:
 
 
 def _command(files: list[Path], words: list[str], tiny: bool) -> list[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "-rfE", "-p", "no:cacheprovider", "--tb=short"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-rfE",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:benchmark",
+        "--tb=short",
+    ]
     if importlib.util.find_spec("xdist") is not None:
         command += ["-n", "1" if tiny else str(WORKERS)]
     if importlib.util.find_spec("pytest_timeout") is not None:

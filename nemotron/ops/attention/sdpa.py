@@ -1,11 +1,16 @@
 """torch's fused attention; on CPUs each document of a row is a call of its own."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemotron.ops.registry import Backend
+
+WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 def attention(
@@ -45,7 +50,25 @@ def _attend(
     is_causal = length == total and length > 1
     if seq_idx is not None or start is not None or not (is_causal or length == 1):
         mask, is_causal = _seen(length, total, seq_idx, start, q.device), False
-    if length == 1:
+    with _kernels(q):
+        return _call(q, k, v, mask, is_causal)
+
+
+def _kernels(q: Tensor) -> AbstractContextManager[None]:
+    """Keep cuDNN out of generation: it builds a plan for each length of a cache, in 30 ms."""
+    if q.device.type != "cuda" or torch.is_grad_enabled():
+        return nullcontext()
+    return sdpa_kernel(WITHOUT_CUDNN)
+
+
+def _call(
+    q: Float[Tensor, "B T Hq Dh"],
+    k: Float[Tensor, "B S Hkv Dh"],
+    v: Float[Tensor, "B S Hkv Dh"],
+    mask: Bool[Tensor, "B 1 T S"] | None,
+    is_causal: bool,
+) -> Float[Tensor, "B T Hq Dh"]:
+    if q.shape[1] == 1:
         # the query heads of a key-value head stand in as queries: torch would copy the keys
         queries = q.view(q.shape[0], k.shape[2], -1, q.shape[3])  # [B, Hkv, R, Dh]
         y = F.scaled_dot_product_attention(queries, k.transpose(1, 2), v.transpose(1, 2), mask)

@@ -226,10 +226,15 @@ def outputs(
         False, P, N,
     )  # fmt: skip
     first = segment * segment_chunks
-    for i in range(tl.minimum(segment_chunks, num_chunks - first)):
+    count = tl.minimum(segment_chunks, num_chunks - first)
+    end = tl.minimum((first + count) * Q, T)
+    # Triton loads B and C ahead, but not x, which serves three products in different layouts
+    next_x = _tokens(x_ptr, x_t, first * Q, end, Q, P)
+    for i in range(count):
         start = (first + i) * Q
+        x = next_x
+        next_x = _tokens(x_ptr, x_t, start + Q, end, Q, P)
         dt, cs, into, out_of, keep = _decays(dt_ptr, dt_t, ids_ptr, A, start, T, Q, SUM)
-        x = _tokens(x_ptr, x_t, start, T, Q, P)
         B = _tokens(B_ptr, B_t, start, T, Q, N).to(DOT)
         C = _tokens(C_ptr, C_t, start, T, Q, N).to(DOT)
         weights = tl.dot(C, tl.trans(B), input_precision="ieee")
