@@ -37,7 +37,7 @@ typed: $(STAMP)  ## Run the tests of model and operations with checked shape typ
 	$(BIN)/python -m pytest tests/ops tests/model --jaxtyping-packages=nemotron.ops,nemotron.model,beartype.beartype
 
 bench: $(STAMP)  ## Compare speed and memory with transformers
-	$(BIN)/python tools/bench.py
+	$(BIN)/python tools/bench/models.py
 
 clean:  ## Remove .venv and caches; runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -69,11 +69,11 @@ def train(
     Launch.of_this_process()  # a mistake there is told before the recipe is read
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
-        from nemotron.train.run import dry_run as describe
+        from nemotron.train.start import dry_run as describe
 
         return describe(loaded.config)
     from nemotron.loading import read_weights
-    from nemotron.train.run import train as run
+    from nemotron.train.start import train as run
 
     return run(
         loaded.config,
@@ -99,7 +99,7 @@ def recipe_show(
 
     loaded = load_recipe(recipe, overrides or [])
     if precision:
-        from nemotron.train.run import describe_precision
+        from nemotron.train.start import describe_precision
 
         for line in describe_precision(loaded.config):
             print(line)
@@ -281,8 +281,8 @@ def data_plan(recipe: RecipeFile, overrides: Overrides = None) -> int:
 
 def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
     from nemotron.recipe.load import load_recipe
-    from nemotron.train.course import plan_course
-    from nemotron.train.run import open_data
+    from nemotron.train.schedule import plan_course
+    from nemotron.train.start import open_data
 
     config = load_recipe(recipe, overrides or []).config
     return open_data(config, plan_course(config))
@@ -340,10 +340,10 @@ def doctor(
 ) -> int:
     """Say what this machine can run, and why not where it cannot."""
     if ranks:
-        from nemotron.doctor_ranks import doctor_ranks
+        from nemotron.doctor.ranks import compare_ranks
 
-        return doctor_ranks(timeout)
-    from nemotron.doctor import doctor as run
+        return compare_ranks(timeout)
+    from nemotron.doctor.machine import doctor as run
 
     return run()
 
@@ -393,7 +393,7 @@ def export(
     ] = 5.0,
 ) -> int:
     """Write the model as a Hugging Face folder, and check it in a fresh process."""
-    from nemotron.hf.command import export as run_export
+    from nemotron.hf.export import export as run_export
 
     return run_export(
         run,
@@ -412,7 +412,7 @@ def import_(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
 ) -> int:
     """Read a Hugging Face folder into a run that can be trained on and exported again."""
-    from nemotron.hf.command import import_ as run_import
+    from nemotron.hf.import_ import import_ as run_import
 
     return run_import(folder, out, overwrite=overwrite)
 

@@ -11,9 +11,10 @@ from nemotron.errors import UserError
 from nemotron.hf.build import build_around
 from nemotron.hf.folder import is_exported, read_folder
 from nemotron.hf.import_ import check_tokenizer
-from nemotron.hf.source import run_of
+from nemotron.hf.tokenizer_files import TOKENIZER
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from nemotron.run.files import RunFiles
 
 
 def load(
@@ -46,8 +47,11 @@ def load_with_tokenizer(
         UserError: when one of them is absent or damaged.
     """
     model, path = load(path, device, dtype), Path(path)
-    home = path if is_exported(path) else run_of(path)
-    if home is None:
+    if is_exported(path):
+        home = path / TOKENIZER
+    elif (run := RunFiles.around(path)) is not None:
+        home = run.tokenizer
+    else:
         raise UserError(f"{path} lies in no run, so its tokenizer is unknown; give a run's folder.")
     return model, Tokenizer(check_tokenizer(home, model.config.vocab_size))
 

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from prepared import write_prepared
 from safetensors.torch import load_file, save_file
 
 from nemotron.cli import run
 from nemotron.recipe.load import load_recipe
-from nemotron.train.run_directory import RunDirectory
+from nemotron.run.folder import RunFolder
+from tests.support.prepared import write_prepared
 
 RECIPE = """\
 name: mine
@@ -571,7 +571,8 @@ def test_numbers_may_be_written_as_people_do(world: Path):
 
 
 def test_a_run_in_use_is_named_with_its_holder(world: Path, capsys: pytest.CaptureFixture):
-    with RunDirectory(load_recipe("mine.yaml", ["name=half"]).config):
+    config = load_recipe("mine.yaml", ["name=half"]).config
+    with RunFolder(config.run_path, config):
         before = snapshot(world)
         assert run(RESUME) == 2
         answer = capsys.readouterr().err

@@ -13,9 +13,8 @@ from nemotron.plan.parameters import total_and_active
 from nemotron.recipe.blend import read_blend
 from nemotron.recipe.load import load_recipe
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import plan_course
 from nemotron.train.flops import count_parameters
-from nemotron.train.schedule import Schedule, build_schedule
+from nemotron.train.schedule import Schedule, build_schedule, plan_course
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 BLENDS = sorted(RECIPES.rglob("blends/*.yaml"))

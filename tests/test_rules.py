@@ -99,19 +99,19 @@ def test_the_one_unpickler_builds_only_what_it_lists():
 def test_no_error_is_swallowed():
     found = broken(swallowed_errors)
     # a tracker's library may raise anything; the log tells of it, and the run goes on
-    assert found.keys() == {"train/trackers.py"}
-    assert len(found["train/trackers.py"]) == 1
+    assert found.keys() == {"run/trackers.py"}
+    assert len(found["run/trackers.py"]) == 1
 
 
 def test_no_value_of_a_run_comes_from_the_environment():
     assert broken(environment).keys() == {
-        "train/provenance.py",  # records some of it
-        "train/redaction.py",  # removes its secrets from what is written
-        "train/trackers.py",  # asks whether there is an account
+        "run/provenance.py",  # records some of it
+        "run/redaction.py",  # removes its secrets from what is written
+        "run/trackers.py",  # asks whether there is an account
         "data/prepare/run.py",  # keeps each of its processes to one core
         "parallel/runtime.py",  # asks which rank it is
-        "train/deterministic.py",  # asks whether cuBLAS was told to be so
-        "doctor_ranks.py",  # asks where the ranks meet
+        "train/reliability/deterministic.py",  # asks whether cuBLAS was told to be so
+        "doctor/ranks.py",  # asks where the ranks meet
         "hf/export.py",  # hands it on to the process that checks the export
     }
 

@@ -26,13 +26,13 @@ from nemotron.checkpoint.find import newest  # noqa: E402
 from nemotron.checkpoint.manifest import CheckpointInfo  # noqa: E402
 from nemotron.checkpoint.metadata import SafeReader  # noqa: E402
 from nemotron.checkpoint.read import load_tensors, read_state  # noqa: E402
-from nemotron.train.metrics import read_metrics  # noqa: E402
+from nemotron.run.metrics import read_metrics  # noqa: E402
 
 WORKER = """
 import json, sys, torch
 torch.set_num_threads(1)
 from nemotron.train.config import PretrainConfig
-from nemotron.train.run import train
+from nemotron.train.start import train
 sys.exit(train(PretrainConfig.model_validate(json.loads(sys.argv[1])), resume=True))
 """
 

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
-from nemotron.train.metrics import Record, read_metrics
+from nemotron.run.metrics import Record, read_metrics
 
 ROOT = Path(__file__).parents[1]
 BASE, FULL = "bf16", "nvfp4"

@@ -4,8 +4,9 @@
 
 Runs one optimizer step of the recipe in a temporary folder and prints, in order, each file of the
 package in which something ran while the recipe was read or the step was made, with the functions
-and the lines on which they begin; then the calls from the loop to a matrix product; then the
-totals beside their targets. Frames of PyTorch are not counted.
+and the lines on which they begin; a star marks those that a person reads to understand the step.
+Then the calls from the step to a matrix product, and the totals beside their targets. Frames of
+PyTorch are not counted.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from nemotron import cli
 from nemotron.model.block import Block
 from nemotron.model.config import LAYER_KINDS
 from nemotron.recipe.load import load_recipe
+from nemotron.train.loop import loop
 from nemotron.train.trainer import Trainer
 
 ROOT = Path(__file__).parents[1]
@@ -34,8 +36,27 @@ DEFAULT = ROOT / "recipes/tiny/smoke.yaml"
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 """Operations of PyTorch that multiply matrices, those inside its fused attention apart."""
 
-FILES, LINES, CALLS = 10, 3000, 6
-"""Most files and lines that a newcomer should meet, and calls from the loop to a product."""
+READ = (
+    "cli.py",
+    "recipe/load.py",
+    "train/start.py",
+    "train/loop.py",
+    "train/trainer.py",
+    "data/loader.py",
+    "data/batch.py",
+    "model/hybrid.py",
+    "model/block.py",
+    "model/mamba2.py",
+    "ops/ssd/__init__.py",
+    "train/loss.py",
+    "train/optimizer.py",
+)
+"""What a person opens to understand the step, with one mixer and one operation for all."""
+
+READ_FILES, READ_LINES, RAN_FILES = 13, 2750, 46
+"""Most files and lines to read, and most files in which anything runs."""
+STEP_CALLS, PROJECTION_CALLS, KERNEL_CALLS = 2, 6, 9
+"""Most calls from the loop to the step, and from there to a projection or another product."""
 
 
 @dataclass
@@ -46,6 +67,8 @@ class Trace:
     """For each file, in order: the functions that ran and the lines on which they begin."""
     layers: dict[Path, set[str]] = field(default_factory=dict)
     """For each file: the layer kinds inside which it ran; empty text means outside of all."""
+    step_calls: int = 0
+    """Calls from the loop to the step."""
     chains: Counter[tuple[str, ...]] = field(default_factory=Counter)
     """Calls from the step to a matrix product, and how often they were made going forward."""
 
@@ -69,8 +92,12 @@ class Recorder:
         if event == "call":
             if code in (load_recipe.__code__, Trainer.train_step.__code__):
                 self._open.append(code)
-                for outer in reversed(package_frames(frame)):
+                outside = package_frames(frame)
+                for outer in reversed(outside):
                     self._note(outer)
+                codes = [outer.f_code for outer in outside]
+                if loop.__code__ in codes:
+                    self.trace.step_calls = codes.index(loop.__code__)
             if code is Block.forward.__code__:
                 self._kinds.append(kind_of(frame.f_locals["self"]))
             if self._open:
@@ -174,8 +201,8 @@ def report(found: Trace) -> str:
     lines = ["files, in the order in which the batch meets them"]
     for number, (path, functions) in enumerate(found.functions.items(), 1):
         names = ", ".join(f"{name}:{line}" for name, line in functions.items())
-        where = path.relative_to(ROOT)
-        lines.append(f"{number:4}  {num_lines([path]):4} lines  {where}  {names}")
+        where, star = path.relative_to(ROOT), "*" if path in read(found) else " "
+        lines.append(f"{number:4} {star} {num_lines([path]):4} lines  {where}  {names}")
     lines += ["", "from the step to a matrix product, going forward"]
     for chain, times in sorted(found.chains.items(), key=lambda item: -len(item[0])):
         lines.append(f"{len(chain) - 1:4} calls {times:4} x  {' > '.join(chain)}")
@@ -188,10 +215,34 @@ def report(found: Trace) -> str:
         if any(kind in kinds for kinds in found.layers.values()):
             parts[f"all, {kind} layers only"] = found.files(kind)
     lines += [f"{part:24}{len(files):8}{num_lines(files):8,}" for part, files in parts.items()]
-    lines.append(f"{'target':24}{FILES:8}{LINES:8,}")
-    calls = [len(chain) - 1 for chain in found.chains]
-    lines += ["", f"calls to a product: {min(calls)} to {max(calls)}, target {CALLS}"]
+    lines += ["", f"{'':24}{'files':>8}{'target':>8}{'lines':>8}{'target':>8}"]
+    for name, files, targets in (
+        ("read", read(found), (f"{READ_FILES}", f"{READ_LINES:,}")),
+        ("ran", found.files(), (f"{RAN_FILES}", "")),
+    ):
+        most_files, most_lines = targets
+        lines.append(
+            f"{name:24}{len(files):8}{most_files:>8}{num_lines(files):8,}{most_lines:>8}".rstrip()
+        )
+    lines += ["", f"{'':40}{'calls':>8}{'target':>8}"]
+    for name, calls, most in (
+        ("from the loop to the step", found.step_calls, STEP_CALLS),
+        ("to a projection of the trunk, at most", longest(found, True), PROJECTION_CALLS),
+        ("to any other product there, at most", longest(found, False), KERNEL_CALLS),
+    ):
+        lines.append(f"{name:40}{calls:8}{most:8}")
     return "\n".join(lines)
+
+
+def read(found: Trace) -> list[Path]:
+    """Return the files to read that the batch met, in the order of `READ`."""
+    return [path for name in READ if (path := Path(PACKAGE) / name) in found.functions]
+
+
+def longest(found: Trace, is_projection: bool) -> int:
+    """Return the most calls from the step to a product of the trunk, by a `Linear` or not."""
+    trunk = (chain for chain in found.chains if "HybridLM.forward" in chain)
+    return max(len(c) - 1 for c in trunk if ("Linear.forward" in c) == is_projection)
 
 
 def main(arguments: list[str]) -> None:

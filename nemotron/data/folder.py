@@ -11,8 +11,7 @@ import xxhash
 from pydantic import Field, ValidationError
 
 from nemotron.data.config import DataConfig, SourceConfig
-from nemotron.data.indexed import Shard
-from nemotron.data.stream import Stream
+from nemotron.data.indexed import Shard, Stream
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.section import Section

@@ -13,36 +13,29 @@ Source: NVIDIA/Megatron-LM: megatron/core/datasets/indexed_dataset.py.
 import mmap
 import os
 import struct
-from array import array
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
-from types import TracebackType
-from typing import BinaryIO, Self
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+import xxhash
+from numpy.typing import NDArray
 
 from nemotron.errors import UserError
-from nemotron.files import sync, sync_folder
 
+ENDS_READ = 4096
+"""Bytes at either end of a shard's files that its identity hangs on, besides their sizes."""
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
 CODES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
 """Id types; the codes 6 and 7 are floating point and hold no ids."""
-LONGEST_DOCUMENT = 2**31 - 1
-"""Tokens; the index holds lengths as int32."""
 MAPPED_AT_ONCE = 512
 """Files that stay mapped, of all shards together."""
 Identity = tuple[int, int, int]
 """Size, time of change and inode of a file."""
 CHECKED_AT_ONCE = 1 << 20
 """Sequences whose offsets are checked together, so that an index never has to fit in memory."""
-
-
-def id_type(vocab_size: int) -> np.dtype:
-    """Return the type in which Megatron stores ids of a vocabulary of this size."""
-    return np.dtype("<u2" if vocab_size < 65500 else "<i4")
 
 
 class Shard:
@@ -229,6 +222,72 @@ class Shard:
                 raise UserError(f"{self.idx} is damaged: document {number} ends before it starts.")
 
 
+class Stream:
+    """Shards end to end; positions count tokens from the first one on."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        """Take open shards; empty ones are left out.
+
+        Raises:
+            UserError: when some shards hold conversations and others do not.
+        """
+        self.shards = [shard for shard in shards if shard.num_tokens]
+        self.ends = np.cumsum([0, *(shard.num_tokens for shard in self.shards)])[1:]
+        self.num_tokens = int(self.ends[-1]) if self.shards else 0
+        self.num_documents = sum(shard.num_documents for shard in self.shards)
+        supervised = [shard.is_supervised for shard in self.shards]
+        self.is_supervised = any(supervised)
+        if self.is_supervised and not all(supervised):
+            missing = self.shards[supervised.index(False)].loss
+            raise UserError(f"{missing} is missing, but other shards have theirs; prepare again.")
+
+    def read(self, start: int, count: int) -> NDArray[np.int64]:
+        """Return `count` tokens from a position on, around the end if need be.
+
+        Raises:
+            UserError: when a shard was changed since it was opened.
+        """
+        found = np.empty(count, np.int64)
+        for number, here, into in self._pieces(start, count):
+            self.shards[number].check_unchanged()
+            found[into] = self.shards[number].tokens[here]
+        return found
+
+    def read_learned(self, start: int, count: int) -> NDArray[np.bool_]:
+        """Return for each of these tokens whether it is learned: all of them, but in chats."""
+        found = np.ones(count, np.bool_)
+        if self.is_supervised:
+            for number, here, into in self._pieces(start, count):
+                found[into] = self.shards[number].learned[here]
+        return found
+
+    def _pieces(self, start: int, count: int) -> list[tuple[int, slice, slice]]:
+        """Return shard, place in the shard and place in the answer of each piece."""
+        pieces, filled = [], 0
+        while filled < count:
+            position = (start + filled) % self.num_tokens
+            number = int(np.searchsorted(self.ends, position, side="right"))
+            shard = self.shards[number]
+            at = position - (int(self.ends[number]) - shard.num_tokens)
+            length = min(shard.num_tokens - at, count - filled)
+            pieces.append((number, slice(at, at + length), slice(filled, filled + length)))
+            filled += length
+        return pieces
+
+    def identity(self) -> str:
+        """Return a hash of the files' sizes and of their first and last bytes."""
+        digest = xxhash.xxh128()
+        for shard in self.shards:
+            for path in (shard.bin, shard.idx):
+                with open(path, "rb") as file:
+                    size = file.seek(0, 2)
+                    digest.update(size.to_bytes(8, "little"))
+                    for at in (0, max(0, size - ENDS_READ)):
+                        file.seek(at)
+                        digest.update(file.read(ENDS_READ))
+        return digest.hexdigest()
+
+
 def _view(
     path: Path, identity: Identity, dtype: str, offset: int, length: int
 ) -> NDArray[np.integer]:
@@ -242,89 +301,3 @@ def _map(path: Path, identity: Identity) -> mmap.mmap:
     """Map a file; those used last stay mapped, because each takes a file descriptor."""
     with open(path, "rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-
-
-class ShardWriter:
-    """Writes a shard, one sequence a document; its files appear when all is written.
-
-    Used as a context manager; when the block raises, nothing is left behind.
-    """
-
-    def __init__(self, prefix: str | Path, dtype: DTypeLike, *, supervised: bool = False) -> None:
-        """Open temporary files beside the prefix."""
-        self.prefix = Path(prefix).absolute()
-        self.dtype = np.dtype(dtype).newbyteorder("<")
-        self.lengths = array("q")
-        self._open_length = 0
-        self._code = {np.dtype(name): code for code, name in CODES.items()}[self.dtype]
-        ends = ("bin", "idx", *(["loss"] if supervised else []))
-        self.files = {end: Path(f"{self.prefix}.{end}") for end in ends}
-        self._parts = {end: Path(f"{self.prefix}.{end}.{os.getpid()}.tmp") for end in ends}
-        self._open = {end: open(part, "wb") for end, part in self._parts.items()}  # noqa: SIM115
-
-    def add(self, tokens: ArrayLike, learned: ArrayLike | None = None) -> None:
-        """Append a document; raises as `extend` does."""
-        self.extend(tokens, learned)
-        self.end_document()
-
-    def extend(self, tokens: ArrayLike, learned: ArrayLike | None = None) -> None:
-        """Append to the open document, so that a long one never has to be there at once.
-
-        Raises:
-            OverflowError: when an id does not fit the type, or the length the index.
-        """
-        tokens = np.asarray(tokens)
-        if self._open_length + len(tokens) > LONGEST_DOCUMENT:
-            raise OverflowError(f"a document of over {LONGEST_DOCUMENT} tokens does not fit")
-        stored = tokens.astype(self.dtype)
-        if not np.array_equal(stored, tokens):
-            raise OverflowError(f"ids up to {tokens.max()} do not fit {self.dtype}")
-        self._open["bin"].write(stored.tobytes())
-        if learned is not None:
-            self._open["loss"].write(np.asarray(learned, np.uint8).tobytes())
-        self._open_length += len(stored)
-
-    def end_document(self) -> None:
-        """Close the open document; the next token belongs to another one."""
-        self.lengths.append(self._open_length)
-        self._open_length = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._write_index(self._open["idx"])
-                for file in self._open.values():
-                    sync(file)
-                for end, part in self._parts.items():
-                    os.replace(part, self.files[end])
-                sync_folder(self.prefix.parent)
-        finally:
-            for file in self._open.values():
-                _close(file)
-            for part in self._parts.values():
-                part.unlink(missing_ok=True)
-
-    def _write_index(self, file: BinaryIO) -> None:
-        count = len(self.lengths)
-        lengths = np.frombuffer(self.lengths, np.int64)
-        ends = np.cumsum(lengths) * self.dtype.itemsize
-        file.write(HEADER.pack(MAGIC, VERSION, self._code, count, count + 1))
-        file.write(lengths.astype("<i4").tobytes())
-        file.write((ends - lengths * self.dtype.itemsize).astype("<i8").tobytes())
-        file.write(np.arange(count + 1, dtype="<i8").tobytes())
-
-
-def _close(file: BinaryIO) -> None:
-    """Close a file that is given up: what a full disk did not take is no second error."""
-    try:
-        file.close()
-    except OSError:
-        os.close(file.fileno())

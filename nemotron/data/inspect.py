@@ -1,6 +1,6 @@
 """Looking at data before a run: what a blend resolves to, documents, duplicates, rows as text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,14 +15,15 @@ from nemotron.data.batch import NO_LABEL
 from nemotron.data.config import DataConfig, SourceConfig, leaves
 from nemotron.data.embedded import damaged_files
 from nemotron.data.folder import read_manifest
+from nemotron.data.indexed import Stream
 from nemotron.data.loader import TrainingData
 from nemotron.data.plan import wide_console
-from nemotron.data.stream import Stream
 from nemotron.data.timeline import single_phase
 from nemotron.errors import UserError
 
 DONE = 0
 SOURCES_SHOWN = 50
+SOURCES_DRAWN = 20
 SHOWN_CHARACTERS = 600
 """Of a row, from each end of it half."""
 IDS_AT_ONCE = 1 << 22
@@ -98,7 +99,7 @@ def inspect(
     for row in range(min(rows, data.num_rows(step))):
         console.print(show_row(data, step, row))
     if plots is not None:
-        from nemotron.data.plots import draw
+        from nemotron.data.inspect import draw
 
         for path in draw(data, found, plots):
             console.print(f"drawn: {path}")
@@ -174,6 +175,40 @@ def show_row(data: TrainingData, step: int, row: int) -> Text:
             text.append(f"\n──── document {documents[at]}\n", style="cyan")
         start = at
     return text
+
+
+def draw(data: TrainingData, found: Mapping[str, Statistics], folder: Path) -> list[Path]:
+    """Write `lengths.png` and `shares.png` into a folder.
+
+    Raises:
+        UserError: when matplotlib is not installed.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError(
+            "--plots needs matplotlib; install it with: pip install matplotlib."
+        ) from None
+    folder.mkdir(parents=True, exist_ok=True)
+    lengths = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = lengths.subplots()
+    for name, facts in list(found.items())[:SOURCES_DRAWN]:
+        if len(facts.lengths):
+            counts, edges = np.histogram(np.log2(np.maximum(facts.lengths, 1)), bins=40)
+            axes.stairs(counts / counts.sum(), 2**edges, label=name)
+    axes.set(xscale="log", xlabel="tokens in a document", ylabel="share of the documents")
+    axes.legend()
+    shares = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = shares.subplots()
+    read = data.tokens_read(data.timeline.num_steps)
+    largest = sorted(read, key=lambda name: -read[name])[:SOURCES_DRAWN]
+    axes.barh(largest, [read[name] / max(1, sum(read.values())) for name in largest])
+    axes.invert_yaxis()
+    axes.set(xlabel="share of the run's tokens")
+    paths = [folder / "lengths.png", folder / "shares.png"]
+    for figure, path in zip((lengths, shares), paths, strict=True):
+        figure.savefig(path, dpi=120)
+    return paths
 
 
 def _print_sources(console: Console, data: TrainingData, found: dict[str, Statistics]) -> None:

@@ -10,9 +10,9 @@ from nemotron.data.config import DataConfig, SourceConfig
 from nemotron.data.embedded import prepare_embedded
 from nemotron.data.fingerprint import check_same_data
 from nemotron.data.folder import TokenSet, open_source
+from nemotron.data.indexed import Stream
 from nemotron.data.mixture import Mixtures
 from nemotron.data.source import HeldOut, Source
-from nemotron.data.stream import Stream
 from nemotron.data.timeline import RowLength, Timeline
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.errors import UserError

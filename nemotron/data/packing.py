@@ -13,7 +13,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from nemotron.data.config import PackingConfig
-from nemotron.data.stream import Stream
+from nemotron.data.indexed import Stream
 from nemotron.files import locked, sync, sync_folder, write_json
 
 log = logging.getLogger(__name__)

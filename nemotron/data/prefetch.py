@@ -3,8 +3,11 @@
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 from nemotron.data.batch import Batch
+from nemotron.data.config import DataConfig
+from nemotron.data.loader import TrainingData, rows_of_rank
 
 
 class Prefetcher:
@@ -37,3 +40,36 @@ class Prefetcher:
     def _load(self, step: int) -> Batch:
         batch = self._read(step)
         return batch.pin() if self._pin else batch
+
+
+class OwnRows:
+    """The rows of each step that one reader of several reads, with the targets that it needs."""
+
+    def __init__(
+        self,
+        config: DataConfig,
+        data: TrainingData,
+        *,
+        reader: int,
+        num_readers: int,
+        num_steps: int,
+        num_depths: int,
+        pin: bool,
+    ) -> None:
+        """Read targets for `num_depths` tokens beyond the next, and no step from `num_steps` on."""
+        self._config, self._data, self._depths = config, data, num_depths
+        self._reader, self._num_readers = reader, num_readers
+        self._ahead = Prefetcher(
+            self._read, depth=config.prefetch_steps, num_steps=num_steps, pin=pin
+        )
+
+    def take(self, step: int) -> Batch:
+        """Return the rows of a step; whatever was wrong with reading them is raised here."""
+        return self._ahead.take(step)
+
+    def _read(self, step: int) -> Batch:
+        rows = rows_of_rank(self._data.num_rows(step), self._reader, self._num_readers)
+        batch = self._data.batch(step, rows)
+        if not self._config.reset_documents:
+            batch = replace(batch, seq_idx=None)
+        return batch.look_ahead(self._depths)

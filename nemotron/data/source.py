@@ -1,6 +1,7 @@
 """The rows of one source: a shuffled order of them for each pass, computed for any row."""
 
 import logging
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,12 +13,14 @@ from numpy.typing import NDArray
 from nemotron.data.batch import Row
 from nemotron.data.config import DataConfig
 from nemotron.data.folder import TokenSet
-from nemotron.data.order import permute
+from nemotron.data.indexed import Stream
 from nemotron.data.packing import RowPlan, plan_rows
-from nemotron.data.stream import Stream
 from nemotron.errors import UserError
 
 log = logging.getLogger(__name__)
+
+ROUNDS = 6
+"""Of the network that shuffles; two rounds are far from uniform, a test says."""
 
 
 @dataclass(frozen=True)
@@ -172,3 +175,21 @@ def row_reader(
     if packing.kind != "concatenate":
         plan = plan_rows(stream, identity(), seq_len + 1, packing, Path(data.cache))
     return RowReader(stream, seq_len, limit, plan, data.objective == "samples")
+
+
+def permute(index: int, size: int, key: int) -> int:
+    """Return where the permutation named by `key` (64 bits) sends `index`.
+
+    A Feistel network permutes the next even power of two; indices that land outside the range
+    walk on until they land inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains").
+    """
+    half = max(1, (size - 1).bit_length() + 1 >> 1)
+    mask = (1 << half) - 1
+    while True:
+        left, right = index >> half, index & mask
+        for number in range(ROUNDS):
+            mixed = xxhash.xxh64_intdigest(struct.pack("<BQ", number, right), key)
+            left, right = right, left ^ (mixed & mask)
+        index = left << half | right
+        if index < size:
+            return index

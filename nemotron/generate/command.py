@@ -3,14 +3,13 @@
 import sys
 from collections.abc import Sequence
 
-import torch
-
 from nemotron.data.tokenizer import Tokenizer
+from nemotron.device import find_device
 from nemotron.errors import UserError
+from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.engine import Engine
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.text import TextStream
-from nemotron.generate.weights import prepare_weights
 from nemotron.model.hybrid import HybridLM
 
 
@@ -61,21 +60,3 @@ def generate(
 def _is_text(prompt: str) -> bool:
     """Say whether a word of the command line was UTF-8; Python keeps other bytes as surrogates."""
     return not any("\ud800" <= character <= "\udfff" for character in prompt)
-
-
-def find_device(name: str) -> torch.device:
-    """Return the device of that name; `auto` is the GPU when there is one.
-
-    Raises:
-        UserError: when there is no such device here.
-    """
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    kind, _, index = name.partition(":")
-    if kind == "cpu" and not index:
-        return torch.device(name)
-    count = torch.cuda.device_count()
-    if kind == "cuda" and (not index or (index.isdigit() and int(index) < count)) and count:
-        return torch.device(name)
-    known = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
-    raise UserError(f"device = {name} is not on this machine; use {', '.join(known)}.")

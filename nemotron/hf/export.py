@@ -7,17 +7,62 @@ import sys
 from pathlib import Path
 
 from nemotron.errors import UserError
-from nemotron.files import sync_folder, write_json, write_text
+from nemotron.files import write_json, write_text
 from nemotron.hf.config import to_hf
 from nemotron.hf.folder import CONFIG
 from nemotron.hf.model_card import model_card
 from nemotron.hf.names import disk_tensors
 from nemotron.hf.shards import INDEX, write_shards
-from nemotron.hf.source import CheckpointSource
+from nemotron.hf.source import CheckpointSource, open_checkpoint
+from nemotron.hf.target import fresh_beside, publish, refuse_taken
 from nemotron.hf.tokenizer_files import write_tokenizer_files
+from nemotron.run.files import RunFiles
 
 MAX_SHARD_BYTES = 5_000_000_000
 """Size that a shard does not exceed, as on the hub."""
+
+
+def export(
+    run: str | Path,
+    out: str | Path | None = None,
+    *,
+    overwrite: bool = False,
+    mamba_fp32: bool = False,
+    check: bool = True,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> int:
+    """Write the newest whole checkpoint of a run in the layout of released checkpoints.
+
+    `out` is the run's folder `export` when absent. All is written beside it and takes its place
+    once the check, in a process of its own, has passed. Returns the exit code: 1 if it has not.
+
+    Raises:
+        UserError: when there is no checkpoint or the target may not be written; nothing is.
+    """
+    source = open_checkpoint(Path(run))
+    for line in source.skipped:
+        print(line)
+    if source.run is None:
+        raise UserError(f"{run} lies in no run, so its tokenizer is unknown; give a run's folder.")
+    target = Path(out) if out is not None else source.run.path / "export"
+    check_target(target, source, overwrite=overwrite)
+    partial = fresh_beside(target)
+    try:
+        tensors, size = write_folder(
+            source, source.run, partial, mamba_fp32=mamba_fp32, max_shard_bytes=max_shard_bytes
+        )
+        print(f"wrote {tensors:,} tensors, {size:,} bytes, of {source.info.folder}")
+        failed = check and not run_selfcheck(partial, source)
+        if failed:
+            target = target.with_name(f"{target.name}.failed")
+        publish(partial, target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    if failed:
+        print(f"failed: the check did not pass; the files are in {target} for inspection")
+        return 1
+    print(f"exported to {target}")
+    return 0
 
 
 def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> None:
@@ -33,24 +78,8 @@ def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> 
     refuse_taken(target, INDEX, overwrite=overwrite)
 
 
-def refuse_taken(target: Path, mark: str, *, overwrite: bool) -> None:
-    """Refuse a folder that holds something, unless it may be replaced and holds `mark`.
-
-    Raises:
-        UserError: saying what would help.
-    """
-    if target.is_file():
-        raise UserError(f"{target} is a file; give the name of a folder.")
-    if not target.is_dir() or not any(target.iterdir()):
-        return
-    if not overwrite:
-        raise UserError(f"{target} exists already; add --overwrite to replace it.")
-    if not (target / mark).exists():
-        raise UserError(f"{target} has no {mark}, so it is not replaced; choose another folder.")
-
-
 def write_folder(
-    source: CheckpointSource, run: Path, folder: Path, *, mamba_fp32: bool, max_shard_bytes: int
+    source: CheckpointSource, run: RunFiles, folder: Path, *, mamba_fp32: bool, max_shard_bytes: int
 ) -> tuple[int, int]:
     """Write every file of the export into an existing folder; returns tensors and their bytes.
 
@@ -73,15 +102,3 @@ def run_selfcheck(folder: Path, source: CheckpointSource) -> bool:
         [*command, str(source.info.folder)], env=os.environ | {"PYTHONPATH": path}, check=False
     )
     return finished.returncode == 0
-
-
-def publish(partial: Path, target: Path) -> None:
-    """Put the finished folder in its place; what was there goes when the new one has come."""
-    sync_folder(partial)
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    partial.rename(target)
-    sync_folder(target.parent)
-    shutil.rmtree(old, ignore_errors=True)

@@ -1,57 +1,92 @@
 """Making a run out of a folder in Hugging Face's layout."""
 
-import datetime
-import secrets
+import shutil
 from pathlib import Path
 
 from nemotron.checkpoint.read import MODEL_PREFIX
-from nemotron.checkpoint.write import save
+from nemotron.checkpoint.write import CheckpointNotSaved, save
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.files import hash_file, write_bytes, write_json
-from nemotron.hf.folder import CONFIG, LoadedFolder
-from nemotron.hf.tokenizer_files import KEPT_FOLDER, TOKENIZER, read_kept_files, read_tokenizer
+from nemotron.files import hash_file, write_bytes
+from nemotron.hf.folder import CONFIG, LoadedFolder, is_exported, read_folder
+from nemotron.hf.target import fresh_beside, publish, refuse_taken
+from nemotron.hf.tokenizer_files import TOKENIZER, read_kept_files, read_tokenizer
+from nemotron.run.files import RunFiles
+from nemotron.run.provenance import record_import
 
 STEP = 0
 """Step of an imported checkpoint: nothing was trained here yet."""
 
 
-def check_tokenizer(folder: Path, vocab_size: int) -> bytes:
-    """Return the folder's `tokenizer.json` after a look into it.
+def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> int:
+    """Make a run out of a folder of safetensors: a checkpoint, its tokenizer and provenance.
+
+    Returns the exit code.
+
+    Raises:
+        UserError: when the folder is not exactly what its `config.json` says, or `out` is taken;
+            nothing is written.
+    """
+    origin, target = Path(folder), Path(out)
+    if not is_exported(origin):
+        raise UserError(
+            f"{origin / CONFIG} does not exist; give a folder in Hugging Face's layout."
+        )
+    refuse_taken(target, RunFiles(target).companions.name, overwrite=overwrite)
+    loaded = read_folder(origin)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = fresh_beside(target)
+    except OSError as error:
+        raise UserError(f"{target} cannot be made: {error.strerror}; choose another.") from error
+    try:
+        notes = write_run(origin, loaded, RunFiles(partial))
+        publish(partial, target)
+    except CheckpointNotSaved as problem:
+        print(f"failed: {problem}")
+        return 1
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    for note in (*loaded.notes, *notes):
+        print(f"note: {note}")
+    print(f"imported {len(loaded.weights):,} tensors to {target}")
+    return 0
+
+
+def check_tokenizer(path: Path, vocab_size: int) -> bytes:
+    """Return the content of a `tokenizer.json` after a look into it.
 
     Raises:
         UserError: when it is absent, no tokenizer, or has more tokens than the model.
     """
-    content = read_tokenizer(folder)
+    content = read_tokenizer(path)
     try:
         tokenizer = Tokenizer(content)
     except ValueError as error:
-        raise UserError(f"{folder / TOKENIZER} is no tokenizer.json: {error}.") from None
+        raise UserError(f"{path} is no tokenizer.json: {error}.") from None
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{folder / TOKENIZER} has {tokenizer.vocab_size} tokens, vocab_size in {CONFIG} is "
+            f"{path} has {tokenizer.vocab_size} tokens, vocab_size in {CONFIG} is "
             f"{vocab_size}; this is not the tokenizer of the model."
         )
     return content
 
 
-def write_run(folder: Path, loaded: LoadedFolder, run: Path) -> list[str]:
-    """Fill the empty folder `run` with checkpoint, tokenizer and provenance; returns notes.
+def write_run(folder: Path, loaded: LoadedFolder, run: RunFiles) -> list[str]:
+    """Fill the empty folder of `run` with checkpoint, tokenizer and provenance; returns notes.
 
     Raises:
         UserError: when the folder's small files are no JSON, or its tokenizer does not fit.
     """
-    tokenizer = check_tokenizer(folder, loaded.config.vocab_size)
+    tokenizer = check_tokenizer(folder / TOKENIZER, loaded.config.vocab_size)
     kept, notes = read_kept_files(folder)
-    write_bytes(run / TOKENIZER, tokenizer)
-    (run / KEPT_FOLDER).mkdir()
+    write_bytes(run.tokenizer, tokenizer)
+    run.companions.mkdir()
     for name, content in kept.items():
-        write_bytes(run / KEPT_FOLDER / name, content)
-    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+        write_bytes(run.companions / name, content)
     files = {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
-    origin = {"from": folder.name, "time": now, "xxh128": files, "notes": list(loaded.notes)}
-    provenance = {"id": secrets.token_hex(4), "starts": [], "imported": origin}
-    write_json(run / "provenance.json", provenance)
+    facts = {"from": folder.name, "xxh128": files, "notes": list(loaded.notes)}
+    origin = record_import(run.provenance, facts)
     tensors = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in loaded.weights.items()}
-    save(run / "checkpoints", STEP, tensors, {"imported": origin}, loaded.config, keep=1)
+    save(run.checkpoints, STEP, tensors, {"imported": origin}, loaded.config, keep=1)
     return notes

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-from pathlib import Path
 from typing import Any
 
 from nemotron.checkpoint.manifest import CheckpointInfo
@@ -10,6 +9,7 @@ from nemotron.checkpoint.read import read_state
 from nemotron.hf.build import build_on_meta
 from nemotron.hf.source import CheckpointSource
 from nemotron.model.config import LAYER_KINDS, ModelConfig
+from nemotron.run.files import RunFiles
 
 HEADER = """---
 library_name: transformers
@@ -40,7 +40,7 @@ or, with the package that wrote it: `model = nemotron.load(FOLDER)`, then
 def model_card(source: CheckpointSource) -> str:
     """Return the text of the model card."""
     sections = [
-        f"# {source.run.name if source.run else source.info.folder.name}\n",
+        f"# {source.run.path.name if source.run else source.info.folder.name}\n",
         "A language model with the NemotronH architecture, written by `nemotron-train`.\n",
         _table("Architecture", _architecture(source.config)),
         _table("Training", _training(source.info, source.run)),
@@ -63,7 +63,7 @@ def _architecture(config: ModelConfig) -> list[tuple[str, object]]:
     return [*rows, ("vocabulary", f"{config.vocab_size:,}"), ("hidden size", config.hidden_size)]
 
 
-def _training(info: CheckpointInfo, run: Path | None) -> list[tuple[str, object]]:
+def _training(info: CheckpointInfo, run: RunFiles | None) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [("step", f"{info.step:,}")]
     state = read_state(info)
     if "trainer" in state:
@@ -79,7 +79,7 @@ def _training(info: CheckpointInfo, run: Path | None) -> list[tuple[str, object]
     rows += [(key, data[key]) for key in ("seed", "data.tokenizer", "data.seq_len") if key in data]
     if run is None:
         return rows
-    recipe, provenance = run / "recipe.yaml", run / "provenance.json"
+    recipe, provenance = run.recipe, run.provenance
     if recipe.is_file():
         rows.append(("recipe (sha256)", f"`{hashlib.sha256(recipe.read_bytes()).hexdigest()}`"))
     if provenance.is_file():

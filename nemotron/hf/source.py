@@ -12,6 +12,7 @@ from nemotron.checkpoint.read import MODEL_PREFIX, load_tensors, read_model_conf
 from nemotron.hf.build import shapes
 from nemotron.hf.names import DiskTensor
 from nemotron.model.config import ModelConfig
+from nemotron.run.files import RunFiles
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,9 @@ class CheckpointSource:
     skipped: tuple[str, ...] = ()
 
     @property
-    def run(self) -> Path | None:
-        """The run's folder, when the checkpoint lies in one."""
-        return run_of(self.info.folder)
+    def run(self) -> RunFiles | None:
+        """The run's files, when the checkpoint lies among them."""
+        return RunFiles.around(self.info.folder)
 
     def reader(self) -> "TensorReader":
         """Return what reads its tensors as they belong on disk."""
@@ -48,15 +49,6 @@ class TensorReader:
             load_tensors(self._info, {MODEL_PREFIX + tensor.source: master})
             self._last = (tensor.source, master)
         return tensor.export(self._last[1])
-
-
-def run_of(path: Path) -> Path | None:
-    """Return the run's folder, given it, its `checkpoints` folder, or one checkpoint."""
-    path = path.absolute()
-    for folder in (path, path.parent, path.parent.parent):
-        if (folder / "checkpoints").is_dir():
-            return folder
-    return None
 
 
 def open_checkpoint(path: Path) -> CheckpointSource:

@@ -9,6 +9,7 @@ import tokenizers
 from nemotron.errors import UserError
 from nemotron.files import write_bytes, write_json
 from nemotron.model.config import ModelConfig
+from nemotron.run.files import RunFiles
 
 TOKENIZER = "tokenizer.json"
 CHAT_TEMPLATE = "chat_template.jinja"
@@ -17,45 +18,40 @@ GENERATION = "generation_config.json"
 KEPT = ("tokenizer_config.json", "special_tokens_map.json", GENERATION, CHAT_TEMPLATE)
 """Files of an imported folder that its run keeps, and an export of that run writes again."""
 
-KEPT_FOLDER = "hf"
-"""Where a run keeps them."""
 
-
-def write_tokenizer_files(run: Path, target: Path, config: ModelConfig) -> None:
+def write_tokenizer_files(run: RunFiles, target: Path, config: ModelConfig) -> None:
     """Write the tokenizer and its companions: those the run was imported with, else our own.
 
     Raises:
         UserError: when the run has no tokenizer, or one with more tokens than the model.
     """
-    content = read_tokenizer(run)
+    content = read_tokenizer(run.tokenizer)
     tokenizer = tokenizers.Tokenizer.from_str(content.decode())
     largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
     if largest >= config.vocab_size:
         raise UserError(
-            f"{run / TOKENIZER} has token id {largest}, vocab_size is {config.vocab_size}; "
+            f"{run.tokenizer} has token id {largest}, vocab_size is {config.vocab_size}; "
             f"this is not the tokenizer of the model."
         )
     write_bytes(target / TOKENIZER, content)
     for name, values in _own_files(tokenizer, config).items():
         write_json(target / name, values)
     for name in KEPT:
-        kept = run / KEPT_FOLDER / name
+        kept = run.companions / name
         if kept.is_file():
             write_bytes(target / name, kept.read_bytes())
 
 
-def read_tokenizer(run: Path) -> bytes:
-    """Return the content of the run's `tokenizer.json`.
+def read_tokenizer(path: Path) -> bytes:
+    """Return the content of a `tokenizer.json`.
 
     Raises:
         UserError: when there is none.
     """
     try:
-        return (run / TOKENIZER).read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
-        raise UserError(
-            f"{run / TOKENIZER} does not exist; the model needs its tokenizer."
-        ) from None
+        raise UserError(f"{path} does not exist; the model needs its tokenizer.") from None
 
 
 def read_kept_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:

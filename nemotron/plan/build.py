@@ -11,7 +11,7 @@ from nemotron.plan.job import Job
 from nemotron.plan.throughput import FITTED, ON_CPU, Constants, predict, stated_efficiency
 from nemotron.plan.work import flops_by_format
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import plan_course
+from nemotron.train.schedule import plan_course
 
 
 @dataclass(frozen=True)

@@ -1,12 +1,11 @@
 """Systems that a run may be planned for: peaks, memory and links of one accelerator."""
 
-import os
 from dataclasses import dataclass
 
 import torch
 
+from nemotron.device import host_memory, measure_matmul_peak
 from nemotron.errors import UserError
-from nemotron.train.flops import measure_matmul_peak
 
 T = 1e12
 GB = 1e9
@@ -127,7 +126,7 @@ def find_hardware(name: str, processes: int) -> Hardware:
 def _this_machine(processes: int) -> Hardware:
     """Measure this machine's matrix product; its links are a guess at what gloo moves."""
     device = torch.device("cpu")
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    memory = host_memory()
     peaks = {
         name: measure_matmul_peak(device, dtype) / processes
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))

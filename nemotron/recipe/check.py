@@ -6,10 +6,9 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from nemotron.errors import UserError
-from nemotron.recipe.explain import place_of
-from nemotron.recipe.read import Path_
+from nemotron.recipe.read import Path_, place_of
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import Course, plan_course
+from nemotron.train.schedule import Course, plan_course
 
 Finding = tuple[str, str]
 """A dotted key and what is wrong with it."""

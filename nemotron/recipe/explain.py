@@ -6,7 +6,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
-from nemotron.recipe.read import Path_
+from nemotron.recipe.read import Path_, place_of
 from nemotron.train.config import PretrainConfig
 
 EXPECTED = {
@@ -57,14 +57,6 @@ def explain(error: ValidationError, places: dict[Path_, str], source: str) -> st
         rule = problem["msg"].replace("Input should", "must").replace("Value should", "must")
         rule = rule.replace("String should", "must").replace("Tuple should", "must")
     return f"{place_of(places, path, source)}: {key} = {_short(value)} {rule}{_end(rule)}"
-
-
-def place_of(places: dict[Path_, str], path: Path_, source: str) -> str:
-    """Return `file:line` of the key, or of the nearest mapping around it that was written."""
-    for length in range(len(path), 0, -1):
-        if path[:length] in places:
-            return places[path[:length]]
-    return source
 
 
 def _end(rule: str) -> str:

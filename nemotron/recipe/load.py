@@ -17,7 +17,6 @@ from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check
 from nemotron.recipe.explain import explain
 from nemotron.recipe.read import Document, Path_, parse_yaml, plain_scalar, read_yaml
-from nemotron.recipe.shorthand import expand_precision
 from nemotron.train.config import PretrainConfig
 
 COMMAND_LINE = "command line"
@@ -43,7 +42,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     for override in overrides:
         change = _read_override(override)
         insert_blends(change, Path())
-        expand_precision(change)
+        _expand_precision(change)
         _merge(document, change)
     values = _resolve(document)
     try:
@@ -64,7 +63,7 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> Document:
         raise UserError(f"{chain[-1]}: extends names a file that does not exist: {links}.")
     own = read_yaml(path)
     insert_blends(own, path.parent)
-    expand_precision(own)
+    _expand_precision(own)
     place = own.places.get(("extends",), str(path))
     own.places = {key: line for key, line in own.places.items() if key[0] != "extends"}
     bases = own.values.pop("extends", [])
@@ -92,6 +91,18 @@ def _read_override(text: str) -> Document:
     for part in reversed(parts):
         parsed = {part: parsed}
     return Document(parsed, places)
+
+
+def _expand_precision(document: Document) -> None:
+    """Replace `precision: NAME` by the preset of that name in bfloat16, or by plain `fp32`."""
+    name = document.values.get("precision")
+    if not isinstance(name, str) or "$" in name:
+        return
+    is_plain = name == "fp32"
+    keys = {"compute": "fp32" if is_plain else "bf16", "preset": "bf16" if is_plain else name}
+    document.values["precision"] = keys
+    place = document.places[("precision",)]
+    document.places |= {("precision", key): place for key in keys}
 
 
 def _unwrap(value: Any) -> Any:

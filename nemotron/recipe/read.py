@@ -89,6 +89,14 @@ def parse_yaml(text: str, source: str) -> Any:  # Any: whatever the text holds
         raise UserError(f"{source}: {problem[:200]}; correct the YAML there.") from error
 
 
+def place_of(places: dict[Path_, str], path: Path_, source: str) -> str:
+    """Return `file:line` of the key, or of the nearest mapping around it that was written."""
+    for length in range(len(path), 0, -1):
+        if path[:length] in places:
+            return places[path[:length]]
+    return source
+
+
 def _plain(value: Any, source: str, path: Path_, places: dict[Path_, str]) -> Any:
     """Turn the parser's types into plain ones and note where each key stands."""
     if isinstance(value, CommentedMap):

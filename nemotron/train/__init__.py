@@ -1,1 +1,1 @@
-"""The trainer: loss, optimizer, schedule, metrics and the loop."""
+"""The trainer: loss, optimizer, schedule and the loop."""

@@ -1,5 +1,6 @@
 """The trainer's own sections and the configuration of a whole pre-training run."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
@@ -246,6 +247,11 @@ class PretrainConfig(Section):
     """Trackers."""
     reliability: ReliabilityConfig = ReliabilityConfig()
     """Steps, ranks and replicas that go wrong."""
+
+    @property
+    def run_path(self) -> Path:
+        """The run's folder."""
+        return Path(self.output) / self.name
 
     def rows_at_once(self, seq_len: int, micro_batch: int | None = None) -> int:
         """Return the rows of a portion: as many tokens as `micro_batch` rows of `data.seq_len`."""

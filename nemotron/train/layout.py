@@ -1,10 +1,28 @@
-"""Whether a recipe's layout over processes is possible, before anything starts."""
+"""Whether a recipe's layout over processes is possible, and what each rank of it will hold.
 
+Sizes alone say it: no process group is needed.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nemotron.data.loader import rows_of_rank
 from nemotron.errors import UserError
+from nemotron.model.hybrid import HybridLM
+from nemotron.model.init import STACKED
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.dims import Finding, ParallelDims, resolve_dims, violations
+from nemotron.parallel.stages import cut, split_stages
+from nemotron.parallel.tensor import PLACEMENTS, part_of
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import Course
+from nemotron.train.loss import num_depths
+from nemotron.train.schedule import Course
+
+FEW = 16
+"""Ranks up to which each has a line of its own; of more, those of a pipeline stage share one."""
 
 
 def findings(config: PretrainConfig, course: Course, dims: ParallelDims) -> list[Finding]:
@@ -42,3 +60,136 @@ def check_layout(config: PretrainConfig, course: Course, world: int) -> Parallel
         more = f" ({len(others)} more: `nemotron plan` lists them)" if others else ""
         raise UserError(f"{key} {problem}{more}")
     return dims
+
+
+@dataclass(frozen=True)
+class Place:
+    """One rank on every axis of the mesh."""
+
+    rank: int
+    dims: ParallelDims
+
+    @property
+    def tp(self) -> int:
+        return self.rank % self.dims.tp
+
+    @property
+    def cp(self) -> int:
+        return self.rank // self.dims.tp % self.dims.cp
+
+    @property
+    def batch(self) -> int:
+        return self.rank // (self.dims.tp * self.dims.cp) % self.dims.batch
+
+    @property
+    def pp(self) -> int:
+        return self.rank // (self.dims.tp * self.dims.cp * self.dims.batch)
+
+    @property
+    def fsdp(self) -> int:
+        return self.rank // self.dims.tp % self.dims.fsdp
+
+    @property
+    def ep(self) -> int:
+        return self.rank % self.dims.ep
+
+    @property
+    def efsdp(self) -> int:
+        return self.rank // self.dims.ep % self.dims.efsdp
+
+
+def describe_places(config: PretrainConfig, course: Course, dims: ParallelDims) -> Iterator[str]:
+    """Yield a line for each rank, or each group of ranks: layers, rows, places, parameters."""
+    first = course.timeline.phases[0]
+    num_rows = first.tokens_per_step // first.lengths[0].seq_len
+    stages = [_held_layers(config, dims, pp) for pp in range(dims.pp)]
+    models = [_models(config, dims, layers) for layers in stages]
+    size = 1 if dims.world <= FEW else dims.world // dims.pp
+    for start in range(0, dims.world, size):
+        places = [Place(rank, dims) for rank in range(start, start + size)]
+        pp = places[0].pp
+        rows = [rows_of_rank(num_rows, place.batch, dims.batch) for place in places]
+        parts = [
+            f"layers {', '.join(_span(s) for s in stages[pp])}" if dims.pp > 1 else "",
+            f"rows {_span(range(min(r.start for r in rows), max(r.stop for r in rows)))}",
+            *(
+                f"{axis} {_span(sorted({getattr(place, axis) for place in places}))}"
+                for axis in ("cp", "tp", "ep")
+                if getattr(dims, axis) > 1
+            ),
+            # shards only get smaller: the first and the last have most and least
+            _range([_num_held(models[pp], place) for place in (places[0], places[-1])]),
+        ]
+        who = f"rank  {start}" if size == 1 else f"ranks {start}-{start + size - 1}"
+        yield f"{who:<12} {'; '.join(part for part in parts if part)} parameters"
+
+
+def _held_layers(config: PretrainConfig, dims: ParallelDims, pp: int) -> list[range]:
+    """Return the layers of each stage of a rank, of all of which there is one without stages."""
+    if dims.pp == 1:
+        return [range(len(config.model.hybrid_override_pattern))]
+    num_stages = dims.pp * config.parallel.pipeline.stages_per_rank
+    depths = num_depths(config.model, config.loss)
+    layers = split_stages(config.model, config.parallel, num_stages, config.data.seq_len, depths)
+    return layers[pp :: dims.pp]
+
+
+def _models(config: PretrainConfig, dims: ParallelDims, layers: Sequence[range]) -> list[HybridLM]:
+    models, last = [], len(config.model.hybrid_override_pattern)
+    for stage in layers:
+        with torch.device("meta"):
+            model = HybridLM(config.model)
+        if dims.pp > 1:
+            cut(model, stage, is_first=stage.start == 0, is_last=stage.stop == last)
+        models.append(model)
+    return models
+
+
+def _num_held(models: Sequence[HybridLM], place: Place) -> int:
+    return sum(_size(name, shape, place) for m in models for name, shape in _after_tp(m, place))
+
+
+def _after_tp(model: HybridLM, place: Place) -> Iterator[tuple[str, list[int]]]:
+    """Yield the shapes that tensor parallelism leaves of the parameters."""
+    splits = {
+        parameter: PLACEMENTS[type(module)][name]
+        for module in model.modules()
+        if type(module) in PLACEMENTS
+        for name, parameter in module.named_parameters()
+        if name in PLACEMENTS[type(module)]
+    }
+    for name, parameter in model.named_parameters():
+        shape, split = list(parameter.shape), splits.get(parameter)
+        if split is not None and place.dims.tp > 1:
+            part = part_of(parameter.shape, split, model.config, place.tp, place.dims.tp)
+            if part is not None:
+                shape[split.dim] //= place.dims.tp
+        yield name, shape
+
+
+def _size(name: str, shape: list[int], place: Place) -> int:
+    """Return the elements that sharding leaves: of experts over `efsdp`, else over `fsdp`."""
+    dims = place.dims
+    length, others = shape[0], math.prod(shape[1:])
+    if not name.endswith(STACKED):
+        return _chunk(length, dims.fsdp, place.fsdp) * others
+    length //= dims.ep
+    if dims.efsdp > length:  # inside the matrices
+        return length * _chunk(shape[1], dims.efsdp, place.efsdp) * math.prod(shape[2:])
+    return _chunk(length, dims.efsdp, place.efsdp) * others
+
+
+def _chunk(length: int, ranks: int, rank: int) -> int:
+    """Return what a rank has of a dimension that is cut as `torch.chunk` does it."""
+    size = math.ceil(length / ranks)
+    return max(0, min(size, length - rank * size))
+
+
+def _span(numbers: Sequence[int]) -> str:
+    first, last = numbers[0], numbers[-1]
+    return f"{first}" if first == last else f"{first}-{last}"
+
+
+def _range(numbers: Sequence[int]) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"

@@ -1,45 +1,16 @@
 """What is written down about an optimizer step."""
 
 import math
-import resource
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from nemotron.model.router import Router
-from nemotron.train.loss import TokenCounts
-from nemotron.train.metrics import Record
+from nemotron.run.metrics import Record
+from nemotron.train.loss import StepSums, TokenCounts
 from nemotron.train.optimizer import GradientNorms
-from nemotron.train.progress import Progress
 from nemotron.train.state import Skip
-from nemotron.train.sums import StepSums
-
-GIB = float(1 << 30)
-
-
-class Stopwatch:
-    """Seconds of each part of a step, by a clock that cannot go backwards."""
-
-    def __init__(self, device: torch.device, progress: Progress, step: int) -> None:
-        self._device, self._progress, self._step = device, progress, step
-        self.seconds: dict[str, float] = {}
-        self._part: str | None = None
-        self._start = 0.0
-
-    def begin(self, part: str | None) -> None:
-        """End the part so far, waiting for the device first, and begin another, if any."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        if self._part is not None:
-            self.seconds[self._part] = now - self._start
-        self._part, self._start = part, now
-        if part is not None:
-            self._progress.enter(self._step, part)
 
 
 @dataclass(frozen=True)
@@ -106,17 +77,4 @@ def expert_values(routers: Mapping[str, Router], load: Mapping[str, Tensor]) -> 
             bias = routers[layer].e_score_correction_bias
             values[f"{name}/bias_min"] = bias.min().item()
             values[f"{name}/bias_max"] = bias.max().item()
-    return values
-
-
-def memory_values(device: torch.device) -> dict[str, float]:
-    """Return resident memory now and at its peak, and the peak on the GPU, in GiB."""
-    # Linux counts the peak in KiB
-    values = {"mem/peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB}
-    statistics = Path("/proc/self/statm")
-    if statistics.exists():
-        pages = int(statistics.read_text().split()[1])
-        values["mem/rss_gib"] = pages * resource.getpagesize() / GIB
-    if device.type == "cuda":
-        values["mem/gpu_peak_gib"] = torch.cuda.max_memory_allocated(device) / GIB
     return values

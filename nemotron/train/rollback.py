@@ -11,7 +11,8 @@ from pathlib import Path
 
 from nemotron.checkpoint.find import steps
 from nemotron.checkpoint.manifest import CheckpointInfo, DamagedCheckpoint, folder_name, verify
-from nemotron.train.trainer import Diverged, Trainer
+from nemotron.train.state import Diverged
+from nemotron.train.trainer import Trainer
 
 ROLLBACKS = 3
 """How often a run goes back to the same weights before it gives up."""

@@ -1,11 +1,13 @@
-"""The learning rate and the length of a run, as functions of the tokens consumed."""
+"""The phases of a run and the learning rate of every step, from the recipe alone."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from nemotron.data.config import BlendConfig, LengthConfig, leaves
+from nemotron.data.timeline import Phase, RowLength, Timeline
 from nemotron.errors import UserError
-from nemotron.train.config import ScheduleConfig
+from nemotron.train.config import PhaseConfig, PretrainConfig, ScheduleConfig
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "minus_sqrt": lambda r: 1 - math.sqrt(r),
@@ -90,8 +92,144 @@ def build_schedule(config: ScheduleConfig, tokens_per_step: int) -> Schedule:
     return Schedule(config.peak, config.min, warmup, decay, total, shape, tokens_per_step)
 
 
+@dataclass(frozen=True)
+class Course:
+    """What every step reads, and at which rate it learns."""
+
+    timeline: Timeline
+    schedules: tuple[Schedule, ...]
+    """The schedule of each phase: the run's, or one of its own."""
+    counted_from: tuple[int, ...]
+    """For each phase, the tokens of the run that its schedule does not count."""
+
+    @property
+    def num_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return self.timeline.num_steps
+
+    def lr(self, step: int) -> float:
+        """Return the rate of the optimizer step with this index, counted from 0."""
+        phase = self.timeline.phase_of(step)
+        tokens = self.timeline.tokens_before(step) + self.timeline.tokens_per_step(step)
+        return self.schedules[phase].lr_at(tokens - self.counted_from[phase])
+
+
+def plan_course(config: PretrainConfig) -> Course:
+    """Work out phases and rates.
+
+    Raises:
+        UserError: when lengths are missing, do not fit each other or are no whole steps.
+    """
+    tokens_per_step = config.batch.global_tokens
+    if not config.phases:
+        check_rows("batch.global_tokens", tokens_per_step, _lengths(config, None))
+        schedule = build_schedule(config.schedule, tokens_per_step)
+        phase = Phase("all", schedule.num_steps, tokens_per_step, _row_lengths(config, None))
+        return Course(Timeline([phase]), (schedule,), (0,))
+    main, steps = _main_schedule(config)
+    phases, schedules, counted_from = [], [], []
+    tokens = covered = 0
+    for number, (own, num_steps) in enumerate(zip(config.phases, steps, strict=True)):
+        size = own.global_tokens or tokens_per_step
+        check_rows(f"phases.{number}: global_tokens", size, _lengths(config, own))
+        phases.append(Phase(own.name, num_steps, size, _row_lengths(config, own)))
+        length = num_steps * size
+        if own.schedule is None:
+            schedules.append(main)
+            counted_from.append(tokens - covered)
+            covered += length
+        else:
+            alone = own.schedule.model_copy(update={"total_tokens": float(length)})
+            schedules.append(build_schedule(alone, size))
+            counted_from.append(tokens)
+        tokens += length
+    return Course(Timeline(phases), tuple(schedules), tuple(counted_from))
+
+
+def check_rows(key: str, tokens_per_step: int, lengths: Sequence[LengthConfig]) -> None:
+    """Check that the tokens of a step are whole rows.
+
+    Raises:
+        UserError: when they are not, with the nearest number that is.
+    """
+    whole = math.lcm(*(length.seq_len for length in lengths))
+    if tokens_per_step % whole:
+        near = max(1, round(tokens_per_step / whole)) * whole
+        raise UserError(
+            f"{key} = {tokens_per_step} is not divisible by data.seq_len = "
+            f"{' and '.join(str(length.seq_len) for length in lengths)}; the nearest is {near}."
+        )
+
+
 def _length(config: ScheduleConfig, name: str, tokens_per_step: int) -> float | None:
     tokens, steps = getattr(config, f"{name}_tokens"), getattr(config, f"{name}_steps")
     if tokens is not None and steps is not None:
         raise UserError(f"schedule has {name}_tokens and {name}_steps; keep one of them.")
     return tokens if steps is None else float(steps * tokens_per_step)
+
+
+def _lengths(config: PretrainConfig, phase: PhaseConfig | None) -> Sequence[LengthConfig]:
+    """Return the lengths of row of a phase, or of a run without phases."""
+    own = phase or PhaseConfig(name="all")
+    if own.lengths or (not own.seq_len and config.data.lengths):
+        return own.lengths or config.data.lengths
+    return [LengthConfig(seq_len=own.seq_len or config.data.seq_len, share=1.0)]
+
+
+def _row_lengths(config: PretrainConfig, phase: PhaseConfig | None) -> tuple[RowLength, ...]:
+    blend: BlendConfig = (phase and phase.blend) or config.data.blend
+    return tuple(
+        RowLength(length.seq_len, length.share, tuple(leaves(length.blend or blend)))
+        for length in _lengths(config, phase)
+    )
+
+
+def _main_schedule(config: PretrainConfig) -> tuple[Schedule, list[int]]:
+    """Return the run's schedule over the phases without one of their own, and all their steps."""
+    size_of = [phase.global_tokens or config.batch.global_tokens for phase in config.phases]
+    known = list(_given_steps(config, size_of))
+    covered = [i for i, phase in enumerate(config.phases) if phase.schedule is None]
+    schedule = config.schedule
+    for number, steps in enumerate(known):
+        if steps is None and (not covered or number != covered[-1]):
+            raise UserError(
+                f"phases.{number} has no length; give tokens or steps (only the last phase "
+                "without a schedule of its own may go on to the end of the run's schedule)."
+            )
+    given = sum((known[i] or 0) * size_of[i] for i in covered)
+    is_open = bool(covered) and known[covered[-1]] is None
+    has_total = schedule.total_tokens is not None or schedule.total_steps is not None
+    if not has_total and not is_open:
+        schedule = schedule.model_copy(update={"total_tokens": float(max(given, 1))})
+    main = build_schedule(schedule, config.batch.global_tokens)
+    if is_open:
+        left = math.ceil((main.total - given) / size_of[covered[-1]])
+        if left < 1:
+            raise UserError(
+                f"phases.{covered[-1]} has nothing left: the phases before it take {given} of the "
+                f"schedule's {main.total:.0f} tokens; shorten them or lengthen the schedule."
+            )
+        known[covered[-1]] = left
+    elif has_total and round(main.total) != given:
+        raise UserError(
+            f"schedule: its {main.total:.0f} tokens are not the {given} of the phases that follow "
+            "it; remove schedule.total_tokens and total_steps, or the length of the last phase."
+        )
+    return main, [steps or 0 for steps in known]
+
+
+def _given_steps(config: PretrainConfig, size_of: Sequence[int]) -> Iterator[int | None]:
+    """Yield the steps of each phase, None for one that goes on to the end."""
+    for number, (phase, size) in enumerate(zip(config.phases, size_of, strict=True)):
+        if phase.tokens is None:
+            yield phase.steps
+            continue
+        if phase.steps is not None:
+            raise UserError(f"phases.{number} has tokens and steps; keep one of them.")
+        if phase.tokens % size:
+            near = max(1, round(phase.tokens / size))
+            raise UserError(
+                f"phases.{number}: tokens = {phase.tokens:.0f} are no whole steps of {size} "
+                f"tokens; the nearest is {near * size} (steps: {near})."
+            )
+        yield round(phase.tokens / size)

@@ -1,16 +1,30 @@
-"""What a resume needs beside tensors: where the run stands and what it has met."""
+"""What a resume needs: where the run stands, what it has met, and its tensors by name."""
 
 import enum
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
+from torch import Tensor
+
+from nemotron.checkpoint.read import MODEL_PREFIX
+from nemotron.parallel.apply import LocalModel, local_of
+from nemotron.precision.apply import Quantization
+from nemotron.train.optimizer import Optimizer
+
+RNG = "rng.cpu"
+"""Name of the random generator's state in a checkpoint."""
 SPIKE_WINDOW = 128
 """Updates whose losses and gradient norms are remembered to tell a spike."""
 SPIKE_MINIMUM = 32
 """Updates that must be known before a step can be called a spike."""
 SPIKE_SIGMAS = 6.0
 """Standard deviations above the mean from which a loss is reported as a spike."""
+
+
+class Diverged(Exception):
+    """Too many steps were skipped, and nothing is left to try; says which and why."""
 
 
 class Skip(enum.Enum):
@@ -78,6 +92,23 @@ class TrainerState:
     def range_over(self, step: int) -> list[int] | None:
         """Return the entry of `passed_over` in which a step lies."""
         return next((r for r in self.passed_over if r[0] <= step <= r[1]), None)
+
+
+def snapshot(
+    local: LocalModel, optimizer: Optimizer, quantization: Quantization
+) -> dict[str, Tensor]:
+    """Return every tensor that a resume needs, sharing its memory, as what is here of the whole."""
+    moments = optimizer.tensors()
+    tensors = {
+        f"{MODEL_PREFIX}{name}": local.pieces(name, local_of(parameter))
+        for name, parameter in local.parameters().items()
+    }
+    tensors |= {f"{MODEL_PREFIX}{name}": buffer for name, buffer in local.buffers().items()}
+    for key in ("exp_avg", "exp_avg_sq"):
+        for name, moment in moments[key].items():
+            tensors[f"optimizer.{key}.{name}"] = local.pieces(name, moment)
+    tensors |= {f"optimizer.step.{name}": step for name, step in moments["step"].items()}
+    return tensors | quantization.tensors() | {RNG: torch.get_rng_state()}
 
 
 def _is_far_above(value: float, recent: Sequence[float], sigmas: float) -> bool:

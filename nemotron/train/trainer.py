@@ -1,8 +1,8 @@
-"""The training loop: what happens once per step, and the objects that it happens to."""
+"""The trainer: one optimizer step, and the objects that it happens to."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,22 +12,27 @@ from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import lacking, load_tensors, read_state
 from nemotron.data.batch import Batch
 from nemotron.data.loader import TrainingData
+from nemotron.data.prefetch import OwnRows
+from nemotron.device import memory_values
 from nemotron.errors import UserError
+from nemotron.model.block import Block
+from nemotron.model.config import LAYER_KINDS
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
+from nemotron.parallel.apply import LocalModel, distribute
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.mesh import Mesh
 from nemotron.parallel.quantized import connect, token_numbers
 from nemotron.parallel.runtime import Ranks
 from nemotron.precision.apply import Quantization
+from nemotron.precision.apply import apply as apply_precision
 from nemotron.precision.random_bits import Numbers
-from nemotron.train.build import build_model
+from nemotron.run.metrics import Record
+from nemotron.run.signals import StopRequest
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import Course
-from nemotron.train.evaluate import evaluate
-from nemotron.train.faults import Faults
 from nemotron.train.flops import training_flops_per_token
 from nemotron.train.loss import (
+    StepSums,
     TokenCounts,
     count_tokens,
     losses,
@@ -35,7 +40,6 @@ from nemotron.train.loss import (
     objective,
     stage_losses,
 )
-from nemotron.train.metrics import Record
 from nemotron.train.optimizer import (
     GradientNorms,
     Optimizer,
@@ -44,33 +48,16 @@ from nemotron.train.optimizer import (
     parameter_kinds,
     squares_by_kind,
 )
-from nemotron.train.progress import Progress
-from nemotron.train.record import StepResult, Stopwatch, memory_values
-from nemotron.train.replicas import ReplicaCheck
-from nemotron.train.rows import OwnRows
-from nemotron.train.snapshot import RNG, snapshot
-from nemotron.train.state import Skip, TrainerState
-from nemotron.train.stragglers import Stragglers
-from nemotron.train.sums import StepSums
+from nemotron.train.record import StepResult
+from nemotron.train.reliability.faults import Faults
+from nemotron.train.reliability.progress import Progress, Stopwatch
+from nemotron.train.reliability.replicas import ReplicaCheck
+from nemotron.train.schedule import Course
+from nemotron.train.state import RNG, Skip, TrainerState, snapshot
+from nemotron.train.validation import evaluate
 
 SOURCES_LOGGED = 64
 """Sources up to which the tokens read from each are logged."""
-
-
-class Diverged(Exception):
-    """Too many steps were skipped, and nothing is left to try; says which and why."""
-
-
-@dataclass(frozen=True)
-class Hooks:
-    """What the loop calls: to write a line to the metrics or to the screen alone, to save, to go
-    back to before the steps of these indices, to ask whether to stop after so many steps."""
-
-    report: Callable[[Record], None]
-    tell: Callable[[str], None]
-    save: Callable[[], None]
-    go_back: Callable[[Sequence[int]], None]
-    stop: Callable[[int], bool]
 
 
 class Trainer:
@@ -107,94 +94,22 @@ class Trainer:
         self.peak_flops = peak_flops
         reliability = config.reliability
         self._faults = Faults(reliability.faults, self.ranks.rank)
-        self._stragglers = Stragglers(reliability, self.ranks, device)
         every = reliability.check_replicas_every_steps
         self._replicas = ReplicaCheck(self.local, self.optimizer, self.ranks) if every else None
         self._batches = OwnRows(
             config.data,
             data,
-            self.local,
+            reader=self.local.batch_rank,
+            num_readers=dims.batch,
             num_steps=course.num_steps,
             num_depths=self._depths,
             pin=device.type == "cuda",
         )
 
-    def run(self, hooks: Hooks) -> None:
-        """Train to the end of the schedule, or until `hooks.stop` answers yes after a step.
-
-        Raises:
-            Diverged: when `nonfinite_limit` steps in a row were skipped, or going back is no help.
-            ReplicasDiffer: when ranks do not hold alike what they must.
-        """
-        config, num_steps = self.config, self.course.num_steps
-        while (step := self.state.step) < num_steps:
-            is_last = step + 1 == num_steps
-            if (passed := self.state.range_over(step)) is not None:
-                stops = self._pass_over(step, passed, hooks)
-            else:
-                result = self._compute(step, hooks, is_last=is_last)
-                if self._goes_back(result, hooks):
-                    continue
-                stops = result.stop
-            held_out = self.data.validation_domains
-            if held_out and (is_last or due(step, config.evaluation.every_steps)):
-                self.progress.enter(step, "evaluate")
-                hooks.report(self._record("validation", self._validation()))
-            if due(step, config.reliability.check_replicas_every_steps):
-                self.check_replicas()
-            if not is_last and due(step, config.checkpoint.every_steps):
-                hooks.save()
-            if stops or (not self.ranks.grouped and hooks.stop(step + 1)):
-                return
-
-    def _compute(self, step: int, hooks: Hooks, *, is_last: bool) -> StepResult:
-        """Do a step and report it."""
-        if self.quantization.begin(step, 0):
-            text = f"precision: preset {self.quantization.preset} from here on"
-            hooks.report(self._record("event", {"event": text}))
-        result = self.train_step(step, hooks.stop)
-        self._stragglers.add(result.seconds)
-        if is_last or due(step, self.config.logging.every_steps):
-            ranks, slow = self._stragglers.report()
-            hooks.report(self._record("train", self._step_values(step, result) | ranks))
-            if slow is not None:
-                hooks.tell(f"step {step + 1}: {slow}")  # no metric: it depends on the clock
-        for text in result.events():
-            hooks.report(self._record("event", {"event": text}))
-        return result
-
-    def _pass_over(self, step: int, passed: list[int], hooks: Hooks) -> bool:
-        """Count a step of a range that the run went back before; says whether it is to stop."""
-        first, last, origin = passed
-        self.state.pass_over(self.course.timeline.tokens_per_step(step))
-        if step == max(first, origin):
-            text = (
-                f"passing over steps {first + 1} to {last + 1}, with the weights of step {origin}"
-            )
-            hooks.report(self._record("event", {"event": text}))
-        return self.ranks.any(hooks.stop(step + 1))
-
-    def _goes_back(self, result: StepResult, hooks: Hooks) -> bool:
-        """Go back, or give up, when too many of the last steps were skipped."""
-        config, state = self.config, self.state
-        bad = state.bad_within(config.reliability.rollback_window)
-        if (limit := config.reliability.rollback_after) is not None and len(bad) >= limit:
-            hooks.go_back(bad)
-            return True
-        if state.nonfinite_in_a_row + state.spikes_in_a_row >= config.nonfinite_limit:
-            what = "not finite or spikes" if state.spikes_in_a_row else "not finite"
-            raise Diverged(
-                f"{config.nonfinite_limit} steps in a row were {what}, the last one step "
-                f"{state.step}: {'; '.join(result.events())}"
-            )
-        return False
-
-    def train_step(
-        self, step: int, stop: Callable[[int], bool] = lambda steps: False
-    ) -> StepResult:
+    def train_step(self, step: int, stop: StopRequest | None = None) -> StepResult:
         """Do the optimizer step with this index, counted from 0.
 
-        `stop` says whether this rank wants to stop after so many steps; the result, whether any.
+        `stop` says whether this rank is to stop after it; the result, whether any rank is.
         """
         config, watch = self.config, Stopwatch(self.device, self.progress, step)
         watch.begin("data")
@@ -223,7 +138,8 @@ class Trainer:
         self.local.finish_gradients()
         gradients = self.optimizer.gradients()
         squares = squares_by_kind(gradients, self._kind_of, self._kinds)
-        others = torch.cat([squares, squares.new_tensor([stop(step + 1)])])
+        is_asked = stop is not None and stop.is_due(step + 1)
+        others = torch.cat([squares, squares.new_tensor([is_asked])])
         watch.begin("exchange")
         others = sums.add_up(self.ranks, others, counts_loss=self.local.counts_loss)
         norms = GradientNorms(others[:-1], self._kinds)
@@ -324,11 +240,13 @@ class Trainer:
         if self._replicas is not None:
             self._replicas(self.state.step)
 
-    def _record(self, kind: str, values: Record) -> Record:
+    def record(self, kind: str, values: Record) -> Record:
+        """Return a line of the metrics about the steps done."""
         state = self.state
         return {"kind": kind, "step": state.step, "data/tokens": state.tokens, **values}
 
-    def _step_values(self, step: int, result: StepResult) -> Record:
+    def values(self, step: int, result: StepResult) -> Record:
+        """Return the metrics of the step with this index; reading them waits for the device."""
         config = self.config.model
         flops = training_flops_per_token(config, self.data.seq_len(step), self._depths)
         return {
@@ -345,17 +263,13 @@ class Trainer:
         read = self.data.tokens_read(step)
         return {f"data/tokens/{name}": count for name, count in read.items()}
 
-    def _validation(self) -> Record:
+    def validate(self) -> Record:
+        """Return the metrics of the held-out text."""
         budget, rows = self.config.evaluation.tokens, self.config.batch.micro_batch
         values = evaluate(
             self.local, self.data, self.ranks, tokens=budget, rows=rows, progress=self.progress
         )
         return {**values}
-
-
-def due(step: int, every: int | None) -> bool:
-    """Say whether something that comes every so many steps comes after the step of this index."""
-    return every is not None and (step + 1) % every == 0
 
 
 def _reason_to_skip(
@@ -366,3 +280,31 @@ def _reason_to_skip(
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return Skip.NOT_FINITE
     return Skip.SPIKE if skips_spike else None
+
+
+def build_model(
+    config: PretrainConfig, device: torch.device, mesh: Mesh | None = None
+) -> LocalModel:
+    """Build what this rank holds of the recipe's model, with fresh weights."""
+
+    def build() -> HybridLM:
+        # on meta first, so that no memory is spent on what other ranks hold
+        with torch.device("meta"):
+            model = HybridLM(config.model)
+        apply_precision(model, config.precision)
+        for block in model.modules():
+            if isinstance(block, Block):
+                block.recompute = config.recomputes(LAYER_KINDS[block.letter])
+        return model
+
+    local = distribute(
+        build,
+        mesh,
+        config.parallel,
+        seq_len=config.data.seq_len,
+        num_depths=num_depths(config.model, config.loss),
+        device=device,
+    )
+    local.materialise(device)
+    local.init_weights(config.seed)
+    return local

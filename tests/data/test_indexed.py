@@ -18,7 +18,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron.data.indexed import Shard, ShardWriter, id_type
+from nemotron.data.indexed import Shard
+from nemotron.data.prepare.writer import ShardWriter, id_type
 from nemotron.errors import UserError
 
 MEGATRON = Path(__file__).parent / "golden"

@@ -3,10 +3,10 @@
 from pathlib import Path
 
 import pytest
-from prepared import write_prepared
 
 from nemotron.cli import run
 from nemotron.data.inspect import gather_statistics, open_path
+from tests.support.prepared import write_prepared
 
 RECIPE = """\
 extends: {smoke}

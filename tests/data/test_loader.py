@@ -12,15 +12,15 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from prepared import write_ids, write_prepared
 
 from nemotron.data.batch import NO_LABEL
 from nemotron.data.config import DataConfig, SourceConfig, leaves
-from nemotron.data.indexed import ShardWriter
 from nemotron.data.loader import TrainingData, rows_of_rank
+from nemotron.data.prepare.writer import ShardWriter
 from nemotron.data.source import Source
 from nemotron.data.timeline import single_phase
 from nemotron.errors import UserError
+from tests.support.prepared import write_ids, write_prepared
 
 SEQ_LEN, ROWS, EOD = 7, 6, 2
 

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from prepared import write_ids
 
 from nemotron.data.config import DataConfig, PackingConfig, SourceConfig, leaves
-from nemotron.data.indexed import Shard, ShardWriter
+from nemotron.data.indexed import Shard, Stream
 from nemotron.data.loader import TrainingData
 from nemotron.data.packing import best_fit, first_fit, pack_stream, plan_rows
-from nemotron.data.stream import Stream
+from nemotron.data.prepare.writer import ShardWriter
 from nemotron.data.timeline import single_phase
+from tests.support.prepared import write_ids
 
 CAPACITY = 9
 LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=60)

@@ -6,12 +6,12 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from prepared import write_ids
 
 from nemotron.data.config import DataConfig, Leaf, SourceConfig
 from nemotron.data.loader import TrainingData
 from nemotron.data.timeline import Phase, RowLength, Timeline
 from nemotron.errors import UserError
+from tests.support.prepared import write_ids
 
 
 @pytest.fixture(scope="module")

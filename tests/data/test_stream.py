@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron.data.indexed import Shard, ShardWriter
-from nemotron.data.stream import Stream
+from nemotron.data.indexed import Shard, Stream
+from nemotron.data.prepare.writer import ShardWriter
 from nemotron.errors import UserError
 
 SHARDS = [[[1, 2, 3], [], [4]], [[]], [[5, 6, 7, 8, 9]], [[10, 11], [12]]]

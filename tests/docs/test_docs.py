@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import typer.main
-from pages import PAGES, ROOT, Block, Command, blocks, commands, prose, spans
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
@@ -22,6 +21,7 @@ from nemotron.recipe.blend import read_blend
 from nemotron.recipe.load import load_recipe
 from nemotron.train.config import PretrainConfig
 from nemotron.train.flops import count_parameters
+from tests.support.pages import PAGES, ROOT, Block, Command, blocks, commands, prose, spans
 
 COMMANDS = commands()
 OURS = [command for command in COMMANDS if command.words[0] == "nemotron"]

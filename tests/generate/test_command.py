@@ -1,11 +1,10 @@
 """The command: what it prints, and the answers to impossible wishes."""
 
 import pytest
-import torch
 
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
-from nemotron.generate.command import find_device, generate
+from nemotron.generate.command import generate
 from nemotron.generate.engine import Engine
 from nemotron.generate.sampling import Sampling
 from nemotron.model.config import ModelConfig
@@ -76,13 +75,3 @@ def test_several_prompts_are_printed_in_order(
 def test_an_empty_prompt_is_refused(model: HybridLM, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="prompt 2 is empty; give it at least one token"):
         generate(model, tokenizer, ["a", ""], device="cpu")
-
-
-@pytest.mark.parametrize("name", ["gpu", "cpu:1", "cuda:99", "", "cuda:x"])
-def test_an_unknown_device_is_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"device = {name} is not on this machine; use auto, cpu"):
-        find_device(name)
-
-
-def test_auto_is_the_gpu_when_there_is_one() -> None:
-    assert find_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")

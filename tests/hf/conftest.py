@@ -9,7 +9,7 @@ import torch
 
 from nemotron.checkpoint.write import save
 from nemotron.data.tokenizer import load_tokenizer
-from nemotron.hf.command import export
+from nemotron.hf.export import export
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 

@@ -15,7 +15,7 @@ from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.files import hash_file
 from nemotron.hf import selfcheck
-from nemotron.hf.command import export
+from nemotron.hf.export import export
 from nemotron.hf.shards import INDEX
 from nemotron.loading import load
 
@@ -199,7 +199,7 @@ def test_a_failed_check_leaves_the_old_export_alone(
     out = tmp_path / "out"
     assert export(run, out, check=False) == 0
     (out / "mine").write_text("kept")
-    monkeypatch.setattr("nemotron.hf.command.run_selfcheck", lambda *_: False)
+    monkeypatch.setattr("nemotron.hf.export.run_selfcheck", lambda *_: False)
     assert export(run, out, overwrite=True) == 1
     assert (out / "mine").exists()
     assert sorted(os.listdir(tmp_path)) == ["out", "out.failed"]

@@ -13,7 +13,8 @@ from nemotron.checkpoint.find import locate
 from nemotron.checkpoint.read import read_model
 from nemotron.errors import UserError
 from nemotron.files import hash_file
-from nemotron.hf.command import export, import_
+from nemotron.hf.export import export
+from nemotron.hf.import_ import import_
 from nemotron.hf.shards import INDEX
 from nemotron.loading import load
 

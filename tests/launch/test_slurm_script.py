@@ -6,7 +6,8 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from cluster import ROOT, Cluster, both_run, records, state, wait_until
+
+from tests.support.cluster import ROOT, Cluster, both_run, records, state, wait_until
 
 pytestmark = pytest.mark.distributed
 

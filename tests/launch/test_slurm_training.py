@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from cluster import SMOKE, Cluster, Launched, num_logged, state, wait_until
+
+from tests.support.cluster import SMOKE, Cluster, Launched, num_logged, state, wait_until
 
 pytestmark = pytest.mark.distributed
 

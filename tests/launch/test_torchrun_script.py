@@ -6,7 +6,16 @@ import time
 from pathlib import Path
 
 import pytest
-from cluster import STAND_IN, TORCHRUN, Launched, both_run, clean_environment, records, wait_until
+
+from tests.support.cluster import (
+    STAND_IN,
+    TORCHRUN,
+    Launched,
+    both_run,
+    clean_environment,
+    records,
+    wait_until,
+)
 
 pytestmark = pytest.mark.distributed
 

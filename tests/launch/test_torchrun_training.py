@@ -5,7 +5,16 @@ import signal
 from pathlib import Path
 
 import pytest
-from cluster import SMOKE, TORCHRUN, Launched, clean_environment, num_logged, state, wait_until
+
+from tests.support.cluster import (
+    SMOKE,
+    TORCHRUN,
+    Launched,
+    clean_environment,
+    num_logged,
+    state,
+    wait_until,
+)
 
 pytestmark = pytest.mark.distributed
 

@@ -2,11 +2,11 @@
 
 import pytest
 import torch
-from models import build, gradients, tokens
 
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import losses
+from tests.support.models import build, gradients, tokens
 
 # shorter than the convolution, one token, and across the edge of a chunk of 64
 LENGTHS = [2, 1, 3, 70, 20]

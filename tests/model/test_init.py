@@ -2,9 +2,9 @@ import math
 
 import pytest
 import torch
-from models import build_config
 
 from nemotron.model.hybrid import HybridLM
+from tests.support.models import build_config
 
 
 def initial(seed: int = 3, **changes: object) -> dict[str, torch.Tensor]:

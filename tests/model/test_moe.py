@@ -1,9 +1,9 @@
 import pytest
 import torch
-from models import build_config
 
 from nemotron.model import moe
 from nemotron.model.moe import MoE, Sent
+from tests.support.models import build_config
 
 
 def build_layer(**changes: object) -> MoE:

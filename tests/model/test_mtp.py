@@ -2,12 +2,12 @@
 
 import torch
 import torch.nn.functional as F
-from models import build, gradients, tokens
 
 from nemotron.data.batch import NO_LABEL, Batch, shift_left
 from nemotron.model.hybrid import HybridLM
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import count_tokens, losses, objective
+from tests.support.models import build, gradients, tokens
 
 
 def norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

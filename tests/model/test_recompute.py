@@ -1,9 +1,9 @@
 import torch
-from models import build, gradients, recompute, tokens
 
 from nemotron.data.batch import Batch
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import count_tokens, losses, objective
+from tests.support.models import build, gradients, recompute, tokens
 
 
 def test_computing_blocks_again_changes_no_bit_and_counts_no_token_twice():

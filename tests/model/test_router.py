@@ -2,12 +2,12 @@ import math
 
 import pytest
 import torch
-from models import build, build_config, tokens
 
 from nemotron.data.batch import Batch
 from nemotron.model.router import Router, routers
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import losses
+from tests.support.models import build, build_config, tokens
 
 
 def build_router(**changes: object) -> Router:

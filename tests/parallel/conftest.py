@@ -2,9 +2,10 @@ import random
 from typing import Any
 
 import pytest
-from layout_model import MODEL
-from pool import Pool
-from prepared import write_prepared
+
+from tests.support.layout_model import MODEL
+from tests.support.pool import Pool
+from tests.support.prepared import write_prepared
 
 
 @pytest.fixture(scope="session")

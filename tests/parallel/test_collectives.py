@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
 from torch import Tensor
 
 from nemotron.parallel.collectives import all_gather, all_to_all, reduce_scatter
+from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 

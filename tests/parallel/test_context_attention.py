@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
 from test_context_layout import numbers, worst
 from torch import Tensor
 
@@ -11,6 +10,7 @@ from nemotron.ops.attention import operation, reference
 from nemotron.parallel.context.attention import ContextAttention
 from nemotron.parallel.context.layout import in_row_order, shard
 from nemotron.parallel.context.router import SumOverRow
+from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
 from test_context_layout import numbers, worst
 from torch import Tensor
 
@@ -15,6 +14,7 @@ from nemotron.parallel.context import state_passing
 from nemotron.parallel.context.apply import MIXING
 from nemotron.parallel.context.layout import in_row_order, shard
 from nemotron.parallel.context.state_passing import StatePassing
+from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 

@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
 from test_context_layout import numbers
 from torch import Tensor
 
@@ -20,6 +19,7 @@ from nemotron.parallel.context.layout import shard
 from nemotron.parallel.context.router import SumOverRow
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import losses
+from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
 from torch import Tensor, nn
 
 from nemotron.model import moe
@@ -17,6 +16,7 @@ from nemotron.model.router import Routing
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.dims import ParallelDims
 from nemotron.parallel.expert import apply_experts, choose_dispatch
+from tests.support.pool import Pool
 
 METHODS = ["all_gather", "all_to_all"]
 

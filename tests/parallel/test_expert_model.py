@@ -3,7 +3,6 @@
 import pytest
 import torch
 import torch.distributed as dist
-from pool import Pool
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
@@ -14,6 +13,7 @@ from nemotron.model.router import Router
 from nemotron.parallel.expert import apply_experts
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import LossTerms, count_tokens, losses, objective
+from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 

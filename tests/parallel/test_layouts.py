@@ -4,9 +4,10 @@ from typing import Any
 
 import pytest
 import torch
-from layout_model import MODEL
-from layout_run import Outcome, joined, run_steps
-from pool import Pool
+
+from tests.support.layout_model import MODEL
+from tests.support.layout_run import Outcome, joined, run_steps
+from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 

@@ -4,13 +4,13 @@ import itertools
 
 import pytest
 import torch
-from models import build, build_config
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.flops import depth_flops, head_flops, layer_flops
 from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.stages import cut, shared_parameters, split_stages
+from tests.support.models import build, build_config
 
 AUTO = ParallelConfig()
 SUPER = ModelConfig(

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 import torch.distributed as dist
-from models import build, recompute, tokens
-from pool import Pool
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -21,6 +19,8 @@ from nemotron.parallel.pipeline import Pipeline, sync_copies
 from nemotron.parallel.stages import Stage, cut, shared_parameters, split_stages
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import TokenCounts, count_tokens, losses, objective, stage_losses
+from tests.support.models import build, recompute, tokens
+from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 

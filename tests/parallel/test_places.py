@@ -4,15 +4,15 @@ from typing import Any
 
 import pytest
 import torch.distributed as dist
-from pool import Pool
-from reliability_run import build_trainer
 from test_reliability_steps import values  # noqa: F401 (a fixture)
 
 from nemotron.parallel.apply import local_of
 from nemotron.parallel.dims import ParallelDims
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import plan_course
-from nemotron.train.places import describe_places
+from nemotron.train.layout import describe_places
+from nemotron.train.schedule import plan_course
+from tests.support.pool import Pool
+from tests.support.reliability_run import build_trainer
 
 pytestmark = pytest.mark.distributed
 

@@ -4,10 +4,11 @@ import random
 from typing import Any
 
 import pytest
-from layout_model import MODEL
-from pool import Pool
-from prepared import write_prepared
-from reliability_run import compared, skips, told
+
+from tests.support.layout_model import MODEL
+from tests.support.pool import Pool
+from tests.support.prepared import write_prepared
+from tests.support.reliability_run import compared, skips, told
 
 pytestmark = pytest.mark.distributed
 

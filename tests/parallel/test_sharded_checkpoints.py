@@ -5,15 +5,16 @@ from typing import Any
 
 import pytest
 import torch
-from layout_run import (
+from test_layouts import laid_out
+
+from tests.support.layout_run import (
     find,
     joined,
     load_and_go_on,
     save_after,
     save_where_one_rank_has_no_room,
 )
-from pool import Pool
-from test_layouts import laid_out
+from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 import pytest
 import torch
 import torch.distributed as dist
-from models import build, recompute, tokens
-from pool import Pool
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
@@ -23,6 +21,8 @@ from nemotron.parallel.layout import Part
 from nemotron.parallel.tensor import PLACEMENTS, Split, apply_tensor
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import count_tokens, losses, objective
+from tests.support.models import build, recompute, tokens
+from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 

@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from pool import Pool
 from torch import Tensor
 
 from nemotron.ops.linear_cross_entropy import chunked, linear_cross_entropy
 from nemotron.parallel.vocabulary import Vocabulary, find
+from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 

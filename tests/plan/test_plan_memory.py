@@ -4,17 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from jobs import EVERYTHING, super_job
 
 from nemotron.model.config import ModelConfig
 from nemotron.parallel.config import PipelineConfig
 from nemotron.parallel.dims import ParallelDims
 from nemotron.plan.job import Storage
 from nemotron.plan.memory import GIB, activation_bytes, memory
-from nemotron.plan.models import NANO, SUPER
-from nemotron.plan.published import ROWS
+from nemotron.plan.published import NANO, ROWS, SUPER
 from nemotron.plan.trace import trace_blocks
 from nemotron.recipe.load import load_recipe
+from tests.support.plan_jobs import EVERYTHING, super_job
 
 TINY = Path(__file__).parents[2] / "recipes/tiny/pretrain.yaml"
 

@@ -8,7 +8,6 @@ import torch
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
-from nemotron.plan.models import LIGHTNING, MODELS, NANO, SUPER
 from nemotron.plan.parameters import (
     by_kind,
     embedding_split,
@@ -17,6 +16,7 @@ from nemotron.plan.parameters import (
     mtp_split,
     total_and_active,
 )
+from nemotron.plan.published import LIGHTNING, MODELS, NANO, SUPER
 from nemotron.plan.work import flops_by_format, linear_flops
 from nemotron.precision.config import PrecisionConfig
 from nemotron.recipe.load import load_recipe

@@ -4,7 +4,6 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from jobs import super_job
 
 from nemotron.errors import UserError
 from nemotron.parallel.config import ParallelConfig, PipelineConfig
@@ -13,6 +12,7 @@ from nemotron.plan.calibration import calibration_rows, error, fit
 from nemotron.plan.hardware import NAMES, SYSTEMS, find_hardware
 from nemotron.plan.published import ROWS, Published
 from nemotron.plan.throughput import FITTED, Constants, predict, stated_efficiency, terms
+from tests.support.plan_jobs import super_job
 
 ROOT = Path(__file__).parents[2]
 

@@ -1,12 +1,12 @@
 """Bytes between ranks, against worked numbers."""
 
 import pytest
-from jobs import super_job
 
 from nemotron.parallel.dims import ParallelDims
 from nemotron.plan.communication import Traffic, dispatched_bytes, traffic
 from nemotron.plan.hardware import SYSTEMS
 from nemotron.plan.job import Job
+from tests.support.plan_jobs import super_job
 
 MIB, GIB = 2**20, 2**30
 

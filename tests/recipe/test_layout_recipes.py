@@ -12,8 +12,8 @@ from nemotron.parallel.dims import ParallelDims, resolve_dims
 from nemotron.recipe.load import load_recipe
 from nemotron.recipe.read import read_yaml
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import plan_course
 from nemotron.train.layout import findings
+from nemotron.train.schedule import plan_course
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"

@@ -11,7 +11,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def rows(tmp_path: Path, *words: str) -> list[dict]:
-    command = [sys.executable, ROOT / "tools/bench_formats.py", *words, "--device", "cpu"]
+    command = [sys.executable, ROOT / "tools/bench/formats.py", *words, "--device", "cpu"]
     command += ["--kept", "1", "--json", tmp_path / "rows.jsonl"]
     ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr

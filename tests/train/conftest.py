@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from job import TIMEOUT_S
-from prepared import write_prepared
-from tiny_run import build_recipe
 
 from nemotron.train.config import PretrainConfig
-from nemotron.train.run import train
+from nemotron.train.start import train
+from tests.support.job import TIMEOUT_S
+from tests.support.prepared import write_prepared
+from tests.support.tiny_run import build_recipe
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -5,9 +5,9 @@ import signal
 import time
 
 import pytest
-from job import TIMEOUT_S, Job
 
-from nemotron.train.metrics import read_metrics
+from nemotron.run.metrics import read_metrics
+from tests.support.job import TIMEOUT_S, Job
 
 pytestmark = pytest.mark.distributed
 

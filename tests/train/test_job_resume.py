@@ -3,8 +3,9 @@
 import signal
 
 import pytest
-from job import Job
-from same_run import assert_same_run
+
+from tests.support.job import Job
+from tests.support.same_run import assert_same_run
 
 pytestmark = pytest.mark.distributed
 

@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-from tiny_run import MODEL
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
@@ -18,6 +17,7 @@ from nemotron.train.optimizer import (
     parameter_kinds,
     squares_by_kind,
 )
+from tests.support.tiny_run import MODEL
 
 CONFIG = ModelConfig.model_validate(MODEL)
 

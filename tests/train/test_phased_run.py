@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-from same_run import assert_same_run
-
-from nemotron.train.metrics import read_metrics
-from nemotron.train.run import train
+from nemotron.run.metrics import read_metrics
+from nemotron.train.start import train
+from tests.support.same_run import assert_same_run
 
 PHASES = [
     {"name": "first", "steps": 3},

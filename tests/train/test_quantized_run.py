@@ -4,10 +4,10 @@ import json
 from pathlib import Path
 
 import pytest
-from same_run import assert_same_run, final_tensors
 
-from nemotron.train.metrics import read_metrics
-from nemotron.train.run import train
+from nemotron.run.metrics import read_metrics
+from nemotron.train.start import train
+from tests.support.same_run import assert_same_run, final_tensors
 
 
 def precision(preset: str, **changes: object) -> dict:

@@ -8,16 +8,15 @@ import sys
 import time
 from pathlib import Path
 
-from same_run import assert_same_run, computed_metrics
-
 from nemotron.train.config import PretrainConfig
-from nemotron.train.run import train
+from nemotron.train.start import train
+from tests.support.same_run import assert_same_run, computed_metrics
 
 WORKER = """
 import json, sys, torch
 torch.set_num_threads(1)
 from nemotron.train.config import PretrainConfig
-from nemotron.train.run import train
+from nemotron.train.start import train
 config = PretrainConfig.model_validate(json.loads(sys.argv[1]))
 sys.exit(train(config, resume="--resume" in sys.argv))
 """

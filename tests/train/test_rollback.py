@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from same_run import assert_same_run, final_tensors
 
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.read import read_state
-from nemotron.train.metrics import ABANDONED, read_metrics
-from nemotron.train.run import train
+from nemotron.run.metrics import ABANDONED, read_metrics
+from nemotron.train.start import train
+from tests.support.same_run import assert_same_run, final_tensors
 
 SCHEDULE = {"peak": 1e-2, "total_steps": 12, "warmup_steps": 2, "decay_steps": 3}
 BAD = [{"kind": "nan_gradient", "step": step} for step in (6, 7, 9)]

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from nemotron.errors import UserError
-from nemotron.train.metrics import read_metrics
-from nemotron.train.run import train
-from nemotron.train.trackers import Mirrors, TrackedRun, check_trackers
+from nemotron.run.metrics import read_metrics
+from nemotron.run.trackers import Mirrors, TrackedRun, check_trackers
+from nemotron.train.start import train
 
 
 class Fragile:

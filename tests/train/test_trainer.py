@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from same_run import final_tensors
 
 from nemotron.errors import UserError
 from nemotron.parallel.runtime import Ranks
+from nemotron.run.metrics import read_metrics
 from nemotron.train.config import PretrainConfig
-from nemotron.train.course import plan_course
-from nemotron.train.evaluate import evaluate
-from nemotron.train.metrics import read_metrics
-from nemotron.train.run import open_data, train
+from nemotron.train.schedule import plan_course
+from nemotron.train.start import open_data, train
 from nemotron.train.state import SPIKE_MINIMUM, Skip, TrainerState
 from nemotron.train.trainer import Trainer
+from nemotron.train.validation import evaluate
+from tests.support.same_run import final_tensors
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from nemotron.train.build import build_model
-from nemotron.train.course import plan_course
 from nemotron.train.loss import count_tokens, losses, objective
-from nemotron.train.run import open_data
+from nemotron.train.schedule import plan_course
+from nemotron.train.start import open_data
+from nemotron.train.trainer import build_model
 
 
 def test_the_objective_is_the_weighted_mean_of_each_term(recipe):

@@ -8,9 +8,9 @@ from kernels_of import host_waits, profile
 from share import build, share
 from stage import Stage, parser
 
+from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.engine import Engine
 from nemotron.generate.sampling import Sampling
-from nemotron.generate.weights import prepare_weights
 from nemotron.model.cache import Cache
 
 PROMPT, NEW, BATCHES = 128, 64, (1, 8)

@@ -10,13 +10,13 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from nemotron.data.chat.encode import encode_conversation
 from nemotron.data.folder import Counts, FileFacts, ShardFacts
-from nemotron.data.indexed import ShardWriter, id_type
+from nemotron.data.prepare.conversations import encode_conversation
 from nemotron.data.prepare.encode import Ids, encode_documents
 from nemotron.data.prepare.inputs import Piece, Unit
 from nemotron.data.prepare.options import PrepareOptions, parse_filter
 from nemotron.data.prepare.read import Bad, Chunk, Place, Tick, read_rows, read_text
+from nemotron.data.prepare.writer import ShardWriter, id_type
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.files import hash_file
 from nemotron.section import Section

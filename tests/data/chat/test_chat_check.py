@@ -4,7 +4,10 @@ import re
 from typing import Any
 
 import pytest
-from conversations import (
+
+from nemotron.data.chat.check import check_messages
+from nemotron.data.chat.render import training_sequences
+from tests.support.conversations import (
     ANSWER,
     CALLING,
     GARDEN,
@@ -15,9 +18,6 @@ from conversations import (
     WEATHER,
     call,
 )
-
-from nemotron.data.chat.check import check_messages
-from nemotron.data.chat.render import training_sequences
 
 
 def test_conversations_that_are_right_pass():

@@ -7,7 +7,7 @@ import pytest
 
 from nemotron.cli import run
 from nemotron.data.chat.render import render
-from nemotron.train.metrics import read_metrics
+from nemotron.run.metrics import read_metrics
 
 SMOKE = Path(__file__).parents[3] / "recipes/tiny/smoke.yaml"
 RECIPE = f"""\

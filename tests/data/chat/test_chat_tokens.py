@@ -9,13 +9,14 @@ import torch
 
 from nemotron.cli import run
 from nemotron.data.batch import NO_LABEL
-from nemotron.data.chat.encode import encode_conversation, encode_rendered
 from nemotron.data.chat.render import Rendered, render
 from nemotron.data.config import DataConfig, SourceConfig, leaves
 from nemotron.data.folder import read_manifest
-from nemotron.data.indexed import Shard, ShardWriter
+from nemotron.data.indexed import Shard
 from nemotron.data.loader import TrainingData
+from nemotron.data.prepare.conversations import encode_conversation, encode_rendered
 from nemotron.data.prepare.options import ChatOptions
+from nemotron.data.prepare.writer import ShardWriter
 from nemotron.data.timeline import single_phase
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.errors import UserError

@@ -6,7 +6,13 @@ from typing import Any
 
 import jinja2
 import pytest
-from conversations import (
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nemotron.data.chat.render import Rendered, render, training_sequences
+from nemotron.data.chat.template import TEMPLATE, fill, load_template
+from nemotron.data.corpus import EMBEDDED
+from tests.support.conversations import (
     ANSWER,
     CALL_TEXT,
     CALLING,
@@ -18,12 +24,6 @@ from conversations import (
     TOOLS,
     call,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from nemotron.data.chat.render import Rendered, render, training_sequences
-from nemotron.data.chat.template import TEMPLATE, fill, load_template
-from nemotron.data.corpus import EMBEDDED
 
 GOLDEN = Path(__file__).parent / "golden" / "three_turns.txt"
 SYSTEM = "<|im_start|>system\n<|im_end|>\n"

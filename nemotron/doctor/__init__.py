@@ -1,0 +1,1 @@
+"""What this machine, or the ranks of a job, can run."""

@@ -1,0 +1,34 @@
+"""Which files a run's folder holds, by what they are."""
+
+from pathlib import Path
+
+
+class RunFiles:
+    """The paths in the folder of a run, whether or not it holds them already."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.recipe = path / "recipe.yaml"
+        self.provenance = path / "provenance.json"
+        self.metrics = path / "metrics.jsonl"
+        self.status = path / "status.json"
+        self.log = path / "log.txt"
+        self.tokenizer = path / "tokenizer.json"
+        self.precision = path / "precision.json"
+        self.checkpoints = path / "checkpoints"
+        self.companions = path / "hf"
+        """Small files that take the place of an export's own."""
+        self.ranks = path / "ranks"
+
+    @classmethod
+    def around(cls, path: Path) -> "RunFiles | None":
+        """Return those of a run, given its folder, its `checkpoints` folder or one checkpoint."""
+        path = path.absolute()
+        for folder in (path, path.parent, path.parent.parent):
+            if (files := cls(folder)).checkpoints.is_dir():
+                return files
+        return None
+
+    def log_of(self, rank: int) -> Path:
+        """Return the log of a rank; the first one's is that of the run."""
+        return self.log if rank == 0 else self.ranks / f"rank-{rank}.log"

@@ -1,0 +1,178 @@
+"""What a person sees of a step: one aligned line, or a panel for a live terminal."""
+
+import datetime
+
+from rich.console import Group, RenderableType
+from rich.panel import Panel as Box
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from nemotron.run.metrics import Record
+
+SMOOTHING = 0.95
+"""Weight of the past in the smoothed loss of the panel."""
+EVENTS_SHOWN = 5
+NARROW = 60
+"""Columns below which a line is shortened to what matters most."""
+
+
+class Progress:
+    """What the records so far amount to; only for the eye, nothing is computed from it."""
+
+    def __init__(self, title: str, num_steps: int) -> None:
+        self.title, self.num_steps = title, num_steps
+        self.train: Record = {}
+        self.validation: Record = {}
+        self.smoothed: float | None = None
+        self.best: float | None = None
+        self.eta_s: float | None = None
+        self.events: list[str] = []
+        self._step_s: float | None = None
+
+    def update(self, record: Record) -> None:
+        """Take in one line of metrics.jsonl."""
+        if record["kind"] == "validation":
+            self.validation = record
+        if record["kind"] != "train":
+            return
+        self.train = record
+        loss, step_s = _number(record, "loss/main"), _number(record, "perf/step_s")
+        if loss is not None:
+            past = loss if self.smoothed is None else self.smoothed
+            self.smoothed = SMOOTHING * past + (1 - SMOOTHING) * loss
+            self.best = loss if self.best is None else min(self.best, loss)
+        if step_s is not None:
+            past = step_s if self._step_s is None else self._step_s
+            self._step_s = 0.8 * past + 0.2 * step_s
+            self.eta_s = self._step_s * (self.num_steps - int(record["step"] or 0))
+
+    def tell(self, text: str) -> None:
+        """Remember an event."""
+        self.events = [*self.events[-(EVENTS_SHOWN - 1) :], text]
+
+    def line(self, columns: int | None = None) -> str:
+        """Return the newest step as one line; `columns` is the width of a terminal."""
+        record, width = self.train, len(str(self.num_steps))
+        parts = [
+            f"step {record['step']:>{width}}/{self.num_steps}",
+            _part(record, "loss/main", "loss {:.4f}"),
+            _part(record, "lr", "lr {:.2e}"),
+            f"eta {_duration(self.eta_s)}",
+        ]
+        details = [
+            _part(record, "grad_norm/total", "grad {:8.3f}"),
+            _part(record, "perf/tokens_per_s", "{:>9,.0f} tok/s"),
+            _part(record, "perf/mfu", "mfu {:5.1%}"),
+            _part(record, "perf/step_s", "{:7.2f} s"),
+            _part(record, "mem/rss_gib", "{:6.2f} GiB"),
+        ]
+        if columns is None or columns >= NARROW:
+            parts[3:3] = details
+        return "  ".join(part for part in parts if part)[:columns]
+
+    def render(self) -> RenderableType:
+        """Return the panel."""
+        train, validation = self.train, self.validation
+        step = int(train.get("step") or 0)
+        rows = Table.grid(padding=(0, 1), expand=True)
+        rows.add_column(style="bold", no_wrap=True, width=9)
+        rows.add_column(overflow="fold")
+        share = step / max(self.num_steps, 1)
+        rows.add_row(
+            "step", f"{step:,}/{self.num_steps:,} ({share:.0%})  eta {_duration(self.eta_s)}"
+        )
+        rows.add_row("", ProgressBar(total=self.num_steps, completed=step))
+        rows.add_row(
+            "loss",
+            _join(
+                _part(train, "loss/main", "{:.4f}"),
+                f"smoothed {self.smoothed:.4f}" if self.smoothed is not None else "",
+                f"best {self.best:.4f}" if self.best is not None else "",
+                _part(validation, "validation/loss", "validation {:.4f}"),
+                _part(validation, "validation/bits_per_byte", "= {:.3f} bits/byte"),
+            ),
+        )
+        mtp = [_part(train, name, "{:.4f}") for name in train if name.startswith("loss/mtp_")]
+        if mtp or "loss/aux" in train:
+            rows.add_row(
+                "mtp" if mtp else "balance",
+                _join(*mtp, _part(train, "loss/aux", "balance loss {:.4f}")),
+            )
+        rows.add_row(
+            "update",
+            _join(
+                _part(train, "lr", "lr {:.2e}"),
+                _part(train, "grad_norm/total", "gradient norm {:.3f}"),
+                _part(train, "clip_coef", "clip x{:.2f}"),
+                _part(train, "skipped_steps", "skipped {:.0f}"),
+            ),
+        )
+        rows.add_row(
+            "speed",
+            _join(
+                _part(train, "perf/tokens_per_s", "{:,.0f} tokens/s"),
+                _part(train, "perf/mfu", "MFU {:.1%}"),
+                _part(train, "perf/step_s", "{:.2f} s a step:"),
+                _part(train, "perf/data_s", "data {:.2f}"),
+                _part(train, "perf/forward_backward_s", "forward+backward {:.2f}"),
+                _part(train, "perf/optimizer_s", "optimizer {:.2f}"),
+            ),
+        )
+        rows.add_row(
+            "memory",
+            _join(
+                _part(train, "mem/rss_gib", "{:.2f} GiB"),
+                _part(train, "mem/peak_gib", "peak {:.2f}"),
+                _part(train, "mem/gpu_peak_gib", "GPU peak {:.2f}"),
+            ),
+        )
+        if experts := self._expert_load():
+            rows.add_row("experts", experts)
+        for event in self.events:
+            rows.add_row("", Text(event, style="dim"))
+        return Box(Group(rows), title=self.title, title_align="left")
+
+    def _expert_load(self) -> str:
+        ending = "/load_max_over_mean"
+        loads = {
+            name.removeprefix("moe/").removesuffix(ending): value
+            for name in self.train
+            if name.endswith(ending) and (value := _number(self.train, name)) is not None
+        }
+        if not loads:
+            return ""
+        worst = max(loads, key=lambda layer: loads[layer])
+        unused = sum(
+            _number(self.train, name) or 0.0
+            for name in self.train
+            if name.endswith("/experts_unused")
+        )
+        return _join(
+            f"busiest / mean {loads[worst]:.2f} ({worst})",
+            f"mean of layers {sum(loads.values()) / len(loads):.2f}",
+            f"unused {unused:.0f}",
+        )
+
+
+def _number(record: Record, name: str) -> float | None:
+    value = record.get(name)
+    return float(value) if isinstance(value, int | float) else None
+
+
+def _part(record: Record, name: str, form: str) -> str:
+    """Format one value; absent is empty, null (not finite) is said."""
+    if name not in record:
+        return ""
+    value = _number(record, name)
+    return form.format(float("nan") if value is None else value)
+
+
+def _join(*parts: str) -> str:
+    return "  ".join(part for part in parts if part)
+
+
+def _duration(seconds: float | None) -> str:
+    if seconds is None or seconds > datetime.timedelta.max.total_seconds() / 2:
+        return "-"
+    return str(datetime.timedelta(seconds=round(seconds)))

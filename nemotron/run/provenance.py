@@ -1,0 +1,119 @@
+"""What a run can be traced back to: versions, code, machine, command line; one entry per start."""
+
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import secrets
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from nemotron.checkpoint.manifest import code_version
+from nemotron.errors import UserError
+from nemotron.files import write_json
+from nemotron.run.redaction import redact, redact_arguments
+
+PACKAGES = ("torch", "numpy", "tokenizers", "pydantic", "mamba-ssm", "causal-conv1d", "flash-attn")
+"""Packages whose versions can change a result."""
+
+ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "ATEN_CPU_CAPABILITY")
+"""Environment variables that can change a result's last bits; no others are recorded."""
+
+Facts = dict[str, Any]  # Any: nested JSON
+
+
+def record_start(path: Path, step: int, facts: Facts) -> str:
+    """Add an entry for this start of the run; returns the run's identifier, drawn once.
+
+    Raises:
+        UserError: when the entries of earlier starts cannot be read.
+    """
+    known = _fresh()
+    if path.exists():
+        try:
+            known = json.loads(path.read_bytes())
+        except ValueError as error:
+            raise UserError(f"{path} is no JSON: {error}; restore it or move it away.") from None
+    known["starts"].append(redact({"time": _now(), "step": step} | facts))
+    write_json(path, known)
+    return known["id"]
+
+
+def record_import(path: Path, facts: Facts) -> Facts:
+    """Write where a run that was never started comes from; returns that, with the time."""
+    origin = {"time": _now()} | facts
+    write_json(path, _fresh() | {"imported": origin})
+    return origin
+
+
+def collect(device: torch.device) -> Facts:
+    """Return what is known about code, versions and machine."""
+    return {
+        "argv": redact_arguments(sys.argv),
+        "folder": os.getcwd(),
+        "code": {"nemotron-train": code_version(), **_commit()},
+        "versions": {"python": platform.python_version(), **_versions()},
+        "machine": {
+            "host": platform.node(),
+            "system": platform.platform(),
+            "cpu": _cpu_name(),
+            "cpu_count": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "device": _device_name(device),
+        },
+        "environment": {name: os.environ[name] for name in ENVIRONMENT if name in os.environ},
+    }
+
+
+def _fresh() -> Facts:
+    return {"id": secrets.token_hex(4), "starts": []}
+
+
+def _now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _commit() -> dict[str, str | bool]:
+    """Return the commit of the source folder, when the package runs from a git checkout."""
+    root = Path(__file__).parents[2]
+    if not (root / ".git").exists() or shutil.which("git") is None:
+        return {}
+    commit, changes = (
+        subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=False
+        )
+        for arguments in (["rev-parse", "HEAD"], ["status", "--porcelain", "--untracked-files=no"])
+    )
+    if commit.returncode:
+        return {}
+    return {"commit": commit.stdout.strip(), "uncommitted_changes": bool(changes.stdout.strip())}
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor()
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,147 @@
+"""Where the run speaks: a live panel or plain lines, and log.txt beside either."""
+
+import logging
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.live import Live
+
+from nemotron.run.metrics import Record
+from nemotron.run.panel import Progress
+from nemotron.run.redaction import redact_text
+
+
+class Screen:
+    """Tells events and shows steps; a terminal or pipe that goes away never stops the run."""
+
+    def __init__(self, stream: TextIO | None = None, *, is_silent: bool = False) -> None:
+        """Speak to a stream, by default what `print` writes to; silent, to the log alone."""
+        self._stream: TextIO | None = stream if stream is not None else sys.stdout
+        if is_silent:
+            self._stream = None
+        self._log: TextIO | None = None
+        self._early: list[str] = []
+        self._progress: Progress | None = None
+        self._live: Live | None = None
+        self._handler = _Forward(self.tell)
+        logging.getLogger("nemotron").addHandler(self._handler)
+        logging.getLogger("nemotron").setLevel(logging.INFO)
+
+    def open_log(self, path: Path) -> None:
+        """Append everything said so far, and from now on, to a file."""
+        self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
+        for line in self._early:
+            self._to_log(line)
+        self._early.clear()
+
+    def start(self, title: str, num_steps: int) -> None:
+        """Begin to show steps: as a panel when the stream is a capable terminal."""
+        self._progress = Progress(title, num_steps)
+        if self._stream is None:
+            return
+        console = Console(file=self._stream)
+        if console.is_terminal and not console.is_dumb_terminal:
+            # no refresh thread: it would compete with the step for the cores
+            self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
+            self._guard(self._live.start)
+
+    def show(self, record: Record) -> None:
+        """Show one line of metrics.jsonl."""
+        assert self._progress is not None, "start comes first"
+        self._progress.update(record)
+        if record["kind"] == "train":
+            self._to_log(self._progress.line())
+            if self._live is None:
+                self._print(self._progress.line(self._columns()))
+        elif record["kind"] == "validation":
+            self.tell(_validation_line(record))
+        elif record["kind"] == "event":
+            self.tell(f"step {record['step']}: {record['event']}")
+        self._refresh()
+
+    def tell(self, text: str) -> None:
+        """Say something that happened, with secrets taken out."""
+        text = redact_text(text)
+        self._to_log(text)
+        if self._live is not None and self._progress is not None:
+            self._progress.tell(text)
+            self._refresh()
+        else:
+            self._print(text)
+
+    def stop(self) -> None:
+        """Leave the panel as it is; what is told afterwards is printed below it."""
+        if self._live is not None:
+            self._guard(self._live.stop)
+            self._live = None
+
+    def close(self) -> None:
+        """Stop, and close the log."""
+        self.stop()
+        logging.getLogger("nemotron").removeHandler(self._handler)
+        if self._log is not None:
+            self._log.close()
+            self._log = None
+
+    def _columns(self) -> int | None:
+        is_terminal = self._stream is not None and self._stream.isatty()
+        return shutil.get_terminal_size().columns if is_terminal else None
+
+    def _refresh(self) -> None:
+        if self._live is not None and self._progress is not None:
+            live, panel = self._live, self._progress.render()
+            self._guard(lambda: live.update(panel, refresh=True))
+
+    def _print(self, text: str) -> None:
+        if self._stream is not None:
+            stream = self._stream
+            encoding = stream.encoding or "utf-8"
+            printable = text.encode(encoding, errors="replace").decode(encoding)
+            self._guard(lambda: print(printable, file=stream, flush=True))
+
+    def _guard(self, write: Callable[[], Any]) -> None:  # Any: the result is not used
+        """Write; when the reader is gone, never write there again."""
+        try:
+            write()
+        except (OSError, ValueError):  # a broken pipe or terminal; a closed file
+            stream, self._stream, self._live = self._stream, None, None
+            if stream is sys.stdout:
+                # else Python complains once more while it flushes at exit
+                sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until exit)
+
+    def _to_log(self, text: str) -> None:
+        if self._log is None:
+            self._early.append(text)
+            return
+        stamp = time.strftime("%Y-%m-%d %H:%M:%S")
+        try:
+            self._log.write(f"{stamp}  {text}\n")
+            self._log.flush()
+        except OSError:  # a full disk must not stop a run whose metrics are elsewhere
+            self._log = None
+
+
+class _Forward(logging.Handler):
+    """Sends the messages of the lower packages to the screen."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._tell = tell
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self._tell(record.getMessage())
+
+
+def _validation_line(record: Record) -> str:
+    parts = [f"step {record['step']}: validation loss {record['validation/loss']:.4f}"]
+    for name, value in record.items():
+        if name.startswith("validation/") and name.endswith("bits_per_byte"):
+            domain = name.removeprefix("validation/").removesuffix("bits_per_byte").rstrip("/")
+            parts.append(f"{domain or 'all'} {value:.3f}")
+    return "  ".join(parts[:1]) + "  bits/byte: " + ", ".join(parts[1:])

@@ -1,0 +1,57 @@
+"""Stopping when asked: finish the step, save, leave; at the second Ctrl-C at once."""
+
+import contextlib
+import os
+import signal
+import sys
+from types import FrameType, TracebackType
+from typing import Self
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Ctrl-C, a scheduler's termination, and SLURM's warning before the end of the time limit."""
+
+INTERRUPTED = 130
+"""Exit code after a second Ctrl-C, as shells give it for SIGINT."""
+
+
+class StopRequest:
+    """Remembers the first stop signal while it is entered; restores the handlers afterwards.
+
+    A run may also be asked at its start to stop after so many steps.
+    """
+
+    def __init__(self, after: int | None = None) -> None:
+        self.signal: str | None = None
+        self._after = after
+
+    def is_due(self, steps: int) -> bool:
+        """Say whether this process was asked to stop, when so many steps are done."""
+        return self.reason(steps) is not None
+
+    def reason(self, steps: int) -> str | None:
+        """Say who asked to stop, when so many steps are done; None when nobody did."""
+        if self.signal is not None or self._after is None or steps < self._after:
+            return self.signal
+        return f"--stop-at {self._after}"
+
+    def __enter__(self) -> Self:
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal is not None:
+            if sys.__stdout__ is not None and sys.__stdout__.isatty():
+                os.write(sys.__stdout__.fileno(), b"\x1b[?25h\n")  # the panel hides the cursor
+            os._exit(INTERRUPTED)
+        self.signal = self.signal or signal.Signals(number).name
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")

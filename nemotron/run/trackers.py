@@ -1,0 +1,193 @@
+"""Mirrors of metrics.jsonl: Weights & Biases, TensorBoard, trackio. None of them can stop a run."""
+
+import contextlib
+import importlib.util
+import io
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from nemotron.errors import UserError
+from nemotron.run.metrics import Record
+
+INSTALL = {
+    "wandb": ("wandb", "pip install wandb"),
+    "tensorboard": ("tensorboard", "pip install 'nemotron-train[track]'"),
+    "trackio": ("trackio", "pip install 'nemotron-train[track]'"),
+}
+"""The package that each tracker needs, and the line that installs it."""
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """What a tracker is told about a run; `id` stays the same over resumes."""
+
+    project: str
+    name: str
+    id: str
+    folder: Path
+    step: int
+    config: dict[str, Any]  # Any: the resolved recipe
+
+
+class Tracker(Protocol):
+    """What every mirror offers."""
+
+    def start(self, run: TrackedRun) -> str:
+        """Begin or go on with the run; returns where it can be looked at."""
+        ...
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """Send the numbers of one step."""
+        ...
+
+    def finish(self) -> None:
+        """Send what is left."""
+        ...
+
+
+class Wandb:
+    """Weights & Biases; without a key in the environment it writes into the run's folder only."""
+
+    def start(self, run: TrackedRun) -> str:
+        import wandb
+
+        offline = not os.environ.get("WANDB_API_KEY") and "WANDB_MODE" not in os.environ
+        # the resolved recipe is all that is sent: no host, no code, no command line
+        settings = wandb.Settings(
+            silent=True,
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,
+            x_disable_machine_info=True,
+            x_disable_stats=True,
+        )
+        self._run = wandb.init(
+            project=run.project,
+            name=run.name,
+            id=run.id,
+            resume="allow",
+            dir=str(run.folder),
+            config=run.config,
+            mode="offline" if offline else None,  # None: what WANDB_MODE says
+            settings=settings,
+        )
+        if self._run.url is not None:
+            return str(self._run.url)
+        return f"offline in {run.folder / 'wandb'} (set WANDB_API_KEY, or `wandb sync` it later)"
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def finish(self) -> None:
+        self._run.finish()
+
+
+class TensorBoard:
+    """Event files in the run's folder."""
+
+    def start(self, run: TrackedRun) -> str:
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = run.folder / "tensorboard"
+        self._writer = SummaryWriter(str(folder), purge_step=run.step + 1 if run.step else None)
+        return f"tensorboard --logdir {folder}"
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, step)
+
+    def finish(self) -> None:
+        self._writer.close()
+
+
+class Trackio:
+    """A local database under the user's cache folder."""
+
+    def start(self, run: TrackedRun) -> str:
+        import trackio
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._run = trackio.init(
+                run.project,
+                name=f"{run.name}-{run.id}",
+                config=run.config,
+                resume="allow",
+                embed=False,
+                auto_log_gpu=False,
+                auto_log_cpu=False,
+            )
+        return f"trackio show --project {run.project}"
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._run.log(values, step=step)
+
+    def finish(self) -> None:
+        import trackio
+
+        with contextlib.redirect_stdout(io.StringIO()):
+            trackio.finish()
+
+
+TRACKERS: dict[str, Callable[[], Tracker]] = {
+    "wandb": Wandb,
+    "tensorboard": TensorBoard,
+    "trackio": Trackio,
+}
+
+
+def check_trackers(names: Sequence[str]) -> None:
+    """Check that each tracker's package is installed.
+
+    Raises:
+        UserError: with the line that installs it.
+    """
+    for name in names:
+        package, line = INSTALL[name]
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"logging.trackers: {name} needs a package that is not installed: {line}; "
+                f"or remove it from the list."
+            )
+
+
+class Mirrors:
+    """Several trackers at once; one that fails is named, dropped, and the run goes on."""
+
+    def __init__(self, trackers: dict[str, Tracker], tell: Callable[[str], None]) -> None:
+        self._trackers = dict(trackers)
+        self._tell = tell
+
+    def start(self, run: TrackedRun) -> None:
+        """Start all of them and tell where each can be looked at."""
+        for name, tracker in list(self._trackers.items()):
+            where = self._guard(name, partial(tracker.start, run))
+            if where is not None:
+                self._tell(f"{name}: {where}")
+
+    def log(self, record: Record) -> None:
+        """Send the numbers of a record."""
+        values = {k: float(v) for k, v in record.items() if isinstance(v, int | float)}
+        step = int(values.pop("step"))
+        for name, tracker in list(self._trackers.items()):
+            self._guard(name, partial(tracker.log, step, values))
+
+    def finish(self) -> None:
+        """Let all of them send what is left."""
+        for name, tracker in list(self._trackers.items()):
+            self._guard(name, tracker.finish)
+
+    def _guard(self, name: str, call: Callable[[], Any]) -> Any:  # Any: whatever the call returns
+        try:
+            return call()
+        except Exception as error:  # whatever a mirror's library raises must not stop a run
+            del self._trackers[name]
+            self._tell(
+                f"{name} failed and is left out from now on "
+                f"({type(error).__name__}: {error}); metrics.jsonl is complete"
+            )
+            return None

@@ -1,0 +1,134 @@
+"""What is said and written down of a run at its start and at its end."""
+
+import shlex
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from nemotron.checkpoint.manifest import folder_name
+from nemotron.data.chat.template import TEMPLATE, TURN_END
+from nemotron.model.hybrid import HybridLM
+from nemotron.ops.describe import choose_backends
+from nemotron.ops.describe import describe as describe_backends
+from nemotron.precision.apply import DTYPES
+from nemotron.precision.policy import summarize
+from nemotron.run import provenance
+from nemotron.run.folder import RunFolder
+from nemotron.run.log import RunLog
+from nemotron.run.trackers import TrackedRun
+from nemotron.train.flops import ParameterCount, count_parameters
+from nemotron.train.reliability.faults import describe as describe_fault
+from nemotron.train.trainer import Trainer
+
+
+def announce(trainer: Trainer, folder: RunFolder, log: RunLog, recipe_path: str) -> TrackedRun:
+    """Write what the run is to its folder and the screen; returns what trackers are told of it."""
+    config, data, ranks = trainer.config, trainer.data, trainer.ranks
+    if ranks.is_first:
+        _write_description(trainer, folder)
+    with torch.device("meta"):
+        count = count_parameters(HybridLM(config.model), config.model)
+    sizes = {"parameters": count.total, "active": count.active, "mtp": count.mtp}
+    facts = provenance.collect(trainer.device)
+    facts |= {"recipe": recipe_path, "seed": config.seed, **sizes}
+    facts["matmul_peak_flops"] = trainer.peak_flops
+    dtype, documents = DTYPES[config.precision.compute], config.data.reset_documents
+    choices = choose_backends(trainer.device, dtype, documents)
+    facts["backends"] = {choice.operation: asdict(choice) for choice in choices}
+    facts["ranks"] = ranks.world
+    run_id = ""
+    if ranks.is_first:
+        run_id = provenance.record_start(folder.provenance, trainer.state.step, facts)
+    log.tell(f"run        {folder.path} ({trainer.device}, {config.precision.compute})")
+    if trainer.mesh is not None:
+        log.tell(f"ranks      {trainer.mesh.describe()}")
+    for fault in config.reliability.faults:
+        log.tell(f"warning    a fault is injected: {describe_fault(fault)}")
+    log.tell(model_line(count))
+    for line in describe_backends(choices, trainer.device):
+        log.tell(f"operations {line}")
+    if config.precision.quantizes:
+        table = trainer.quantization.table
+        if ranks.is_first:
+            folder.write_precision([asdict(line) for line in table])
+        for line in summarize(table):
+            log.tell(f"precision  {line}")
+    for line in data.describe():
+        log.tell(f"data       {line}")
+    log.tell(
+        f"training   {trainer.course.num_steps:,} steps, "
+        f"{trainer.course.timeline.num_tokens:,} tokens; matrix products reach "
+        f"{trainer.peak_flops / 1e9:,.0f} GFLOP/s here"
+    )
+    return TrackedRun(
+        project=config.logging.project,
+        name=config.name,
+        id=run_id,
+        folder=folder.path,
+        step=trainer.state.step,
+        config=config.model_dump(mode="json"),
+    )
+
+
+def model_line(count: ParameterCount) -> str:
+    """Return the line about a model's size."""
+    mtp = f" + {count.mtp:,} for multi-token prediction" if count.mtp else ""
+    return f"model      {count.total:,} parameters, {count.active:,} active{mtp}"
+
+
+def announce_results(trainer: Trainer, folder: RunFolder, log: RunLog, how: str) -> None:
+    """Say what the run came to, where it lies, and what can be done with it."""
+    state = trainer.state
+    bits = log.validation.get("validation/bits_per_byte")
+    quality = f", validation {bits:.3f} bits per byte" if isinstance(bits, float) else ""
+    for line in (
+        f"{how}: {state.step:,} steps, {state.tokens:,} tokens{quality}",
+        f"  metrics      {folder.metrics}",
+        f"  checkpoint   {folder.checkpoints / folder_name(state.step)}",
+        "next:",
+        f"  {_command('generate', folder.path, '--prompt', 'Once upon a time')}",
+        f"  {_command('export', folder.path, '--out', folder.path / 'export')}",
+    ):
+        log.tell(line)
+
+
+def announce_stop(trainer: Trainer, folder: RunFolder, log: RunLog, reason: str) -> None:
+    """Say why and where the run stopped, and how it goes on."""
+    step, num_steps = trainer.state.step, trainer.course.num_steps
+    log.tell(f"stopped by {reason} after step {step} of {num_steps}, saved")
+    log.tell(f"go on: {_command('train', folder.recipe, '--resume')}")
+
+
+def announce_failure(log: RunLog, problem: Exception, saved_step: int | None) -> None:
+    """Say what the run failed of, and what is left of it."""
+    log.tell(f"failed: {problem}")
+    if saved_step is not None:
+        log.tell(f"the newest checkpoint is {folder_name(saved_step)}")
+
+
+def _write_description(trainer: Trainer, folder: RunFolder) -> None:
+    config, data = trainer.config, trainer.data
+    folder.write_description(data.tokenizer.content)
+    if data.has_conversations:
+        ends = dict.fromkeys([config.model.eos_token_id, data.tokenizer.id(TURN_END)])
+        others = {
+            "bos_token_id": config.model.bos_token_id,
+            "pad_token_id": config.model.pad_token_id,
+        }
+        folder.write_chat_files(TEMPLATE, list(ends), others)
+
+
+def _command(*arguments: str | Path) -> str:
+    return shlex.join([*_program(), *map(str, arguments)])
+
+
+def _program() -> list[str]:
+    """Return how this program can be started again from the same folder."""
+    if Path(sys.argv[0]).name == "nemotron":
+        on_path = shutil.which("nemotron")
+        same = on_path is not None and Path(on_path).samefile(sys.argv[0])
+        return ["nemotron" if same else sys.argv[0]]
+    return [sys.executable, "-m", "nemotron"]

@@ -1,0 +1,154 @@
+"""The training loop, from the restored state to the next exit."""
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+
+from nemotron.checkpoint.write import CheckpointNotSaved
+from nemotron.run.folder import RunFolder
+from nemotron.run.log import RunLog
+from nemotron.run.metrics import MetricsFile
+from nemotron.run.signals import StopRequest
+from nemotron.run.trackers import TRACKERS, Mirrors
+from nemotron.train.announce import announce, announce_failure, announce_results, announce_stop
+from nemotron.train.record import StepResult
+from nemotron.train.reliability.replicas import ReplicasDiffer
+from nemotron.train.reliability.stragglers import Stragglers
+from nemotron.train.save import Saver
+from nemotron.train.state import Diverged
+from nemotron.train.trainer import Trainer
+
+DONE, FAILED, STOPPED = 0, 1, 75
+"""Exit codes; 75 (EX_TEMPFAIL) asks a scheduler to start the same command again."""
+
+STATES = {DONE: "done", FAILED: "failed", STOPPED: "stopped"}
+
+
+def run(
+    trainer: Trainer,
+    folder: RunFolder,
+    log: RunLog,
+    saver: Saver,
+    stop: StopRequest,
+    recipe_path: str,
+) -> int:
+    """Train, save and say how it ended; returns the exit code."""
+    ranks, start, num_steps = trainer.ranks, trainer.state.step, trainer.course.num_steps
+    if start >= num_steps:
+        announce_results(trainer, folder, log, "this run is finished")
+        return DONE
+    folder.log_of(ranks.rank).parent.mkdir(exist_ok=True)
+    log.screen.open_log(folder.log_of(ranks.rank))
+    problem: Exception | None = None
+    with ExitStack() as stack:
+        tracked = announce(trainer, folder, log, recipe_path)
+        if ranks.is_first:
+            folder.write_status("running", start)
+            metrics = stack.enter_context(MetricsFile(folder.metrics, last_step=start))
+            names: tuple[str, ...] = trainer.config.logging.trackers
+            mirrors = Mirrors({name: TRACKERS[name]() for name in names}, log.tell)
+            mirrors.start(tracked)
+            stack.callback(mirrors.finish)
+            log.open(metrics, mirrors)
+        log.screen.start(folder.path.name, num_steps)
+        stack.callback(log.screen.stop)
+        try:
+            if not ranks.any(stop.is_due(start)):
+                loop(trainer, log, saver, stop)
+            saver.save()
+            saver.finish(wait=True)
+        except (Diverged, ReplicasDiffer, CheckpointNotSaved) as error:
+            problem = error
+    step = trainer.state.step
+    if problem is not None:
+        code = FAILED
+        announce_failure(log, problem, saver.saved_step)
+    elif step < num_steps:
+        code = STOPPED
+        announce_stop(trainer, folder, log, stop.reason(step) or "a signal to another rank")
+    else:
+        code = DONE
+        announce_results(trainer, folder, log, "done")
+    if ranks.is_first:
+        folder.write_status(STATES[code], step, code)
+    return code
+
+
+def loop(trainer: Trainer, log: RunLog, saver: Saver, stop: StopRequest) -> None:
+    """Train to the end of the schedule, or until a rank is asked to stop.
+
+    Raises:
+        Diverged: when `nonfinite_limit` steps in a row were skipped, or going back is no help.
+        ReplicasDiffer: when ranks do not hold alike what they must.
+    """
+    config, ranks, num_steps = trainer.config, trainer.ranks, trainer.course.num_steps
+    held_out = trainer.data.validation_domains
+    stragglers = Stragglers(config.reliability, ranks, trainer.device)
+    while (step := trainer.state.step) < num_steps:
+        is_last = step + 1 == num_steps
+        if (passed := trainer.state.range_over(step)) is not None:
+            _pass_over(trainer, step, passed, log)
+            stops = ranks.any(stop.is_due(step + 1))
+        else:
+            if trainer.quantization.begin(step, 0):
+                preset = trainer.quantization.preset
+                _event(trainer, log, f"precision: preset {preset} from here on")
+            result = trainer.train_step(step, stop)
+            stragglers.add(result.seconds)
+            if is_last or due(step, config.logging.every_steps):
+                across_ranks, slow = stragglers.report()
+                log.record(trainer.record("train", trainer.values(step, result) | across_ranks))
+                saver.finish_or_warn(wait=False)
+                if slow is not None:
+                    log.tell(f"step {step + 1}: {slow}")  # no metric: it depends on the clock
+            for text in result.events():
+                _event(trainer, log, text)
+            if bad := _steps_to_undo(trainer, result):
+                saver.go_back(bad)
+                continue
+            stops = result.stop
+        if held_out and (is_last or due(step, config.evaluation.every_steps)):
+            trainer.progress.enter(step, "evaluate")
+            log.record(trainer.record("validation", trainer.validate()))
+        if due(step, config.reliability.check_replicas_every_steps):
+            trainer.check_replicas()
+        if not is_last and due(step, config.checkpoint.every_steps):
+            saver.save_or_warn()
+        if stops or (not ranks.grouped and stop.is_due(step + 1)):
+            return
+
+
+def due(step: int, every: int | None) -> bool:
+    """Say whether something that comes every so many steps comes after the step of this index."""
+    return every is not None and (step + 1) % every == 0
+
+
+def _pass_over(trainer: Trainer, step: int, passed: list[int], log: RunLog) -> None:
+    """Count a step of a range that the run went back before."""
+    first, last, origin = passed
+    trainer.state.pass_over(trainer.course.timeline.tokens_per_step(step))
+    if step == max(first, origin):
+        text = f"passing over steps {first + 1} to {last + 1}, with the weights of step {origin}"
+        _event(trainer, log, text)
+
+
+def _steps_to_undo(trainer: Trainer, result: StepResult) -> Sequence[int]:
+    """Return the bad ones among the last steps when there are too many of them, else none.
+
+    Raises:
+        Diverged: when too many in a row were skipped.
+    """
+    config, state = trainer.config, trainer.state
+    bad = state.bad_within(config.reliability.rollback_window)
+    if (limit := config.reliability.rollback_after) is not None and len(bad) >= limit:
+        return bad
+    if state.nonfinite_in_a_row + state.spikes_in_a_row >= config.nonfinite_limit:
+        what = "not finite or spikes" if state.spikes_in_a_row else "not finite"
+        raise Diverged(
+            f"{config.nonfinite_limit} steps in a row were {what}, the last one step "
+            f"{state.step}: {'; '.join(result.events())}"
+        )
+    return []
+
+
+def _event(trainer: Trainer, log: RunLog, text: str) -> None:
+    log.record(trainer.record("event", {"event": text}))

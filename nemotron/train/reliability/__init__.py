@@ -1,0 +1,1 @@
+"""What a run does about ranks, steps and replicas that go wrong."""

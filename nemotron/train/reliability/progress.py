@@ -1,0 +1,81 @@
+"""Where this process stands, for whoever watches it from another thread."""
+
+import time
+from dataclasses import dataclass
+
+import torch
+
+from nemotron.device import synchronize
+
+PHASES = (
+    "start",
+    "data",
+    "wait",
+    "forward_backward",
+    "exchange",
+    "optimizer",
+    "evaluate",
+    "save",
+    "restore",
+)
+"""Parts of a run, in the order in which they come within a step."""
+
+RARE = ("start", "evaluate", "save", "restore")
+"""Those that may take longer than any part of a step."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A part of a step (its index; -1 before the first), and when it began or last moved on."""
+
+    step: int
+    phase: str
+    since: float
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts places as a run comes to them."""
+        return self.step, PHASES.index(self.phase)
+
+
+class Progress:
+    """Written by the main thread; one assignment, so that a reader sees all of it or nothing."""
+
+    def __init__(self) -> None:
+        self.place = Place(-1, "start", time.monotonic())
+        self.first_step: int | None = None
+
+    def enter(self, step: int, phase: str) -> None:
+        """Begin a part of a step."""
+        if phase == "data" and self.first_step is None:
+            self.first_step = step
+        self.place = Place(step, phase, time.monotonic())
+
+    def move(self) -> None:
+        """Say that the same part goes on: another micro-batch, another portion."""
+        self.place = Place(self.place.step, self.place.phase, time.monotonic())
+
+    @property
+    def is_rare(self) -> bool:
+        """Whether it may take longer now than in other steps: the first one compiles and opens."""
+        return self.place.phase in RARE or self.place.step == self.first_step
+
+
+class Stopwatch:
+    """Seconds of each part of a step, by a clock that cannot go backwards."""
+
+    def __init__(self, device: torch.device, progress: Progress, step: int) -> None:
+        self._device, self._progress, self._step = device, progress, step
+        self.seconds: dict[str, float] = {}
+        self._part: str | None = None
+        self._start = 0.0
+
+    def begin(self, part: str | None) -> None:
+        """End the part so far, waiting for the device first, and begin another, if any."""
+        synchronize(self._device)
+        now = time.perf_counter()
+        if self._part is not None:
+            self.seconds[self._part] = now - self._start
+        self._part, self._start = part, now
+        if part is not None:
+            self._progress.enter(self._step, part)

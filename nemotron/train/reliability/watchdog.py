@@ -1,0 +1,269 @@
+"""Ending a job whose ranks wait for ever, and saying for which rank, and in which collective.
+
+A thread beside the main one looks twice a second where that stands. When it has not moved for too
+long, the thread sounds an alarm in the store through which the processes found each other. Then
+each rank's thread answers where it stands, writes down what its process does, and ends it. Whoever
+sounds the alarm is seldom the one at fault, so the sentence is made of all answers.
+"""
+
+import faulthandler
+import json
+import sys
+import threading
+import time
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+import torch.distributed as dist
+
+from nemotron.errors import UserError
+from nemotron.files import write_text
+from nemotron.parallel.config import ParallelConfig
+from nemotron.parallel.runtime import Ranks, leave_alone
+from nemotron.run.folder import RunFolder
+from nemotron.train.reliability.progress import PHASES, Progress
+
+POLL_S = 0.5
+"""Seconds between two looks."""
+ANSWER_S = 2.5
+"""Seconds in which every living rank can answer an alarm: some looks."""
+MARGIN_S = 30.0
+"""Seconds by which a collective waits longer than the watchdog: that one says more."""
+ASKING = 8
+"""Ranks that ask all others after an alarm; the rest only answer."""
+STORE_S = 1.0
+"""Seconds that the store may take for an answer."""
+
+ALARM = "watchdog/alarm"
+FAILED = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Where a rank stands: index of the step, part of it, seconds there, and what it waits in."""
+
+    step: int
+    phase: str
+    seconds: float
+    collective: str | None
+    error: str | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Sorts answers as a run comes to their places."""
+        return self.step, PHASES.index(self.phase)
+
+
+class Watchdog:
+    """Watches the main thread while it is entered, if there are other ranks."""
+
+    def __init__(
+        self, ranks: Ranks, config: ParallelConfig, folder: RunFolder, progress: Progress
+    ) -> None:
+        self._ranks, self._config, self._progress = ranks, config, progress
+        self._folder = folder
+        self._stopped = threading.Event()
+        self._thread: threading.Thread | None = None
+        self._posted: tuple[int, int] | None = None
+
+    def __enter__(self) -> Self:
+        if self._ranks.world > 1:
+            config = self._config
+            # the last resort: this thread is to end the job before a collective does
+            longest = max(config.start_timeout_s, config.timeout_s) + MARGIN_S
+            self._ranks.shorten_timeout(longest)
+            # a connection of its own: the main thread may block the other one
+            store: Any = dist.distributed_c10d._get_default_store()  # its stub lacks `clone`
+            self._store: dist.Store = store.clone()
+            self._store.set_timeout(timedelta(seconds=STORE_S))
+            self._post()
+            self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+            self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._thread is None:
+            return
+        self._stopped.set()
+        self._thread.join()
+        # mistakes that are found at the start are every rank's, and each says them itself
+        if error is not None and not isinstance(error, UserError):
+            self._conclude(" ".join(f"{kind and kind.__name__}: {error}".split())[:500])
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(POLL_S):
+            try:
+                self._post()
+                is_over = self._is_late() or self._store.check([ALARM])
+            except RuntimeError:  # of the store, whose errors are all of this type
+                is_over = True
+            if is_over:
+                self._conclude()
+                leave_alone(FAILED)
+
+    def _is_late(self) -> bool:
+        progress, config = self._progress, self._config
+        limit = config.start_timeout_s if progress.is_rare else config.timeout_s
+        return time.monotonic() - progress.place.since > limit
+
+    def _post(self) -> None:
+        """Leave in the store where this rank stands, in case it cannot answer later."""
+        place = self._progress.place
+        if place.order != self._posted:
+            self._posted = place.order
+            self._store.set(_beat(self._ranks.rank), json.dumps([place.step, place.phase]))
+
+    def _conclude(self, error: str | None = None) -> None:
+        """Sound the alarm, write what this process does, and say who is behind or failed.
+
+        One rank says it to the screen: the first of those that ask and have no `error` themselves.
+        """
+        rank = self._ranks.rank
+        self._dump()
+        try:
+            own = self._answer(error)
+            self._store.set(ALARM, "")
+            answers = self._collect() | {rank: own}
+            lost = {r: self._last_seen(r) for r in self._asked() if r not in answers}
+            sentence = verdict(answers, lost) if rank < ASKING else "the first rank's log says why"
+            speaker = min(answers, key=lambda r: (answers[r].error is not None, r))
+        except RuntimeError:
+            sentence = "the store of the ranks is gone: the first rank, or its launcher, has ended"
+            speaker = rank
+        text = f"{sentence}; the job ends. See {self._folder.ranks}/rank-*/stacks.txt"
+        with open(self._folder.log_of(rank), "a", encoding="utf-8") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+        if rank == speaker and rank < ASKING:
+            print(f"nemotron: {text}", file=sys.stderr, flush=True)
+            self._folder.write_status("failed", max(0, self._progress.place.step), FAILED)
+        if self._ranks.is_first:
+            time.sleep(POLL_S)  # the store may end with this process
+
+    def _answer(self, error: str | None) -> Answer:
+        place = self._progress.place
+        seconds = time.monotonic() - place.since
+        own = Answer(place.step, place.phase, seconds, pending_collective(_flight()), error)
+        self._store.set(_answer_of(self._ranks.rank), json.dumps(asdict(own)))
+        return own
+
+    def _asked(self) -> range:
+        """Return the ranks that this one waits for; else a thousand would ask each other."""
+        return range(self._ranks.world if self._ranks.rank < ASKING else 0)
+
+    def _collect(self) -> dict[int, Answer]:
+        """Return the answers that come in time."""
+        answers: dict[int, Answer] = {}
+        deadline = time.monotonic() + ANSWER_S
+        missing = list(self._asked())
+        while time.monotonic() < deadline and missing:
+            for rank in list(missing):
+                key = _answer_of(rank)
+                if self._store.check([key]):
+                    answers[rank] = Answer(**json.loads(self._store.get(key)))
+                    missing.remove(rank)
+            time.sleep(0.1)
+        return answers
+
+    def _last_seen(self, rank: int) -> str:
+        if not self._store.check([_beat(rank)]):
+            return "never seen"
+        step, phase = json.loads(self._store.get(_beat(rank)))
+        return f"last seen in {_place(step, phase)}"
+
+    def _dump(self) -> None:
+        folder = self._folder.ranks / f"rank-{self._ranks.rank}"
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / "stacks.txt", "w") as file:
+            faulthandler.dump_traceback(file, all_threads=True)
+        write_text(folder / "flight.json", json.dumps(_flight(), indent=1))
+
+
+def verdict(answers: dict[int, Answer], lost: dict[int, str]) -> str:
+    """Say in one sentence for which ranks the others wait, where those are, and in what.
+
+    `lost` says of each rank that gave no answer where it was last seen.
+    """
+    failed = {rank: a for rank, a in answers.items() if a.error is not None}
+    if failed and not lost:  # what breaks off when a rank dies is an error of the others
+        rank, answer = min(failed.items())
+        return f"rank {rank} failed in {_place(answer.step, answer.phase)}: {answer.error}"
+    behind = lost or {rank: _seconds(answers[rank]) for rank in _behind(answers)}
+    waiting = {rank: a for rank, a in answers.items() if rank not in behind}
+    where = next(iter(behind.values()))
+    verb = "does not answer" if lost else "is behind"
+    text = f"{_ranks(list(behind))} {verb if len(behind) == 1 else _plural(verb)}, {where}"
+    if not waiting:
+        waiting = answers
+        text = f"no rank moves, {_seconds(next(iter(answers.values())))}"
+    collectives = {a.collective: a for a in waiting.values() if a.collective is not None}
+    if collectives:
+        name, answer = next(iter(collectives.items()))
+        those = [rank for rank, a in waiting.items() if a.collective == name]
+        text += f"; {_ranks(those)} wait{'s' * (len(those) == 1)} in {name} "
+        text += f"({_place(answer.step, answer.phase)})"
+    return text
+
+
+def _behind(answers: dict[int, Answer]) -> list[int]:
+    """Return the ranks that are not as far as others, or, of those, wait in no collective."""
+    least = min(a.order for a in answers.values())
+    last = [rank for rank, a in answers.items() if a.order == least]
+    if len(last) < len(answers):
+        return last
+    free = [rank for rank in last if answers[rank].collective is None]
+    return free or last
+
+
+def pending_collective(flight: dict[str, Any]) -> str | None:  # Any: nested JSON
+    """Return the collective that the process waits in, of those that it began and has not ended."""
+    entries = flight.get("entries", [])
+    open_ = [e for e in entries if not e["retired"] and e["state"] != "completed"]
+    if not open_:
+        return None
+    _, group = open_[-1]["process_group"]
+    known = "" if group in ("", "undefined", "default_pg") else f" of {group}"
+    return f"{open_[-1]['profiling_name']}{known}"
+
+
+def _flight() -> dict[str, Any]:  # Any: nested JSON
+    """Return torch's record of collectives, as far as this build keeps one."""
+    c10d = torch._C._distributed_c10d
+    for name in ("_dump_nccl_trace_json", "_dump_fr_trace_json"):
+        if (dump := getattr(c10d, name, None)) is not None:
+            flight = json.loads(dump())
+            if flight.get("entries"):
+                return flight
+    return {}
+
+
+def _place(step: int, phase: str) -> str:
+    return f"step {step + 1} ({phase})" if step >= 0 else phase
+
+
+def _seconds(answer: Answer) -> str:
+    return f"in {_place(answer.step, answer.phase)} for {answer.seconds:.0f} s"
+
+
+def _ranks(ranks: list[int]) -> str:
+    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
+def _plural(verb: str) -> str:
+    return {"is behind": "are behind", "does not answer": "do not answer"}[verb]
+
+
+def _beat(rank: int) -> str:
+    return f"watchdog/beat/{rank}"
+
+
+def _answer_of(rank: int) -> str:
+    return f"watchdog/answer/{rank}"

@@ -1,0 +1,122 @@
+"""The checkpoints of a run: saving, going back to one, and beginning at the newest."""
+
+import time
+from collections.abc import Callable, Sequence
+
+from nemotron.checkpoint.background import BackgroundSaver
+from nemotron.checkpoint.find import newest
+from nemotron.checkpoint.manifest import folder_name
+from nemotron.checkpoint.write import CheckpointNotSaved, save
+from nemotron.errors import UserError
+from nemotron.run.folder import RunFolder
+from nemotron.run.log import RunLog
+from nemotron.train.rollback import roll_back
+from nemotron.train.trainer import Trainer
+
+
+class Saver:
+    """Saves a trainer, or gives it back what was saved; called by all ranks at the same place."""
+
+    def __init__(self, trainer: Trainer, folder: RunFolder, log: RunLog) -> None:
+        self._trainer, self._folder, self._log = trainer, folder.checkpoints, log
+        self.saved_step: int | None = None
+        """Step of the newest checkpoint that is whole."""
+        is_on = trainer.config.checkpoint.background
+        self._background = BackgroundSaver(trainer.ranks) if is_on else None
+
+    def restore(self) -> bool:
+        """Go to the newest whole checkpoint; says whether there was one.
+
+        Raises:
+            UserError: when there are checkpoints, but none of them is whole or fits.
+        """
+        found = newest(self._folder, self._trainer.ranks)
+        for line in found.skipped:
+            self._log.tell(line)
+        if found.info is None:
+            if damaged := [line for line in found.skipped if "damaged" in line]:
+                raise UserError(
+                    f"{self._folder} holds no complete checkpoint: {damaged[0]}; "
+                    f"remove the damaged ones to start at step 0, or give the run another name."
+                )
+            self._log.tell(f"{self._folder.parent} has no checkpoint; starting at step 0")
+            return False
+        self._trainer.restore(found.info)
+        self.saved_step = found.info.step
+        self._log.tell(f"resumed at step {found.info.step} from {found.info.folder}")
+        return True
+
+    def save(self) -> None:
+        """Write a checkpoint of this step unless it is there already.
+
+        Raises:
+            CheckpointNotSaved: on every rank, when there is no room for it.
+        """
+        trainer, step = self._trainer, self._trainer.state.step
+        self.finish(wait=True)
+        if step == self.saved_step:
+            return
+        trainer.check_replicas()
+        trainer.progress.enter(step - 1, "save")
+        self._log.sync()
+        start = time.perf_counter()
+        content = (
+            self._folder,
+            step,
+            trainer.tensors(),
+            trainer.json_state(),
+            trainer.config.model,
+            trainer.config.checkpoint.keep,
+        )
+        if self._background is None:
+            save(*content, trainer.ranks)
+            self.saved_step = step
+            self._log.tell(f"saved {folder_name(step)} in {time.perf_counter() - start:.1f} s")
+            return
+        self._background.start(*content)
+        seconds = time.perf_counter() - start
+        self._log.tell(f"copied {folder_name(step)} in {seconds:.1f} s, to be written beside")
+
+    def finish(self, *, wait: bool) -> None:
+        """Make a checkpoint of what was written beside training, if all of it is.
+
+        Raises:
+            CheckpointNotSaved: on every rank, when the file system refused a part of it.
+        """
+        if self._background is None or (step := self._background.step) is None:
+            return
+        self._trainer.progress.enter(self._trainer.state.step - 1, "save")
+        if self._background.finish(wait=wait) is not None:
+            self.saved_step = step
+            self._log.tell(f"saved {folder_name(step)}")
+
+    def save_or_warn(self) -> None:
+        """Save, but let training go on without it."""
+        self._or_warn(self.save)
+
+    def finish_or_warn(self, *, wait: bool) -> None:
+        """Finish, but let training go on without that checkpoint."""
+        self._or_warn(lambda: self.finish(wait=wait))
+
+    def go_back(self, bad: Sequence[int]) -> None:
+        """Return to a checkpoint from before the steps of these indices.
+
+        Raises:
+            Diverged: on every rank, when that is no help.
+        """
+        trainer, reached = self._trainer, self._trainer.state.step
+        self.finish_or_warn(wait=True)
+        trainer.progress.enter(reached - 1, "restore")
+        info = roll_back(trainer, self._folder, bad)
+        self._log.go_back(info.step)
+        self.saved_step = info.step
+        self._log.tell(
+            f"step {reached}: {len(bad)} steps from {bad[0] + 1} to {bad[-1] + 1} were skipped; "
+            f"going back to {folder_name(info.step)}, and over the data of those steps"
+        )
+
+    def _or_warn(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except CheckpointNotSaved as problem:
+            self._log.tell(f"warning: {problem}; training goes on")

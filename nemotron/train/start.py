@@ -1,0 +1,194 @@
+"""One run, from its configuration to its exit code: check, build, restore, train."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from nemotron.checkpoint.read import read_model
+from nemotron.data.loader import TrainingData
+from nemotron.device import find_device, measure_matmul_peak
+from nemotron.errors import UserError
+from nemotron.model.config import ModelConfig
+from nemotron.model.hybrid import HybridLM
+from nemotron.ops.describe import choose_backends, describe
+from nemotron.ops.registry import OPERATIONS
+from nemotron.parallel.apply import LocalModel
+from nemotron.parallel.runtime import Launch, start
+from nemotron.precision.apply import DTYPES
+from nemotron.precision.assign import assign, preset_at
+from nemotron.precision.policy import Assignment, summarize
+from nemotron.run.folder import RunFolder
+from nemotron.run.log import RunLog
+from nemotron.run.screen import Screen
+from nemotron.run.signals import StopRequest
+from nemotron.run.trackers import check_trackers
+from nemotron.train.announce import model_line
+from nemotron.train.config import PretrainConfig
+from nemotron.train.flops import count_parameters, training_flops_per_token
+from nemotron.train.layout import check_layout, describe_places, least_world
+from nemotron.train.loop import DONE, run
+from nemotron.train.loss import num_depths
+from nemotron.train.reliability.deterministic import deterministic
+from nemotron.train.reliability.watchdog import Watchdog
+from nemotron.train.save import Saver
+from nemotron.train.schedule import Course, plan_course
+from nemotron.train.trainer import Trainer
+
+ReadModel = Callable[[Path], tuple[ModelConfig, dict[str, Tensor]]]
+
+
+def train(
+    config: PretrainConfig,
+    *,
+    resume: bool = False,
+    stop_at: int | None = None,
+    recipe_path: str = "",
+    read_initial: ReadModel = read_model,
+    allow_changed: Sequence[str] = (),
+) -> int:
+    """Train as the recipe says, or go on from the run's newest whole checkpoint.
+
+    `stop_at` ends the run after that step as a signal would. `read_initial` reads the weights
+    that `init_from` names. `allow_changed` lists keys in which a resumed run may differ from its
+    beginning. Returns the exit code: 0 done, 1 failed, 75 stopped and can be resumed.
+
+    Raises:
+        UserError: when something that the user gave is wrong.
+    """
+    launch = Launch.of_this_process()
+    course = plan_course(config)
+    check_layout(config, course, launch.world if launch else 1)
+    check_trackers(config.logging.trackers)
+    device = find_device(config.device, launch.local_rank if launch else None)
+    folder = RunFolder(config.run_path, config)
+    ranks = start(launch, device, config.parallel)
+    ranks.first(lambda: folder.check(course.num_steps, resume=resume, allow_changed=allow_changed))
+    with ExitStack() as stack:
+        stop = stack.enter_context(StopRequest(stop_at))
+        screen = Screen(is_silent=not ranks.is_first)
+        stack.callback(screen.close)
+        log = RunLog(screen)
+        is_on = config.reliability.deterministic
+        stack.enter_context(deterministic(device, on=is_on))
+        _pin_backends(config)
+        data = open_data(config, course)
+        data.check_length()
+        own_peak = measure_matmul_peak(device, DTYPES[config.precision.compute])
+        trainer = Trainer(config, course, data, device, sum(ranks.gather(own_peak)), ranks)
+        stack.enter_context(folder.held(ranks))
+        stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
+        saver = Saver(trainer, folder, log)
+        if not (resume and saver.restore()) and config.init_from is not None:
+            _load_initial(trainer.local, config.init_from, read_initial)
+        return run(trainer, folder, log, saver, stop, recipe_path)
+
+
+def dry_run(config: PretrainConfig) -> int:
+    """Print what `train` would do, as far as it can be known without writing anything.
+
+    Raises:
+        UserError: as `train` does.
+    """
+    launch = Launch.of_this_process()
+    course = plan_course(config)
+    dims = check_layout(config, course, launch.world if launch else least_world(config.parallel))
+    check_trackers(config.logging.trackers)
+    device = find_device(config.device)
+    folder = RunFolder(config.run_path, config)
+    folder.check(course.num_steps, resume=True)
+    _pin_backends(config)
+    with torch.device("meta"):
+        model = HybridLM(config.model)
+    count = count_parameters(model, config.model)
+    depths = num_depths(config.model, config.loss)
+    tokens = course.timeline.num_tokens
+    flops = training_flops_per_token(config.model, config.data.seq_len, depths) * tokens
+    documents = config.data.reset_documents
+    choices = choose_backends(device, DTYPES[config.precision.compute], documents)
+    tables = [table for _, _, table in _precision_tables(config, model, device)]
+    formats = summarize(tables[0]) if config.precision.quantizes else []
+    state = "exists, would go on by --resume" if folder.path.exists() else "new"
+    for line in (
+        f"run        {folder.path} ({state})",
+        model_line(count),
+        f"training   {course.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
+        *(f"operations {line}" for line in describe(choices, device)),
+        *(f"precision  {line}" for line in formats),
+        *(describe_places(config, course, dims) if dims.world > 1 else ()),
+    ):
+        if launch is None or launch.rank == 0:
+            print(line)
+    return DONE
+
+
+def describe_precision(config: PretrainConfig) -> list[str]:
+    """Return the format of every linear layer at the start and after each switch, with reasons.
+
+    Raises:
+        UserError: when a rule fits no layer, or a named backend is not fit for one.
+    """
+    with torch.device("meta"):
+        model = HybridLM(config.model)
+    lines = []
+    for step, preset, table in _precision_tables(config, model):
+        lines.append(f"from step {step}: preset {preset}")
+        width = max((len(line.module) for line in table), default=0)
+        lines += [
+            f"  {line.module:<{width}}  {line.format:<11}  {line.backend:<7}  {line.kind}: "
+            f"{line.reason}"
+            for line in table
+        ]
+    return lines
+
+
+def _precision_tables(
+    config: PretrainConfig, model: HybridLM, device: torch.device | None = None
+) -> Iterator[tuple[int, str, list[Assignment]]]:
+    """Yield the table of formats at the start and after each switch, with its step and preset."""
+    for step in (0, *(switch.step for switch in config.precision.switches)):
+        preset = preset_at(config.precision, step)
+        yield step, preset, assign(model, config.precision, preset, device)
+
+
+def _pin_backends(config: PretrainConfig) -> None:
+    for operation, backend in config.ops:
+        OPERATIONS[operation].pin(backend)
+
+
+def open_data(config: PretrainConfig, course: Course) -> TrainingData:
+    """Open the data of a run.
+
+    Raises:
+        UserError: when it is unfit.
+    """
+    return TrainingData(
+        config.data, course.timeline, seed=config.seed, vocab_size=config.model.vocab_size
+    )
+
+
+def _load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
+    """Start from saved weights; every tensor must be there, with its shape, and no other."""
+    saved_config, weights = read(Path(path))
+    own = local.whole_shapes()
+    problems = [f"{name} is absent" for name in own if name not in weights]
+    problems += [f"{name} is too many" for name in weights if name not in own]
+    problems += [
+        f"{name} has shape {list(weights[name].shape)} instead of {list(shape)}"
+        for name, shape in own.items()
+        if name in weights and weights[name].shape != shape
+    ]
+    if problems:
+        old, new = saved_config.model_dump(), local.config.model_dump()
+        keys = [f"model.{key} = {old[key]} there" for key in old if old[key] != new[key]]
+        raise UserError(
+            f"init_from: the weights in {path} do not fit the recipe ({', '.join(keys)}): "
+            f"{'; '.join(problems[:10])}."
+        )
+    local.fill(
+        lambda name, _, experts: (
+            weights[name] if experts is None else weights[name][experts.start : experts.stop]
+        )
+    )
