@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Self
 
 import numpy as np
@@ -24,6 +24,7 @@ class Batch:
     documents of a row from 0; a number is never used again in its row; without it the row is one
     document. `loss_weight` weighs the loss of each label; without it every label counts 1.
     `ahead` holds what `look_ahead` found; it is found before ranks share the tokens of a row.
+    `extras` holds what else an objective needs to know about each label, by name.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -31,6 +32,7 @@ class Batch:
     seq_idx: Int[Tensor, "B T"] | None
     loss_weight: Float[Tensor, "B T"] | None = None
     ahead: "tuple[Ahead, ...]" = ()
+    extras: dict[str, Shaped[Tensor, "B T *rest"]] = field(default_factory=dict)
 
     @property
     def num_loss_tokens(self) -> int:
@@ -62,7 +64,7 @@ class Batch:
         return self.map(operator.methodcaller("pin_memory"))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return the batch with the function applied to every tensor of [B, T]."""
+        """Return the batch with the function applied to every tensor of [B, T] or [B, T, …]."""
         return replace(
             self,
             input_ids=function(self.input_ids),
@@ -70,6 +72,7 @@ class Batch:
             seq_idx=None if self.seq_idx is None else function(self.seq_idx),
             loss_weight=None if self.loss_weight is None else function(self.loss_weight),
             ahead=tuple(depth.map(function) for depth in self.ahead),
+            extras={name: function(values) for name, values in self.extras.items()},
         )
 
 
