@@ -30,7 +30,7 @@ from nemotron.train.config import PretrainConfig
 from nemotron.train.flops import count_parameters, training_flops_per_token
 from nemotron.train.layout import check_layout, describe_places, least_world
 from nemotron.train.loop import DONE, run
-from nemotron.train.loss import num_depths
+from nemotron.train.loss import PretrainObjective, num_depths
 from nemotron.train.reliability.deterministic import deterministic
 from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
@@ -77,7 +77,8 @@ def train(
         data = open_data(config, course)
         data.check_length()
         own_peak = measure_matmul_peak(device, DTYPES[config.precision.compute])
-        trainer = Trainer(config, course, data, device, sum(ranks.gather(own_peak)), ranks)
+        objective, peak = PretrainObjective.of(config.model, config.loss), ranks.gather(own_peak)
+        trainer = Trainer(config, objective, course, data, device, sum(peak), ranks)
         stack.enter_context(folder.held(ranks))
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.checkpoint.manifest import CheckpointInfo
@@ -31,15 +32,7 @@ from nemotron.run.metrics import Record
 from nemotron.run.signals import StopRequest
 from nemotron.train.config import PretrainConfig
 from nemotron.train.flops import training_flops_per_token
-from nemotron.train.loss import (
-    StepSums,
-    TokenCounts,
-    count_tokens,
-    losses,
-    num_depths,
-    objective,
-    stage_losses,
-)
+from nemotron.train.loss import Objective, StepSums, compute_sums, num_depths
 from nemotron.train.optimizer import (
     GradientNorms,
     Optimizer,
@@ -66,13 +59,15 @@ class Trainer:
     def __init__(
         self,
         config: PretrainConfig,
+        objective: Objective,
         course: Course,
         data: TrainingData,
         device: torch.device,
         peak_flops: float,
         ranks: Ranks | None = None,
     ) -> None:
-        self.config, self.course, self.data, self.device = config, course, data, device
+        self.config, self.objective, self.device = config, objective, device
+        self.course, self.data = course, data
         self.ranks = ranks or Ranks()
         torch.manual_seed(config.seed)
         dims = resolve_dims(config.parallel, self.ranks.world)
@@ -116,13 +111,12 @@ class Trainer:
         batch = self._batches.take(step)
         self._faults.strike(step, self.local)
         watch.begin("wait")
-        counts = self._sum_counts(count_tokens(batch))  # of the whole step, before any backward
+        counts, num_tokens = self._sum_counts(batch)  # of the whole step, before any backward
 
         watch.begin("forward_backward")
         self.optimizer.zero_grad()
-        sums = StepSums(
-            self._depths, config.model.moe_layers, config.model.n_routed_experts, self.device
-        )
+        layers, num_experts = config.model.moe_layers, config.model.n_routed_experts
+        sums = StepSums(self.objective, layers, num_experts, self.device)
         portions = list(self._portions(step, batch))
         if self.local.pipeline is not None:
             self._run_stages(step, portions, counts, sums)
@@ -131,9 +125,9 @@ class Trainer:
             self.quantization.begin(step, tokens)
             is_last = number == len(portions)
             self.local.sync_gradients(is_last or config.parallel.sync_every_micro_batch)
-            terms = losses(self.model, micro.to(self.device), config.loss)
-            objective(terms, counts, config.loss).backward()
-            sums.add(terms)
+            terms, routing = compute_sums(self.objective, self.model, micro.to(self.device))
+            self.objective.combine(terms, counts).backward()
+            sums.add(terms, routing)
             self.progress.move()
         self.local.finish_gradients()
         gradients = self.optimizer.gradients()
@@ -143,7 +137,7 @@ class Trainer:
         watch.begin("exchange")
         others = sums.add_up(self.ranks, others, counts_loss=self.local.counts_loss)
         norms = GradientNorms(others[:-1], self._kinds)
-        total = sums.objective(counts, config.loss)
+        total = self.objective.combine(sums.terms, counts)
         # once a step the host waits for three numbers: whether to update hangs on them
         loss, grad_norm, stops = torch.stack([total.double(), norms.total(), others[-1]]).tolist()
         watch.begin("optimizer")
@@ -155,10 +149,21 @@ class Trainer:
             self.optimizer.step(lr, clip)
             for name, router in self.routers.items():
                 router.update_bias(sums.load[name], config.optimizer.router_bias_update_rate)
-        self.state.advance(self.course.timeline.tokens_per_step(step), loss, grad_norm, skip)
+        self.state.advance(num_tokens, loss, grad_norm, skip)
         watch.begin(None)
         return StepResult(
-            counts, sums, norms, loss, grad_norm, clip, lr, skip, is_spike, stops > 0, watch.seconds
+            counts=counts,
+            tokens=num_tokens,
+            sums=sums,
+            norms=norms,
+            loss=loss,
+            grad_norm=grad_norm,
+            clip=clip,
+            lr=lr,
+            skip=skip,
+            spike=is_spike,
+            stop=stops > 0,
+            seconds=watch.seconds,
         )
 
     def _portions(self, step: int, batch: Batch) -> Iterator[tuple[Numbers, Batch]]:
@@ -174,7 +179,7 @@ class Trainer:
             first += rows
 
     def _run_stages(
-        self, step: int, portions: list[tuple[Numbers, Batch]], counts: TokenCounts, sums: StepSums
+        self, step: int, portions: list[tuple[Numbers, Batch]], counts: Tensor, sums: StepSums
     ) -> None:
         """Pass the portions of a step through the stages of a pipeline, forward and backward."""
         assert self.local.pipeline is not None
@@ -182,22 +187,22 @@ class Trainer:
         def share(
             model: HybridLM, hidden: Tensor | None, batch: Batch, routing: list[RoutingStats]
         ) -> Tensor:
-            terms = stage_losses(model, hidden, batch, self.config.loss, routing)
-            sums.add(terms)
+            terms = self.objective.sums(model, hidden, batch, routing)
+            sums.add(terms, routing)
             self.progress.move()
-            return objective(terms, counts, self.config.loss)
+            return self.objective.combine(terms, counts)
 
         # every call of a layer draws other bits, so the portions may share their numbers
         self.quantization.begin(step, portions[0][0])
         self.local.pipeline.step([micro.to(self.device) for _, micro in portions], share)
 
-    def _sum_counts(self, counts: TokenCounts) -> TokenCounts:
-        """Add up over the ranks that read other rows."""
-        if self.mesh is None:
-            return counts
-        values = torch.tensor([counts.tokens, counts.main, *counts.mtp], dtype=torch.float64)
-        total = self.ranks.sum(values.to(self.device), self.mesh.group("batch")).tolist()
-        return TokenCounts(total[1], tuple(total[2:]), int(total[0]))
+    def _sum_counts(self, batch: Batch) -> tuple[Float[Tensor, " terms"], int]:
+        """Return the counts of the terms and the tokens, over all ranks that read other rows."""
+        counts = self.objective.counts(batch)
+        values = torch.cat([counts, counts.new_tensor([batch.labels.numel()])])
+        if self.mesh is not None:
+            values = self.ranks.sum(values.to(self.device), self.mesh.group("batch")).cpu()
+        return values[:-1], int(values[-1])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor that a resume needs, under its name in a checkpoint."""
@@ -273,9 +278,9 @@ class Trainer:
 
 
 def _reason_to_skip(
-    counts: TokenCounts, loss: float, grad_norm: float, *, skips_spike: bool
+    counts: Tensor, loss: float, grad_norm: float, *, skips_spike: bool
 ) -> Skip | None:
-    if not counts.main:
+    if not counts[0]:
         return Skip.NO_TARGETS
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return Skip.NOT_FINITE

@@ -19,6 +19,7 @@ from nemotron.parallel.pieces import Pieces
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import check_layout
+from nemotron.train.loss import PretrainObjective
 from nemotron.train.schedule import plan_course
 from nemotron.train.start import open_data
 from nemotron.train.trainer import Trainer
@@ -51,7 +52,8 @@ def build(values: dict[str, Any]) -> Trainer:
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), grouped=True)
     course = plan_course(config)
     check_layout(config, course, ranks.world)
-    return Trainer(config, course, open_data(config, course), CPU, 1e9, ranks)
+    objective = PretrainObjective.of(config.model, config.loss)
+    return Trainer(config, objective, course, open_data(config, course), CPU, 1e9, ranks)
 
 
 def run_steps(values: dict[str, Any], num_steps: int) -> Outcome:

@@ -11,6 +11,7 @@ from nemotron.parallel.runtime import Ranks
 from nemotron.run.signals import StopRequest
 from nemotron.train.config import PretrainConfig
 from nemotron.train.loop import loop
+from nemotron.train.loss import PretrainObjective
 from nemotron.train.reliability.replicas import ReplicasDiffer
 from nemotron.train.schedule import plan_course
 from nemotron.train.start import open_data
@@ -22,7 +23,8 @@ def build_trainer(values: dict[str, Any]) -> Trainer:
     ranks = Ranks(dist.get_rank(), dist.get_world_size(), grouped=True)
     course = plan_course(config)
     data = open_data(config, course)
-    return Trainer(config, course, data, torch.device("cpu"), 1e9, ranks)
+    objective = PretrainObjective.of(config.model, config.loss)
+    return Trainer(config, objective, course, data, torch.device("cpu"), 1e9, ranks)
 
 
 def skips(values: dict[str, Any], num_steps: int) -> list[tuple[str | None, bool]]:

@@ -12,6 +12,7 @@ from nemotron.errors import UserError
 from nemotron.parallel.runtime import Ranks
 from nemotron.run.metrics import read_metrics
 from nemotron.train.config import PretrainConfig
+from nemotron.train.loss import PretrainObjective
 from nemotron.train.schedule import plan_course
 from nemotron.train.start import open_data, train
 from nemotron.train.state import SPIKE_MINIMUM, Skip, TrainerState
@@ -24,7 +25,8 @@ CPU = torch.device("cpu")
 
 def trainer(config: PretrainConfig) -> Trainer:
     course = plan_course(config)
-    return Trainer(config, course, open_data(config, course), CPU, peak_flops=1e9)
+    objective = PretrainObjective.of(config.model, config.loss)
+    return Trainer(config, objective, course, open_data(config, course), CPU, peak_flops=1e9)
 
 
 def losses_of(config: PretrainConfig, steps: int) -> list[dict]:
