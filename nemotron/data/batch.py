@@ -1,9 +1,9 @@
 """What the model is trained on in one step."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Self
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -105,6 +105,33 @@ def shift_left(
         return shifted
     same_document = F.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (0, 1))
     return shifted.masked_fill(~same_document, vacated)
+
+
+class Batches(Protocol):
+    """A source of batches: rows of text, answers of the model itself, or anything else."""
+
+    def take(self, step: int) -> Batch:
+        """Return this rank's rows of the optimizer step with this index.
+
+        Steps are taken in order, except after `restore`, and where a run passes over some.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:  # Any: nested JSON
+        """Return what a checkpoint must hold to go on after the last step that was taken."""
+        ...
+
+    def restore(self, saved: Mapping[str, Any], step: int) -> None:
+        """Go on from the `state` of a checkpoint after so many steps.
+
+        Raises:
+            UserError: when this source cannot, because something else was read before.
+        """
+        ...
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return what to log about the steps before this index."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,8 @@ class StepResult:
     """Divisors of the objective's terms."""
     tokens: int
     """Tokens of all ranks' rows."""
+    seq_len: int
+    """Tokens in a row."""
     sums: StepSums
     norms: GradientNorms
     loss: float
@@ -70,6 +72,8 @@ def expert_values(routers: Mapping[str, Router], load: Mapping[str, Tensor]) -> 
     values: dict[str, float] = {}
     for layer, counts in load.items():
         tokens = counts.tolist()
+        if not sum(tokens):  # the objective does not run this layer
+            continue
         mean = sum(tokens) / len(tokens)
         shares = [count / sum(tokens) for count in tokens if count]
         entropy = -sum(share * math.log(share) for share in shares)

@@ -11,9 +11,7 @@ from torch import Tensor
 
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import lacking, load_tensors, read_state
-from nemotron.data.batch import Batch
-from nemotron.data.loader import TrainingData
-from nemotron.data.prefetch import OwnRows
+from nemotron.data.batch import Batch, Batches
 from nemotron.device import memory_values
 from nemotron.errors import UserError
 from nemotron.model.block import Block
@@ -47,27 +45,23 @@ from nemotron.train.reliability.progress import Progress, Stopwatch
 from nemotron.train.reliability.replicas import ReplicaCheck
 from nemotron.train.schedule import Course
 from nemotron.train.state import RNG, Skip, TrainerState, snapshot
-from nemotron.train.validation import evaluate
-
-SOURCES_LOGGED = 64
-"""Sources up to which the tokens read from each are logged."""
 
 
 class Trainer:
-    """Model, optimizer, data and counters of one run."""
+    """Model, optimizer and counters of one run, with its objective and its source of batches."""
 
     def __init__(
         self,
         config: PretrainConfig,
         objective: Objective,
+        batches: Batches,
         course: Course,
-        data: TrainingData,
         device: torch.device,
         peak_flops: float,
         ranks: Ranks | None = None,
     ) -> None:
-        self.config, self.objective, self.device = config, objective, device
-        self.course, self.data = course, data
+        self.config, self.objective, self.batches = config, objective, batches
+        self.course, self.device = course, device
         self.ranks = ranks or Ranks()
         torch.manual_seed(config.seed)
         dims = resolve_dims(config.parallel, self.ranks.world)
@@ -91,24 +85,21 @@ class Trainer:
         self._faults = Faults(reliability.faults, self.ranks.rank)
         every = reliability.check_replicas_every_steps
         self._replicas = ReplicaCheck(self.local, self.optimizer, self.ranks) if every else None
-        self._batches = OwnRows(
-            config.data,
-            data,
-            reader=self.local.batch_rank,
-            num_readers=dims.batch,
-            num_steps=course.num_steps,
-            num_depths=self._depths,
-            pin=device.type == "cuda",
-        )
 
-    def train_step(self, step: int, stop: StopRequest | None = None) -> StepResult:
-        """Do the optimizer step with this index, counted from 0.
+    def update(
+        self,
+        step: int,
+        batch: Batch,
+        *,
+        stop: StopRequest | None = None,
+        watch: Stopwatch | None = None,
+    ) -> StepResult:
+        """Do the optimizer step with this index, counted from 0, on this rank's rows.
 
-        `stop` says whether this rank is to stop after it; the result, whether any rank is.
+        `stop` says whether this rank is to stop after it; the result, whether any rank is. `watch`
+        goes on measuring what began with the reading of the batch.
         """
-        config, watch = self.config, Stopwatch(self.device, self.progress, step)
-        watch.begin("data")
-        batch = self._batches.take(step)
+        config, watch = self.config, watch or Stopwatch(self.device, self.progress, step)
         self._faults.strike(step, self.local)
         watch.begin("wait")
         counts, num_tokens = self._sum_counts(batch)  # of the whole step, before any backward
@@ -117,7 +108,7 @@ class Trainer:
         self.optimizer.zero_grad()
         layers, num_experts = config.model.moe_layers, config.model.n_routed_experts
         sums = StepSums(self.objective, layers, num_experts, self.device)
-        portions = list(self._portions(step, batch))
+        portions = list(self._portions(batch))
         if self.local.pipeline is not None:
             self._run_stages(step, portions, counts, sums)
             portions = []
@@ -154,6 +145,7 @@ class Trainer:
         return StepResult(
             counts=counts,
             tokens=num_tokens,
+            seq_len=batch.input_ids.shape[1],
             sums=sums,
             norms=norms,
             loss=loss,
@@ -166,12 +158,10 @@ class Trainer:
             seconds=watch.seconds,
         )
 
-    def _portions(self, step: int, batch: Batch) -> Iterator[tuple[Numbers, Batch]]:
+    def _portions(self, batch: Batch) -> Iterator[tuple[Numbers, Batch]]:
         """Yield what is computed at once of this rank's rows, with the numbers of its tokens."""
-        at_once, (num_rows, length) = (
-            self.config.rows_at_once(self.data.seq_len(step)),
-            batch.input_ids.shape,
-        )
+        num_rows, length = batch.input_ids.shape
+        at_once = self.config.rows_at_once(length)
         first = self.local.batch_rank * num_rows
         for micro in self.local.share_rows(batch).split(at_once):
             rows = micro.input_ids.shape[0]
@@ -210,13 +200,14 @@ class Trainer:
 
     def json_state(self) -> dict[str, Any]:  # Any: nested JSON
         """Return everything else that a resume needs."""
-        return {"trainer": asdict(self.state), "data": self.data.fingerprint()}
+        return {"trainer": asdict(self.state), "data": self.batches.state()}
 
     def restore(self, info: CheckpointInfo) -> None:
         """Put every tensor and counter of a checkpoint in place.
 
         Raises:
-            UserError: when the checkpoint does not fit the model, or the data was changed.
+            UserError: when the checkpoint does not fit the model, or the batches before it were
+                others.
         """
         saved = read_state(info)
         if "data" not in saved:
@@ -224,7 +215,7 @@ class Trainer:
                 f"{info.folder} holds weights only, nothing to go on from; "
                 f"start a new run with init_from: {info.folder}."
             )
-        self.data.check_fingerprint(saved["data"], info.step)
+        self.batches.restore(saved["data"], info.step)
         tensors = self.tensors()
         # a run that was in another format then has no scales there
         for name in lacking(info, self.quantization.tensors()):
@@ -253,28 +244,14 @@ class Trainer:
     def values(self, step: int, result: StepResult) -> Record:
         """Return the metrics of the step with this index; reading them waits for the device."""
         config = self.config.model
-        flops = training_flops_per_token(config, self.data.seq_len(step), self._depths)
+        flops = training_flops_per_token(config, result.seq_len, self._depths)
         return {
             **result.values(self.routers, self.peak_flops / flops),
-            **self._tokens_by_source(step + 1),
+            **self.batches.metrics(step + 1),
             **self.quantization.metrics(),
             "skipped_steps": self.state.skipped_steps,
             **memory_values(self.device),
         }
-
-    def _tokens_by_source(self, step: int) -> Record:
-        if len(self.data.tokens) > SOURCES_LOGGED:
-            return {}
-        read = self.data.tokens_read(step)
-        return {f"data/tokens/{name}": count for name, count in read.items()}
-
-    def validate(self) -> Record:
-        """Return the metrics of the held-out text."""
-        budget, rows = self.config.evaluation.tokens, self.config.batch.micro_batch
-        values = evaluate(
-            self.local, self.data, self.ranks, tokens=budget, rows=rows, progress=self.progress
-        )
-        return {**values}
 
 
 def _reason_to_skip(
