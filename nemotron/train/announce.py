@@ -39,7 +39,7 @@ def announce(
     facts = provenance.collect(trainer.device)
     facts |= {"recipe": recipe_path, "seed": config.seed, **sizes}
     facts["matmul_peak_flops"] = trainer.peak_flops
-    dtype, documents = DTYPES[config.precision.compute], config.data.reset_documents
+    dtype, documents = DTYPES[config.precision.compute], data.config.reset_documents
     choices = choose_backends(trainer.device, dtype, documents)
     facts["backends"] = {choice.operation: asdict(choice) for choice in choices}
     facts["ranks"] = ranks.world

@@ -9,11 +9,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
-from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats
 from nemotron.parallel.runtime import Ranks
-from nemotron.train.config import LossConfig
+from nemotron.train.config import LossConfig, PretrainConfig
 
 
 class Objective(Protocol):
@@ -80,9 +79,9 @@ class PretrainObjective:
     has_routers: bool = True
 
     @classmethod
-    def of(cls, model: ModelConfig, config: LossConfig) -> "PretrainObjective":
-        """Return the objective with the terms that a model has."""
-        return cls(config, num_depths(model, config), bool(model.moe_layers))
+    def of(cls, config: PretrainConfig) -> "PretrainObjective":
+        """Return the objective of a run, with the terms that its model has."""
+        return cls(config.loss, config.num_depths, bool(config.model.moe_layers))
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -156,11 +155,6 @@ class PretrainObjective:
         for factor, (term, count) in zip(factors, others, strict=True):
             loss = loss + factor * term / max(count, 1)
         return loss
-
-
-def num_depths(model: ModelConfig, config: LossConfig) -> int:
-    """Return how many multi-token-prediction depths are trained: 0 without such a block."""
-    return config.mtp_num_depths if model.mtp_pattern else 0
 
 
 def total_weight(labels: Tensor, weights: Tensor | None) -> float:

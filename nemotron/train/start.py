@@ -32,7 +32,7 @@ from nemotron.train.config import PretrainConfig
 from nemotron.train.flops import count_parameters, training_flops_per_token
 from nemotron.train.layout import Place, check_layout, describe_places, least_world
 from nemotron.train.loop import DONE, run
-from nemotron.train.loss import PretrainObjective, num_depths
+from nemotron.train.loss import PretrainObjective
 from nemotron.train.reliability.deterministic import deterministic
 from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
@@ -105,9 +105,8 @@ def dry_run(config: PretrainConfig) -> int:
     with torch.device("meta"):
         model = HybridLM(config.model)
     count = count_parameters(model, config.model)
-    depths = num_depths(config.model, config.loss)
     tokens = course.timeline.num_tokens
-    flops = training_flops_per_token(config.model, config.data.seq_len, depths) * tokens
+    flops = training_flops_per_token(config.model, config.data.seq_len, config.num_depths) * tokens
     documents = config.data.reset_documents
     choices = choose_backends(device, DTYPES[config.precision.compute], documents)
     tables = [table for _, _, table in _precision_tables(config, model, device)]
@@ -180,7 +179,7 @@ def build_trainer(
     ranks: Ranks,
 ) -> Trainer:
     """Build what pre-trains: its objective, the rows that this rank reads, and the trainer."""
-    objective = PretrainObjective.of(config.model, config.loss)
+    objective = PretrainObjective.of(config)
     dims = resolve_dims(config.parallel, ranks.world)
     batches = TextBatches(
         config.data,

@@ -28,9 +28,9 @@ from nemotron.precision.apply import apply as apply_precision
 from nemotron.precision.random_bits import Numbers
 from nemotron.run.metrics import Record
 from nemotron.run.signals import StopRequest
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import RunConfig
 from nemotron.train.flops import training_flops_per_token
-from nemotron.train.loss import Objective, StepSums, compute_sums, num_depths
+from nemotron.train.loss import Objective, StepSums, compute_sums
 from nemotron.train.optimizer import (
     GradientNorms,
     Optimizer,
@@ -52,7 +52,7 @@ class Trainer:
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: RunConfig,
         objective: Objective,
         batches: Batches,
         course: Course,
@@ -76,7 +76,6 @@ class Trainer:
         self.optimizer = Optimizer(self.local.parameters(), config.optimizer)
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState()
-        self._depths = num_depths(config.model, config.loss)
         counted = filter(self.local.counts, self.optimizer.parameters)
         self._kind_of = parameter_kinds(counted, config.model)
         self._kinds = kinds(config.model)
@@ -243,8 +242,8 @@ class Trainer:
 
     def values(self, step: int, result: StepResult) -> Record:
         """Return the metrics of the step with this index; reading them waits for the device."""
-        config = self.config.model
-        flops = training_flops_per_token(config, result.seq_len, self._depths)
+        config = self.config
+        flops = training_flops_per_token(config.model, result.seq_len, config.num_depths)
         return {
             **result.values(self.routers, self.peak_flops / flops),
             **self.batches.metrics(step + 1),
@@ -264,9 +263,7 @@ def _reason_to_skip(
     return Skip.SPIKE if skips_spike else None
 
 
-def build_model(
-    config: PretrainConfig, device: torch.device, mesh: Mesh | None = None
-) -> LocalModel:
+def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> LocalModel:
     """Build what this rank holds of the recipe's model, with fresh weights."""
 
     def build() -> HybridLM:
@@ -284,7 +281,7 @@ def build_model(
         mesh,
         config.parallel,
         seq_len=config.data.seq_len,
-        num_depths=num_depths(config.model, config.loss),
+        num_depths=config.num_depths,
         device=device,
     )
     local.materialise(device)

@@ -48,7 +48,7 @@ class Case:
     @property
     def objective(self) -> PretrainObjective:
         config = LossConfig(moe_aux_loss_coeff=0.3, mtp_detach_heads=self.detach)
-        return PretrainObjective.of(self.build().config, config)
+        return PretrainObjective(config, 2 if self.build().mtp is not None else 0)
 
     @property
     def depths(self) -> int:

@@ -19,7 +19,7 @@ def test_the_objective_is_the_weighted_mean_of_each_term(recipe):
     weights = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(3))
     batch = replace(batch, loss_weight=weights).look_ahead(2)
     [model] = build_model(config, torch.device("cpu")).models
-    objective = PretrainObjective.of(config.model, config.loss)
+    objective = PretrainObjective.of(config)
     (sums, _), counts = compute_sums(objective, model, batch), objective.counts(batch)
     assert counts[0] == pytest.approx(weights[batch.labels != -100].sum().item(), rel=1e-6)
 
@@ -57,7 +57,7 @@ def test_micro_batches_of_weighted_samples_add_up_to_the_loss_of_all(recipe):
     batch = data.batch(2)
     weights = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(4))
     batch = replace(batch, loss_weight=weights).look_ahead(2)
-    objective = PretrainObjective.of(config.model, config.loss)
+    objective = PretrainObjective.of(config)
     counts = objective.counts(batch)
 
     def loss(rows: Batch) -> float:
