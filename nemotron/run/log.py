@@ -38,7 +38,7 @@ class RunLog:
         if self._metrics is not None:
             self._metrics.sync()
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Take the records after a step out of the metrics."""
         if self._metrics is not None:
-            self._metrics.go_back(step)
+            self._metrics.roll_back(step)

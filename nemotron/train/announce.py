@@ -39,7 +39,7 @@ def announce(
     facts = provenance.collect(trainer.device)
     facts |= {"recipe": recipe_path, "seed": config.seed, **sizes}
     facts["matmul_peak_flops"] = trainer.peak_flops
-    dtype, documents = DTYPES[config.precision.compute], data.config.reset_documents
+    dtype, documents = DTYPES[config.precision.compute], config.data.reset_documents
     choices = choose_backends(trainer.device, dtype, documents)
     facts["backends"] = {choice.operation: asdict(choice) for choice in choices}
     facts["ranks"] = ranks.world
@@ -63,8 +63,8 @@ def announce(
     for line in data.describe():
         log.tell(f"data       {line}")
     log.tell(
-        f"training   {trainer.course.num_steps:,} steps, "
-        f"{trainer.course.timeline.num_tokens:,} tokens; matrix products reach "
+        f"training   {trainer.plan.num_steps:,} steps, "
+        f"{trainer.plan.timeline.num_tokens:,} tokens; matrix products reach "
         f"{trainer.peak_flops / 1e9:,.0f} GFLOP/s here"
     )
     return TrackedRun(
@@ -101,7 +101,7 @@ def announce_results(trainer: Trainer, folder: RunFolder, log: RunLog, how: str)
 
 def announce_stop(trainer: Trainer, folder: RunFolder, log: RunLog, reason: str) -> None:
     """Say why and where the run stopped, and how it goes on."""
-    step, num_steps = trainer.state.step, trainer.course.num_steps
+    step, num_steps = trainer.state.step, trainer.plan.num_steps
     log.tell(f"stopped by {reason} after step {step} of {num_steps}, saved")
     log.tell(f"go on: {_command('train', folder.recipe, '--resume')}")
 

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saving, going back to one, and beginning at the newest."""
+"""The checkpoints of a run: saving, rolling back to one, and beginning at the newest."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -98,21 +98,21 @@ class Saver:
         """Finish, but let training go on without that checkpoint."""
         self._or_warn(lambda: self.finish(wait=wait))
 
-    def go_back(self, bad: Sequence[int]) -> None:
+    def roll_back(self, bad: Sequence[int]) -> None:
         """Return to a checkpoint from before the steps of these indices.
 
         Raises:
-            Diverged: on every rank, when that is no help.
+            Diverged: on every rank, when that does not help.
         """
         trainer, reached = self._trainer, self._trainer.state.step
         self.finish_or_warn(wait=True)
         trainer.progress.enter(reached - 1, "restore")
         info = roll_back(trainer, self._folder, bad)
-        self._log.go_back(info.step)
+        self._log.roll_back(info.step)
         self.saved_step = info.step
         self._log.tell(
             f"step {reached}: {len(bad)} steps from {bad[0] + 1} to {bad[-1] + 1} were skipped; "
-            f"going back to {folder_name(info.step)}, and over the data of those steps"
+            f"rolled back to {folder_name(info.step)}; the data of those steps will be passed over"
         )
 
     def _or_warn(self, act: Callable[[], None]) -> None:

@@ -55,7 +55,7 @@ class TrainerState:
     """Indices of recent steps that were skipped as spikes or for not being finite."""
     passed_over: list[list[int]] = field(default_factory=list)
     """Steps that are never computed, after a rollback: first and last index, and the steps done by
-    the weights that the run went back to."""
+    the weights to which the run was rolled back."""
 
     def is_spike(self, loss: float, grad_norm: float, sigmas: float | None) -> bool:
         """Say whether a step is far above the recent ones; without `sigmas`, its loss alone."""

@@ -23,7 +23,7 @@ def build(values: dict[str, Any]) -> Trainer:
 
 
 def run_loop(trainer: Trainer, notes: "Notes", num_steps: int) -> None:
-    data = open_data(trainer.config, trainer.course)
+    data = open_data(trainer.config, trainer.plan)
     loop(trainer, data, notes, NothingSaved(), StopRequest(num_steps))
 
 
