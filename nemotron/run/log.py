@@ -29,9 +29,9 @@ class RunLog:
         if record["kind"] == "validation":
             self.validation = record
 
-    def tell(self, text: str) -> None:
-        """Show a sentence that is no record."""
-        self.screen.tell(text)
+    def info(self, text: str) -> None:
+        """Show a sentence that is not a record."""
+        self.screen.info(text)
 
     def sync(self) -> None:
         """Force the records to the disk, before a checkpoint that builds on them."""

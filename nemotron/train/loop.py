@@ -49,7 +49,7 @@ def run(
             folder.write_status("running", start)
             metrics = stack.enter_context(MetricsFile(folder.metrics, last_step=start))
             names: tuple[str, ...] = trainer.config.logging.trackers
-            mirrors = Mirrors({name: TRACKERS[name]() for name in names}, log.tell)
+            mirrors = Mirrors({name: TRACKERS[name]() for name in names}, log.info)
             mirrors.start(tracked)
             stack.callback(mirrors.finish)
             log.open(metrics, mirrors)
@@ -109,7 +109,7 @@ def loop(
                 log.record(trainer.record("train", trainer.values(step, result) | across_ranks))
                 saver.finish_or_warn(wait=False)
                 if slow is not None:
-                    log.tell(f"step {step + 1}: {slow}")  # no metric: it depends on the clock
+                    log.info(f"step {step + 1}: {slow}")  # no metric: it depends on the clock
             for text in result.events():
                 _event(trainer, log, text)
             if bad := _steps_to_undo(trainer, result):

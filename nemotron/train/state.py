@@ -16,7 +16,7 @@ from nemotron.train.optimizer import Optimizer
 RNG = "rng.cpu"
 """Name of the random generator's state in a checkpoint."""
 SPIKE_WINDOW = 128
-"""Updates whose losses and gradient norms are remembered to tell a spike."""
+"""Updates whose losses and gradient norms are remembered to recognize a spike."""
 SPIKE_MINIMUM = 32
 """Updates that must be known before a step can be called a spike."""
 SPIKE_SIGMAS = 6.0
