@@ -281,11 +281,11 @@ def data_plan(recipe: RecipeFile, overrides: Overrides = None) -> int:
 
 def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
     from nemotron.recipe.load import load_recipe
-    from nemotron.train.schedule import plan_course
+    from nemotron.train.schedule import plan_training
     from nemotron.train.start import open_data
 
     config = load_recipe(recipe, overrides or []).pretraining
-    return open_data(config, plan_course(config))
+    return open_data(config, plan_training(config))
 
 
 @app.command(

@@ -10,7 +10,7 @@ Record = dict[str, float | int | str | None]
 """One line: `kind` (train, validation or event), `step` (updates done), and the values."""
 
 ABANDONED = "metrics.abandoned.jsonl"
-"""Lines of steps that the run went back before; they are no part of it any more."""
+"""Lines of steps before which the run was rolled back; they are not part of it any more."""
 
 
 class MetricsFile:
@@ -29,7 +29,7 @@ class MetricsFile:
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
-    def go_back(self, last_step: int) -> None:
+    def roll_back(self, last_step: int) -> None:
         """Take out what comes after `last_step`; it goes to the end of a file beside this one."""
         text = self.path.read_bytes()
         _cut_after(self.path, last_step)

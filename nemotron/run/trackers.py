@@ -23,7 +23,7 @@ INSTALL = {
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told about a run; `id` stays the same over resumes."""
+    """What a tracker gets of a run; `id` stays the same over resumes."""
 
     project: str
     name: str
@@ -158,16 +158,16 @@ def check_trackers(names: Sequence[str]) -> None:
 class Mirrors:
     """Several trackers at once; one that fails is named, dropped, and the run goes on."""
 
-    def __init__(self, trackers: dict[str, Tracker], tell: Callable[[str], None]) -> None:
+    def __init__(self, trackers: dict[str, Tracker], info: Callable[[str], None]) -> None:
         self._trackers = dict(trackers)
-        self._tell = tell
+        self._info = info
 
     def start(self, run: TrackedRun) -> None:
-        """Start all of them and tell where each can be looked at."""
+        """Start all of them and log where each can be looked at."""
         for name, tracker in list(self._trackers.items()):
             where = self._guard(name, partial(tracker.start, run))
             if where is not None:
-                self._tell(f"{name}: {where}")
+                self._info(f"{name}: {where}")
 
     def log(self, record: Record) -> None:
         """Send the numbers of a record."""
@@ -186,7 +186,7 @@ class Mirrors:
             return call()
         except Exception as error:  # whatever a mirror's library raises must not stop a run
             del self._trackers[name]
-            self._tell(
+            self._info(
                 f"{name} failed and is left out from now on "
                 f"({type(error).__name__}: {error}); metrics.jsonl is complete"
             )
