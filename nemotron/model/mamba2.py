@@ -36,7 +36,7 @@ class TokenMixing(Protocol):
         seq_idx: Int[Tensor, "B T"] | None,
         state: MambaState | None,
     ) -> Float[Tensor, "B T I"]:
-        """Convolve and scan, with the weights of `mixer`."""
+        """Convolve and scan, with weights and operations of `mixer`."""
 
 
 class Mamba2(nn.Module):
@@ -59,6 +59,7 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.norm = RMSNorm(inner, eps=config.layer_norm_epsilon)
         self.out_proj = Linear(inner, config.hidden_size)
+        self.causal_conv1d, self.ssd, self.gated_rms_norm = causal_conv1d, ssd, gated_rms_norm
         self.mix = mix_tokens
 
     def forward(
@@ -70,7 +71,7 @@ class Mamba2(nn.Module):
         """Mix the tokens; a given `state` is continued and brought up to date in place."""
         z, xBC, dt = _Split.apply(self.in_proj(u), self.splits)
         y = self.mix(self, xBC, self._time_step(dt), seq_idx, state)
-        y = gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps)
+        y = self.gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps)
         return self.out_proj(y)
 
     def split(
@@ -97,7 +98,7 @@ def mix_tokens(
     state: MambaState | None,
 ) -> Float[Tensor, "B T I"]:
     """Convolve and scan whole rows; a given `state` is continued and brought up to date."""
-    mixed = causal_conv1d(
+    mixed = mixer.causal_conv1d(
         xBC,
         mixer.conv1d.weight.squeeze(1),
         mixer.conv1d.bias,
@@ -105,7 +106,7 @@ def mix_tokens(
         seq_idx=seq_idx,
     )
     x, B, C = mixer.split(mixed)
-    y = ssd(
+    y = mixer.ssd(
         x,
         dt,
         -mixer.A_log.exp(),

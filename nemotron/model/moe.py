@@ -14,7 +14,7 @@ from nemotron.model.mlp import MLP
 from nemotron.model.router import Router, Routing, RoutingStats
 from nemotron.ops.grouped_linear import grouped_linear, row_multiple
 from nemotron.ops.squared_relu import squared_relu
-from nemotron.ops.token_copies import add_copies, copy_tokens
+from nemotron.ops.token_copies import TokenCopiesOp, token_copies
 
 
 class MoE(nn.Module):
@@ -83,12 +83,16 @@ class Exchange(Protocol):
 
     def __call__(
         self,
+        token_copies: TokenCopiesOp,
         x: Float[Tensor, "M I"],
         experts: Int[Tensor, "M K"],
         weights: Float[Tensor, "M K"],
         numbers: Int[Tensor, "M K"] | None,
     ) -> Sent:
-        """Send each token, with its experts' numbers among all, to whoever needs it."""
+        """Send each token, with its experts' numbers among all, to whoever needs it.
+
+        `token_copies` is the operation of the layer, for rows that are copied or added up here.
+        """
 
 
 class Experts(nn.Module):
@@ -101,6 +105,8 @@ class Experts(nn.Module):
     def __init__(self, num_experts: int, input_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.exchange = self.number_copies = None
+        self.grouped_linear, self.squared_relu = grouped_linear, squared_relu
+        self.token_copies = token_copies
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, input_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, input_size, intermediate_size))
 
@@ -109,7 +115,7 @@ class Experts(nn.Module):
         experts, weights = routing.experts, routing.weights
         numbers = None if self.number_copies is None else self.number_copies(*experts.shape)
         if self.exchange is not None:
-            return self.exchange(x, experts, weights, numbers)
+            return self.exchange(self.token_copies, x, experts, weights, numbers)
         token = torch.arange(experts.numel(), device=x.device) // experts.shape[1]
         numbers = None if numbers is None else numbers.flatten()
         return Sent(x, token, experts.flatten(), weights.flatten(), routing.counts, numbers)
@@ -129,10 +135,12 @@ class Experts(nn.Module):
         if sent.numbers is not None:
             numbers = sent.numbers.new_zeros(copies.token.shape[0])
             numbers = numbers.scatter(0, copies.place, sent.numbers)
-        hidden = self.multiply(copies.copy(x), self.up_proj, counts, numbers)
+        rows = self.token_copies.copy(x, *copies)
+        hidden = self.multiply(rows, self.up_proj, counts, numbers)
         # weights before the down projection, as Megatron-LM does in training
-        hidden = squared_relu(hidden, weights.unsqueeze(-1))
-        return sent.back(copies.add(self.multiply(hidden, self.down_proj, counts, numbers)))
+        hidden = self.squared_relu(hidden, weights.unsqueeze(-1))
+        rows = self.multiply(hidden, self.down_proj, counts, numbers)
+        return sent.back(self.token_copies.add(rows, *copies))
 
     def multiply(
         self,
@@ -145,11 +153,11 @@ class Experts(nn.Module):
 
         `numbers` are the rows' in the whole batch, of use where rows are rounded at random.
         """
-        return grouped_linear(rows, weight.to(rows.dtype), counts)
+        return self.grouped_linear(rows, weight.to(rows.dtype), counts)
 
 
 class Copies(NamedTuple):
-    """Copies of tokens, as many as each needs, lined up as the rows of a matrix."""
+    """Copies of tokens, lined up as the rows of a matrix: what `ops.token_copies` takes."""
 
     token: Int[Tensor, " R"]
     """The token in each row."""
@@ -157,14 +165,6 @@ class Copies(NamedTuple):
     """The rows of all tokens' copies, token after token; rows that only fill up are not here."""
     starts: Int[Tensor, " M"]
     """Where the copies of each token begin in `place`."""
-
-    def copy(self, x: Float[Tensor, "M I"]) -> Float[Tensor, "R I"]:
-        """Copy each token to its rows."""
-        return copy_tokens(x, *self)
-
-    def add(self, rows: Float[Tensor, "R I"]) -> Float[Tensor, "M I"]:
-        """Add up the rows of each token, in the order of `place`; 0 where it has none."""
-        return add_copies(rows, *self)
 
 
 def _arrange(sent: Sent, num_tokens: int, multiple: int) -> tuple[Copies, Int[Tensor, " E"]]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.moe import Copies, Experts, Sent
+from nemotron.ops.token_copies import TokenCopiesOp
 from nemotron.parallel import collectives
 from nemotron.parallel.collectives import Group
 from nemotron.parallel.config import ParallelConfig
@@ -79,6 +80,7 @@ class AllGather:
 
     def __call__(
         self,
+        token_copies: TokenCopiesOp,
         x: Float[Tensor, "M I"],
         experts: Int[Tensor, "M K"],
         weights: Float[Tensor, "M K"],
@@ -144,6 +146,7 @@ class AllToAll:
 
     def __call__(
         self,
+        token_copies: TokenCopiesOp,
         x: Float[Tensor, "M I"],
         experts: Int[Tensor, "M K"],
         weights: Float[Tensor, "M K"],
@@ -181,15 +184,15 @@ class AllToAll:
         # tokens go last: what follows them in their group would wait for them
         flight = Flight(self._exchange(rows_out, rows_in), self._exchange(rows_in, rows_out))
         return Sent(
-            x=flight.depart(rows.copy(x)),
+            x=flight.depart(token_copies.copy(x, *rows)),
             token=(marked // self.num_experts).cumsum(0) - 1,
             experts=local,
             weights=weights,
             counts=_count(local, self.num_experts),
             numbers=numbers,
             arrive=flight.arrive,
-            back=lambda partial: rows.add(
-                collectives.all_to_all(partial, rows_in, rows_out, self.group)
+            back=lambda partial: token_copies.add(
+                collectives.all_to_all(partial, rows_in, rows_out, self.group), *rows
             ),
         )
 

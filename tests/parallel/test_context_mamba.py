@@ -10,6 +10,8 @@ from torch import Tensor
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.mamba2 import Mamba2, mix_tokens
+from nemotron.ops.apply import apply
+from nemotron.ops.config import OpsConfig
 from nemotron.parallel.context import state_passing
 from nemotron.parallel.context.apply import MIXING
 from nemotron.parallel.context.layout import in_row_order, shard
@@ -279,3 +281,26 @@ def test_ranks_whose_tokens_do_not_count_take_part_all_the_same(pair: Pool, meth
     first, second = pair.run(unused, method)
     assert first[1].any()
     assert not second[1].any()
+
+
+def backends_used(method: str, case: Case) -> list[tuple[str, str]]:
+    """Return operation and backend of each call, with backends given to the mixer."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    row, used = draw(case, size).on(rank, size), []
+    apply(row.mixer, OpsConfig(ssd="reference", causal_conv1d="reference"))
+    for name in ("ssd", "causal_conv1d"):
+        bound = getattr(row.mixer, name)
+
+        def spy(*arguments: object, bound: object = bound, **keywords: object) -> object:
+            used.append((bound.name, bound.pinned))
+            return bound(*arguments, **keywords)
+
+        setattr(row.mixer, name, spy)
+    outcome(row, MIXING[method](dist.group.WORLD))
+    return used
+
+
+@METHODS
+def test_the_backends_are_those_of_the_mixer(pair: Pool, method: str):
+    for used in pair.run(backends_used, method, Case(6)):
+        assert used == [("causal_conv1d", "reference"), ("ssd", "reference")]

@@ -101,7 +101,5 @@ def _seen(
 backend = Backend(
     "sdpa",
     attention,
-    features=frozenset(
-        {"documents", "cache", "start", "documents_after_a_prefix", "any_head_size"}
-    ),
+    features=frozenset({"documents", "cache", "start", "documents_after_a_prefix"}),
 )

@@ -393,5 +393,5 @@ def ssd(
 backend = Backend(
     "chunked",
     ssd,
-    features=frozenset({"documents", "initial_state", "final_state", "any_head_size"}),
+    features=frozenset({"documents", "initial_state", "final_state"}),
 )
