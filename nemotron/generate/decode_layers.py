@@ -156,7 +156,7 @@ class MambaStep(Mamba2):
 
     def __init__(self, mamba: Mamba2) -> None:
         _take_over(self, mamba)
-        self.taps = self.conv1d.weight.squeeze(1).T.contiguous()  # [W, C]
+        self.kernel = self.conv1d.weight.squeeze(1).T.contiguous()  # [W, C]
         self.decay = -self.A_log.exp().view(-1, 1, 1)
         self.skip, self.gain = self.D.view(-1, 1, 1), self.norm.weight
 
@@ -172,7 +172,7 @@ class MambaStep(Mamba2):
         z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
         window = torch.cat([state.conv, xBC], dim=1)  # [B, W, C]
         state.conv = window[:, 1:]
-        mixed = (window * self.taps).sum(1)
+        mixed = (window * self.kernel).sum(1)
         if self.conv1d.bias is not None:
             mixed += self.conv1d.bias
         inner, bc = self.splits[0], self.num_groups * self.state_size

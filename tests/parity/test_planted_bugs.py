@@ -169,7 +169,7 @@ def convolution_without_bias(model: HybridLM, _: Patch) -> None:
         mixer.conv1d.bias.data.zero_()
 
 
-def taps_reversed(model: HybridLM, _: Patch) -> None:
+def kernel_reversed(model: HybridLM, _: Patch) -> None:
     for mixer in every(model, Mamba2):
         mixer.conv1d.weight.data.copy_(mixer.conv1d.weight.data.flip(-1))
 
@@ -229,7 +229,7 @@ MUTATIONS: dict[Mutation, str] = {
     decay_not_exponentiated: "nano",
     convolution_without_activation: "nano",
     convolution_without_bias: "nano",
-    taps_reversed: "nano",
+    kernel_reversed: "nano",
     state_inputs_swapped: "nano",
     key_heads_interleaved: "nano",
     attention_sees_the_future: "nano",

@@ -4,12 +4,12 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.causal_conv1d import package, reference, taps
+from nemotron.ops.causal_conv1d import blocked, package, reference
 from nemotron.ops.registry import Backend, Operation, lazy
 
 
 class CausalConv1dOp(Operation):
-    """Convolve each channel with its own W taps over the past, then apply SiLU.
+    """Convolve each channel with its own kernel of width W over the past, then apply SiLU.
 
     `initial_state` holds the W-1 inputs before `x` (zeros when absent) and belongs to document 0;
     with `seq_idx`, inputs of another document count as zero. Result in the dtype of `x`.
@@ -52,7 +52,7 @@ causal_conv1d = CausalConv1dOp(
             imports=("nemotron.ops.causal_conv1d.triton",),
         ),
         package.backend,
-        taps.backend,
+        blocked.backend,
         reference.backend,
     ],
 )
