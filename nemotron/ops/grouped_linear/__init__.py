@@ -26,7 +26,7 @@ grouped_linear = GroupedLinearOp(
 
 
 def row_multiple(x: Tensor) -> int:
-    """Return to which multiple the rows of a group are best rounded up, for tensors like `x`.
+    """Return to which multiple the rows of a group are best padded, for tensors like `x`.
 
     oneDNN compiles a bf16 product for every distinct shape; few shapes keep it from compiling
     in every step. The products are right for any counts.

@@ -2,7 +2,7 @@
 
 Both functions describe the same matrix of R rows. `token` says which token each row is a copy of.
 `place` lists the rows of all tokens' copies, token after token, and `starts` where each token's
-begin in it: a token may have any number of copies, and rows that only fill up are in no list.
+begin in it: a token may have any number of copies, and rows of padding are in no list.
 """
 
 from typing import Literal
@@ -39,8 +39,8 @@ class TokenCopiesOp(Operation):
     ) -> Float[Tensor, "M I"]:
         """Add up the rows of each token in the order of `place`; 0 where it has none.
 
-        Sums are taken in float32 or wider and rounded once. Rows that only fill up get the gradient
-        of the token that `token` names, so they must be worth nothing to whoever made them.
+        Sums are taken in float32 or wider and rounded once. Rows of padding get the gradient of the
+        token that `token` names, so whoever made them must give them no weight.
         """
         return self.select(rows)(rows, token, place, starts, "add")
 
