@@ -25,7 +25,7 @@ from nemotron.parallel.context.layout import in_rank_order, in_row_order
 
 
 class HeadExchange:
-    """A `TokenMixing` for one rank's two chunks of each row."""
+    """A `ConvAndScan` for one rank's two chunks of each row."""
 
     def __init__(self, group: Group) -> None:
         self.group = group

@@ -40,7 +40,7 @@ SUMMED_TOKENS = 128
 
 
 class StatePassing:
-    """A `TokenMixing` for one rank's tokens; its two chunks of B rows go as 2 B rows."""
+    """A `ConvAndScan` for one rank's tokens; its two chunks of B rows go as 2 B rows."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
