@@ -65,7 +65,7 @@ def _call(
     q: Float[Tensor, "B T Hq Dh"],
     k: Float[Tensor, "B S Hkv Dh"],
     v: Float[Tensor, "B S Hkv Dh"],
-    mask: Bool[Tensor, "B 1 T S"] | None,
+    mask: Bool[Tensor, "#B 1 T S"] | None,
     is_causal: bool,
 ) -> Float[Tensor, "B T Hq Dh"]:
     if q.shape[1] == 1:
