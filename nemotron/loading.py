@@ -20,6 +20,7 @@ from nemotron.ops.config import OpsConfig
 from nemotron.recipe.explain import explain
 from nemotron.recipe.read import read_yaml
 from nemotron.run.files import RunFiles
+from nemotron.train.config import RunConfig
 
 
 def load(
@@ -84,7 +85,7 @@ def recipe_ops(path: Path) -> OpsConfig:
     try:
         return _OpsOfRecipe.model_validate(document.values).ops
     except ValidationError as error:
-        raise UserError(explain(error, document.places, str(run.recipe))) from error
+        raise UserError(explain(error, RunConfig, document.places, str(run.recipe))) from error
 
 
 def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

@@ -1,15 +1,18 @@
 """Backends belong to a model: what one is given changes no other, and is never lost."""
 
+import ast
 import copy
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+import nemotron
 from nemotron.data.batch import Batch
 from nemotron.errors import UserError
 from nemotron.generate.decode_layers import prepare_weights
@@ -21,7 +24,7 @@ from nemotron.ops.config import OpsConfig
 from nemotron.ops.registry import Operation
 from nemotron.parallel.stages import Stage, cut
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import count_tokens, losses, objective
+from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, recompute, tokens
 
 REFERENCE = OpsConfig(**dict.fromkeys(OpsConfig.model_fields, "reference"))
@@ -50,10 +53,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
 
 def train(model: HybridLM) -> None:
     """Forward and backward over every part of the model."""
-    config = LossConfig(mtp_num_depths=1)
+    objective = PretrainObjective(LossConfig(), num_depths=1)
     ids = torch.arange(20).ge(13).int().expand(2, 20)
     batch = Batch(tokens(2, 20), tokens(2, 20, seed=1), ids).look_ahead(1)
-    objective(losses(model, batch, config), count_tokens(batch), config).backward()
+    sums, _ = compute_sums(objective, model, batch)
+    objective.combine(sums, objective.counts(batch)).backward()
 
 
 def backends_of(model: nn.Module) -> dict[str, set[str | None]]:
@@ -146,3 +150,20 @@ def test_a_backend_that_cannot_take_a_call_is_an_error_with_the_key():
     apply(model, OpsConfig(attention="varlen"))
     with pytest.raises(UserError, match=r"ops\.attention = varlen runs on cuda, not on cpu"):
         model(tokens(1, 4))
+
+
+PACKAGE = Path(nemotron.__file__).parent
+
+
+@pytest.mark.parametrize("folder", ["model", "parallel", "generate", "train", "hf"])
+def test_operations_are_called_through_a_module_that_holds_them(folder: str):
+    for path in (PACKAGE / folder).rglob("*.py"):
+        nodes = list(ast.walk(ast.parse(path.read_text())))
+        imported = {
+            alias.asname or alias.name
+            for node in nodes
+            if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("nemotron.ops.")
+            for alias in node.names
+        } & set(OpsConfig.model_fields)
+        called = {n.func.id for n in nodes if isinstance(n, ast.Call) and hasattr(n.func, "id")}
+        assert not imported & called, path
