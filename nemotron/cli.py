@@ -359,12 +359,17 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Makes the choices repeatable.")] = None,
     stream: Annotated[bool, typer.Option(help="Print while generating.")] = True,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    recipe_ops: Annotated[
+        bool, typer.Option(help="Use the backends that the run's recipe names.")
+    ] = True,
 ) -> int:
     """Continue one or more prompts."""
     from nemotron.generate.command import generate as run
     from nemotron.loading import load_with_tokenizer
+    from nemotron.loading import recipe_ops as read_ops
 
-    loaded, tokenizer = load_with_tokenizer(model)
+    ops = read_ops(model) if recipe_ops else None
+    loaded, tokenizer = load_with_tokenizer(model, ops=ops)
     return run(
         loaded,
         tokenizer,

@@ -40,7 +40,7 @@ def announce(
     facts |= {"recipe": recipe_path, "seed": config.seed, **sizes}
     facts["matmul_peak_flops"] = trainer.peak_flops
     dtype, documents = DTYPES[config.precision.compute], config.data.reset_documents
-    choices = choose_backends(trainer.device, dtype, documents)
+    choices = choose_backends(config.ops, trainer.device, dtype, documents)
     facts["backends"] = {choice.operation: asdict(choice) for choice in choices}
     facts["ranks"] = ranks.world
     run_id = ""

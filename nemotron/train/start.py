@@ -14,8 +14,8 @@ from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
-from nemotron.ops.registry import OPERATIONS
 from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Launch, Ranks, start
@@ -75,7 +75,7 @@ def train(
         log = RunLog(screen)
         is_on = config.reliability.deterministic
         stack.enter_context(deterministic(device, on=is_on))
-        _pin_backends(config)
+        bind(config.ops)  # a backend that is not there is found before data is read
         data = open_data(config, plan)
         data.check_length()
         own_peak = measure_matmul_peak(device, DTYPES[config.precision.compute])
@@ -101,14 +101,13 @@ def dry_run(config: PretrainConfig) -> int:
     device = find_device(config.device)
     folder = RunFolder(config.run_path, config)
     folder.check(plan.num_steps, resume=True)
-    _pin_backends(config)
     with torch.device("meta"):
         model = HybridLM(config.model)
     count = count_parameters(model, config.model)
     tokens = plan.timeline.num_tokens
     flops = training_flops_per_token(config.model, config.data.seq_len, config.num_depths) * tokens
     documents = config.data.reset_documents
-    choices = choose_backends(device, DTYPES[config.precision.compute], documents)
+    choices = choose_backends(config.ops, device, DTYPES[config.precision.compute], documents)
     tables = [table for _, _, table in _precision_tables(config, model, device)]
     formats = summarize(tables[0]) if config.precision.quantizes else []
     state = "exists, would go on by --resume" if folder.path.exists() else "new"
@@ -152,11 +151,6 @@ def _precision_tables(
     for step in (0, *(switch.step for switch in config.precision.switches)):
         preset = preset_at(config.precision, step)
         yield step, preset, assign(model, config.precision, preset, device)
-
-
-def _pin_backends(config: PretrainConfig) -> None:
-    for operation, backend in config.ops:
-        OPERATIONS[operation].pin(backend)
 
 
 def open_data(config: PretrainConfig, plan: TrainingPlan) -> TrainingData:

@@ -18,6 +18,7 @@ from nemotron.model.block import Block
 from nemotron.model.config import LAYER_KINDS
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
+from nemotron.ops.apply import apply as apply_ops
 from nemotron.parallel.apply import LocalModel, distribute
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.mesh import Mesh
@@ -270,6 +271,7 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
         # on meta first, so that no memory is spent on what other ranks hold
         with torch.device("meta"):
             model = HybridLM(config.model)
+        apply_ops(model, config.ops)
         apply_precision(model, config.precision)
         for block in model.modules():
             if isinstance(block, Block):

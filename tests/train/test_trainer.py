@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from nemotron.errors import UserError
+from nemotron.model.mamba2 import Mamba2
 from nemotron.parallel.runtime import Ranks
 from nemotron.run.metrics import read_metrics
 from nemotron.train.config import PretrainConfig
@@ -189,3 +190,11 @@ def test_tied_heads_stay_one_tensor(recipe):
     subject = build_trainer(recipe(model=model))
     do_step(subject, 0)
     assert subject.model.lm_head.weight is subject.model.backbone.embeddings.weight
+
+
+def test_the_model_uses_the_backends_of_the_recipe_and_other_models_their_own(recipe):
+    named = build_trainer(recipe(ops={"ssd": "reference"}))
+    free = build_trainer(recipe())
+    for subject, expected in ((named, {"reference"}), (free, {None})):
+        mixers = [m for m in subject.model.modules() if isinstance(m, Mamba2)]
+        assert {mixer.ssd.pinned for mixer in mixers} == expected
