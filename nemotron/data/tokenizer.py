@@ -135,4 +135,4 @@ def load_tokenizer(name_or_path: str, key: str = "data.tokenizer") -> Tokenizer:
             "give the path of a tokenizer.json, or embedded."
         ) from None
     except (ValueError, KeyError) as error:
-        raise UserError(f"{key}: {path.resolve()} is no tokenizer.json: {error}.") from None
+        raise UserError(f"{key}: {path.resolve()} is not a tokenizer.json: {error}.") from None

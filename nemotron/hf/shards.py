@@ -136,7 +136,7 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is no JSON: {error}.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object.")
+        raise UserError(f"{path} is not a JSON object.")
     return content
 
 

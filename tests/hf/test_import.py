@@ -234,9 +234,9 @@ def test_a_flipped_bit_is_found_by_the_hashes_of_our_own_export(run: Path, tmp_p
     [
         ("config.json", None, "config.json does not exist"),
         ("config.json", "{", "config.json is no JSON"),
-        ("config.json", "[]", "config.json is no JSON object"),
+        ("config.json", "[]", "config.json is not a JSON object"),
         ("tokenizer.json", None, "tokenizer.json does not exist"),
-        ("tokenizer.json", "{}", "tokenizer.json is no tokenizer.json"),
+        ("tokenizer.json", "{}", "tokenizer.json is not a tokenizer.json"),
         ("generation_config.json", "{", "generation_config.json is no JSON"),
         (SINGLE, "<html>", "HTML"),
         (SINGLE, None, "holds neither"),

@@ -175,7 +175,7 @@ def _texts(
         if isinstance(text, str):
             yield Chunk(text, is_last=True)
         elif options.column in row:
-            tally.bad(Bad(place(), f"has a {options.column} that is no text"))
+            tally.bad(Bad(place(), f"has a {options.column} that is not text"))
         else:
             names = ", ".join(row) or "none"
             tally.bad(Bad(place(), f"has no column {options.column} (its columns: {names})"))
