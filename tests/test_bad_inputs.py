@@ -267,7 +267,7 @@ RECIPE_ROWS = [
         ("mine.yaml:1", "version = 2", "1")),
     Row("a name that leaves the folder", nothing, [*CHECK, "name=../mine"], ("name = ../mine",)),
     Row("no folder", nothing, [*CHECK, "output="], ("output", "text")),
-    Row("quantised float32", nothing, [*CHECK, "precision.preset=nvfp4_super"],
+    Row("quantized float32", nothing, [*CHECK, "precision.preset=nvfp4_super"],
         ("precision", "compute = fp32", "bf16")),
     Row("an unknown preset", nothing, [*CHECK, "precision.preset=nvfp44"],
         ("precision.preset", "nvfp44", "nvfp4")),
@@ -276,7 +276,7 @@ RECIPE_ROWS = [
     Row("histories of nothing", nothing, [*CHECK, "precision.fp8_delayed.margin=1"],
         ("precision.fp8_delayed.margin", "no effect", "fp8_delayed")),
     Row("a backend of nothing", nothing, [*CHECK, "precision.backend=emulate"],
-        ("precision.backend", "no effect", "quantised")),
+        ("precision.backend", "no effect", "quantized")),
     Row("ingredients of nothing", nothing, [*CHECK, "precision.nvfp4.hadamard=false"],
         ("precision.nvfp4.hadamard", "no effect")),
     Row("nothing reads it", edit("pattern: ME*-", "pattern: ME*E"), CHECK,
@@ -329,7 +329,7 @@ DATA_ROWS = [
     Row("27 id outside in a prepared shard", patch(f"{SHARD_PREFIX}.bin", 0, b"\xff\xff" * 900),
         TRAIN, ("65535", "4095")),
     Row("27 vocabulary too small", nothing, [*TRAIN, "model.vocab_size=100"],
-        ("shards/text", "holds the id", "model.vocab_size")),
+        ("shards/text", "contains the id", "model.vocab_size")),
     Row("29 negative weight", edit("weight: 1.0", "weight: -1.0"), CHECK, ("weight", "-1")),
     Row("29 unknown tier", edit("weight: 1.0", "tier: gold"), CHECK, ("gold", "tiers")),
     Row("29 blend is missing", nothing, [*CHECK, "data.blend=none.yaml"], ("none.yaml",)),
@@ -374,7 +374,7 @@ SHARD = "exported/model-00001-of-00001.safetensors"
 INDEX = "exported/model.safetensors.index.json"
 
 FOLDER_ROWS = [
-    Row("35 cut short", truncate(SHARD, 100), IMPORT, ("model", "cut short", "bytes")),
+    Row("35 cut short", truncate(SHARD, 100), IMPORT, ("model", "truncated", "bytes")),
     Row("35 empty", write(SHARD, b""), IMPORT, ("model", "empty")),
     Row("35 a web page", write(SHARD, "<!doctype html><p>404</p>"), IMPORT, ("model",)),
     Row("36 flipped bit", patch(SHARD, -3, b"\x55"), IMPORT, ("model", "hash")),
@@ -382,7 +382,7 @@ FOLDER_ROWS = [
     Row("40 missing tensor", weights(lambda t: t.pop("backbone.norm_f.weight")), IMPORT,
         ("missing", "backbone.norm_f.weight")),
     Row("40 extra tensor", weights(lambda t: t.update(surplus=torch.zeros(2))), IMPORT,
-        ("too many", "surplus")),
+        ("not in the model", "surplus")),
     Row("40 no prediction head", weights(
         lambda t: [t.pop(name) for name in list(t) if name.startswith("mtp.")]), IMPORT,
         ("missing", "mtp")),

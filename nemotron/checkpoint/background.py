@@ -49,7 +49,7 @@ class BackgroundSaver:
         Raises:
             CheckpointNotSaved: when there is no room for it.
         """
-        assert self._written is None, f"step {self.step} is still on its way"
+        assert self._written is None, f"step {self.step} is still being written"
         begin(folder, step, self._ranks)
         copies = self._memory.copy(tensors)
         self._commit_with = folder, step, state, model_config, keep

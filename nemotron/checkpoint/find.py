@@ -38,7 +38,7 @@ def newest(folder: Path, ranks: Ranks | None = None) -> Search:
     ranks = ranks or Ranks()
     candidates, unfinished = ranks.first(lambda: (steps(folder), sorted(folder.glob("step-*.tmp"))))
     skipped = [
-        f"{path.name} is half-written (the save was interrupted); skipped"
+        f"{path.name} is incomplete (the save was interrupted); skipped"
         for path in reversed(unfinished)
         if not candidates or path.name > folder_name(candidates[0])
     ]
@@ -71,5 +71,5 @@ def locate(path: Path) -> Search:
     found = newest(folder)
     if found.info is None:
         reasons = "".join(f"; {line}" for line in found.skipped)
-        raise UserError(f"{path} holds no complete checkpoint{reasons}.")
+        raise UserError(f"{path} contains no complete checkpoint{reasons}.")
     return found

@@ -207,7 +207,7 @@ def _set_damaged_aside(target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
         return
-    raise CheckpointNotSaved(f"{target} is a whole checkpoint; it is never overwritten")
+    raise CheckpointNotSaved(f"{target} is a complete checkpoint and is never overwritten")
 
 
 def _remove_leftovers(folder: Path) -> None:

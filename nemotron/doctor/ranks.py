@@ -125,7 +125,8 @@ def _examine(seat: Seat, timeout_s: float) -> int:
     except RuntimeError as error:  # what torch raises for a lost or silent peer, of any back end
         own = platform.node()
         raise NotMet(
-            f"rank {seat.rank} on {own} lost the others: {_first_line(error)}; {own} means "
+            f"rank {seat.rank} on {own} lost the connection to the other ranks: "
+            f"{_first_line(error)}; {own} means "
             f"{resolve(own)} here, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME can name the "
             f"network interface."
         ) from None

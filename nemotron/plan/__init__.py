@@ -1,1 +1,1 @@
-"""What a layout would cost before anything starts: memory, traffic, speed, and what is illegal."""
+"""What a layout would cost before anything starts: memory, traffic, speed, and broken rules."""

@@ -27,7 +27,7 @@ def plan(
     tokens: float | None = None,
     as_text: bool = True,
 ) -> int:
-    """Print what a recipe's layout would cost; returns 1 when it is illegal or does not fit.
+    """Print what a recipe's layout would cost; returns 1 if it breaks a rule or does not fit.
 
     `efficiency` is the share of the peak that stands in place of the fitted model of time;
     `tokens` is a length in place of the recipe's.

@@ -49,7 +49,7 @@ def impossible(config: PretrainConfig) -> Iterator[Finding]:
         if seq_len > model.max_position_embeddings:
             yield (
                 key,
-                f"= {seq_len} is over model.max_position_embeddings = "
+                f"= {seq_len} exceeds model.max_position_embeddings = "
                 f"{model.max_position_embeddings}; shorten the rows or raise that limit.",
             )
     if batch.global_tokens % data.seq_len == 0 and (
@@ -133,7 +133,7 @@ def _conditions(config: PretrainConfig, course: Course) -> Iterator[tuple[list[s
         f"precision.fp8_delayed.{name}" for name in type(config.precision.fp8_delayed).model_fields
     ]
     yield late, not config.precision.names("fp8_delayed"), "no layer is in fp8_delayed"
-    quantised = ["precision.backend", "precision.observe_every_steps"]
-    yield quantised, not config.precision.quantizes, "no layer is quantised"
+    quantized = ["precision.backend", "precision.observe_every_steps"]
+    yield quantized, not config.precision.quantizes, "no layer is quantized"
     trackers = config.logging.trackers
     yield ["logging.project"], not trackers, "logging.trackers is empty"

@@ -158,16 +158,16 @@ def check_trackers(names: Sequence[str]) -> None:
 class Mirrors:
     """Several trackers at once; one that fails is named, dropped, and the run goes on."""
 
-    def __init__(self, trackers: dict[str, Tracker], tell: Callable[[str], None]) -> None:
+    def __init__(self, trackers: dict[str, Tracker], log: Callable[[str], None]) -> None:
         self._trackers = dict(trackers)
-        self._tell = tell
+        self._log = log
 
     def start(self, run: TrackedRun) -> None:
-        """Start all of them and tell where each can be looked at."""
+        """Start all trackers and log where each can be viewed."""
         for name, tracker in list(self._trackers.items()):
             where = self._guard(name, partial(tracker.start, run))
             if where is not None:
-                self._tell(f"{name}: {where}")
+                self._log(f"{name}: {where}")
 
     def log(self, record: Record) -> None:
         """Send the numbers of a record."""
@@ -186,8 +186,8 @@ class Mirrors:
             return call()
         except Exception as error:  # whatever a mirror's library raises must not stop a run
             del self._trackers[name]
-            self._tell(
-                f"{name} failed and is left out from now on "
+            self._log(
+                f"{name} failed and is not used from now on "
                 f"({type(error).__name__}: {error}); metrics.jsonl is complete"
             )
             return None

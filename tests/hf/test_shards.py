@@ -65,8 +65,8 @@ HOLE = b"""{"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
             "c": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}"""
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], list[str]]] = {
-    "cut in the data": (lambda old: old[:-7], ["cut short", "instead of"]),
-    "cut in the header": (lambda old: old[:40], ["cut short", "header"]),
+    "cut in the data": (lambda old: old[:-7], ["truncated", "instead of"]),
+    "cut in the header": (lambda old: old[:40], ["truncated", "header"]),
     "longer than it says": (lambda old: old + b"\0", ["instead of"]),
     "empty": (lambda old: b"", ["is empty"]),
     "a page": (lambda old: b"<!DOCTYPE html><html>404</html>", ["HTML", "download"]),
