@@ -203,7 +203,7 @@ def test_remote_code_is_ignored_and_said(
     assert not (tmp_path / "ran").exists()
     output = capsys.readouterr().out
     assert "auto_map names remote code, which was ignored" in output
-    assert "auto_map in tokenizer_config.json names remote code: left out" in output
+    assert "auto_map in tokenizer_config.json names remote code, which was left out" in output
     assert export(tmp_path / "run", tmp_path / "out", check=False) == 0
     written = [p for p in (tmp_path / "out").glob("*.json") if b"evil." in p.read_bytes()]
     assert not written
