@@ -74,12 +74,12 @@ def train(
     if dry_run:
         from nemotron.train.start import dry_run as describe
 
-        return describe(loaded.config)
+        return describe(loaded.pretraining)
     from nemotron.loading import read_weights
     from nemotron.train.start import train as run
 
     return run(
-        loaded.config,
+        loaded.pretraining,
         resume=resume,
         stop_at=stop_at,
         recipe_path=" ".join([str(recipe), *(overrides or [])]),
@@ -104,7 +104,7 @@ def recipe_show(
     if precision:
         from nemotron.train.start import describe_precision
 
-        for line in describe_precision(loaded.config):
+        for line in describe_precision(loaded.pretraining):
             print(line)
         return DONE
     print(show(loaded))
@@ -299,7 +299,7 @@ def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
     from nemotron.train.schedule import plan_course
     from nemotron.train.start import open_data
 
-    config = load_recipe(recipe, overrides or []).config
+    config = load_recipe(recipe, overrides or []).pretraining
     return open_data(config, plan_course(config))
 
 
@@ -341,7 +341,7 @@ def plan(
     from nemotron.recipe.load import load_recipe
 
     return run(
-        load_recipe(recipe, overrides or []).config,
+        load_recipe(recipe, overrides or []).pretraining,
         gpus=gpus,
         hardware=hardware,
         search=search,

@@ -23,6 +23,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron import cli
+from nemotron.data.prefetch import TextBatches
 from nemotron.model.block import Block
 from nemotron.model.config import LAYER_KINDS
 from nemotron.recipe.load import load_recipe
@@ -33,6 +34,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = f"{ROOT / 'nemotron'}/"
 DEFAULT = ROOT / "recipes/tiny/smoke.yaml"
 
+ENTRANCES = (load_recipe.__code__, TextBatches.take.__code__, Trainer.update.__code__)
+"""Where a batch's way begins: its recipe is read, its rows are read, the step is made."""
+
 PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_grouped_mm")
 """Operations of PyTorch that multiply matrices, those inside its fused attention apart."""
 
@@ -41,9 +45,9 @@ READ = (
     "recipe/load.py",
     "train/start.py",
     "train/loop.py",
-    "train/trainer.py",
     "data/loader.py",
     "data/batch.py",
+    "train/trainer.py",
     "model/hybrid.py",
     "model/block.py",
     "model/mamba2.py",
@@ -90,13 +94,13 @@ class Recorder:
         if not code.co_filename.startswith(PACKAGE):
             return
         if event == "call":
-            if code in (load_recipe.__code__, Trainer.train_step.__code__):
+            if code in ENTRANCES:
                 self._open.append(code)
                 outside = package_frames(frame)
                 for outer in reversed(outside):
                     self._note(outer)
                 codes = [outer.f_code for outer in outside]
-                if loop.__code__ in codes:
+                if code is Trainer.update.__code__ and loop.__code__ in codes:
                     self.trace.step_calls = codes.index(loop.__code__)
             if code is Block.forward.__code__:
                 self._kinds.append(kind_of(frame.f_locals["self"]))
@@ -135,7 +139,7 @@ class ProductSpy(TorchDispatchMode):
         name = func.overloadpacket.__name__
         if name in PRODUCTS:
             codes = [frame.f_code for frame in package_frames(sys._getframe())]
-            step = Trainer.train_step.__code__
+            step = Trainer.update.__code__
             # going backward, autograd calls: the stack says nothing of the path that was taken
             if step in codes[1:] and not any(code.co_name == "backward" for code in codes):
                 inner = reversed(codes[: codes.index(step) + 1])

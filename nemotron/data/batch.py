@@ -1,9 +1,9 @@
 """What the model is trained on in one step."""
 
 import operator
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from typing import Self
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ class Batch:
     documents of a row from 0; a number is never used again in its row; without it the row is one
     document. `loss_weight` weighs the loss of each label; without it every label counts 1.
     `ahead` holds what `look_ahead` found; it is found before ranks share the tokens of a row.
+    `extras` holds what else an objective needs to know about each label, by name.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -31,6 +32,7 @@ class Batch:
     seq_idx: Int[Tensor, "B T"] | None
     loss_weight: Float[Tensor, "B T"] | None = None
     ahead: "tuple[Ahead, ...]" = ()
+    extras: dict[str, Shaped[Tensor, "B T *rest"]] = field(default_factory=dict)
 
     @property
     def num_loss_tokens(self) -> int:
@@ -62,7 +64,7 @@ class Batch:
         return self.map(operator.methodcaller("pin_memory"))
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Self:
-        """Return the batch with the function applied to every tensor of [B, T]."""
+        """Return the batch with the function applied to every tensor of [B, T] or [B, T, …]."""
         return replace(
             self,
             input_ids=function(self.input_ids),
@@ -70,6 +72,7 @@ class Batch:
             seq_idx=None if self.seq_idx is None else function(self.seq_idx),
             loss_weight=None if self.loss_weight is None else function(self.loss_weight),
             ahead=tuple(depth.map(function) for depth in self.ahead),
+            extras={name: function(values) for name, values in self.extras.items()},
         )
 
 
@@ -102,6 +105,33 @@ def shift_left(
         return shifted
     same_document = F.pad(seq_idx[:, 1:] == seq_idx[:, :-1], (0, 1))
     return shifted.masked_fill(~same_document, vacated)
+
+
+class Batches(Protocol):
+    """A source of batches: rows of text, answers of the model itself, or anything else."""
+
+    def take(self, step: int) -> Batch:
+        """Return this rank's rows of the optimizer step with this index.
+
+        Steps are taken in order, except after `restore`, and where a run passes over some.
+        """
+        ...
+
+    def state(self) -> dict[str, Any]:  # Any: nested JSON
+        """Return what a checkpoint must hold to go on after the last step that was taken."""
+        ...
+
+    def restore(self, saved: Mapping[str, Any], step: int) -> None:
+        """Go on from the `state` of a checkpoint after so many steps.
+
+        Raises:
+            UserError: when this source cannot, because something else was read before.
+        """
+        ...
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return what to log about the steps before this index."""
+        ...
 
 
 @dataclass(frozen=True)

@@ -1,13 +1,17 @@
-"""Reading the rows of the next steps while this one is computed."""
+"""The batches of text of one reader, read while the steps before them are computed."""
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
+from typing import Any
 
 from nemotron.data.batch import Batch
 from nemotron.data.config import DataConfig
 from nemotron.data.loader import TrainingData, rows_of_rank
+
+SOURCES_LOGGED = 64
+"""Sources up to which the tokens read from each are logged."""
 
 
 class Prefetcher:
@@ -42,8 +46,11 @@ class Prefetcher:
         return batch.pin() if self._pin else batch
 
 
-class OwnRows:
-    """The rows of each step that one reader of several reads, with the targets that it needs."""
+class TextBatches:
+    """A batch source: the rows of each step that one reader of several reads, with their targets.
+
+    Rows are a function of the step, so a checkpoint only needs to know that the text is the same.
+    """
 
     def __init__(
         self,
@@ -66,6 +73,25 @@ class OwnRows:
     def take(self, step: int) -> Batch:
         """Return the rows of a step; whatever was wrong with reading them is raised here."""
         return self._ahead.take(step)
+
+    def state(self) -> dict[str, Any]:  # Any: nested JSON
+        """Return what identifies the text and its order."""
+        return self._data.fingerprint()
+
+    def restore(self, saved: Mapping[str, Any], step: int) -> None:
+        """Check that the steps before this one read the same text in the same order.
+
+        Raises:
+            UserError: when they did not, naming the file or the setting that differs.
+        """
+        self._data.check_fingerprint(saved, step)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return the tokens of each source in the steps before this one."""
+        if len(self._data.tokens) > SOURCES_LOGGED:
+            return {}
+        read = self._data.tokens_read(step)
+        return {f"data/tokens/{name}": count for name, count in read.items()}
 
     def _read(self, step: int) -> Batch:
         rows = rows_of_rank(self._data.num_rows(step), self._reader, self._num_readers)

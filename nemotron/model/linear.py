@@ -22,7 +22,7 @@ class Linear(nn.Module):
 
 
 class Head(Linear):
-    """The language-model head: logits, or the loss that never holds all of them."""
+    """The language-model head: logits, or loss and log-probabilities without holding all logits."""
 
     def loss(
         self,
@@ -35,6 +35,17 @@ class Head(Linear):
         weight = self.weight.detach() if detach else self.weight
         flat = None if weights is None else weights.flatten()
         return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), flat)
+
+    def token_logprobs(
+        self, hidden: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"], temperature: float = 1.0
+    ) -> Float[Tensor, "B T"]:
+        """Return the log-probability in nats of each label at a temperature; 0 without a label.
+
+        The logits of all tokens never exist at once; backward computes them again.
+        """
+        scaled = (hidden / temperature).flatten(0, 1)
+        losses = linear_cross_entropy(scaled, self.weight, labels.flatten(), reduction="none")
+        return -losses.view(labels.shape)
 
 
 class RMSNorm(nn.Module):

@@ -107,7 +107,7 @@ class LocalModel:
         return batch.map(self.share_tokens)
 
     def share_tokens(self, values: Tensor) -> Tensor:
-        """Return what belongs to this rank's tokens, of one tensor [B, T]."""
+        """Return what belongs to this rank's tokens, of one tensor [B, T] or [B, T, …]."""
         if self.mesh is None or self.mesh.dims.cp == 1:
             return values
         return layout.shard(values, self.mesh.rank("cp"), self.mesh.dims.cp)

@@ -69,7 +69,8 @@ def shard(model: HybridLM, root: nn.Module, mesh: Mesh, config: ParallelConfig) 
     fully_shard(root, mesh=mesh.fsdp, mp_policy=wide, reshard_after_forward=False)
     _gather_ahead(blocks)
     if isinstance(head, FSDPModule):
-        register_fsdp_forward_method(head, "loss")
+        for method in ("loss", "token_logprobs"):
+            register_fsdp_forward_method(head, method)
     for unit in units(root):
         unit.set_gradient_divide_factor(1.0)
         # gloo knows no sum with a factor; with this, and the factor 1, it is a plain sum

@@ -157,7 +157,11 @@ def _share_head(head: Head, vocabulary: Vocabulary) -> None:
         weight = head.weight.detach() if detach else head.weight
         return vocabulary.loss(hidden, weight, labels, weights)
 
+    def token_logprobs(hidden: Tensor, labels: Tensor, temperature: float = 1.0) -> Tensor:
+        return vocabulary.token_logprobs(hidden / temperature, head.weight, labels)
+
     vars(head)["loss"] = loss
+    vars(head)["token_logprobs"] = token_logprobs
     vars(head)["forward"] = lambda hidden: vocabulary.logits(hidden, head.weight)
 
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nemotron.ops.linear_cross_entropy.chunked import summed_loss
+from nemotron.ops.linear_cross_entropy.chunked import loss_per_token, summed_loss
 from nemotron.parallel.collectives import Group, all_gather, gather, reduce_scatter
 
 
@@ -42,6 +42,20 @@ class Vocabulary:
         whole = all_gather(hidden, 1, self.group).flatten(0, 1)
         flat = None if weights is None else weights.flatten()
         return summed_loss(whole, weight, labels.flatten(), flat, self.cross_entropy)
+
+    def token_logprobs(
+        self,
+        hidden: Float[Tensor, "B Tl D"],
+        weight: Float[Tensor, "V D"],
+        labels: Int[Tensor, "B T"],
+    ) -> Float[Tensor, "B T"]:
+        """Return the log-probabilities of all ranks' tokens, the same on every rank.
+
+        The gradient that comes back must also be the same on every rank.
+        """
+        whole = all_gather(hidden, 1, self.group).flatten(0, 1)
+        losses = loss_per_token(whole, weight, labels.flatten(), self.cross_entropy)
+        return -losses.view(labels.shape)
 
     def cross_entropy(
         self, logits: Float[Tensor, "M V"], target: Int[Tensor, "M 1"], needs_slope: bool

@@ -1,7 +1,8 @@
 """Linear layers in FP8 on Hopper: operands quantised by kernels, without a wait for the device.
 
 Products of a single matrix are cuBLAS's, those of experts are a kernel's: torch's grouped product
-takes neither E5M2 nor the scales of blocks. Codes and scales are those of `schemes.py`.
+takes neither E5M2 nor the scales of blocks. Codes and scales are those of `schemes.py`. Where the
+kernels' codes of float32 would be wrong (`quantize_fp8.has_kernels`), layers are emulated.
 """
 
 from collections.abc import Mapping
@@ -20,6 +21,7 @@ from nemotron.precision.formats import E4M3
 from nemotron.precision.kernels import grouped_fp8
 from nemotron.precision.kernels import quantize_fp8 as kernels
 from nemotron.precision.kernels.quantize_fp8 import TILE, Codes, Plan, Sides
+from nemotron.precision.linear import quantized_grouped_linear, quantized_linear
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import PER_TENSOR, BlockFP8Scheme, Scheme
 
@@ -48,6 +50,8 @@ class FP8Layer:
     ) -> Float[Tensor, "M N"]:
         """Return X Wᵀ; gradients round to nearest, whatever is drawn."""
         scheme = self.schemes["weight"]
+        if not _has_kernels(scheme, x):
+            return quantized_linear(x, weight, scheme)
         return _Linear.apply(x, weight, None, scheme, torch.is_grad_enabled())
 
     def grouped(
@@ -59,12 +63,21 @@ class FP8Layer:
         draw: Draw | None,
     ) -> Float[Tensor, "R N"]:
         """Multiply each expert's rows by its matrix; rows that no expert has become 0."""
-        return _Linear.apply(x, weight, counts, self.schemes[name], torch.is_grad_enabled())
+        scheme = self.schemes[name]
+        if not _has_kernels(scheme, x):
+            used = int(counts.sum())
+            y = quantized_grouped_linear(x[:used], weight, counts, scheme)
+            return F.pad(y, (0, 0, 0, x.shape[0] - used))
+        return _Linear.apply(x, weight, counts, scheme, torch.is_grad_enabled())
 
 
 def build(schemes: Mapping[str, Scheme], format: str, options: NVFP4Config) -> FP8Layer:
     """Return the layer of matrices with these schemes."""
     return FP8Layer(schemes)
+
+
+def _has_kernels(scheme: Scheme, x: Tensor) -> bool:
+    return kernels.has_kernels(x.dtype, in_blocks=isinstance(scheme, BlockFP8Scheme))
 
 
 class _Linear(torch.autograd.Function):
@@ -136,26 +149,28 @@ def quantize(
 ) -> Sides:
     """Quantise an operand of a layer; delayed scaling may remember its magnitudes."""
     multiple = STEP if plan is None else TILE
-    narrow = operand == "w"
-    if narrow:
+    is_weight = operand == "w"
+    if is_weight:
         plan = None
     if isinstance(scheme, BlockFP8Scheme):
-        scaling = kernels.BY_SQUARES if narrow else kernels.BY_ROWS
+        scaling = kernels.BY_SQUARES if is_weight else kernels.BY_ROWS
         return kernels.quantize(
-            tensor, E4M3, scaling, plan=plan, row=row, turned=turned, narrow=narrow
+            tensor, E4M3, scaling, plan=plan, row=row, turned=turned, narrow=is_weight
         )
+    if is_weight:  # a pass of its own: see `kernels.has_kernels`
+        tensor = tensor.to(torch.bfloat16)
     newest = None
     if isinstance(scheme, DelayedFP8Scheme):
         slot = scheme.slots[operand]
         scaling, given = kernels.BY_SCALE, slot.scale
         newest = slot.newest if remembers else None
     elif (reduce := scheme.reduce.get(operand)) is not None:
-        scaling, given = kernels.BY_AMAX, reduce(kernels.largest(tensor, plan, narrow=narrow))
+        scaling, given = kernels.BY_AMAX, reduce(kernels.largest(tensor, plan))
     else:
-        scaling, given = kernels.BY_PARTS, kernels.measure(tensor, plan, narrow=narrow)
+        scaling, given = kernels.BY_PARTS, kernels.measure(tensor, plan)
     return kernels.quantize(
         tensor, PER_TENSOR[operand], scaling, given=given, plan=plan, multiple=multiple,
-        row=row, turned=turned, newest=newest, narrow=narrow,
+        row=row, turned=turned, newest=newest,
     )  # fmt: skip
 
 

@@ -157,7 +157,7 @@ class NVFP4Scheme(Scheme):
         is_square = operand == "w" and self.square_weights
         is_stochastic = operand == "dy" and self.stochastic
         numbered = draw.fill(groups) if is_stochastic and draw is not None else None
-        if (fast := available.of_blocks(filled)) and (
+        if (fast := available.of_nvfp4(filled)) and (
             numbered is None or isinstance(numbered.columns, int)
         ):
             return self._by_kernels(fast, operand, filled, groups, numbered, both=both)

@@ -7,7 +7,7 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from nemotron.recipe.read import Path_, place_of
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import RunConfig
 
 EXPECTED = {
     "int_type": "must be a whole number",
@@ -25,17 +25,22 @@ EXPECTED = {
 }
 
 
-def explain(error: ValidationError, places: dict[Path_, str], source: str) -> str:
-    """Return the sentence for the first problem; `places` says where each key stands."""
+def explain(
+    error: ValidationError, recipe: type[RunConfig], places: dict[Path_, str], source: str
+) -> str:
+    """Return the sentence for the first problem of a recipe of this class.
+
+    `places` says where each key stands.
+    """
     problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     problem: dict[str, Any] = dict(problems[0])
     path = tuple(str(part) for part in problem["loc"])
     key, value = ".".join(path), problem["input"]
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{place_of(places, path, source)}: {_unknown(path)}"
+        return f"{place_of(places, path, source)}: {_unknown(recipe, path)}"
     if kind == "missing":
-        text = _description(path)
+        text = _description(recipe, path)
         return f"{place_of(places, path, source)}: {key} is missing; add it ({text})."
     if kind == "value_error":
         message = str(context["error"])
@@ -70,11 +75,13 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
-def _unknown(path: Path_) -> str:
+def _unknown(recipe: type[RunConfig], path: Path_) -> str:
     *section_path, key = path
-    section = _section(tuple(section_path)) or PretrainConfig
+    section = _section(recipe, tuple(section_path)) or recipe
     where = f" under {'.'.join(section_path)}" if section_path else ""
-    homes = [".".join(home) for home in _homes() if home[-1] == key and home[:-1] != path[:-1]]
+    homes = [
+        ".".join(home) for home in _homes(recipe) if home[-1] == key and home[:-1] != path[:-1]
+    ]
     if homes:
         holder = homes[0].rpartition(".")[0]
         right = f"it belongs under `{holder}`" if holder else "it belongs at the top"
@@ -85,8 +92,8 @@ def _unknown(path: Path_) -> str:
     return f"the key {key} is unknown{where}; known are {', '.join(section.model_fields)}."
 
 
-def _section(path: Path_) -> type[BaseModel] | None:
-    section: type[BaseModel] | None = PretrainConfig
+def _section(recipe: type[RunConfig], path: Path_) -> type[BaseModel] | None:
+    section: type[BaseModel] | None = recipe
     for part in path:
         if section is None:
             return None
@@ -106,9 +113,9 @@ def _model_in(annotation: Any) -> type[BaseModel] | None:
     return None
 
 
-def _homes() -> list[Path_]:
+def _homes(recipe: type[RunConfig]) -> list[Path_]:
     homes: list[Path_] = []
-    for name, field in PretrainConfig.model_fields.items():
+    for name, field in recipe.model_fields.items():
         homes.append((name,))
         section = _model_in(field.annotation)
         if section is not None:
@@ -116,7 +123,7 @@ def _homes() -> list[Path_]:
     return homes
 
 
-def _description(path: Path_) -> str:
-    section = _section(path[:-1])
+def _description(recipe: type[RunConfig], path: Path_) -> str:
+    section = _section(recipe, path[:-1])
     found = section.model_fields.get(path[-1]) if section else None
     return (found.description or "needed").rstrip(".") if found else "needed"

@@ -16,8 +16,9 @@ from nemotron.errors import UserError
 from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check
 from nemotron.recipe.explain import explain
-from nemotron.recipe.read import Document, Path_, parse_yaml, plain_scalar, read_yaml
-from nemotron.train.config import PretrainConfig
+from nemotron.recipe.read import Document, Path_, parse_yaml, place_of, plain_scalar, read_yaml
+from nemotron.recipe.stages import find_stage
+from nemotron.train.config import PretrainConfig, RunConfig
 
 COMMAND_LINE = "command line"
 
@@ -26,9 +27,24 @@ COMMAND_LINE = "command line"
 class Recipe:
     """A checked configuration, and where each of its given values came from."""
 
-    config: PretrainConfig
+    config: RunConfig
     path: Path
     places: dict[Path_, str]
+
+    @property
+    def pretraining(self) -> PretrainConfig:
+        """The configuration, for a command that works on pre-training alone.
+
+        Raises:
+            UserError: when the recipe is for another stage.
+        """
+        if not isinstance(self.config, PretrainConfig):
+            place = place_of(self.places, ("stage",), str(self.path))
+            raise UserError(
+                f"{place}: stage = {self.config.stage}; this command takes recipes of stage "
+                "pretrain only."
+            )
+        return self.config
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -45,11 +61,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         _expand_precision(change)
         _merge(document, change)
     values = _resolve(document)
+    stage = find_stage(values, document.places, str(path))
     try:
-        config = PretrainConfig.model_validate(values)
+        config = stage.recipe.model_validate(values)
     except ValidationError as error:
-        raise UserError(explain(error, document.places, str(path))) from error
-    check(config, document.places, str(path))
+        raise UserError(explain(error, stage.recipe, document.places, str(path))) from error
+    check(config, stage, document.places, str(path))
     return Recipe(config, path, document.places)
 
 

@@ -3,10 +3,12 @@
 import json
 from typing import Any, get_args
 
+from pydantic.json_schema import models_json_schema
+
 from nemotron.precision.config import Preset
 from nemotron.recipe.load import Recipe
 from nemotron.recipe.read import Path_
-from nemotron.train.config import PretrainConfig
+from nemotron.recipe.stages import DEFAULT, STAGES
 
 SCHEMA_LINE = "# yaml-language-server: $schema="
 
@@ -34,22 +36,39 @@ def diff(first: Recipe, second: Recipe) -> list[tuple[str, str, str]]:
 
 def schema() -> str:
     """Return the JSON schema of recipes, for completion and checks in an editor."""
-    document = PretrainConfig.model_json_schema()
-    document["title"] = "nemotron recipe"
-    document["properties"]["extends"] = {
-        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
-        "description": "Recipe, or recipes, whose values this one starts from.",
-    }
-    precision = document["properties"]["precision"]
-    word = {"enum": ["fp32", *get_args(Preset)], "description": "fp32, or a preset in bfloat16."}
-    precision["anyOf"] = [word, {"$ref": precision.pop("$ref")}]
+    recipes = [stage.recipe for stage in STAGES.values()]
+    names, document = models_json_schema([(recipe, "validation") for recipe in recipes])
+    refs = {name: names[stage.recipe, "validation"] for name, stage in STAGES.items()}
+    sections = document["$defs"]
+    for ref in refs.values():
+        _add_shorthand(sections[ref["$ref"].rpartition("/")[2]]["properties"])
     for section in ("DataConfig", "PhaseConfig", "LengthConfig"):
-        properties = document["$defs"][section]["properties"]
+        properties = sections[section]["properties"]
         inline = properties.get("blend", {}).get("anyOf", [])
         file = {"type": "string", "description": "Path of a blend file, relative to this file."}
         properties["blend"] = {"anyOf": [file, *inline]}
     _loosen(document)
+    document |= {"title": "nemotron recipe", "type": "object"}
+    document["properties"] = {"stage": {"enum": list(STAGES), "default": DEFAULT}}
+    document["allOf"] = [{"if": _names(name), "then": ref} for name, ref in refs.items()]
     return json.dumps(document, indent=2) + "\n"
+
+
+def _add_shorthand(properties: dict[str, Any]) -> None:
+    """Allow what is replaced before a recipe is checked."""
+    properties["extends"] = {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "description": "Recipe, or recipes, whose values this one starts from.",
+    }
+    precision = properties["precision"]
+    word = {"enum": ["fp32", *get_args(Preset)], "description": "fp32, or a preset in bfloat16."}
+    precision["anyOf"] = [word, {"$ref": precision.pop("$ref")}]
+
+
+def _names(stage: str) -> dict[str, Any]:
+    """Return the schema of recipes that name a stage; the default one need not be named."""
+    condition: dict[str, Any] = {"properties": {"stage": {"const": stage}}}
+    return condition if stage == DEFAULT else condition | {"required": ["stage"]}
 
 
 def _loosen(node: Any) -> None:

@@ -10,6 +10,8 @@ import torch
 
 from nemotron.checkpoint.manifest import folder_name
 from nemotron.data.chat.template import TEMPLATE, TURN_END
+from nemotron.data.loader import TrainingData
+from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.describe import choose_backends
 from nemotron.ops.describe import describe as describe_backends
@@ -24,18 +26,20 @@ from nemotron.train.reliability.faults import describe as describe_fault
 from nemotron.train.trainer import Trainer
 
 
-def announce(trainer: Trainer, folder: RunFolder, log: RunLog, recipe_path: str) -> TrackedRun:
+def announce(
+    trainer: Trainer, data: TrainingData, folder: RunFolder, log: RunLog, recipe_path: str
+) -> TrackedRun:
     """Write what the run is to its folder and the screen; returns what trackers are told of it."""
-    config, data, ranks = trainer.config, trainer.data, trainer.ranks
+    config, ranks = trainer.config, trainer.ranks
     if ranks.is_first:
-        _write_description(trainer, folder)
+        _write_description(config.model, data, folder)
     with torch.device("meta"):
         count = count_parameters(HybridLM(config.model), config.model)
     sizes = {"parameters": count.total, "active": count.active, "mtp": count.mtp}
     facts = provenance.collect(trainer.device)
     facts |= {"recipe": recipe_path, "seed": config.seed, **sizes}
     facts["matmul_peak_flops"] = trainer.peak_flops
-    dtype, documents = DTYPES[config.precision.compute], config.data.reset_documents
+    dtype, documents = DTYPES[config.precision.compute], data.config.reset_documents
     choices = choose_backends(trainer.device, dtype, documents)
     facts["backends"] = {choice.operation: asdict(choice) for choice in choices}
     facts["ranks"] = ranks.world
@@ -109,15 +113,11 @@ def announce_failure(log: RunLog, problem: Exception, saved_step: int | None) ->
         log.tell(f"the newest checkpoint is {folder_name(saved_step)}")
 
 
-def _write_description(trainer: Trainer, folder: RunFolder) -> None:
-    config, data = trainer.config, trainer.data
+def _write_description(model: ModelConfig, data: TrainingData, folder: RunFolder) -> None:
     folder.write_description(data.tokenizer.content)
     if data.has_conversations:
-        ends = dict.fromkeys([config.model.eos_token_id, data.tokenizer.id(TURN_END)])
-        others = {
-            "bos_token_id": config.model.bos_token_id,
-            "pad_token_id": config.model.pad_token_id,
-        }
+        ends = dict.fromkeys([model.eos_token_id, data.tokenizer.id(TURN_END)])
+        others = {"bos_token_id": model.bos_token_id, "pad_token_id": model.pad_token_id}
         folder.write_chat_files(TEMPLATE, list(ends), others)
 
 

@@ -1,4 +1,4 @@
-"""The trainer's own sections and the configuration of a whole pre-training run."""
+"""The trainer's own sections, and the configuration of a whole run of a stage."""
 
 from pathlib import Path
 from typing import Annotated, Literal
@@ -195,12 +195,12 @@ class ReliabilityConfig(Section):
     """Faults to inject; for tests only."""
 
 
-class PretrainConfig(Section):
-    """Everything that makes one pre-training run."""
+class RunConfig(Section):
+    """What the recipe of every stage of training has."""
 
     version: Literal[1] = 1
     """Version of the recipe format."""
-    stage: Literal["pretrain"] = "pretrain"
+    stage: str
     """Kind of training."""
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     """Name of the run: its folder under `output`."""
@@ -229,10 +229,6 @@ class PretrainConfig(Section):
     """Update rule."""
     schedule: ScheduleConfig
     """Learning rate and length of the run."""
-    phases: Annotated[tuple[PhaseConfig, ...], Field(strict=False)] = ()
-    """Stretches with another blend, length of row, batch or schedule; absent: all is one."""
-    loss: LossConfig = LossConfig()
-    """Weights of the loss terms."""
     precision: PrecisionConfig = PrecisionConfig()
     """Number formats."""
     ops: OpsConfig = OpsConfig()
@@ -253,11 +249,32 @@ class PretrainConfig(Section):
         """The run's folder."""
         return Path(self.output) / self.name
 
+    @property
+    def num_depths(self) -> int:
+        """Depths of multi-token prediction that are trained."""
+        return 0
+
     def rows_at_once(self, seq_len: int, micro_batch: int | None = None) -> int:
-        """Return the rows of a portion: as many tokens as `micro_batch` rows of `data.seq_len`."""
+        """Return the rows of a micro-batch: as many tokens as `micro_batch` of `data.seq_len`."""
         tokens = (micro_batch or self.batch.micro_batch) * self.data.seq_len
         return max(1, tokens // seq_len)
 
     def recomputes(self, kind: str) -> bool:
         """Say whether the activations of layers of this kind are computed again."""
         return self.recompute == "block" or kind in self.recompute
+
+
+class PretrainConfig(RunConfig):
+    """Everything that makes one pre-training run."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    """Kind of training."""
+    phases: Annotated[tuple[PhaseConfig, ...], Field(strict=False)] = ()
+    """Stretches with another blend, length of row, batch or schedule; absent: all is one."""
+    loss: LossConfig = LossConfig()
+    """Weights of the loss terms."""
+
+    @property
+    def num_depths(self) -> int:
+        """Depths of multi-token prediction that are trained: none without such a block."""
+        return self.loss.mtp_num_depths if self.model.mtp_pattern else 0

@@ -18,7 +18,6 @@ from nemotron.parallel.dims import Finding, ParallelDims, resolve_dims, violatio
 from nemotron.parallel.stages import cut, split_stages
 from nemotron.parallel.tensor import PLACEMENTS, part_of
 from nemotron.train.config import PretrainConfig
-from nemotron.train.loss import num_depths
 from nemotron.train.schedule import Course
 
 FEW = 16
@@ -129,8 +128,8 @@ def _held_layers(config: PretrainConfig, dims: ParallelDims, pp: int) -> list[ra
     if dims.pp == 1:
         return [range(len(config.model.hybrid_override_pattern))]
     num_stages = dims.pp * config.parallel.pipeline.stages_per_rank
-    depths = num_depths(config.model, config.loss)
-    layers = split_stages(config.model, config.parallel, num_stages, config.data.seq_len, depths)
+    seq_len, depths = config.data.seq_len, config.num_depths
+    layers = split_stages(config.model, config.parallel, num_stages, seq_len, depths)
     return layers[pp :: dims.pp]
 
 

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from nemotron.checkpoint.write import CheckpointNotSaved
+from nemotron.data.loader import TrainingData
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.metrics import MetricsFile
@@ -11,11 +12,13 @@ from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import TRACKERS, Mirrors
 from nemotron.train.announce import announce, announce_failure, announce_results, announce_stop
 from nemotron.train.record import StepResult
+from nemotron.train.reliability.progress import Stopwatch
 from nemotron.train.reliability.replicas import ReplicasDiffer
 from nemotron.train.reliability.stragglers import Stragglers
 from nemotron.train.save import Saver
 from nemotron.train.state import Diverged
 from nemotron.train.trainer import Trainer
+from nemotron.train.validation import evaluate
 
 DONE, FAILED, STOPPED = 0, 1, 75
 """Exit codes; 75 (EX_TEMPFAIL) asks a scheduler to start the same command again."""
@@ -25,6 +28,7 @@ STATES = {DONE: "done", FAILED: "failed", STOPPED: "stopped"}
 
 def run(
     trainer: Trainer,
+    data: TrainingData,
     folder: RunFolder,
     log: RunLog,
     saver: Saver,
@@ -40,7 +44,7 @@ def run(
     log.screen.open_log(folder.log_of(ranks.rank))
     problem: Exception | None = None
     with ExitStack() as stack:
-        tracked = announce(trainer, folder, log, recipe_path)
+        tracked = announce(trainer, data, folder, log, recipe_path)
         if ranks.is_first:
             folder.write_status("running", start)
             metrics = stack.enter_context(MetricsFile(folder.metrics, last_step=start))
@@ -53,7 +57,7 @@ def run(
         stack.callback(log.screen.stop)
         try:
             if not ranks.any(stop.is_due(start)):
-                loop(trainer, log, saver, stop)
+                loop(trainer, data, log, saver, stop)
             saver.save()
             saver.finish(wait=True)
         except (Diverged, ReplicasDiffer, CheckpointNotSaved) as error:
@@ -73,15 +77,18 @@ def run(
     return code
 
 
-def loop(trainer: Trainer, log: RunLog, saver: Saver, stop: StopRequest) -> None:
+def loop(
+    trainer: Trainer, data: TrainingData, log: RunLog, saver: Saver, stop: StopRequest
+) -> None:
     """Train to the end of the schedule, or until a rank is asked to stop.
+
+    `data` is what is held out for validation.
 
     Raises:
         Diverged: when `nonfinite_limit` steps in a row were skipped, or going back is no help.
         ReplicasDiffer: when ranks do not hold alike what they must.
     """
     config, ranks, num_steps = trainer.config, trainer.ranks, trainer.course.num_steps
-    held_out = trainer.data.validation_domains
     stragglers = Stragglers(config.reliability, ranks, trainer.device)
     while (step := trainer.state.step) < num_steps:
         is_last = step + 1 == num_steps
@@ -92,7 +99,10 @@ def loop(trainer: Trainer, log: RunLog, saver: Saver, stop: StopRequest) -> None
             if trainer.quantization.begin(step, 0):
                 preset = trainer.quantization.preset
                 _event(trainer, log, f"precision: preset {preset} from here on")
-            result = trainer.train_step(step, stop)
+            watch = Stopwatch(trainer.device, trainer.progress, step)
+            watch.begin("data")
+            batch = trainer.batches.take(step)
+            result = trainer.update(step, batch, stop=stop, watch=watch)
             stragglers.add(result.seconds)
             if is_last or due(step, config.logging.every_steps):
                 across_ranks, slow = stragglers.report()
@@ -106,15 +116,27 @@ def loop(trainer: Trainer, log: RunLog, saver: Saver, stop: StopRequest) -> None
                 saver.go_back(bad)
                 continue
             stops = result.stop
-        if held_out and (is_last or due(step, config.evaluation.every_steps)):
+        if data.validation_domains and (is_last or due(step, config.evaluation.every_steps)):
             trainer.progress.enter(step, "evaluate")
-            log.record(trainer.record("validation", trainer.validate()))
+            log.record(trainer.record("validation", {**validate(trainer, data)}))
         if due(step, config.reliability.check_replicas_every_steps):
             trainer.check_replicas()
         if not is_last and due(step, config.checkpoint.every_steps):
             saver.save_or_warn()
         if stops or (not ranks.grouped and stop.is_due(step + 1)):
             return
+
+
+def validate(trainer: Trainer, data: TrainingData) -> dict[str, float]:
+    """Return the metrics of the held-out text."""
+    return evaluate(
+        trainer.local,
+        data,
+        trainer.ranks,
+        tokens=trainer.config.evaluation.tokens,
+        rows=trainer.config.batch.micro_batch,
+        progress=trainer.progress,
+    )
 
 
 def due(step: int, every: int | None) -> bool:

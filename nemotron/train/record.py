@@ -4,11 +4,12 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.model.router import Router
 from nemotron.run.metrics import Record
-from nemotron.train.loss import StepSums, TokenCounts
+from nemotron.train.loss import StepSums
 from nemotron.train.optimizer import GradientNorms
 from nemotron.train.state import Skip
 
@@ -17,7 +18,12 @@ from nemotron.train.state import Skip
 class StepResult:
     """What came out of one optimizer step; sums and norms are still on the device."""
 
-    counts: TokenCounts
+    counts: Float[Tensor, " terms"]
+    """Divisors of the objective's terms."""
+    tokens: int
+    """Tokens of all ranks' rows."""
+    seq_len: int
+    """Tokens in a row."""
     sums: StepSums
     norms: GradientNorms
     loss: float
@@ -33,7 +39,7 @@ class StepResult:
     def values(self, routers: Mapping[str, Router], peak_tokens_per_s: float) -> Record:
         """Return the step's metrics; reading them waits for the device."""
         step_s = sum(self.seconds.values())
-        speed = self.counts.tokens / step_s
+        speed = self.tokens / step_s
         return {
             "loss/total": self.loss,
             **self.sums.values(self.counts),
@@ -66,6 +72,8 @@ def expert_values(routers: Mapping[str, Router], load: Mapping[str, Tensor]) -> 
     values: dict[str, float] = {}
     for layer, counts in load.items():
         tokens = counts.tolist()
+        if not sum(tokens):  # the objective does not run this layer
+            continue
         mean = sum(tokens) / len(tokens)
         shares = [count / sum(tokens) for count in tokens if count]
         entropy = -sum(share * math.log(share) for share in shares)

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from nemotron.checkpoint.read import read_model
 from nemotron.data.loader import TrainingData
+from nemotron.data.prefetch import TextBatches
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
@@ -16,7 +17,8 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.ops.describe import choose_backends, describe
 from nemotron.ops.registry import OPERATIONS
 from nemotron.parallel.apply import LocalModel
-from nemotron.parallel.runtime import Launch, start
+from nemotron.parallel.dims import resolve_dims
+from nemotron.parallel.runtime import Launch, Ranks, start
 from nemotron.precision.apply import DTYPES
 from nemotron.precision.assign import assign, preset_at
 from nemotron.precision.policy import Assignment, summarize
@@ -28,9 +30,9 @@ from nemotron.run.trackers import check_trackers
 from nemotron.train.announce import model_line
 from nemotron.train.config import PretrainConfig
 from nemotron.train.flops import count_parameters, training_flops_per_token
-from nemotron.train.layout import check_layout, describe_places, least_world
+from nemotron.train.layout import Place, check_layout, describe_places, least_world
 from nemotron.train.loop import DONE, run
-from nemotron.train.loss import num_depths
+from nemotron.train.loss import PretrainObjective
 from nemotron.train.reliability.deterministic import deterministic
 from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
@@ -77,13 +79,13 @@ def train(
         data = open_data(config, course)
         data.check_length()
         own_peak = measure_matmul_peak(device, DTYPES[config.precision.compute])
-        trainer = Trainer(config, course, data, device, sum(ranks.gather(own_peak)), ranks)
+        trainer = build_trainer(config, course, data, device, sum(ranks.gather(own_peak)), ranks)
         stack.enter_context(folder.held(ranks))
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)
         if not (resume and saver.restore()) and config.init_from is not None:
             _load_initial(trainer.local, config.init_from, read_initial)
-        return run(trainer, folder, log, saver, stop, recipe_path)
+        return run(trainer, data, folder, log, saver, stop, recipe_path)
 
 
 def dry_run(config: PretrainConfig) -> int:
@@ -103,9 +105,8 @@ def dry_run(config: PretrainConfig) -> int:
     with torch.device("meta"):
         model = HybridLM(config.model)
     count = count_parameters(model, config.model)
-    depths = num_depths(config.model, config.loss)
     tokens = course.timeline.num_tokens
-    flops = training_flops_per_token(config.model, config.data.seq_len, depths) * tokens
+    flops = training_flops_per_token(config.model, config.data.seq_len, config.num_depths) * tokens
     documents = config.data.reset_documents
     choices = choose_backends(device, DTYPES[config.precision.compute], documents)
     tables = [table for _, _, table in _precision_tables(config, model, device)]
@@ -167,6 +168,29 @@ def open_data(config: PretrainConfig, course: Course) -> TrainingData:
     return TrainingData(
         config.data, course.timeline, seed=config.seed, vocab_size=config.model.vocab_size
     )
+
+
+def build_trainer(
+    config: PretrainConfig,
+    course: Course,
+    data: TrainingData,
+    device: torch.device,
+    peak_flops: float,
+    ranks: Ranks,
+) -> Trainer:
+    """Build what pre-trains: its objective, the rows that this rank reads, and the trainer."""
+    objective = PretrainObjective.of(config)
+    dims = resolve_dims(config.parallel, ranks.world)
+    batches = TextBatches(
+        config.data,
+        data,
+        reader=Place(ranks.rank, dims).batch,
+        num_readers=dims.batch,
+        num_steps=course.num_steps,
+        num_depths=objective.num_depths,
+        pin=device.type == "cuda",
+    )
+    return Trainer(config, objective, batches, course, device, peak_flops, ranks)
 
 
 def _load_initial(local: LocalModel, path: str, read: ReadModel) -> None:

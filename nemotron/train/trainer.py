@@ -6,13 +6,12 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import lacking, load_tensors, read_state
-from nemotron.data.batch import Batch
-from nemotron.data.loader import TrainingData
-from nemotron.data.prefetch import OwnRows
+from nemotron.data.batch import Batch, Batches
 from nemotron.device import memory_values
 from nemotron.errors import UserError
 from nemotron.model.block import Block
@@ -29,17 +28,9 @@ from nemotron.precision.apply import apply as apply_precision
 from nemotron.precision.random_bits import Numbers
 from nemotron.run.metrics import Record
 from nemotron.run.signals import StopRequest
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import RunConfig
 from nemotron.train.flops import training_flops_per_token
-from nemotron.train.loss import (
-    StepSums,
-    TokenCounts,
-    count_tokens,
-    losses,
-    num_depths,
-    objective,
-    stage_losses,
-)
+from nemotron.train.loss import Objective, StepSums, compute_sums
 from nemotron.train.optimizer import (
     GradientNorms,
     Optimizer,
@@ -54,25 +45,23 @@ from nemotron.train.reliability.progress import Progress, Stopwatch
 from nemotron.train.reliability.replicas import ReplicaCheck
 from nemotron.train.schedule import Course
 from nemotron.train.state import RNG, Skip, TrainerState, snapshot
-from nemotron.train.validation import evaluate
-
-SOURCES_LOGGED = 64
-"""Sources up to which the tokens read from each are logged."""
 
 
 class Trainer:
-    """Model, optimizer, data and counters of one run."""
+    """Model, optimizer and counters of one run, with its objective and its source of batches."""
 
     def __init__(
         self,
-        config: PretrainConfig,
+        config: RunConfig,
+        objective: Objective,
+        batches: Batches,
         course: Course,
-        data: TrainingData,
         device: torch.device,
         peak_flops: float,
         ranks: Ranks | None = None,
     ) -> None:
-        self.config, self.course, self.data, self.device = config, course, data, device
+        self.config, self.objective, self.batches = config, objective, batches
+        self.course, self.device = course, device
         self.ranks = ranks or Ranks()
         torch.manual_seed(config.seed)
         dims = resolve_dims(config.parallel, self.ranks.world)
@@ -87,7 +76,6 @@ class Trainer:
         self.optimizer = Optimizer(self.local.parameters(), config.optimizer)
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState()
-        self._depths = num_depths(config.model, config.loss)
         counted = filter(self.local.counts, self.optimizer.parameters)
         self._kind_of = parameter_kinds(counted, config.model)
         self._kinds = kinds(config.model)
@@ -96,34 +84,30 @@ class Trainer:
         self._faults = Faults(reliability.faults, self.ranks.rank)
         every = reliability.check_replicas_every_steps
         self._replicas = ReplicaCheck(self.local, self.optimizer, self.ranks) if every else None
-        self._batches = OwnRows(
-            config.data,
-            data,
-            reader=self.local.batch_rank,
-            num_readers=dims.batch,
-            num_steps=course.num_steps,
-            num_depths=self._depths,
-            pin=device.type == "cuda",
-        )
 
-    def train_step(self, step: int, stop: StopRequest | None = None) -> StepResult:
-        """Do the optimizer step with this index, counted from 0.
+    def update(
+        self,
+        step: int,
+        batch: Batch,
+        *,
+        stop: StopRequest | None = None,
+        watch: Stopwatch | None = None,
+    ) -> StepResult:
+        """Do the optimizer step with this index, counted from 0, on this rank's rows.
 
-        `stop` says whether this rank is to stop after it; the result, whether any rank is.
+        `stop` says whether this rank is to stop after it; the result, whether any rank is. `watch`
+        goes on measuring what began with the reading of the batch.
         """
-        config, watch = self.config, Stopwatch(self.device, self.progress, step)
-        watch.begin("data")
-        batch = self._batches.take(step)
+        config, watch = self.config, watch or Stopwatch(self.device, self.progress, step)
         self._faults.strike(step, self.local)
         watch.begin("wait")
-        counts = self._sum_counts(count_tokens(batch))  # of the whole step, before any backward
+        counts, num_tokens = self._sum_counts(batch)  # of the whole step, before any backward
 
         watch.begin("forward_backward")
         self.optimizer.zero_grad()
-        sums = StepSums(
-            self._depths, config.model.moe_layers, config.model.n_routed_experts, self.device
-        )
-        portions = list(self._portions(step, batch))
+        layers, num_experts = config.model.moe_layers, config.model.n_routed_experts
+        sums = StepSums(self.objective, layers, num_experts, self.device)
+        portions = list(self._portions(batch))
         if self.local.pipeline is not None:
             self._run_stages(step, portions, counts, sums)
             portions = []
@@ -131,9 +115,9 @@ class Trainer:
             self.quantization.begin(step, tokens)
             is_last = number == len(portions)
             self.local.sync_gradients(is_last or config.parallel.sync_every_micro_batch)
-            terms = losses(self.model, micro.to(self.device), config.loss)
-            objective(terms, counts, config.loss).backward()
-            sums.add(terms)
+            terms, routing = compute_sums(self.objective, self.model, micro.to(self.device))
+            self.objective.combine(terms, counts).backward()
+            sums.add(terms, routing)
             self.progress.move()
         self.local.finish_gradients()
         gradients = self.optimizer.gradients()
@@ -143,7 +127,7 @@ class Trainer:
         watch.begin("exchange")
         others = sums.add_up(self.ranks, others, counts_loss=self.local.counts_loss)
         norms = GradientNorms(others[:-1], self._kinds)
-        total = sums.objective(counts, config.loss)
+        total = self.objective.combine(sums.terms, counts)
         # once a step the host waits for three numbers: whether to update hangs on them
         loss, grad_norm, stops = torch.stack([total.double(), norms.total(), others[-1]]).tolist()
         watch.begin("optimizer")
@@ -155,18 +139,28 @@ class Trainer:
             self.optimizer.step(lr, clip)
             for name, router in self.routers.items():
                 router.update_bias(sums.load[name], config.optimizer.router_bias_update_rate)
-        self.state.advance(self.course.timeline.tokens_per_step(step), loss, grad_norm, skip)
+        self.state.advance(num_tokens, loss, grad_norm, skip)
         watch.begin(None)
         return StepResult(
-            counts, sums, norms, loss, grad_norm, clip, lr, skip, is_spike, stops > 0, watch.seconds
+            counts=counts,
+            tokens=num_tokens,
+            seq_len=batch.input_ids.shape[1],
+            sums=sums,
+            norms=norms,
+            loss=loss,
+            grad_norm=grad_norm,
+            clip=clip,
+            lr=lr,
+            skip=skip,
+            spike=is_spike,
+            stop=stops > 0,
+            seconds=watch.seconds,
         )
 
-    def _portions(self, step: int, batch: Batch) -> Iterator[tuple[Numbers, Batch]]:
+    def _portions(self, batch: Batch) -> Iterator[tuple[Numbers, Batch]]:
         """Yield what is computed at once of this rank's rows, with the numbers of its tokens."""
-        at_once, (num_rows, length) = (
-            self.config.rows_at_once(self.data.seq_len(step)),
-            batch.input_ids.shape,
-        )
+        num_rows, length = batch.input_ids.shape
+        at_once = self.config.rows_at_once(length)
         first = self.local.batch_rank * num_rows
         for micro in self.local.share_rows(batch).split(at_once):
             rows = micro.input_ids.shape[0]
@@ -174,7 +168,7 @@ class Trainer:
             first += rows
 
     def _run_stages(
-        self, step: int, portions: list[tuple[Numbers, Batch]], counts: TokenCounts, sums: StepSums
+        self, step: int, portions: list[tuple[Numbers, Batch]], counts: Tensor, sums: StepSums
     ) -> None:
         """Pass the portions of a step through the stages of a pipeline, forward and backward."""
         assert self.local.pipeline is not None
@@ -182,22 +176,22 @@ class Trainer:
         def share(
             model: HybridLM, hidden: Tensor | None, batch: Batch, routing: list[RoutingStats]
         ) -> Tensor:
-            terms = stage_losses(model, hidden, batch, self.config.loss, routing)
-            sums.add(terms)
+            terms = self.objective.sums(model, hidden, batch, routing)
+            sums.add(terms, routing)
             self.progress.move()
-            return objective(terms, counts, self.config.loss)
+            return self.objective.combine(terms, counts)
 
         # every call of a layer draws other bits, so the portions may share their numbers
         self.quantization.begin(step, portions[0][0])
         self.local.pipeline.step([micro.to(self.device) for _, micro in portions], share)
 
-    def _sum_counts(self, counts: TokenCounts) -> TokenCounts:
-        """Add up over the ranks that read other rows."""
-        if self.mesh is None:
-            return counts
-        values = torch.tensor([counts.tokens, counts.main, *counts.mtp], dtype=torch.float64)
-        total = self.ranks.sum(values.to(self.device), self.mesh.group("batch")).tolist()
-        return TokenCounts(total[1], tuple(total[2:]), int(total[0]))
+    def _sum_counts(self, batch: Batch) -> tuple[Float[Tensor, " terms"], int]:
+        """Return the counts of the terms and the tokens, over all ranks that read other rows."""
+        counts = self.objective.counts(batch)
+        values = torch.cat([counts, counts.new_tensor([batch.labels.numel()])])
+        if self.mesh is not None:
+            values = self.ranks.sum(values.to(self.device), self.mesh.group("batch")).cpu()
+        return values[:-1], int(values[-1])
 
     def tensors(self) -> dict[str, Tensor]:
         """Return every tensor that a resume needs, under its name in a checkpoint."""
@@ -205,13 +199,14 @@ class Trainer:
 
     def json_state(self) -> dict[str, Any]:  # Any: nested JSON
         """Return everything else that a resume needs."""
-        return {"trainer": asdict(self.state), "data": self.data.fingerprint()}
+        return {"trainer": asdict(self.state), "data": self.batches.state()}
 
     def restore(self, info: CheckpointInfo) -> None:
         """Put every tensor and counter of a checkpoint in place.
 
         Raises:
-            UserError: when the checkpoint does not fit the model, or the data was changed.
+            UserError: when the checkpoint does not fit the model, or the batches before it were
+                others.
         """
         saved = read_state(info)
         if "data" not in saved:
@@ -219,7 +214,7 @@ class Trainer:
                 f"{info.folder} holds weights only, nothing to go on from; "
                 f"start a new run with init_from: {info.folder}."
             )
-        self.data.check_fingerprint(saved["data"], info.step)
+        self.batches.restore(saved["data"], info.step)
         tensors = self.tensors()
         # a run that was in another format then has no scales there
         for name in lacking(info, self.quantization.tensors()):
@@ -247,44 +242,28 @@ class Trainer:
 
     def values(self, step: int, result: StepResult) -> Record:
         """Return the metrics of the step with this index; reading them waits for the device."""
-        config = self.config.model
-        flops = training_flops_per_token(config, self.data.seq_len(step), self._depths)
+        config = self.config
+        flops = training_flops_per_token(config.model, result.seq_len, config.num_depths)
         return {
             **result.values(self.routers, self.peak_flops / flops),
-            **self._tokens_by_source(step + 1),
+            **self.batches.metrics(step + 1),
             **self.quantization.metrics(),
             "skipped_steps": self.state.skipped_steps,
             **memory_values(self.device),
         }
 
-    def _tokens_by_source(self, step: int) -> Record:
-        if len(self.data.tokens) > SOURCES_LOGGED:
-            return {}
-        read = self.data.tokens_read(step)
-        return {f"data/tokens/{name}": count for name, count in read.items()}
-
-    def validate(self) -> Record:
-        """Return the metrics of the held-out text."""
-        budget, rows = self.config.evaluation.tokens, self.config.batch.micro_batch
-        values = evaluate(
-            self.local, self.data, self.ranks, tokens=budget, rows=rows, progress=self.progress
-        )
-        return {**values}
-
 
 def _reason_to_skip(
-    counts: TokenCounts, loss: float, grad_norm: float, *, skips_spike: bool
+    counts: Tensor, loss: float, grad_norm: float, *, skips_spike: bool
 ) -> Skip | None:
-    if not counts.main:
+    if not counts[0]:
         return Skip.NO_TARGETS
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return Skip.NOT_FINITE
     return Skip.SPIKE if skips_spike else None
 
 
-def build_model(
-    config: PretrainConfig, device: torch.device, mesh: Mesh | None = None
-) -> LocalModel:
+def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> LocalModel:
     """Build what this rank holds of the recipe's model, with fresh weights."""
 
     def build() -> HybridLM:
@@ -302,7 +281,7 @@ def build_model(
         mesh,
         config.parallel,
         seq_len=config.data.seq_len,
-        num_depths=num_depths(config.model, config.loss),
+        num_depths=config.num_depths,
         device=device,
     )
     local.materialise(device)

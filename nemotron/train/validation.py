@@ -96,4 +96,4 @@ def _own(
 
 
 def _add_rows(values: Tensor, number: int) -> Tensor:
-    return torch.cat([values, values[:1].expand(number, -1)])
+    return torch.cat([values, values[:1].expand(number, *values.shape[1:])])

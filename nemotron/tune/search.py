@@ -3,6 +3,7 @@
 import datetime
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -148,6 +149,13 @@ class Search:
             except NotLaunched as problem:
                 state.is_absent = True
                 self._say(str(problem))
+            except Exception as problem:
+                # whatever is wrong with one operation, the others can be searched
+                if _is_fatal(problem):
+                    raise
+                state.is_absent = True
+                self._say(f"ERROR {state.target.tunable.name}: {_one_line(problem)}")
+                traceback.print_exc()
         return True
 
     def _batch(self, state: State, size: int) -> list[Configuration]:
@@ -205,8 +213,8 @@ class Search:
             try:
                 candidate = device.capture(configuration)
             except (RuntimeError, triton.OutOfResources) as problem:
-                state.tried[key] = f"cannot be launched ({' '.join(str(problem).split())[:80]})"
-                if "CUDA error" in str(problem) or "illegal memory" in str(problem):
+                state.tried[key] = f"cannot be launched ({_one_line(problem)})"
+                if _is_fatal(problem):
                     raise
                 continue
             if candidate.error > TOLERANCE:
@@ -379,6 +387,15 @@ def _sorted(items: Sequence[Item]) -> tuple[Item, ...]:
 
 def _places(axes: dict[str, int]) -> str:
     return " ".join(f"{axis} {size}" for axis, size in axes.items())
+
+
+def _is_fatal(problem: Exception) -> bool:
+    """Say whether nothing works in this process any more."""
+    return "CUDA error" in str(problem) or "illegal memory" in str(problem)
+
+
+def _one_line(problem: Exception) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:120]
 
 
 def _today() -> str:

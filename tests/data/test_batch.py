@@ -1,4 +1,7 @@
+from dataclasses import replace
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -36,6 +39,29 @@ def test_a_batch_moves_with_all_its_tensors():
     moved = make_batch(2, 3).to("meta")
     tensors = (moved.input_ids, moved.labels, moved.seq_idx)
     assert {tensor.device.type for tensor in tensors} == {"meta"}
+
+
+def with_extras(rows: int, length: int) -> Batch:
+    batch = make_batch(rows, length)
+    scores = torch.arange(rows * length, dtype=torch.float32).reshape(rows, length)
+    return replace(batch, extras={"score": scores, "teacher": torch.stack([scores, -scores], -1)})
+
+
+def test_extras_are_split_and_mapped_with_the_tokens_and_stay_when_looking_ahead():
+    batch = with_extras(5, 4).look_ahead(2)
+    parts = list(batch.split(2))
+    assert [part.extras["score"].shape[0] for part in parts] == [2, 2, 1]
+    for name, values in batch.extras.items():
+        assert torch.equal(torch.cat([part.extras[name] for part in parts]), values)
+    last = batch.map(lambda values: values[:, -1:])
+    assert last.extras["score"].flatten().tolist() == [3, 7, 11, 15, 19]
+    assert last.extras["teacher"].shape == (5, 1, 2)
+    assert {tensor.device.type for tensor in batch.to("meta").extras.values()} == {"meta"}
+
+
+@pytest.mark.gpu
+def test_extras_are_pinned_with_the_tokens():
+    assert all(tensor.is_pinned() for tensor in with_extras(2, 3).pin().extras.values())
 
 
 @given(WINDOWS, st.booleans())

@@ -5,7 +5,7 @@ import torch
 
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import losses
+from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, gradients, tokens
 
 # shorter than the convolution, one token, and across the edge of a chunk of 64
@@ -53,16 +53,15 @@ def test_no_gradient_reaches_another_document():
 
 
 def test_losses_and_gradients_of_a_packed_row_are_the_sums_of_its_documents():
-    # the balance loss looks at whole rows, so it is left out
-    config = LossConfig(mtp_num_depths=2, mtp_loss_factor=0.3, moe_aux_loss_coeff=0.0)
+    objective = PretrainObjective(LossConfig(), num_depths=2)
     model, ids = build(), tokens(1, sum(LENGTHS) + 1)
     labels = ids[:, 1:].clone()
     labels[0, torch.tensor(LENGTHS).cumsum(0) - 1] = NO_LABEL
     seq_idx = numbers(LENGTHS)
 
     def total(batch: Batch) -> torch.Tensor:
-        terms = losses(model, batch.look_ahead(2), config)
-        return terms.main + sum(terms.mtp)
+        sums, _ = compute_sums(objective, model, batch.look_ahead(2))
+        return sums[:3].sum()  # without the balance loss, which looks at whole rows
 
     packed = total(Batch(ids[:, :-1], labels, seq_idx))
     expected = gradients(model, packed)

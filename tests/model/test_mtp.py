@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from nemotron.data.batch import NO_LABEL, Batch, shift_left
 from nemotron.model.hybrid import HybridLM
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import count_tokens, losses, objective
+from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, gradients, tokens
 
 
@@ -37,12 +37,14 @@ def test_every_depth_follows_the_formulas():
     ids, labels = row[:, :-1], row[:, 1:]
     config = LossConfig(mtp_num_depths=2, mtp_loss_factor=0.3, moe_aux_loss_coeff=0.0)
     batch = Batch(ids, labels, None).look_ahead(2)
-    terms, counts = losses(model, batch, config), count_tokens(batch)
+    objective = PretrainObjective(config, num_depths=2)
+    (sums, _), counts = compute_sums(objective, model, batch), objective.counts(batch)
     expected = by_depth(model, ids, labels, 2)
-    assert (counts.main, counts.mtp, counts.tokens) == (40, (39, 38), 40)
-    for ours, theirs in zip(terms.mtp, expected, strict=True):
+    assert objective.names == ("main", "mtp_1", "mtp_2", "aux")
+    assert counts.tolist() == [40, 39, 38, 40]
+    for ours, theirs in zip(sums[1:3], expected, strict=True):
         assert abs(ours - theirs) <= 1e-10
-    total = objective(terms, counts, config)
+    total = objective.combine(sums, counts)
     main = F.cross_entropy(model.logits(model(ids))[0], labels[0])
     whole = main + 0.3 / 2 * (expected[0] / 39 + expected[1] / 38)
     assert abs(total - whole) <= 1e-12
@@ -55,11 +57,16 @@ def test_every_depth_follows_the_formulas():
 def test_detached_heads_train_only_the_block():
     model, row = build(), tokens(1, 30)
     batch = Batch(row[:, :-1], row[:, 1:], None).look_ahead(2)
-    config = LossConfig(mtp_num_depths=2, mtp_detach_heads=True)
-    reached = gradients(model, sum(losses(model, batch, config).mtp))
+
+    def reach(config: LossConfig) -> list[str]:
+        sums, _ = compute_sums(PretrainObjective(config, num_depths=2), model, batch)
+        found = gradients(model, sums[1:3].sum())  # the main loss gets a gradient of 0
+        return [name for name, gradient in found.items() if gradient.any()]
+
+    reached = reach(LossConfig(mtp_detach_heads=True))
     assert reached
     assert all(name.startswith("mtp.") for name in reached)
-    free = gradients(model, sum(losses(model, batch, LossConfig(mtp_num_depths=2)).mtp))
+    free = reach(LossConfig())
     assert {"lm_head.weight", "backbone.embeddings.weight"} <= set(free)
 
 

@@ -2,22 +2,22 @@ import torch
 
 from nemotron.data.batch import Batch
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import count_tokens, losses, objective
+from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, gradients, recompute, tokens
 
 
 def test_computing_blocks_again_changes_no_bit_and_counts_no_token_twice():
-    config = LossConfig(mtp_num_depths=2)
+    objective = PretrainObjective(LossConfig(), num_depths=2)
     batch = Batch(tokens(2, 33), tokens(2, 33, seed=1), torch.arange(33).ge(20).int().expand(2, 33))
     batch = batch.look_ahead(2)
     results = []
     for again in (False, True):
         model = build(dtype=torch.float32)
         recompute(model, again)
-        terms = losses(model, batch, config)
-        loss = objective(terms, count_tokens(batch), config)
+        sums, routing = compute_sums(objective, model, batch)
+        loss = objective.combine(sums, objective.counts(batch))
         found = gradients(model, loss)
-        results.append((loss.detach(), found, [stats.counts for stats in terms.routing]))
+        results.append((loss.detach(), found, [stats.counts for stats in routing]))
     (loss, grads, counts), (loss_again, grads_again, counts_again) = results
     assert torch.equal(loss, loss_again)
     assert grads.keys() == grads_again.keys()

@@ -6,7 +6,7 @@ import torch
 from nemotron.data.batch import Batch
 from nemotron.model.router import Router, routers
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import losses
+from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, build_config, tokens
 
 
@@ -87,7 +87,7 @@ def test_the_bias_moves_towards_balance_by_its_rate():
 def test_the_bias_of_a_model_is_stored_in_float32_and_moves_with_the_counts_of_a_step():
     model = build(dtype=torch.float32)
     batch = Batch(tokens(2, 31), tokens(2, 31, seed=1), None).look_ahead(2)
-    routing = losses(model, batch, LossConfig(mtp_num_depths=2)).routing
+    _, routing = compute_sums(PretrainObjective(LossConfig(), num_depths=2), model, batch)
     names = [stats.name for stats in routing]
     assert names == ["backbone.layers.1", "mtp.layers.1", "mtp.layers.1"]
     assert [int(stats.counts.sum()) for stats in routing] == [2 * 31 * 3] * 3

@@ -21,7 +21,7 @@ from nemotron.precision.kernels import quantize_fp8
 from nemotron.tune import __main__ as command
 from nemotron.tune.candidates import moves, order
 from nemotron.tune.compiled import Compiled, Job
-from nemotron.tune.problems import PROBLEMS, TINY, Target, targets
+from nemotron.tune.problems import PROBLEMS, TINY, Target, sizes_of, targets
 from nemotron.tune.search import Search, verify
 from nemotron.tune.timing import Timed, Timer, difference
 
@@ -300,6 +300,22 @@ def test_a_candidate_that_is_wrong_or_hardly_better_is_not_kept():
     assert kept.configuration == {"warps": 4, "stages": 2}  # 2 warps are better by 0.1 us only
 
 
+def test_an_operation_that_fails_does_not_end_the_search():
+    class Broken(Clock):
+        def begin(self, target: Target) -> Timed:
+            if target.tunable is not KERNEL:
+                raise RuntimeError("out of memory")
+            return super().begin(target)
+
+    said: list[str] = []
+    chosen = [Target(PROBLEMS[0], t, TINY) for t in (PROBLEMS[0].tunables[0], KERNEL)]
+    found = Base(architecture=ARCH)
+    one = Search(chosen, found, Broken(), Everything(), said.append, lambda kept: None)
+    one.run(5)
+    assert [e.operation for e in one.found.entries] == ["op"]
+    assert "ERROR ssd gradients_of_heads: RuntimeError: out of memory" in said
+
+
 def test_verify_finds_slower_and_wrong_entries():
     slower = Base(architecture=ARCH, entries=(entry(2, configuration={"warps": 4, "stages": 1}),))
     chosen = [Target(PROBLEMS[0], KERNEL, TINY)]
@@ -335,6 +351,13 @@ def test_bits_must_agree_where_no_sum_is_reordered():
     assert difference([b], [a], reordered=False) == float("inf")
     assert 0 < difference([b], [a], reordered=True) < 1e-5
     assert difference([a * float("nan")], [a], reordered=True) == float("inf")
+
+
+def test_a_recipe_gives_the_sizes_of_its_model():
+    recipe = Path(__file__).parents[2] / "recipes/nano/pretrain.yaml"
+    found = sizes_of(str(recipe))
+    assert (found.hidden, found.channels, found.projected) == (2688, 6144, 10304)
+    assert (found.expert_width, found.copies, found.vocabulary) == (1856, 6, 131072)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)

@@ -18,12 +18,12 @@ from nemotron.parallel.context.apply import apply_context
 from nemotron.parallel.context.layout import shard
 from nemotron.parallel.context.router import SumOverRow
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import losses
+from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 
-LOSS = LossConfig(mtp_num_depths=2)
+OBJECTIVE = PretrainObjective(LossConfig(), num_depths=2)
 
 
 @dataclass(frozen=True)
@@ -76,17 +76,15 @@ def batch(case: Case) -> Batch:
     labels = tokens[:, 1:].masked_fill(torch.rand(2, 40, generator=g) < 0.2, NO_LABEL)
     seq_idx = None if case.documents is None else numbers(*case.documents)
     weights = torch.rand(2, 40, generator=g)
-    return Batch(tokens[:, :-1], labels, seq_idx, weights).look_ahead(LOSS.mtp_num_depths)
+    return Batch(tokens[:, :-1], labels, seq_idx, weights).look_ahead(OBJECTIVE.num_depths)
 
 
 def outcome(model: HybridLM, rows: Batch) -> dict[str, Tensor]:
     """Return every sum of losses, the experts' tokens, and the gradients of the parameters."""
-    terms = losses(model, rows, LOSS)
-    total = terms.main + sum(terms.mtp) + terms.aux
-    total.backward()
-    named = {"main": terms.main, "aux": terms.aux}
-    named |= {f"mtp {depth}": term for depth, term in enumerate(terms.mtp)}
-    named |= {f"{i} {s.name}": s.counts.double() for i, s in enumerate(terms.routing)}
+    sums, routing = compute_sums(OBJECTIVE, model, rows)
+    sums.sum().backward()
+    named = dict(zip(OBJECTIVE.names, sums, strict=True))
+    named |= {f"{i} {s.name}": s.counts.double() for i, s in enumerate(routing)}
     named |= {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return {name: tensor.detach() for name, tensor in named.items()}
 

@@ -12,7 +12,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import Router
 from nemotron.parallel.expert import apply_experts
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import LossTerms, count_tokens, losses, objective
+from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
@@ -38,7 +38,7 @@ MODEL = ModelConfig(
     mtp_hybrid_override_pattern="*E",
 )
 WIDE = MODEL.model_copy(update={"moe_latent_size": None})
-LOSS = LossConfig(mtp_num_depths=2, moe_aux_loss_coeff=0.1)
+OBJECTIVE = PretrainObjective(LossConfig(moe_aux_loss_coeff=0.1), num_depths=2)
 ROWS, LENGTH = 4, 33
 
 each = pytest.mark.parametrize(
@@ -88,11 +88,11 @@ def run(model: HybridLM, batch: Batch, *, recompute: bool) -> Result:
         if isinstance(module, Block):
             module.recompute = recompute
     model.zero_grad()
-    terms: LossTerms = losses(model, batch, LOSS)
-    loss = objective(terms, count_tokens(read()), LOSS)
+    sums, routing = compute_sums(OBJECTIVE, model, batch)
+    loss = OBJECTIVE.combine(sums, OBJECTIVE.counts(read()))
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return loss.detach(), gradients, [stats.counts for stats in terms.routing]
+    return loss.detach(), gradients, [stats.counts for stats in routing]
 
 
 def shared(

@@ -18,7 +18,7 @@ from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.pipeline import Pipeline, sync_copies
 from nemotron.parallel.stages import Stage, cut, shared_parameters, split_stages
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import TokenCounts, count_tokens, losses, objective, stage_losses
+from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, recompute, tokens
 from tests.support.pool import Pool
 
@@ -46,12 +46,13 @@ class Case:
     """Whether two ranks share each stage, with other micro-batches each."""
 
     @property
-    def loss(self) -> LossConfig:
-        return LossConfig(moe_aux_loss_coeff=0.3, mtp_detach_heads=self.detach)
+    def objective(self) -> PretrainObjective:
+        config = LossConfig(moe_aux_loss_coeff=0.3, mtp_detach_heads=self.detach)
+        return PretrainObjective(config, 2 if self.build().mtp is not None else 0)
 
     @property
     def depths(self) -> int:
-        return 2 if self.build().mtp is not None else 0
+        return self.objective.num_depths
 
     def build(self) -> HybridLM:
         narrow = self.compute_dtype != torch.float64
@@ -78,16 +79,15 @@ class Case:
         return batch.look_ahead(self.depths)
 
 
-def total(batches: list[Batch]) -> TokenCounts:
-    counts = [count_tokens(batch) for batch in batches]
-    mtp = tuple(map(sum, zip(*(count.mtp for count in counts), strict=True)))
-    return TokenCounts(sum(c.main for c in counts), mtp, sum(c.tokens for c in counts))
+def total(case: Case, batches: list[Batch]) -> Tensor:
+    return torch.stack([case.objective.counts(batch) for batch in batches]).sum(0)
 
 
 def one_process(case: Case, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
-    model, counts, loss = case.build(), total(batches), 0.0
+    model, counts, loss = case.build(), total(case, batches), 0.0
     for batch in batches:
-        share = objective(losses(model, batch, case.loss), counts, case.loss)
+        sums, _ = compute_sums(case.objective, model, batch)
+        share = case.objective.combine(sums, counts)
         share.backward()
         loss += share.item()
     return loss, {name: p.grad for name, p in model.named_parameters()}
@@ -96,15 +96,15 @@ def one_process(case: Case, batches: list[Batch]) -> tuple[float, dict[str, Tens
 class Trainer:
     """The shares as a trainer computes them; remembers their sum over stages and batches."""
 
-    def __init__(self, case: Case, counts: TokenCounts) -> None:
-        self.config, self.counts = case.loss, counts
+    def __init__(self, case: Case, batches: list[Batch]) -> None:
+        self.objective, self.counts = case.objective, total(case, batches)
         self.loss = 0.0
 
     def __call__(
         self, model: HybridLM, hidden: Tensor | None, batch: Batch, routing: list[RoutingStats]
     ) -> Tensor:
-        terms = stage_losses(model, hidden, batch, self.config, routing)
-        share = objective(terms, self.counts, self.config)
+        sums = self.objective.sums(model, hidden, batch, routing)
+        share = self.objective.combine(sums, self.counts)
         self.loss += share.item()
         return share
 
@@ -176,7 +176,7 @@ def pipelined(case: Case, lengths: tuple[int, ...] = (13,)) -> Result:
     for length in lengths:
         own = case.batches(rank, count=17 - length, length=length)
         every = own + (case.batches(1 - rank, 17 - length, length) if case.shard else [])
-        trainer = Trainer(case, total(every))
+        trainer = Trainer(case, every)
         returned += [share.item() for share in pipeline.step(own, trainer)]
         loss += trainer.loss
     return Result(loss, returned, gradients(case, pipeline), copies)
@@ -298,7 +298,7 @@ def evaluated(case: Case) -> list[float]:
     pipeline, _ = build_pipeline(case)
     batches = case.batches()
     found = pipeline.evaluate(batches[:1], main_loss)
-    pipeline.step(batches, Trainer(case, total(batches)))
+    pipeline.step(batches, Trainer(case, batches))
     assert all(parameter.grad is not None for _, parameter in named(pipeline))
     with torch.no_grad():
         for _, parameter in named(pipeline):
@@ -315,10 +315,12 @@ def test_evaluation_sees_the_weights_of_the_moment(pair: Pool, four: Pool, name:
     results = (four if shard else pair).run(evaluated, case)
     model, batches = case.build(), case.batches()
     with torch.no_grad():
-        expected = [losses(model, batches[0], case.loss).main.item()]
+        expected = [compute_sums(case.objective, model, batches[0])[0][0].item()]
         for parameter in model.parameters():
             parameter.mul_(1.25)
-        expected += [losses(model, batch, case.loss).main.item() for batch in batches[:3]]
+        expected += [
+            compute_sums(case.objective, model, batch)[0][0].item() for batch in batches[:3]
+        ]
     for rank, found in enumerate(results):
         is_last = rank >= len(results) // 2
         assert found == pytest.approx(expected if is_last else [], rel=1e-12)

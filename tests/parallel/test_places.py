@@ -12,7 +12,7 @@ from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import describe_places
 from nemotron.train.schedule import plan_course
 from tests.support.pool import Pool
-from tests.support.reliability_run import build_trainer
+from tests.support.reliability_run import build
 
 pytestmark = pytest.mark.distributed
 
@@ -32,7 +32,7 @@ LAYOUTS: list[dict[str, Any]] = [
 
 def facts(case: dict[str, Any]) -> str:
     """Say of this rank what a dry run says."""
-    trainer = build_trainer(case)
+    trainer = build(case)
     mesh, local = trainer.mesh, trainer.local
     parts = []
     if mesh.dims.pp > 1:

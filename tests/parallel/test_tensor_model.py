@@ -20,7 +20,7 @@ from nemotron.parallel.collectives import Group
 from nemotron.parallel.layout import Part
 from nemotron.parallel.tensor import PLACEMENTS, Split, apply_tensor
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import count_tokens, losses, objective
+from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, recompute, tokens
 from tests.support.pool import Pool
 
@@ -48,14 +48,12 @@ class Case:
     again: bool = False
 
     @property
-    def loss(self) -> LossConfig:
+    def objective(self) -> PretrainObjective:
         # the balance loss in the order of the others
-        return LossConfig(
-            mtp_num_depths=2,
-            mtp_loss_factor=0.7,
-            mtp_detach_heads=self.detach,
-            moe_aux_loss_coeff=0.5,
+        config = LossConfig(
+            mtp_loss_factor=0.7, mtp_detach_heads=self.detach, moe_aux_loss_coeff=0.5
         )
+        return PretrainObjective(config, num_depths=2)
 
     def build(self) -> HybridLM:
         model = build(dtype=self.dtype, **(DIVISIBLE | self.changes))
@@ -93,10 +91,9 @@ def draw(rows: int = 2, length: int = 12) -> Batch:
 
 
 def train(model: HybridLM, batch: Batch, case: Case) -> tuple[Tensor, Tensor, list[Tensor]]:
-    terms = losses(model, batch, case.loss)
-    objective(terms, count_tokens(batch), case.loss).backward()
-    main = torch.stack([terms.main, *terms.mtp])
-    return main.detach(), terms.aux.detach(), [stats.counts for stats in terms.routing]
+    sums, routing = compute_sums(case.objective, model, batch)
+    case.objective.combine(sums, case.objective.counts(batch)).backward()
+    return sums[:-1].detach(), sums[-1].detach(), [stats.counts for stats in routing]
 
 
 def alone(case: Case, batch: Batch) -> Result:
@@ -280,17 +277,16 @@ def sharded(batch: Batch, case: Case) -> Result:
         unit.set_force_sum_reduction_for_comms(True)
     row = mesh.get_local_rank("fsdp")
     part = batch.map(lambda values: values[row : row + 1])
-    terms = losses(model, part, case.loss)
-    objective(terms, count_tokens(batch), case.loss).backward()
+    sums, routing = compute_sums(case.objective, model, part)
+    case.objective.combine(sums, case.objective.counts(batch)).backward()
     parameters = dict(model.named_parameters())
     assert all(isinstance(p.grad, DTensor) for p in parameters.values())
     tensor.sum_partial_gradients(parameters, plan.replicated, group)
     gradients = {n: p.grad.full_tensor() for n, p in parameters.items()}
-    main = torch.stack([terms.main, *terms.mtp]).detach()
     return Result(
-        main,
-        terms.aux.detach(),
-        [s.counts for s in terms.routing],
+        sums[:-1].detach(),
+        sums[-1].detach(),
+        [s.counts for s in routing],
         gradients,
         plan.parts,
         plan.replicated,

@@ -96,6 +96,40 @@ def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert (found - expected).abs().max() <= tolerance * expected.abs().max()
 
 
+def shared_logprobs(
+    hidden: Tensor, table: Tensor, labels: Tensor, slope: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-probability of each token from chunks of 64 rows, and the gradients."""
+    part, rows = own(hidden, 1), own(table, 0)
+    usual, chunked.CHUNK_ELEMENTS = chunked.CHUNK_ELEMENTS, 1
+    try:
+        found = here().token_logprobs(part, rows, labels)
+        (found * slope).sum().backward()
+    finally:
+        chunked.CHUNK_ELEMENTS = usual
+    return found.detach(), part.grad, rows.grad
+
+
+@pytest.mark.parametrize("length", [8, 600])
+def test_log_probabilities_of_tokens_are_those_of_the_whole_table(
+    pair: Pool, four: Pool, length: int
+):
+    *inputs, labels, slope = draw(2, length, EVERYWHERE)
+    hidden, table = (tensor.requires_grad_() for tensor in inputs)
+    logits = (hidden @ table.T).log_softmax(-1)
+    exact = logits.gather(-1, labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    exact = exact.masked_fill(labels == -100, 0)
+    (exact * slope).sum().backward()
+    for pool in (pair, four):
+        results = pool.run(shared_logprobs, hidden.detach(), table.detach(), labels, slope)
+        found, hiddens, tables = zip(*results, strict=True)
+        assert all(torch.equal(one, found[0]) for one in found)
+        # the order of sums alone differs
+        assert_close(found[0], exact.detach(), 1e-12)
+        assert_close(torch.cat(hiddens, 1), hidden.grad, 1e-12)
+        assert_close(torch.cat(tables), table.grad, 1e-12)
+
+
 def test_rows_without_labels_count_nothing(pair: Pool):
     hidden, table, labels, _ = draw(2, 8, EVERYWHERE)
     for loss, grad_hidden, grad_table in pair.run(

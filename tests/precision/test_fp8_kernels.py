@@ -26,6 +26,8 @@ DEVICE = "cuda" if HAS_CUDA else "cpu"
 HOPPER = not HAS_CUDA or torch.cuda.get_device_capability()[0] == 9
 FORMATS = ["fp8_current", "fp8_delayed", "fp8_block"]
 COUNTS = [20, 0, 130]
+TENSORS = torch.bfloat16 if HAS_CUDA else torch.float32
+"""What has kernels with one scale a tensor: on a GPU not float32 (`kernels.has_kernels`)."""
 
 
 @pytest.fixture(autouse=True)
@@ -61,6 +63,7 @@ def test_rounding_is_the_emulations_for_any_number(format):
     bits = torch.arange(-(2**16), 2**16, dtype=torch.int32) << 15
     bits = torch.cat([bits, bits + 1, bits - 1]).view(-1, 1024)
     x = bits.view(torch.float32).nan_to_num(nan=3.0, posinf=torch.inf, neginf=-torch.inf)
+    x = x.to(TENSORS)
     one = torch.ones(1)
     expected = fp8.quantize_scaled(x, format, one, Groups((x.shape[0],))).codes
     found = kernels.quantize(
@@ -71,14 +74,14 @@ def test_rounding_is_the_emulations_for_any_number(format):
 
 
 def test_a_nan_stays_one():
-    x = torch.full((16, 16), torch.nan, device=DEVICE)
+    x = torch.full((16, 16), torch.nan, device=DEVICE, dtype=TENSORS)
     for format in (E4M3, E5M2):
         found = kernels.quantize(x, format, kernels.BY_AMAX, given=kernels.largest(x), multiple=16)
         assert found.row.elements.float().isnan().all()
         assert found.row.scale_inv.item() == 1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", sorted({TENSORS, torch.bfloat16}, key=str))
 @pytest.mark.parametrize("shape", [(1, 16), (7, 129), (130, 200)])
 def test_tensors_have_the_emulations_codes_along_both_directions(shape, dtype):
     x = numbers(*shape).to(dtype)
@@ -217,32 +220,49 @@ def test_a_layer_is_the_emulations(format: str, shape, dtype):
 
 
 @pytest.mark.skipif(not HOPPER, reason="the kernels' products are for Hopper")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", FORMATS)
-def test_experts_are_the_emulations(format: str):
+def test_experts_are_the_emulations(format: str, dtype):
     rows = sum(COUNTS)
     g = torch.Generator().manual_seed(0)
-    x = torch.randn(rows, 144, generator=g).to(DEVICE)
+    x = torch.randn(rows, 144, generator=g).to(dtype).to(DEVICE)
     weight = torch.randn(3, 200, 144, generator=g) / torch.tensor([1.0, 2, 40]).view(3, 1, 1)
-    dy = (torch.randn(rows, 200, generator=g) * 1e-3).to(DEVICE)
+    dy = (torch.randn(rows, 200, generator=g) * 1e-3).to(dtype).to(DEVICE)
     counts, weight = torch.tensor(COUNTS, device=DEVICE), weight.to(DEVICE)
     ours, theirs = scheme_of(format, 3), scheme_of(format, 3)
     layer = fp8_layer.FP8Layer({"up": ours})
     compare(
         trained(lambda x, w: layer.grouped(x, w, counts, "up", None), ours, x, weight, dy),
         trained(lambda x, w: quantized_grouped_linear(x, w, counts, theirs), theirs, x, weight, dy),
-        torch.float32,
+        dtype,
     )
 
 
 @pytest.mark.skipif(not HOPPER, reason="the kernels' products are for Hopper")
-def test_rows_that_no_expert_has_become_zero():
-    x, weight = torch.randn(20, 16, device=DEVICE), torch.randn(2, 16, 16, device=DEVICE)
+@pytest.mark.parametrize("emulated", [False, True])
+def test_rows_that_no_expert_has_become_zero(emulated: bool, monkeypatch):
+    x = torch.randn(20, 16, device=DEVICE, dtype=TENSORS, requires_grad=True)
+    weight = torch.randn(2, 16, 16, device=DEVICE)
     layer = fp8_layer.FP8Layer({"up": SCHEMES["fp8_current"]})
     counts = torch.tensor([5, 9], device=DEVICE)
-    with torch.no_grad():
-        y = layer.grouped(x, weight, counts, "up", None)
-    assert y[:14].abs().amax(1).gt(0).all()
-    assert not y[14:].any()
+    if emulated:
+        monkeypatch.setattr(kernels, "has_kernels", lambda dtype, *, in_blocks: False)
+    y = layer.grouped(x, weight, counts, "up", None)
+    y.sum().backward()
+    for rows in (y, x.grad):
+        assert rows[:14].abs().amax(1).gt(0).all()
+        assert not rows[14:].any()
+
+
+@pytest.mark.parametrize("format", ["fp8_current", "fp8_delayed"])
+def test_a_layer_without_kernels_is_emulated(format: str, monkeypatch):
+    monkeypatch.setattr(kernels, "has_kernels", lambda dtype, *, in_blocks: False)
+    x, weight = torch.randn(20, 16, device=DEVICE), torch.randn(32, 16, device=DEVICE)
+    dy, ours, theirs = torch.randn(20, 32, device=DEVICE), scheme_of(format), scheme_of(format)
+    layer = fp8_layer.FP8Layer({"weight": ours})
+    found = trained(lambda x, w: layer.linear(x, w, None), ours, x, weight, dy)
+    expected = trained(lambda x, w: quantized_linear(x, w, theirs), theirs, x, weight, dy)
+    assert all(map(torch.equal, found, expected))
 
 
 def test_a_layer_without_rows_has_no_gradient():

@@ -13,17 +13,17 @@ from nemotron.checkpoint.background import BackgroundSaver
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.manifest import folder_name
 from nemotron.checkpoint.write import CheckpointNotSaved, save
-from nemotron.data.loader import rows_of_rank
+from nemotron.data.loader import TrainingData, rows_of_rank
 from nemotron.parallel.apply import local_of
 from nemotron.parallel.pieces import Pieces
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import check_layout
+from nemotron.train.loop import validate
 from nemotron.train.schedule import plan_course
 from nemotron.train.start import open_data
 from nemotron.train.trainer import Trainer
-
-CPU = torch.device("cpu")
+from tests.support.tiny_run import build_trainer, do_step
 
 Held = dict[str, tuple[torch.Size, dict[tuple[int, ...], Tensor]]]
 """Shape of the whole and pieces of it, by name."""
@@ -49,23 +49,26 @@ def build(values: dict[str, Any]) -> Trainer:
     ranks = Ranks()
     if dist.is_initialized():
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), grouped=True)
-    course = plan_course(config)
-    check_layout(config, course, ranks.world)
-    return Trainer(config, course, open_data(config, course), CPU, 1e9, ranks)
+    check_layout(config, plan_course(config), ranks.world)
+    return build_trainer(config, ranks)
+
+
+def open_text(trainer: Trainer) -> TrainingData:
+    return open_data(trainer.config, trainer.course)
 
 
 def run_steps(values: dict[str, Any], num_steps: int) -> Outcome:
     trainer = build(values)
     outcome = Outcome()
     for step in range(num_steps):
-        result = trainer.train_step(step)
+        result = do_step(trainer, step)
         outcome.losses.append(result.loss)
         outcome.terms.append(result.sums.values(result.counts))
         outcome.grad_norms.append(result.grad_norm)
         outcome.loads.append({n: load.tolist() for n, load in result.sums.load.items()})
         if step == 0:
             outcome.gradients = held(trainer, gradients=True)
-    outcome.validation = trainer.validate()
+    outcome.validation = validate(trainer, open_text(trainer))
     outcome.weights = held(trainer, gradients=False)
     forget_groups(trainer)
     return outcome
@@ -84,7 +87,7 @@ def save_after(values: dict[str, Any], num_steps: int, folder: Path, background:
     """Train and save; returns what was saved of the model."""
     trainer = build(values)
     for step in range(num_steps):
-        trainer.train_step(step)
+        do_step(trainer, step)
     saved = held(trainer, gradients=False)
     content = (folder, num_steps, trainer.tensors(), trainer.json_state(), trainer.config.model, 3)
     if not background:
@@ -92,7 +95,7 @@ def save_after(values: dict[str, Any], num_steps: int, folder: Path, background:
         return saved
     saver = BackgroundSaver(trainer.ranks)
     saver.start(*content)
-    trainer.train_step(num_steps)  # changes every tensor while the copies are written
+    do_step(trainer, num_steps)  # changes every tensor while the copies are written
     assert saver.step == num_steps
     assert saver.finish(wait=True) == folder / folder_name(num_steps)
     return saved
@@ -105,12 +108,12 @@ def load_and_go_on(values: dict[str, Any], folder: Path, num_steps: int) -> tupl
     assert info is not None
     trainer.restore(info)
     loaded = held(trainer, gradients=False)
-    seen = []
+    seen, data = [], open_text(trainer)
     for step in range(info.step, info.step + num_steps):
         readers = 1 if trainer.mesh is None else trainer.mesh.dims.batch
-        rows = rows_of_rank(trainer.data.num_rows(step), trainer.local.batch_rank, readers)
-        ids = trainer.data.sample_ids(step, rows)
-        seen.append((trainer.train_step(step).loss, trainer.local.batch_rank, ids))
+        rows = rows_of_rank(data.num_rows(step), trainer.local.batch_rank, readers)
+        ids = data.sample_ids(step, rows)
+        seen.append((do_step(trainer, step).loss, trainer.local.batch_rank, ids))
     return loaded, seen
 
 
@@ -151,9 +154,9 @@ def save_where_one_rank_has_no_room(values: dict[str, Any], folder: Path) -> tup
         content = (folder, trainer.state.step, trainer.tensors(), trainer.json_state())
         save(*content, trainer.config.model, 2, trainer.ranks)
 
-    trainer.train_step(0)
+    do_step(trainer, 0)
     write()
-    trainer.train_step(1)
+    do_step(trainer, 1)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     if dist.get_rank() == 1:
         resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 12, limits[1]))
@@ -163,7 +166,7 @@ def save_where_one_rank_has_no_room(values: dict[str, Any], folder: Path) -> tup
         said = str(problem)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    return said, trainer.train_step(2).loss
+    return said, do_step(trainer, 2).loss
 
 
 def find(folder: Path) -> tuple[int | None, tuple[str, ...]]:

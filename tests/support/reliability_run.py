@@ -12,25 +12,27 @@ from nemotron.run.signals import StopRequest
 from nemotron.train.config import PretrainConfig
 from nemotron.train.loop import loop
 from nemotron.train.reliability.replicas import ReplicasDiffer
-from nemotron.train.schedule import plan_course
 from nemotron.train.start import open_data
 from nemotron.train.trainer import Trainer
+from tests.support.tiny_run import build_trainer, do_step
 
 
-def build_trainer(values: dict[str, Any]) -> Trainer:
+def build(values: dict[str, Any]) -> Trainer:
     config = PretrainConfig.model_validate(values)
-    ranks = Ranks(dist.get_rank(), dist.get_world_size(), grouped=True)
-    course = plan_course(config)
-    data = open_data(config, course)
-    return Trainer(config, course, data, torch.device("cpu"), 1e9, ranks)
+    return build_trainer(config, Ranks(dist.get_rank(), dist.get_world_size(), grouped=True))
+
+
+def run_loop(trainer: Trainer, notes: "Notes", num_steps: int) -> None:
+    data = open_data(trainer.config, trainer.course)
+    loop(trainer, data, notes, NothingSaved(), StopRequest(num_steps))
 
 
 def skips(values: dict[str, Any], num_steps: int) -> list[tuple[str | None, bool]]:
     """Return of each step why it was skipped, and whether it left every tensor as it was."""
-    trainer, results = build_trainer(values), []
+    trainer, results = build(values), []
     for step in range(num_steps):
         before = _copies(trainer)
-        skip = trainer.train_step(step).skip
+        skip = do_step(trainer, step).skip
         after = _copies(trainer)
         same = all(torch.equal(before[name], after[name]) for name in before)
         results.append((skip and skip.name, same))
@@ -39,9 +41,9 @@ def skips(values: dict[str, Any], num_steps: int) -> list[tuple[str | None, bool
 
 def compared(values: dict[str, Any], num_steps: int) -> tuple[int, str]:
     """Train, comparing replicas; returns the steps done and what was found."""
-    trainer = build_trainer(values)
+    trainer = build(values)
     try:
-        loop(trainer, Notes(), NothingSaved(), StopRequest(num_steps))
+        run_loop(trainer, Notes(), num_steps)
     except ReplicasDiffer as problem:
         return trainer.state.step, str(problem)
     return trainer.state.step, ""
@@ -49,8 +51,8 @@ def compared(values: dict[str, Any], num_steps: int) -> tuple[int, str]:
 
 def told(values: dict[str, Any], num_steps: int) -> tuple[list[str], list[dict[str, Any]]]:
     """Train; returns what was told, and the records of the steps."""
-    trainer, notes = build_trainer(values), Notes()
-    loop(trainer, notes, NothingSaved(), StopRequest(num_steps))
+    trainer, notes = build(values), Notes()
+    run_loop(trainer, notes, num_steps)
     return notes.lines, [r for r in notes.records if r["kind"] == "train"]
 
 

@@ -2,7 +2,14 @@
 
 from pathlib import Path
 
+import torch
+
+from nemotron.parallel.runtime import Ranks
+from nemotron.train import start
 from nemotron.train.config import PretrainConfig
+from nemotron.train.record import StepResult
+from nemotron.train.schedule import plan_course
+from nemotron.train.trainer import Trainer
 
 MODEL = {
     "vocab_size": 4096,
@@ -47,3 +54,15 @@ def build_recipe(folder: Path, shards: dict[str, str], name: str, **changes) -> 
         "evaluation": {"every_steps": 3, "tokens": 31 * 4},
     }
     return PretrainConfig.model_validate(values | changes)
+
+
+def build_trainer(config: PretrainConfig, ranks: Ranks | None = None) -> Trainer:
+    """Build the trainer of a run on the CPU."""
+    course = plan_course(config)
+    data = start.open_data(config, course)
+    return start.build_trainer(config, course, data, torch.device("cpu"), 1e9, ranks or Ranks())
+
+
+def do_step(trainer: Trainer, step: int) -> StepResult:
+    """Do a step on the rows that the trainer's source has for it."""
+    return trainer.update(step, trainer.batches.take(step))

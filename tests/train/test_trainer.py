@@ -15,21 +15,14 @@ from nemotron.train.config import PretrainConfig
 from nemotron.train.schedule import plan_course
 from nemotron.train.start import open_data, train
 from nemotron.train.state import SPIKE_MINIMUM, Skip, TrainerState
-from nemotron.train.trainer import Trainer
 from nemotron.train.validation import evaluate
 from tests.support.same_run import final_tensors
-
-CPU = torch.device("cpu")
-
-
-def trainer(config: PretrainConfig) -> Trainer:
-    course = plan_course(config)
-    return Trainer(config, course, open_data(config, course), CPU, peak_flops=1e9)
+from tests.support.tiny_run import build_trainer, do_step
 
 
 def losses_of(config: PretrainConfig, steps: int) -> list[dict]:
-    subject = trainer(config)
-    results = [subject.train_step(step) for step in range(steps)]
+    subject = build_trainer(config)
+    results = [do_step(subject, step) for step in range(steps)]
     return [{**r.sums.values(r.counts), "norm": r.grad_norm} for r in results]
 
 
@@ -58,8 +51,8 @@ def test_resetting_at_documents_changes_the_loss(recipe):
 
 
 def test_recomputing_blocks_changes_no_loss_and_counts_the_load_once(recipe):
-    kept, recomputed = trainer(recipe()), trainer(recipe(recompute="block"))
-    a, b = kept.train_step(0), recomputed.train_step(0)
+    kept, recomputed = build_trainer(recipe()), build_trainer(recipe(recompute="block"))
+    a, b = do_step(kept, 0), do_step(recomputed, 0)
     assert a.loss == b.loss
     assert a.grad_norm == pytest.approx(b.grad_norm, rel=1e-6)
     for layer, counts in a.sums.load.items():
@@ -67,8 +60,8 @@ def test_recomputing_blocks_changes_no_loss_and_counts_the_load_once(recipe):
 
 
 def test_the_router_bias_moves_once_per_step_by_the_load_of_the_whole_step(recipe):
-    subject = trainer(recipe())
-    result = subject.train_step(0)
+    subject = build_trainer(recipe())
+    result = do_step(subject, 0)
     config = subject.config
     tokens = config.batch.global_tokens * config.model.num_experts_per_tok
     for layer, calls in {"backbone.layers.1": 1, "mtp.layers.1": 2}.items():
@@ -89,12 +82,12 @@ def test_how_often_is_logged_and_evaluated_changes_no_bit(recipe, undisturbed):
 
 
 def test_a_step_that_is_not_finite_leaves_everything_but_data_and_schedule(recipe):
-    subject = trainer(recipe())
-    subject.train_step(0)
+    subject = build_trainer(recipe())
+    do_step(subject, 0)
     weight = subject.model.lm_head.weight
     before = {name: tensor.clone() for name, tensor in subject.tensors().items()}
     hook = weight.register_hook(lambda gradient: gradient * float("nan"))
-    result = subject.train_step(1)
+    result = do_step(subject, 1)
     hook.remove()
     assert result.skip is Skip.NOT_FINITE
     assert result.events() == [
@@ -104,18 +97,17 @@ def test_a_step_that_is_not_finite_leaves_everything_but_data_and_schedule(recip
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert (subject.state.step, subject.state.tokens) == (2, 310)
     assert (subject.state.skipped_steps, subject.state.nonfinite_in_a_row) == (1, 1)
-    following = subject.train_step(2)
+    following = do_step(subject, 2)
     assert following.skip is None
     assert following.lr == subject.course.lr(2)
     assert subject.state.nonfinite_in_a_row == 0
 
 
-def test_a_batch_without_targets_is_skipped_and_is_no_nan(recipe, monkeypatch):
-    subject = trainer(recipe())
-    batch = subject.data.batch(0)
+def test_a_batch_without_targets_is_skipped_and_is_no_nan(recipe):
+    subject = build_trainer(recipe())
+    batch = subject.batches.take(0)
     empty = replace(batch, labels=torch.full_like(batch.labels, -100)).look_ahead(2)
-    monkeypatch.setattr(subject._batches, "take", lambda step: empty)
-    result = subject.train_step(0)
+    result = subject.update(0, empty)
     assert result.skip is Skip.NO_TARGETS
     assert subject.state.nonfinite_in_a_row == 0
     assert subject.state.skipped_steps == 1
@@ -175,11 +167,12 @@ def test_weights_of_another_shape_are_refused_with_the_key_at_fault(recipe, undi
 
 
 def test_validation_is_cross_entropy_of_the_logits_and_its_bits_per_byte(recipe):
-    subject = trainer(recipe())
-    values = evaluate(subject.local, subject.data, Ranks(), tokens=31 * 4, rows=3)
+    subject, config = build_trainer(recipe()), recipe()
+    data = open_data(config, plan_course(config))
+    values = evaluate(subject.local, data, Ranks(), tokens=31 * 4, rows=3)
     nats = tokens = size = 0
     for domain in ("prose", "numbers"):
-        for portion in subject.data.validation(domain, tokens=31 * 4, rows=1):
+        for portion in data.validation(domain, tokens=31 * 4, rows=1):
             logits = subject.model.logits(subject.model(portion.batch.input_ids))
             labels = portion.batch.labels
             nats += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
@@ -193,6 +186,6 @@ def test_validation_is_cross_entropy_of_the_logits_and_its_bits_per_byte(recipe)
 
 def test_tied_heads_stay_one_tensor(recipe):
     model = recipe().model.model_dump() | {"tie_word_embeddings": True}
-    subject = trainer(recipe(model=model))
-    subject.train_step(0)
+    subject = build_trainer(recipe(model=model))
+    do_step(subject, 0)
     assert subject.model.lm_head.weight is subject.model.backbone.embeddings.weight

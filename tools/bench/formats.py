@@ -39,7 +39,7 @@ from nemotron.precision.policy import kind_of
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import SCHEMES
 from nemotron.recipe.load import load_recipe
-from nemotron.train.loss import count_tokens, losses, objective
+from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import Optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -119,12 +119,13 @@ def _typical(measured: list[tuple[float, float]]) -> tuple[float, float]:
 
 def serve(parent: Connection, recipe: str, preset: str, device: str) -> None:
     """Train a step for every True of the parent's; answer with seconds and peak GiB."""
-    config = load_recipe(recipe, [f"precision={preset}"]).config
+    config = load_recipe(recipe, [f"precision={preset}"]).pretraining
     model = HybridLM(config.model).to(device)
     model.init_weights(config.seed)
     model.compute_dtype = torch.bfloat16
     quantization = Quantization(model, config.precision, config.seed)
     optimizer = Optimizer(dict(model.named_parameters()), config.optimizer)
+    objective = PretrainObjective(config.loss, num_depths=0)  # the next token alone
     rows, length = config.batch.micro_batch, config.data.seq_len
     portions = config.batch.global_tokens // (rows * length)
     step = 0
@@ -140,8 +141,8 @@ def serve(parent: Connection, recipe: str, preset: str, device: str) -> None:
         optimizer.zero_grad()
         for portion, batch in enumerate(batches):
             quantization.begin(step, portion * rows * length)
-            found = losses(model, batch, config.loss)
-            objective(found, count_tokens(batch), config.loss).backward()
+            sums, _ = compute_sums(objective, model, batch)
+            objective.combine(sums, objective.counts(batch)).backward()
         optimizer.step(lr=1e-4)
         _wait(device)
         parent.send((time.perf_counter() - start, _peak_gib(device)))

@@ -24,7 +24,7 @@ from nemotron.generate.engine import Engine
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.ssd import ssd
 from nemotron.train.config import LossConfig, OptimizerConfig
-from nemotron.train.loss import count_tokens, losses, objective
+from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import Optimizer
 
 
@@ -75,7 +75,9 @@ class Ours:
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:, :-1] = tokens[:, 1:]
         batch = Batch(tokens, labels, seq_idx=None)
-        return objective(losses(self.model, batch, config), count_tokens(batch), config)
+        objective = PretrainObjective(config, num_depths=0)
+        sums, _ = compute_sums(objective, self.model, batch)
+        return objective.combine(sums, objective.counts(batch))
 
     def prefill(self, tokens: Tensor) -> Tensor:
         self.cache, self.logits = self.engine.prefill(tokens.tolist())

@@ -43,7 +43,7 @@ class Part:
 PARTS = (
     Part("versions", "versions", 40),
     Part("roofs", "roofs", 40),
-    Part("tests", "tests", 110, together="checks"),
+    Part("tests", "tests", 140, together="checks"),
     Part("tests", "warm", 110, together="checks", packages=True),
     Part("model", "model", 80, together="checks"),
     Part("cli", "cli", 110, together="checks"),

@@ -52,7 +52,7 @@ def share(tiny: bool) -> PretrainConfig:
     ]
     if tiny:
         changes += [f"model.{name}={value}" for name, value in TINY.items()]
-    return load_recipe(ROOT / "recipes/nano/pretrain.yaml", changes).config
+    return load_recipe(ROOT / "recipes/nano/pretrain.yaml", changes).pretraining
 
 
 def tokens_of(tiny: bool) -> int:

@@ -18,7 +18,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.describe import ALL
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import count_tokens, losses, objective
+from nemotron.train.loss import PretrainObjective, compute_sums
 
 EXPECTED = {"fp32": 1e-4, "bf16": 5e-2}
 TOKENS, EOD = 256, 3
@@ -86,10 +86,12 @@ def gradients(
     model = HybridLM(config)
     model.init_weights(1)
     model.to(device).compute_dtype = dtype
-    loss_config = LossConfig(moe_aux_loss_coeff=1e-2)
+    objective = PretrainObjective(
+        LossConfig(moe_aux_loss_coeff=1e-2), len(batch.ahead), bool(config.moe_layers)
+    )
     with balanced_experts() if balanced else nullcontext():
-        terms = losses(model, batch.to(device), loss_config)
-        loss = objective(terms, count_tokens(batch), loss_config)
+        sums, _ = compute_sums(objective, model, batch.to(device))
+        loss = objective.combine(sums, objective.counts(batch))
         loss.backward()
     named = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     return (

@@ -22,7 +22,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.flops import training_flops_per_token
 from nemotron.ops.causal_conv1d import causal_conv1d
 from nemotron.train.config import LossConfig
-from nemotron.train.loss import count_tokens, losses, objective
+from nemotron.train.loss import PretrainObjective, compute_sums
 
 LR = 1e-4
 SETTINGS = (("grouped_mm", "ours"), ("grouped_mm", "torch"), ("eager", "ours"))
@@ -123,9 +123,9 @@ def _same_weights(
     batch = random_batch(config, ROWS, tokens_of(stage.tiny), 0)
     batch.labels[:, -1] = NO_LABEL  # transformers gives the last token none
     with torch.no_grad():
-        terms = losses(ours, batch.to(stage.device), LossConfig())
-        counts = count_tokens(batch)
-        loss = objective(terms, counts, LossConfig(moe_aux_loss_coeff=0.0)).item()
+        objective = PretrainObjective(LossConfig(moe_aux_loss_coeff=0.0), num_depths=0)
+        sums, _ = compute_sums(objective, ours, batch.to(stage.device))
+        loss = objective.combine(sums, objective.counts(batch)).item()
     values: dict[str, Any] = config.model_dump(exclude_none=True)
     values.pop("time_step_limit")
     with stage.device:

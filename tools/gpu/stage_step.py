@@ -25,7 +25,7 @@ from nemotron.plan.memory import memory
 from nemotron.precision.apply import Quantization
 from nemotron.precision.config import PrecisionConfig
 from nemotron.train.config import PretrainConfig
-from nemotron.train.loss import count_tokens, losses, objective
+from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import (
     Optimizer,
     clip_coefficient,
@@ -57,7 +57,9 @@ class Training:
         self.tokens = tokens_of(stage.tiny)
         batches = [random_batch(config.model, ROWS, self.tokens, seed) for seed in range(3)]
         self.batches = [b.pin() if stage.clock.is_gpu else b for b in batches]
-        self.counts = count_tokens(self.batches[0])
+        # no batch is looked ahead, so that nothing but the next token is predicted
+        self.objective = PretrainObjective(config.loss, 0, bool(config.model.moe_layers))
+        self.counts = self.objective.counts(self.batches[0])
         self.loss = 0.0
 
     def step(self, number: int) -> list[Any]:
@@ -66,8 +68,8 @@ class Training:
         self.quantization.begin(number, 0)
         self.optimizer.zero_grad()
         batch = self.batches[number % len(self.batches)].to(self.device)
-        terms = losses(self.model, batch, self.config.loss)
-        loss = objective(terms, self.counts, self.config.loss)
+        sums, routing = compute_sums(self.objective, self.model, batch)
+        loss = self.objective.combine(sums, self.counts)
         marks.append(self.clock.mark())
         loss.backward()
         marks.append(self.clock.mark())
@@ -75,7 +77,7 @@ class Training:
         # the host waits here once a step, as in the trainer
         self.loss, norm = torch.stack([loss.detach().double(), squares.sum().sqrt()]).tolist()
         self.optimizer.step(LR, clip_coefficient(norm, self.config.optimizer.clip))
-        for stats in terms.routing:
+        for stats in routing:
             self._routers[stats.name].update_bias(stats.counts, 1e-3)
         marks.append(self.clock.mark())
         return marks

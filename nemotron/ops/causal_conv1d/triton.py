@@ -274,7 +274,8 @@ BACKWARD = Tunable(
         "unroll": (4, 8, 16),
         "programs": (396, 528, 660, 1056, 1320, 2640),
     },
-    reorders=("programs",),
+    # the length of a strip, and so which tokens a partial sum has, follows from all three
+    reorders=("channels", "unroll", "programs"),
 )
 
 

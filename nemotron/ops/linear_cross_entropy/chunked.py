@@ -6,6 +6,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from nemotron.ops.registry import Backend
 
@@ -82,29 +83,43 @@ class _LossPerToken(torch.autograd.Function):
     """The logits of a chunk are computed again for its gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, cross_entropy: CrossEntropy
+    ) -> Tensor:
         ctx.save_for_backward(hidden, weight, labels)
+        ctx.cross_entropy = cross_entropy
         matrix = weight.to(hidden.dtype)
         parts = []
         for part, target in zip(_split(hidden, weight), _split(labels, weight), strict=True):
             logits = torch.mm(part, matrix.T).to(torch.promote_types(part.dtype, torch.float32))
-            picked = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
-            parts.append((logits.logsumexp(1) - picked).masked_fill_(target == IGNORED, 0))
+            losses, _ = cross_entropy(logits, target.clamp(min=0).unsqueeze(1), False)
+            parts.append(losses.squeeze(1).masked_fill(target == IGNORED, 0))
         return torch.cat(parts)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, labels = ctx.saved_tensors
-        with torch.enable_grad():
-            leaf, matrix = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
-            kept = grad.masked_fill(labels == IGNORED, 0)
-            for part, target, share in zip(
-                *(_split(t, weight) for t in (leaf, labels, kept)), strict=True
-            ):
-                logits = torch.mm(part, matrix.to(part.dtype).T).to(share.dtype)
-                picked = logits.gather(1, target.clamp(min=0).unsqueeze(1)).squeeze(1)
-                ((logits.logsumexp(1) - picked) * share).sum().backward()
-        return leaf.grad, matrix.grad, None
+        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        matrix = weight.to(hidden.dtype)
+        grad_hidden, grad_weight = list[Tensor](), None
+        kept = grad.masked_fill(labels == IGNORED, 0)
+        for part, target, share in zip(
+            *(_split(t, weight) for t in (hidden, labels, kept)), strict=True
+        ):
+            logits = torch.mm(part, matrix.T).to(share.dtype)
+            _, slope = ctx.cross_entropy(logits, target.clamp(min=0).unsqueeze(1), True)
+            narrow = slope.mul_(share.unsqueeze(1)).to(hidden.dtype)
+            if needs_hidden:
+                grad_hidden.append(torch.mm(narrow, matrix))
+            if needs_weight:
+                grad_weight = add_product(grad_weight, narrow.T, part)
+        return (
+            torch.cat(grad_hidden) if needs_hidden else None,
+            None if grad_weight is None else grad_weight.to(weight.dtype),
+            None,
+            None,
+        )
 
 
 Rows = slice | Int[Tensor, " rows"]
@@ -179,6 +194,16 @@ def summed_loss(
     return _SummedLoss.apply(hidden, weight, labels, weights, cross_entropy)
 
 
+def loss_per_token(
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, " M"],
+    cross_entropy: CrossEntropy = cross_entropy,
+) -> Float[Tensor, " M"]:
+    """Return the loss of each row; `cross_entropy` decides what it is."""
+    return _LossPerToken.apply(hidden, weight, labels, cross_entropy)
+
+
 def linear_cross_entropy(
     hidden: Float[Tensor, "M D"],
     weight: Float[Tensor, "V D"],
@@ -189,7 +214,7 @@ def linear_cross_entropy(
     """The reference's loss, chunk by chunk."""
     if reduction == "sum":
         return summed_loss(hidden, weight, labels, weights)
-    losses = _LossPerToken.apply(hidden, weight, labels)
+    losses = loss_per_token(hidden, weight, labels)
     return losses if weights is None else losses * weights
 
 

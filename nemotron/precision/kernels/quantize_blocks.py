@@ -138,11 +138,15 @@ def _e4m3_value(code):
 
 
 @triton.jit
-def _factor(bits, folded, decode, EXACT: tl.constexpr):
-    """Return the bytes of blocks' scales, and what their elements are multiplied by."""
+def _factor(bits, folded, decode):
+    """Return the bytes of blocks' scales, and what their elements are multiplied by.
+
+    Bytes are rounded by integers on a GPU too: with Triton 3.6 on compute capability 9.0 the bytes
+    of the conversion's instruction were wrong, as `quantize_fp8.has_kernels` describes it.
+    """
     FLT_MAX: tl.constexpr = 3.4028234663852886e38
     scaled = bits.to(tl.float32, bitcast=True) * folded
-    code = to_fp8(tl.where(scaled > FLT_MAX, FLT_MAX, scaled), True, EXACT)
+    code = to_fp8(tl.where(scaled > FLT_MAX, FLT_MAX, scaled), True, True)
     product = _e4m3_value(code.to(tl.int32)) * decode
     inverse = tl.div_rn(1.0, tl.where(product == 0, 1.0, product))
     return code, tl.where((product == 0) | (inverse > FLT_MAX), FLT_MAX, inverse)
@@ -215,7 +219,7 @@ def _nvfp4(
         decode = tl.load(row_decode + band, mask=band < high, other=1.0)
         blocks = tl.reshape(data, [BLOCKS, BLOCK, BLOCKS, BLOCK])
         largest = tl.max(tl.max(_magnitudes(blocks), 3), 1)
-        code, factor = _factor(largest, folded[:, None], decode[:, None], EXACT)
+        code, factor = _factor(largest, folded[:, None], decode[:, None])
         y = tl.reshape(blocks * factor[:, None, :, None], [TILE, TILE])
         tl.store(row_scales + band.to(tl.int64)[:, None] * wide + beside[None, :], code,
                  mask=(band < high)[:, None] & (beside < wide)[None, :])  # fmt: skip
@@ -224,8 +228,7 @@ def _nvfp4(
         folded = tl.load(row_folded + row // BLOCK, mask=row < rows, other=0.0)
         decode = tl.load(row_decode + row // BLOCK, mask=row < rows, other=1.0)
         blocks = tl.reshape(data, [TILE, BLOCKS, BLOCK])
-        code, factor = _factor(tl.max(_magnitudes(blocks), 2), folded[:, None], decode[:, None],
-                               EXACT)  # fmt: skip
+        code, factor = _factor(tl.max(_magnitudes(blocks), 2), folded[:, None], decode[:, None])
         y = tl.reshape(blocks * factor[:, :, None], [TILE, TILE])
         tl.store(row_scales + row.to(tl.int64)[:, None] * wide + beside[None, :], code,
                  mask=(row < rows)[:, None] & (beside < wide)[None, :])  # fmt: skip
@@ -237,8 +240,7 @@ def _nvfp4(
         if TRANSFORMED:
             data = _transform(data, matrix, EXACT, TILE, BLOCK)
         blocks = tl.reshape(data, [BLOCKS, BLOCK, TILE])
-        code, factor = _factor(tl.max(_magnitudes(blocks), 1), folded[:, None], decode[:, None],
-                               EXACT)  # fmt: skip
+        code, factor = _factor(tl.max(_magnitudes(blocks), 1), folded[:, None], decode[:, None])
         y = tl.reshape(blocks * factor[:, None, :], [TILE, TILE])
         tl.store(turned_scales + band.to(tl.int64)[:, None] * columns + column[None, :], code,
                  mask=(band < high)[:, None] & (column < columns)[None, :])  # fmt: skip

@@ -116,7 +116,8 @@ def to_bfloat16(x, EXACT: tl.constexpr):
 def to_fp8(y, IS_E4M3: tl.constexpr, EXACT: tl.constexpr):
     """Return the bytes nearest to float32 numbers, ties to even, saturating; NaN stays NaN.
 
-    The GPU's instruction does just that; `EXACT` does it by integers for the interpreter.
+    The GPU's instruction does just that; `EXACT` does it by integers: for the interpreter, and
+    where the compiler loses results of the instruction (see `has_kernels`).
     """
     if EXACT:
         BITS: tl.constexpr = 20 if IS_E4M3 else 21
@@ -172,13 +173,12 @@ def _load_tile(x, stride, group_stride, group, first, end, each, block, columns,
 @triton.jit
 def _measure(x, parts, bounds, stride, group_stride, each, columns,
              GROUPS: tl.constexpr, SIZE: tl.constexpr, PLANNED: tl.constexpr,
-             NARROW: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr,
-             WIDTH: tl.constexpr):  # fmt: skip
+             EXACT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr):  # fmt: skip
     block, tile = tl.program_id(0), tl.program_id(1)
     group, _, first, end = locate(tile, bounds, each, GROUPS, SIZE, PLANNED, TILE)
     if group < GROUPS:
         data = _load_tile(x, stride, group_stride, group, first, end, each, block, columns,
-                          PLANNED, NARROW, EXACT, TILE, WIDTH)  # fmt: skip
+                          PLANNED, False, EXACT, TILE, WIDTH)  # fmt: skip
         # magnitudes are in the order of their bits, and a NaN is the largest
         bits = data.to(tl.int32, bitcast=True) & 0x7FFFFFFF
         largest = tl.max(tl.max(bits, 1), 0)
@@ -389,6 +389,18 @@ def layout(shape: tuple[int, ...], experts: int | None, multiple: int) -> Layout
     )  # fmt: skip
 
 
+def has_kernels(dtype: torch.dtype, *, in_blocks: bool) -> bool:
+    """Say whether a GPU gives tensors of this dtype right codes: in blocks, or from bfloat16.
+
+    On compute capability 9.0 with Triton 3.6, float32 tensors with one scale got wrong transposed
+    codes: rows of 0x60 and 0xFC. Its assembler (ptxas 12.8 and 12.9) loses a result of
+    `cvt.rn.satfinite.e4m3x2.f32` that is read byte by byte, and reads the stack pointer, R1, in its
+    place: the machine code has `LOP3 R, R1, 0xffff`. That of bfloat16 never reads R1, and that of
+    blocks only for bytes that nothing uses. Source: github.com/triton-lang/triton/issues/11111.
+    """
+    return INTERPRETED or in_blocks or dtype == torch.bfloat16
+
+
 def quantize(
     x: Float[Tensor, "*G N K"],
     format: FP8,
@@ -408,12 +420,14 @@ def quantize(
     `measure` returned (BY_PARTS); `newest` holds magnitudes that grow to those of the tensors.
     `narrow` rounds to bfloat16 first.
     """
+    in_blocks = scaling in (BY_ROWS, BY_SQUARES)
+    assert has_kernels(x.dtype, in_blocks=in_blocks), x.dtype
     experts = None if plan is None else plan.groups
     groups, size, each, columns, tiles, high, wide, long, lead = at = layout(
         x.shape, experts, multiple
     )
     data, stride, group_stride = _strides(x)
-    device, in_blocks = x.device, scaling in (BY_ROWS, BY_SQUARES)
+    device = x.device
     launch = (QUANTIZE_BLOCKS if in_blocks else QUANTIZE).at(x, groups, each, columns)
     # a block of scales is as wide as a tile
     width = launch.get("width", TILE)
@@ -456,9 +470,7 @@ def quantize(
     )
 
 
-def measure(
-    x: Float[Tensor, "*G N K"], plan: Plan | None = None, *, narrow: bool = False
-) -> Int[Tensor, " parts"]:
+def measure(x: Float[Tensor, "*G N K"], plan: Plan | None = None) -> Int[Tensor, " parts"]:
     """Return the bits of the largest magnitude of each tile, for `quantize`."""
     at = layout(x.shape, None if plan is None else plan.groups, TILE)
     data, stride, group_stride = _strides(x)
@@ -469,17 +481,15 @@ def measure(
         (blocks, at.tiles, 1),
         (data, parts, parts if plan is None else plan.bounds),
         (stride, group_stride, at.each, at.columns),
-        (at.groups, at.size, plan is not None, narrow, INTERPRETED, TILE, TILE),
+        (at.groups, at.size, plan is not None, INTERPRETED, TILE, TILE),
         num_warps=launch["warps"],
     )  # fmt: skip
     return parts
 
 
-def largest(
-    x: Float[Tensor, "*G N K"], plan: Plan | None = None, *, narrow: bool = False
-) -> Float[Tensor, " G"]:
+def largest(x: Float[Tensor, "*G N K"], plan: Plan | None = None) -> Float[Tensor, " G"]:
     """Return the largest magnitude of each tensor; 0 where there is nothing."""
-    parts = measure(x, plan, narrow=narrow)
+    parts = measure(x, plan)
     at = layout(x.shape, None if plan is None else plan.groups, TILE)
     amax = torch.empty(at.groups, device=x.device)
     _reduce(parts, amax, plan, at, at.blocks(TILE), is_late=False)

@@ -20,7 +20,7 @@ from nemotron.data.prepare.writer import ShardWriter
 from nemotron.data.timeline import single_phase
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.errors import UserError
-from nemotron.train.loss import count_tokens
+from nemotron.train.loss import total_weight
 
 TOKENIZER = load_tokenizer("embedded")
 OPTIONS = ChatOptions()
@@ -146,7 +146,7 @@ def test_the_two_objectives_have_the_published_values(
     losses = {51: 2.0, 52: 4.0, 61: 1.0}
     found = torch.tensor([[losses.get(label, 0.0) for label in batch.labels[0].tolist()]])
     weights = 1.0 if batch.loss_weight is None else batch.loss_weight
-    total = (found * weights).sum().item() / count_tokens(batch).main
+    total = (found * weights).sum().item() / total_weight(batch.labels, batch.loss_weight)
     assert total == pytest.approx(expected)
 
 

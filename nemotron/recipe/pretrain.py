@@ -1,0 +1,70 @@
+"""Rules of pre-training recipes across sections. Reads like a list."""
+
+from collections.abc import Iterator
+
+from nemotron.recipe.read import Finding, Idle
+from nemotron.train.config import PretrainConfig
+from nemotron.train.schedule import plan_course
+
+
+def impossible(config: PretrainConfig) -> Iterator[Finding]:
+    """Yield the values that contradict each other."""
+    model, data, batch = config.model, config.data, config.batch
+    for key, seq_len in _row_lengths(config):
+        if seq_len > model.max_position_embeddings:
+            yield (
+                key,
+                f"= {seq_len} exceeds model.max_position_embeddings = "
+                f"{model.max_position_embeddings}; shorten the rows or raise that limit.",
+            )
+    if batch.global_tokens % data.seq_len == 0 and (
+        (rows := batch.global_tokens // data.seq_len) % batch.micro_batch
+    ):
+        near = min(
+            (d for d in range(1, rows + 1) if rows % d == 0),
+            key=lambda d: abs(d - batch.micro_batch),
+        )
+        yield (
+            "batch.micro_batch",
+            f"= {batch.micro_batch} does not divide the {rows} rows of a step "
+            f"(batch.global_tokens / data.seq_len); the nearest is {near}.",
+        )
+    if model.mtp_pattern and config.loss.mtp_num_depths + 1 >= data.seq_len:
+        yield (
+            "loss.mtp_num_depths",
+            f"= {config.loss.mtp_num_depths} leaves no targets in rows of data.seq_len = "
+            f"{data.seq_len}.",
+        )
+
+
+def _row_lengths(config: PretrainConfig) -> Iterator[tuple[str, int]]:
+    """Yield every length of row with its key."""
+    yield "data.seq_len", config.data.seq_len
+    for index, length in enumerate(config.data.lengths):
+        yield f"data.lengths.{index}.seq_len", length.seq_len
+    for number, phase in enumerate(config.phases):
+        if phase.seq_len is not None:
+            yield f"phases.{number}.seq_len", phase.seq_len
+        for index, length in enumerate(phase.lengths):
+            yield f"phases.{number}.lengths.{index}.seq_len", length.seq_len
+
+
+def idle(config: PretrainConfig) -> Iterator[Idle]:
+    """Yield keys of the training plan, loss and data, whether nothing reads them, and why.
+
+    Raises:
+        UserError: when the training plan is impossible.
+    """
+    course = plan_course(config)
+    model = config.model
+    layers = model.hybrid_override_pattern + model.mtp_pattern
+    yield ["loss.moe_aux_loss_coeff"], "E" not in layers, "the pattern has no E layer"
+    ahead = [f"loss.{name}" for name in type(config.loss).model_fields if name.startswith("mtp_")]
+    ahead.append("model.mtp_hybrid_override_pattern")
+    yield ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0"
+    data = config.data
+    embedded = any(leaf.source.path is None for leaf in course.timeline.leaves)
+    yield ["data.validation_fraction"], not embedded, "no source is embedded text"
+    whole = data.packing.kind != "concatenate"
+    yield ["data.packing.long_documents"], not whole, "data.packing.kind = concatenate"
+    yield ["data.mask_eod_loss"], whole, f"data.packing.kind = {data.packing.kind}"
