@@ -1,4 +1,4 @@
-"""Writing a checkpoint beside training: the step waits for a copy of the tensors, no longer."""
+"""Writing a checkpoint while training continues: a step waits only for a copy of the tensors."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor

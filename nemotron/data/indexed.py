@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from nemotron.errors import UserError
 
 ENDS_READ = 4096
-"""Bytes at either end of a shard's files that its identity hangs on, besides their sizes."""
+"""Bytes at each end of a shard's files that, with the sizes, identify the shard."""
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1

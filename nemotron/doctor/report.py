@@ -1,4 +1,4 @@
-"""What one rank sees of its machine, and in what ranks may not differ from each other."""
+"""What one rank sees of its machine, and which properties must agree between ranks."""
 
 import os
 import platform

@@ -31,7 +31,7 @@ def export(
     check: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
-    """Write the newest whole checkpoint of a run in the layout of released checkpoints.
+    """Write the newest complete checkpoint of a run in the layout of released checkpoints.
 
     `out` is the run's folder `export` when absent. All is written beside it and takes its place
     once the check, in a process of its own, has passed. Returns the exit code: 1 if it has not.

@@ -18,7 +18,7 @@ from nemotron.plan.trace import Kept
 
 @dataclass(frozen=True)
 class Grid:
-    """A table with a title; the first column is text, the others stand to the right."""
+    """A table with a title; the first column is text, the others are aligned right."""
 
     title: str
     header: Sequence[str]
@@ -67,7 +67,7 @@ def plain(grid: Grid) -> Iterator[str]:
 
 
 def grids_of(report: Report, constants: Constants) -> list[Grid]:
-    """Return the tables of a report, from what is known to what is guessed."""
+    """Return the tables of a report, from facts to estimates."""
     grids = [_parameters(report), _work(report)]
     if report.violations:
         notes = [f"{key} {problem}" for key, problem in report.violations]

@@ -21,7 +21,7 @@ Idle = tuple[list[str], bool, str]
 
 @dataclass
 class Document:
-    """The values of one source and where each of them stands, as `file:line`."""
+    """The values of one source, and the location of each as `file:line`."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Path_, str] = field(default_factory=dict)
@@ -102,7 +102,7 @@ def place_of(places: dict[Path_, str], path: Path_, source: str) -> str:
 
 
 def _plain(value: Any, source: str, path: Path_, places: dict[Path_, str]) -> Any:
-    """Turn the parser's types into plain ones and note where each key stands."""
+    """Turn the parser's types into plain ones and record the location of each key."""
     if isinstance(value, CommentedMap):
         result = {}
         for key, item in value.items():

@@ -1,4 +1,4 @@
-"""What a run can be traced back to: versions, code, machine, command line; one entry per start."""
+"""Provenance of a run: versions, code, machine, command line; one entry per start."""
 
 import datetime
 import importlib.metadata

@@ -23,7 +23,7 @@ INSTALL = {
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker is told about a run; `id` stays the same over resumes."""
+    """What a tracker receives about a run; `id` stays the same when the run is resumed."""
 
     project: str
     name: str
@@ -37,7 +37,7 @@ class Tracker(Protocol):
     """What every mirror offers."""
 
     def start(self, run: TrackedRun) -> str:
-        """Begin or go on with the run; returns where it can be looked at."""
+        """Start or resume the run; returns where it can be viewed."""
         ...
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -45,7 +45,7 @@ class Tracker(Protocol):
         ...
 
     def finish(self) -> None:
-        """Send what is left."""
+        """Send the remaining data."""
         ...
 
 
@@ -156,7 +156,7 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Mirrors:
-    """Several trackers at once; one that fails is named, dropped, and the run goes on."""
+    """Several trackers; one that fails is named and dropped, and the run continues."""
 
     def __init__(self, trackers: dict[str, Tracker], log: Callable[[str], None]) -> None:
         self._trackers = dict(trackers)
@@ -177,7 +177,7 @@ class Mirrors:
             self._guard(name, partial(tracker.log, step, values))
 
     def finish(self) -> None:
-        """Let all of them send what is left."""
+        """Let all trackers send the remaining data."""
         for name, tracker in list(self._trackers.items()):
             self._guard(name, tracker.finish)
 

@@ -32,7 +32,7 @@ POLLED_S = 0.5
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is told once."""
+    """What a worker receives once, at its start."""
 
     folder: Path
     work: Path

@@ -66,7 +66,7 @@ def write_unit(
 ) -> Receipt:
     """Write the shards of a unit; either all of their files appear or none counts.
 
-    `on_bad` is told each bad row at once, and may raise to stop.
+    `on_bad` is called for each bad row at once, and may raise to stop.
     """
     tally = Tally(on_bad)
     if options.chat is not None:
