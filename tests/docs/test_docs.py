@@ -132,6 +132,8 @@ def test_every_other_command_exists():
                 assert importlib.util.find_spec(rest[1]), f"{command.where}: {rest[1]}"
             else:
                 assert (ROOT / rest[0]).exists(), f"{command.where}: {rest[0]}"
+        elif program.startswith("tools/"):
+            assert (ROOT / program).exists(), command.where
         elif program != "nemotron":
             assert program in OTHER_PROGRAMS, command.where
 
@@ -213,11 +215,11 @@ def rows_of(table: str, page: str) -> list[list[str]]:
 def test_the_page_on_backends_lists_those_that_are_registered():
     for path in (ROOT / "nemotron" / "ops").glob("*/__init__.py"):
         importlib.import_module(f"nemotron.ops.{path.parent.name}")
-    told = {
+    listed = {
         row[0].strip("`"): re.findall(r"`(\w+)`", row[1])
         for row in rows_of("| Operation | Backends", "docs/backends.md")
     }
-    assert told == {
+    assert listed == {
         name: [backend.name for backend in operation.backends]
         for name, operation in OPERATIONS.items()
     }
@@ -225,9 +227,9 @@ def test_the_page_on_backends_lists_those_that_are_registered():
 
 @pytest.mark.parametrize("row", rows_of("| Recipe | Parameters", "README.md"), ids=lambda r: r[0])
 def test_the_readme_counts_parameters_right(row: list[str]):
-    path, told = row[0].strip("`"), row[1]
+    path, written = row[0].strip("`"), row[1]
     config = load_recipe(ROOT / path).config.model
     with torch.device("meta"):
         count = count_parameters(HybridLM(config), config)
     unit, letter = (1e9, "B") if count.total > 1e9 else (1e6, "M")
-    assert told == f"{count.total / unit:.2f} {letter} ({count.active / unit:.2f} {letter})"
+    assert written == f"{count.total / unit:.2f} {letter} ({count.active / unit:.2f} {letter})"
