@@ -29,7 +29,7 @@ split_arguments() {
 
 # run_folder TEXT: the folder that `nemotron recipe check` named in its answer.
 run_folder() {
-    local folder=${1##*it makes the run }
+    local folder=${1##*it creates the run }
     [ "$folder" != "$1" ] || { say "no run folder in the answer of recipe check: $1"; return 1; }
     echo "$folder"
 }

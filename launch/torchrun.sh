@@ -8,13 +8,13 @@ usage() {
     cat <<'END'
 launch/torchrun.sh [-n PROCESSES] [--restarts K] [--dry-run] RECIPE [KEY=VALUE ...] [OPTION ...]
 
-  -n PROCESSES   default: one for each GPU; without a GPU, 1
-  --restarts K   start a run that died again from its checkpoint, at most K times (default 0)
-  --dry-run      check and say what would run; write nothing
+  -n PROCESSES   default: one per GPU; without a GPU, 1
+  --restarts K   restart a run that died, from its checkpoint, at most K times (default 0)
+  --dry-run      check and print what would run; write nothing
 
-What follows RECIPE goes to `nemotron train`. Ctrl-C, SIGTERM and SIGUSR1 finish the step, save
-and stop; a second Ctrl-C leaves at once. Exit codes: 0 done, 1 failed, 2 user's mistake,
-75 stopped and can be resumed with --resume, 130 left at once.
+Everything after RECIPE is passed to `nemotron train`. On Ctrl-C, SIGTERM or SIGUSR1 the run
+finishes its step, saves and stops; on a second Ctrl-C it exits at once. Exit codes: 0 done, 1 failed,
+2 user's mistake, 75 stopped (--resume continues it), 130 exited at once.
 END
 }
 

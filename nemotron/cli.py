@@ -23,15 +23,18 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-recipe_app = typer.Typer(help="Look at recipes without running them.", no_args_is_help=True)
+recipe_app = typer.Typer(help="Show and check recipes without running them.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
-data_app = typer.Typer(help="Prepare data, and look at it before a run.", no_args_is_help=True)
+data_app = typer.Typer(help="Prepare data and inspect it before a run.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
 RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (.yaml).", metavar="RECIPE")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Argument(help="Changes such as schedule.peak=3e-4.", metavar="[KEY=VALUE]..."),
+    typer.Argument(
+        help="Values that override the recipe, such as schedule.peak=3e-4.",
+        metavar="[KEY=VALUE]...",
+    ),
 ]
 
 
@@ -49,24 +52,24 @@ def train(
     recipe: RecipeFile,
     overrides: Overrides = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on from the newest whole checkpoint, if any.")
+        bool, typer.Option("--resume", help="Resume from the newest complete checkpoint, if any.")
     ] = False,
     stop_at: Annotated[
         int | None, typer.Option(min=1, help="Save and stop after this step (exit code 75).")
     ] = None,
     allow_changed: Annotated[
         list[str] | None,
-        typer.Option(help="Key that may differ from the run that is resumed; repeatable."),
+        typer.Option(help="Key that may differ from the resumed run; repeatable."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check and say what would run; write nothing.")
+        bool, typer.Option("--dry-run", help="Check and print what would run; write nothing.")
     ] = False,
 ) -> int:
-    """Train a model as the recipe says."""
+    """Train a model from a recipe."""
     from nemotron.parallel.runtime import Launch
     from nemotron.recipe.load import load_recipe
 
-    Launch.of_this_process()  # a mistake there is told before the recipe is read
+    Launch.of_this_process()  # reports a mistake in the environment before the recipe is read
     loaded = load_recipe(recipe, overrides or [])
     if dry_run:
         from nemotron.train.start import dry_run as describe
@@ -110,11 +113,11 @@ def recipe_show(
 
 @recipe_app.command("check", epilog="Example: nemotron recipe check recipes/nano/pretrain.yaml")
 def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> int:
-    """Check a recipe and print one line."""
+    """Check a recipe and print the result in one line."""
     from nemotron.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    print(f"{recipe}: fine; it makes the run {loaded.config.output}/{loaded.config.name}")
+    print(f"{recipe}: valid; it creates the run {loaded.config.output}/{loaded.config.name}")
     return DONE
 
 
@@ -123,7 +126,7 @@ def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> int:
     epilog="Example: nemotron recipe diff recipes/nano/pretrain.yaml recipes/super/pretrain.yaml",
 )
 def recipe_diff(first: RecipeFile, second: RecipeFile) -> int:
-    """Print the values in which two recipes differ."""
+    """Print the values that differ between two recipes."""
     from nemotron.recipe.load import load_recipe
     from nemotron.recipe.show import diff
 
@@ -149,36 +152,41 @@ def data_prepare(
     sources: Annotated[
         list[str],
         typer.Argument(
-            help="Files, folders, patterns (JSON lines, parquet, text; also .gz and .zst), or "
-            "hf://OWNER/NAME.",
+            help="Files, folders or patterns (JSON lines, parquet, text; also .gz and .zst), or "
+            "a data set hf://OWNER/NAME.",
             metavar="SOURCE...",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     tokenizer: Annotated[
-        str, typer.Option(help="embedded, a tokenizer.json or its folder.")
+        str, typer.Option(help="The word embedded, a tokenizer.json, or its folder.")
     ] = "embedded",
     eod_token: Annotated[str, typer.Option(help="Token at the end of each document.")] = "</s>",
     column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
     filters: Annotated[
         list[str] | None,
-        typer.Option("--filter", help="Keep rows such as 'score >= 0.5' or 'lang == en'."),
+        typer.Option(
+            "--filter", help="Keep only rows that pass, such as 'score >= 0.5' or 'lang == en'."
+        ),
     ] = None,
     separator: Annotated[
         str | None,
-        typer.Option(help=r"Text between documents of a text file; \n is a line break."),
+        typer.Option(help=r"Text that separates documents in a text file; \n is a line break."),
     ] = None,
     hold_out: Annotated[
-        float, typer.Option(min=0, max=0.999, help="Share of the documents to hold out, by hash.")
+        float,
+        typer.Option(
+            min=0, max=0.999, help="Share of documents held out for validation, chosen by hash."
+        ),
     ] = 0.01,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Rows are conversations: messages and tools.")
+        bool, typer.Option("--chat", help="Read rows as conversations with messages and tools.")
     ] = False,
-    messages: Annotated[str, typer.Option(help="Column of messages.")] = "messages",
-    tools: Annotated[str, typer.Option(help="Column of tools.")] = "tools",
+    messages: Annotated[str, typer.Option(help="Column that holds the messages.")] = "messages",
+    tools: Annotated[str, typer.Option(help="Column that holds the tools.")] = "tools",
     thinking: Annotated[bool, typer.Option(help="Keep the reasoning of conversations.")] = True,
     all_thinking: Annotated[
-        bool, typer.Option("--all-thinking", help="Keep reasoning of earlier turns, too.")
+        bool, typer.Option("--all-thinking", help="Keep the reasoning of earlier turns as well.")
     ] = False,
     subset: Annotated[str | None, typer.Option(help="Subset of an hf:// data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of an hf:// data set.")] = "train",
@@ -187,20 +195,21 @@ def data_prepare(
         bool, typer.Option("--streaming", help="Read an hf:// data set without storing it.")
     ] = False,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes; default: one for each core.")
+        int | None, typer.Option(min=1, help="Number of processes; default: one per core.")
     ] = None,
     max_bad_rows: Annotated[
-        int, typer.Option(min=0, help="Unreadable rows that are left out; one more stops.")
+        int, typer.Option(min=0, help="Stop if there are more unreadable rows than this.")
     ] = 100,
     max_row_mib: Annotated[
-        int, typer.Option(min=1, help="Longest row of JSON lines; a longer one is unreadable.")
+        int,
+        typer.Option(min=1, help="Longest row of JSON lines; a longer row counts as unreadable."),
     ] = 256,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Look at the input and write nothing.")
+        bool, typer.Option("--dry-run", help="Read the list of inputs and write nothing.")
     ] = False,
 ) -> int:
-    """Turn text or conversations into token shards; stopped, the same command goes on."""
+    """Turn text or conversations into token shards; repeat a stopped command to continue it."""
     from nemotron.data.prepare.command import prepare
     from nemotron.data.prepare.options import ChatOptions, HubOptions, PrepareOptions
 
@@ -235,27 +244,30 @@ def data_prepare(
 @data_app.command("inspect", epilog="Example: nemotron data inspect recipes/tiny/pretrain.yaml")
 def data_inspect(
     target: Annotated[
-        Path, typer.Argument(help="Recipe (.yaml), prepared folder, or shard without its ending.")
+        Path,
+        typer.Argument(help="Recipe (.yaml), prepared folder, or shard without its file ending."),
     ],
     overrides: Overrides = None,
-    step: Annotated[int, typer.Option(min=0, help="Step whose rows are shown.")] = 0,
-    rows: Annotated[int, typer.Option(min=0, help="Rows to show.")] = 2,
+    step: Annotated[int, typer.Option(min=0, help="Step whose rows to show.")] = 0,
+    rows: Annotated[int, typer.Option(min=0, help="Number of rows to show.")] = 2,
     documents: Annotated[
-        int, typer.Option(min=1, help="Documents of each source to read for the statistics.")
+        int, typer.Option(min=1, help="Documents of each source to read for statistics.")
     ] = 100_000,
     check: Annotated[
-        bool, typer.Option("--check", help="Read every byte: checksums, indices, ids.")
+        bool, typer.Option("--check", help="Read every byte and check checksums, indices and ids.")
     ] = False,
-    plots: Annotated[Path | None, typer.Option(help="Folder to draw into.")] = None,
+    plots: Annotated[Path | None, typer.Option(help="Folder to write plots to.")] = None,
     tokenizer: Annotated[
-        str, typer.Option(help="Of a folder or shard: embedded or a tokenizer.json.")
+        str, typer.Option(help="For a folder or shard: the word embedded, or a tokenizer.json.")
     ] = "embedded",
     eod_token: Annotated[
-        str | None, typer.Option(help="Of a shard without a manifest; default: </s>.")
+        str | None, typer.Option(help="For a shard without a manifest; default: </s>.")
     ] = None,
-    seq_len: Annotated[int, typer.Option(min=2, help="Of a folder or shard: its rows.")] = 512,
+    seq_len: Annotated[
+        int, typer.Option(min=2, help="For a folder or shard: tokens in a row.")
+    ] = 512,
 ) -> int:
-    """Show what data is read: sources, lengths, duplicates, rows as text."""
+    """Show the data: sources, document lengths, duplicates, and rows as text."""
     from nemotron.data.inspect import inspect, open_path
 
     if target.suffix in (".yaml", ".yml"):
@@ -273,7 +285,10 @@ def data_inspect(
 
 @data_app.command("plan", epilog="Example: nemotron data plan recipes/tiny/pretrain.yaml")
 def data_plan(recipe: RecipeFile, overrides: Overrides = None) -> int:
-    """Show what a run takes from each source: tokens and passes; 1 when there are too many."""
+    """Show how many tokens and passes a run needs of each source.
+
+    The exit code is 1 if a source has too many passes.
+    """
     from nemotron.data.plan import print_plan
 
     return print_plan(_recipe_data(recipe, overrides))
@@ -294,26 +309,34 @@ def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
 def plan(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Accelerators, or processes on a CPU.")] = 8,
+    gpus: Annotated[
+        int, typer.Option(min=1, help="Number of accelerators, or of processes on a CPU.")
+    ] = 8,
     hardware: Annotated[
-        str, typer.Option(help="h100, h200, b200, b300, gb200, gb300 or cpu.")
+        str, typer.Option(help="One of h100, h200, b200, b300, gb200, gb300 and cpu.")
     ] = "h100",
     search: Annotated[
-        bool, typer.Option("--search", help="List the fastest legal layouts that fit.")
+        bool, typer.Option("--search", help="List the fastest valid layouts that fit into memory.")
     ] = False,
     efficiency: Annotated[
         float | None,
-        typer.Option(help="Share of the peak that products reach, in place of what was fitted."),
+        typer.Option(help="Share of the peak that products reach, instead of the fitted model."),
     ] = None,
     check_memory: Annotated[
-        bool, typer.Option("--check-memory", help="Trace a block of each kind, and compare.")
+        bool,
+        typer.Option(
+            "--check-memory", help="Trace a block of each kind and compare with the formula."
+        ),
     ] = False,
     tokens: Annotated[
-        float | None, typer.Option(help="Tokens to train on, in place of the recipe's phases.")
+        float | None, typer.Option(help="Tokens to train on, instead of the recipe's phases.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print for programs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> int:
-    """Predict memory, traffic and speed of a layout; 1 when it is illegal or does not fit."""
+    """Predict the memory, communication and speed of a layout.
+
+    The exit code is 1 if the layout breaks a rule or does not fit into memory.
+    """
     from nemotron.plan.command import plan as run
     from nemotron.recipe.load import load_recipe
 
@@ -335,10 +358,10 @@ def doctor(
         bool, typer.Option("--ranks", help="Compare the ranks that torchrun or srun started.")
     ] = False,
     timeout: Annotated[
-        float, typer.Option(min=1, help="With --ranks: seconds to wait for the others.")
+        float, typer.Option(min=1, help="With --ranks: seconds to wait for the other ranks.")
     ] = 120.0,
 ) -> int:
-    """Say what this machine can run, and why not where it cannot."""
+    """Print what this machine can run, and why it cannot run the rest."""
     if ranks:
         from nemotron.doctor.ranks import compare_ranks
 
@@ -352,13 +375,21 @@ def doctor(
 def generate(
     model: Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder.")],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Most tokens to add.")] = 128,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Choose among so many tokens.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Choose within this probability.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Makes the choices repeatable.")] = None,
-    stream: Annotated[bool, typer.Option(help="Print while generating.")] = True,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Largest number of tokens to add.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample only from this many most likely tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample only from tokens with this total probability.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
+    stream: Annotated[bool, typer.Option(help="Print tokens while generating.")] = True,
+    device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
     recipe_ops: Annotated[
         bool, typer.Option(help="Use the backends that the run's recipe names.")
     ] = True,
@@ -388,16 +419,16 @@ def generate(
 def export(
     run: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN/export.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
     mamba_fp32: Annotated[
         bool, typer.Option("--mamba-fp32", help="Write A_log, D and dt_bias in float32.")
     ] = False,
-    check: Annotated[bool, typer.Option(help="End with the self-check.")] = True,
+    check: Annotated[bool, typer.Option(help="Run the self-check at the end.")] = True,
     max_shard_gb: Annotated[
-        float, typer.Option(min=0.001, max=1e6, help="Largest file, in 10^9 bytes.")
+        float, typer.Option(min=0.001, max=1e6, help="Largest file size, in 10^9 bytes.")
     ] = 5.0,
 ) -> int:
-    """Write the model as a Hugging Face folder, and check it in a fresh process."""
+    """Export a model to a Hugging Face folder, and check it in a fresh process."""
     from nemotron.hf.export import export as run_export
 
     return run_export(
@@ -412,11 +443,11 @@ def export(
 
 @app.command("import", epilog="Example: nemotron import exported/tiny --out runs/imported")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="Hugging Face folder.")],
+    folder: Annotated[Path, typer.Argument(help="Folder in Hugging Face's layout.")],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace OUT.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
 ) -> int:
-    """Read a Hugging Face folder into a run that can be trained on and exported again."""
+    """Import a Hugging Face folder as a run, to train it further or export it again."""
     from nemotron.hf.import_ import import_ as run_import
 
     return run_import(folder, out, overwrite=overwrite)
@@ -433,13 +464,13 @@ def main(arguments: list[str] | None = None) -> NoReturn:
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code; a user's mistake is told in one sentence."""
+    """Run a command and return its exit code; print a user's mistake in one sentence."""
     try:
         result = app(arguments, standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else DONE
     except UserError as error:
-        return _tell(str(error), WRONG_INPUT)
+        return _report(str(error), WRONG_INPUT)
     except typer.Exit as error:
         return error.exit_code
     except typer.TyperException as error:
@@ -447,14 +478,14 @@ def run(arguments: list[str] | None = None) -> int:
             return WRONG_INPUT  # no command was given, and the help has been shown
         context = getattr(error, "ctx", None)
         command = context.command_path if context else "nemotron"
-        return _tell(f"{message} See {command} --help.", WRONG_INPUT)
+        return _report(f"{message} See {command} --help.", WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
     except (BrokenPipeError, SystemExit) as error:
         # typer turns a broken pipe that it sees into an exit
         if BrokenPipeError not in (type(error), type(error.__context__)):
             raise
-        # whoever read our output has left; give the interpreter somewhere to flush to
+        # the reader of our output has exited; give the interpreter another file to flush to
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return DONE
 
@@ -465,8 +496,8 @@ def _message(error: typer.TyperException) -> str:
     return text if not text or text.endswith(".") else f"{text}."
 
 
-def _tell(sentence: str, code: int) -> int:
-    # what a user typed may hold control characters
+def _report(sentence: str, code: int) -> int:
+    # the user's input may contain control characters
     shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
     who = "nemotron"
     if "nemotron.parallel.runtime" in sys.modules:

@@ -62,7 +62,9 @@ def load_with_tokenizer(
     elif (run := RunFiles.around(path)) is not None:
         home = run.tokenizer
     else:
-        raise UserError(f"{path} lies in no run, so its tokenizer is unknown; give a run's folder.")
+        raise UserError(
+            f"{path} is not inside a run, so its tokenizer is unknown; give a run's folder."
+        )
     return model, Tokenizer(check_tokenizer(home, model.config.vocab_size))
 
 

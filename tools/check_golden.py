@@ -1,11 +1,11 @@
-"""Check our quantisers against a folder of golden vectors, bit by bit.
+"""Check our quantizers against a folder of golden vectors, bit by bit.
 
     python tools/check_golden.py DIR
 
 DIR holds safetensors files named and filled as those in tests/precision/golden: inputs, and what
 public references made of them. Prints a line for each file, and for each tensor that differs its
 file, case, name and number of differences. Exits with 1 on any difference, 2 when DIR cannot be
-used. Quantised values must have the same bits; products may differ by 2e-6 of their largest value.
+used. Quantized values must have the same bits; products may differ by 2e-6 of their largest value.
 """
 
 import sys

@@ -1,9 +1,9 @@
-"""Put the predictions beside what was published, into docs/plan.md.
+"""Compare the predictions with published runs, in docs/plan.md.
 
     python tools/plan_table.py [--check]
 
-Fits the constants of the model of time anew, says what they should be, and writes the table between
-its marks in the page. With --check nothing is written, and the exit code is 1 when something would
+Fits the constants of the time model again, prints what they should be, and writes the table between
+its marks in the page. With --check it writes nothing, and the exit code is 1 if something would
 change.
 """
 
@@ -46,7 +46,7 @@ def summary() -> Iterator[str]:
     """Yield what the errors are on the whole, and the one memory that was published."""
     yield (
         f"The factors: products at {100 / FITTED.gemm:.0f} % of the peak, {FITTED.passes:.1f} "
-        f"passes, {FITTED.waiting:.2f} of the exchanges' nominal time, "
+        f"passes over the saved bytes, {FITTED.waiting:.2f} of the nominal communication time, "
         f"{1e3 * FITTED.per_layer:.2f} ms for each layer and micro-batch."
     )
     yield ""
@@ -55,27 +55,27 @@ def summary() -> Iterator[str]:
     usual = [row for row in others if error(row, FITTED) < OUTLIER]
     yield (
         f"Root mean square of the errors: {_spread(fitted)} over the {len(fitted)} fitted rows, "
-        f"{_spread(usual)} over {len(usual)} of the {len(others)} held-out ones (without the last, "
-        "which the prediction misses by a factor)."
+        f"{_spread(usual)} over {len(usual)} of the {len(others)} held-out rows (without the last "
+        "row, for which the prediction is wrong by a large factor)."
     )
     [row] = [row for row in ROWS if row.peak_gib is not None]
     need = memory(row.job)
     runtime = need.terms["runtime"]
     yield ""
     yield (
-        f"Memory was published for one run, {row.title} with natural routing: {row.peak_gib} GiB "
-        f"allocated, 70.3 GiB reserved. Predicted: {(need.total - runtime) / GIB:.1f} GiB and "
-        f"{runtime / GIB:.0f} GiB for runtime and fragmentation, together "
-        f"{need.total / 1e9:.1f} GB of the card's 80 GB."
+        f"Memory was published for one run only, {row.title} with natural routing: "
+        f"{row.peak_gib} GiB allocated, 70.3 GiB reserved. Predicted: "
+        f"{(need.total - runtime) / GIB:.1f} GiB and {runtime / GIB:.0f} GiB for runtime and "
+        f"fragmentation, together {need.total / 1e9:.1f} GB of the card's 80 GB."
     )
     over = {
         row.title: f"{memory(row.job).total / 1e9:.0f} of {row.job.hardware.memory / 1e9:.0f} GB"
         for row in ROWS
         if memory(row.job).total > row.job.hardware.memory
     }
-    told = "; ".join(f"{title} ({numbers})" for title, numbers in over.items())
+    listed = "; ".join(f"{title} ({numbers})" for title, numbers in over.items())
     yield ""
-    yield f"Runs that were made although by the formula they do not fit: {told}."
+    yield f"Runs that were published although they do not fit by the formula: {listed}."
 
 
 def _spread(rows: Sequence[Published]) -> str:

@@ -33,7 +33,7 @@ VARIANTS = {
     "nvfp4, nearest": ["precision.preset=nvfp4", "precision.nvfp4.stochastic_rounding=false"],
     "nvfp4, 1-D weights": ["precision.preset=nvfp4", "precision.nvfp4.square_weights=false"],
 }
-"""Settings of each variant; without a tail the last blocks are quantised like the others."""
+"""Settings of each variant; without a tail the last blocks are quantized like the others."""
 NO_TAIL = (
     "{format: bf16, name: 'mtp.*'}, {format: nvfp4, kind: 'moe.*experts'}, "
     "{format: nvfp4, kind: mamba.in_proj}, {format: mxfp8, kind: mamba.out_proj}"

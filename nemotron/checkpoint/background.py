@@ -1,4 +1,4 @@
-"""Writing a checkpoint beside training: the step waits for a copy of the tensors, no longer."""
+"""Writing a checkpoint while training continues: a step waits only for a copy of the tensors."""
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -49,7 +49,7 @@ class BackgroundSaver:
         Raises:
             CheckpointNotSaved: when there is no room for it.
         """
-        assert self._written is None, f"step {self.step} is still on its way"
+        assert self._written is None, f"step {self.step} is still being written"
         begin(folder, step, self._ranks)
         copies = self._memory.copy(tensors)
         self._commit_with = folder, step, state, model_config, keep

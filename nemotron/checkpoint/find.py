@@ -1,4 +1,4 @@
-"""Finding the newest checkpoint that is whole, and saying why others were passed over."""
+"""Finding the newest complete checkpoint, and the reasons why newer ones were skipped."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +16,14 @@ from nemotron.parallel.runtime import Ranks
 
 @dataclass(frozen=True)
 class Search:
-    """The newest whole checkpoint of a folder, and one line for each newer one that is not."""
+    """The newest complete checkpoint of a folder, and one line for each newer one that is not."""
 
     info: CheckpointInfo | None
     skipped: tuple[str, ...]
 
 
 def steps(folder: Path) -> list[int]:
-    """Return the steps that have a checkpoint folder, newest first, whole or not."""
+    """Return the steps that have a checkpoint folder, newest first, complete or not."""
     if not folder.is_dir():
         return []
     names = (STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
@@ -38,7 +38,7 @@ def newest(folder: Path, ranks: Ranks | None = None) -> Search:
     ranks = ranks or Ranks()
     candidates, unfinished = ranks.first(lambda: (steps(folder), sorted(folder.glob("step-*.tmp"))))
     skipped = [
-        f"{path.name} is half-written (the save was interrupted); skipped"
+        f"{path.name} is incomplete (the save was interrupted); skipped"
         for path in reversed(unfinished)
         if not candidates or path.name > folder_name(candidates[0])
     ]
@@ -71,5 +71,5 @@ def locate(path: Path) -> Search:
     found = newest(folder)
     if found.info is None:
         reasons = "".join(f"; {line}" for line in found.skipped)
-        raise UserError(f"{path} holds no complete checkpoint{reasons}.")
+        raise UserError(f"{path} contains no complete checkpoint{reasons}.")
     return found

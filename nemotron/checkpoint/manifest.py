@@ -83,7 +83,7 @@ def read_manifest(folder: Path) -> dict:
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"{MANIFEST} cannot be read: {error}") from None
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
-        raise DamagedCheckpoint(f"{MANIFEST} is no manifest")
+        raise DamagedCheckpoint(f"{MANIFEST} is not a manifest")
     if manifest.get("format") != FORMAT:
         raise DamagedCheckpoint(
             f"has format {manifest.get('format')}, this version reads format {FORMAT}: "
@@ -111,7 +111,9 @@ def verify(folder: Path, *, content: bool = True, share: slice = slice(None)) ->
     for name, expected in manifest["files"].items():
         path = folder / name
         if name != path.name or name in ("..", ".") or path.is_symlink():
-            raise DamagedCheckpoint(f"{MANIFEST} names {name!r}, which is no plain file beside it")
+            raise DamagedCheckpoint(
+                f"{MANIFEST} names {name!r}, which is not a plain file beside it"
+            )
         if not path.is_file():
             raise DamagedCheckpoint(f"{name} is missing")
         size = path.stat().st_size

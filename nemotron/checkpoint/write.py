@@ -32,7 +32,7 @@ from nemotron.parallel.runtime import Ranks
 
 
 class CheckpointNotSaved(Exception):
-    """A save that was refused, in one sentence; what was there before is untouched."""
+    """A failed save, in one sentence; earlier checkpoints are untouched."""
 
 
 def save(
@@ -207,7 +207,7 @@ def _set_damaged_aside(target: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
         target.rename(aside)
         return
-    raise CheckpointNotSaved(f"{target} is a whole checkpoint; it is never overwritten")
+    raise CheckpointNotSaved(f"{target} is a complete checkpoint and is never overwritten")
 
 
 def _remove_leftovers(folder: Path) -> None:
@@ -218,7 +218,7 @@ def _remove_leftovers(folder: Path) -> None:
 
 
 def _prune(folder: Path, keep: int) -> None:
-    """Remove whole checkpoints beyond the newest `keep`; damaged ones are left for inspection."""
+    """Remove complete checkpoints beyond the newest `keep`; damaged ones stay for inspection."""
     kept = 0
     for step in steps(folder):
         path = folder / folder_name(step)

@@ -15,19 +15,19 @@ class SourceConfig(Section):
     """One labelled stream of documents, or a group of them that share a weight."""
 
     name: str = Field(min_length=1)
-    """Label in metrics; without `path`, a domain of the embedded corpus: code, docs or verse."""
+    """Label in metrics. Without `path`, a domain of the embedded corpus: code, docs or verse."""
     weight: float = Field(1.0, gt=0)
     """Share of the training tokens, relative to the other sources of its group."""
     path: str | None = None
-    """Folder that `nemotron data prepare` wrote, folder of Megatron shards, or one shard."""
+    """Folder from `nemotron data prepare`, folder of Megatron shards, or one shard."""
     validation: str | None = None
-    """Held-out tokens of a source whose `path` has none; a path of the same kinds."""
+    """Held-out tokens for a source whose `path` has none; a path of the same kinds."""
     tier: str | None = None
-    """Quality tier, a key of `tiers`, whose factor multiplies the weight."""
+    """Quality tier: a key of `tiers`, whose factor multiplies the weight."""
     max_epochs: float | None = Field(None, gt=0)
-    """Passes over this source beyond which the run is refused; absent: `data.max_epochs`."""
+    """Largest number of passes over this source; absent: `data.max_epochs`."""
     sources: Annotated[tuple["SourceConfig", ...], Field(strict=False)] = ()
-    """Members of a group; it has no path of its own."""
+    """Members of a group. A group has no `path`."""
 
 
 class ValidationConfig(Section):
@@ -36,29 +36,29 @@ class ValidationConfig(Section):
     name: str = Field(min_length=1)
     """Label in metrics."""
     path: str
-    """Prepared folder, folder of Megatron shards, or one shard; all of it is held out."""
+    """Prepared folder, folder of Megatron shards, or one shard; all its tokens are held out."""
 
 
 class MissingConfig(Section):
     """A category of the original mixture that this blend does not have."""
 
     name: str = Field(min_length=1)
-    """What is missing."""
+    """Name of the category."""
     weight: float = Field(gt=0)
-    """Weight that it had; shown by `nemotron data plan`, never given to other sources."""
+    """Weight in the original mixture. `nemotron data plan` shows it; no other source gets it."""
 
 
 class BlendConfig(Section):
-    """What is read, in which proportion."""
+    """The sources and their proportions."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)]
     """Sources and groups of sources."""
     tiers: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Factor of the weight of each quality tier."""
+    """Factor of each quality tier, which multiplies the weights of its sources."""
     validation: Annotated[tuple[ValidationConfig, ...], Field(strict=False)] = ()
-    """Documents that are evaluated beside those held out of the sources."""
+    """Sets of documents to evaluate in addition to the held-out documents of the sources."""
     missing: Annotated[tuple[MissingConfig, ...], Field(strict=False)] = ()
-    """Categories of the original mixture that are not there."""
+    """Categories of the original mixture that this blend lacks."""
 
     @model_validator(mode="after")
     def _check(self) -> "BlendConfig":
@@ -71,7 +71,7 @@ class BlendConfig(Section):
 
 
 class Leaf(Section):
-    """A source of a blend with its share of the tokens and where it stands."""
+    """A source of a blend with its share of the tokens and its group."""
 
     source: SourceConfig
     """The source itself, never a group."""
@@ -100,7 +100,7 @@ def _leaves(
         if source.tier is not None and source.tier not in tiers:
             known = ", ".join(tiers) or "none"
             raise ValueError(
-                f"sources: the tier {source.tier!r} of {source.name!r} is no key of tiers "
+                f"sources: the tier {source.tier!r} of {source.name!r} is not a key of tiers "
                 f"({known}); add its factor there"
             )
         weight = source.weight * (1.0 if source.tier is None else tiers[source.tier])
@@ -117,30 +117,30 @@ def _leaves(
             continue
         if source.path is None and source.name not in EMBEDDED_DOMAINS:
             raise ValueError(
-                f"sources: {source.name!r} has no path and is no embedded domain; "
+                f"sources: {source.name!r} has no path and is not an embedded domain; "
                 f"add the path of its shards or use {', '.join(EMBEDDED_DOMAINS)}"
             )
         yield Leaf(source=source, weight=factor * weight, group=group)
 
 
 class PackingConfig(Section):
-    """How documents become rows."""
+    """How documents are packed into rows."""
 
     kind: Literal["concatenate", "sequential", "best_fit"] = "concatenate"
-    """End to end and cut at each row's end; whole into the open row; or where they fit best."""
+    """concatenate: join documents and cut; sequential, best_fit: pack whole documents."""
     long_documents: Literal["split", "drop", "truncate"] = "split"
-    """What becomes of a document longer than a row (kinds sequential and best_fit)."""
+    """What to do with a document longer than a row (kinds sequential and best_fit)."""
 
 
 class LengthConfig(Section):
-    """One of several lengths of row that alternate from step to step."""
+    """One of several row lengths that alternate from step to step."""
 
     seq_len: int = Field(gt=1)
-    """Tokens in a row; a step has as many tokens as with any other length."""
+    """Tokens in a row. Steps have the same number of tokens for every row length."""
     share: float = Field(gt=0)
-    """Share of the steps, relative to the other lengths."""
+    """Share of the steps, relative to the other row lengths."""
     blend: BlendConfig | None = None
-    """What these rows are made of; absent: what the phase reads."""
+    """Blend for these rows; absent: the blend of the phase."""
 
 
 class DataConfig(Section):
@@ -151,37 +151,37 @@ class DataConfig(Section):
         SourceConfig(name="docs", weight=0.3),
         SourceConfig(name="verse", weight=0.2),
     )
-    """What is read, in which proportion."""
+    """Sources and groups of sources, with their weights."""
     tiers: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Factor of the weight of each quality tier."""
+    """Factor of each quality tier, which multiplies the weights of its sources."""
     validation: Annotated[tuple[ValidationConfig, ...], Field(strict=False)] = ()
-    """Documents that are evaluated beside those held out of the sources."""
+    """Sets of documents to evaluate in addition to the held-out documents of the sources."""
     missing: Annotated[tuple[MissingConfig, ...], Field(strict=False)] = ()
-    """Categories of the original mixture that are not there."""
+    """Categories of the original mixture that this blend lacks."""
     tokenizer: str = "embedded"
-    """`embedded` (the byte-level BPE of the package) or the path of a `tokenizer.json`."""
+    """`embedded` (the byte-level BPE of the package), or the path of a `tokenizer.json`."""
     eod_token: str = Field("</s>", min_length=1)
     """Token that ends each document in the shards."""
     cache: str = "runs/.cache"
-    """Folder for the shards made from the embedded corpus, and for plans of packed rows."""
+    """Folder for the tokenized embedded corpus, and for plans of packed rows."""
     seq_len: int = Field(512, gt=1)
-    """Tokens in a row; validation keeps this length in every phase."""
+    """Tokens in a row. Validation uses this length in every phase."""
     lengths: Annotated[tuple[LengthConfig, ...], Field(strict=False)] = ()
-    """Lengths of row that alternate from step to step; absent: all rows have `seq_len`."""
+    """Row lengths that alternate from step to step; absent: all rows have `seq_len` tokens."""
     packing: PackingConfig = PackingConfig()
-    """How documents become rows."""
+    """How documents are packed into rows."""
     reset_documents: bool = False
-    """Whether attention, convolution and state stop at document boundaries inside a row."""
+    """Whether attention, convolution and state stop at document boundaries within a row."""
     mask_eod_loss: bool = False
-    """Whether the prediction of the token after an end of document is left out of the loss."""
+    """Whether the loss leaves out the prediction of the first token after a document's end."""
     objective: Literal["tokens", "samples"] = "tokens"
-    """What each loss counts alike: every supervised token, or every sample (conversation)."""
+    """What has equal weight in the loss: each supervised token, or each sample (conversation)."""
     validation_fraction: float = Field(0.05, ge=0, lt=1)
-    """Share of the embedded corpus, chosen by hash of the documents, that is held out."""
+    """Share of the embedded corpus to hold out; a hash of each document decides."""
     max_epochs: float | None = Field(None, gt=0)
-    """Passes over any one source beyond which the run is refused; absent: no limit."""
+    """Largest number of passes over any source; absent: no limit."""
     prefetch_steps: int = Field(2, ge=0)
-    """Steps whose rows are read ahead in the background; 0: none."""
+    """Number of steps whose rows are read in advance, in the background; 0: none."""
 
     @property
     def blend(self) -> BlendConfig:
@@ -201,7 +201,7 @@ class DataConfig(Section):
 
 
 def check_lengths(lengths: Sequence[LengthConfig]) -> None:
-    """Raise ValueError when a length of row is given twice."""
+    """Raise ValueError if a row length is given twice."""
     sizes = [length.seq_len for length in lengths]
     for size in sizes:
         if sizes.count(size) > 1:

@@ -60,7 +60,7 @@ def _is_whole(folder: Path) -> bool:
         manifest = None
     whole = manifest is not None and not damaged_files(folder, manifest)
     if not whole:
-        log.warning("%s is damaged and is made again", folder)
+        log.warning("%s is damaged and is written again", folder)
     return whole
 
 

@@ -23,7 +23,8 @@ def check_same_data(
     """
     if "phases" not in saved:
         raise UserError(
-            "the checkpoint was written by an older version, which kept no phases; start a new "
+            "the checkpoint was written by an older version, which did not store phases; start a "
+            "new "
             "run with init_from."
         )
     for key, value in now.items():
@@ -36,8 +37,8 @@ def check_same_data(
         known = saved["sources"].get(name)
         if known is not None and known != source:
             raise UserError(
-                f"{files[name]} is not what the checkpoint was trained on: it has "
-                f"{source['tokens']} tokens with hash {source['content']}, there were "
+                f"{files[name]} differs from the data that the checkpoint was trained on: it has "
+                f"{source['tokens']} tokens with hash {source['content']}, but the checkpoint read "
                 f"{known['tokens']} with hash {known['content']}; restore it or start a new run."
             )
 

@@ -134,8 +134,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except (ValidationError, ValueError):
         raise UserError(
-            f"{path} is no manifest of prepared data; prepare the folder again, or remove the file "
-            "to read its shards as they are."
+            f"{path} is not a manifest of prepared data; prepare the folder again, or remove the "
+            "file "
+            "to read its shards without one."
         ) from None
 
 
@@ -161,7 +162,7 @@ def open_tokens(path: str | Path, tokenizer: Tokenizer, eod_token: str, limit: i
         found = TokenSet(path, streams[0], streams[1], manifest)
     if not found.train.num_tokens:
         raise UserError(
-            f"{path.absolute()} holds no tokens to train on; give shards with documents in them."
+            f"{path.absolute()} contains no tokens to train on; give shards that contain documents."
         )
     _check_first_tokens(found.train, limit)
     return found
@@ -199,7 +200,7 @@ def _prefixes(path: Path) -> list[Path]:
     found = sorted(index.with_suffix("") for index in path.glob("*.idx"))
     if not found:
         raise UserError(
-            f"{path.absolute()} holds neither {MANIFEST} nor shards (*.idx); "
+            f"{path.absolute()} contains neither {MANIFEST} nor shards (*.idx); "
             "give a prepared folder, or a shard without its .bin or .idx ending."
         )
     return found
@@ -230,12 +231,14 @@ def _check_manifest(
     if manifest.eod_id != tokenizer.id(eod_token):
         raise UserError(
             f"{path.absolute()} ends its documents with id {manifest.eod_id}, but data.eod_token = "
-            f"{eod_token} is id {tokenizer.id(eod_token)}; name the shards' token."
+            f"{eod_token} is id {tokenizer.id(eod_token)}; set data.eod_token to the token of the "
+            "shards."
         )
     if manifest.counts.largest_id >= limit:
         raise UserError(
-            f"{path.absolute()} holds the id {manifest.counts.largest_id}, but the vocabulary ends "
-            f"at {limit - 1}; use a model.vocab_size that holds it."
+            f"{path.absolute()} contains the id {manifest.counts.largest_id}, but the vocabulary "
+            "ends "
+            f"at {limit - 1}; use a larger model.vocab_size."
         )
 
 
@@ -250,7 +253,8 @@ def _check_first_tokens(stream: Stream, limit: int) -> None:
             document = int(np.searchsorted(shard.starts(slice(None)), at, side="right")) - 1
             place = at - int(shard.starts(slice(document, document + 1))[0])
             raise UserError(
-                f"{shard.bin} holds the id {int(shard.tokens[at])} (document {document}, position "
+                f"{shard.bin} contains the id {int(shard.tokens[at])} (document {document}, "
+                "position "
                 f"{place}), but the vocabulary ends at {limit - 1}; use the tokenizer of this "
-                "shard and a model.vocab_size that holds it."
+                "shard and a larger model.vocab_size."
             )

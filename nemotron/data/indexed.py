@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 from nemotron.errors import UserError
 
 ENDS_READ = 4096
-"""Bytes at either end of a shard's files that its identity hangs on, besides their sizes."""
+"""Bytes at each end of a shard's files that, with the sizes, identify the shard."""
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
 VERSION = 1
@@ -127,7 +127,7 @@ class Shard:
             if now[path] != opened:
                 raise UserError(
                     f"{path} was changed while it was in use ({opened[0]} bytes when opened, "
-                    f"{now[path][0]} now); put the old file back and resume."
+                    f"{now[path][0]} now); restore the old file and resume."
                 )
 
     def _identities(self) -> dict[Path, Identity]:
@@ -149,10 +149,11 @@ class Shard:
         """Return id type code, number of sequences and length of the document index."""
         size = self._opened[self.idx][0]
         if not header.startswith(MAGIC[: len(header)]) or not header:
-            raise UserError(f"{self.idx} is no shard index: it does not begin with MMIDIDX.")
+            raise UserError(f"{self.idx} is not a shard index: it does not begin with MMIDIDX.")
         if len(header) < HEADER.size:
             raise UserError(
-                f"{self.idx} is cut off: it has {size} bytes, its header alone {HEADER.size}."
+                f"{self.idx} is truncated: it has {size} bytes, but its header alone has "
+                f"{HEADER.size}."
             )
         _, version, code, num_sequences, num_entries = HEADER.unpack(header)
         if version != VERSION:
@@ -212,7 +213,7 @@ class Shard:
                 raise UserError(
                     f"{self.idx} is damaged: sequence {first + i} with {lengths[i]} tokens starts "
                     f"at byte {self.offsets[first + i]} of the .bin, "
-                    f"where byte {ends[i] - lengths[i] * itemsize} is due."
+                    f"where byte {ends[i] - lengths[i] * itemsize} is expected."
                 )
             end = int(ends[-1])
         for first in range(0, len(self.documents) - 1, CHECKED_AT_ONCE):
@@ -239,7 +240,9 @@ class Stream:
         self.is_supervised = any(supervised)
         if self.is_supervised and not all(supervised):
             missing = self.shards[supervised.index(False)].loss
-            raise UserError(f"{missing} is missing, but other shards have theirs; prepare again.")
+            raise UserError(
+                f"{missing} is missing, but other shards have theirs; prepare the data again."
+            )
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:
         """Return `count` tokens from a position on, around the end if need be.

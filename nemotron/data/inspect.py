@@ -95,14 +95,14 @@ def inspect(
     if check:
         for name, tokens in data.tokens.items():
             check_all(name, tokens.path, tokens.train, data.tokenizer.vocab_size)
-        console.print("every file and every id is as it should be")
+        console.print("all files and all ids are correct")
     for row in range(min(rows, data.num_rows(step))):
         console.print(show_row(data, step, row))
     if plots is not None:
         from nemotron.data.inspect import draw
 
         for path in draw(data, found, plots):
-            console.print(f"drawn: {path}")
+            console.print(f"plot written: {path}")
     return DONE
 
 
@@ -137,7 +137,7 @@ def check_all(name: str, path: Path, stream: Stream, vocab_size: int) -> None:
     manifest = read_manifest(path)
     if manifest is not None and (damaged := damaged_files(path, manifest)):
         raise UserError(
-            f"{damaged[0]} is not what its manifest says; restore it or prepare {name} again."
+            f"{damaged[0]} does not match its manifest; restore it or prepare {name} again."
         )
     for shard in stream.shards:
         shard.check()
@@ -161,7 +161,7 @@ def show_row(data: TrainingData, step: int, row: int) -> Text:
     learned = [True, *(batch.labels[0] != NO_LABEL).tolist()]
     text = Text(
         f"\nstep {step} row {row}: {sample.source}, pass {sample.epoch}, sample {sample.sample}, "
-        f"{documents[-1] + 1} documents, {sum(learned[1:])} of {len(ids)} tokens learned\n",
+        f"{documents[-1] + 1} documents, {sum(learned[1:])} of {len(ids)} tokens supervised\n",
         style="bold",
     )
     start = 0

@@ -256,8 +256,8 @@ class TrainingData:
                     known = seen.setdefault(leaf.source.name, set())
                     if known - {length.seq_len}:
                         yield (
-                            f"phase {phase.name}: {leaf.source.name} begins a pass of its own in "
-                            f"rows of {length.seq_len:,}, beside that in rows of "
+                            f"phase {phase.name}: {leaf.source.name} starts a separate pass in "
+                            f"rows of {length.seq_len:,}, in addition to the pass in rows of "
                             f"{', '.join(f'{n:,}' for n in sorted(known - {length.seq_len}))}"
                         )
                     known.add(length.seq_len)
@@ -277,7 +277,7 @@ def rows_of_rank(num_rows: int, rank: int, num_ranks: int) -> slice:
     if num_rows % num_ranks:
         raise UserError(
             f"batch.global_tokens gives {num_rows} rows a step, which {num_ranks} data-parallel "
-            f"ranks cannot share; use a multiple of {num_ranks} rows."
+            f"ranks cannot share evenly; use a multiple of {num_ranks} rows."
         )
     share = num_rows // num_ranks
     return slice(rank * share, (rank + 1) * share)
@@ -295,7 +295,7 @@ def make_writable(cache: Path) -> None:
     except OSError as error:
         raise UserError(
             f"data.cache: {cache.absolute()} cannot be written ({error.strerror}); "
-            "name a folder that can."
+            "choose a writable folder."
         ) from error
 
 

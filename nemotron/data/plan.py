@@ -69,7 +69,7 @@ def print_plan(data: TrainingData) -> int:
     table = Table(box=None, pad_edge=False)
     table.add_column("source")
     table.add_column("group")
-    for heading in ("tokens there", *(f"phase {phase.name}" for phase in timeline.phases)):
+    for heading in ("tokens available", *(f"phase {phase.name}" for phase in timeline.phases)):
         table.add_column(heading, justify="right")
     for heading in ("share", "passes", "limit", "shortfall"):
         table.add_column(heading, justify="right")

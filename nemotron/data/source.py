@@ -64,9 +64,10 @@ class RowReader:
         if tokens.min() < 0 or tokens.max() >= self.limit:
             wrong = tokens[(tokens < 0) | (tokens >= self.limit)][0]
             raise UserError(
-                f"{self.stream.shards[0].bin.parent} holds the id {wrong}, but the vocabulary ends "
+                f"{self.stream.shards[0].bin.parent} contains the id {wrong}, but the vocabulary "
+                "ends "
                 f"at {self.limit - 1}; restore the shards, or use their tokenizer and a "
-                "model.vocab_size that holds it."
+                "larger model.vocab_size."
             )
         return tokens
 

@@ -53,7 +53,7 @@ class Tokenizer:
         """Return ids that whatever follows `text` cannot change, and how many characters they are.
 
         The last words are left out, because more text may change them; 0 characters where the
-        ids of a beginning cannot be told, as with tokenizers that look at the text as a whole.
+        ids of a beginning cannot be known, as with tokenizers that look at the text as a whole.
         """
         if not self.is_piecewise:
             return [], 0
@@ -135,4 +135,4 @@ def load_tokenizer(name_or_path: str, key: str = "data.tokenizer") -> Tokenizer:
             "give the path of a tokenizer.json, or embedded."
         ) from None
     except (ValueError, KeyError) as error:
-        raise UserError(f"{key}: {path.resolve()} is no tokenizer.json: {error}.") from None
+        raise UserError(f"{key}: {path.resolve()} is not a tokenizer.json: {error}.") from None

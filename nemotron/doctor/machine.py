@@ -74,7 +74,7 @@ def _packages(device: torch.device) -> Table:
         except importlib.metadata.PackageNotFoundError:
             version, line = "missing", install
             if name in ONLY_CUDA and device.type != "cuda":
-                line = "only of use with a CUDA device"
+                line = "useful only with a CUDA device"
         table.add_row(name, version, escape(line))
     return table
 
@@ -103,10 +103,10 @@ def _formats(device: torch.device) -> Table:
             if backend is chosen:
                 state = "chosen: " + ("emulated" if backend.name == "emulate" else "native")
             else:
-                state = escape(backend.unfit(call) or "fit, but slower than the one chosen")
+                state = escape(backend.unfit(call) or "usable, but slower than the chosen one")
             table.add_row(format if number == 0 else "", backend.name, state)
     return table
 
 
 def _state(backend: Backend, call: Call) -> str:
-    return escape(backend.unfit(call) or "fit, but slower than the one used")
+    return escape(backend.unfit(call) or "usable, but slower than the one in use")

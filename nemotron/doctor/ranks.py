@@ -1,4 +1,4 @@
-"""`nemotron doctor --ranks`: every rank arrives, says what it sees, and is compared with others."""
+"""`nemotron doctor --ranks`: ranks connect, report their machines, and are compared."""
 
 import os
 import platform
@@ -39,7 +39,7 @@ GRACE_S = 5.0
 
 
 class NotMet(Exception):
-    """The ranks did not come together; the message is empty where another rank says why."""
+    """The ranks did not connect; the message is empty if another rank gives the reason."""
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def compare_ranks(timeout_s: float) -> int:
     seat = _seat()
     if seat is None:
         one = report(0, 0, "localhost")
-        _tell([one], [], list(differences([one])))
+        _print_report([one], [], list(differences([one])))
         return FINE
     code = UNFIT
     try:
@@ -120,12 +120,13 @@ def _examine(seat: Seat, timeout_s: float) -> int:
             device = torch.device("cuda", seat.launch.local_rank)
             times.append(f"nccl {_time_sums(device, dist.new_group(backend='nccl'))}")
         if seat.rank == 0:
-            _tell(reports, times, found)
+            _print_report(reports, times, found)
         dist.barrier()
     except RuntimeError as error:  # what torch raises for a lost or silent peer, of any back end
         own = platform.node()
         raise NotMet(
-            f"rank {seat.rank} on {own} lost the others: {_first_line(error)}; {own} means "
+            f"rank {seat.rank} on {own} lost the connection to the other ranks: "
+            f"{_first_line(error)}; {own} means "
             f"{resolve(own)} here, and GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME can name the "
             f"network interface."
         ) from None
@@ -252,7 +253,9 @@ def _time_sums(device: torch.device, group: dist.ProcessGroup | None = None) -> 
     return ", ".join(texts)
 
 
-def _tell(reports: Sequence[RankReport], times: Sequence[str], found: Sequence[str]) -> None:
+def _print_report(
+    reports: Sequence[RankReport], times: Sequence[str], found: Sequence[str]
+) -> None:
     console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
     console.print(_table(reports))
     first = reports[0]

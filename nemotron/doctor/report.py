@@ -1,4 +1,4 @@
-"""What one rank sees of its machine, and in what ranks may not differ from each other."""
+"""What one rank sees of its machine, and which properties must agree between ranks."""
 
 import os
 import platform
@@ -113,7 +113,7 @@ def differences(reports: Sequence[RankReport]) -> Iterator[str]:
     if late.clock_s - early.clock_s > MOST_SKEW_S:
         yield (
             f"The clock of rank {late.rank} on {late.host} is {late.clock_s - early.clock_s:.1f} s "
-            f"ahead of that of rank {early.rank} on {early.host}; synchronise them."
+            f"ahead of that of rank {early.rank} on {early.host}; synchronize them."
         )
 
 
@@ -122,7 +122,7 @@ def remarks(reports: Sequence[RankReport]) -> Iterator[str]:
     if few := [r for r in reports if 0 <= r.open_files < FEW_FILES]:
         yield (
             f"{_ranks(few)} may open {few[0].open_files} files at a time, "
-            f"which is little; raise it (ulimit -n)."
+            f"which is low; raise the limit (ulimit -n)."
         )
     if little := [r for r in reports if r.device_id and r.shared_gib < LITTLE_SHARED_GIB]:
         yield (

@@ -173,7 +173,7 @@ def from_hf(values: Values, where: str) -> HFConfig:
     kinds = pattern + (mtp or "")
     read.check_fixed(FIXED | (FIXED_EXPERTS if "E" in kinds else {}))
     if values.get("residual_in_fp32"):
-        read.notes.append("residual_in_fp32 is passed over: residuals have the compute dtype")
+        read.notes.append("residual_in_fp32 is ignored: residuals have the compute dtype")
     model = read.build(
         read.dimensions(kinds)
         | {"hybrid_override_pattern": pattern, "num_hidden_layers": values.get("num_hidden_layers")}
@@ -279,7 +279,7 @@ class _Reader:
     def note_unknown_keys(self) -> None:
         """Say which keys mean nothing to us; remote code gets a sentence of its own."""
         if "auto_map" in self.values:
-            self.notes.append("auto_map names remote code: ignored, nothing of it was run")
+            self.notes.append("auto_map names remote code, which was ignored and not executed")
         known = {*to_hf_keys(), *UNUSED, "auto_map"}
         if unknown := sorted(set(self.values) - known):
             self.notes.append(f"keys not used: {', '.join(unknown)}")

@@ -31,7 +31,7 @@ def export(
     check: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
-    """Write the newest whole checkpoint of a run in the layout of released checkpoints.
+    """Write the newest complete checkpoint of a run in the layout of released checkpoints.
 
     `out` is the run's folder `export` when absent. All is written beside it and takes its place
     once the check, in a process of its own, has passed. Returns the exit code: 1 if it has not.
@@ -43,7 +43,9 @@ def export(
     for line in source.skipped:
         print(line)
     if source.run is None:
-        raise UserError(f"{run} lies in no run, so its tokenizer is unknown; give a run's folder.")
+        raise UserError(
+            f"{run} is not inside a run, so its tokenizer is unknown; give a run's folder."
+        )
     target = Path(out) if out is not None else source.run.path / "export"
     check_target(target, source, overwrite=overwrite)
     partial = fresh_beside(target)
@@ -72,7 +74,7 @@ def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> 
         UserError: when it is taken, or lies among the run's checkpoints.
     """
     if target.resolve().is_relative_to(source.info.folder.resolve().parent):
-        raise UserError(f"{target} lies among the checkpoints; export to another folder.")
+        raise UserError(f"{target} is inside the checkpoints folder; export to another folder.")
     if not target.parent.is_dir():
         raise UserError(f"{target.parent} does not exist; create it, or export elsewhere.")
     refuse_taken(target, INDEX, overwrite=overwrite)

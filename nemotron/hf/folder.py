@@ -106,7 +106,7 @@ def _check_names(folder: Path, expected: Sequence[DiskTensor], found: Sequence[s
     missing = [tensor.name for tensor in expected if tensor.name not in there]
     extra = sorted(there - names)
     problems = []
-    for what, some in (("missing", missing), ("too many", extra)):
+    for what, some in (("missing", missing), ("not in the model", extra)):
         mtp = [name for name in some if name.startswith("mtp.")]
         others = [name for name in some if not name.startswith("mtp.")]
         if mtp:
@@ -147,10 +147,10 @@ def _check_hashes(folder: Path, files: set[str]) -> None:
         return
     hashes = read_json(folder / REPORT).get("xxh128", {})
     if not isinstance(hashes, dict):
-        raise UserError(f"{folder / REPORT} is no report of an export; remove it.")
+        raise UserError(f"{folder / REPORT} is not a report of an export; remove it.")
     for name in sorted(files):
         if name in hashes and hash_file(folder / name) != hashes[name]:
             raise UserError(
                 f"{folder / name} is not what was exported: its content does not match its hash in "
-                f"{REPORT}; remove that file if the change was meant."
+                f"{REPORT}; remove that file if the change was intentional."
             )

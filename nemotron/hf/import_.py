@@ -63,7 +63,7 @@ def check_tokenizer(path: Path, vocab_size: int) -> bytes:
     try:
         tokenizer = Tokenizer(content)
     except ValueError as error:
-        raise UserError(f"{path} is no tokenizer.json: {error}.") from None
+        raise UserError(f"{path} is not a tokenizer.json: {error}.") from None
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
             f"{path} has {tokenizer.vocab_size} tokens, vocab_size in {CONFIG} is "

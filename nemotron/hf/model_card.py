@@ -1,4 +1,4 @@
-"""README.md of an exported model: what it is and where it comes from, by the run's own records."""
+"""README.md of an exported model: what it is, and its origin according to the run."""
 
 import hashlib
 import json

@@ -77,7 +77,7 @@ class SelfCheck:
         found = {name: (t.shape, t.dtype) for name, t in self._stored.tensors.items()}
         wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
         if wrong:
-            raise Failed(f"{len(wrong)} tensors are not as they should be: {', '.join(wrong[:10])}")
+            raise Failed(f"{len(wrong)} tensors are not as expected: {', '.join(wrong[:10])}")
         total = sum(tensor.num_bytes for tensor in self._tensors)
         if self._stored.total_size != total:
             raise Failed(f"total_size in {INDEX} is {self._stored.total_size} instead of {total}")
@@ -97,7 +97,7 @@ class SelfCheck:
         loaded, expected = self._load(), self._round_checkpoint()
         for output, wanted in zip(_outputs(loaded), _outputs(expected), strict=True):
             if not torch.equal(output, wanted):
-                raise Failed("the loaded folder computes something else than the checkpoint")
+                raise Failed("the loaded folder gives other results than the checkpoint")
         mtp = " and multi-token prediction" if loaded.mtp is not None else ""
         return f"logits{mtp} equal the checkpoint's"
 
@@ -110,7 +110,9 @@ class SelfCheck:
             if not tensor.name.startswith("mtp."):
                 value = tensor.part_of(weights[tensor.source.replace("backbone.", "model.", 1)])
                 if not _same_bits(value, self._stored.read(tensor.name).to(value.dtype)):
-                    raise Failed(f"{tensor.name} has another value once transformers loaded it")
+                    raise Failed(
+                        f"{tensor.name} has a different value after transformers loaded it"
+                    )
         ours = self._load()
         logits = _outputs(ours)[0]
         with torch.no_grad():

@@ -116,7 +116,7 @@ class ShardedFolder:
         index = read_json(path)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{path} has no weight_map; it is no index of safetensors files.")
+            raise UserError(f"{path} has no weight_map; it is not an index of safetensors files.")
         metadata = index.get("metadata")
         if isinstance(metadata, dict):
             self.total_size = metadata.get("total_size")
@@ -134,16 +134,16 @@ def read_json(path: Path) -> dict:
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is no JSON: {error}.") from None
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is no JSON object.")
+        raise UserError(f"{path} is not a JSON object.")
     return content
 
 
 def _inside(folder: Path, name: object) -> Path:
     """Return the file of that name; links may lead only into the hub's own cache of blobs."""
     if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
-        raise UserError(f"{folder / INDEX}: {name!r} is no plain file name inside the folder.")
+        raise UserError(f"{folder / INDEX}: {name!r} is not a plain file name inside the folder.")
     path, home = folder / name, folder.resolve()
     allowed = [home]
     if home.parent.name == "snapshots":
@@ -157,7 +157,7 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise UserError(f"{path} is no safetensors file: {error}.") from None
+        raise UserError(f"{path} is not a safetensors file: {error}.") from None
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
@@ -175,9 +175,9 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
                 raise UserError(f"{path} {meaning}.")
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else HEADER_LIMIT
         if length >= HEADER_LIMIT:
-            raise UserError(f"{path} ({size} bytes) is no safetensors file.")
+            raise UserError(f"{path} ({size} bytes) is not a safetensors file.")
         if size < 8 + length:
-            raise UserError(f"{path} is cut short: {size} bytes, the header alone is {8 + length}.")
+            raise UserError(f"{path} is truncated: {size} bytes, the header alone is {8 + length}.")
         file.seek(8)
         header = file.read(length)
     try:
@@ -189,7 +189,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             for name, entry in entries.items()
         }
     except (ValueError, AttributeError, KeyError, TypeError, IndexError):
-        raise UserError(f"{path} is no safetensors file: its header is damaged.") from None
+        raise UserError(f"{path} is not a safetensors file: its header is damaged.") from None
     if size != end:
-        raise UserError(f"{path} is cut short: {size} bytes instead of {end}.")
+        raise UserError(f"{path} is truncated: {size} bytes instead of {end}.")
     return tensors

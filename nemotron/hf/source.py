@@ -52,7 +52,7 @@ class TensorReader:
 
 
 def open_checkpoint(path: Path) -> CheckpointSource:
-    """Open the newest whole checkpoint of a run's folder, or the checkpoint at `path`.
+    """Open the newest complete checkpoint of a run's folder, or the checkpoint at `path`.
 
     Raises:
         UserError: when there is none.

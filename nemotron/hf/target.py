@@ -1,4 +1,4 @@
-"""A folder that is written beside its place and put there when it is finished."""
+"""A folder that is written under a temporary name and renamed when it is finished."""
 
 import shutil
 from pathlib import Path
@@ -24,7 +24,7 @@ def refuse_taken(target: Path, mark: str, *, overwrite: bool) -> None:
 
 
 def fresh_beside(target: Path) -> Path:
-    """Return an empty folder beside the target; what a killed start left there goes."""
+    """Return an empty folder beside the target; remove what a killed start left there."""
     partial = target.with_name(f".{target.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir()
@@ -32,7 +32,7 @@ def fresh_beside(target: Path) -> Path:
 
 
 def publish(partial: Path, target: Path) -> None:
-    """Put the finished folder in its place; what was there goes when the new one has come."""
+    """Rename the finished folder to the target, then remove the old target."""
     sync_folder(partial)
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)

@@ -70,9 +70,11 @@ def read_kept_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
             try:
                 values = json.loads(content)
             except ValueError as error:
-                raise UserError(f"{path} is no JSON: {error}.") from None
+                raise UserError(f"{path} is not valid JSON: {error}.") from None
             if isinstance(values, dict) and values.pop("auto_map", None) is not None:
-                notes.append(f"auto_map in {name} names remote code: left out, nothing was run")
+                notes.append(
+                    f"auto_map in {name} names remote code, which was left out and not executed"
+                )
                 content = json.dumps(values, indent=2).encode()
         kept[name] = content
     return kept, notes

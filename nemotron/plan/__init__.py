@@ -1,1 +1,1 @@
-"""What a layout would cost before anything starts: memory, traffic, speed, and what is illegal."""
+"""Prediction of what a layout costs: memory, communication, speed, and broken rules."""

@@ -98,7 +98,7 @@ class Setting:
         )
 
     def violations(self, dims: ParallelDims, micro_batch: int | None = None) -> list[Finding]:
-        """Return every rule that a layout breaks, with the nearest legal value."""
+        """Return every rule that a layout breaks, with the nearest valid value."""
         found: list[Finding] = []
         for part in self.parts:
             found += violations(

@@ -1,4 +1,4 @@
-"""Fit the constants of the model of time to the published rows that are not held out."""
+"""Fit the constants of the time model to the published rows that are not held out."""
 
 from collections.abc import Sequence
 from itertools import product

@@ -1,4 +1,4 @@
-"""What `nemotron plan` does."""
+"""The command `nemotron plan`."""
 
 import json
 
@@ -27,9 +27,9 @@ def plan(
     tokens: float | None = None,
     as_text: bool = True,
 ) -> int:
-    """Print what a recipe's layout would cost; returns 1 when it is illegal or does not fit.
+    """Print the predicted cost of a recipe's layout; returns 1 if it breaks a rule or does not fit.
 
-    `efficiency` is the share of the peak that stands in place of the fitted model of time;
+    `efficiency` is the share of the peak that replaces the fitted time model;
     `tokens` is a length in place of the recipe's.
 
     Raises:

@@ -54,9 +54,9 @@ def _of_stage(job: Job, stage: str) -> Memory:
     if stage != "first":
         terms["head and loss"] = head_bytes(job)
     if "E" in model.hybrid_override_pattern and dims.ep > 1:
-        terms["token exchange"] = 2 * dispatched_bytes(job)
+        terms["dispatch buffers"] = 2 * dispatched_bytes(job)
     if dims.cp > 1:
-        terms["context exchange"] = _context_buffers(job)
+        terms["context buffers"] = _context_buffers(job)
     terms["runtime"] = RUNTIME_BYTES.get(job.hardware.name, RUNTIME_BYTES_GPU)
     return Memory(stage, {name: value for name, value in terms.items() if value})
 

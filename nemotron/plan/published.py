@@ -159,7 +159,7 @@ ROWS = (
         recompute=("moe",),
         reduce_bytes=2,
         storage=MEGATRON_LEAN,
-        note="recomputes norms and attention cores, too",
+        note="also recomputes norms and attention cores",
     ),
     Published(
         *("Super", "h100", 64, "bf16", 1280, 1, 1, 32, 2_789, CARD),
@@ -179,17 +179,17 @@ ROWS = (
     Published(
         *("Super", "gb200", 64, "bf16", 512, 1, 2, 64, 6_602, CARD),
         held_out=True,
-        note="from its step time; the card prints half of it",
+        note="from its step time; the card states half of it",
     ),
     Published(
         *("Super", "gb300", 64, "nvfp4_super", 512, 1, 1, 64, 10_308, CARD),
         held_out=True,
-        note="the table's run, repeated",
+        note="a later repetition of the table's run",
     ),
     Published(
         *("Nano", "gb300", 8, "mxfp8", 512, 4, 1, 8, 42_094, CARD),
         held_out=True,
-        note="the table's run, repeated",
+        note="a later repetition of the table's run",
     ),
     Published("Lightning", "gb200", 8, "mxfp8", 512, 2, 1, 8, 28_672, TABLE, held_out=True),
     Published("Ultra", "gb300", 256, "mxfp8", 256, 1, 1, 64, 3_552, TABLE, held_out=True),
@@ -209,7 +209,7 @@ ROWS = (
         held_out=True,
         depths=0,
         storage=Storage(),
-        note="FSDP2; taken as without multi-token prediction, which the page does not say",
+        note="FSDP2; no multi-token prediction assumed; the page does not mention it",
     ),
     Published(
         *("Ultra", "h100", 128, "bf16", 256, 2, 1, 64, 815, AUTOMODEL),

@@ -1,4 +1,4 @@
-"""All that the command says of one recipe on one system, as numbers."""
+"""All numbers that the command prints for one recipe on one system."""
 
 import math
 from dataclasses import asdict, dataclass
@@ -30,7 +30,7 @@ class Cost:
 
 @dataclass(frozen=True)
 class LayoutReport:
-    """What one layout costs, in the part of the run that has most tokens."""
+    """The cost of one layout, in the part of the run that has most tokens."""
 
     dims: ParallelDims
     memory: Memory
@@ -42,7 +42,7 @@ class LayoutReport:
 
 @dataclass(frozen=True)
 class Report:
-    """The plan: what holds for any layout, and what the recipe's layout costs if it is legal."""
+    """The plan: what every layout has in common, and the cost of the recipe's layout if valid."""
 
     setting: Setting
     world: int
@@ -55,7 +55,7 @@ class Report:
 
     @property
     def fits(self) -> bool:
-        """Whether the recipe's layout is legal and needs no more memory than there is."""
+        """Whether the recipe's layout is valid and fits into memory."""
         return self.layout is not None and (
             self.layout.memory.total <= self.setting.hardware.memory
         )
@@ -64,7 +64,7 @@ class Report:
 def describe_layout(
     setting: Setting, dims: ParallelDims, constants: Constants, tokens: float | None
 ) -> LayoutReport:
-    """Work out the cost of a legal layout; `tokens` stand in place of the run's own length."""
+    """Compute the cost of a valid layout; `tokens` replace the length of the run."""
     job = setting.job(main_part(list(setting.parts)), dims)
     prediction = predict(job, constants)
     if tokens is not None:

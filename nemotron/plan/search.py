@@ -1,4 +1,4 @@
-"""The best legal layouts for a number of accelerators."""
+"""The best valid layouts for a number of accelerators."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ LONG_ROW = 8192
 
 @dataclass(frozen=True)
 class Candidate:
-    """A layout that is legal and fits."""
+    """A layout that is valid and fits into memory."""
 
     prediction: Prediction
     bytes: float
@@ -54,11 +54,11 @@ class Found:
     fitting: int
     best: list[Candidate]
     least_bytes: float
-    """Memory of the leanest legal layout."""
+    """Memory of the valid layout that needs least."""
 
 
 def search(setting: Setting, world: int, constants: Constants, keep: int = 10) -> Found:
-    """Try every legal layout; those that do not fit into memory are dropped.
+    """Try every valid layout; those that do not fit into memory are dropped.
 
     Not tried are more than 16 stages, micro-batches of more than 8 rows, rows cut below 8,192
     tokens by `cp`, and what leaves the fast link with `tp`.

@@ -18,7 +18,7 @@ from nemotron.plan.trace import Kept
 
 @dataclass(frozen=True)
 class Grid:
-    """A table with a title; the first column is text, the others stand to the right."""
+    """A table with a title; the first column is text, the others are aligned right."""
 
     title: str
     header: Sequence[str]
@@ -67,11 +67,11 @@ def plain(grid: Grid) -> Iterator[str]:
 
 
 def grids_of(report: Report, constants: Constants) -> list[Grid]:
-    """Return the tables of a report, from what is known to what is guessed."""
+    """Return the tables of a report, from facts to estimates."""
     grids = [_parameters(report), _work(report)]
     if report.violations:
         notes = [f"{key} {problem}" for key, problem in report.violations]
-        grids.append(Grid("This layout is not legal", (), (), notes))
+        grids.append(Grid("This layout is not valid", (), (), notes))
     if report.layout is not None:
         hardware = report.setting.hardware
         grids += [
@@ -152,8 +152,8 @@ def _time(report: Report, layout: LayoutReport, constants: Constants) -> list[Gr
     dims = layout.dims
     rows = [(name, f"{value:.3f}") for name, value in guess.parts.items()]
     rows += [
-        ("weights and gradients (beside)", f"{guess.beside:.3f}"),
-        ("one step, with the bubble", f"{guess.step:.3f}"),
+        ("weights and gradients (overlapped)", f"{guess.beside:.3f}"),
+        ("one step, including the bubble", f"{guess.step:.3f}"),
     ]
     sizes = " x ".join(
         f"{axis} {getattr(dims, axis)}" for axis in ("pp", "dp_replicate", "dp_shard", "cp", "tp")
@@ -164,11 +164,11 @@ def _time(report: Report, layout: LayoutReport, constants: Constants) -> list[Gr
         f"{guess.tokens_per_second:,.0f} tokens/s, {guess.per_accelerator:,.0f} on each; "
         f"{100 * guess.utilisation:.1f} % of the bf16 peak; most time: {guess.bound}",
         f"with {100 / constants.gemm:.0f} % of the peak in products, {constants.passes:.1f} "
-        f"passes over what is kept, {constants.waiting:.2f} of the exchanges' nominal time, "
+        f"passes over the saved bytes, {constants.waiting:.2f} of the nominal communication time, "
         f"{constants.per_layer * 1e3:.2f} ms for each layer and micro-batch",
     ]
     if {"fp8", "fp4"} & dict(guess.job.formats).keys():
-        notes.append("where no backend computes in the quantised formats, emulation is slower")
+        notes.append("where no backend computes in the quantized formats, emulation is slower")
     spans = [
         (
             cost.phase,
@@ -188,8 +188,8 @@ def _time(report: Report, layout: LayoutReport, constants: Constants) -> list[Gr
 def _compared(report: Report) -> Grid:
     row = report.compared
     note = (
-        f"{row.title}: {row.tokens_per_second:,.0f} tokens/s on each published; this model of "
-        f"time is off by {100 * error(row, FITTED):+.0f} % there ({row.source})"
+        f"{row.title}: {row.tokens_per_second:,.0f} tokens/s on each published; this time "
+        f"model is off by {100 * error(row, FITTED):+.0f} % there ({row.source})"
     )
     return Grid("Nearest published run", (), (), [note])
 
@@ -205,9 +205,9 @@ def _found(found: Found, limit: float) -> Grid:
         )
         for candidate in found.best
     ]
-    notes = [f"{found.legal:,} legal layouts, {found.fitting:,} fit into {limit / 1e9:.0f} GB"]
+    notes = [f"{found.legal:,} valid layouts, {found.fitting:,} fit into {limit / 1e9:.0f} GB"]
     if not found.best:
-        notes.append(f"the leanest needs {found.least_bytes / 1e9:.1f} GB; take more accelerators")
+        notes.append(f"the leanest needs {found.least_bytes / 1e9:.1f} GB; use more accelerators")
     header = ("layout", "tokens/s each", "GiB", "bubble", "most time")
     return Grid("Best layouts", header, rows, notes)
 
@@ -218,4 +218,4 @@ def _kept(kept: Sequence[Kept]) -> Grid:
         for k in kept
     ]
     header = ("block", "formula", "traced", "error")
-    return Grid("Bytes kept for backward, for each token", header, rows)
+    return Grid("Bytes saved for the backward pass, per token", header, rows)

@@ -12,7 +12,7 @@ HIDDEN_LINK_EFFICIENCY = 0.75
 
 
 class Constants(NamedTuple):
-    """What the model of time is fitted with (`calibration.py`): a factor for each of `terms`."""
+    """The fitted constants of the time model (`calibration.py`): a factor for each of `terms`."""
 
     gemm: float
     """Seconds of the products as a multiple of FLOPs / peak: 1 / efficiency."""

@@ -14,7 +14,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.plan.memory import activation_bytes
 
 TOKENS = 512
-"""Length of the row; the same again is traced to tell what grows with the tokens."""
+"""Length of the row; a second length is traced to find what grows with the tokens."""
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,7 @@ def flops_by_format(
     """Return a token's FLOPs by the peak that they are measured against, at the start of a run.
 
     `load` is the work of the rank with the busiest experts, as a multiple of the mean.
-    Router, head, scan, convolution and attention itself are never quantised.
+    Router, head, scan, convolution and attention itself are never quantized.
 
     Raises:
         UserError: when a rule of the recipe decides nothing.
@@ -73,8 +73,8 @@ def flops_by_format(
     return dict(found)
 
 
-def _peak_of(number_format: str, unquantised: str) -> str:
+def _peak_of(number_format: str, unquantized: str) -> str:
     """Return which peak of the hardware a format of the recipe is measured against."""
     if number_format == "bf16":
-        return unquantised
+        return unquantized
     return "fp4" if number_format == "nvfp4" else "fp8"

@@ -37,7 +37,7 @@ def read_blend(path: Path) -> Document:
         return Document(read_megatron_blend(content, str(path)))
     if not isinstance(content, dict) or "sources" not in content:
         raise UserError(
-            f"{path} is no blend; it must have the key sources, or be a list of weights and "
+            f"{path} is not a blend; it must have the key sources, or be a list of weights and "
             "prefixes as Megatron reads it."
         )
     if unknown := [key for key in content if key not in KEYS]:
@@ -66,7 +66,7 @@ def read_megatron_blend(content: Any, place: str) -> dict[str, Any]:  # Any: nes
     """
     splits = content if isinstance(content, Mapping) else {"train": content}
     if unknown := [name for name in splits if name not in SPLITS]:
-        raise UserError(f"{place}: {unknown[0]!r} is no split; known are {', '.join(SPLITS)}.")
+        raise UserError(f"{place}: {unknown[0]!r} is not a split; known are {', '.join(SPLITS)}.")
     names: dict[str, str] = {}
     sources = [
         {"name": _name(prefix, names), "weight": weight, "path": prefix}

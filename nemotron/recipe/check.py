@@ -78,7 +78,7 @@ def _idle(config: RunConfig) -> Iterator[Idle]:
         f"precision.fp8_delayed.{name}" for name in type(config.precision.fp8_delayed).model_fields
     ]
     yield late, not config.precision.names("fp8_delayed"), "no layer is in fp8_delayed"
-    quantised = ["precision.backend", "precision.observe_every_steps"]
-    yield quantised, not config.precision.quantizes, "no layer is quantised"
+    quantized = ["precision.backend", "precision.observe_every_steps"]
+    yield quantized, not config.precision.quantizes, "no layer is quantized"
     trackers = config.logging.trackers
     yield ["logging.project"], not trackers, "logging.trackers is empty"

@@ -74,7 +74,7 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...]) -> Document:
     """Read a file on top of those that it extends, the first named at the bottom."""
     if path.resolve() in [seen.resolve() for seen in chain]:
         links = " -> ".join(str(link) for link in (*chain, path))
-        raise UserError(f"{chain[-1]}: extends goes in a circle: {links}; remove one of them.")
+        raise UserError(f"{chain[-1]}: extends forms a cycle: {links}; remove one of them.")
     if chain and not path.is_file():
         links = " -> ".join(str(link) for link in (*chain, path))
         raise UserError(f"{chain[-1]}: extends names a file that does not exist: {links}.")
@@ -100,7 +100,7 @@ def _read_override(text: str) -> Document:
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):
         raise UserError(
-            f"{COMMAND_LINE}: {text!r} is no setting; write key=value, "
+            f"{COMMAND_LINE}: {text!r} is not a setting; write key=value, "
             f"for example schedule.peak=3e-4."
         )
     parsed: Any = _unwrap(parse_yaml(value, f"{COMMAND_LINE}: {key.strip()}"))
@@ -140,7 +140,7 @@ def _merge(below: Document, above: Document) -> None:
         except OmegaConfBaseException as error:
             place = above.places.get(path, "recipe")
             raise UserError(
-                f"{place}: {'.'.join(path)} = {text} is no reference; write ${{section.key}}."
+                f"{place}: {'.'.join(path)} = {text} is not a reference; write ${{section.key}}."
             ) from error
     for path in list(below.places):
         if _replaced(below.values, above.values, path):
@@ -198,8 +198,8 @@ def _resolve(document: Document) -> dict[str, Any]:
         except (OmegaConfBaseException, RecursionError) as error:
             place = document.places.get(path, "recipe")
             raise UserError(
-                f"{place}: {'.'.join(path)} = {text} cannot be resolved; name a key that exists "
-                f"and does not lead back here."
+                f"{place}: {'.'.join(path)} = {text} cannot be resolved; name an existing key "
+                f"that does not refer back to this one."
             ) from error
     try:
         resolved = OmegaConf.to_container(config, resolve=True)

@@ -14,7 +14,7 @@ def impossible(config: PretrainConfig) -> Iterator[Finding]:
         if seq_len > model.max_position_embeddings:
             yield (
                 key,
-                f"= {seq_len} is over model.max_position_embeddings = "
+                f"= {seq_len} exceeds model.max_position_embeddings = "
                 f"{model.max_position_embeddings}; shorten the rows or raise that limit.",
             )
     if batch.global_tokens % data.seq_len == 0 and (

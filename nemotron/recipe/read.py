@@ -21,7 +21,7 @@ Idle = tuple[list[str], bool, str]
 
 @dataclass
 class Document:
-    """The values of one source and where each of them stands, as `file:line`."""
+    """The values of one source, and the location of each as `file:line`."""
 
     values: dict[str, Any] = field(default_factory=dict)
     places: dict[Path_, str] = field(default_factory=dict)
@@ -69,7 +69,7 @@ def parse_yaml(text: str, source: str) -> Any:  # Any: whatever the text holds
     """Parse YAML 1.2 text, keeping line numbers.
 
     Raises:
-        UserError: when it is no YAML, with the parser's line and column.
+        UserError: when it is not valid YAML, with the parser's line and column.
     """
     try:
         return YAML(typ="rt", pure=True).load(text)
@@ -86,7 +86,7 @@ def parse_yaml(text: str, source: str) -> Any:  # Any: whatever the text holds
     except MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        problem = " ".join(str(error.problem or error.context or "is no YAML").split())
+        problem = " ".join(str(error.problem or error.context or "is not valid YAML").split())
         raise UserError(f"{source}{where}: {problem}; correct the YAML there.") from error
     except (YAMLError, ValueError) as error:
         problem = " ".join(str(error).split())
@@ -102,13 +102,13 @@ def place_of(places: dict[Path_, str], path: Path_, source: str) -> str:
 
 
 def _plain(value: Any, source: str, path: Path_, places: dict[Path_, str]) -> Any:
-    """Turn the parser's types into plain ones and note where each key stands."""
+    """Turn the parser's types into plain ones and record the location of each key."""
     if isinstance(value, CommentedMap):
         result = {}
         for key, item in value.items():
             if not isinstance(key, str):
                 line = value.lc.key(key)[0] + 1
-                raise UserError(f"{source}:{line}: the key {key!r} is no text; keys are names.")
+                raise UserError(f"{source}:{line}: the key {key!r} is not text; keys must be text.")
             places[(*path, key)] = f"{source}:{value.lc.key(key)[0] + 1}"
             result[str(key)] = _plain(item, source, (*path, str(key)), places)
         return result

@@ -1,1 +1,1 @@
-"""The folder of a run: what is written into it, shown and sent of it, and what stops it."""
+"""The folder of a run: its files, its screen output, its trackers, and signals that stop it."""

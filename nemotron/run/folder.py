@@ -83,18 +83,20 @@ class RunFolder(RunFiles):
         if changes:
             more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
             raise UserError(
-                f"{self.path} holds a run of another recipe: {'; '.join(changes[:5])}{more}; "
+                f"{self.path} contains a run with a different recipe: "
+                f"{'; '.join(changes[:5])}{more}; "
                 f"restore these keys, or give the new run another name."
             )
         if resume:
             return
         if done >= num_steps:
             raise UserError(
-                f"{self.path} holds a finished run of {done} steps; give the new run another name."
+                f"{self.path} contains a finished run of {done} steps; give the new run another "
+                "name."
             )
         raise UserError(
-            f"{self.path} holds a run at step {done} of {num_steps}; "
-            f"add --resume to go on with it, or give the new run another name."
+            f"{self.path} contains a run at step {done} of {num_steps}; "
+            f"add --resume to continue it, or give the new run another name."
         )
 
     def __enter__(self) -> Self:
@@ -112,7 +114,7 @@ class RunFolder(RunFiles):
         except OSError as error:
             raise UserError(
                 f"{self.path} cannot be written: {error.strerror or error}; "
-                f"set `output` to a folder that can."
+                f"set `output` to a writable folder."
             ) from error
         if not try_lock(self._lock):
             os.close(self._lock)
@@ -210,7 +212,7 @@ class RunFolder(RunFiles):
             read = None
         if not isinstance(read, dict):
             raise UserError(
-                f"{self.recipe} is damaged, so what this run was is unknown; "
+                f"{self.recipe} is damaged, so the settings of this run are unknown; "
                 f"restore it, or give the new run another name."
             )
         old = _flatten(read)
@@ -228,7 +230,7 @@ def dump_recipe(config: Section) -> str:
     yaml.Representer = _Representer
     text = io.StringIO()
     yaml.dump(_plain(config.model_dump()), text)
-    return f"# Every setting of this run; go on with it by --resume.\n{text.getvalue()}"
+    return f"# Every setting of this run; continue it with --resume.\n{text.getvalue()}"
 
 
 class _Representer(RoundTripRepresenter):

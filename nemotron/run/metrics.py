@@ -10,11 +10,11 @@ Record = dict[str, float | int | str | None]
 """One line: `kind` (train, validation or event), `step` (updates done), and the values."""
 
 ABANDONED = "metrics.abandoned.jsonl"
-"""Lines of steps before which the run was rolled back; they are not part of it any more."""
+"""Lines of steps that a rollback undid; they no longer belong to the run."""
 
 
 class MetricsFile:
-    """Appends records; a line is whole in the file as soon as `write` returns."""
+    """Appends records; a line is complete in the file when `write` returns."""
 
     def __init__(self, path: Path, last_step: int) -> None:
         """Open the file and cut off what comes after `last_step`, as if it had never been."""

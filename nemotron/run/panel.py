@@ -1,4 +1,4 @@
-"""What a person sees of a step: one aligned line, or a panel for a live terminal."""
+"""The display of a step: one aligned line, or a panel for a terminal."""
 
 import datetime
 

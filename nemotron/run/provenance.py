@@ -1,4 +1,4 @@
-"""What a run can be traced back to: versions, code, machine, command line; one entry per start."""
+"""Provenance of a run: versions, code, machine, command line; one entry per start."""
 
 import datetime
 import importlib.metadata
@@ -39,7 +39,9 @@ def record_start(path: Path, step: int, facts: Facts) -> str:
         try:
             known = json.loads(path.read_bytes())
         except ValueError as error:
-            raise UserError(f"{path} is no JSON: {error}; restore it or move it away.") from None
+            raise UserError(
+                f"{path} is not valid JSON: {error}; restore it or move it away."
+            ) from None
     known["starts"].append(redact({"time": _now(), "step": step} | facts))
     write_json(path, known)
     return known["id"]

@@ -1,4 +1,4 @@
-"""Where the run speaks: a live panel or plain lines, and log.txt beside either."""
+"""Output of a run: a live panel or plain lines, and log.txt in both cases."""
 
 import logging
 import os
@@ -18,10 +18,10 @@ from nemotron.run.redaction import redact_text
 
 
 class Screen:
-    """Tells events and shows steps; a terminal or pipe that goes away never stops the run."""
+    """Prints events and steps; a terminal or pipe that closes never stops the run."""
 
     def __init__(self, stream: TextIO | None = None, *, is_silent: bool = False) -> None:
-        """Speak to a stream, by default what `print` writes to; silent, to the log alone."""
+        """Print to a stream, by default that of `print`; if silent, only to log.txt."""
         self._stream: TextIO | None = stream if stream is not None else sys.stdout
         if is_silent:
             self._stream = None
@@ -66,7 +66,7 @@ class Screen:
         self._refresh()
 
     def info(self, text: str) -> None:
-        """Say something that happened, with secrets taken out."""
+        """Print a line and append it to log.txt, without secrets."""
         text = redact_text(text)
         self._to_log(text)
         if self._live is not None and self._progress is not None:
@@ -76,7 +76,7 @@ class Screen:
             self._print(text)
 
     def stop(self) -> None:
-        """Leave the panel as it is; what is logged afterwards is printed below it."""
+        """Leave the panel as it is; later lines are printed below it."""
         if self._live is not None:
             self._guard(self._live.stop)
             self._live = None

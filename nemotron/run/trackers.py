@@ -23,7 +23,7 @@ INSTALL = {
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker gets of a run; `id` stays the same over resumes."""
+    """What a tracker receives about a run; `id` stays the same when the run is resumed."""
 
     project: str
     name: str
@@ -37,7 +37,7 @@ class Tracker(Protocol):
     """What every mirror offers."""
 
     def start(self, run: TrackedRun) -> str:
-        """Begin or go on with the run; returns where it can be looked at."""
+        """Start or resume the run; returns where it can be viewed."""
         ...
 
     def log(self, step: int, values: dict[str, float]) -> None:
@@ -45,7 +45,7 @@ class Tracker(Protocol):
         ...
 
     def finish(self) -> None:
-        """Send what is left."""
+        """Send the remaining data."""
         ...
 
 
@@ -156,14 +156,14 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 class Mirrors:
-    """Several trackers at once; one that fails is named, dropped, and the run goes on."""
+    """Several trackers; one that fails is named and dropped, and the run continues."""
 
     def __init__(self, trackers: dict[str, Tracker], info: Callable[[str], None]) -> None:
         self._trackers = dict(trackers)
         self._info = info
 
     def start(self, run: TrackedRun) -> None:
-        """Start all of them and log where each can be looked at."""
+        """Start all trackers and log where each can be viewed."""
         for name, tracker in list(self._trackers.items()):
             where = self._guard(name, partial(tracker.start, run))
             if where is not None:
@@ -177,7 +177,7 @@ class Mirrors:
             self._guard(name, partial(tracker.log, step, values))
 
     def finish(self) -> None:
-        """Let all of them send what is left."""
+        """Let all trackers send the remaining data."""
         for name, tracker in list(self._trackers.items()):
             self._guard(name, tracker.finish)
 
@@ -187,7 +187,7 @@ class Mirrors:
         except Exception as error:  # whatever a mirror's library raises must not stop a run
             del self._trackers[name]
             self._info(
-                f"{name} failed and is left out from now on "
+                f"{name} failed and is not used from now on "
                 f"({type(error).__name__}: {error}); metrics.jsonl is complete"
             )
             return None

@@ -113,7 +113,7 @@ def raise_the_format(checkpoint: Path) -> str:
 def point_outside(checkpoint: Path) -> str:
     path = checkpoint / MANIFEST
     path.write_text(path.read_text().replace('"state.json"', '"../state.json"'))
-    return "no plain file"
+    return "not a plain file"
 
 
 @pytest.mark.parametrize(
@@ -146,7 +146,7 @@ def test_a_half_written_newest_is_named(tmp_path):
     (tmp_path / "step-00000020.tmp").mkdir()
     found = newest(tmp_path)
     assert found.info.step == 10
-    assert "half-written" in found.skipped[0]
+    assert "is incomplete" in found.skipped[0]
 
 
 def test_with_only_damaged_checkpoints_the_user_is_told_why(tmp_path):

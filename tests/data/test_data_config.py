@@ -9,7 +9,7 @@ from nemotron.data.config import DataConfig, SourceConfig
     [
         (
             [{"name": "web"}],
-            "'web' has no path and is no embedded domain; add the path of its shards",
+            "'web' has no path and is not an embedded domain; add the path of its shards",
         ),
         ([{"name": "code"}, {"name": "code", "path": "x"}], "names 'code' twice; give each"),
         ([], "at least 1 item"),

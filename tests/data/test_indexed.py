@@ -188,7 +188,10 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: patch(p, 17, "B", 6),
         r"s\.idx has id type code 6; .* 1, 2, 3, 4, 5, 8",
     ),
-    "header": (lambda p: os.truncate(f"{p}.idx", 20), r"it has 20 bytes, its header alone 34"),
+    "header": (
+        lambda p: os.truncate(f"{p}.idx", 20),
+        r"it has 20 bytes, but its header alone has 34",
+    ),
     "idx cut": (lambda p: cut(f"{p}.idx", 8), r"s\.idx has 94 bytes; with 3 .* must have 102"),
     "bin cut": (lambda p: cut(f"{p}.bin", 4), r"s\.bin has 28 bytes; s\.idx says 32"),
     "bin longer": (lambda p: os.truncate(f"{p}.bin", 36), r"s\.bin has 36 bytes; s\.idx says 32"),

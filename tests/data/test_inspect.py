@@ -72,7 +72,7 @@ def test_inspecting_a_recipe_shows_shares_duplicates_and_rows(folder: Path, caps
     assert lines["two"][-3:] == ["3", "of", "93"]  # copies of what is held out of `one`
     assert lines["three"][1] == "100.000%"  # in the last table, that of the second phase
     assert "phase second: from token 2,560" in out
-    assert "every file and every id is as it should be" in out
+    assert "all files and all ids are correct" in out
     assert "──── document 1" in out
     assert "step 0 row 0:" in out
 
@@ -108,7 +108,7 @@ def test_a_flipped_bit_is_found_by_the_check_alone(folder: Path, capsys):
     assert run(["data", "inspect", str(folder / "rotten")]) == 0
     capsys.readouterr()
     assert run(["data", "inspect", str(folder / "rotten"), "--check"]) == 2
-    assert "train-00000.bin is not what its manifest says" in capsys.readouterr().err
+    assert "train-00000.bin does not match its manifest" in capsys.readouterr().err
 
 
 def test_the_plan_counts_tokens_and_passes_of_every_phase(folder: Path, capsys):

@@ -264,7 +264,7 @@ def test_an_id_outside_the_vocabulary_is_named_before_training(folder: Path):
             writer.add(document)
     source = SourceConfig(name="w", path=str(folder / "wild"))
     text = refuse(folder, sources=[source])
-    assert "wild.bin holds the id 5001 (document 2, position 0), but the vocabulary ends" in text
+    assert "wild.bin contains the id 5001 (document 2, position 0), but the vocabulary ends" in text
 
 
 def test_settings_that_do_not_fit_are_refused(folder: Path, tmp_path: Path):
@@ -273,7 +273,7 @@ def test_settings_that_do_not_fit_are_refused(folder: Path, tmp_path: Path):
     assert "tokens to train on; a row of data.seq_len = 100000" in refuse(folder, seq_len=100_000)
     (folder / "nothing").mkdir()
     source = SourceConfig(name="x", path=str(folder / "nothing"))
-    assert "holds neither manifest.json nor shards" in refuse(folder, sources=[source])
+    assert "contains neither manifest.json nor shards" in refuse(folder, sources=[source])
     assert "has no token '<end>'" in refuse(folder, eod_token="<end>")
     (tmp_path / "file").touch()
     text = refuse(folder, cache=str(tmp_path / "file"))
@@ -316,7 +316,9 @@ def test_bits_that_rot_after_the_first_reading_are_noticed(own: TrainingData, tm
     with open(path, "r+b") as file:
         file.write(b"\xff" * before.st_size)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
-    with pytest.raises(UserError, match=r"a holds the id 65535, but the vocabulary ends at 4095"):
+    with pytest.raises(
+        UserError, match=r"a contains the id 65535, but the vocabulary ends at 4095"
+    ):
         own.batch(0)
 
 
@@ -331,7 +333,9 @@ def test_the_same_data_is_accepted_after_a_copy(own: TrainingData, tmp_path: Pat
 def test_a_source_prepared_anew_between_runs_is_named(own: TrainingData, tmp_path: Path):
     saved = json.loads(json.dumps(own.fingerprint()))
     write_numbered(tmp_path / "b", 501, 40)
-    with pytest.raises(UserError, match=r"b is not what the checkpoint was trained on: it has"):
+    with pytest.raises(
+        UserError, match=r"b differs from the data that the checkpoint was trained on: it has"
+    ):
         make_data(tmp_path).check_fingerprint(saved, 1)
 
 
@@ -341,7 +345,9 @@ def test_a_foreign_shard_replaced_between_runs_is_named(own: TrainingData, tmp_p
     content = bytearray((tmp_path / "b" / "train-00000.bin").read_bytes())
     content[6] ^= 1
     (tmp_path / "b" / "train-00000.bin").write_bytes(content)
-    with pytest.raises(UserError, match=r"b is not what the checkpoint was trained on"):
+    with pytest.raises(
+        UserError, match=r"b differs from the data that the checkpoint was trained on"
+    ):
         make_data(tmp_path).check_fingerprint(saved, 1)
 
 

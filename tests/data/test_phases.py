@@ -74,8 +74,10 @@ def test_rows_of_another_length_are_a_pass_of_their_own_and_the_log_says_so(fold
     data = make_data(folder, one, two)
     assert [data.seq_len(step) for step in (3, 4)] == [8, 16]
     assert data.batch(4).input_ids.shape == (2, 16)
-    told = [line for line in data.describe() if "pass of its own" in line]
-    assert told == ["phase two: b begins a pass of its own in rows of 16, beside that in rows of 8"]
+    logged = [line for line in data.describe() if "separate pass" in line]
+    assert logged == [
+        "phase two: b starts a separate pass in rows of 16, in addition to the pass in rows of 8"
+    ]
     read, rows = (
         data.mixtures.rows_read(8),
         {key: source.num_rows for key, source in data.mixtures.sources.items()},

@@ -92,7 +92,7 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path):
     broken.write_text('{"model": 3}')
     with pytest.raises(UserError, match=rf"{missing} does not exist; give the path"):
         load_tokenizer(str(missing))
-    with pytest.raises(UserError, match=rf"{broken} is no tokenizer.json: "):
+    with pytest.raises(UserError, match=rf"{broken} is not a tokenizer.json: "):
         load_tokenizer(str(broken))
     with pytest.raises(UserError, match=r"no token '<eot>'"):
         TOKENIZER.id("<eot>")

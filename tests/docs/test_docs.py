@@ -213,20 +213,20 @@ def rows_of(table: str, page: str) -> list[list[str]]:
 
 
 def test_the_page_on_backends_lists_those_that_are_registered():
-    told = {
+    listed = {
         row[0].strip("`"): re.findall(r"`(\w+)`", row[1])
         for row in rows_of("| Operation | Backends", "docs/backends.md")
     }
-    assert told == {
+    assert listed == {
         operation.name: [backend.name for backend in operation.backends] for operation in ALL
     }
 
 
 @pytest.mark.parametrize("row", rows_of("| Recipe | Parameters", "README.md"), ids=lambda r: r[0])
 def test_the_readme_counts_parameters_right(row: list[str]):
-    path, told = row[0].strip("`"), row[1]
+    path, written = row[0].strip("`"), row[1]
     config = load_recipe(ROOT / path).config.model
     with torch.device("meta"):
         count = count_parameters(HybridLM(config), config)
     unit, letter = (1e9, "B") if count.total > 1e9 else (1e6, "M")
-    assert told == f"{count.total / unit:.2f} {letter} ({count.active / unit:.2f} {letter})"
+    assert written == f"{count.total / unit:.2f} {letter} ({count.active / unit:.2f} {letter})"

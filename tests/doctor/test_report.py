@@ -69,7 +69,7 @@ def test_equal_ranks_on_two_machines_do_not_differ():
         (
             {"clock_s": -2.5},
             "The clock of rank 0 on node0 is 2.5 s ahead of that of rank 3 on node1; "
-            "synchronise them.",
+            "synchronize them.",
         ),
     ],
 )

@@ -137,8 +137,8 @@ def test_tensors_that_the_model_has_no_place_for_are_listed(single: Path, tmp_pa
     extra = {"backbone.layers.9.norm.weight": torch.ones(20), "mtp.layers.2.x": torch.ones(1)}
     edit(single, lambda tensors: tensors.update(extra))
     message = refusal(single, tmp_path / "run")
-    assert "1 tensors are too many: backbone.layers.9.norm.weight" in message
-    assert "1 tensors of multi-token prediction are too many (mtp.layers.2.x" in message
+    assert "1 tensors are not in the model: backbone.layers.9.norm.weight" in message
+    assert "1 tensors of multi-token prediction are not in the model (mtp.layers.2.x" in message
 
 
 def test_a_renamed_prefix_drops_nothing_in_silence(single: Path, tmp_path: Path):
@@ -148,7 +148,7 @@ def test_a_renamed_prefix_drops_nothing_in_silence(single: Path, tmp_path: Path)
     edit(single, rename)
     message = refusal(single, tmp_path / "run")
     assert "missing: backbone.embeddings.weight" in message
-    assert "too many: backbone.embedding.weight" in message
+    assert "not in the model: backbone.embedding.weight" in message
 
 
 @pytest.mark.parametrize(
@@ -202,8 +202,8 @@ def test_remote_code_is_ignored_and_said(
     assert import_(single, tmp_path / "run") == 0
     assert not (tmp_path / "ran").exists()
     output = capsys.readouterr().out
-    assert "auto_map names remote code: ignored" in output
-    assert "auto_map in tokenizer_config.json names remote code: left out" in output
+    assert "auto_map names remote code, which was ignored" in output
+    assert "auto_map in tokenizer_config.json names remote code, which was left out" in output
     assert export(tmp_path / "run", tmp_path / "out", check=False) == 0
     written = [p for p in (tmp_path / "out").glob("*.json") if b"evil." in p.read_bytes()]
     assert not written
@@ -233,11 +233,11 @@ def test_a_flipped_bit_is_found_by_the_hashes_of_our_own_export(run: Path, tmp_p
     ("name", "content", "words"),
     [
         ("config.json", None, "config.json does not exist"),
-        ("config.json", "{", "config.json is no JSON"),
-        ("config.json", "[]", "config.json is no JSON object"),
+        ("config.json", "{", "config.json is not valid JSON"),
+        ("config.json", "[]", "config.json is not a JSON object"),
         ("tokenizer.json", None, "tokenizer.json does not exist"),
-        ("tokenizer.json", "{}", "tokenizer.json is no tokenizer.json"),
-        ("generation_config.json", "{", "generation_config.json is no JSON"),
+        ("tokenizer.json", "{}", "tokenizer.json is not a tokenizer.json"),
+        ("generation_config.json", "{", "generation_config.json is not valid JSON"),
         (SINGLE, "<html>", "HTML"),
         (SINGLE, None, "holds neither"),
     ],

@@ -65,18 +65,18 @@ HOLE = b"""{"b": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]},
             "c": {"dtype": "F32", "shape": [1], "data_offsets": [8, 12]}}"""
 
 DAMAGE: dict[str, tuple[Callable[[bytes], bytes], list[str]]] = {
-    "cut in the data": (lambda old: old[:-7], ["cut short", "instead of"]),
-    "cut in the header": (lambda old: old[:40], ["cut short", "header"]),
+    "cut in the data": (lambda old: old[:-7], ["truncated", "instead of"]),
+    "cut in the header": (lambda old: old[:40], ["truncated", "header"]),
     "longer than it says": (lambda old: old + b"\0", ["instead of"]),
     "empty": (lambda old: b"", ["is empty"]),
     "a page": (lambda old: b"<!DOCTYPE html><html>404</html>", ["HTML", "download"]),
     "a pointer": (lambda old: b"version https://git-lfs.github.com/spec/v1\noid", ["LFS"]),
-    "other bytes": (lambda old: b"\xff" * 64, ["no safetensors"]),
-    "three bytes": (lambda old: b"abc", ["no safetensors"]),
+    "other bytes": (lambda old: b"\xff" * 64, ["not a safetensors"]),
+    "three bytes": (lambda old: b"abc", ["not a safetensors"]),
     "no JSON": (lambda old: header(b"{broken}"), ["header is damaged"]),
     "a list": (lambda old: header(b"[1]"), ["header is damaged"]),
     "no offsets": (lambda old: header(b'{"a": {"dtype": "F32"}}'), ["header is damaged"]),
-    "a hole": (lambda old: header(HOLE) + b"\0" * 12, ["no safetensors"]),
+    "a hole": (lambda old: header(HOLE) + b"\0" * 12, ["not a safetensors"]),
 }
 
 
@@ -96,7 +96,7 @@ def test_a_path_in_the_index_stays_inside_the_folder(folder: Path, name: object)
     rename(folder, {"a": FIRST, "b": name})
     message = refusal(folder)
     assert INDEX in message
-    assert "no plain file name" in message
+    assert "not a plain file name" in message
 
 
 def test_a_link_out_of_the_folder_is_refused(folder: Path, tmp_path: Path):

@@ -1,4 +1,4 @@
-"""NVFP4 in layouts: the same quantised weights, the same random bits, the same losses."""
+"""NVFP4 in layouts: the same quantized weights, the same random bits, the same losses."""
 
 from typing import Any
 
@@ -74,7 +74,7 @@ def alone(values: dict[str, Any]) -> dict[tuple[str, int], Outcome]:
 
 @pytest.mark.parametrize("precision", PRECISION)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_two_ranks_quantise_as_one(
+def test_two_ranks_quantize_as_one(
     pair: Pool, values: dict, alone: dict, precision: str, layout: str
 ):
     recipe = quantized(values, precision, 1) | {"parallel": LAYOUTS[layout]}
@@ -82,7 +82,7 @@ def test_two_ranks_quantise_as_one(
     # experts that ranks share meet the rows of all of them in one product
     expected = alone[precision, 2 if layout.startswith("ep2") else 1]
     first = outcomes[0]
-    # the same quantised weights; what is rounded to four bits may turn with bfloat16's last digit
+    # the same quantized weights; what is rounded to four bits may turn with bfloat16's last digit
     assert first.losses[0] == pytest.approx(expected.losses[0], rel=2e-3)
     assert first.losses == pytest.approx(expected.losses, rel=5e-3)
     gradients = joined([outcome.gradients for outcome in outcomes])

@@ -97,7 +97,7 @@ def test_a_damaged_part_of_one_rank_sends_all_to_the_checkpoint_before(
     for step, skipped in pair.run(find, together):
         assert step == 1
         half, uncommitted, damaged = skipped
-        assert half.startswith("step-00000004.tmp is half-written")
+        assert half.startswith("step-00000004.tmp is incomplete")
         assert uncommitted.startswith("step-00000003 is damaged (has no manifest.json")
         assert damaged == (
             "step-00000002 is damaged (the content of __1_0.distcp does not match its hash); "

@@ -122,7 +122,7 @@ def test_formats_that_are_emulated_are_predicted_as_if_they_were_not(
 ):
     words = ("--gpus", "256", "--hardware", "gb200", "parallel.ep=64", "precision.preset=mxfp8")
     _, text = answer(capsys, SUPER, *words)
-    assert "where no backend computes in the quantised formats" in text
+    assert "where no backend computes in the quantized formats" in text
     _, text = answer(capsys, SUPER, *words[:-1])
     assert "where no backend" not in text
 

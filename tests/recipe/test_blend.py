@@ -46,9 +46,9 @@ def test_a_group_shares_its_weight_by_its_members_weights_and_tiers():
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ({"name": "x", "path": "p", "tier": "gold"}, "tier 'gold' of 'x' is no key of tiers"),
+        ({"name": "x", "path": "p", "tier": "gold"}, "tier 'gold' of 'x' is not a key of tiers"),
         ({"name": "g", "path": "p", "sources": [{"name": "code"}]}, "has a path and members"),
-        ({"name": "g", "sources": [{"name": "web"}]}, "'web' has no path and is no embedded"),
+        ({"name": "g", "sources": [{"name": "web"}]}, "'web' has no path and is not an embedded"),
         ({"name": "g", "sources": [{"name": "code"}, {"name": "code"}]}, "names 'code' twice"),
         ({"name": "g", "sources": [{"name": "code", "weight": 0}]}, "greater than 0"),
     ],
@@ -81,7 +81,7 @@ def test_megatrons_forms_are_understood():
         ([0.3, "a", 0.7], "has 3 entries; write weight and prefix in turn"),
         ([0.3, "a", -1, "b"], "entries 2 and 3: -1, 'b' must be a weight above 0"),
         ([0.3, 4], "must be a weight above 0"),
-        ({"train": [1, "a"], "dev": []}, "'dev' is no split"),
+        ({"train": [1, "a"], "dev": []}, "'dev' is not a split"),
         ({"train": []}, "train is empty"),
     ],
 )

@@ -110,8 +110,8 @@ def test_layouts_that_were_published_are_these(recipe: str, tp: int, pp: int, cp
 
 def test_only_blackwell_computes_in_nvfp4():
     presets = {name(path): load_recipe(path).config.precision.preset for path in LAID_OUT}
-    quantised = {recipe: preset for recipe, preset in presets.items() if preset != "bf16"}
-    assert quantised == {"super/pretrain_64xb200.yaml": "nvfp4_super"}
+    quantized = {recipe: preset for recipe, preset in presets.items() if preset != "bf16"}
+    assert quantized == {"super/pretrain_64xb200.yaml": "nvfp4_super"}
 
 
 def long_context(model: str) -> PretrainConfig:

@@ -22,7 +22,7 @@ def main() -> int:
         if not recipe.endswith(".yaml"):
             print(f"nemotron: {recipe} is no recipe.", file=sys.stderr)
             return 2
-        print(f"{recipe}: fine; it makes the run {folder(overrides)}")
+        print(f"{recipe}: valid; it creates the run {folder(overrides)}")
         return 0
     if "--dry-run" in arguments:
         print("dry run", os.environ["WORLD_SIZE"], *arguments)

@@ -69,7 +69,7 @@ def test_the_lock_of_a_dead_process_is_no_obstacle(recipe):
 def test_an_existing_run_is_never_touched_without_resume(recipe):
     config = pretend_run(recipe)
     before = listing(Path(config.output))
-    with pytest.raises(UserError, match=r"holds a run at step 0 of 8; add --resume"):
+    with pytest.raises(UserError, match=r"contains a run at step 0 of 8; add --resume"):
         train(config)
     assert listing(Path(config.output)) == before
 

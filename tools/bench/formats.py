@@ -215,7 +215,7 @@ def _layer(
         narrow = weight.bfloat16()
         return grouped_linear(x, narrow, counts) if shape.experts else F.linear(x, narrow)
 
-    def quantised(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
+    def quantized(layer: Layer) -> Callable[[Tensor, Tensor], Tensor]:
         if shape.experts:
             return lambda x, weight: layer.grouped(x, weight, counts, "weight", draw)
         return lambda x, weight: layer.linear(x, weight, draw)
@@ -224,7 +224,7 @@ def _layer(
     for format, scheme in SCHEMES.items():
         for backend in fit(format, [(shape.out, shape.width)], device):
             layer = backend.function({"weight": scheme}, format, NVFP4Config())
-            runs[format, backend.name] = passes(quantised(layer))
+            runs[format, backend.name] = passes(quantized(layer))
     experts = f"{shape.experts} x " if shape.experts else ""
     what = f"{shape.kind} {experts}{shape.out} x {shape.width}, {rows} rows"
     yield from _compared({"model": model, "layer": what}, runs, options)

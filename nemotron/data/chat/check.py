@@ -50,7 +50,7 @@ def _check_role(role: object, where: str, *, is_first: bool) -> None:
     if role not in ROLES:
         raise ValueError(f"{where}.role is {role!r}; give one of {', '.join(ROLES)}.")
     if role == "system" and not is_first:
-        raise ValueError(f"{where}.role is system; only the first message can be that.")
+        raise ValueError(f"{where}.role is system; only the first message may have this role.")
 
 
 def _check_content(message: Message, where: str) -> None:
@@ -65,7 +65,7 @@ def _check_content(message: Message, where: str) -> None:
                 or not isinstance(part.get("text"), str)
             ):
                 raise ValueError(
-                    f"{where}.content[{index}] is no text part; "
+                    f"{where}.content[{index}] is not a text part; "
                     'give {"type": "text", "text": a string}.'
                 )
     elif not isinstance(content, str):
@@ -98,7 +98,7 @@ def _check_calls(message: Message, where: str) -> None:
         function = _function(call)
         if function is None:
             raise ValueError(
-                f"{here} names no function; "
+                f"{here} does not name a function; "
                 'give {"type": "function", "function": {"name": a string, "arguments": an object}}.'
             )
         written = json.dumps([function["name"], call_arguments(function, here)], ensure_ascii=False)
@@ -115,12 +115,13 @@ def _check_tools(tools: object) -> None:
         function = _function(tool)
         if function is None:
             raise ValueError(
-                f"{where} names no function; "
+                f"{where} does not name a function; "
                 'give {"type": "function", "function": {"name": a string, "parameters": a schema}}.'
             )
         if not _is_schema(function.get("parameters") or {}):
             raise ValueError(
-                f"{where}: the parameters of {function['name']} are no JSON schema of an object; "
+                f"{where}: the parameters of {function['name']} are not a JSON schema of an "
+                "object; "
                 'give {"type": "object", "properties": {a name: its schema}}.'
             )
         _refuse_turn_tokens(json.dumps(function, ensure_ascii=False, default=str), where)
@@ -130,7 +131,8 @@ def _refuse_turn_tokens(text: str, where: str) -> None:
     for token in TURN_TOKENS:
         if token in text:
             raise ValueError(
-                f"{where} contains {token}, which would forge a turn; take it out of the text."
+                f"{where} contains {token}, which marks the bounds of a turn; remove it from the "
+                "text."
             )
 
 
@@ -148,8 +150,8 @@ def call_arguments(function: Message, where: str) -> Mapping[str, Any]:
             arguments = None
     if not isinstance(arguments, Mapping):
         raise ValueError(
-            f"{where}: the arguments of {function.get('name')} are no JSON object; "
-            "give one, or its text."
+            f"{where}: the arguments of {function.get('name')} are not a JSON object; "
+            "give an object, or its JSON text."
         )
     return arguments
 

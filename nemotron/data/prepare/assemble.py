@@ -18,7 +18,7 @@ def assemble(
     options: PrepareOptions,
     inputs: Sequence[dict[str, Any]],  # Any: strings and numbers
 ) -> Manifest:
-    """Write the manifest; nothing in it hangs on when or by how many processes it was made."""
+    """Write the manifest, which does not depend on the time or the number of processes."""
     counts = Counts()
     for receipt in receipts:
         counts = counts.plus(receipt.counts)

@@ -1,4 +1,4 @@
-"""What `nemotron data prepare` says."""
+"""The command `nemotron data prepare` and its output."""
 
 import os
 import sys
@@ -25,7 +25,7 @@ def prepare(
     overwrite: bool,
     dry_run: bool,
 ) -> int:
-    """Prepare data and say what came of it.
+    """Prepare data and print a summary.
 
     Raises:
         UserError: as `nemotron.data.prepare.run.prepare` does.
@@ -56,7 +56,7 @@ def prepare(
 
 
 def describe(manifest: Manifest, out: Path) -> list[str]:
-    """Return what a prepared folder holds, in words."""
+    """Return lines that describe a prepared folder."""
     counts = manifest.counts
     lines = [
         f"{out}: {counts.documents:,} documents with {counts.tokens:,} tokens to train on, "
@@ -67,10 +67,10 @@ def describe(manifest: Manifest, out: Path) -> list[str]:
         "empty": counts.empty,
         "filtered out": counts.filtered,
         "unreadable": counts.bad,
-        "without anything to learn": counts.unsupervised,
+        "without a supervised token": counts.unsupervised,
     }
     if any(left_out.values()):
-        told = ", ".join(f"{number:,} {what}" for what, number in left_out.items() if number)
-        lines.append(f"left out: {told}")
+        listed = ", ".join(f"{number:,} {what}" for what, number in left_out.items() if number)
+        lines.append(f"left out: {listed}")
     lines.append(f"use it as: sources: [{{name: {out.name}, path: {out}}}]")
     return lines

@@ -117,7 +117,7 @@ def open_parquet(path: str) -> Any:  # Any: pyarrow has no types
         return pyarrow.parquet.ParquetFile(path, memory_map=True)
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
-            f"{path} is no readable parquet file: {' '.join(str(error).split())[:200]}"
+            f"{path} is not a readable parquet file: {' '.join(str(error).split())[:200]}"
         ) from None
 
 
@@ -127,7 +127,7 @@ def _files(source: str) -> Iterator[str]:
         readable = [path for path in found if kind_of(path)]
         if not readable:
             raise UserError(
-                f"{source} holds no file to read ({', '.join(KINDS)}, also with "
+                f"{source} contains no file to read ({', '.join(KINDS)}, also with "
                 f"{' or '.join(COMPRESSED)}); name the files one by one to read them as text."
             )
         yield from readable

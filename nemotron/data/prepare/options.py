@@ -1,4 +1,4 @@
-"""What `nemotron data prepare` is told, as far as it changes the output."""
+"""The options of `nemotron data prepare` that change its output."""
 
 import json
 import operator
@@ -49,11 +49,11 @@ class PrepareOptions(Section):
     column: str = "text"
     filters: Annotated[tuple[str, ...], Field(strict=False)] = ()
     separator: str | None = None
-    """Text between two documents of a text file; absent: a file is a document."""
+    """Text between two documents of a text file; absent: a file is one document."""
     eod_token: str = "</s>"
     validation_fraction: float = Field(0.01, ge=0, lt=1)
     max_row_bytes: int = Field(1 << 28, gt=0)
-    """A longer row of a JSON-lines file counts as bad, so that memory stays bounded."""
+    """A longer row of a JSON-lines file counts as unreadable, so that memory stays bounded."""
     hub: HubOptions = HubOptions()
     chat: ChatOptions | None = None
 
@@ -78,12 +78,12 @@ def parse_filter(text: str) -> Filter:
     """Read a filter as a user writes it: COLUMN, a comparison, a JSON value or plain text.
 
     Raises:
-        UserError: when it is none.
+        UserError: when the text is not a filter.
     """
     match = re.fullmatch(r"\s*([\w.-]+)\s*(==|!=|>=|<=|>|<|~)\s*(.+?)\s*", text)
     if match is None:
         raise UserError(
-            f"--filter {text!r} is no comparison; write for example 'score >= 0.5', "
+            f"--filter {text!r} is not a comparison; write for example 'score >= 0.5', "
             "'lang == en' or 'url ~ ^https'."
         )
     column, comparison, value = match.groups()

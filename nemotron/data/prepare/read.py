@@ -84,7 +84,7 @@ def read_text(piece: Piece, separator: str | None, tick: Tick) -> Iterator[Chunk
                     rest = rest[len(rest) - keep :]
             rest += decoder.decode(b"", final=True)
         except UnicodeDecodeError as error:
-            yield Bad(f"{piece.path} near byte {done + error.start}", "is no UTF-8 text")
+            yield Bad(f"{piece.path} near byte {done + error.start}", "is not UTF-8 text")
             return
     yield Chunk(rest, is_last=True)
     tick(piece.size if compressed else 0)
@@ -145,21 +145,21 @@ def _parse_line(
     line: bytes, place: Place, too_long: bool, most: int
 ) -> Iterator[tuple[Place, Mapping[str, Any]] | Bad]:
     if too_long:
-        yield Bad(place(), f"is longer than {most} bytes, the most for a row")
+        yield Bad(place(), f"is longer than {most} bytes, the limit for a row")
         return
     if not line.strip():
         return
     try:
         row = json.loads(line)
     except UnicodeDecodeError:
-        yield Bad(place(), "is no UTF-8 text")
+        yield Bad(place(), "is not UTF-8 text")
     except (ValueError, RecursionError) as error:
-        yield Bad(place(), f"is no JSON ({getattr(error, 'msg', 'nested too deep')})")
+        yield Bad(place(), f"is not valid JSON ({getattr(error, 'msg', 'nested too deep')})")
     else:
         if isinstance(row, dict):
             yield place, row
         else:
-            yield Bad(place(), "is no JSON object")
+            yield Bad(place(), "is not a JSON object")
 
 
 def _line_name(path: str, number: int) -> str:

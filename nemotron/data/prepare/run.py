@@ -32,7 +32,7 @@ POLLED_S = 0.5
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker is told once."""
+    """What a worker receives once, at its start."""
 
     folder: Path
     work: Path
@@ -90,7 +90,8 @@ def prepare(
     except OSError as error:
         where = error.filename or folder
         raise UserError(
-            f"{where} cannot be written: {error.strerror or error}; make room and give the same "
+            f"{where} cannot be written: {error.strerror or error}; free some space and run the "
+            "same "
             "command again: finished shards are kept."
         ) from None
     return manifest
@@ -110,7 +111,7 @@ def _finished(out: Path, work: Path, identity: dict[str, Any]) -> Manifest:
     """Return the manifest of an output that is there and is what would be made."""
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
-        raise UserError(f"{out} exists and is no prepared data; choose another --out.")
+        raise UserError(f"{out} exists and is not prepared data; choose another --out.")
     known = manifest.model_dump(mode="json")
     if any(known[key] != value for key, value in identity.items()):
         raise UserError(
@@ -132,7 +133,8 @@ def _workplace(job: Job, made: Plan, tokenizer: Tokenizer) -> Iterator[None]:
             raise UserError(f"{job.work} is in use by another preparation; wait for it to end.")
         if plan_file.exists() and json.loads(plan_file.read_text()) != identity:
             raise UserError(
-                f"{job.folder} was begun with other input or options; give the command that began "
+                f"{job.folder} was started with other input or options; run the command that "
+                "started "
                 f"it, or remove {job.folder} and {job.work}."
             )
         job.folder.mkdir(exist_ok=True)
@@ -201,8 +203,8 @@ def _in_processes(
                     yield running.pop(future), future.result()
         except BrokenProcessPool:
             raise UserError(
-                "a worker process was ended from outside (out of memory?); use fewer --workers "
-                "and give the same command again: finished shards are kept."
+                "a worker process was killed (out of memory?); use fewer --workers "
+                "and run the same command again: finished shards are kept."
             ) from None
         finally:
             if running:
@@ -289,7 +291,7 @@ def _check_bad_rows(receipts: dict[int, Receipt], job: Job) -> None:
 def _too_many(first: str, count: int, job: Job) -> TooManyBadRows:
     return TooManyBadRows(
         f"{first} ({count} bad rows so far, --max-bad-rows {job.max_bad_rows}); correct the input, "
-        "or allow more and give the command again: finished shards are kept."
+        "or allow more and run the command again: finished shards are kept."
     )
 
 

@@ -66,7 +66,7 @@ def write_unit(
 ) -> Receipt:
     """Write the shards of a unit; either all of their files appear or none counts.
 
-    `on_bad` is told each bad row at once, and may raise to stop.
+    `on_bad` is called for each bad row at once, and may raise to stop.
     """
     tally = Tally(on_bad)
     if options.chat is not None:
@@ -175,7 +175,7 @@ def _texts(
         if isinstance(text, str):
             yield Chunk(text, is_last=True)
         elif options.column in row:
-            tally.bad(Bad(place(), f"has a {options.column} that is no text"))
+            tally.bad(Bad(place(), f"has a {options.column} that is not text"))
         else:
             names = ", ".join(row) or "none"
             tally.bad(Bad(place(), f"has no column {options.column} (its columns: {names})"))

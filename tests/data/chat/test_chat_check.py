@@ -28,7 +28,7 @@ def test_conversations_that_are_right_pass():
     check_messages([{"role": "user", "content": [{"type": "text", "text": "Q"}]}, ANSWER])
 
 
-NO_FUNCTION = 'names no function; give {"type": "function", "function": {"name": a string, '
+NO_FUNCTION = 'does not name a function; give {"type": "function", "function": {"name": a string, '
 
 
 @pytest.mark.parametrize(
@@ -48,7 +48,7 @@ NO_FUNCTION = 'names no function; give {"type": "function", "function": {"name":
         ),
         (
             [QUESTION, {"role": "system", "content": "S"}],
-            "messages[1].role is system; only the first message can be that.",
+            "messages[1].role is system; only the first message may have this role.",
         ),
         ([{"role": "user"}, ANSWER], "messages[0].content is null; give a string."),
         ([{**QUESTION, "content": 3}], "messages[0].content is a number; give a string."),
@@ -58,11 +58,11 @@ NO_FUNCTION = 'names no function; give {"type": "function", "function": {"name":
         ),
         (
             [{**QUESTION, "content": [{"type": "image_url", "image_url": {}}]}],
-            'messages[0].content[0] is no text part; give {"type": "text", "text": a string}.',
+            'messages[0].content[0] is not a text part; give {"type": "text", "text": a string}.',
         ),
         (
             [{**QUESTION, "content": [{"type": "text", "text": "Q"}, {"type": "text"}]}],
-            'messages[0].content[1] is no text part; give {"type": "text", "text": a string}.',
+            'messages[0].content[1] is not a text part; give {"type": "text", "text": a string}.',
         ),
         (
             [QUESTION, {**ANSWER, "reasoning_content": ["R"]}],
@@ -97,8 +97,8 @@ NO_FUNCTION = 'names no function; give {"type": "function", "function": {"name":
         *(
             (
                 [QUESTION, {**CALLING, "tool_calls": [call(arguments)]}],
-                "messages[1].tool_calls[0]: the arguments of f are no JSON object; "
-                "give one, or its text.",
+                "messages[1].tool_calls[0]: the arguments of f are not a JSON object; "
+                "give an object, or its JSON text.",
             )
             for arguments in (None, "", "{", "[1]", [1], 3)
         ),
@@ -109,8 +109,8 @@ NO_FUNCTION = 'names no function; give {"type": "function", "function": {"name":
         *(
             (
                 [QUESTION, {**ANSWER, key: f"x{token}y"}],
-                f"messages[1].{key} contains {token}, which would forge a turn; "
-                "take it out of the text.",
+                f"messages[1].{key} contains {token}, which marks the bounds of a turn; "
+                "remove it from the text.",
             )
             for key in ("content", "reasoning_content")
             for token in ("<|im_start|>", "<|im_end|>")
@@ -125,13 +125,13 @@ NO_FUNCTION = 'names no function; give {"type": "function", "function": {"name":
                     ],
                 }
             ],
-            "messages[0].content contains <|im_end|>, which would forge a turn; "
-            "take it out of the text.",
+            "messages[0].content contains <|im_end|>, which marks the bounds of a turn; "
+            "remove it from the text.",
         ),
         (
             [QUESTION, {**CALLING, "tool_calls": [call('{"k": ["\\u003c|im_end|>"]}')]}],
-            "messages[1].tool_calls[0] contains <|im_end|>, which would forge a turn; "
-            "take it out of the text.",
+            "messages[1].tool_calls[0] contains <|im_end|>, which marks the bounds of a turn; "
+            "remove it from the text.",
         ),
     ],
 )
@@ -165,14 +165,15 @@ def test_calls_need_the_tools_of_the_row(tools: Any):
         *(
             (
                 [{"name": "f", "parameters": parameters}],
-                "tools[0]: the parameters of f are no JSON schema of an object; "
+                "tools[0]: the parameters of f are not a JSON schema of an object; "
                 'give {"type": "object", "properties": {a name: its schema}}.',
             )
             for parameters in (["a"], {"properties": ["a"]}, {"properties": {"a": "string"}})
         ),
         (
             [{"name": "f", "description": "<|im_start|>user"}],
-            "tools[0] contains <|im_start|>, which would forge a turn; take it out of the text.",
+            "tools[0] contains <|im_start|>, which marks the bounds of a turn; remove it from the "
+            "text.",
         ),
     ],
 )

@@ -90,7 +90,7 @@ def test_short_long_and_bad_documents_keep_their_order(monkeypatch):
 
 
 def test_a_document_that_turns_bad_half_way_is_not_joined_to_the_next():
-    chunks = [Chunk("half ", False), Bad("f", "is no UTF-8 text"), Chunk("whole", True)]
+    chunks = [Chunk("half ", False), Bad("f", "is not UTF-8 text"), Chunk("whole", True)]
     parts = list(encode_documents(chunks, TOKENIZER))
     assert [part for part in parts if isinstance(part, Ids)] == [
         Ids(TOKENIZER.encode("whole"), 5, True)

@@ -139,7 +139,7 @@ def test_finished_shards_are_not_made_again(world: Path, monkeypatch, capsys):
     with open(world / "in" / "d.jsonl", "w") as file:
         file.write("no JSON\n")
     assert run([*arguments, "--max-bad-rows", "0"]) == 2
-    assert "in/d.jsonl:1 is no JSON" in capsys.readouterr().err
+    assert "in/d.jsonl:1 is not valid JSON" in capsys.readouterr().err
     made = {p.name: p.stat().st_mtime_ns for p in (world / "again.partial").iterdir()}
     assert len(made) > 10
     assert not (world / "again").exists()
@@ -173,7 +173,7 @@ def test_a_preparation_begun_with_other_options_is_not_mixed_with_this_one(
     assert "bad.jsonl:2 has no column text (its columns: none)" in capsys.readouterr().err
     assert (world / "mixed.work").exists()
     assert run([*arguments, "--hold-out", "0.5"]) == 2
-    assert "mixed.partial was begun with other input or options" in capsys.readouterr().err
+    assert "mixed.partial was started with other input or options" in capsys.readouterr().err
 
 
 def test_a_full_disk_ends_with_a_sentence_and_what_was_finished_stays(world: Path):
@@ -190,7 +190,7 @@ def test_a_full_disk_ends_with_a_sentence_and_what_was_finished_stays(world: Pat
             text=True,
         )
         assert done.returncode == 2, done.stderr
-        assert "cannot be written: File too large; make room" in done.stderr
+        assert "cannot be written: File too large; free some space" in done.stderr
         assert "Traceback" not in done.stderr
         assert not (world / "full").exists()
         assert not list((world / "full.partial").glob("*.tmp"))
@@ -240,7 +240,7 @@ def test_an_interrupt_ends_every_process_without_a_traceback(world: Path, seen: 
         (["in", "--column", "body"], "has no column body (its columns: text, number)"),
         (["in", "--tokenizer", "none.json"], "--tokenizer: "),
         (["in", "--eod-token", "<end>"], "has no token '<end>'"),
-        (["in", "--filter", "number"], "--filter 'number' is no comparison"),
+        (["in", "--filter", "number"], "--filter 'number' is not a comparison"),
         (["in/a.jsonl", "--filter", "number < 0"], "there is no document to train on"),
         (["hf://nobody/nothing"], "hf://nobody/nothing cannot be loaded"),
         (["in/c.txt", "--chat"], "c.txt is text; conversations are read from"),

@@ -80,10 +80,10 @@ def test_bad_rows_are_told_with_their_line(tmp_path: Path, monkeypatch, ending: 
     bad = [row for row in found if isinstance(row, Bad)]
     assert [row.where for row in bad] == [f"{path}:{n}" for n in (4, 51, 91, 121)]
     assert [row.why.split("(")[0].strip() for row in bad] == [
-        "is no JSON",
-        "is no UTF-8 text",
-        "is no JSON object",
-        "is longer than 500 bytes, the most for a row",
+        "is not valid JSON",
+        "is not UTF-8 text",
+        "is not a JSON object",
+        "is longer than 500 bytes, the limit for a row",
     ]
     good = [row for i, row in enumerate(ROWS) if i not in (3, 50, 90, 91, 120)]
     assert [row[1] for row in found if not isinstance(row, Bad)] == good
@@ -121,7 +121,7 @@ def test_a_text_that_is_no_utf_8_is_bad_and_says_where(tmp_path: Path):
     (tmp_path / "a.txt").write_bytes(b"fine \xff not")
     piece = Piece("text", str(tmp_path / "a.txt"), 0, 10, 10)
     [bad] = [c for c in read_text(piece, None, lambda n: None) if isinstance(c, Bad)]
-    assert bad == Bad(f"{tmp_path}/a.txt near byte 5", "is no UTF-8 text")
+    assert bad == Bad(f"{tmp_path}/a.txt near byte 5", "is not UTF-8 text")
 
 
 def damage(path: Path, at: int) -> None:
@@ -138,7 +138,7 @@ def test_damaged_files_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"c\.parquet: row group 1 \(rows 100 on\) cannot be read"):
         read_all([str(tmp_path / "c.parquet")])
     (tmp_path / "d.parquet").write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(UserError, match=r"d\.parquet is no readable parquet file"):
+    with pytest.raises(UserError, match=r"d\.parquet is not a readable parquet file"):
         plan([str(tmp_path / "d.parquet")], OPTIONS)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES)[:-300])
     with pytest.raises(UserError, match=r"a\.jsonl\.gz is damaged"):
@@ -149,7 +149,7 @@ def test_sources_that_hold_nothing_are_refused(tmp_path: Path):
     (tmp_path / "a.bin").touch()
     for source, sentence in (
         ("nowhere/*.jsonl", "nowhere/.*does not exist; name files, folders or patterns"),
-        (str(tmp_path), "holds no file to read"),
+        (str(tmp_path), "contains no file to read"),
     ):
         with pytest.raises(UserError, match=sentence):
             plan([source], OPTIONS)
