@@ -296,11 +296,11 @@ def data_plan(recipe: RecipeFile, overrides: Overrides = None) -> int:
 
 def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
     from nemotron.recipe.load import load_recipe
-    from nemotron.train.schedule import plan_course
+    from nemotron.train.schedule import plan_training
     from nemotron.train.start import open_data
 
     config = load_recipe(recipe, overrides or []).pretraining
-    return open_data(config, plan_course(config))
+    return open_data(config, plan_training(config))
 
 
 @app.command(
@@ -390,12 +390,17 @@ def generate(
     seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
     stream: Annotated[bool, typer.Option(help="Print tokens while generating.")] = True,
     device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
+    recipe_ops: Annotated[
+        bool, typer.Option(help="Use the backends that the run's recipe names.")
+    ] = True,
 ) -> int:
     """Continue one or more prompts."""
     from nemotron.generate.command import generate as run
     from nemotron.loading import load_with_tokenizer
+    from nemotron.loading import recipe_ops as read_ops
 
-    loaded, tokenizer = load_with_tokenizer(model)
+    ops = read_ops(model) if recipe_ops else None
+    loaded, tokenizer = load_with_tokenizer(model, ops=ops)
     return run(
         loaded,
         tokenizer,

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
 from nemotron.checkpoint.read import read_model
@@ -14,24 +15,32 @@ from nemotron.hf.import_ import check_tokenizer
 from nemotron.hf.tokenizer_files import TOKENIZER
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from nemotron.ops.apply import apply as apply_ops
+from nemotron.ops.config import OpsConfig
+from nemotron.recipe.explain import explain
+from nemotron.recipe.read import read_yaml
 from nemotron.run.files import RunFiles
+from nemotron.train.config import RunConfig
 
 
 def load(
     path: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    ops: OpsConfig | None = None,
 ) -> HybridLM:
     """Return the model of a run, a checkpoint or an exported folder.
 
-    `dtype` is that of activations and matrix products; the weights themselves stay float32. Use it
-    as `model.logits(model(input_ids))`.
+    `dtype` is that of activations and matrix products; the weights themselves stay float32. `ops`
+    names the backends of the operations; by default the fastest are used. Use the model as
+    `model.logits(model(input_ids))`.
 
     Raises:
-        UserError: when there is no model, or its files are damaged.
+        UserError: when there is no model, its files are damaged, or a backend is missing.
     """
     config, weights = read_weights(Path(path))
     model = build_around(config, weights)
+    apply_ops(model, ops or OpsConfig())
     model.compute_dtype = dtype
     return model.to(device)
 
@@ -40,13 +49,14 @@ def load_with_tokenizer(
     path: str | Path,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
+    ops: OpsConfig | None = None,
 ) -> tuple[HybridLM, Tokenizer]:
-    """Return the model and the tokenizer that lies with it.
+    """Return the model, as `load` does, and the tokenizer that lies with it.
 
     Raises:
-        UserError: when one of them is absent or damaged.
+        UserError: when one of them is absent or damaged, or a backend is missing.
     """
-    model, path = load(path, device, dtype), Path(path)
+    model, path = load(path, device, dtype, ops), Path(path)
     if is_exported(path):
         home = path / TOKENIZER
     elif (run := RunFiles.around(path)) is not None:
@@ -56,6 +66,28 @@ def load_with_tokenizer(
             f"{path} is not inside a run, so its tokenizer is unknown; give a run's folder."
         )
     return model, Tokenizer(check_tokenizer(home, model.config.vocab_size))
+
+
+class _OpsOfRecipe(BaseModel):
+    """A recipe of which nothing else is read."""
+
+    ops: OpsConfig = OpsConfig()
+
+
+def recipe_ops(path: Path) -> OpsConfig:
+    """Return the backends that the recipe of a run names; an exported folder names none.
+
+    Raises:
+        UserError: when the recipe cannot be read.
+    """
+    run = RunFiles.around(path)
+    if is_exported(path) or run is None or not run.recipe.is_file():
+        return OpsConfig()
+    document = read_yaml(run.recipe)
+    try:
+        return _OpsOfRecipe.model_validate(document.values).ops
+    except ValidationError as error:
+        raise UserError(explain(error, RunConfig, document.places, str(run.recipe))) from error
 
 
 def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

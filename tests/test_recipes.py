@@ -14,7 +14,7 @@ from nemotron.recipe.blend import read_blend
 from nemotron.recipe.load import load_recipe
 from nemotron.train.config import PretrainConfig
 from nemotron.train.flops import count_parameters
-from nemotron.train.schedule import Schedule, build_schedule, plan_course
+from nemotron.train.schedule import Schedule, build_schedule, plan_training
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 BLENDS = sorted(RECIPES.rglob("blends/*.yaml"))
@@ -37,10 +37,10 @@ def test_every_recipe_loads_with_a_model_and_a_schedule_that_can_be_built(path: 
     with torch.device("meta"):
         count = count_parameters(HybridLM(config.model), config.model)
     assert (count.total, count.active) == total_and_active(config.model)
-    course = plan_course(config)
-    assert 0 < course.lr(0) <= config.schedule.peak
+    plan = plan_training(config)
+    assert 0 < plan.lr(0) <= config.schedule.peak
     end = config.schedule.peak if config.schedule.kind == "constant" else config.schedule.min
-    assert course.lr(course.num_steps - 1) == pytest.approx(end, rel=0.01)
+    assert plan.lr(plan.num_steps - 1) == pytest.approx(end, rel=0.01)
 
 
 # Sums and numbers of entries of the files in NVIDIA-NeMo/Nemotron; Nano's long context is ours.
@@ -61,7 +61,7 @@ def test_blends_have_the_published_weights(name: str, entries: int, total: float
 
 
 def test_super_changes_its_blend_after_four_fifths_of_the_tokens():
-    diversity, quality = plan_course(load("super")).timeline.phases
+    diversity, quality = plan_training(load("super")).timeline.phases
     assert diversity.num_steps == 794_723
     assert diversity.num_steps + quality.num_steps == 993_411
     names = [{leaf.source.name for leaf in p.lengths[0].leaves} for p in (diversity, quality)]
@@ -70,7 +70,7 @@ def test_super_changes_its_blend_after_four_fifths_of_the_tokens():
 
 
 def test_the_second_phase_of_nano_begins_after_its_decay():
-    diversity, quality = plan_course(load("nano")).timeline.phases
+    diversity, quality = plan_training(load("nano")).timeline.phases
     assert diversity.num_steps * diversity.tokens_per_step == pytest.approx(23.5e12, rel=1e-6)
     assert diversity.num_steps + quality.num_steps == 993_411
     assert schedule_of(load("nano")).total - schedule_of(load("nano")).decay == 20e12

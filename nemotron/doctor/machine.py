@@ -10,7 +10,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemotron.device import GIB, find_device, host_memory
-from nemotron.ops.describe import ALL, training_call
+from nemotron.ops.apply import ALL
+from nemotron.ops.describe import training_call
 from nemotron.ops.registry import Backend, Call
 from nemotron.precision.backends import FORMATS, choose, format_call, in_order
 

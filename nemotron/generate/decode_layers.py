@@ -13,14 +13,12 @@ from torch import Tensor, nn
 
 from nemotron.model.attention import Attention
 from nemotron.model.cache import AttentionState, MambaState
-from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Linear
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import Routing
-from nemotron.ops.gated_rms_norm import gated_rms_norm
 
 FEW_TOKENS = 8
 """Up to so many tokens pass their experts one by one; the experts read twice cost little yet."""
@@ -30,11 +28,11 @@ FEW_TOKENS = 8
 def prepare_weights(model: HybridLM) -> HybridLM:
     """Cast the matrices to the compute dtype and lay them out anew, in place; return the model."""
     dtype = model.compute_dtype or model.backbone.embeddings.weight.dtype
-    _replace(model, model.config, dtype)
+    _replace(model, dtype)
     return model.requires_grad_(False)
 
 
-def _replace(parent: nn.Module, config: ModelConfig, dtype: torch.dtype) -> None:
+def _replace(parent: nn.Module, dtype: torch.dtype) -> None:
     """Put what decodes faster in the place of every module below `parent`."""
     for name, child in list(parent.named_children()):
         if isinstance(child, Linear):
@@ -48,12 +46,12 @@ def _replace(parent: nn.Module, config: ModelConfig, dtype: torch.dtype) -> None
             if child.experts.up_proj.device.type == "cpu":
                 setattr(parent, name, FewTokensMoE(child))
         elif isinstance(child, Mamba2):
-            child = MambaStep(child, config)
+            child = MambaStep(child)
             setattr(parent, name, child)
         elif isinstance(child, Attention):
-            child = JointAttention(child, config)
+            child = JointAttention(child)
             setattr(parent, name, child)
-        _replace(child, config, dtype)
+        _replace(child, dtype)
 
 
 def _can_pack(weight: Tensor) -> bool:
@@ -147,14 +145,18 @@ class FewTokensMoE(nn.Module):
         return routed if self.includes_shared else routed + moe.shared_experts(x)
 
 
+def _take_over(new: nn.Module, old: nn.Module) -> None:
+    """Give a module what another one holds: parameters, children, settings, operations."""
+    for name, value in vars(old).items():
+        vars(new)[name] = value.copy() if isinstance(value, dict) else value
+
+
 class MambaStep(Mamba2):
     """Mixes one token of each row by the recurrence itself, several as in training."""
 
-    def __init__(self, mamba: Mamba2, config: ModelConfig) -> None:
-        with torch.device("meta"):
-            super().__init__(config)
-        self.load_state_dict(mamba.state_dict(), assign=True)
-        self.taps = self.conv1d.weight.squeeze(1).T.contiguous()  # [W, C]
+    def __init__(self, mamba: Mamba2) -> None:
+        _take_over(self, mamba)
+        self.kernel = self.conv1d.weight.squeeze(1).T.contiguous()  # [W, C]
         self.decay = -self.A_log.exp().view(-1, 1, 1)
         self.skip, self.gain = self.D.view(-1, 1, 1), self.norm.weight
 
@@ -170,7 +172,7 @@ class MambaStep(Mamba2):
         z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
         window = torch.cat([state.conv, xBC], dim=1)  # [B, W, C]
         state.conv = window[:, 1:]
-        mixed = (window * self.taps).sum(1)
+        mixed = (window * self.kernel).sum(1)
         if self.conv1d.bias is not None:
             mixed += self.conv1d.bias
         inner, bc = self.splits[0], self.num_groups * self.state_size
@@ -186,19 +188,20 @@ class MambaStep(Mamba2):
         states.addcmul_((dt * x).view(states.shape[0], -1, 1), B)
         y = torch.bmm(C, states.mT).view_as(x).addcmul_(x, self.skip)
         y = y.view_as(z).to(u.dtype)
-        return self.out_proj(gated_rms_norm(y, z, self.gain, self.num_groups, self.norm.eps))
+        y = self.gated_rms_norm(y, z, self.gain, self.num_groups, self.norm.eps)
+        return self.out_proj(y)
 
 
 class JointAttention(Attention):
     """Computes queries, keys and values in one product."""
 
-    def __init__(self, attention: Attention, config: ModelConfig) -> None:
-        with torch.device("meta"):
-            super().__init__(config)
-        self.load_state_dict(attention.state_dict(), assign=True)
+    def __init__(self, attention: Attention) -> None:
+        _take_over(self, attention)
         parts: list[Tensor] = [part.weight for part in (self.q_proj, self.k_proj, self.v_proj)]
         self.sizes = [part.shape[0] for part in parts]
-        self.qkv_proj = Linear(parts[0].shape[1], sum(self.sizes))
+        with torch.device("meta"):
+            self.qkv_proj = Linear(parts[0].shape[1], sum(self.sizes))
+        self.qkv_proj.linear = self.q_proj.linear
         self.qkv_proj.weight = nn.Parameter(torch.cat(parts))
         del self.q_proj, self.k_proj, self.v_proj
 

@@ -8,14 +8,15 @@ from torch import Tensor, nn
 from nemotron.model.cache import AttentionState
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear
-from nemotron.ops.attention import attention
+from nemotron.ops.attention import AttentionOp, attention
 
 
 class AttentionCore(Protocol):
-    """Attention over heads; `parallel` puts another in its place where ranks share a row."""
+    """Attention over heads where ranks share a row."""
 
     def __call__(
         self,
+        attention: AttentionOp,
         q: Float[Tensor, "B T Hq Dh"],
         k: Float[Tensor, "B S Hkv Dh"],
         v: Float[Tensor, "B S Hkv Dh"],
@@ -23,13 +24,14 @@ class AttentionCore(Protocol):
         seq_idx: Int[Tensor, "B T"] | None,
         start: Int[Tensor, " B"] | None,
     ) -> Float[Tensor, "B T Hq Dh"]:
-        """Attend causally, as `ops.attention` does."""
+        """Attend causally to the whole row, by means of the layer's operation."""
 
 
 class Attention(nn.Module):
     """Causal softmax attention; query head i reads key-value head i // (Hq / Hkv)."""
 
-    core: AttentionCore
+    core: AttentionCore | None
+    """Absent: a row is whole."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -40,7 +42,8 @@ class Attention(nn.Module):
         self.k_proj = Linear(config.hidden_size, keys)
         self.v_proj = Linear(config.hidden_size, keys)
         self.o_proj = Linear(queries, config.hidden_size)
-        self.core = attention
+        self.attention = attention
+        self.core = None
 
     def forward(
         self,
@@ -67,4 +70,6 @@ class Attention(nn.Module):
         if state is not None:
             k, v = state.append(k, v)
             seq_idx = None  # a cached row is one document, which begins at `start`
-        return self.core(q, k, v, seq_idx=seq_idx, start=start).flatten(2)
+        if self.core is None:
+            return self.attention(q, k, v, seq_idx=seq_idx, start=start).flatten(2)
+        return self.core(self.attention, q, k, v, seq_idx=seq_idx, start=start).flatten(2)

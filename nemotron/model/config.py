@@ -40,7 +40,7 @@ class ModelConfig(Section):
     ssm_state_size: int = Field(128, gt=0)
     """Length of the state kept for each channel."""
     conv_kernel: int = Field(4, ge=2)
-    """Taps of the causal convolution."""
+    """Width of the causal convolution: inputs that each output reads."""
     use_conv_bias: bool = True
     """Whether the convolution has a bias."""
     chunk_size: int = Field(128, gt=0)

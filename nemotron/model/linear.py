@@ -16,13 +16,18 @@ class Linear(nn.Module):
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
+        self.linear = linear
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        return linear(x, self.weight)
+        return self.linear(x, self.weight)
 
 
 class Head(Linear):
     """The language-model head: logits, or loss and log-probabilities without holding all logits."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__(hidden_size, vocab_size)
+        self.linear_cross_entropy = linear_cross_entropy
 
     def loss(
         self,
@@ -34,7 +39,7 @@ class Head(Linear):
         """Return the summed cross entropy in nats; `detach` keeps gradients out of the head."""
         weight = self.weight.detach() if detach else self.weight
         flat = None if weights is None else weights.flatten()
-        return linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), flat)
+        return self.linear_cross_entropy(hidden.flatten(0, 1), weight, labels.flatten(), flat)
 
     def token_logprobs(
         self, hidden: Float[Tensor, "B T D"], labels: Int[Tensor, "B T"], temperature: float = 1.0
@@ -44,7 +49,7 @@ class Head(Linear):
         The logits of all tokens never exist at once; backward computes them again.
         """
         scaled = (hidden / temperature).flatten(0, 1)
-        losses = linear_cross_entropy(scaled, self.weight, labels.flatten(), reduction="none")
+        losses = self.linear_cross_entropy(scaled, self.weight, labels.flatten(), reduction="none")
         return -losses.view(labels.shape)
 
 
@@ -55,9 +60,10 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
+        self.rms_norm = rms_norm
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        return rms_norm(x, self.weight, self.eps)
+        return self.rms_norm(x, self.weight, self.eps)
 
 
 class Embedding(nn.Module):

@@ -25,7 +25,7 @@ class CausalConv(nn.Module):
         self.bias = nn.Parameter(torch.empty(channels)) if bias else None
 
 
-class TokenMixing(Protocol):
+class ConvAndScan(Protocol):
     """What of a Mamba-2 mixer crosses tokens; `parallel` puts another where ranks share a row."""
 
     def __call__(
@@ -36,13 +36,13 @@ class TokenMixing(Protocol):
         seq_idx: Int[Tensor, "B T"] | None,
         state: MambaState | None,
     ) -> Float[Tensor, "B T I"]:
-        """Convolve and scan, with the weights of `mixer`."""
+        """Convolve and scan, with weights and operations of `mixer`."""
 
 
 class Mamba2(nn.Module):
     """Selective state-space mixer with scalar decay per head and a grouped gated norm."""
 
-    mix: TokenMixing
+    conv_and_scan: ConvAndScan
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -59,7 +59,8 @@ class Mamba2(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(self.num_heads))
         self.norm = RMSNorm(inner, eps=config.layer_norm_epsilon)
         self.out_proj = Linear(inner, config.hidden_size)
-        self.mix = mix_tokens
+        self.causal_conv1d, self.ssd, self.gated_rms_norm = causal_conv1d, ssd, gated_rms_norm
+        self.conv_and_scan = conv_and_scan
 
     def forward(
         self,
@@ -69,8 +70,8 @@ class Mamba2(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens; a given `state` is continued and brought up to date in place."""
         z, xBC, dt = _Split.apply(self.in_proj(u), self.splits)
-        y = self.mix(self, xBC, self._time_step(dt), seq_idx, state)
-        y = gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps)
+        y = self.conv_and_scan(self, xBC, self._time_step(dt), seq_idx, state)
+        y = self.gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps)
         return self.out_proj(y)
 
     def split(
@@ -89,7 +90,7 @@ class Mamba2(nn.Module):
         return dt if self.time_step_limit == (0.0, math.inf) else dt.clamp(*self.time_step_limit)
 
 
-def mix_tokens(
+def conv_and_scan(
     mixer: Mamba2,
     xBC: Float[Tensor, "B T C"],
     dt: Float[Tensor, "B T H"],
@@ -97,7 +98,7 @@ def mix_tokens(
     state: MambaState | None,
 ) -> Float[Tensor, "B T I"]:
     """Convolve and scan whole rows; a given `state` is continued and brought up to date."""
-    mixed = causal_conv1d(
+    mixed = mixer.causal_conv1d(
         xBC,
         mixer.conv1d.weight.squeeze(1),
         mixer.conv1d.bias,
@@ -105,7 +106,7 @@ def mix_tokens(
         seq_idx=seq_idx,
     )
     x, B, C = mixer.split(mixed)
-    y = ssd(
+    y = mixer.ssd(
         x,
         dt,
         -mixer.A_log.exp(),

@@ -14,6 +14,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up_proj = Linear(hidden_size, intermediate_size)
         self.down_proj = Linear(intermediate_size, hidden_size)
+        self.squared_relu = squared_relu
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
-        return self.down_proj(squared_relu(self.up_proj(x)))
+        return self.down_proj(self.squared_relu(self.up_proj(x)))

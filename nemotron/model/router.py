@@ -65,6 +65,7 @@ class Router(nn.Module):
         self.normalise = config.norm_topk_prob
         self.scaling = config.routed_scaling_factor
         self.sum_over_row = None
+        self.wide_linear = wide_linear
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.e_score_correction_bias: Tensor
         self.register_buffer(
@@ -72,7 +73,7 @@ class Router(nn.Module):
         )
 
     def forward(self, x: Float[Tensor, "M D"]) -> Routing:
-        scores = wide_linear(x, self.weight).sigmoid()  # never rounded to bfloat16
+        scores = self.wide_linear(x, self.weight).sigmoid()  # never rounded to bfloat16
         experts = self._choose(scores.detach() + self.e_score_correction_bias)
         weights = scores.gather(1, experts)
         if self.normalise:

@@ -1,1 +1,1 @@
-"""Operations: one function each, with a readable reference and faster rivals."""
+"""Operations: one callable each, with a readable reference and faster backends."""

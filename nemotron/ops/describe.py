@@ -4,37 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
-from nemotron.ops import (
-    attention,
-    causal_conv1d,
-    gated_rms_norm,
-    grouped_linear,
-    linear,
-    linear_cross_entropy,
-    rms_norm,
-    squared_relu,
-    ssd,
-    token_copies,
-    wide_linear,
-)
+from nemotron.ops.apply import bind
+from nemotron.ops.config import OpsConfig
 from nemotron.ops.registry import Call, Operation
-
-ALL: tuple[Operation, ...] = tuple(
-    module.operation
-    for module in (
-        attention,
-        causal_conv1d,
-        gated_rms_norm,
-        grouped_linear,
-        linear,
-        linear_cross_entropy,
-        rms_norm,
-        squared_relu,
-        ssd,
-        token_copies,
-        wide_linear,
-    )
-)
 
 AWARE_OF_DOCUMENTS = {"ssd", "causal_conv1d", "attention"}
 """Operations that mix tokens, so that documents in a row matter to them."""
@@ -49,21 +21,23 @@ class Choice:
     passed_over: dict[str, str]
 
 
-def choose_backends(device: torch.device, dtype: torch.dtype, documents: bool) -> list[Choice]:
+def choose_backends(
+    config: OpsConfig, device: torch.device, dtype: torch.dtype, documents: bool
+) -> list[Choice]:
     """Return what training calls will use.
 
     Raises:
-        UserError: when the recipe pins a backend that cannot take them.
+        UserError: when the recipe names a backend that is unknown, missing or cannot take them.
     """
     choices = []
-    for operation in ALL:
+    for operation in bind(config).values():
         call = training_call(operation, device, dtype, documents)
         chosen = operation.choose(call)
         passed_over = {}
         for backend in operation.backends:
             if backend is chosen:
                 break
-            passed_over[backend.name] = backend.unfit(call) or "another one is pinned"
+            passed_over[backend.name] = backend.unfit(call) or "the recipe names another one"
         choices.append(Choice(operation.name, chosen.name, passed_over))
     return choices
 

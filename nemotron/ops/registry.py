@@ -4,7 +4,7 @@ import functools
 import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,6 +19,8 @@ class Call:
     device: str
     dtype: torch.dtype
     needs: frozenset[str] = frozenset()
+    sizes: tuple[int, ...] = field(default=(), kw_only=True)
+    """Sizes that some backends limit, in an order of each operation's own; empty: not known yet."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Backend:
     install: str = ""
     imports: tuple[str, ...] = ()
     """Modules that the function imports; a package may be installed and still fail to import."""
+    limit: Callable[..., str | None] | None = None
+    """Takes the sizes of a call and says why the function cannot compute it, or returns None."""
 
     def missing(self) -> str | None:
         """Say which package is not installed or cannot be imported, or return None."""
@@ -57,6 +61,8 @@ class Backend:
             return f"does not take {str(call.dtype).removeprefix('torch.')}"
         if lacking := call.needs - self.features:
             return f"does not honour {', '.join(sorted(lacking))}"
+        if self.limit is not None and call.sizes and (reason := self.limit(*call.sizes)):
+            return reason
         return self.missing()
 
 
@@ -81,17 +87,24 @@ def lazy(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
-@dataclass
+@dataclass(eq=False)
 class Operation:
-    """An operation and its backends, fastest first; the last one fits every call."""
+    """An operation and its backends, fastest first; the last one fits every call.
+
+    A subclass has the call. Modules hold the operations that they use as attributes, so that
+    `ops.apply` can put one that is bound to a backend in the place of each.
+    """
 
     name: str
     backends: Sequence[Backend]
     pinned: str | None = None
-    _chosen: dict[tuple[Any, ...], Callable[..., Any]] = field(default_factory=dict)
+    """The backend to use for every call; absent: the first that is fit for it."""
+    _chosen: dict[tuple[Any, ...], Callable[..., Any]] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
-    def __post_init__(self) -> None:
-        OPERATIONS[self.name] = self
+    def __deepcopy__(self, memo: object) -> "Operation":
+        return self  # nothing in it depends on the model that holds it
 
     def backend(self, name: str) -> Backend:
         """Return the backend of that name.
@@ -105,16 +118,17 @@ class Operation:
         known = ", ".join(backend.name for backend in self.backends)
         raise UserError(f"ops.{self.name} = {name} is unknown; use auto or one of {known}.")
 
-    def pin(self, name: str) -> None:
-        """Use the named backend for every call, or choose by fitness again with `auto`.
+    def bind(self, name: str) -> "Operation":
+        """Return the operation with the named backend, or with the fittest one for `auto`.
 
         Raises:
             UserError: when the backend is unknown or its package is missing.
         """
-        if name != "auto" and (reason := self.backend(name).missing()):
+        if name == "auto":
+            return replace(self, pinned=None)
+        if reason := self.backend(name).missing():
             raise UserError(f"ops.{self.name} = {name}: {reason}; or remove the key.")
-        self.pinned = None if name == "auto" else name
-        self._chosen.clear()
+        return replace(self, pinned=name)
 
     def choose(self, call: Call) -> Backend:
         """Return the backend that takes this call.
@@ -132,16 +146,14 @@ class Operation:
                 return backend
         raise UserError(f"no backend of {self.name} takes {call}.")
 
-    def select(self, x: torch.Tensor, **needs: bool) -> Callable[..., Any]:
+    def select(
+        self, x: torch.Tensor, sizes: tuple[int, ...] = (), **needs: bool
+    ) -> Callable[..., Any]:
         """Return the function for tensors like `x`; each true keyword is a needed feature."""
-        key = (x.device, x.dtype, *needs.items())
+        key = (x.device, x.dtype, sizes, *needs.items())
         function = self._chosen.get(key)
         if function is None:
             needed = frozenset(name for name, on in needs.items() if on)
-            call = Call(x.device.type, x.dtype, needed)
+            call = Call(x.device.type, x.dtype, needed, sizes=sizes)
             function = self._chosen[key] = self.choose(call).function
         return function
-
-
-OPERATIONS: dict[str, Operation] = {}
-"""Every operation that has been imported, by name."""

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.moe import Copies, Experts, Sent
+from nemotron.model.moe import Copies, Dispatched, Experts
+from nemotron.ops.token_copies import TokenCopiesOp
 from nemotron.parallel import collectives
 from nemotron.parallel.collectives import Group
 from nemotron.parallel.config import ParallelConfig
@@ -42,7 +43,7 @@ def choose_dispatch(config: ParallelConfig, model: ModelConfig, dims: ParallelDi
 def apply_experts(
     model: HybridLM, group: Group, rank: int, size: int, method: Dispatch
 ) -> dict[str, tuple[int, int]]:
-    """Leave each rank of the group its share of every layer's experts, and exchange the tokens.
+    """Leave each rank of the group its share of every layer's experts, and dispatch tokens to them.
 
     Returns, for each parameter that was cut, the first expert kept and the one after the last.
     """
@@ -59,8 +60,8 @@ def apply_experts(
             part = whole.detach()[first:stop].clone()
             setattr(module, leaf, nn.Parameter(part, requires_grad=whole.requires_grad))
             kept[f"{name}.{leaf}"] = first, stop
-        exchange = AllGather if method == "all_gather" else AllToAll
-        module.exchange = exchange(group, rank, size, num_experts)
+        dispatcher = AllGather if method == "all_gather" else AllToAll
+        module.dispatcher = dispatcher(group, rank, size, num_experts)
     return kept
 
 
@@ -79,11 +80,12 @@ class AllGather:
 
     def __call__(
         self,
+        token_copies: TokenCopiesOp,
         x: Float[Tensor, "M I"],
         experts: Int[Tensor, "M K"],
         weights: Float[Tensor, "M K"],
         numbers: Int[Tensor, "M K"] | None,
-    ) -> Sent:
+    ) -> Dispatched:
         num_tokens, top_k = experts.shape
         # the copies for each rank and the tokens of each, in the one wait for the device: the
         # sizes of what follows must be known here
@@ -107,17 +109,17 @@ class AllGather:
         if numbers is not None:
             numbers = ours(collectives.gather(numbers, 0, self.group).flatten())
         # tokens go last: what follows them in their group would wait for them
-        flight = Flight(self._gather, self._scatter_sum)
-        home = Flight(self._scatter_sum, self._gather)
-        return Sent(
-            x=flight.depart(x),
+        dispatch = AsyncCollective(self._gather, self._scatter_sum)
+        combine = AsyncCollective(self._scatter_sum, self._gather)
+        return Dispatched(
+            x=dispatch.start(x),
             token=ours(torch.arange(everyone.shape[0], device=x.device) // top_k),
             experts=local,
             weights=weights,
             counts=_count(local, self.num_experts),
             numbers=numbers,
-            arrive=flight.arrive,
-            back=lambda partial: home.arrive(home.depart(partial)),
+            receive=dispatch.finish,
+            combine=lambda partial: combine.finish(combine.start(partial)),
         )
 
     def _gather(self, x: Tensor) -> tuple[Tensor, dist.Work]:
@@ -144,11 +146,12 @@ class AllToAll:
 
     def __call__(
         self,
+        token_copies: TokenCopiesOp,
         x: Float[Tensor, "M I"],
         experts: Int[Tensor, "M K"],
         weights: Float[Tensor, "M K"],
         numbers: Int[Tensor, "M K"] | None,
-    ) -> Sent:
+    ) -> Dispatched:
         num_tokens, top_k = experts.shape
         experts, weights = experts.flatten(), weights.flatten()
         order = (experts // self.num_experts).argsort(stable=True)
@@ -179,21 +182,23 @@ class AllToAll:
         weights = collectives.all_to_all(weights, copies_out, copies_in, self.group)
         local = marked.long() % self.num_experts
         # tokens go last: what follows them in their group would wait for them
-        flight = Flight(self._exchange(rows_out, rows_in), self._exchange(rows_in, rows_out))
-        return Sent(
-            x=flight.depart(rows.copy(x)),
+        dispatch = AsyncCollective(
+            self._all_to_all(rows_out, rows_in), self._all_to_all(rows_in, rows_out)
+        )
+        return Dispatched(
+            x=dispatch.start(token_copies.copy(x, *rows)),
             token=(marked // self.num_experts).cumsum(0) - 1,
             experts=local,
             weights=weights,
             counts=_count(local, self.num_experts),
             numbers=numbers,
-            arrive=flight.arrive,
-            back=lambda partial: rows.add(
-                collectives.all_to_all(partial, rows_in, rows_out, self.group)
+            receive=dispatch.finish,
+            combine=lambda partial: token_copies.add(
+                collectives.all_to_all(partial, rows_in, rows_out, self.group), *rows
             ),
         )
 
-    def _exchange(self, rows_out: list[int], rows_in: list[int]) -> "Begin":
+    def _all_to_all(self, rows_out: list[int], rows_in: list[int]) -> "Launch":
         def begin(x: Tensor) -> tuple[Tensor, dist.Work]:
             result = x.new_empty(sum(rows_in), *x.shape[1:])
             work = dist.all_to_all_single(
@@ -216,63 +221,63 @@ def _line_up(token: Int[Tensor, " R"], num_tokens: int) -> Copies:
     return Copies(token, place, starts)
 
 
-Begin = Callable[[Tensor], tuple[Tensor, dist.Work]]
+Launch = Callable[[Tensor], tuple[Tensor, dist.Work]]
 """Starts a collective and returns the tensor that it fills."""
 
 
-class Flight:
-    """A tensor that travels while its rank computes, as does its gradient on the way back.
+class AsyncCollective:
+    """A collective that runs while its rank computes, as does that of its gradient.
 
-    The shared expert is computed between `depart` and `arrive`, in forward and so in backward.
+    The shared expert is computed between `start` and `finish`, in forward and so in backward.
     """
 
-    def __init__(self, begin: Begin, begin_back: Begin) -> None:
-        self.begin, self.begin_back = begin, begin_back
-        self._under_way: tuple[Tensor, dist.Work] | None = None
+    def __init__(self, forward: Launch, backward: Launch) -> None:
+        self.forward, self.backward = forward, backward
+        self._running: tuple[Tensor, dist.Work] | None = None
 
-    def depart(self, x: Tensor) -> Tensor:
-        """Start, and return what stands for it until it arrives."""
-        return _Depart.apply(x, self)
+    def start(self, x: Tensor) -> Tensor:
+        """Start, and return what `finish` needs."""
+        return _Start.apply(x, self)
 
-    def arrive(self, departed: Tensor) -> Tensor:
-        """Wait for what came instead."""
-        return _Arrive.apply(departed, self)
+    def finish(self, started: Tensor) -> Tensor:
+        """Wait for the result."""
+        return _Finish.apply(started, self)
 
-    def start(self, begin: Begin, x: Tensor) -> None:
-        """Begin one way, without a gradient."""
-        self._under_way = begin(x.contiguous())
+    def launch(self, collective: Launch, x: Tensor) -> None:
+        """Start one direction, without a gradient."""
+        self._running = collective(x.contiguous())
 
-    def land(self) -> Tensor:
-        """End it."""
-        assert self._under_way is not None, "nothing is on its way"
-        result, work = self._under_way
+    def wait(self) -> Tensor:
+        """Return the result of the direction that was launched."""
+        assert self._running is not None, "no collective is running"
+        result, work = self._running
         work.wait()
-        self._under_way = None
+        self._running = None
         return result
 
 
-class _Depart(torch.autograd.Function):
+class _Start(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, flight: Flight) -> Tensor:
-        ctx.flight = flight
-        flight.start(flight.begin, x)
+    def forward(ctx: Any, x: Tensor, collective: AsyncCollective) -> Tensor:
+        ctx.collective = collective
+        collective.launch(collective.forward, x)
         return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.flight.land(), None
+        return ctx.collective.wait(), None
 
 
-class _Arrive(torch.autograd.Function):
+class _Finish(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, departed: Tensor, flight: Flight) -> Tensor:
-        ctx.flight, ctx.shape = flight, departed.shape
+    def forward(ctx: Any, started: Tensor, collective: AsyncCollective) -> Tensor:
+        ctx.collective, ctx.shape = collective, started.shape
         # when a block is computed again, that ends where the last tensor is kept: not before this
-        ctx.save_for_backward(departed.new_empty(0))
-        return flight.land()
+        ctx.save_for_backward(started.new_empty(0))
+        return collective.wait()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        ctx.flight.start(ctx.flight.begin_back, grad)
+        ctx.collective.launch(ctx.collective.backward, grad)
         # stands for the gradient on its way; a single value, since nobody reads it
         return grad.new_zeros(()).expand(ctx.shape), None

@@ -11,7 +11,7 @@ from nemotron.plan.job import Job
 from nemotron.plan.throughput import FITTED, ON_CPU, Constants, predict, stated_efficiency
 from nemotron.plan.work import flops_by_format
 from nemotron.train.config import PretrainConfig
-from nemotron.train.schedule import plan_course
+from nemotron.train.schedule import plan_training
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ def parts_of(config: PretrainConfig) -> list[Part]:
         UserError: when the recipe's lengths do not fit each other.
     """
     found = []
-    for phase in plan_course(config).timeline.phases:
+    for phase in plan_training(config).timeline.phases:
         shares = sum(length.share for length in phase.lengths)
         for length in phase.lengths:
             rows = phase.tokens_per_step // length.seq_len

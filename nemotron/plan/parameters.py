@@ -43,9 +43,9 @@ def layer_kinds(model: ModelConfig, letter: str) -> dict[str, int]:
     h = model.hidden_size
     if letter == "M":
         inner, channels = model.mamba_inner_size, model.conv_channels
-        taps = model.conv_kernel + model.use_conv_bias
+        per_channel = model.conv_kernel + model.use_conv_bias
         projections = h * (inner + channels + model.mamba_num_heads) + inner * h
-        own = channels * taps + 3 * model.mamba_num_heads + inner
+        own = channels * per_channel + 3 * model.mamba_num_heads + inner
         return {"mamba": h + projections + own}
     if letter == "*":
         heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads

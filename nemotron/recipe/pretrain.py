@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from nemotron.recipe.read import Finding, Idle
 from nemotron.train.config import PretrainConfig
-from nemotron.train.schedule import plan_course
+from nemotron.train.schedule import plan_training
 
 
 def impossible(config: PretrainConfig) -> Iterator[Finding]:
@@ -55,7 +55,7 @@ def idle(config: PretrainConfig) -> Iterator[Idle]:
     Raises:
         UserError: when the training plan is impossible.
     """
-    course = plan_course(config)
+    plan = plan_training(config)
     model = config.model
     layers = model.hybrid_override_pattern + model.mtp_pattern
     yield ["loss.moe_aux_loss_coeff"], "E" not in layers, "the pattern has no E layer"
@@ -63,7 +63,7 @@ def idle(config: PretrainConfig) -> Iterator[Idle]:
     ahead.append("model.mtp_hybrid_override_pattern")
     yield ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0"
     data = config.data
-    embedded = any(leaf.source.path is None for leaf in course.timeline.leaves)
+    embedded = any(leaf.source.path is None for leaf in plan.timeline.leaves)
     yield ["data.validation_fraction"], not embedded, "no source is embedded text"
     whole = data.packing.kind != "concatenate"
     yield ["data.packing.long_documents"], not whole, "data.packing.kind = concatenate"

@@ -29,16 +29,16 @@ class RunLog:
         if record["kind"] == "validation":
             self.validation = record
 
-    def tell(self, text: str) -> None:
-        """Show a sentence that is no record."""
-        self.screen.tell(text)
+    def info(self, text: str) -> None:
+        """Show a sentence that is not a record."""
+        self.screen.info(text)
 
     def sync(self) -> None:
         """Force the records to the disk, before a checkpoint that builds on them."""
         if self._metrics is not None:
             self._metrics.sync()
 
-    def go_back(self, step: int) -> None:
+    def roll_back(self, step: int) -> None:
         """Take the records after a step out of the metrics."""
         if self._metrics is not None:
-            self._metrics.go_back(step)
+            self._metrics.roll_back(step)

@@ -29,7 +29,7 @@ class MetricsFile:
         self._file.write(json.dumps(finite, allow_nan=False) + "\n")
         self._file.flush()
 
-    def go_back(self, last_step: int) -> None:
+    def roll_back(self, last_step: int) -> None:
         """Take out what comes after `last_step`; it goes to the end of a file beside this one."""
         text = self.path.read_bytes()
         _cut_after(self.path, last_step)

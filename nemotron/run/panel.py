@@ -47,7 +47,7 @@ class Progress:
             self._step_s = 0.8 * past + 0.2 * step_s
             self.eta_s = self._step_s * (self.num_steps - int(record["step"] or 0))
 
-    def tell(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Remember an event."""
         self.events = [*self.events[-(EVENTS_SHOWN - 1) :], text]
 

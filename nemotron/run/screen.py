@@ -29,7 +29,7 @@ class Screen:
         self._early: list[str] = []
         self._progress: Progress | None = None
         self._live: Live | None = None
-        self._handler = _Forward(self.tell)
+        self._handler = _Forward(self.info)
         logging.getLogger("nemotron").addHandler(self._handler)
         logging.getLogger("nemotron").setLevel(logging.INFO)
 
@@ -60,17 +60,17 @@ class Screen:
             if self._live is None:
                 self._print(self._progress.line(self._columns()))
         elif record["kind"] == "validation":
-            self.tell(_validation_line(record))
+            self.info(_validation_line(record))
         elif record["kind"] == "event":
-            self.tell(f"step {record['step']}: {record['event']}")
+            self.info(f"step {record['step']}: {record['event']}")
         self._refresh()
 
-    def tell(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """Print a line and append it to log.txt, without secrets."""
         text = redact_text(text)
         self._to_log(text)
         if self._live is not None and self._progress is not None:
-            self._progress.tell(text)
+            self._progress.info(text)
             self._refresh()
         else:
             self._print(text)
@@ -130,12 +130,12 @@ class Screen:
 class _Forward(logging.Handler):
     """Sends the messages of the lower packages to the screen."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
+    def __init__(self, info: Callable[[str], None]) -> None:
         super().__init__(logging.INFO)
-        self._tell = tell
+        self._info = info
 
     def emit(self, record: logging.LogRecord) -> None:
-        self._tell(record.getMessage())
+        self._info(record.getMessage())
 
 
 def _validation_line(record: Record) -> str:

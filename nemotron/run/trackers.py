@@ -158,16 +158,16 @@ def check_trackers(names: Sequence[str]) -> None:
 class Mirrors:
     """Several trackers; one that fails is named and dropped, and the run continues."""
 
-    def __init__(self, trackers: dict[str, Tracker], log: Callable[[str], None]) -> None:
+    def __init__(self, trackers: dict[str, Tracker], info: Callable[[str], None]) -> None:
         self._trackers = dict(trackers)
-        self._log = log
+        self._info = info
 
     def start(self, run: TrackedRun) -> None:
         """Start all trackers and log where each can be viewed."""
         for name, tracker in list(self._trackers.items()):
             where = self._guard(name, partial(tracker.start, run))
             if where is not None:
-                self._log(f"{name}: {where}")
+                self._info(f"{name}: {where}")
 
     def log(self, record: Record) -> None:
         """Send the numbers of a record."""
@@ -186,7 +186,7 @@ class Mirrors:
             return call()
         except Exception as error:  # whatever a mirror's library raises must not stop a run
             del self._trackers[name]
-            self._log(
+            self._info(
                 f"{name} failed and is not used from now on "
                 f"({type(error).__name__}: {error}); metrics.jsonl is complete"
             )

@@ -29,7 +29,7 @@ from nemotron.train.trainer import Trainer
 def announce(
     trainer: Trainer, data: TrainingData, folder: RunFolder, log: RunLog, recipe_path: str
 ) -> TrackedRun:
-    """Write what the run is to its folder and the screen; returns what trackers are told of it."""
+    """Write what the run is to its folder and the screen; returns what trackers get of it."""
     config, ranks = trainer.config, trainer.ranks
     if ranks.is_first:
         _write_description(config.model, data, folder)
@@ -39,32 +39,32 @@ def announce(
     facts = provenance.collect(trainer.device)
     facts |= {"recipe": recipe_path, "seed": config.seed, **sizes}
     facts["matmul_peak_flops"] = trainer.peak_flops
-    dtype, documents = DTYPES[config.precision.compute], data.config.reset_documents
-    choices = choose_backends(trainer.device, dtype, documents)
+    dtype, documents = DTYPES[config.precision.compute], config.data.reset_documents
+    choices = choose_backends(config.ops, trainer.device, dtype, documents)
     facts["backends"] = {choice.operation: asdict(choice) for choice in choices}
     facts["ranks"] = ranks.world
     run_id = ""
     if ranks.is_first:
         run_id = provenance.record_start(folder.provenance, trainer.state.step, facts)
-    log.tell(f"run        {folder.path} ({trainer.device}, {config.precision.compute})")
+    log.info(f"run        {folder.path} ({trainer.device}, {config.precision.compute})")
     if trainer.mesh is not None:
-        log.tell(f"ranks      {trainer.mesh.describe()}")
+        log.info(f"ranks      {trainer.mesh.describe()}")
     for fault in config.reliability.faults:
-        log.tell(f"warning    a fault is injected: {describe_fault(fault)}")
-    log.tell(model_line(count))
+        log.info(f"warning    a fault is injected: {describe_fault(fault)}")
+    log.info(model_line(count))
     for line in describe_backends(choices, trainer.device):
-        log.tell(f"operations {line}")
+        log.info(f"operations {line}")
     if config.precision.quantizes:
         table = trainer.quantization.table
         if ranks.is_first:
             folder.write_precision([asdict(line) for line in table])
         for line in summarize(table):
-            log.tell(f"precision  {line}")
+            log.info(f"precision  {line}")
     for line in data.describe():
-        log.tell(f"data       {line}")
-    log.tell(
-        f"training   {trainer.course.num_steps:,} steps, "
-        f"{trainer.course.timeline.num_tokens:,} tokens; matrix products reach "
+        log.info(f"data       {line}")
+    log.info(
+        f"training   {trainer.plan.num_steps:,} steps, "
+        f"{trainer.plan.timeline.num_tokens:,} tokens; matrix products reach "
         f"{trainer.peak_flops / 1e9:,.0f} GFLOP/s here"
     )
     return TrackedRun(
@@ -96,21 +96,21 @@ def announce_results(trainer: Trainer, folder: RunFolder, log: RunLog, how: str)
         f"  {_command('generate', folder.path, '--prompt', 'Once upon a time')}",
         f"  {_command('export', folder.path, '--out', folder.path / 'export')}",
     ):
-        log.tell(line)
+        log.info(line)
 
 
 def announce_stop(trainer: Trainer, folder: RunFolder, log: RunLog, reason: str) -> None:
     """Say why and where the run stopped, and how it goes on."""
-    step, num_steps = trainer.state.step, trainer.course.num_steps
-    log.tell(f"stopped by {reason} after step {step} of {num_steps}, saved")
-    log.tell(f"go on: {_command('train', folder.recipe, '--resume')}")
+    step, num_steps = trainer.state.step, trainer.plan.num_steps
+    log.info(f"stopped by {reason} after step {step} of {num_steps}, saved")
+    log.info(f"go on: {_command('train', folder.recipe, '--resume')}")
 
 
 def announce_failure(log: RunLog, problem: Exception, saved_step: int | None) -> None:
     """Say what the run failed of, and what is left of it."""
-    log.tell(f"failed: {problem}")
+    log.info(f"failed: {problem}")
     if saved_step is not None:
-        log.tell(f"the newest checkpoint is {folder_name(saved_step)}")
+        log.info(f"the newest checkpoint is {folder_name(saved_step)}")
 
 
 def _write_description(model: ModelConfig, data: TrainingData, folder: RunFolder) -> None:

@@ -17,7 +17,7 @@ LayerKind = Literal["mamba", "attention", "moe", "mlp"]
 
 
 class BatchConfig(Section):
-    """How many tokens make one optimizer step, and in which portions they are computed."""
+    """How many tokens make one optimizer step, and how many rows are computed at once."""
 
     global_tokens: int = Field(gt=0)
     """Tokens of one optimizer step."""

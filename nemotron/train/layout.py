@@ -18,16 +18,16 @@ from nemotron.parallel.dims import Finding, ParallelDims, resolve_dims, violatio
 from nemotron.parallel.stages import cut, split_stages
 from nemotron.parallel.tensor import PLACEMENTS, part_of
 from nemotron.train.config import PretrainConfig
-from nemotron.train.schedule import Course
+from nemotron.train.schedule import TrainingPlan
 
 FEW = 16
 """Ranks up to which each has a line of its own; of more, those of a pipeline stage share one."""
 
 
-def findings(config: PretrainConfig, course: Course, dims: ParallelDims) -> list[Finding]:
+def findings(config: PretrainConfig, plan: TrainingPlan, dims: ParallelDims) -> list[Finding]:
     """Return every rule that the layout breaks in any phase, each once, with what is right."""
     found: list[Finding] = []
-    for phase in course.timeline.phases:
+    for phase in plan.timeline.phases:
         for length in phase.lengths:
             found += violations(
                 dims,
@@ -46,14 +46,14 @@ def least_world(config: ParallelConfig) -> int:
     return others if config.dp_shard == "auto" else others * config.dp_shard
 
 
-def check_layout(config: PretrainConfig, course: Course, world: int) -> ParallelDims:
+def check_layout(config: PretrainConfig, plan: TrainingPlan, world: int) -> ParallelDims:
     """Return the sizes of the mesh for so many processes.
 
     Raises:
         UserError: for the first rule that they break, and how many others there are.
     """
     dims = resolve_dims(config.parallel, world)
-    found = findings(config, course, dims)
+    found = findings(config, plan, dims)
     if found:
         (key, problem), *others = found
         more = f" ({len(others)} more: `nemotron plan` lists them)" if others else ""
@@ -97,9 +97,11 @@ class Place:
         return self.rank // self.dims.ep % self.dims.efsdp
 
 
-def describe_places(config: PretrainConfig, course: Course, dims: ParallelDims) -> Iterator[str]:
+def describe_places(
+    config: PretrainConfig, plan: TrainingPlan, dims: ParallelDims
+) -> Iterator[str]:
     """Yield a line for each rank, or each group of ranks: layers, rows, places, parameters."""
-    first = course.timeline.phases[0]
+    first = plan.timeline.phases[0]
     num_rows = first.tokens_per_step // first.lengths[0].seq_len
     stages = [_held_layers(config, dims, pp) for pp in range(dims.pp)]
     models = [_models(config, dims, layers) for layers in stages]

@@ -36,7 +36,7 @@ def run(
     recipe_path: str,
 ) -> int:
     """Train, save and say how it ended; returns the exit code."""
-    ranks, start, num_steps = trainer.ranks, trainer.state.step, trainer.course.num_steps
+    ranks, start, num_steps = trainer.ranks, trainer.state.step, trainer.plan.num_steps
     if start >= num_steps:
         announce_results(trainer, folder, log, "this run is finished")
         return DONE
@@ -49,7 +49,7 @@ def run(
             folder.write_status("running", start)
             metrics = stack.enter_context(MetricsFile(folder.metrics, last_step=start))
             names: tuple[str, ...] = trainer.config.logging.trackers
-            mirrors = Mirrors({name: TRACKERS[name]() for name in names}, log.tell)
+            mirrors = Mirrors({name: TRACKERS[name]() for name in names}, log.info)
             mirrors.start(tracked)
             stack.callback(mirrors.finish)
             log.open(metrics, mirrors)
@@ -85,10 +85,10 @@ def loop(
     `data` is what is held out for validation.
 
     Raises:
-        Diverged: when `nonfinite_limit` steps in a row were skipped, or going back is no help.
+        Diverged: when `nonfinite_limit` steps in a row were skipped, or a rollback does not help.
         ReplicasDiffer: when ranks do not hold alike what they must.
     """
-    config, ranks, num_steps = trainer.config, trainer.ranks, trainer.course.num_steps
+    config, ranks, num_steps = trainer.config, trainer.ranks, trainer.plan.num_steps
     stragglers = Stragglers(config.reliability, ranks, trainer.device)
     while (step := trainer.state.step) < num_steps:
         is_last = step + 1 == num_steps
@@ -109,11 +109,11 @@ def loop(
                 log.record(trainer.record("train", trainer.values(step, result) | across_ranks))
                 saver.finish_or_warn(wait=False)
                 if slow is not None:
-                    log.tell(f"step {step + 1}: {slow}")  # no metric: it depends on the clock
+                    log.info(f"step {step + 1}: {slow}")  # no metric: it depends on the clock
             for text in result.events():
                 _event(trainer, log, text)
             if bad := _steps_to_undo(trainer, result):
-                saver.go_back(bad)
+                saver.roll_back(bad)
                 continue
             stops = result.stop
         if data.validation_domains and (is_last or due(step, config.evaluation.every_steps)):
@@ -145,9 +145,9 @@ def due(step: int, every: int | None) -> bool:
 
 
 def _pass_over(trainer: Trainer, step: int, passed: list[int], log: RunLog) -> None:
-    """Count a step of a range that the run went back before."""
+    """Count a step of a range before which the run was rolled back."""
     first, last, origin = passed
-    trainer.state.pass_over(trainer.course.timeline.tokens_per_step(step))
+    trainer.state.pass_over(trainer.plan.timeline.tokens_per_step(step))
     if step == max(first, origin):
         text = f"passing over steps {first + 1} to {last + 1}, with the weights of step {origin}"
         _event(trainer, log, text)

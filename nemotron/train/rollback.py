@@ -1,8 +1,8 @@
-"""Going back to a checkpoint from before the steps that went wrong, never to compute those again.
+"""Rolling back to a checkpoint from before the steps that went wrong, never to compute those again.
 
 Rows are a function of the step, so the run is replayed from the checkpoint, and steps in the
 offending range only count. What was written after the checkpoint is removed as if it had never
-been: a run that is killed during the replay resumes at the checkpoint and goes back once more.
+been: a run that is killed during the replay resumes at the checkpoint and is rolled back once more.
 """
 
 import shutil
@@ -15,7 +15,7 @@ from nemotron.train.state import Diverged
 from nemotron.train.trainer import Trainer
 
 ROLLBACKS = 3
-"""How often a run goes back to the same weights before it gives up."""
+"""How often a run is rolled back to the same weights before it gives up."""
 
 
 def roll_back(trainer: Trainer, checkpoints: Path, bad: Sequence[int]) -> CheckpointInfo:
@@ -24,17 +24,17 @@ def roll_back(trainer: Trainer, checkpoints: Path, bad: Sequence[int]) -> Checkp
     Where none is as old, that is the oldest one.
 
     Raises:
-        Diverged: on every rank, when there is no checkpoint, or it was gone back to often enough.
+        Diverged: on every rank, when there is no checkpoint, or it was rolled back to often enough.
     """
     first, last = bad[0], bad[-1]
     ranges = trainer.state.passed_over
     what = f"{len(bad)} steps from {first + 1} to {last + 1} were not finite or spikes"
     info = trainer.ranks.first(lambda: newest_before(checkpoints, first))
     if info is None:
-        raise Diverged(f"{what}, and there is no whole checkpoint to go back to")
+        raise Diverged(f"{what}, and there is no whole checkpoint to roll back to")
     origin = _last_computed(info.step, ranges)
     if sum(step == origin for _, _, step in ranges) >= ROLLBACKS:
-        raise Diverged(f"{what}, and the run went back to step {origin} {ROLLBACKS} times")
+        raise Diverged(f"{what}, and the run was rolled back to step {origin} {ROLLBACKS} times")
     trainer.ranks.first(lambda: _remove_after(checkpoints, info.step))
     trainer.restore(info)
     trainer.state.passed_over = [*ranges, [first, last, origin]]

@@ -1,4 +1,4 @@
-"""The checkpoints of a run: saving, going back to one, and beginning at the newest."""
+"""The checkpoints of a run: saving, rolling back to one, and beginning at the newest."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -32,18 +32,18 @@ class Saver:
         """
         found = newest(self._folder, self._trainer.ranks)
         for line in found.skipped:
-            self._log.tell(line)
+            self._log.info(line)
         if found.info is None:
             if damaged := [line for line in found.skipped if "damaged" in line]:
                 raise UserError(
                     f"{self._folder} holds no complete checkpoint: {damaged[0]}; "
                     f"remove the damaged ones to start at step 0, or give the run another name."
                 )
-            self._log.tell(f"{self._folder.parent} has no checkpoint; starting at step 0")
+            self._log.info(f"{self._folder.parent} has no checkpoint; starting at step 0")
             return False
         self._trainer.restore(found.info)
         self.saved_step = found.info.step
-        self._log.tell(f"resumed at step {found.info.step} from {found.info.folder}")
+        self._log.info(f"resumed at step {found.info.step} from {found.info.folder}")
         return True
 
     def save(self) -> None:
@@ -71,11 +71,13 @@ class Saver:
         if self._background is None:
             save(*content, trainer.ranks)
             self.saved_step = step
-            self._log.tell(f"saved {folder_name(step)} in {time.perf_counter() - start:.1f} s")
+            self._log.info(f"saved {folder_name(step)} in {time.perf_counter() - start:.1f} s")
             return
         self._background.start(*content)
         seconds = time.perf_counter() - start
-        self._log.tell(f"copied {folder_name(step)} in {seconds:.1f} s, to be written beside")
+        self._log.info(
+            f"copied {folder_name(step)} in {seconds:.1f} s; it is written in the background"
+        )
 
     def finish(self, *, wait: bool) -> None:
         """Make a checkpoint of what was written beside training, if all of it is.
@@ -88,7 +90,7 @@ class Saver:
         self._trainer.progress.enter(self._trainer.state.step - 1, "save")
         if self._background.finish(wait=wait) is not None:
             self.saved_step = step
-            self._log.tell(f"saved {folder_name(step)}")
+            self._log.info(f"saved {folder_name(step)}")
 
     def save_or_warn(self) -> None:
         """Save, but let training go on without it."""
@@ -98,25 +100,25 @@ class Saver:
         """Finish, but let training go on without that checkpoint."""
         self._or_warn(lambda: self.finish(wait=wait))
 
-    def go_back(self, bad: Sequence[int]) -> None:
+    def roll_back(self, bad: Sequence[int]) -> None:
         """Return to a checkpoint from before the steps of these indices.
 
         Raises:
-            Diverged: on every rank, when that is no help.
+            Diverged: on every rank, when that does not help.
         """
         trainer, reached = self._trainer, self._trainer.state.step
         self.finish_or_warn(wait=True)
         trainer.progress.enter(reached - 1, "restore")
         info = roll_back(trainer, self._folder, bad)
-        self._log.go_back(info.step)
+        self._log.roll_back(info.step)
         self.saved_step = info.step
-        self._log.tell(
+        self._log.info(
             f"step {reached}: {len(bad)} steps from {bad[0] + 1} to {bad[-1] + 1} were skipped; "
-            f"going back to {folder_name(info.step)}, and over the data of those steps"
+            f"rolled back to {folder_name(info.step)}; the data of those steps will be passed over"
         )
 
     def _or_warn(self, act: Callable[[], None]) -> None:
         try:
             act()
         except CheckpointNotSaved as problem:
-            self._log.tell(f"warning: {problem}; training goes on")
+            self._log.info(f"warning: {problem}; training goes on")

@@ -93,7 +93,7 @@ def build_schedule(config: ScheduleConfig, tokens_per_step: int) -> Schedule:
 
 
 @dataclass(frozen=True)
-class Course:
+class TrainingPlan:
     """What every step reads, and at which rate it learns."""
 
     timeline: Timeline
@@ -114,7 +114,7 @@ class Course:
         return self.schedules[phase].lr_at(tokens - self.counted_from[phase])
 
 
-def plan_course(config: PretrainConfig) -> Course:
+def plan_training(config: PretrainConfig) -> TrainingPlan:
     """Work out phases and rates.
 
     Raises:
@@ -125,7 +125,7 @@ def plan_course(config: PretrainConfig) -> Course:
         check_rows("batch.global_tokens", tokens_per_step, _lengths(config, None))
         schedule = build_schedule(config.schedule, tokens_per_step)
         phase = Phase("all", schedule.num_steps, tokens_per_step, _row_lengths(config, None))
-        return Course(Timeline([phase]), (schedule,), (0,))
+        return TrainingPlan(Timeline([phase]), (schedule,), (0,))
     main, steps = _main_schedule(config)
     phases, schedules, counted_from = [], [], []
     tokens = covered = 0
@@ -143,7 +143,7 @@ def plan_course(config: PretrainConfig) -> Course:
             schedules.append(build_schedule(alone, size))
             counted_from.append(tokens)
         tokens += length
-    return Course(Timeline(phases), tuple(schedules), tuple(counted_from))
+    return TrainingPlan(Timeline(phases), tuple(schedules), tuple(counted_from))
 
 
 def check_rows(key: str, tokens_per_step: int, lengths: Sequence[LengthConfig]) -> None:

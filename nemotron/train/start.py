@@ -14,8 +14,8 @@ from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
-from nemotron.ops.registry import OPERATIONS
 from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Launch, Ranks, start
@@ -36,7 +36,7 @@ from nemotron.train.loss import PretrainObjective
 from nemotron.train.reliability.deterministic import deterministic
 from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
-from nemotron.train.schedule import Course, plan_course
+from nemotron.train.schedule import TrainingPlan, plan_training
 from nemotron.train.trainer import Trainer
 
 ReadModel = Callable[[Path], tuple[ModelConfig, dict[str, Tensor]]]
@@ -61,13 +61,13 @@ def train(
         UserError: when something that the user gave is wrong.
     """
     launch = Launch.of_this_process()
-    course = plan_course(config)
-    check_layout(config, course, launch.world if launch else 1)
+    plan = plan_training(config)
+    check_layout(config, plan, launch.world if launch else 1)
     check_trackers(config.logging.trackers)
     device = find_device(config.device, launch.local_rank if launch else None)
     folder = RunFolder(config.run_path, config)
     ranks = start(launch, device, config.parallel)
-    ranks.first(lambda: folder.check(course.num_steps, resume=resume, allow_changed=allow_changed))
+    ranks.first(lambda: folder.check(plan.num_steps, resume=resume, allow_changed=allow_changed))
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest(stop_at))
         screen = Screen(is_silent=not ranks.is_first)
@@ -75,11 +75,11 @@ def train(
         log = RunLog(screen)
         is_on = config.reliability.deterministic
         stack.enter_context(deterministic(device, on=is_on))
-        _pin_backends(config)
-        data = open_data(config, course)
+        bind(config.ops)  # a backend that is not there is found before data is read
+        data = open_data(config, plan)
         data.check_length()
         own_peak = measure_matmul_peak(device, DTYPES[config.precision.compute])
-        trainer = build_trainer(config, course, data, device, sum(ranks.gather(own_peak)), ranks)
+        trainer = build_trainer(config, plan, data, device, sum(ranks.gather(own_peak)), ranks)
         stack.enter_context(folder.held(ranks))
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)
@@ -95,30 +95,29 @@ def dry_run(config: PretrainConfig) -> int:
         UserError: as `train` does.
     """
     launch = Launch.of_this_process()
-    course = plan_course(config)
-    dims = check_layout(config, course, launch.world if launch else least_world(config.parallel))
+    plan = plan_training(config)
+    dims = check_layout(config, plan, launch.world if launch else least_world(config.parallel))
     check_trackers(config.logging.trackers)
     device = find_device(config.device)
     folder = RunFolder(config.run_path, config)
-    folder.check(course.num_steps, resume=True)
-    _pin_backends(config)
+    folder.check(plan.num_steps, resume=True)
     with torch.device("meta"):
         model = HybridLM(config.model)
     count = count_parameters(model, config.model)
-    tokens = course.timeline.num_tokens
+    tokens = plan.timeline.num_tokens
     flops = training_flops_per_token(config.model, config.data.seq_len, config.num_depths) * tokens
     documents = config.data.reset_documents
-    choices = choose_backends(device, DTYPES[config.precision.compute], documents)
+    choices = choose_backends(config.ops, device, DTYPES[config.precision.compute], documents)
     tables = [table for _, _, table in _precision_tables(config, model, device)]
     formats = summarize(tables[0]) if config.precision.quantizes else []
     state = "exists, would go on by --resume" if folder.path.exists() else "new"
     for line in (
         f"run        {folder.path} ({state})",
         model_line(count),
-        f"training   {course.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
+        f"training   {plan.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
         *(f"operations {line}" for line in describe(choices, device)),
         *(f"precision  {line}" for line in formats),
-        *(describe_places(config, course, dims) if dims.world > 1 else ()),
+        *(describe_places(config, plan, dims) if dims.world > 1 else ()),
     ):
         if launch is None or launch.rank == 0:
             print(line)
@@ -154,25 +153,20 @@ def _precision_tables(
         yield step, preset, assign(model, config.precision, preset, device)
 
 
-def _pin_backends(config: PretrainConfig) -> None:
-    for operation, backend in config.ops:
-        OPERATIONS[operation].pin(backend)
-
-
-def open_data(config: PretrainConfig, course: Course) -> TrainingData:
+def open_data(config: PretrainConfig, plan: TrainingPlan) -> TrainingData:
     """Open the data of a run.
 
     Raises:
         UserError: when it is unfit.
     """
     return TrainingData(
-        config.data, course.timeline, seed=config.seed, vocab_size=config.model.vocab_size
+        config.data, plan.timeline, seed=config.seed, vocab_size=config.model.vocab_size
     )
 
 
 def build_trainer(
     config: PretrainConfig,
-    course: Course,
+    plan: TrainingPlan,
     data: TrainingData,
     device: torch.device,
     peak_flops: float,
@@ -186,11 +180,11 @@ def build_trainer(
         data,
         reader=Place(ranks.rank, dims).batch,
         num_readers=dims.batch,
-        num_steps=course.num_steps,
+        num_steps=plan.num_steps,
         num_depths=objective.num_depths,
         pin=device.type == "cuda",
     )
-    return Trainer(config, objective, batches, course, device, peak_flops, ranks)
+    return Trainer(config, objective, batches, plan, device, peak_flops, ranks)
 
 
 def _load_initial(local: LocalModel, path: str, read: ReadModel) -> None:

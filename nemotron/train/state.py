@@ -16,7 +16,7 @@ from nemotron.train.optimizer import Optimizer
 RNG = "rng.cpu"
 """Name of the random generator's state in a checkpoint."""
 SPIKE_WINDOW = 128
-"""Updates whose losses and gradient norms are remembered to tell a spike."""
+"""Updates whose losses and gradient norms are remembered to recognize a spike."""
 SPIKE_MINIMUM = 32
 """Updates that must be known before a step can be called a spike."""
 SPIKE_SIGMAS = 6.0
@@ -55,7 +55,7 @@ class TrainerState:
     """Indices of recent steps that were skipped as spikes or for not being finite."""
     passed_over: list[list[int]] = field(default_factory=list)
     """Steps that are never computed, after a rollback: first and last index, and the steps done by
-    the weights that the run went back to."""
+    the weights to which the run was rolled back."""
 
     def is_spike(self, loss: float, grad_norm: float, sigmas: float | None) -> bool:
         """Say whether a step is far above the recent ones; without `sigmas`, its loss alone."""

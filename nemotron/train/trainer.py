@@ -18,6 +18,7 @@ from nemotron.model.block import Block
 from nemotron.model.config import LAYER_KINDS
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
+from nemotron.ops.apply import apply as apply_ops
 from nemotron.parallel.apply import LocalModel, distribute
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.mesh import Mesh
@@ -43,7 +44,7 @@ from nemotron.train.record import StepResult
 from nemotron.train.reliability.faults import Faults
 from nemotron.train.reliability.progress import Progress, Stopwatch
 from nemotron.train.reliability.replicas import ReplicaCheck
-from nemotron.train.schedule import Course
+from nemotron.train.schedule import TrainingPlan
 from nemotron.train.state import RNG, Skip, TrainerState, snapshot
 
 
@@ -55,13 +56,13 @@ class Trainer:
         config: RunConfig,
         objective: Objective,
         batches: Batches,
-        course: Course,
+        plan: TrainingPlan,
         device: torch.device,
         peak_flops: float,
         ranks: Ranks | None = None,
     ) -> None:
         self.config, self.objective, self.batches = config, objective, batches
-        self.course, self.device = course, device
+        self.plan, self.device = plan, device
         self.ranks = ranks or Ranks()
         torch.manual_seed(config.seed)
         dims = resolve_dims(config.parallel, self.ranks.world)
@@ -107,13 +108,13 @@ class Trainer:
         self.optimizer.zero_grad()
         layers, num_experts = config.model.moe_layers, config.model.n_routed_experts
         sums = StepSums(self.objective, layers, num_experts, self.device)
-        portions = list(self._portions(batch))
+        micro_batches = list(self._micro_batches(batch))
         if self.local.pipeline is not None:
-            self._run_stages(step, portions, counts, sums)
-            portions = []
-        for number, (tokens, micro) in enumerate(portions, start=1):
+            self._run_stages(step, micro_batches, counts, sums)
+            micro_batches = []
+        for number, (tokens, micro) in enumerate(micro_batches, start=1):
             self.quantization.begin(step, tokens)
-            is_last = number == len(portions)
+            is_last = number == len(micro_batches)
             self.local.sync_gradients(is_last or config.parallel.sync_every_micro_batch)
             terms, routing = compute_sums(self.objective, self.model, micro.to(self.device))
             self.objective.combine(terms, counts).backward()
@@ -131,7 +132,7 @@ class Trainer:
         # once a step the host waits for three numbers: whether to update hangs on them
         loss, grad_norm, stops = torch.stack([total.double(), norms.total(), others[-1]]).tolist()
         watch.begin("optimizer")
-        lr, clip = self.course.lr(step), clip_coefficient(grad_norm, config.optimizer.clip)
+        lr, clip = self.plan.lr(step), clip_coefficient(grad_norm, config.optimizer.clip)
         is_spike = self.state.is_spike(loss, grad_norm, config.reliability.spike_sigmas)
         skips_spike = is_spike and config.reliability.spike_sigmas is not None
         skip = _reason_to_skip(counts, loss, grad_norm, skips_spike=skips_spike)
@@ -157,7 +158,7 @@ class Trainer:
             seconds=watch.seconds,
         )
 
-    def _portions(self, batch: Batch) -> Iterator[tuple[Numbers, Batch]]:
+    def _micro_batches(self, batch: Batch) -> Iterator[tuple[Numbers, Batch]]:
         """Yield what is computed at once of this rank's rows, with the numbers of its tokens."""
         num_rows, length = batch.input_ids.shape
         at_once = self.config.rows_at_once(length)
@@ -168,9 +169,9 @@ class Trainer:
             first += rows
 
     def _run_stages(
-        self, step: int, portions: list[tuple[Numbers, Batch]], counts: Tensor, sums: StepSums
+        self, step: int, micro_batches: list[tuple[Numbers, Batch]], counts: Tensor, sums: StepSums
     ) -> None:
-        """Pass the portions of a step through the stages of a pipeline, forward and backward."""
+        """Run the micro-batches of a step forward and backward through the stages of a pipeline."""
         assert self.local.pipeline is not None
 
         def share(
@@ -181,9 +182,9 @@ class Trainer:
             self.progress.move()
             return self.objective.combine(terms, counts)
 
-        # every call of a layer draws other bits, so the portions may share their numbers
-        self.quantization.begin(step, portions[0][0])
-        self.local.pipeline.step([micro.to(self.device) for _, micro in portions], share)
+        # every call of a layer draws other bits, so the micro-batches may share their numbers
+        self.quantization.begin(step, micro_batches[0][0])
+        self.local.pipeline.step([micro.to(self.device) for _, micro in micro_batches], share)
 
     def _sum_counts(self, batch: Batch) -> tuple[Float[Tensor, " terms"], int]:
         """Return the counts of the terms and the tokens, over all ranks that read other rows."""
@@ -270,6 +271,7 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
         # on meta first, so that no memory is spent on what other ranks hold
         with torch.device("meta"):
             model = HybridLM(config.model)
+        apply_ops(model, config.ops)
         apply_precision(model, config.precision)
         for block in model.modules():
             if isinstance(block, Block):

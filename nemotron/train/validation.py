@@ -62,13 +62,13 @@ def evaluate(
     values: dict[str, float] = {}
     for domain in data.validation_domains:
         sums = Sums()
-        for portion in _own(data.validation(domain, tokens=tokens, rows=rows), local, rows):
+        for held_out in _own(data.validation(domain, tokens=tokens, rows=rows), local, rows):
             progress.move()
-            batch = portion.batch
+            batch = held_out.batch
             batch = batch if data.config.reset_documents else replace(batch, seq_idx=None)
             nats = local.loss_sum(batch)
             if local.counts_rows:
-                sums += Sums(0.0, batch.num_loss_tokens, portion.num_bytes)
+                sums += Sums(0.0, batch.num_loss_tokens, held_out.num_bytes)
             if local.counts_loss:
                 sums += Sums(nats)
         sums = sums.add_up(ranks, local.device)
@@ -79,14 +79,14 @@ def evaluate(
 
 
 def _own(
-    portions: Iterator[ValidationBatch], local: LocalModel, rows: int
+    batches: Iterator[ValidationBatch], local: LocalModel, rows: int
 ) -> Iterator[ValidationBatch]:
-    """Yield this rank's portions: as many on every rank, and of one size, blank where it must."""
+    """Yield this rank's batches: as many on every rank, and of one size, blank where it must."""
     if local.mesh is None:
-        yield from portions
+        yield from batches
         return
     ranks = local.mesh.dims.batch
-    while round_ := list(itertools.islice(portions, ranks)):
+    while round_ := list(itertools.islice(batches, ranks)):
         own = round_[min(local.batch_rank, len(round_) - 1)]
         is_blank = local.batch_rank >= len(round_)
         missing = rows - own.batch.input_ids.shape[0]

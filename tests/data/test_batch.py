@@ -19,7 +19,7 @@ def make_batch(rows: int, length: int) -> Batch:
 
 
 @given(st.integers(1, 7), st.integers(1, 9))
-def test_portions_in_order_are_the_whole_batch(rows: int, micro_batch: int):
+def test_micro_batches_in_order_are_the_whole_batch(rows: int, micro_batch: int):
     batch = make_batch(rows, 5)
     parts = list(batch.split(micro_batch))
     assert all(part.input_ids.shape[0] <= micro_batch for part in parts)

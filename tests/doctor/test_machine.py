@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from nemotron.cli import run
-from nemotron.ops.describe import ALL
+from nemotron.ops.apply import ALL
 
 
 def test_the_doctor_names_device_versions_and_every_backend(capsys: pytest.CaptureFixture):

@@ -1,11 +1,15 @@
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
 import nemotron
+from nemotron import cli
 from nemotron.errors import UserError
-from nemotron.loading import load, load_with_tokenizer, read_weights
+from nemotron.loading import load, load_with_tokenizer, read_weights, recipe_ops
+from nemotron.model.mamba2 import Mamba2
+from nemotron.ops.config import OpsConfig
 
 IDS = torch.tensor([[5, 17, 300, 2, 9]])
 
@@ -51,3 +55,33 @@ def test_a_path_without_a_model_is_named(tmp_path: Path):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no complete checkpoint"):
         load(tmp_path)
+
+
+def run_with_ops(run: Path, copied: Path, **ops: str) -> Path:
+    shutil.copytree(run, copied)
+    lines = [f"  {name}: {backend}\n" for name, backend in ops.items()]
+    with (copied / "recipe.yaml").open("a") as recipe:
+        recipe.write("".join(["ops:\n", *lines]))
+    return copied
+
+
+def test_the_backends_of_a_recipe_are_read_from_anywhere_in_its_run(run: Path, tmp_path: Path):
+    assert recipe_ops(run) == recipe_ops(tmp_path) == OpsConfig()
+    copied = run_with_ops(run, tmp_path / "run", ssd="reference")
+    for part in ("", "checkpoints", "checkpoints/step-00000010"):
+        assert recipe_ops(copied / part) == OpsConfig(ssd="reference")
+    model = nemotron.load(copied, ops=recipe_ops(copied))
+    assert {m.ssd.pinned for m in model.modules() if isinstance(m, Mamba2)} == {"reference"}
+    wrong = run_with_ops(run, tmp_path / "wrong", sdd="reference")
+    with pytest.raises(UserError, match=r"recipe\.yaml:\d+: the key sdd is unknown under ops"):
+        recipe_ops(wrong)
+
+
+def test_generate_uses_the_backends_of_the_recipe(
+    run: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    copied = run_with_ops(run, tmp_path / "run", attention="varlen")
+    command = ["generate", str(copied), "--prompt", "a", "--max-new-tokens", "2", "--device", "cpu"]
+    assert cli.run(command) == 2
+    assert "ops.attention = varlen runs on cuda, not on cpu" in capsys.readouterr().err
+    assert cli.run([*command, "--no-recipe-ops"]) == 0

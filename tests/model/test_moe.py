@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from nemotron.model import moe
-from nemotron.model.moe import MoE, Sent
+from nemotron.model.moe import Dispatched, MoE
 from tests.support.models import build_config
 
 
@@ -91,7 +91,7 @@ def test_experts_that_get_no_token_have_gradients_of_zero():
     x, nothing = draw(1, 5)[0, :, :9].requires_grad_(), torch.zeros(0, dtype=torch.long)
     weights = torch.zeros(0, dtype=torch.float64, requires_grad=True)
     counts = torch.zeros(7, dtype=torch.long)
-    y = layer.experts(Sent(x, nothing, nothing, weights, counts))
+    y = layer.experts(Dispatched(x, nothing, nothing, weights, counts))
     assert torch.equal(y, torch.zeros(5, 9, dtype=torch.float64))
     inputs = [x, weights, *layer.experts.parameters()]
     for part, gradient in zip(inputs, torch.autograd.grad(y.sum(), inputs), strict=True):

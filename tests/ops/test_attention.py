@@ -6,7 +6,7 @@ import torch
 from against_reference import doubled, results, worst
 from torch import Tensor
 
-from nemotron.ops.attention import attention, flash_attn, operation, reference, sdpa, varlen
+from nemotron.ops.attention import attention, flash_attn, reference, sdpa, varlen
 from nemotron.ops.attention.documents import bounds
 
 
@@ -81,7 +81,7 @@ def test_a_call_with_documents_after_a_prefix_asks_for_a_backend_that_knows_them
     q, k, v = draw(1, 4, 9)
     ids = documents(1, 9)
     assert torch.equal(attention(q, k, v, seq_idx=ids), sdpa.attention(q, k, v, ids, None))
-    for backend in operation.backends:
+    for backend in attention.backends:
         assert "documents_after_a_prefix" in backend.features
 
 

@@ -8,8 +8,7 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from nemotron.ops import causal_conv1d as operation_module
-from nemotron.ops.causal_conv1d import reference
+from nemotron.ops.causal_conv1d import causal_conv1d, reference
 from nemotron.ops.causal_conv1d import triton as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -171,7 +170,7 @@ def test_a_slice_of_odd_strides_asks_for_a_backend_that_takes_it(
         seen.update(needs)
         return reference.causal_conv1d
 
-    monkeypatch.setattr(operation_module.operation, "select", select)
+    monkeypatch.setattr(causal_conv1d, "select", select)
     x, weight, bias, _ = draw(1, 5, channels=total)
-    operation_module.causal_conv1d(x[..., :channels], weight[:channels], bias[:channels])
+    causal_conv1d(x[..., :channels], weight[:channels], bias[:channels])
     assert seen["any_width"] is narrow

@@ -8,7 +8,7 @@ from against_reference import doubled, results, worst
 from torch import Tensor
 
 from nemotron.ops.registry import Call
-from nemotron.ops.ssd import operation, reference
+from nemotron.ops.ssd import reference, ssd
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -185,9 +185,10 @@ def test_two_calls_give_the_same_bits():
 
 
 def test_the_kernels_are_chosen_for_sizes_that_they_can_cut():
-    on_gpu = operation.backend("triton")
+    on_gpu = ssd.backend("triton")
     assert on_gpu.unfit(Call("cuda", torch.bfloat16, frozenset({"documents"}))) is None
-    assert "any_head_size" in on_gpu.unfit(
-        Call("cuda", torch.bfloat16, frozenset({"any_head_size"}))
+    assert on_gpu.unfit(Call("cuda", torch.bfloat16, sizes=(64, 128))) is None
+    assert on_gpu.unfit(Call("cuda", torch.bfloat16, sizes=(48, 128))) == (
+        "takes heads and states of 16, 32, 64, 128, not of 48 and 128"
     )
     assert "float64" in on_gpu.unfit(Call("cuda", torch.float64))

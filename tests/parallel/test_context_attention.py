@@ -6,7 +6,7 @@ import torch.distributed as dist
 from test_context_layout import numbers, worst
 from torch import Tensor
 
-from nemotron.ops.attention import operation, reference
+from nemotron.ops.attention import attention, reference
 from nemotron.parallel.context.attention import ContextAttention
 from nemotron.parallel.context.layout import in_row_order, shard
 from nemotron.parallel.context.router import SumOverRow
@@ -44,11 +44,8 @@ def on_ranks(
     own = [shard(t.detach(), rank, size).to(dtype).requires_grad_() for t in inputs]
     rows = DOCUMENTS[documents]
     seq_idx = None if rows is None else shard(numbers(*rows), rank, size)
-    operation.pin(backend)
-    try:
-        y = ContextAttention(dist.group.WORLD)(*own, seq_idx=seq_idx, start=None)
-    finally:
-        operation.pin("auto")
+    bound = attention.bind(backend)
+    y = ContextAttention(dist.group.WORLD)(bound, *own, seq_idx=seq_idx, start=None)
     return [y.detach(), *torch.autograd.grad(y, own, shard(cotangent, rank, size).to(dtype))]
 
 
@@ -101,7 +98,7 @@ def disturbed(wanted: int) -> list[Tensor]:
         others = torch.where(inside, 1.0, factor)[..., None, None]
         own = [shard((t[:1] * others).detach(), rank, size).requires_grad_() for t in inputs]
         documents = shard(seq_idx, rank, size)
-        y = ContextAttention(dist.group.WORLD)(*own, seq_idx=documents, start=None)
+        y = ContextAttention(dist.group.WORLD)(attention, *own, seq_idx=documents, start=None)
         counted = shard(cotangent[:1] * inside[..., None, None], rank, size)
         results += [y.detach()[documents == wanted], *torch.autograd.grad(y, own, counted)]
     return [shard(inside, rank, size), *results]

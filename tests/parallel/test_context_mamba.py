@@ -9,9 +9,11 @@ from test_context_layout import numbers, worst
 from torch import Tensor
 
 from nemotron.model.config import ModelConfig
-from nemotron.model.mamba2 import Mamba2, mix_tokens
+from nemotron.model.mamba2 import Mamba2, conv_and_scan
+from nemotron.ops.apply import apply
+from nemotron.ops.config import OpsConfig
 from nemotron.parallel.context import state_passing
-from nemotron.parallel.context.apply import MIXING
+from nemotron.parallel.context.apply import CONV_AND_SCAN
 from nemotron.parallel.context.layout import in_row_order, shard
 from nemotron.parallel.context.state_passing import StatePassing
 from tests.support.pool import Pool
@@ -93,9 +95,9 @@ def draw(case: Case, size: int) -> Row:
 WEIGHTS = ("conv1d.weight", "conv1d.bias", "A_log", "D", "dt_bias")
 
 
-def outcome(row: Row, mix: object) -> list[Tensor]:
+def outcome(row: Row, scan: object) -> list[Tensor]:
     """Return y and the gradients of the inputs, then of the weights."""
-    y = mix(row.mixer, row.xBC, row.mixer._time_step(row.raw_dt), row.seq_idx, None)
+    y = scan(row.mixer, row.xBC, row.mixer._time_step(row.raw_dt), row.seq_idx, None)
     weights = [p for n, p in row.mixer.named_parameters() if n in WEIGHTS]
     wanted = [row.xBC, row.raw_dt, *weights]
     return [y.detach(), *torch.autograd.grad(y, wanted, row.cotangent)]
@@ -104,8 +106,8 @@ def outcome(row: Row, mix: object) -> list[Tensor]:
 def on_ranks(method: str, cases: list[Case]) -> list[list[Tensor]]:
     group = dist.group.WORLD
     rank, size = dist.get_rank(), dist.get_world_size()
-    mix = MIXING[method](group)
-    return [outcome(draw(case, size).on(rank, size), mix) for case in cases]
+    scan = CONV_AND_SCAN[method](group)
+    return [outcome(draw(case, size).on(rank, size), scan) for case in cases]
 
 
 def compare(pool: Pool, method: str, cases: list[Case]) -> float:
@@ -118,7 +120,7 @@ def compare(pool: Pool, method: str, cases: list[Case]) -> float:
             in_row_order(torch.cat(parts, dim=1), pool.world) for parts in zip(*tokens, strict=True)
         ]
         found += [sum(parts) for parts in zip(*weights, strict=True)]
-        ratios.append(worst(found, outcome(in_float64(draw(case, pool.world)), mix_tokens)))
+        ratios.append(worst(found, outcome(in_float64(draw(case, pool.world)), conv_and_scan)))
     return max(ratios)
 
 
@@ -231,7 +233,7 @@ def test_bfloat16_inputs_cost_no_more_than_bfloat16_products(pair: Pool, method:
 def disturbed(method: str, documents: tuple[list[int], ...], wanted: int) -> list[Tensor]:
     """Return y of one document before and after all others changed, and its input gradients."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    mix = MIXING[method](dist.group.WORLD)
+    scan = CONV_AND_SCAN[method](dist.group.WORLD)
     whole = draw(Case(6, documents, rows=1), size)
     results, inside = [], whole.seq_idx == wanted
     for factor in (1.0, -1.5):
@@ -243,7 +245,7 @@ def disturbed(method: str, documents: tuple[list[int], ...], wanted: int) -> lis
             whole.seq_idx,
             whole.cotangent * inside.unsqueeze(-1),
         ).on(rank, size)
-        y, *gradients = outcome(row, mix)
+        y, *gradients = outcome(row, scan)
         results += [y[row.seq_idx == wanted], gradients[0], gradients[1]]
     return [shard(inside, rank, size), *results]
 
@@ -271,7 +273,7 @@ def unused(method: str) -> list[Tensor]:
     rank, size = dist.get_rank(), dist.get_world_size()
     row = draw(Case(6), size)
     row.cotangent[:, 6:] = 0
-    return outcome(row.on(rank, size), MIXING[method](dist.group.WORLD))
+    return outcome(row.on(rank, size), CONV_AND_SCAN[method](dist.group.WORLD))
 
 
 @METHODS
@@ -279,3 +281,26 @@ def test_ranks_whose_tokens_do_not_count_take_part_all_the_same(pair: Pool, meth
     first, second = pair.run(unused, method)
     assert first[1].any()
     assert not second[1].any()
+
+
+def backends_used(method: str, case: Case) -> list[tuple[str, str]]:
+    """Return operation and backend of each call, with backends given to the mixer."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    row, used = draw(case, size).on(rank, size), []
+    apply(row.mixer, OpsConfig(ssd="reference", causal_conv1d="reference"))
+    for name in ("ssd", "causal_conv1d"):
+        bound = getattr(row.mixer, name)
+
+        def spy(*arguments: object, bound: object = bound, **keywords: object) -> object:
+            used.append((bound.name, bound.pinned))
+            return bound(*arguments, **keywords)
+
+        setattr(row.mixer, name, spy)
+    outcome(row, CONV_AND_SCAN[method](dist.group.WORLD))
+    return used
+
+
+@METHODS
+def test_the_backends_are_those_of_the_mixer(pair: Pool, method: str):
+    for used in pair.run(backends_used, method, Case(6)):
+        assert used == [("causal_conv1d", "reference"), ("ssd", "reference")]

@@ -58,7 +58,7 @@ def alone(values: dict[str, Any]) -> Outcome:
 
 
 def laid_out(values: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
-    """Return the recipe in a layout; stages, and sums without exchange, need several portions."""
+    """Return the recipe in a layout; stages and sums without exchange need micro-batches."""
     one_row = "pp" in layout or not layout.get("sync_every_micro_batch", True)
     batch = values["batch"] | {"micro_batch": 1 if one_row else 2}
     return values | {"parallel": layout, "batch": batch}

@@ -10,7 +10,7 @@ from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import Place
-from nemotron.train.schedule import plan_course
+from nemotron.train.schedule import plan_training
 from nemotron.train.trainer import Trainer
 from tests.support.layout_run import forget_groups
 from tests.support.other_training import CountedBatches, EverySecondToken
@@ -37,7 +37,7 @@ def steps(values: dict[str, Any]) -> list[dict[str, float]]:
     dims = resolve_dims(config.parallel, ranks.world)
     reader = Place(ranks.rank, dims).batch
     batches = CountedBatches(4, 64, config.model.vocab_size, reader=reader, num_readers=dims.batch)
-    plan, device = plan_course(config), torch.device("cpu")
+    plan, device = plan_training(config), torch.device("cpu")
     trainer = Trainer(config, EverySecondToken(), batches, plan, device, 1e9, ranks)
     results = [do_step(trainer, step) for step in range(3)]
     forget_groups(trainer)

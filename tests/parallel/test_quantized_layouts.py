@@ -56,7 +56,7 @@ def bound(precision: str, layout: str) -> float:
 
 
 def quantized(values: dict[str, Any], precision: str, micro_batch: int) -> dict[str, Any]:
-    # a step is one portion, so that ranks which share experts merge what one process has at once
+    # one micro-batch: ranks that share experts merge what one process has at once
     batch = {"global_tokens": 2 * values["data"]["seq_len"], "micro_batch": micro_batch}
     formats = {"compute": "bf16", **PRECISION[precision]}
     return values | {"model": MODEL, "precision": formats, "batch": batch}

@@ -8,7 +8,7 @@ import pytest
 from tests.support.layout_model import MODEL
 from tests.support.pool import Pool
 from tests.support.prepared import write_prepared
-from tests.support.reliability_run import compared, skips, told
+from tests.support.reliability_run import compared, logged, skips
 
 pytestmark = pytest.mark.distributed
 
@@ -96,7 +96,7 @@ def test_one_flipped_bit_is_found_and_named(pair: Pool, values, layout: str, ten
 def test_a_slow_rank_is_named_with_what_it_is_slow_in(pair: Pool, values):
     fault = {"kind": "sleep", "step": 1, "last_step": 6, "rank": 1, "seconds": 0.5}
     case = recipe(values, "fsdp", fault, straggler_factor=1.5, straggler_after=2)
-    outcomes = pair.run(told, case | {"logging": {"every_steps": 2}}, 6)
+    outcomes = pair.run(logged, case | {"logging": {"every_steps": 2}}, 6)
     assert outcomes[0][0] == outcomes[1][0]
     lines, records = outcomes[0]
     assert len(lines) == 1
@@ -108,6 +108,6 @@ def test_a_slow_rank_is_named_with_what_it_is_slow_in(pair: Pool, values):
 
 def test_alone_or_unasked_nothing_is_measured(pair: Pool, values):
     case = recipe(values, "fsdp", straggler_factor=None)
-    for lines, records in pair.run(told, case, 2):
+    for lines, records in pair.run(logged, case, 2):
         assert lines == []
         assert not any(key.startswith("ranks/") for record in records for key in record)

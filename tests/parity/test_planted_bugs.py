@@ -11,15 +11,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_transformers import LOGITS
-from torch import Tensor
+from torch import Tensor, nn
 
-from nemotron.model import mamba2, mlp, moe
 from nemotron.model.attention import Attention
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.mamba2 import Mamba2
-from nemotron.model.moe import MoE
+from nemotron.model.mlp import MLP
+from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import Router, Routing
 from nemotron.ops.attention import attention
+from nemotron.ops.causal_conv1d import causal_conv1d
+from nemotron.ops.gated_rms_norm import gated_rms_norm
+from nemotron.ops.squared_relu import squared_relu
+from nemotron.ops.ssd import ssd
 
 Kind = TypeVar("Kind")
 Patch = pytest.MonkeyPatch
@@ -35,24 +39,37 @@ def floor_of_the_time_step(model: HybridLM, _: Patch) -> None:
         mixer.time_step_limit = (0.001, float("inf"))
 
 
-def norm_over_one_group(_: HybridLM, patch: Patch) -> None:
-    right = mamba2.gated_rms_norm
-    patch.setattr(mamba2, "gated_rms_norm", lambda y, z, w, groups, eps: right(y, z, w, 1, eps))
+def replace(model: HybridLM, kind: type[nn.Module], operation: str, wrong: Callable) -> None:
+    """Give every module of a kind another operation."""
+    for module in every(model, kind):
+        assert hasattr(module, operation)
+        setattr(module, operation, wrong)
 
 
-def norm_before_the_gate(_: HybridLM, patch: Patch) -> None:
+def norm_over_one_group(model: HybridLM, _: Patch) -> None:
+    replace(
+        model,
+        Mamba2,
+        "gated_rms_norm",
+        lambda y, z, w, groups, eps: gated_rms_norm(y, z, w, 1, eps),
+    )
+
+
+def norm_before_the_gate(model: HybridLM, _: Patch) -> None:
     def wrong(y: Tensor, z: Tensor, weight: Tensor, groups: int, eps: float) -> Tensor:
         parts = y.unflatten(-1, (groups, -1))
         normed = F.rms_norm(parts, parts.shape[-1:], None, eps).flatten(-2)
         return normed * weight * F.silu(z)
 
-    patch.setattr(mamba2, "gated_rms_norm", wrong)
+    replace(model, Mamba2, "gated_rms_norm", wrong)
 
 
-def no_gate(_: HybridLM, patch: Patch) -> None:
-    right = mamba2.gated_rms_norm
-    patch.setattr(
-        mamba2, "gated_rms_norm", lambda y, z, *rest: right(y, torch.full_like(z, 3.0), *rest)
+def no_gate(model: HybridLM, _: Patch) -> None:
+    replace(
+        model,
+        Mamba2,
+        "gated_rms_norm",
+        lambda y, z, *rest: gated_rms_norm(y, torch.full_like(z, 3.0), *rest),
     )
 
 
@@ -111,17 +128,16 @@ def no_shared_expert(model: HybridLM, _: Patch) -> None:
         layer.shared_experts.down_proj.weight.data.zero_()
 
 
-def relu_not_squared(_: HybridLM, patch: Patch) -> None:
+def relu_not_squared(model: HybridLM, _: Patch) -> None:
     def wrong(x: Tensor, weight: Tensor | None = None) -> Tensor:
         return x.relu() if weight is None else x.relu() * weight
 
-    patch.setattr(mlp, "squared_relu", wrong)
-    patch.setattr(moe, "squared_relu", wrong)
+    replace(model, MLP, "squared_relu", wrong)
+    replace(model, Experts, "squared_relu", wrong)
 
 
-def weights_inside_the_square(_: HybridLM, patch: Patch) -> None:
-    right = mlp.squared_relu
-    patch.setattr(moe, "squared_relu", lambda x, weight: right(x * weight))
+def weights_inside_the_square(model: HybridLM, _: Patch) -> None:
+    replace(model, Experts, "squared_relu", lambda x, weight: squared_relu(x * weight))
 
 
 def no_skip_connection(model: HybridLM, _: Patch) -> None:
@@ -139,10 +155,12 @@ def decay_not_exponentiated(model: HybridLM, _: Patch) -> None:
         mixer.A_log.data.exp_()
 
 
-def convolution_without_activation(_: HybridLM, patch: Patch) -> None:
-    right = mamba2.causal_conv1d
-    patch.setattr(
-        mamba2, "causal_conv1d", lambda *args, **rest: right(*args, **rest, activation=False)
+def convolution_without_activation(model: HybridLM, _: Patch) -> None:
+    replace(
+        model,
+        Mamba2,
+        "causal_conv1d",
+        lambda *args, **rest: causal_conv1d(*args, **rest, activation=False),
     )
 
 
@@ -151,34 +169,29 @@ def convolution_without_bias(model: HybridLM, _: Patch) -> None:
         mixer.conv1d.bias.data.zero_()
 
 
-def taps_reversed(model: HybridLM, _: Patch) -> None:
+def kernel_reversed(model: HybridLM, _: Patch) -> None:
     for mixer in every(model, Mamba2):
         mixer.conv1d.weight.data.copy_(mixer.conv1d.weight.data.flip(-1))
 
 
-def state_inputs_swapped(_: HybridLM, patch: Patch) -> None:
-    right = mamba2.ssd
-    patch.setattr(mamba2, "ssd", lambda x, dt, A, B, C, D, **rest: right(x, dt, A, C, B, D, **rest))
+def state_inputs_swapped(model: HybridLM, _: Patch) -> None:
+    replace(model, Mamba2, "ssd", lambda x, dt, A, B, C, D, **rest: ssd(x, dt, A, C, B, D, **rest))
 
 
-def key_heads_interleaved(model: HybridLM, patch: Patch) -> None:
-    right = attention
-
+def key_heads_interleaved(model: HybridLM, _: Patch) -> None:
     def wrong(q: Tensor, k: Tensor, v: Tensor, **rest: object) -> Tensor:
         repeats = q.shape[2] // k.shape[2]
-        return right(q, k.repeat(1, 1, repeats, 1), v.repeat(1, 1, repeats, 1), **rest)
+        return attention(q, k.repeat(1, 1, repeats, 1), v.repeat(1, 1, repeats, 1), **rest)
 
-    for layer in every(model, Attention):
-        patch.setattr(layer, "core", wrong)
+    replace(model, Attention, "attention", wrong)
 
 
-def attention_sees_the_future(model: HybridLM, patch: Patch) -> None:
+def attention_sees_the_future(model: HybridLM, _: Patch) -> None:
     def wrong(q: Tensor, k: Tensor, v: Tensor, **_: object) -> Tensor:
         heads = (t.transpose(1, 2) for t in (q, k, v))
         return F.scaled_dot_product_attention(*heads, enable_gqa=True).transpose(1, 2)
 
-    for layer in every(model, Attention):
-        patch.setattr(layer, "core", wrong)
+    replace(model, Attention, "attention", wrong)
 
 
 def drawn_again_after_loading(model: HybridLM, _: Patch) -> None:
@@ -216,7 +229,7 @@ MUTATIONS: dict[Mutation, str] = {
     decay_not_exponentiated: "nano",
     convolution_without_activation: "nano",
     convolution_without_bias: "nano",
-    taps_reversed: "nano",
+    kernel_reversed: "nano",
     state_inputs_swapped: "nano",
     key_heads_interleaved: "nano",
     attention_sees_the_future: "nano",

@@ -13,7 +13,7 @@ from nemotron.recipe.load import load_recipe
 from nemotron.recipe.read import read_yaml
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import findings
-from nemotron.train.schedule import plan_course
+from nemotron.train.schedule import plan_training
 
 ROOT = Path(__file__).parents[2]
 RECIPES = ROOT / "recipes"
@@ -66,7 +66,7 @@ def test_the_plan_calls_a_layout_legal_and_says_that_it_fits(
 def test_training_would_start_with_that_number_of_gpus(path: Path):
     config = load_recipe(path).config
     dims = resolve_dims(config.parallel, gpus_of(path)[0])
-    assert findings(config, plan_course(config), dims) == []
+    assert findings(config, plan_training(config), dims) == []
 
 
 @pytest.mark.parametrize("path", LAYOUTS, ids=name)
@@ -133,12 +133,12 @@ def long_context(model: str) -> PretrainConfig:
 def test_long_rows_batches_and_rates_are_those_of_the_reports(
     model: str, rate: float, phases: list[tuple[int, float, dict[int, int]]]
 ):
-    course = plan_course(long_context(model))
-    for phase, (steps, tokens, rows) in zip(course.timeline.phases, phases, strict=True):
+    plan = plan_training(long_context(model))
+    for phase, (steps, tokens, rows) in zip(plan.timeline.phases, phases, strict=True):
         assert phase.num_steps == steps
         assert phase.num_steps * phase.tokens_per_step == pytest.approx(tokens, rel=1e-3)
         assert {n.seq_len: phase.tokens_per_step // n.seq_len for n in phase.lengths} == rows
-    assert {course.lr(step) for step in (0, 1, course.num_steps - 1)} == {rate}
+    assert {plan.lr(step) for step in (0, 1, plan.num_steps - 1)} == {rate}
 
 
 @pytest.mark.parametrize("model", ["nano", "super"])

@@ -75,7 +75,7 @@ def test_the_panel_fits_its_width_and_shows_the_run(width):
     progress = Progress("run", 1000)
     progress.update(TRAIN)
     progress.update(VALIDATION)
-    progress.tell("saved step-00000007")
+    progress.info("saved step-00000007")
     out = io.StringIO()
     Console(file=out, width=width, force_terminal=True, color_system=None).print(progress.render())
     text = out.getvalue()
@@ -111,11 +111,11 @@ def test_a_terminal_gets_a_panel_and_a_dumb_one_plain_lines(monkeypatch):
 def test_the_log_has_what_was_said_before_it_was_opened_and_no_secrets(tmp_path, monkeypatch):
     monkeypatch.setenv("SOME_TOKEN", "canary-0123456789")
     screen = Screen(io.StringIO())
-    screen.tell("early")
+    screen.info("early")
     screen.open_log(tmp_path / "log.txt")
     screen.start("run", 10)
     screen.show(TRAIN)
-    screen.tell("uses canary-0123456789")
+    screen.info("uses canary-0123456789")
     screen.close()
     log = (tmp_path / "log.txt").read_text()
     assert "early" in log
@@ -140,7 +140,7 @@ screen = Screen()
 screen.start("run", 10)
 for step in range(1, 200):
     screen.show({"kind": "train", "step": step, "loss/main": 1.0})
-screen.tell("caf\\u00e9 \\u2603")
+screen.info("caf\\u00e9 \\u2603")
 screen.close()
 print("reached the end", file=sys.stderr)
 """

@@ -20,7 +20,7 @@ from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import check_layout
 from nemotron.train.loop import validate
-from nemotron.train.schedule import plan_course
+from nemotron.train.schedule import plan_training
 from nemotron.train.start import open_data
 from nemotron.train.trainer import Trainer
 from tests.support.tiny_run import build_trainer, do_step
@@ -49,12 +49,12 @@ def build(values: dict[str, Any]) -> Trainer:
     ranks = Ranks()
     if dist.is_initialized():
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), grouped=True)
-    check_layout(config, plan_course(config), ranks.world)
+    check_layout(config, plan_training(config), ranks.world)
     return build_trainer(config, ranks)
 
 
 def open_text(trainer: Trainer) -> TrainingData:
-    return open_data(trainer.config, trainer.course)
+    return open_data(trainer.config, trainer.plan)
 
 
 def run_steps(values: dict[str, Any], num_steps: int) -> Outcome:

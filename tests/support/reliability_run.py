@@ -23,7 +23,7 @@ def build(values: dict[str, Any]) -> Trainer:
 
 
 def run_loop(trainer: Trainer, notes: "Notes", num_steps: int) -> None:
-    data = open_data(trainer.config, trainer.course)
+    data = open_data(trainer.config, trainer.plan)
     loop(trainer, data, notes, NothingSaved(), StopRequest(num_steps))
 
 
@@ -49,8 +49,8 @@ def compared(values: dict[str, Any], num_steps: int) -> tuple[int, str]:
     return trainer.state.step, ""
 
 
-def told(values: dict[str, Any], num_steps: int) -> tuple[list[str], list[dict[str, Any]]]:
-    """Train; returns what was told, and the records of the steps."""
+def logged(values: dict[str, Any], num_steps: int) -> tuple[list[str], list[dict[str, Any]]]:
+    """Train; returns what was logged, and the records of the steps."""
     trainer, notes = build(values), Notes()
     run_loop(trainer, notes, num_steps)
     return notes.lines, [r for r in notes.records if r["kind"] == "train"]
@@ -62,7 +62,7 @@ class Notes:
     def __init__(self) -> None:
         self.lines: list[str] = []
         self.records: list[dict[str, Any]] = []
-        self.tell, self.record = self.lines.append, self.records.append
+        self.info, self.record = self.lines.append, self.records.append
 
 
 class NothingSaved:

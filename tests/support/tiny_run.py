@@ -8,7 +8,7 @@ from nemotron.parallel.runtime import Ranks
 from nemotron.train import start
 from nemotron.train.config import PretrainConfig
 from nemotron.train.record import StepResult
-from nemotron.train.schedule import plan_course
+from nemotron.train.schedule import plan_training
 from nemotron.train.trainer import Trainer
 
 MODEL = {
@@ -58,9 +58,9 @@ def build_recipe(folder: Path, shards: dict[str, str], name: str, **changes) -> 
 
 def build_trainer(config: PretrainConfig, ranks: Ranks | None = None) -> Trainer:
     """Build the trainer of a run on the CPU."""
-    course = plan_course(config)
-    data = start.open_data(config, course)
-    return start.build_trainer(config, course, data, torch.device("cpu"), 1e9, ranks or Ranks())
+    plan = plan_training(config)
+    data = start.open_data(config, plan)
+    return start.build_trainer(config, plan, data, torch.device("cpu"), 1e9, ranks or Ranks())
 
 
 def do_step(trainer: Trainer, step: int) -> StepResult:

@@ -104,9 +104,9 @@ def test_balanced_experts_get_the_same_tokens_and_no_token_one_expert_twice(modu
 
 
 def test_every_registered_operation_has_a_workload(module):
-    workloads, describe = module("workloads"), importlib.import_module("nemotron.ops.describe")
+    workloads, operations = module("workloads"), importlib.import_module("nemotron.ops.apply")
     found = workloads.workloads(workloads.TINY, workloads.Rows(2, 32))
-    assert {op.name for op in describe.ALL} <= {w.operation for w in found}
+    assert {op.name for op in operations.ALL} <= {w.operation for w in found}
 
 
 def test_the_script_names_a_stage_that_does_not_exist():

@@ -1,4 +1,4 @@
-"""Jobs on two ranks that died or went back: going on gives the bits of one that did not."""
+"""Jobs on two ranks that died or were rolled back: going on gives the bits of one that did not."""
 
 import signal
 
@@ -23,7 +23,7 @@ def test_a_job_of_which_one_rank_was_killed_resumes_to_the_same_bits(on_two):
     assert_same_run(again.run, whole.run)
 
 
-def test_two_ranks_go_back_alike_and_a_stopped_job_resumes_to_the_same_bits(on_two):
+def test_two_ranks_roll_back_alike_and_a_stopped_job_resumes_to_the_same_bits(on_two):
     # on one rank only: the reduced gradients tell the other
     faults = [{"kind": "nan_gradient", "step": step, "rank": 1} for step in (5, 6)]
     changes = {
@@ -32,7 +32,7 @@ def test_two_ranks_go_back_alike_and_a_stopped_job_resumes_to_the_same_bits(on_t
     }
     whole = Job(on_two("whole", **changes))
     assert whole.wait() == [0, 0], whole.text()
-    assert "2 steps from 5 to 6 were skipped; going back to step-00000004" in whole.text()
+    assert "2 steps from 5 to 6 were skipped; rolled back to step-00000004" in whole.text()
     parts = Job(on_two("parts", **changes), "--stop-at", "6")
     assert parts.wait() == [75, 75], parts.text()
     parts = Job(on_two("parts", **changes), "--resume")

@@ -10,7 +10,7 @@ from nemotron.checkpoint.write import save
 from nemotron.errors import UserError
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
-from nemotron.train.schedule import plan_course
+from nemotron.train.schedule import plan_training
 from nemotron.train.trainer import Trainer
 from tests.support.other_training import TEMPERATURE, CountedBatches, EverySecondToken
 from tests.support.tiny_run import MODEL, build_trainer, do_step
@@ -27,7 +27,7 @@ def config(recipe) -> PretrainConfig:
 
 def build(config: PretrainConfig) -> Trainer:
     batches = CountedBatches(4, 31, VOCAB)
-    plan = plan_course(config)
+    plan = plan_training(config)
     return Trainer(config, EverySecondToken(), batches, plan, torch.device("cpu"), 1e9)
 
 

@@ -1,4 +1,4 @@
-"""Steps that went wrong: skipped alike, gone back before, never computed again."""
+"""Steps that went wrong: skipped alike, rolled back before, never computed again."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ SAVED = {"every_steps": 2, "keep": 4}
 
 @pytest.fixture
 def rolling(recipe):
-    """A run that meets three bad steps, and goes back before them."""
+    """A run that meets three bad steps, and is rolled back before them."""
 
     def build(name: str, checkpoint: dict = SAVED, **reliability):
         values = {"rollback_after": 3, "rollback_window": 8, "faults": BAD} | reliability
@@ -38,7 +38,7 @@ def test_a_run_goes_back_before_the_bad_steps_and_passes_over_them(rolling, caps
     run = folder_of(config)
     out = capsys.readouterr().out
     assert "warning    a fault is injected: nan_gradient in step 6 on all ranks" in out
-    assert "3 steps from 6 to 9 were skipped; going back to step-00000004" in out
+    assert "3 steps from 6 to 9 were skipped; rolled back to step-00000004" in out
     records = read_metrics(run / "metrics.jsonl")
     steps = [r["step"] for r in records if r["kind"] == "train"]
     assert steps == [1, 2, 3, 4, 5, 10, 11, 12]
@@ -91,7 +91,7 @@ def test_a_run_that_keeps_failing_from_one_checkpoint_gives_up(rolling, capsys):
     faults = [{"kind": "nan_gradient", "step": 5, "last_step": 12}]
     config = rolling("hopeless", faults=faults, rollback_after=2)
     assert train(config) == 1
-    assert "and the run went back to step 4 3 times" in capsys.readouterr().out
+    assert "and the run was rolled back to step 4 3 times" in capsys.readouterr().out
 
 
 def test_without_a_checkpoint_there_is_nothing_to_go_back_to(recipe, capsys):
@@ -99,7 +99,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(recipe, capsys):
     values = {"rollback_after": 3, "faults": faults}
     config = recipe("early", reliability=values, checkpoint={"every_steps": 5})
     assert train(config) == 1
-    assert "there is no whole checkpoint to go back to" in capsys.readouterr().out
+    assert "there is no whole checkpoint to roll back to" in capsys.readouterr().out
 
 
 def test_a_spike_is_skipped_and_the_run_goes_on(recipe):

@@ -1,4 +1,4 @@
-"""What one optimizer step must be: independent of portions and logging, deaf to NaN."""
+"""What one optimizer step must be: independent of micro-batches and logging, deaf to NaN."""
 
 import math
 from dataclasses import replace
@@ -9,10 +9,11 @@ import torch
 import torch.nn.functional as F
 
 from nemotron.errors import UserError
+from nemotron.model.mamba2 import Mamba2
 from nemotron.parallel.runtime import Ranks
 from nemotron.run.metrics import read_metrics
 from nemotron.train.config import PretrainConfig
-from nemotron.train.schedule import plan_course
+from nemotron.train.schedule import plan_training
 from nemotron.train.start import open_data, train
 from nemotron.train.state import SPIKE_MINIMUM, Skip, TrainerState
 from nemotron.train.validation import evaluate
@@ -27,8 +28,8 @@ def losses_of(config: PretrainConfig, steps: int) -> list[dict]:
 
 
 @pytest.mark.parametrize("documents", [False, True])
-def test_the_size_of_the_portions_changes_no_loss_and_no_gradient(recipe, documents):
-    # rows with unequal numbers of targets: dividing by a portion's own count would show
+def test_the_size_of_micro_batches_changes_no_loss_and_no_gradient(recipe, documents):
+    # rows with unequal numbers of targets: dividing by a micro-batch's own count would show
     changes = {"reset_documents": documents, "mask_eod_loss": True}
     data = recipe().data.model_copy(update=changes)
     results = [
@@ -99,7 +100,7 @@ def test_a_step_that_is_not_finite_leaves_everything_but_data_and_schedule(recip
     assert (subject.state.skipped_steps, subject.state.nonfinite_in_a_row) == (1, 1)
     following = do_step(subject, 2)
     assert following.skip is None
-    assert following.lr == subject.course.lr(2)
+    assert following.lr == subject.plan.lr(2)
     assert subject.state.nonfinite_in_a_row == 0
 
 
@@ -168,16 +169,16 @@ def test_weights_of_another_shape_are_refused_with_the_key_at_fault(recipe, undi
 
 def test_validation_is_cross_entropy_of_the_logits_and_its_bits_per_byte(recipe):
     subject, config = build_trainer(recipe()), recipe()
-    data = open_data(config, plan_course(config))
+    data = open_data(config, plan_training(config))
     values = evaluate(subject.local, data, Ranks(), tokens=31 * 4, rows=3)
     nats = tokens = size = 0
     for domain in ("prose", "numbers"):
-        for portion in data.validation(domain, tokens=31 * 4, rows=1):
-            logits = subject.model.logits(subject.model(portion.batch.input_ids))
-            labels = portion.batch.labels
+        for held_out in data.validation(domain, tokens=31 * 4, rows=1):
+            logits = subject.model.logits(subject.model(held_out.batch.input_ids))
+            labels = held_out.batch.labels
             nats += F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").item()
             tokens += int((labels != -100).sum())
-            size += portion.num_bytes
+            size += held_out.num_bytes
     assert values["validation/loss"] == pytest.approx(nats / tokens, rel=1e-6)
     assert values["validation/bits_per_byte"] == pytest.approx(nats / math.log(2) / size, rel=1e-6)
     assert values["validation/perplexity"] == pytest.approx(math.exp(nats / tokens), rel=1e-5)
@@ -189,3 +190,11 @@ def test_tied_heads_stay_one_tensor(recipe):
     subject = build_trainer(recipe(model=model))
     do_step(subject, 0)
     assert subject.model.lm_head.weight is subject.model.backbone.embeddings.weight
+
+
+def test_the_model_uses_the_backends_of_the_recipe_and_other_models_their_own(recipe):
+    named = build_trainer(recipe(ops={"ssd": "reference"}))
+    free = build_trainer(recipe())
+    for subject, expected in ((named, {"reference"}), (free, {None})):
+        mixers = [m for m in subject.model.modules() if isinstance(m, Mamba2)]
+        assert {mixer.ssd.pinned for mixer in mixers} == expected

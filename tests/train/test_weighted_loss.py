@@ -8,14 +8,14 @@ import torch.nn.functional as F
 
 from nemotron.data.batch import Batch
 from nemotron.train.loss import PretrainObjective, compute_sums
-from nemotron.train.schedule import plan_course
+from nemotron.train.schedule import plan_training
 from nemotron.train.start import open_data
 from nemotron.train.trainer import build_model
 
 
 def test_the_objective_is_the_weighted_mean_of_each_term(recipe):
     config = recipe()
-    batch = open_data(config, plan_course(config)).batch(0)
+    batch = open_data(config, plan_training(config)).batch(0)
     weights = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(3))
     batch = replace(batch, loss_weight=weights).look_ahead(2)
     [model] = build_model(config, torch.device("cpu")).models
@@ -52,7 +52,7 @@ def test_the_objective_is_the_weighted_mean_of_each_term(recipe):
 
 def test_micro_batches_of_weighted_samples_add_up_to_the_loss_of_all(recipe):
     config = recipe()
-    data = open_data(config, plan_course(config))
+    data = open_data(config, plan_training(config))
     [model] = build_model(config, torch.device("cpu")).models
     batch = data.batch(2)
     weights = torch.rand(batch.labels.shape, generator=torch.Generator().manual_seed(4))

@@ -314,7 +314,7 @@ def run_peer(source: str, out: str, workers: int) -> None:
 def open_blend(name: str) -> None:
     """Open a folder of shards or a blend as a run does, read one step, print the seconds."""
     from nemotron.recipe.load import load_recipe
-    from nemotron.train.schedule import plan_course
+    from nemotron.train.schedule import plan_training
     from nemotron.train.start import open_data
 
     start = time.perf_counter()
@@ -322,7 +322,7 @@ def open_blend(name: str) -> None:
     inline = f"data.sources=[{{name: all, path: {name}}}]"
     recipe = load_recipe(ROOT / "recipes/tiny/pretrain.yaml", [source or inline])
     laps = [time.perf_counter()]
-    data = open_data(recipe.config, plan_course(recipe.config))
+    data = open_data(recipe.config, plan_training(recipe.config))
     laps.append(time.perf_counter())
     data.batch(0)
     laps.append(time.perf_counter())

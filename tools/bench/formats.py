@@ -127,20 +127,20 @@ def serve(parent: Connection, recipe: str, preset: str, device: str) -> None:
     optimizer = Optimizer(dict(model.named_parameters()), config.optimizer)
     objective = PretrainObjective(config.loss, num_depths=0)  # the next token alone
     rows, length = config.batch.micro_batch, config.data.seq_len
-    portions = config.batch.global_tokens // (rows * length)
+    num_micro = config.batch.global_tokens // (rows * length)
     step = 0
     while parent.recv():
         batches = []
-        for portion in range(portions):
-            generator = torch.Generator().manual_seed(step * portions + portion)
+        for micro in range(num_micro):
+            generator = torch.Generator().manual_seed(step * num_micro + micro)
             tokens = torch.randint(config.model.vocab_size, (rows, length), generator=generator)
             labels = F.pad(tokens[:, 1:], (0, 1), value=NO_LABEL)
             batches.append(Batch(tokens.to(device), labels.to(device), seq_idx=None))
         _wait(device)
         start = time.perf_counter()
         optimizer.zero_grad()
-        for portion, batch in enumerate(batches):
-            quantization.begin(step, portion * rows * length)
+        for micro, batch in enumerate(batches):
+            quantization.begin(step, micro * rows * length)
             sums, _ = compute_sums(objective, model, batch)
             objective.combine(sums, objective.counts(batch)).backward()
         optimizer.step(lr=1e-4)

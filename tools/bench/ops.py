@@ -112,25 +112,30 @@ QKV = [(1, TOKENS, heads, HEAD_DIM) for heads in (8, 2, 2)]
 
 WORKLOADS = [
     # the recurrence itself: one update of and one product with a P x N state per head and token
-    Workload(ssd.operation, _draw_scan, (None, None), 4.0 * TOKENS * INNER * STATE, wide=(1, 2, 5)),
+    Workload(ssd.ssd, _draw_scan, (None, None), 4.0 * TOKENS * INNER * STATE, wide=(1, 2, 5)),
     Workload(
-        causal_conv1d.operation,
+        causal_conv1d.causal_conv1d,
         _normal((1, TOKENS, CHANNELS), (CHANNELS, 4), (CHANNELS,)),
         (None, None, True),
         2.0 * TOKENS * CHANNELS * 4,
     ),
     # two products over the causal half
-    Workload(attention.operation, _normal(*QKV), (None, None), 2.0 * TOKENS**2 * 8 * HEAD_DIM),
+    Workload(attention.attention, _normal(*QKV), (None, None), 2.0 * TOKENS**2 * 8 * HEAD_DIM),
     Workload(
-        grouped_linear.operation,
+        grouped_linear.grouped_linear,
         _draw_groups,
         (),
         2.0 * TOKENS * TOP_K * HIDDEN * EXPERT_WIDTH,
     ),
-    Workload(linear_cross_entropy.operation, _draw_head, ("sum",), 2.0 * TOKENS * HIDDEN * VOCAB),
-    Workload(rms_norm.operation, _normal((TOKENS, HIDDEN), (HIDDEN,)), (EPS,), 0.0, wide=(1,)),
     Workload(
-        gated_rms_norm.operation,
+        linear_cross_entropy.linear_cross_entropy,
+        _draw_head,
+        ("sum",),
+        2.0 * TOKENS * HIDDEN * VOCAB,
+    ),
+    Workload(rms_norm.rms_norm, _normal((TOKENS, HIDDEN), (HIDDEN,)), (EPS,), 0.0, wide=(1,)),
+    Workload(
+        gated_rms_norm.gated_rms_norm,
         _normal((TOKENS, INNER), (TOKENS, INNER), (INNER,)),
         (GROUPS, EPS),
         0.0,
@@ -220,8 +225,7 @@ def measure(
     workload: Workload, dtype: str, peak: float, bandwidth: float, options: argparse.Namespace
 ) -> dict[str, object]:
     """Check and time one operation in one dtype."""
-    needs = frozenset({"any_width"}) if workload.name == "grouped_linear" else frozenset()
-    chosen = workload.operation.choose(Call("cpu", DTYPES[dtype], needs))
+    chosen = workload.operation.choose(Call("cpu", DTYPES[dtype]))
     functions = {
         "ours": chosen.function,
         "reference": workload.operation.backend("reference").function,

@@ -13,7 +13,9 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.init import draw
 from nemotron.model.router import Router
-from nemotron.ops.describe import ALL, training_call
+from nemotron.ops.apply import ALL
+from nemotron.ops.config import OpsConfig
+from nemotron.ops.describe import training_call
 from nemotron.recipe.load import load_recipe
 from nemotron.train.config import PretrainConfig
 
@@ -109,13 +111,11 @@ def turns(tokens: int, experts: int, top_k: int, device: torch.device) -> Tensor
     return chosen.to(device)
 
 
-def pin_torch(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> dict[str, str]:
-    """Use what torch alone has for every operation: no Triton, no package; return the names."""
+def torch_alone(device: torch.device, dtype: torch.dtype = torch.bfloat16) -> OpsConfig:
+    """Return what torch alone has for every operation: no Triton, no package."""
     names = {}
     for operation in ALL:
         call = training_call(operation, device, dtype, documents=False)
         fit = [b for b in operation.backends if not b.packages and b.unfit(call) is None]
-        name = BEFORE.get(operation.name, fit[0].name)
-        operation.pin(name)
-        names[operation.name] = name
-    return names
+        names[operation.name] = BEFORE.get(operation.name, fit[0].name)
+    return OpsConfig(**names)

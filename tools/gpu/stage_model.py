@@ -9,14 +9,15 @@ from contextlib import nullcontext
 
 import numpy as np
 import torch
-from share import balanced_experts, pin_torch
+from share import balanced_experts, torch_alone
 from stage import Stage, parser
 from torch import Tensor
 
 from nemotron.data.batch import Batch, Row, pack
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
-from nemotron.ops.describe import ALL
+from nemotron.ops.apply import apply
+from nemotron.ops.config import OpsConfig
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 
@@ -54,13 +55,14 @@ def main() -> None:
     for backends in ("auto", "torch"):
         for name, dtype in (("fp32", None), ("bf16", torch.bfloat16)):
             case = f"{name} {backends}"
+            ops = None
             if backends == "torch":
-                pin_torch(stage.device, dtype or torch.float32)
+                ops = torch_alone(stage.device, dtype or torch.float32)
             with stage.attempt(case):
-                found = gradients(config, batch, stage.device, dtype, balanced=name == "bf16")
+                found = gradients(
+                    config, batch, stage.device, dtype, balanced=name == "bf16", ops=ops
+                )
                 _compare(stage, case, found, expected[name], EXPECTED[name], usual[name])
-    for operation in ALL:
-        operation.pin("auto")
 
 
 def _batch(config: ModelConfig, tokens: int) -> Batch:
@@ -81,9 +83,11 @@ def gradients(
     dtype: torch.dtype | None,
     *,
     balanced: bool,
+    ops: OpsConfig | None = None,
 ) -> dict[str, Tensor]:
     """Return the loss and every gradient, on the CPU in float32."""
     model = HybridLM(config)
+    apply(model, ops or OpsConfig())
     model.init_weights(1)
     model.to(device).compute_dtype = dtype
     objective = PretrainObjective(

@@ -23,7 +23,7 @@ from stage import Stage, append, one_line, parser
 from torch import Tensor
 from workloads import SIZES, Rows, Size, Source, Workload, workloads
 
-from nemotron.ops.describe import ALL
+from nemotron.ops.apply import ALL
 from nemotron.ops.registry import Backend, Call, Operation
 
 FULL, SMALL = Rows(2, 4096), Rows(2, 128)

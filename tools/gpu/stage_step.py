@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from clock import Clock, repeat
 from kernels_of import host_waits, profile
-from share import ROWS, WHOLE, balanced_experts, build, pin_torch, random_batch, share, tokens_of
+from share import ROWS, WHOLE, balanced_experts, build, random_batch, share, tokens_of, torch_alone
 from stage import Stage, data_sheet, parser
 from torch import Tensor
 
 from nemotron.model.flops import head_flops, layer_flops, training_flops_per_token
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
+from nemotron.ops.apply import apply
 from nemotron.plan.build import layout_of, main_part, read_setting
 from nemotron.plan.hardware import find_hardware
 from nemotron.plan.memory import memory
@@ -44,6 +45,7 @@ class Training:
     def __init__(self, config: PretrainConfig, stage: Stage, precision: str) -> None:
         self.config, self.clock, self.device = config, stage.clock, stage.device
         self.model: HybridLM = build(config.model, stage.device, torch.bfloat16)
+        apply(self.model, config.ops)
         # a preset leaves two blocks at either end alone, which would be all of a small model
         is_small = len(config.model.hybrid_override_pattern) < 8
         rules = [{"kind": "*", "format": precision}] if is_small and precision != "bf16" else []
@@ -99,7 +101,8 @@ def main() -> None:
 
 def _run(stage: Stage, variant: str) -> None:
     config = share(stage.tiny)
-    pinned = pin_torch(stage.device) if variant == "before" else {}
+    if variant == "before":
+        config = config.model_copy(update={"ops": torch_alone(stage.device)})
     stage.clock.begin_peak()
     training = Training(config, stage, "bf16" if variant == "before" else _preset(variant))
     static = stage.clock.peak_gib()
@@ -140,7 +143,7 @@ def _run(stage: Stage, variant: str) -> None:
         planned_terms=terms,
         repetitions=len(times),
         formats=dict(Counter(line.format for line in training.quantization.table)),
-        **({"pinned": pinned} if pinned else {}),
+        **({"backends": config.ops.model_dump()} if variant == "before" else {}),
     )
     with stage.attempt(f"{variant} layers"):
         _whole(stage, variant, training)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from stage import Stage, one_line, parser
 
-from nemotron.ops.describe import ALL
+from nemotron.ops.apply import ALL
 
 AT_ONCE = 10
 PARTS = 8

@@ -12,7 +12,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 class Bounds(NamedTuple):
     """The documents of a batch whose rows are laid end to end."""
 
-    ends: Int[Tensor, " N+1"]
+    ends: Int[Tensor, " N1"]
     """Where each begins, and the end of the last; int32."""
     longest: int
 
@@ -23,8 +23,8 @@ class Sequences(NamedTuple):
     q: Float[Tensor, "queries Hq Dh"]
     k: Float[Tensor, "keys Hkv Dh"]
     v: Float[Tensor, "keys Hkv Dh"]
-    ends_q: Int[Tensor, " N+1"]
-    ends_k: Int[Tensor, " N+1"]
+    ends_q: Int[Tensor, " N1"]
+    ends_k: Int[Tensor, " N1"]
     longest_q: int
     longest_k: int
 
@@ -83,5 +83,5 @@ def _begins(seq_idx: Int[Tensor, "B T"]) -> Bool[Tensor, "B T"]:
     return first
 
 
-def _ends(first: Bool[Tensor, " M"]) -> Int[Tensor, " N+1"]:
+def _ends(first: Bool[Tensor, " M"]) -> Int[Tensor, " N1"]:
     return F.pad(first.nonzero().flatten(), (0, 1), value=first.numel()).to(torch.int32)

@@ -30,7 +30,7 @@ backend = Backend(
     attention,
     devices=frozenset({"cuda"}),
     dtypes=frozenset({torch.bfloat16}),
-    features=frozenset({"documents", "cache", "documents_after_a_prefix", "any_head_size"}),
+    features=frozenset({"documents", "cache", "documents_after_a_prefix"}),
     packages=("flash_attn",),
     install="pip install 'flash-attn>=2.8' --no-build-isolation",
 )

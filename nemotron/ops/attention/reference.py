@@ -35,7 +35,5 @@ def attention(
 backend = Backend(
     "reference",
     attention,
-    features=frozenset(
-        {"documents", "cache", "start", "documents_after_a_prefix", "any_head_size"}
-    ),
+    features=frozenset({"documents", "cache", "start", "documents_after_a_prefix"}),
 )

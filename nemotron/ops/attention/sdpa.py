@@ -65,7 +65,7 @@ def _call(
     q: Float[Tensor, "B T Hq Dh"],
     k: Float[Tensor, "B S Hkv Dh"],
     v: Float[Tensor, "B S Hkv Dh"],
-    mask: Bool[Tensor, "B 1 T S"] | None,
+    mask: Bool[Tensor, "#B 1 T S"] | None,
     is_causal: bool,
 ) -> Float[Tensor, "B T Hq Dh"]:
     if q.shape[1] == 1:
@@ -101,7 +101,5 @@ def _seen(
 backend = Backend(
     "sdpa",
     attention,
-    features=frozenset(
-        {"documents", "cache", "start", "documents_after_a_prefix", "any_head_size"}
-    ),
+    features=frozenset({"documents", "cache", "start", "documents_after_a_prefix"}),
 )

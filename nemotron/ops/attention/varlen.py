@@ -43,10 +43,17 @@ def _fewer_key_heads() -> dict[str, Any]:
     return {"enable_gqa": True} if has_keyword else {}
 
 
+def _limit(head_size: int) -> str | None:
+    if head_size % 8 or head_size > 256:
+        return f"takes heads of a multiple of 8 up to 256 channels, not of {head_size}"
+    return None
+
+
 backend = Backend(
     "varlen",
     attention,
     devices=frozenset({"cuda"}),
     dtypes=frozenset({torch.bfloat16}),
     features=frozenset({"documents", "cache", "documents_after_a_prefix"}),
+    limit=_limit,
 )

@@ -1,4 +1,4 @@
-"""Causal depthwise convolution, tap by tap."""
+"""Causal depthwise convolution as a sum over the kernel: the definition."""
 
 import torch
 import torch.nn.functional as F
@@ -16,18 +16,18 @@ def causal_conv1d(
     seq_idx: Int[Tensor, "B T"] | None,
     activation: bool,
 ) -> Float[Tensor, "B T C"]:
-    """Sum the taps in float32 or wider; a tap from another document counts as zero."""
+    """Sum W products in float32 or wider; an input of another document counts as zero."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    taps, length = weight.shape[1], x.shape[1]
+    width, length = weight.shape[1], x.shape[1]
     if initial_state is None:
-        initial_state = x.new_zeros(x.shape[0], taps - 1, x.shape[2])
+        initial_state = x.new_zeros(x.shape[0], width - 1, x.shape[2])
     inputs = torch.cat([initial_state, x], dim=1).to(wide)
     y = torch.zeros_like(x, dtype=wide)
-    for tap in range(taps):
-        term = inputs[:, tap : tap + length] * weight[:, tap].to(wide)
+    for offset in range(width):
+        term = inputs[:, offset : offset + length] * weight[:, offset].to(wide)
         if seq_idx is not None:
-            ids = F.pad(seq_idx, (taps - 1, 0))  # what came before x belongs to document 0
-            term = term * (ids[:, tap : tap + length] == seq_idx).unsqueeze(-1)
+            ids = F.pad(seq_idx, (width - 1, 0))  # what came before x belongs to document 0
+            term = term * (ids[:, offset : offset + length] == seq_idx).unsqueeze(-1)
         y = y + term
     if bias is not None:
         y = y + bias.to(wide)

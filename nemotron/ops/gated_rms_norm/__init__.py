@@ -7,7 +7,26 @@ from torch import Tensor
 from nemotron.ops.gated_rms_norm import fused, reference
 from nemotron.ops.registry import Backend, Operation, lazy
 
-operation = Operation(
+
+class GatedRMSNormOp(Operation):
+    """Multiply by silu(z), then normalise each of `groups` blocks of channels by itself.
+
+    The gate comes before the norm; all is computed in float32, the result has the dtype of `y`.
+    Source: state-spaces/mamba: mamba_ssm/ops/triton/layernorm_gated.py (norm_before_gate=False).
+    """
+
+    def __call__(
+        self,
+        y: Float[Tensor, "*batch D"],
+        z: Float[Tensor, "*batch D"],
+        weight: Float[Tensor, " D"],
+        groups: int,
+        eps: float = 1e-5,
+    ) -> Float[Tensor, "*batch D"]:
+        return self.select(y)(y, z, weight, groups, eps)
+
+
+gated_rms_norm = GatedRMSNormOp(
     "gated_rms_norm",
     [
         Backend(
@@ -23,18 +42,3 @@ operation = Operation(
         reference.backend,
     ],
 )
-
-
-def gated_rms_norm(
-    y: Float[Tensor, "*batch D"],
-    z: Float[Tensor, "*batch D"],
-    weight: Float[Tensor, " D"],
-    groups: int,
-    eps: float = 1e-5,
-) -> Float[Tensor, "*batch D"]:
-    """Multiply by silu(z), then normalise each of `groups` blocks of channels by itself.
-
-    The gate comes before the norm; all is computed in float32, the result has the dtype of `y`.
-    Source: state-spaces/mamba: mamba_ssm/ops/triton/layernorm_gated.py (norm_before_gate=False).
-    """
-    return operation.select(y)(y, z, weight, groups, eps)

@@ -7,23 +7,26 @@ from torch import Tensor
 from nemotron.ops.grouped_linear import grouped_mm, loop, reference
 from nemotron.ops.registry import Operation
 
-operation = Operation("grouped_linear", [grouped_mm.backend, loop.backend, reference.backend])
 
-
-def grouped_linear(
-    x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
-) -> Float[Tensor, "R N"]:
+class GroupedLinearOp(Operation):
     """Multiply the first counts[0] rows by weight[0]ᵀ, the next counts[1] by weight[1]ᵀ, …
 
     The counts add up to R: no row is dropped, and an expert without rows is fine.
     """
-    widths = weight.shape[1:]
-    function = operation.select(x, any_width=any(width % 8 for width in widths))
-    return function(x, weight, counts)
+
+    def __call__(
+        self, x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
+    ) -> Float[Tensor, "R N"]:
+        return self.select(x, sizes=tuple(weight.shape[1:]))(x, weight, counts)
+
+
+grouped_linear = GroupedLinearOp(
+    "grouped_linear", [grouped_mm.backend, loop.backend, reference.backend]
+)
 
 
 def row_multiple(x: Tensor) -> int:
-    """Return to which multiple the rows of a group are best rounded up, for tensors like `x`.
+    """Return to which multiple the rows of a group are best padded, for tensors like `x`.
 
     oneDNN compiles a bf16 product for every distinct shape; few shapes keep it from compiling
     in every step. The products are right for any counts.

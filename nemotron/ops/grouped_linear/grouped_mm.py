@@ -16,9 +16,16 @@ def grouped_linear(
     return F.grouped_mm(x, weight.mT, offs=ends)
 
 
+def _limit(*widths: int) -> str | None:
+    if any(width % 8 for width in widths):
+        return f"takes widths that 8 divides, not {' x '.join(map(str, widths))}"
+    return None
+
+
 backend = Backend(
     "grouped_mm",
     grouped_linear,
     devices=frozenset({"cuda"}),
     dtypes=frozenset({torch.bfloat16}),
+    limit=_limit,
 )

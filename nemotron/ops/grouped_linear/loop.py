@@ -52,4 +52,4 @@ def grouped_linear(
     return _GroupedLinear.apply(x, weight, counts)
 
 
-backend = Backend("loop", grouped_linear, features=frozenset({"any_width"}))
+backend = Backend("loop", grouped_linear)

@@ -9,7 +9,27 @@ from torch import Tensor
 from nemotron.ops.linear_cross_entropy import chunked, reference
 from nemotron.ops.registry import Backend, Operation, lazy
 
-operation = Operation(
+
+class LinearCrossEntropyOp(Operation):
+    """Return the cross entropy of softmax(hidden @ weightᵀ) in nats, float32.
+
+    Labels of -100 contribute nothing; the loss of each other label is multiplied by its weight,
+    which gets no gradient. `sum` gives a scalar, `none` one value per row.
+    """
+
+    def __call__(
+        self,
+        hidden: Float[Tensor, "M D"],
+        weight: Float[Tensor, "V D"],
+        labels: Int[Tensor, " M"],
+        weights: Float[Tensor, " M"] | None = None,
+        *,
+        reduction: Literal["sum", "none"] = "sum",
+    ) -> Tensor:
+        return self.select(hidden)(hidden, weight, labels, reduction, weights)
+
+
+linear_cross_entropy = LinearCrossEntropyOp(
     "linear_cross_entropy",
     [
         Backend(
@@ -25,19 +45,3 @@ operation = Operation(
         reference.backend,
     ],
 )
-
-
-def linear_cross_entropy(
-    hidden: Float[Tensor, "M D"],
-    weight: Float[Tensor, "V D"],
-    labels: Int[Tensor, " M"],
-    weights: Float[Tensor, " M"] | None = None,
-    *,
-    reduction: Literal["sum", "none"] = "sum",
-) -> Tensor:
-    """Return the cross entropy of softmax(hidden @ weightᵀ) in nats, float32.
-
-    Labels of -100 contribute nothing; the loss of each other label is multiplied by its weight,
-    which gets no gradient. `sum` gives a scalar, `none` one value per row.
-    """
-    return operation.select(hidden)(hidden, weight, labels, reduction, weights)

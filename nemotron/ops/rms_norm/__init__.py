@@ -7,7 +7,21 @@ from torch import Tensor
 from nemotron.ops.registry import Backend, Operation, lazy
 from nemotron.ops.rms_norm import fused, reference
 
-operation = Operation(
+
+class RMSNormOp(Operation):
+    """Scale each vector to unit root mean square, then by `weight`.
+
+    The mean and the product are taken in float32; the result has the dtype of `x`.
+    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
+    """
+
+    def __call__(
+        self, x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float = 1e-5
+    ) -> Float[Tensor, "*batch D"]:
+        return self.select(x)(x, weight, eps)
+
+
+rms_norm = RMSNormOp(
     "rms_norm",
     [
         Backend(
@@ -23,14 +37,3 @@ operation = Operation(
         reference.backend,
     ],
 )
-
-
-def rms_norm(
-    x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float = 1e-5
-) -> Float[Tensor, "*batch D"]:
-    """Scale each vector to unit root mean square, then by `weight`.
-
-    The mean and the product are taken in float32; the result has the dtype of `x`.
-    Source: Zhang & Sennrich 2019, "Root Mean Square Layer Normalization".
-    """
-    return operation.select(x)(x, weight, eps)

@@ -7,7 +7,22 @@ from torch import Tensor
 from nemotron.ops.registry import Backend, Operation, lazy
 from nemotron.ops.squared_relu import blocked, reference
 
-operation = Operation(
+
+class SquaredReLUOp(Operation):
+    """Return relu(x)² in the dtype of `x`; of a matrix, times a float32 `weight` for each row.
+
+    The weighted square is taken in float32 and rounded once, as Megatron-LM's fused kernel does.
+    Source: So et al. 2021, "Primer"; for the weight, NVIDIA/Megatron-LM:
+    megatron/core/fusions/fused_weighted_squared_relu.py.
+    """
+
+    def __call__(
+        self, x: Float[Tensor, "*batch F"], weight: Float[Tensor, "*batch 1"] | None = None
+    ) -> Float[Tensor, "*batch F"]:
+        return self.select(x)(x, weight)
+
+
+squared_relu = SquaredReLUOp(
     "squared_relu",
     [
         Backend(
@@ -23,15 +38,3 @@ operation = Operation(
         reference.backend,
     ],
 )
-
-
-def squared_relu(
-    x: Float[Tensor, "*batch F"], weight: Float[Tensor, "*batch 1"] | None = None
-) -> Float[Tensor, "*batch F"]:
-    """Return relu(x)² in the dtype of `x`; of a matrix, times a float32 `weight` for each row.
-
-    The weighted square is taken in float32 and rounded once, as Megatron-LM's fused kernel does.
-    Source: So et al. 2021, "Primer"; for the weight, NVIDIA/Megatron-LM:
-    megatron/core/fusions/fused_weighted_squared_relu.py.
-    """
-    return operation.select(x)(x, weight)

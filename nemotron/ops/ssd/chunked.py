@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
 from nemotron.ops.registry import Backend
@@ -92,7 +92,7 @@ class _Cut(NamedTuple):
         parts = [self.split(tensor) for tensor in self if tensor is not None]
         return [_Cut(*block) for block in zip(*parts, strict=True)]
 
-    def split(self, tensor: Float[Tensor, "b n *rest"]) -> tuple[Tensor, ...]:
+    def split(self, tensor: Shaped[Tensor, "b n *rest"]) -> tuple[Tensor, ...]:
         """Split what has the row's chunks as the blocks are."""
         b, _, heads, _ = self.leading.shape
         elements = BLOCK_ELEMENTS[tensor.device.type]
@@ -199,7 +199,7 @@ class _Block:
     def output(
         self,
         D: Float[Tensor, "G R 1"],
-        states: Float[Tensor, "b n+1 G N RP"],
+        states: Float[Tensor, "b n1 G N RP"],
         y: Float[Tensor, "b n Q G R P"],
     ) -> None:
         """Fill y and the states after the first."""
@@ -393,5 +393,5 @@ def ssd(
 backend = Backend(
     "chunked",
     ssd,
-    features=frozenset({"documents", "initial_state", "final_state", "any_head_size"}),
+    features=frozenset({"documents", "initial_state", "final_state"}),
 )

@@ -43,7 +43,7 @@ backend = Backend(
     devices=frozenset({"cuda"}),
     # in float32 its products are rounded to TF32
     dtypes=frozenset({bfloat16}),
-    features=frozenset({"documents", "initial_state", "final_state", "any_head_size"}),
+    features=frozenset({"documents", "initial_state", "final_state"}),
     packages=("mamba_ssm",),
     install="pip install 'mamba-ssm>=2.3' --no-build-isolation",
     # an installation whose other kernels were not compiled is found and cannot be imported

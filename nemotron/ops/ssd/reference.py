@@ -41,5 +41,5 @@ def ssd(
 backend = Backend(
     "reference",
     ssd,
-    features=frozenset({"documents", "initial_state", "final_state", "any_head_size"}),
+    features=frozenset({"documents", "initial_state", "final_state"}),
 )

@@ -2,7 +2,7 @@
 
 Both functions describe the same matrix of R rows. `token` says which token each row is a copy of.
 `place` lists the rows of all tokens' copies, token after token, and `starts` where each token's
-begin in it: a token may have any number of copies, and rows that only fill up are in no list.
+begin in it: a token may have any number of copies, and rows of padding are in no list.
 """
 
 from typing import Literal
@@ -14,7 +14,38 @@ from torch import Tensor
 from nemotron.ops.registry import Backend, Operation, lazy
 from nemotron.ops.token_copies import embedding_bag, reference
 
-operation = Operation(
+Direction = Literal["copy", "add"]
+
+
+class TokenCopiesOp(Operation):
+    """Copy tokens to rows and add up rows of tokens; each is the other's gradient."""
+
+    def copy(
+        self,
+        x: Float[Tensor, "M I"],
+        token: Int[Tensor, " R"],
+        place: Int[Tensor, " copies"],
+        starts: Int[Tensor, " M"],
+    ) -> Float[Tensor, "R I"]:
+        """Copy each token to its rows; a token's gradient is the sum of those of its copies."""
+        return self.select(x)(x, token, place, starts, "copy")
+
+    def add(
+        self,
+        rows: Float[Tensor, "R I"],
+        token: Int[Tensor, " R"],
+        place: Int[Tensor, " copies"],
+        starts: Int[Tensor, " M"],
+    ) -> Float[Tensor, "M I"]:
+        """Add up the rows of each token in the order of `place`; 0 where it has none.
+
+        Sums are taken in float32 or wider and rounded once. Rows of padding get the gradient of the
+        token that `token` names, so whoever made them must give them no weight.
+        """
+        return self.select(rows)(rows, token, place, starts, "add")
+
+
+token_copies = TokenCopiesOp(
     "token_copies",
     [
         Backend(
@@ -30,29 +61,3 @@ operation = Operation(
         reference.backend,
     ],
 )
-
-Direction = Literal["copy", "add"]
-
-
-def copy_tokens(
-    x: Float[Tensor, "M I"],
-    token: Int[Tensor, " R"],
-    place: Int[Tensor, " copies"],
-    starts: Int[Tensor, " M"],
-) -> Float[Tensor, "R I"]:
-    """Copy each token to its rows; a token's gradient is the sum of those of its copies."""
-    return operation.select(x)(x, token, place, starts, "copy")
-
-
-def add_copies(
-    rows: Float[Tensor, "R I"],
-    token: Int[Tensor, " R"],
-    place: Int[Tensor, " copies"],
-    starts: Int[Tensor, " M"],
-) -> Float[Tensor, "M I"]:
-    """Add up the rows of each token in the order of `place`; 0 where it has none.
-
-    Sums are taken in float32 or wider and rounded once. Rows that only fill up get the gradient of
-    the token that `token` names, so they must be worth nothing to whoever made them.
-    """
-    return operation.select(rows)(rows, token, place, starts, "add")

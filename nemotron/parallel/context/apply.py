@@ -4,14 +4,14 @@ from collections.abc import Callable
 
 from nemotron.model.attention import Attention
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.mamba2 import Mamba2, TokenMixing
+from nemotron.model.mamba2 import ConvAndScan, Mamba2
 from nemotron.parallel.collectives import Group
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.context.attention import ContextAttention
 from nemotron.parallel.context.head_exchange import HeadExchange
 from nemotron.parallel.context.state_passing import StatePassing
 
-MIXING: dict[str, Callable[[Group], TokenMixing]] = {
+CONV_AND_SCAN: dict[str, Callable[[Group], ConvAndScan]] = {
     "state_passing": StatePassing,
     "all_to_all": HeadExchange,
 }
@@ -20,9 +20,9 @@ MIXING: dict[str, Callable[[Group], TokenMixing]] = {
 
 def apply_context(model: HybridLM, group: Group, config: ParallelConfig) -> None:
     """Let the ranks of the group share rows, each with the tokens that `layout.shard` gives it."""
-    mix, core = MIXING[config.mamba_context](group), ContextAttention(group)
+    scan, core = CONV_AND_SCAN[config.mamba_context](group), ContextAttention(group)
     for module in model.modules():
         if isinstance(module, Mamba2):
-            module.mix = mix
+            module.conv_and_scan = scan
         elif isinstance(module, Attention):
             module.core = core

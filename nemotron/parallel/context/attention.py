@@ -5,7 +5,7 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.attention import attention
+from nemotron.ops.attention import AttentionOp
 from nemotron.parallel.collectives import Group, all_gather, gather
 from nemotron.parallel.context.layout import chunks_of, in_row_order
 
@@ -26,6 +26,7 @@ class ContextAttention:
 
     def __call__(
         self,
+        attention: AttentionOp,
         q: Float[Tensor, "B Tl Hq Dh"],
         k: Float[Tensor, "B Tl Hkv Dh"],
         v: Float[Tensor, "B Tl Hkv Dh"],

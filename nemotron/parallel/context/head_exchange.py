@@ -20,14 +20,12 @@ from torch import Tensor
 
 from nemotron.model.cache import MambaState
 from nemotron.model.mamba2 import Mamba2
-from nemotron.ops.causal_conv1d import causal_conv1d
-from nemotron.ops.ssd import ssd
 from nemotron.parallel.collectives import Group, all_to_all, gather
 from nemotron.parallel.context.layout import in_rank_order, in_row_order
 
 
 class HeadExchange:
-    """A `TokenMixing` for one rank's two chunks of each row."""
+    """A `ConvAndScan` for one rank's two chunks of each row."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -46,7 +44,7 @@ class HeadExchange:
         if seq_idx is not None:
             seq_idx = in_row_order(gather(seq_idx, 1, self.group), self.size)
         weight, bias = mixer.conv1d.weight.squeeze(1), mixer.conv1d.bias
-        mixed = causal_conv1d(
+        mixed = mixer.causal_conv1d(
             self._tokens_of_own_heads(self._channels_by_rank(mixer, xBC)),
             self._own_channels(mixer, weight.T).T,
             None if bias is None else self._own_channels(mixer, bias[None])[0],
@@ -57,7 +55,7 @@ class HeadExchange:
         bc = groups * mixer.state_size
         x, B, C = mixed.split([heads * mixer.head_dim, bc, bc], dim=-1)
         own = slice(self.rank * heads, (self.rank + 1) * heads)
-        y = ssd(
+        y = mixer.ssd(
             x.unflatten(-1, (heads, -1)),
             self._tokens_of_own_heads(dt.unflatten(-1, (self.size, -1))),
             -mixer.A_log[own].exp(),

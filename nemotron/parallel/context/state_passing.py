@@ -29,8 +29,6 @@ from torch.utils.checkpoint import checkpoint
 
 from nemotron.model.cache import MambaState
 from nemotron.model.mamba2 import Mamba2
-from nemotron.ops.causal_conv1d import causal_conv1d
-from nemotron.ops.ssd import ssd
 from nemotron.parallel.collectives import Group, all_gather, all_to_all
 from nemotron.parallel.context.layout import chunks_of, in_rank_order, in_row_order
 
@@ -42,7 +40,7 @@ SUMMED_TOKENS = 128
 
 
 class StatePassing:
-    """A `TokenMixing` for one rank's tokens; its two chunks of B rows go as 2 B rows."""
+    """A `ConvAndScan` for one rank's tokens; its two chunks of B rows go as 2 B rows."""
 
     def __init__(self, group: Group) -> None:
         self.group = group
@@ -63,10 +61,10 @@ class StatePassing:
         window_ids = None if ids is None else self._with_inputs_before(ids, before)
         # as tokens, not as the convolution's state, which fewer backends take beside documents
         window = self._with_inputs_before(_as_rows(xBC), before)
-        mixed = causal_conv1d(window, weight, mixer.conv1d.bias, seq_idx=window_ids)
+        mixed = mixer.causal_conv1d(window, weight, mixer.conv1d.bias, seq_idx=window_ids)
         x, B, C = mixer.split(mixed[:, before:])
         A = -mixer.A_log.exp()
-        y, final = ssd(x, dt, A, B, C, mixer.D, seq_idx=ids, return_final_state=True)
+        y, final = mixer.ssd(x, dt, A, B, C, mixer.D, seq_idx=ids, return_final_state=True)
         decay = _running_sum(dt * A).exp()  # [2B, T, H]
         if ids is not None and window_ids is not None:
             # the state before a chunk is that of the document with which the last one ended

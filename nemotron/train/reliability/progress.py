@@ -52,7 +52,7 @@ class Progress:
         self.place = Place(step, phase, time.monotonic())
 
     def move(self) -> None:
-        """Say that the same part goes on: another micro-batch, another portion."""
+        """Say that the same part goes on, with another micro-batch."""
         self.place = Place(self.place.step, self.place.phase, time.monotonic())
 
     @property

@@ -43,8 +43,8 @@ CASES = {
         "all to two experts of the last": Case(14, 2, chosen=(range(12, 14),) * 2),
         "all stay": Case(14, 3, chosen=(range(7), range(7, 14))),
         "all leave": Case(14, 3, chosen=(range(7, 14), range(7))),
-        "filled up": Case(14, 3, multiple=4),
-        "nothing to fill up": Case(14, 3, multiple=4, chosen=(range(7),) * 2),
+        "padded": Case(14, 3, multiple=4),
+        "nothing to pad": Case(14, 3, multiple=4, chosen=(range(7),) * 2),
         "float32": Case(14, 3, width=24, dtype=torch.float32),
         "bfloat16": Case(14, 3, width=24, dtype=torch.bfloat16, multiple=64),
     },
@@ -89,7 +89,7 @@ def draw(case: Case, ranks: int) -> tuple[Experts, Tensor, Tensor, Tensor, Tenso
 
 
 @contextmanager
-def rows_rounded_up(multiple: int) -> Iterator[None]:
+def rows_padded(multiple: int) -> Iterator[None]:
     original, moe.row_multiple = moe.row_multiple, lambda _: multiple
     try:
         yield
@@ -103,8 +103,8 @@ def run(
     """Return output and gradients: of tokens, of weights, of both stacks of experts."""
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     scores = x.new_zeros(x.shape[0], case.experts)
-    with rows_rounded_up(case.multiple):
-        y = experts(experts.send(x, Routing(scores, choices, weights)))
+    with rows_padded(case.multiple):
+        y = experts(experts.dispatch(x, Routing(scores, choices, weights)))
         inputs = [x, weights, experts.up_proj, experts.down_proj]
         return [y.detach(), *torch.autograd.grad(y, inputs, cotangent)]
 

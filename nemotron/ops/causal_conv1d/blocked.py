@@ -1,4 +1,4 @@
-"""Tap by tap over blocks of tokens that stay in the cache, with a hand-written gradient."""
+"""Input by input over blocks of tokens that stay in the cache, with a hand-written gradient."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ BLOCK_ELEMENTS = 1 << 18
 """Elements of the float32 block that is worked on at a time: about one core's cache."""
 
 
-class _TapsConv(torch.autograd.Function):
+class _BlockedConv(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -35,10 +35,10 @@ class _TapsConv(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, initial_state, seq_idx = ctx.saved_tensors
-        taps = weight.shape[1]
+        width = weight.shape[1]
         wide = torch.promote_types(x.dtype, torch.float32)
         grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        grad_weight = torch.zeros(taps, x.shape[2], dtype=wide, device=x.device)
+        grad_weight = torch.zeros(width, x.shape[2], dtype=wide, device=x.device)
         grad_bias = torch.zeros(x.shape[2], dtype=wide, device=x.device)
         grad_state = torch.zeros_like(initial_state) if initial_state is not None else None
         # gradient of the inputs of a block, and of the W - 1 inputs before it, newest block first
@@ -53,15 +53,15 @@ class _TapsConv(torch.autograd.Function):
                 grad_sums = slope.mul_(grad_sums)
             grad_bias += grad_sums.sum(0)
             length = grad_sums.shape[0]
-            inputs = torch.zeros(length + taps - 1, x.shape[2], dtype=wide, device=x.device)
-            for tap in range(taps):
-                part = window.masked(grad_sums, tap)
-                grad_weight[tap] += (part * window.inputs(tap)).sum(0)
-                inputs[tap : tap + length].addcmul_(part, window.weight[tap])
+            inputs = torch.zeros(length + width - 1, x.shape[2], dtype=wide, device=x.device)
+            for offset in range(width):
+                part = window.masked(grad_sums, offset)
+                grad_weight[offset] += (part * window.inputs(offset)).sum(0)
+                inputs[offset : offset + length].addcmul_(part, window.weight[offset])
             if later is not None and tokens.stop < x.shape[1]:
                 inputs[length:] += later
-            grad_x[row, tokens] = inputs[taps - 1 :]
-            later = inputs[: taps - 1]
+            grad_x[row, tokens] = inputs[width - 1 :]
+            later = inputs[: width - 1]
             if tokens.start == 0 and grad_state is not None:
                 grad_state[row] = later
         return (
@@ -103,26 +103,26 @@ class _Window:
             # what comes before the row belongs to document 0
             self.ids = F.pad(seq_idx[row], (before, 0))[tokens.start : tokens.stop + before]
 
-    def inputs(self, tap: int) -> Tensor:
-        return self.values[tap : tap + self.length]
+    def inputs(self, offset: int) -> Tensor:
+        return self.values[offset : offset + self.length]
 
-    def masked(self, values: Tensor, tap: int) -> Tensor:
-        """Zero the tokens whose input at this tap belongs to another document."""
+    def masked(self, values: Tensor, offset: int) -> Tensor:
+        """Zero the tokens whose input at this offset belongs to another document."""
         if self.ids is None:
             return values
         last = self.ids.shape[0] - self.length
-        same = self.ids[tap : tap + self.length] == self.ids[last:]
+        same = self.ids[offset : offset + self.length] == self.ids[last:]
         return values * same.unsqueeze(-1)
 
 
 def _convolve(window: _Window, bias: Tensor | None) -> Tensor:
-    taps = window.weight.shape[0]
+    width = window.weight.shape[0]
     sums = window.masked(window.inputs(0) * window.weight[0], 0)
-    for tap in range(1, taps):
+    for offset in range(1, width):
         if window.ids is None:
-            sums.addcmul_(window.inputs(tap), window.weight[tap])
+            sums.addcmul_(window.inputs(offset), window.weight[offset])
         else:
-            sums += window.masked(window.inputs(tap) * window.weight[tap], tap)
+            sums += window.masked(window.inputs(offset) * window.weight[offset], offset)
     return sums if bias is None else sums.add_(bias)
 
 
@@ -144,11 +144,11 @@ def causal_conv1d(
     activation: bool,
 ) -> Float[Tensor, "B T C"]:
     """The reference's sum, block by block."""
-    return _TapsConv.apply(x, weight, bias, initial_state, seq_idx, activation)
+    return _BlockedConv.apply(x, weight, bias, initial_state, seq_idx, activation)
 
 
 backend = Backend(
-    "taps",
+    "blocked",
     causal_conv1d,
     devices=frozenset({"cpu"}),
     features=frozenset({"documents", "initial_state", "documents_after_a_state", "any_width"}),

@@ -1,0 +1,56 @@
+"""Which backends the operations of a model use: bound to its modules, not to the process."""
+
+from torch import nn
+
+from nemotron.ops.attention import attention
+from nemotron.ops.causal_conv1d import causal_conv1d
+from nemotron.ops.config import OpsConfig
+from nemotron.ops.gated_rms_norm import gated_rms_norm
+from nemotron.ops.grouped_linear import grouped_linear
+from nemotron.ops.linear import linear
+from nemotron.ops.linear_cross_entropy import linear_cross_entropy
+from nemotron.ops.registry import Operation
+from nemotron.ops.rms_norm import rms_norm
+from nemotron.ops.squared_relu import squared_relu
+from nemotron.ops.ssd import ssd
+from nemotron.ops.token_copies import token_copies
+from nemotron.ops.wide_linear import wide_linear
+
+ALL: tuple[Operation, ...] = (
+    attention,
+    causal_conv1d,
+    gated_rms_norm,
+    grouped_linear,
+    linear,
+    linear_cross_entropy,
+    rms_norm,
+    squared_relu,
+    ssd,
+    token_copies,
+    wide_linear,
+)
+"""Every operation, free to choose among its backends."""
+
+
+def bind(choices: OpsConfig) -> dict[str, Operation]:
+    """Return every operation by name, with the backend that the choices name.
+
+    Raises:
+        UserError: when a backend is unknown or its package is missing.
+    """
+    return {operation.name: operation.bind(getattr(choices, operation.name)) for operation in ALL}
+
+
+def apply(model: nn.Module, choices: OpsConfig) -> None:
+    """Let every module of the model call its operations with the backends that are chosen.
+
+    Other models are not touched; a model to which this was never applied uses the fastest backends.
+
+    Raises:
+        UserError: when a backend is unknown or its package is missing.
+    """
+    bound = bind(choices)
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Operation):
+                setattr(module, name, bound[value.name])

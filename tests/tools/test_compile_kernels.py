@@ -1,0 +1,53 @@
+"""The Triton kernels compile for Hopper with the launch parameters that are shipped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed")
+
+ROOT = Path(__file__).parents[2]
+CASES = ("ssd-nano-bf16", "conv", "rms_norm", "gated_rms_norm", "squared_relu", "copies", "cross")
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_or_asks_for_more_memory_than_there_is():
+    cases = [CASES[0], *(f"{case}-nano-bf16" for case in CASES[1:-1]), "cross_entropy-nano-bf16"]
+    command = [sys.executable, "tools/compile_kernels.py", *cases, "--processes", "1", "--json"]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert {entry["case"] for entry in found} == set(cases)
+    assert not [entry for entry in found if entry["faults"] or not entry["registers"]]
+    # the scan multiplies on Hopper's matrix units
+    scan = [entry for entry in found if entry["case"] == "ssd-nano-bf16"]
+    assert scan
+    assert all(entry["hgmma"] for entry in scan)
+
+
+def test_a_bad_launch_is_named(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.syspath_prepend(ROOT / "tools")
+    from compile_kernels import Compiled
+
+    good = {
+        "case": "ssd-nano-bf16",
+        "kernel": "k",
+        "options": "",
+        "registers": 9,
+        "stack": 0,
+        "shared": 0,
+        "dots": 1,
+        "hgmma": 1,
+    }
+    assert Compiled(**good).faults() == []
+    for change, words in (
+        ({"stack": 80}, "spills 80 bytes"),
+        ({"shared": 240_000}, "asks for 240000 bytes of shared memory"),
+        ({"hgmma": 0}, "multiplies without HGMMA"),
+    ):
+        assert Compiled(**(good | change)).faults() == [words]
