@@ -228,7 +228,7 @@ def test_a_folder_that_is_no_export_is_never_replaced(run: Path, tmp_path: Path)
 )
 def test_checkpoints_are_no_place_for_an_export(run: Path, inside: str):
     before = sorted(run.rglob("*"))
-    assert "among the checkpoints" in refusal(run, run / inside, overwrite=True)
+    assert "inside the checkpoints folder" in refusal(run, run / inside, overwrite=True)
     assert sorted(run.rglob("*")) == before
 
 

@@ -190,7 +190,7 @@ def test_remote_code_and_unknown_keys_are_named_and_ignored():
     result = from_hf(changed(auto_map=auto_map, expand=2, rope_theta=1e4, colour=7), "config.json")
     assert result.model == CONFIG.model_copy(update={"num_hidden_layers": 7})
     assert [note.split(":")[0] for note in result.notes] == [
-        "auto_map names remote code",
+        "auto_map names remote code, which was ignored and not executed",
         "keys not used",
     ]
     assert result.notes[1] == "keys not used: colour"
