@@ -1,4 +1,4 @@
-"""Quantised layers of which ranks hold parts: scales, and random bits, as of the whole layer."""
+"""Quantized layers of which ranks hold parts: scales, and random bits, as of the whole layer."""
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ SPLIT_OPERANDS = {0: ("w", "dy"), 1: ("x", "w")}
 
 
 def connect(quantization: Quantization, local: LocalModel) -> None:
-    """Tell the quantised layers what this rank holds of them.
+    """Tell the quantized layers what this rank holds of them.
 
     Tokens that other ranks hold do not count for a scale, as in Transformer Engine; channels do.
     Source: NVIDIA/TransformerEngine: transformer_engine/pytorch/module/linear.py

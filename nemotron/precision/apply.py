@@ -50,7 +50,7 @@ WHOLE = Part()
 class Quantization:
     """The formats of a model's linear layers, which may change from step to step.
 
-    A quantised layer keeps its parameter and its name; only what its call does is replaced. Random
+    A quantized layer keeps its parameter and its name; only what its call does is replaced. Random
     bits of the gradients' rounding hang on seed, step, layer, call and row, so a resumed run draws
     the same ones, and so does a run on other ranks that number rows and columns as the whole has
     them. `models` are the model or, where ranks share it, what is here of `whole`, which may lie on

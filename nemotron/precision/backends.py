@@ -1,4 +1,4 @@
-"""How quantised products are computed: each number format by the fastest backend that has it."""
+"""How quantized products are computed: each number format by the fastest backend that has it."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -21,7 +21,7 @@ Version = tuple[int, int]
 
 
 class Layer(Protocol):
-    """What replaces the call of a quantised module."""
+    """What replaces the call of a quantized module."""
 
     def linear(
         self, x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"], draw: Draw | None
@@ -41,7 +41,7 @@ class Layer(Protocol):
 
 @dataclass(frozen=True)
 class ProductLayer:
-    """Operands are quantised here; a backend only multiplies them."""
+    """Operands are quantized here; a backend only multiplies them."""
 
     product: Product
     schemes: Mapping[str, Scheme]
@@ -126,7 +126,7 @@ class FormatBackend(Backend):
 ANY = GPUs((0, 0))
 HOPPER, BLACKWELL = (9, 0), (10, 0)
 FORMATS = ("fp8_delayed", "fp8_current", "fp8_block", "mxfp8", "nvfp4")
-"""All that quantise."""
+"""All that quantize."""
 
 
 def _product_layer(product: Product) -> Callable[..., Layer]:

@@ -16,7 +16,7 @@ class PrecisionRule(Section):
     """A format for the linear layers that meet every condition given."""
 
     format: Format
-    """Number format of the three matrix products; bf16: not quantised."""
+    """Number format of the three matrix products; bf16: not quantized."""
     kind: str | None = None
     """Kind of layer, such as mamba.in_proj, moe.experts or attention.*."""
     name: str | None = None
@@ -78,7 +78,7 @@ class PrecisionConfig(Section):
     """Compute precision; the master weights and the optimizer's moments are always float32."""
 
     compute: Literal["fp32", "bf16"] = "fp32"
-    """Format of activations and of the matrix products that are not quantised."""
+    """Format of activations and of the matrix products that are not quantized."""
     preset: Preset = "bf16"
     """Formats of the linear layers: nvfp4, or nvfp4_super, is Super's pre-training; bf16: none."""
     rules: Annotated[tuple[PrecisionRule, ...], Field(strict=False)] = ()
@@ -86,10 +86,10 @@ class PrecisionConfig(Section):
     switches: Annotated[tuple[PrecisionSwitch, ...], Field(strict=False)] = ()
     """Changes of the preset during the run, in order."""
     backend: Literal["auto", "emulate", "torch", "triton", "transformer_engine"] = "auto"
-    """How quantised products are computed; auto takes the fastest that has the format here."""
+    """How quantized products are computed; auto takes the fastest that has the format here."""
 
     observe_every_steps: int | None = Field(None, gt=0)
-    """Optimizer steps between measurements of what quantising does; absent: none."""
+    """Optimizer steps between measurements of what quantizing does; absent: none."""
     nvfp4: NVFP4Config = NVFP4Config()
     """Ingredients of the format nvfp4."""
     fp8_delayed: DelayedConfig = DelayedConfig()
@@ -97,7 +97,7 @@ class PrecisionConfig(Section):
 
     @property
     def quantizes(self) -> bool:
-        """Whether any layer may be quantised at any time."""
+        """Whether any layer may be quantized at any time."""
         return any(name != "bf16" for name in self._named())
 
     def names(self, start: str) -> bool:
@@ -115,7 +115,7 @@ class PrecisionConfig(Section):
             raise ValueError(f"switches are at the steps {steps}; put them in order, each once")
         if self.quantizes and self.compute != "bf16":
             raise ValueError(
-                f"compute = {self.compute} cannot be quantised further; use compute: bf16 with a "
-                "preset or rules that quantise"
+                f"compute = {self.compute} cannot be quantized further; use compute: bf16 with a "
+                "preset or rules that quantize"
             )
         return self

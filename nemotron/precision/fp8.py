@@ -50,7 +50,7 @@ def quantize_current(
     power_of_two: bool = False,
     amax: Float[Tensor, " G"] | None = None,
 ) -> ScaledFP8:
-    """Quantise by the largest magnitude of each tensor, or by `amax` known over more of it."""
+    """Quantize by the largest magnitude of each tensor, or by `amax` known over more of it."""
     groups = Groups((x.shape[0],)) if groups is None else groups
     found = groups.amax(x) if amax is None else amax
     scale = encode_scale(found, format, FLT_MAX, power_of_two)
@@ -60,7 +60,7 @@ def quantize_current(
 def quantize_scaled(
     x: Float[Tensor, "M K"], format: FP8, scale: Float[Tensor, " G"], groups: Groups
 ) -> ScaledFP8:
-    """Quantise each tensor by a scale that is known already."""
+    """Quantize each tensor by a scale that is known already."""
     spread = groups.spread(scale, 1)
     height = 1 if len(groups.sizes) > 1 else max(1, x.shape[0])
     return _cast(x, format, spread, height, x.shape[1], per_tensor=True)
@@ -74,7 +74,7 @@ def quantize_blocks(
     width: int = BLOCK,
     power_of_two: bool = True,
 ) -> ScaledFP8:
-    """Quantise a matrix in blocks of 128 along either dimension, or in squares of 128 by 128."""
+    """Quantize a matrix in blocks of 128 along either dimension, or in squares of 128 by 128."""
     amax = block_amax(x, height, width)
     scale = encode_scale(amax, format, torch.finfo(x.dtype).max, power_of_two)
     return _cast(x, format, scale, height, width)

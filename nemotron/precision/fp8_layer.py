@@ -1,4 +1,4 @@
-"""Linear layers in FP8 on Hopper: operands quantised by kernels, without a wait for the device.
+"""Linear layers in FP8 on Hopper: operands quantized by kernels, without a wait for the device.
 
 Products of a single matrix are cuBLAS's, those of experts are a kernel's: torch's grouped product
 takes neither E5M2 nor the scales of blocks. Codes and scales are those of `schemes.py`. Where the
@@ -147,7 +147,7 @@ def quantize(
     turned: bool = True,
     remembers: bool = True,
 ) -> Sides:
-    """Quantise an operand of a layer; delayed scaling may remember its magnitudes."""
+    """Quantize an operand of a layer; delayed scaling may remember its magnitudes."""
     multiple = STEP if plan is None else TILE
     is_weight = operand == "w"
     if is_weight:

@@ -1,4 +1,4 @@
-"""Tensors that lie one under another in a matrix and are quantised each for itself."""
+"""Tensors that lie one under another in a matrix and are quantized each for itself."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,7 +14,7 @@ from nemotron.precision.blocks import block_amax
 Sizes = tuple[int, ...]
 """Rows of each tensor: those of each expert, or of the only one."""
 AT_ONCE = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""Weights of experts that are quantised at once, on each kind of device.
+"""Weights of experts that are quantized at once, on each kind of device.
 
 It bounds the memory of what lies between. A CPU is fastest with tensors that the allocator keeps
 (glibc gives back those above 32 MiB, and each new one costs a fault a page), a GPU with few calls.
@@ -23,7 +23,7 @@ It bounds the memory of what lies between. A CPU is fastest with tensors that th
 
 @dataclass(frozen=True)
 class Slab:
-    """Experts that are quantised at once, and their rows."""
+    """Experts that are quantized at once, and their rows."""
 
     experts: slice
     rows: slice
@@ -31,7 +31,7 @@ class Slab:
 
 
 def slabs(sizes: Sizes, weight: Float[Tensor, "E N K"]) -> list[Slab]:
-    """Cut experts with so many rows each, and these weights, into what is quantised at once."""
+    """Cut experts with so many rows each, and these weights, into what is quantized at once."""
     count = max(1, AT_ONCE[weight.device.type] // max(1, weight[0].numel()))
     starts = (0, *accumulate(sizes))
     cut = []

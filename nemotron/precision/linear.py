@@ -1,4 +1,4 @@
-"""A linear layer, and those of all experts at once, whose three products are quantised."""
+"""A linear layer, and those of all experts at once, whose three products are quantized."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,9 +17,9 @@ Product = Callable[[Quantized, Quantized, Sequence[Tensor]], None]
 
 
 class _Linear(torch.autograd.Function):
-    """Y = X Wᵀ from quantised operands, for each expert's rows or for all rows as one.
+    """Y = X Wᵀ from quantized operands, for each expert's rows or for all rows as one.
 
-    Experts are taken some at a time. Of X only the quantised form is kept for backward.
+    Experts are taken some at a time. Of X only the quantized form is kept for backward.
     """
 
     @staticmethod
@@ -84,7 +84,7 @@ def quantized_linear(
     draw: Draw | None = None,
     product: Product = multiply,
 ) -> Float[Tensor, "M N"]:
-    """Return X Wᵀ in the dtype of `x`, with gradients from quantised operands.
+    """Return X Wᵀ in the dtype of `x`, with gradients from quantized operands.
 
     The float32 master weight is rounded to bfloat16 first, as Transformer Engine does. `draw`
     names the random bits of the gradient's rounding; without it gradients round to nearest.

@@ -42,7 +42,7 @@ class MXFP8:
 def quantize(
     x: Float[Tensor, "M K"], format: FP8 = E4M3, *, height: int = 1, width: int = BLOCK
 ) -> MXFP8:
-    """Quantise a matrix in blocks of 32 along either dimension, or in squares of 32 by 32."""
+    """Quantize a matrix in blocks of 32 along either dimension, or in squares of 32 by 32."""
     wide = x.float().contiguous()
     reciprocal = torch.tensor(format.max, dtype=torch.float32).reciprocal()
     scales = ceil_to_e8m0(block_amax(wide, height, width) * reciprocal)

@@ -120,7 +120,7 @@ def quantize(
     amax: Float[Tensor, " G"] | None = None,
     bits: UInt8[Tensor, "M K"] | None = None,
 ) -> NVFP4:
-    """Quantise a matrix in blocks of 16 along either dimension, or in squares of 16 by 16.
+    """Quantize a matrix in blocks of 16 along either dimension, or in squares of 16 by 16.
 
     `groups` says which rows are tensors of their own, filled up to whole blocks. `amax` is the
     largest magnitude of each when it is known over more than this matrix; `bits` gives each element

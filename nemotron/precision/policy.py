@@ -25,7 +25,7 @@ KINDS = {
     "down_proj": "mlp",
 }
 """Kind of a layer by its name inside a mixer. Router, embedding, head, norms, convolution and scan
-are no linear layers of this table and are never quantised."""
+are no linear layers of this table and are never quantized."""
 SUPER_TAIL = 14 / 88
 """Share of the last blocks that Super keeps in bfloat16."""
 
@@ -80,7 +80,7 @@ class Assignment:
     format: str
     reason: str
     backend: str = ""
-    """What computes its products; empty where they are not quantised."""
+    """What computes its products; empty where they are not quantized."""
 
 
 def kind_of(module: str) -> str | None:

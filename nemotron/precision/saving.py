@@ -1,4 +1,4 @@
-"""Quantised operands for autograd to keep: only tensors given to it can be freed or recomputed."""
+"""Quantized operands for autograd to keep: only tensors given to it can be freed or recomputed."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace

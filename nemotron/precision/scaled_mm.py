@@ -1,4 +1,4 @@
-"""Products of quantised operands by torch's scaled matrix product: cuBLAS on a GPU.
+"""Products of quantized operands by torch's scaled matrix product: cuBLAS on a GPU.
 
 Operands are filled up with zeros to the sizes that cuBLAS takes, which changes no sum. Layouts of
 the scales: NVIDIA, cuBLAS documentation, "Scaling Factors Layouts"; pytorch/pytorch:

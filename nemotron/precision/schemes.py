@@ -1,4 +1,4 @@
-"""Which operand of a linear layer's three products is quantised how, for each format.
+"""Which operand of a linear layer's three products is quantized how, for each format.
 
 fprop is X Wᵀ, dgrad is dY W, wgrad is dYᵀ X. Each contracts another dimension, so each operand is
 needed along two: `row` along its last dimension, `turned` along its first.
@@ -126,7 +126,7 @@ class Scheme(ABC):
     def _matrices(
         self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
     ) -> tuple[Matrix, Matrix | None]:
-        """Quantise along the columns, and along the rows where both are needed."""
+        """Quantize along the columns, and along the rows where both are needed."""
 
     def _amax(self, operand: str, filled: Tensor, groups: Groups) -> Float[Tensor, " G"] | None:
         """Return the largest magnitude of each tensor where it is not that of what is here."""
@@ -194,7 +194,7 @@ class NVFP4Scheme(Scheme):
         *,
         both: bool,
     ) -> tuple[Matrix, Matrix | None]:
-        """Do it in two reads: one for the magnitudes of whole tensors, one that quantises."""
+        """Do it in two reads: one for the magnitudes of whole tensors, one that quantizes."""
         is_square = operand == "w" and self.square_weights
         is_transformed = operand != "w" and self.hadamard
         needs_turned = both and not is_square

@@ -1,4 +1,4 @@
-"""What quantising does to each operand: its range, what is lost at either end, the error."""
+"""What quantizing does to each operand: its range, what is lost at either end, the error."""
 
 from dataclasses import dataclass
 
@@ -21,7 +21,7 @@ class Tally:
     norm: float = 0.0
 
     def add(self, tensor: Tensor, operand: Operand) -> None:
-        """Compare tensors, one under another, with their quantised form."""
+        """Compare tensors, one under another, with their quantized form."""
         exact = operand.groups.fill(tensor.detach()).float()
         values = operand.values
         if operand.scale is not None:

@@ -1,4 +1,4 @@
-"""Linear layers by Transformer Engine's modules, whose kernels quantise and multiply at once.
+"""Linear layers by Transformer Engine's modules, whose kernels quantize and multiply at once.
 
 The modules hold no parameter of ours: the weight is put in for each call. Every setting of a
 recipe is given, since Transformer Engine takes those that are missing from the environment.

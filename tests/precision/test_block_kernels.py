@@ -19,7 +19,7 @@ GOLDEN = Path(__file__).parent / "golden"
 
 @pytest.fixture
 def with_kernels(monkeypatch):
-    """Return what quantises by kernels wherever the tensor is."""
+    """Return what quantizes by kernels wherever the tensor is."""
 
     def quantize(scheme: Scheme, operand: str, x: Tensor, *arguments, **options):
         module = import_module("nemotron.precision.kernels.quantize_blocks")
@@ -97,7 +97,7 @@ def test_references_have_the_same_bits(with_kernels, name: str):
     assert compared >= 6
 
 
-def test_nothing_is_quantised_to_nothing(with_kernels):
+def test_nothing_is_quantized_to_nothing(with_kernels):
     for scheme in SCHEMES_HERE.values():
         same(
             with_kernels(scheme, "x", torch.zeros(0, 32), (0, 0)),

@@ -1,4 +1,4 @@
-"""Which backend computes a format where, and that each multiplies what was quantised."""
+"""Which backend computes a format where, and that each multiplies what was quantized."""
 
 import json
 import subprocess
@@ -92,7 +92,7 @@ def results(format: str, name: str, device: torch.device, wide: bool = True):
         if format in backend.cpu_formats
     ],
 )
-def test_products_and_gradients_are_those_of_the_quantised_operands(format: str, name: str):
+def test_products_and_gradients_are_those_of_the_quantized_operands(format: str, name: str):
     found, exact = results(format, name, CPU)
     for ours, theirs in zip(found, exact, strict=True):
         # float32 sums of at most 112 terms
@@ -125,7 +125,7 @@ def test_experts_have_each_backends_products(format: str):
 @pytest.mark.gpu
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("name", [backend.name for backend in BACKENDS])
-def test_a_gpu_has_the_products_of_the_quantised_operands(format: str, name: str):
+def test_a_gpu_has_the_products_of_the_quantized_operands(format: str, name: str):
     if reason := BY_NAME[name].unfit(format_call(format, CUDA, (112, 80))):
         pytest.skip(f"{name} for {format}: {reason}")
     found, exact = results(format, name, CUDA, wide=False)

@@ -120,7 +120,7 @@ def test_zeros_stay_zeros_and_errors_stay_within_half_a_step_of_the_largest(name
 
 @pytest.mark.parametrize("name", [n for n in QUANTIZERS if not n.startswith("nvfp4")])
 @given(MATRICES)
-def test_quantising_what_was_quantised_changes_nothing(name: str, shape):
+def test_quantizing_what_was_quantized_changes_nothing(name: str, shape):
     # power-of-two scales; with NVFP4's the scale of the scales may move by a rounding
     once = QUANTIZERS[name](draw(shape, spread=1.0)).dequantize()
     assert torch.equal(QUANTIZERS[name](once).dequantize(), once)
@@ -155,7 +155,7 @@ def test_squares_are_the_same_values_in_both_directions():
     )
 
 
-def test_stored_nvfp4_is_what_was_quantised_at_four_and_a_half_bits():
+def test_stored_nvfp4_is_what_was_quantized_at_four_and_a_half_bits():
     x = draw((32, 64, 9))
     found = nvfp4.quantize(x)
     packed = found.pack()

@@ -1,4 +1,4 @@
-"""Every quantiser against vectors that public references computed, by the tool for any folder.
+"""Every quantizer against vectors that public references computed, by the tool for any folder.
 
 The vectors: NVIDIA/TransformerEngine 2.20.0.dev0 (d0067d0d) and pytorch/ao 0.19.0 (36027d82), run
 unchanged on a CPU with torch 2.13.0; each file's metadata names its reference.

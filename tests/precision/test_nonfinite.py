@@ -22,7 +22,7 @@ QUANTIZERS = {
     "fp8 blocks": (lambda x: fp8.quantize_blocks(x), 1, 128),
     "fp8 squares": (lambda x: fp8.quantize_blocks(x, height=128), 128, 128),
 }
-"""What quantises, and rows and columns that share a scale (NVFP4's share one more)."""
+"""What quantizes, and rows and columns that share a scale (NVFP4's share one more)."""
 EXTREME = st.sampled_from(["inf", "nan", "both"])
 SHAPES = st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(0, 2**31))
 SHARES = st.sampled_from([0.0, 0.002, 0.3, 1.0])

@@ -1,4 +1,4 @@
-"""Ranks that share a layer's tensors quantise them as one process does: scales and random bits."""
+"""Ranks that share a layer's tensors quantize them as one process does: scales and random bits."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -141,7 +141,7 @@ def test_a_model_changes_its_formats_and_keeps_its_parameters():
     [
         (
             {"preset": "nvfp4_all", "compute": "fp32"},
-            "cannot be quantised further; use compute: bf16",
+            "cannot be quantized further; use compute: bf16",
         ),
         ({"rules": [{"format": "mxfp8"}]}, "format stands alone; give the rule a condition"),
         (

@@ -1,4 +1,4 @@
-"""The three products of a quantised layer: the right operands, the right sums, the right memory."""
+"""The three products of a quantized layer: the right operands, the right sums, the right memory."""
 
 import pytest
 import torch
@@ -91,7 +91,7 @@ def test_the_mean_of_many_draws_is_nearer_than_rounding_to_nearest():
     draws = [
         run(quantized_linear, x.float(), weight, dy.float(), scheme, Draw(n))[1] for n in range(50)
     ]
-    # the weight's own error stays in both; compare with the product of its quantised form
+    # the weight's own error stays in both; compare with the product of its quantized form
     row = decoded(scheme.quantize("w", weight.bfloat16())[1]).float()
     exact = dy.float() @ row.T
     mean_error = (torch.stack(draws).mean(0) - exact).norm()
@@ -155,7 +155,7 @@ def held_by(node) -> int:
     return sum(tensor.nbytes for tensor in held)
 
 
-def test_only_the_quantised_operands_are_kept_for_backward():
+def test_only_the_quantized_operands_are_kept_for_backward():
     x, weight, dy = inputs(tokens=256, width=256, out=64)
     y = quantized_linear(x.requires_grad_(), weight.requires_grad_(), SCHEMES["nvfp4"], DRAW)
     node = y.grad_fn
@@ -194,7 +194,7 @@ def test_ingredients_can_be_left_out():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", SCHEMES)
-def test_a_gpu_quantises_to_the_same_values(name: str):
+def test_a_gpu_quantizes_to_the_same_values(name: str):
     x, weight, dy = inputs()
     here = run(quantized_linear, x, weight, dy, SCHEMES[name], DRAW)
     there = run(quantized_linear, x.cuda(), weight.cuda(), dy.cuda(), SCHEMES[name], DRAW)

@@ -1,4 +1,4 @@
-"""Experts that are quantised some at a time: the same numbers, and less at once."""
+"""Experts that are quantized some at a time: the same numbers, and less at once."""
 
 from pathlib import Path
 
@@ -28,7 +28,7 @@ def test_slabs_are_all_experts_and_their_rows_in_order(monkeypatch):
 
 
 def two_steps(preset: str) -> tuple[list[torch.Tensor], dict[str, float]]:
-    """Return all numbers that quantising may change in two steps of two portions, and metrics."""
+    """Return all numbers that quantizing may change in two steps of two portions, and metrics."""
     model = HybridLM(load_recipe(ROOT / "recipes/tiny/smoke.yaml").config.model)
     model.init_weights(1)
     model.compute_dtype = torch.bfloat16
@@ -59,7 +59,7 @@ def test_a_model_computes_the_same_with_one_expert_at_a_time(monkeypatch, preset
         assert others[name] == pytest.approx(figure, rel=1e-12), name
 
 
-def test_no_more_than_the_limit_is_quantised_at_once(monkeypatch):
+def test_no_more_than_the_limit_is_quantized_at_once(monkeypatch):
     seen: list[tuple[str, int]] = []
 
     class Counted(NVFP4Scheme):

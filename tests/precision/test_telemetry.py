@@ -1,4 +1,4 @@
-"""The figures of quantising, against their definitions, and as a run logs them."""
+"""The figures of quantizing, against their definitions, and as a run logs them."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""MXFP8 and NVFP4 on a GPU: one read of a matrix quantises it along both directions.
+"""MXFP8 and NVFP4 on a GPU: one read of a matrix quantizes it along both directions.
 
 A square tile is a program's. Codes and scales are those of `mxfp8.py` and
 `nvfp4.py`, to the bit: float32 operations in the same order, and the same random bits.

@@ -414,7 +414,7 @@ def quantize(
     newest: Float[Tensor, " G"] | None = None,
     narrow: bool = False,
 ) -> Sides:
-    """Quantise a matrix, the stacked matrices of experts, or the rows of experts by their plan.
+    """Quantize a matrix, the stacked matrices of experts, or the rows of experts by their plan.
 
     `given` are the largest magnitudes (BY_AMAX) or scales (BY_SCALE) of the tensors, or what
     `measure` returned (BY_PARTS); `newest` holds magnitudes that grow to those of the tensors.
