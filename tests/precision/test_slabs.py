@@ -28,7 +28,7 @@ def test_slabs_are_all_experts_and_their_rows_in_order(monkeypatch):
 
 
 def two_steps(preset: str) -> tuple[list[torch.Tensor], dict[str, float]]:
-    """Return all numbers that quantizing may change in two steps of two micro-batches, and metrics."""
+    """Return what quantizing may change in two steps of two micro-batches each, and metrics."""
     model = HybridLM(load_recipe(ROOT / "recipes/tiny/smoke.yaml").config.model)
     model.init_weights(1)
     model.compute_dtype = torch.bfloat16
