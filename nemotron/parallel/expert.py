@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.moe import Copies, Dispatched, Experts
+from nemotron.model.router import count
 from nemotron.ops.token_copies import TokenCopiesOp
 from nemotron.parallel import collectives
 from nemotron.parallel.collectives import Group
@@ -89,7 +90,7 @@ class AllGather:
         num_tokens, top_k = experts.shape
         # the copies for each rank and the tokens of each, in the one wait for the device: the
         # sizes of what follows must be known here
-        counts = _count(experts.flatten() // self.num_experts, self.size)
+        counts = count(experts.flatten() // self.num_experts, self.size)
         counts = F.pad(counts, (0, 1), value=num_tokens)
         table = collectives.gather(counts.unsqueeze(0), 0, self.group).tolist()
         assert {row[-1] for row in table} == {num_tokens}, (
@@ -116,7 +117,7 @@ class AllGather:
             token=ours(torch.arange(everyone.shape[0], device=x.device) // top_k),
             experts=local,
             weights=weights,
-            counts=_count(local, self.num_experts),
+            counts=count(local, self.num_experts),
             numbers=numbers,
             receive=dispatch.finish,
             combine=lambda partial: combine.finish(combine.start(partial)),
@@ -190,7 +191,7 @@ class AllToAll:
             token=(marked // self.num_experts).cumsum(0) - 1,
             experts=local,
             weights=weights,
-            counts=_count(local, self.num_experts),
+            counts=count(local, self.num_experts),
             numbers=numbers,
             receive=dispatch.finish,
             combine=lambda partial: token_copies.add(
@@ -207,11 +208,6 @@ class AllToAll:
             return result, work
 
         return begin
-
-
-def _count(numbers: Int[Tensor, " copies"], size: int) -> Int[Tensor, " size"]:
-    # `bincount` would wait for the device
-    return numbers.new_zeros(size).scatter_add_(0, numbers, torch.ones_like(numbers))
 
 
 def _line_up(token: Int[Tensor, " R"], num_tokens: int) -> Copies:

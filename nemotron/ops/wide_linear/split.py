@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nemotron.ops.linear.float32_gradient import mm_float32
 from nemotron.ops.registry import Backend
 
 
@@ -22,7 +23,7 @@ class _WideLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
         parts = _three_parts(weight.float(), 0)  # [3, N, K]
-        y = _mm_float32(x, parts.flatten(0, 1).T)
+        y = mm_float32(x, parts.flatten(0, 1).T)
         return y.unflatten(1, (3, -1)).sum(1)
 
     @staticmethod
@@ -37,7 +38,7 @@ class _WideLinear(torch.autograd.Function):
             grads = torch.cat([high, low, high], dim=1)
             grad_x = grads @ torch.cat([weight_high, weight_high, weight_low])
         if ctx.needs_input_grad[1]:
-            grad_weight = _mm_float32(parts.flatten(1).T, x)
+            grad_weight = mm_float32(parts.flatten(1).T, x)
             grad_weight = grad_weight.unflatten(0, (3, -1)).sum(0).to(weight.dtype)
         return grad_x, grad_weight
 
@@ -51,12 +52,6 @@ def _three_parts(x: Float[Tensor, "A B"], dim: int) -> Tensor:
         part.copy_(x)
         x = x - part
     return parts
-
-
-def _mm_float32(a: Float[Tensor, "A B"], b: Float[Tensor, "B C"]) -> Float[Tensor, "A C"]:
-    if a.device.type == "cuda":  # only there torch can widen the product
-        return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
 
 
 def wide_linear(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
