@@ -28,7 +28,12 @@ app.add_typer(recipe_app, name="recipe")
 data_app = typer.Typer(help="Prepare data and inspect it before a run.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (.yaml).", metavar="RECIPE")]
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        help="Recipe file (.yaml), or a shipped recipe such as tiny/pretrain.", metavar="RECIPE"
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -132,6 +137,35 @@ def recipe_diff(first: RecipeFile, second: RecipeFile) -> int:
 
     for key, a, b in diff(load_recipe(first), load_recipe(second)):
         print(f"{key}: {a} -> {b}")
+    return DONE
+
+
+@recipe_app.command("list", epilog="Example: nemotron recipe list")
+def recipe_list() -> int:
+    """List the recipes that ship with the package."""
+    from nemotron.recipe.shipped import names, summary
+
+    width = max(map(len, names()))
+    for name in names():
+        print(f"{name:<{width}}  {summary(name)}".rstrip())
+    return DONE
+
+
+@recipe_app.command("copy", epilog="Example: nemotron recipe copy tiny/pretrain")
+def recipe_copy(
+    name: Annotated[str, typer.Argument(help="Name, as recipe list prints it.", metavar="NAME")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("recipes"),
+    launch: Annotated[
+        bool, typer.Option("--launch", help="Also copy the start scripts, into the folder launch.")
+    ] = False,
+) -> int:
+    """Copy a shipped recipe, with the files that it extends, to change it."""
+    from nemotron.recipe.load import load_recipe
+    from nemotron.recipe.shipped import copy, path_of
+
+    files = load_recipe(path_of(name)).files
+    for path in copy(files, out, Path("launch") if launch else None):
+        print(path)
     return DONE
 
 

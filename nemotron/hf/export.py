@@ -48,6 +48,7 @@ def export(
         )
     target = Path(out) if out is not None else source.run.path / "export"
     check_target(target, source, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = fresh_beside(target)
     try:
         tensors, size = write_folder(
@@ -75,8 +76,6 @@ def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> 
     """
     if target.resolve().is_relative_to(source.info.folder.resolve().parent):
         raise UserError(f"{target} is inside the checkpoints folder; export to another folder.")
-    if not target.parent.is_dir():
-        raise UserError(f"{target.parent} does not exist; create it, or export elsewhere.")
     refuse_taken(target, INDEX, overwrite=overwrite)
 
 
