@@ -207,13 +207,13 @@ def test_a_failed_check_leaves_the_old_export_alone(
 
 
 def test_an_export_replaces_another_only_when_told(run: Path, tmp_path: Path):
-    out = tmp_path / "out"
+    out = tmp_path / "exported/mine"  # its parent does not exist yet
     assert export(run, out, check=False) == 0
     assert f"{out} exists already; add --overwrite" in refusal(run, out)
     (out / "stale").write_text("")
     assert export(run, out, overwrite=True, check=False) == 0
     assert not (out / "stale").exists()
-    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(out.parent) == ["mine"]
 
 
 def test_a_folder_that_is_no_export_is_never_replaced(run: Path, tmp_path: Path):
