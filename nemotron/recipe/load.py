@@ -31,6 +31,10 @@ class Recipe:
     path: Path
     places: dict[Path_, str]
 
+    def overrides(self, *keys: Path_) -> bool:
+        """Say whether the command line sets one of these keys."""
+        return any(self.places.get(key) == COMMAND_LINE for key in keys)
+
     @property
     def pretraining(self) -> PretrainConfig:
         """The configuration, for a command that works on pre-training alone.

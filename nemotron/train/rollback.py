@@ -5,12 +5,13 @@ offending range only count. What was written after the checkpoint is removed as 
 been: a run that is killed during the replay resumes at the checkpoint and is rolled back once more.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron.checkpoint.find import steps
-from nemotron.checkpoint.manifest import CheckpointInfo, DamagedCheckpoint, folder_name, verify
+from nemotron.checkpoint.housekeeping import discard
+from nemotron.checkpoint.manifest import CheckpointInfo, folder_name, verify
+from nemotron.checkpoint.records import DamagedCheckpoint
 from nemotron.train.state import Diverged
 from nemotron.train.trainer import Trainer
 
@@ -66,8 +67,4 @@ def _last_computed(step: int, ranges: Sequence[Sequence[int]]) -> int:
 def _remove_after(checkpoints: Path, step: int) -> None:
     for number in steps(checkpoints):  # newest first: whatever a kill leaves is a beginning
         if number > step:
-            path = checkpoints / folder_name(number)
-            # renamed first: a half-removed folder must not look like a damaged checkpoint
-            old = path.with_name(f"{path.name}.old")
-            path.rename(old)
-            shutil.rmtree(old)
+            discard(checkpoints / folder_name(number))  # the next save names what stays of it
