@@ -72,12 +72,14 @@ def _prune(path: Path) -> str | None:
     try:
         return discard(path)
     except OSError as error:
-        return f"{path} is an older checkpoint, but it cannot be removed ({error.strerror})"
+        return (
+            f"{path} is an older checkpoint, but it cannot be removed ({error.strerror or error})"
+        )
 
 
 def _remove(path: Path) -> str | None:
     try:
         shutil.rmtree(path)
     except OSError as error:
-        return f"{path} cannot be removed ({error.strerror}); remove it by hand"
+        return f"{path} cannot be removed ({error.strerror or error}); remove it by hand"
     return None

@@ -36,7 +36,10 @@ def roll_back(trainer: Trainer, checkpoints: Path, bad: Sequence[int]) -> Checkp
     origin = _last_computed(info.step, ranges)
     if sum(step == origin for _, _, step in ranges) >= ROLLBACKS:
         raise Diverged(f"{what}, and the run was rolled back to step {origin} {ROLLBACKS} times")
-    trainer.ranks.first(lambda: _remove_after(checkpoints, info.step))
+    try:
+        trainer.ranks.first(lambda: _remove_after(checkpoints, info.step))
+    except OSError as error:
+        raise Diverged(f"{what}, and a later checkpoint cannot be removed: {error}") from error
     trainer.restore(info)
     trainer.state.passed_over = [*ranges, [first, last, origin]]
     trainer.state.bad_steps = []

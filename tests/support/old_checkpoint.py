@@ -60,7 +60,7 @@ def write_old(
     target.mkdir(parents=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        writer = dcp.FileSystemWriter(str(target), sync_files=True)
+        writer = dcp.FileSystemWriter(str(target), sync_files=True, thread_count=2)
         dcp.save(tensors, storage_writer=writer, no_dist=True)
     (target / "model.json").write_text(model)
     (target / "state.json").write_text(state)
