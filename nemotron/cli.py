@@ -28,6 +28,9 @@ app.add_typer(recipe_app, name="recipe")
 data_app = typer.Typer(help="Prepare data and inspect it before a run.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
+checkpoint_app = typer.Typer(help="Work on checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+
 RecipeFile = Annotated[
     Path,
     typer.Argument(
@@ -76,6 +79,10 @@ def train(
 
     Launch.of_this_process()  # reports a mistake in the environment before the recipe is read
     loaded = load_recipe(recipe, overrides or [])
+    if resume and not loaded.overrides(("name",), ("output",)):
+        from nemotron.run.folder import check_recipe_home
+
+        check_recipe_home(recipe, loaded.config.run_path)
     if dry_run:
         from nemotron.train.start import dry_run as describe
 
@@ -485,6 +492,20 @@ def import_(
     from nemotron.hf.import_ import import_ as run_import
 
     return run_import(folder, out, overwrite=overwrite)
+
+
+@checkpoint_app.command("convert", epilog="Example: nemotron checkpoint convert runs/tiny")
+def checkpoint_convert(
+    path: Annotated[Path, typer.Argument(help="Run, its checkpoints folder, or one checkpoint.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the new checkpoints; default: in place of the old ones."),
+    ] = None,
+) -> int:
+    """Convert checkpoints of the old format, which held pickles; nothing in them is executed."""
+    from nemotron.checkpoint.convert import convert
+
+    return convert(path, out)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

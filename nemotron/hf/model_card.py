@@ -6,6 +6,7 @@ from typing import Any
 
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import read_state
+from nemotron.data.fingerprint import Fingerprint, read_fingerprint
 from nemotron.hf.build import build_on_meta
 from nemotron.hf.source import CheckpointSource
 from nemotron.model.config import LAYER_KINDS, ModelConfig
@@ -66,17 +67,10 @@ def _architecture(config: ModelConfig) -> list[tuple[str, object]]:
 def _training(info: CheckpointInfo, run: RunFiles | None) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [("step", f"{info.step:,}")]
     state = read_state(info)
-    if "trainer" in state:
-        rows.append(("tokens seen", f"{state['trainer']['tokens']:,}"))
-    data = state.get("data", {})
-    for name, source in data.get("sources", {}).items():
-        rows.append((f"data: {name}", f"{source['tokens']:,} tokens, hash `{source['content']}`"))
-    for phase in data.get("phases", []):
-        for length in phase["lengths"]:
-            whole = sum(length["sources"].values())
-            shares = (f"{name} {share / whole:.1%}" for name, share in length["sources"].items())
-            rows.append((f"blend of phase {phase['name']}", ", ".join(shares)))
-    rows += [(key, data[key]) for key in ("seed", "data.tokenizer", "data.seq_len") if key in data]
+    if state.trainer is not None:
+        rows.append(("tokens seen", f"{state.trainer.tokens:,}"))
+    if state.data is not None:
+        rows += _data(read_fingerprint(state.data))
     if run is None:
         return rows
     recipe, provenance = run.recipe, run.provenance
@@ -85,6 +79,20 @@ def _training(info: CheckpointInfo, run: RunFiles | None) -> list[tuple[str, obj
     if provenance.is_file():
         rows += _provenance(json.loads(provenance.read_text()))
     return rows
+
+
+def _data(data: Fingerprint) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [
+        (f"data: {name}", f"{source.tokens:,} tokens, hash `{source.content}`")
+        for name, source in data.sources.items()
+    ]
+    for phase in data.phases:
+        for length in phase.lengths:
+            whole = sum(length.sources.values())
+            shares = (f"{name} {share / whole:.1%}" for name, share in length.sources.items())
+            rows.append((f"blend of phase {phase.name}", ", ".join(shares)))
+    named = {"seed": data.seed, "data.tokenizer": data.tokenizer, "data.seq_len": data.seq_len}
+    return [*rows, *named.items()]
 
 
 def _provenance(facts: dict[str, Any]) -> list[tuple[str, object]]:  # Any: JSON

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from nemotron.checkpoint.find import locate
 from nemotron.checkpoint.manifest import CheckpointInfo
-from nemotron.checkpoint.read import MODEL_PREFIX, load_tensors, read_model_config
+from nemotron.checkpoint.read import MODEL_PREFIX, SavedTensors, read_model_config
 from nemotron.hf.build import shapes
 from nemotron.hf.names import DiskTensor
 from nemotron.model.config import ModelConfig
@@ -37,7 +37,7 @@ class TensorReader:
     """Gives tensors for export; keeps the last one read, because experts share theirs."""
 
     def __init__(self, source: CheckpointSource) -> None:
-        self._info = source.info
+        self._saved = SavedTensors(source.info)
         self._shapes = shapes(source.config)
         self._last: tuple[str, Tensor] | None = None
 
@@ -46,7 +46,7 @@ class TensorReader:
             # the old one is let go before memory for the next is taken
             self._last = None
             master = torch.empty(self._shapes[tensor.source])
-            load_tensors(self._info, {MODEL_PREFIX + tensor.source: master})
+            self._saved.load({MODEL_PREFIX + tensor.source: master})
             self._last = (tensor.source, master)
         return tensor.export(self._last[1])
 

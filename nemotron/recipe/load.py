@@ -33,6 +33,10 @@ class Recipe:
     files: tuple[Path, ...] = ()
     """Every file that was read for it."""
 
+    def overrides(self, *keys: Path_) -> bool:
+        """Say whether the command line sets one of these keys."""
+        return any(self.places.get(key) == COMMAND_LINE for key in keys)
+
     @property
     def pretraining(self) -> PretrainConfig:
         """The configuration, for a command that works on pre-training alone.
