@@ -471,12 +471,13 @@ def export(
 ) -> int:
     """Export a model to a Hugging Face folder, and check it in a fresh process."""
     from nemotron.hf.export import export as run_export
+    from nemotron.hf.formats import MAMBA_FP32, RELEASED
 
     return run_export(
         run,
         out,
         overwrite=overwrite,
-        mamba_fp32=mamba_fp32,
+        formats=MAMBA_FP32 if mamba_fp32 else RELEASED,
         check=check,
         max_shard_bytes=int(max_shard_gb * 1e9),
     )

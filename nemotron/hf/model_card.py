@@ -2,13 +2,17 @@
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import read_state
 from nemotron.data.fingerprint import Fingerprint, read_fingerprint
-from nemotron.hf.build import build_on_meta
+from nemotron.hf.names import DiskParameter
 from nemotron.hf.source import CheckpointSource
+from nemotron.model.build import build_on_meta
 from nemotron.model.config import LAYER_KINDS, ModelConfig
 from nemotron.run.files import RunFiles
 
@@ -38,12 +42,12 @@ or, with the package that wrote it: `model = nemotron.load(FOLDER)`, then
 """
 
 
-def model_card(source: CheckpointSource) -> str:
-    """Return the text of the model card."""
+def model_card(source: CheckpointSource, parameters: Sequence[DiskParameter]) -> str:
+    """Return the text of the model card; `parameters` are those of the folder."""
     sections = [
         f"# {source.run.path.name if source.run else source.info.folder.name}\n",
         "A language model with the NemotronH architecture, written by `nemotron-train`.\n",
-        _table("Architecture", _architecture(source.config)),
+        _table("Architecture", [*_architecture(source.config), _formats(parameters)]),
         _table("Training", _training(source.info, source.run)),
         USE.replace("{limit}", _python(source.config.time_step_limit)),
     ]
@@ -62,6 +66,15 @@ def _architecture(config: ModelConfig) -> list[tuple[str, object]]:
     if mtp:
         rows.append(("multi-token prediction", f"`{config.mtp_pattern}`, {mtp:,} parameters"))
     return [*rows, ("vocabulary", f"{config.vocab_size:,}"), ("hidden size", config.hidden_size)]
+
+
+def _formats(parameters: Sequence[DiskParameter]) -> tuple[str, object]:
+    """Say how many values lie on disk in each format."""
+    counts: Counter[str] = Counter()
+    for parameter in parameters:
+        counts[parameter.format.name] += prod(parameter.shape)
+    listed = ", ".join(f"{name} ({count:,} values)" for name, count in counts.most_common())
+    return "stored as", listed
 
 
 def _training(info: CheckpointInfo, run: RunFiles | None) -> list[tuple[str, object]]:

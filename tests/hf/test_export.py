@@ -16,6 +16,7 @@ from nemotron.errors import UserError
 from nemotron.files import hash_file
 from nemotron.hf import selfcheck
 from nemotron.hf.export import export
+from nemotron.hf.formats import MAMBA_FP32
 from nemotron.hf.shards import INDEX
 from nemotron.loading import load
 
@@ -94,7 +95,7 @@ def test_the_index_holds_sizes_and_places(exported: Path):
 
 
 def test_the_mamba_vectors_can_stay_float32(run: Path, tmp_path: Path):
-    assert export(run, tmp_path / "wide", mamba_fp32=True, check=False) == 0
+    assert export(run, tmp_path / "wide", formats=MAMBA_FP32, check=False) == 0
     wide = {
         n.rsplit(".", 1)[-1]
         for n, t in read_all(tmp_path / "wide").items()
