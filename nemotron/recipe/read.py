@@ -13,10 +13,15 @@ from nemotron.errors import UserError
 
 Path_ = tuple[str, ...]
 """Keys from the top of a recipe to a value."""
-Finding = tuple[str, str]
-"""A dotted key and what is wrong with it."""
-Idle = tuple[list[str], bool, str]
-"""Dotted keys, whether nothing reads them, and why."""
+
+
+@dataclass(frozen=True)
+class Idle:
+    """Dotted keys that nothing reads if a condition holds."""
+
+    keys: list[str]
+    holds: bool
+    because: str
 
 
 @dataclass

@@ -63,30 +63,35 @@ def build_schedule(config: ScheduleConfig, tokens_per_step: int) -> Schedule:
     """
     total = _length(config, "total", tokens_per_step)
     if total is None:
-        raise UserError("schedule has no length; give schedule.total_tokens or total_steps.")
+        raise UserError("has no length; give schedule.total_tokens or total_steps.", key="schedule")
     warmup = _length(config, "warmup", tokens_per_step) or 0.0
     decay = _length(config, "decay", tokens_per_step)
     if config.kind == "wsd":
         if decay is None:
             raise UserError(
-                "schedule.kind = wsd needs the length of its decay; "
-                "give schedule.decay_tokens or decay_steps."
+                "needs the length of its decay; give schedule.decay_tokens or decay_steps.",
+                key="schedule.kind",
+                value=config.kind,
             )
     elif decay is not None:
         raise UserError(
-            f"schedule.kind = {config.kind} takes no decay length; "
-            f"remove schedule.decay_tokens and decay_steps or use kind: wsd."
+            "takes no decay length; remove schedule.decay_tokens and decay_steps or use kind: wsd.",
+            key="schedule.kind",
+            value=config.kind,
         )
     else:
         decay = 0.0 if config.kind == "constant" else total - warmup
     if warmup + decay > total or warmup >= total:
         raise UserError(
-            f"schedule: warm-up {warmup:.4g} + decay {decay:.4g} tokens do not fit into "
-            f"the run's {total:.4g}; shorten one of them."
+            f"has warm-up {warmup:.4g} + decay {decay:.4g} tokens, which do not fit into "
+            f"the run's {total:.4g}; shorten one of them.",
+            key="schedule",
         )
     if config.min > config.peak:
         raise UserError(
-            f"schedule.min = {config.min:g} is above schedule.peak = {config.peak:g}; lower it."
+            f"is above schedule.peak = {config.peak:g}; lower it.",
+            key="schedule.min",
+            value=f"{config.min:g}",
         )
     shape = config.decay if config.kind == "wsd" else config.kind
     return Schedule(config.peak, config.min, warmup, decay, total, shape, tokens_per_step)
@@ -131,7 +136,7 @@ def plan_training(config: PretrainConfig) -> TrainingPlan:
     tokens = covered = 0
     for number, (own, num_steps) in enumerate(zip(config.phases, steps, strict=True)):
         size = own.global_tokens or tokens_per_step
-        check_rows(f"phases.{number}: global_tokens", size, _lengths(config, own))
+        check_rows(f"phases.{number}.global_tokens", size, _lengths(config, own))
         phases.append(Phase(own.name, num_steps, size, _row_lengths(config, own)))
         length = num_steps * size
         if own.schedule is None:
@@ -156,15 +161,17 @@ def check_rows(key: str, tokens_per_step: int, lengths: Sequence[LengthConfig]) 
     if tokens_per_step % whole:
         near = max(1, round(tokens_per_step / whole)) * whole
         raise UserError(
-            f"{key} = {tokens_per_step} is not divisible by data.seq_len = "
-            f"{' and '.join(str(length.seq_len) for length in lengths)}; the nearest is {near}."
+            f"is not divisible by data.seq_len = "
+            f"{' and '.join(str(length.seq_len) for length in lengths)}; the nearest is {near}.",
+            key=key,
+            value=tokens_per_step,
         )
 
 
 def _length(config: ScheduleConfig, name: str, tokens_per_step: int) -> float | None:
     tokens, steps = getattr(config, f"{name}_tokens"), getattr(config, f"{name}_steps")
     if tokens is not None and steps is not None:
-        raise UserError(f"schedule has {name}_tokens and {name}_steps; keep one of them.")
+        raise UserError(f"has {name}_tokens and {name}_steps; keep one of them.", key="schedule")
     return tokens if steps is None else float(steps * tokens_per_step)
 
 
@@ -193,8 +200,9 @@ def _main_schedule(config: PretrainConfig) -> tuple[Schedule, list[int]]:
     for number, steps in enumerate(known):
         if steps is None and (not covered or number != covered[-1]):
             raise UserError(
-                f"phases.{number} has no length; give tokens or steps (only the last phase "
-                "without a schedule of its own may go on to the end of the run's schedule)."
+                "has no length; give tokens or steps (only the last phase without a schedule of "
+                "its own may go on to the end of the run's schedule).",
+                key=f"phases.{number}",
             )
     given = sum((known[i] or 0) * size_of[i] for i in covered)
     is_open = bool(covered) and known[covered[-1]] is None
@@ -206,14 +214,16 @@ def _main_schedule(config: PretrainConfig) -> tuple[Schedule, list[int]]:
         left = math.ceil((main.total - given) / size_of[covered[-1]])
         if left < 1:
             raise UserError(
-                f"phases.{covered[-1]} has nothing left: the phases before it take {given} of the "
-                f"schedule's {main.total:.0f} tokens; shorten them or lengthen the schedule."
+                f"has nothing left: the phases before it take {given} of the "
+                f"schedule's {main.total:.0f} tokens; shorten them or lengthen the schedule.",
+                key=f"phases.{covered[-1]}",
             )
         known[covered[-1]] = left
     elif has_total and round(main.total) != given:
         raise UserError(
-            f"schedule: its {main.total:.0f} tokens are not the {given} of the phases that follow "
-            "it; remove schedule.total_tokens and total_steps, or the length of the last phase."
+            f"has {main.total:.0f} tokens, which are not the {given} of the phases that follow "
+            "it; remove schedule.total_tokens and total_steps, or the length of the last phase.",
+            key="schedule",
         )
     return main, [steps or 0 for steps in known]
 
@@ -225,11 +235,13 @@ def _given_steps(config: PretrainConfig, size_of: Sequence[int]) -> Iterator[int
             yield phase.steps
             continue
         if phase.steps is not None:
-            raise UserError(f"phases.{number} has tokens and steps; keep one of them.")
+            raise UserError("has tokens and steps; keep one of them.", key=f"phases.{number}")
         if phase.tokens % size:
             near = max(1, round(phase.tokens / size))
             raise UserError(
-                f"phases.{number}: tokens = {phase.tokens:.0f} are no whole steps of {size} "
-                f"tokens; the nearest is {near * size} (steps: {near})."
+                f"are no whole steps of {size} tokens; the nearest is {near * size} "
+                f"(steps: {near}).",
+                key=f"phases.{number}.tokens",
+                value=f"{phase.tokens:.0f}",
             )
         yield round(phase.tokens / size)
