@@ -20,7 +20,7 @@ from nemotron.parallel.config import ParallelConfig
 
 T = TypeVar("T")
 
-ECHO_S = 3.0
+ECHO_S = 10.0
 """Seconds in which torchrun or srun ends the other ranks when one has ended."""
 
 

@@ -121,5 +121,7 @@ def test_auto_takes_the_processes_that_are_left():
 def test_sizes_that_do_not_make_up_the_processes_are_refused():
     with pytest.raises(UserError, match="tp = 4 processes, but there are 6 processes; start 8, or"):
         resolve_dims(ParallelConfig(tp=4), 6)
-    with pytest.raises(UserError, match="= 8, but there is 1 process; start 8, or set parallel"):
+    with pytest.raises(
+        UserError, match="= 8 processes, but there is 1 process; start 8, or set parallel"
+    ):
         resolve_dims(ParallelConfig(dp_shard=8), 1)
