@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import write_json, write_text
 from nemotron.hf.config import to_hf
 from nemotron.hf.folder import CONFIG
@@ -64,9 +65,9 @@ def export(
         shutil.rmtree(partial, ignore_errors=True)
     if failed:
         print(f"failed: the check did not pass; the files are in {target} for inspection")
-        return 1
+        return FAILED
     print(f"exported to {target}")
-    return 0
+    return DONE
 
 
 def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> None:

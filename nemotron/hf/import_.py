@@ -8,6 +8,7 @@ from nemotron.checkpoint.state import SavedState
 from nemotron.checkpoint.write import CheckpointNotSaved, save
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import hash_file, write_bytes
 from nemotron.hf.folder import CONFIG, LoadedFolder, is_exported, read_folder
 from nemotron.hf.target import fresh_beside, publish, refuse_taken
@@ -45,13 +46,13 @@ def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> 
         publish(partial, target)
     except CheckpointNotSaved as problem:
         print(f"failed: {problem}")
-        return 1
+        return FAILED
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     for note in (*loaded.notes, *notes):
         print(f"note: {note}")
     print(f"imported {len(loaded.weights):,} tensors to {target}")
-    return 0
+    return DONE
 
 
 def check_tokenizer(path: Path, vocab_size: int) -> bytes:
