@@ -32,7 +32,7 @@ def prepare(
     """
     if dry_run:
         load_tokenizer(tokenizer, "--tokenizer").id(options.eod_token)
-        made = plan(sources, options)
+        made = plan(sources, options, (out,))
         size = sum(unit.size for unit in made.units)
         print(
             f"{len(made.inputs):,} inputs, {size / 1e6:,.1f} MB, would become up to "

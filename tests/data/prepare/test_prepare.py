@@ -140,7 +140,7 @@ def test_finished_shards_are_not_made_again(world: Path, monkeypatch, capsys):
         file.write("no JSON\n")
     assert run([*arguments, "--max-bad-rows", "0"]) == 2
     assert "in/d.jsonl:1 is not valid JSON" in capsys.readouterr().err
-    made = {p.name: p.stat().st_mtime_ns for p in (world / "again.partial").iterdir()}
+    made = {p.name: p.stat().st_mtime_ns for p in (world / "again.partial").glob("train*")}
     assert len(made) > 10
     assert not (world / "again").exists()
     assert run(arguments) == 0
@@ -304,3 +304,62 @@ def test_a_dry_run_looks_and_writes_nothing(world: Path, monkeypatch, capsys):
     assert run(["data", "prepare", "in", "--out", "dry", "--dry-run"]) == 0
     assert " MB, would become up to 1 shards" in capsys.readouterr().out
     assert sorted(os.listdir(world)) == before
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("sources", "out", "sentence"),
+    [
+        (["d"], "d", "a.jsonl is an input and lies in d"),
+        (["d/deep"], "d", "b.jsonl is an input and lies in d"),
+        (["d/*.jsonl"], "d", "a.jsonl is an input and lies in d"),
+        (["linked"], "d", "a.jsonl is an input and lies in d"),
+        (["d"], "linked", "a.jsonl is an input and lies in linked"),
+        (["d/a.jsonl"], ".", "a.jsonl is an input and lies in /"),
+        (["d/a.jsonl", "--tokenizer", "keep/tokenizer.json"], "keep", "tokenizer.json is an input"),
+        (["d"], "other", "other has no .nemotron.json of nemotron data prepare"),
+        (["d"], "half", "half.partial was not left by an earlier data prepare"),
+        (["d"], "work", "work.work was not left by an earlier data prepare"),
+        (["half.partial"], "half", "c.txt is an input and lies in half.partial"),
+    ],
+)
+def test_overwriting_deletes_nothing_that_the_command_did_not_write(
+    tmp_path: Path, monkeypatch, capsys, sources: list[str], out: str, sentence: str
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("d/deep", "other", "half.partial", "work.work", "keep"):
+        Path(name).mkdir(parents=True)
+    for name in ("d/a.jsonl", "d/deep/b.jsonl", "other/thesis.tex", "work.work/plan.txt"):
+        Path(name).write_text('{"text": "words"}\n')
+    Path("half.partial/c.txt").write_text("mine")
+    Path("linked").symlink_to("d")
+    TOKENIZER.save(Path("keep/tokenizer.json"))
+    before = tree(tmp_path)
+    assert run(["data", "prepare", *sources, "--out", out, "--overwrite", "--workers", "1"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    after = tree(tmp_path)
+    assert before == {name: after[name] for name in before}
+    assert not [name for name in after if "train-" in name]
+
+
+def test_an_output_inside_its_source_is_never_read_and_replaced_only_while_all_is_ours(
+    tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("d/.ipynb_checkpoints").mkdir(parents=True)
+    Path("d/a.jsonl").write_text('{"text": "words"}\n')
+    Path("d/.ipynb_checkpoints/a.jsonl").write_text('{"text": "an old version"}\n')
+    arguments = ["data", "prepare", "d", "--out", "d/out", "--hold-out", "0", "--workers", "1"]
+    for again in ([], [], ["--overwrite"]):
+        assert run([*arguments, *again]) == 0
+        assert "1 documents with" in capsys.readouterr().out
+    assert sorted(os.listdir("d")) == [".ipynb_checkpoints", "a.jsonl", "out"]
+    Path("d/out/notes.txt").write_text("mine")
+    assert run([*arguments, "--overwrite"]) == 2
+    assert "d/out/notes.txt is not of nemotron data prepare" in capsys.readouterr().err
+    assert Path("d/out/notes.txt").read_text() == "mine"
