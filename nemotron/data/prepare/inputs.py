@@ -11,7 +11,7 @@ from nemotron.data.prepare.hub import HUB, describe_hub
 from nemotron.data.prepare.options import PrepareOptions
 from nemotron.errors import UserError
 
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 KINDS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",

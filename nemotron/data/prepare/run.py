@@ -24,7 +24,7 @@ from nemotron.data.prepare.progress import Progress
 from nemotron.data.prepare.unit import Receipt, write_unit
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
-from nemotron.files import try_lock, write_json
+from nemotron.files import hash_file, try_lock, write_json
 from nemotron.outputs import (
     MARK,
     begin,
@@ -87,7 +87,7 @@ def prepare(
     for written in (out, folder, work):
         refuse_inputs_inside(written, read)
     if out.exists() and not overwrite:
-        return _finished(out, work, _identity(made, encoder, options))
+        return _finished(out, work, made, _identity(made, encoder, options))
     check_output(out, COMMAND, read, overwrite=overwrite)
     job = Job(folder, work, tokenizer, options, max_bad_rows)
     try:
@@ -98,8 +98,9 @@ def prepare(
                     f"{', '.join(sources)}: there is no document to train on "
                     f"({_why_empty(receipts)}); nothing was written."
                 )
+            hashed = _hashed_inputs(made)
             _remove_unfinished(folder)  # what an orphan of a killed command began while it died
-            manifest = assemble(receipts, folder, encoder, options, made.inputs)
+            manifest = assemble(receipts, folder, encoder, options, hashed)
             publish(folder, out, COMMAND)
             _remove_work(work)
     except OSError as error:
@@ -117,17 +118,43 @@ def _identity(made: Plan, tokenizer: Tokenizer, options: PrepareOptions) -> dict
     }
 
 
-def _finished(out: Path, work: Path, identity: dict[str, Any]) -> Manifest:
+def _hashed_inputs(made: Plan) -> list[dict[str, Any]]:  # Any: strings and numbers
+    """Return the inputs with the hash of each file.
+
+    Raises:
+        UserError: when a file was changed since the plan was made.
+    """
+    found = []
+    for facts, stamp in zip(made.inputs, made.stamps, strict=True):
+        path = facts["name"]
+        if "bytes" not in facts:  # a data set of the hub has a fingerprint or a revision
+            found.append(facts)
+            continue
+        found.append(facts | {"xxh128": hash_file(Path(path))})
+        status = os.stat(path)
+        if (status.st_size, status.st_mtime_ns) != (facts["bytes"], stamp):
+            raise UserError(f"{path} was changed while it was read; run the command again.")
+    return found
+
+
+def _finished(out: Path, work: Path, made: Plan, identity: dict[str, Any]) -> Manifest:
     """Return the manifest of an output that is there and is what would be made."""
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
         raise UserError(f"{out} exists and is not prepared data; choose another --out.")
     known = manifest.model_dump(mode="json")
+    hashes = [facts.pop("xxh128", None) for facts in known["inputs"]]
     if any(known[key] != value for key, value in identity.items()):
         raise UserError(
             f"{out} was prepared from other input or with other options; choose another --out, "
             "or replace it with --overwrite."
         )
+    for facts, before in zip(_hashed_inputs(made), hashes, strict=True):
+        if facts.get("xxh128") != before:
+            raise UserError(
+                f"{facts['name']} was changed since {out} was prepared from it; choose another "
+                "--out, or replace it with --overwrite."
+            )
     if work.is_dir():  # a command that was killed at its very end left it
         _adopt(work, WORK_FILE)
         _remove_work(work)
@@ -343,4 +370,6 @@ def _why_empty(receipts: Sequence[Receipt]) -> str:
         key: sum(getattr(receipt.counts, key) for receipt in receipts)
         for key in ("rows", "empty", "filtered", "bad", "held_out_documents", "unsupervised")
     }
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items() if value)
+    text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items() if value)
+    first = next((receipt.bad_rows[0] for receipt in receipts if receipt.bad_rows), None)
+    return text if first is None else f"{text}; the first bad one: {first}"
