@@ -41,7 +41,7 @@ def generate(
             raise UserError(f"prompt = {prompt!r} is not UTF-8 text; give it in that encoding.")
     ids = [tokenizer.encode(prompt) for prompt in prompts]
     engine = Engine(prepare_weights(model.to(find_device(device))), {model.config.eos_token_id})
-    rows = [TextStream(tokenizer) for _ in ids]
+    rows = [TextStream(tokenizer, prompt) for prompt in ids]
     texts = list(prompts)
     live, shown = stream and len(ids) == 1, 0
     for tokens in engine.stream(ids, max_new_tokens, sampling):

@@ -1,7 +1,7 @@
 """Multi-token prediction: one block, applied once for each token further ahead."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.block import Block
@@ -35,10 +35,11 @@ class MTP(nn.Module):
         seq_idx: Int[Tensor, "B T"] | None,
         *,
         has_stats: bool,
+        padding: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], list[RoutingStats]]:
         """Predict one token further from the depth before and the next token's embedding.
 
-        With `has_stats` the second result holds the routers' statistics.
+        With `has_stats` the second result holds the routers' statistics, without `padding`.
         """
         first, last = self.layers[0], self.layers[-1]
         part = first.get_submodule
@@ -47,7 +48,7 @@ class MTP(nn.Module):
         routing = []
         for index, layer in enumerate(self.layers):
             name = f"mtp.layers.{index}" if has_stats else None
-            x, stats = layer(x, seq_idx, stats_name=name)
+            x, stats = layer(x, seq_idx, stats_name=name, padding=padding)
             if stats is not None:
                 routing.append(stats)
         return last.get_submodule("final_layernorm")(x), routing

@@ -97,13 +97,13 @@ class PretrainObjective:
     def counts(self, batch: Batch) -> Float[Tensor, " terms"]:
         """Return the weight of each term's targets, their number where all count 1.
 
-        The balance loss counts every position, with or without a target.
+        The balance loss counts every position in a document, with or without a target.
         """
         further = [(depth.labels, depth.loss_weight) for depth in batch.ahead]
         assert len(further) == self.num_depths, (len(further), self.num_depths)
         targets = [(batch.labels, batch.loss_weight), *further]
         counts = [total_weight(labels, weights) for labels, weights in targets]
-        counts += [batch.labels.numel()] if self.has_routers else []
+        counts += [batch.num_tokens] if self.has_routers else []
         return torch.tensor(counts, dtype=torch.float64)
 
     def sums(
@@ -138,7 +138,7 @@ class PretrainObjective:
         if not self.num_depths:
             return []
         inputs, detach = [depth.input_ids for depth in batch.ahead], self.config.mtp_detach_heads
-        further = model.mtp_hidden(hidden, inputs, batch.seq_idx, detach, routing)
+        further = model.mtp_hidden(hidden, inputs, batch.seq_idx, detach, routing, batch.padding)
         return [
             model.lm_head.loss(depth_hidden, depth.labels, depth.loss_weight, detach)
             for depth_hidden, depth in zip(further, batch.ahead, strict=True)
@@ -168,7 +168,7 @@ def compute_sums(
 ) -> tuple[Float[Tensor, " terms"], list[RoutingStats]]:
     """Run a model on a micro-batch; returns the terms, and the statistics of its routers."""
     routing: list[RoutingStats] = []
-    hidden = model(batch.input_ids, batch.seq_idx, routing=routing)
+    hidden = model(batch.input_ids, batch.seq_idx, routing=routing, padding=batch.padding)
     return objective.sums(model, hidden, batch, routing), routing
 
 
