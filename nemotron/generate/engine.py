@@ -10,11 +10,8 @@ from torch import Tensor
 
 from nemotron.errors import UserError
 from nemotron.generate.sampling import Sampling, choose, draw_uniforms
-from nemotron.model.cache import Cache
+from nemotron.model.cache import Cache, CachedRows
 from nemotron.model.hybrid import HybridLM
-
-PADDING = 0
-"""Token that fills a row on the left; nothing of it reaches the text, so any would do."""
 
 
 @dataclass
@@ -80,7 +77,7 @@ class Engine:
             uniforms = uniforms.to(self.model.backbone.embeddings.weight.device)
         self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
         begin = time.perf_counter()
-        cache, logits = self.prefill(prompts)
+        rows, logits = self.prefill(prompts)
         running = [True] * len(prompts)
         for index in range(max_new_tokens):
             newest = choose(logits, sampling, None if uniforms is None else uniforms[:, index])
@@ -98,25 +95,34 @@ class Engine:
             if not any(running) or index == max_new_tokens - 1:
                 return
             begin = time.perf_counter()  # what the caller did with the token is not counted
-            logits = self.advance(cache, newest)
+            logits = self.advance(rows, newest)
 
     @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Float[Tensor, "B V"]]:
-        """Read the prompts; return the states after them and the logits of the next token."""
-        model, longest = self.model, max(map(len, prompts))
-        table = model.backbone.embeddings.weight
-        padded = [[PADDING] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        ids: Int[Tensor, "B T"] = torch.tensor(padded, device=table.device)
-        start = torch.tensor([longest - len(prompt) for prompt in prompts], device=table.device)
-        cache = Cache(model.config, start, dtype=model.compute_dtype or table.dtype)
-        for piece in ids.split(self.prefill_tokens, dim=1):
-            hidden = model(piece, cache=cache)
-        return cache, model.logits(hidden[:, -1])
+    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[CachedRows, Float[Tensor, "B V"]]:
+        """Read the prompts; return the rows after them and the logits of the next token.
+
+        Prompts of one length are read together, so that nothing is padded.
+        """
+        model, table = self.model, self.model.backbone.embeddings.weight
+        dtype = model.compute_dtype or table.dtype
+        cache = Cache(model.config, len(prompts), dtype=dtype, device=table.device)
+        slots = [cache.admit() for _ in prompts]
+        logits = table.new_empty(len(prompts), model.config.vocab_size, dtype=dtype)
+        by_length: dict[int, list[int]] = {}
+        for number, prompt in enumerate(prompts):
+            by_length.setdefault(len(prompt), []).append(number)
+        for numbers in by_length.values():
+            rows = cache.rows([slots[number] for number in numbers])
+            ids = torch.tensor([list(prompts[n]) for n in numbers], device=table.device)
+            for piece in ids.split(self.prefill_tokens, dim=1):
+                hidden = model(piece, cache=rows)
+            logits[numbers] = model.logits(hidden[:, -1]).to(dtype)
+        return cache.rows(slots), logits
 
     @torch.inference_mode()
-    def advance(self, cache: Cache, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
+    def advance(self, rows: CachedRows, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
         """Append one token to every row; return the logits of the next one."""
-        return self.model.logits(self.model(tokens[:, None], cache=cache)[:, 0])
+        return self.model.logits(self.model(tokens[:, None], cache=rows)[:, 0])
 
     def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
         if max_new_tokens < 1:

@@ -33,19 +33,20 @@ def full_logits(model: HybridLM, ids: list[int]) -> torch.Tensor:
 @torch.inference_mode()
 def test_cached_logits_are_those_of_one_pass(model: HybridLM, pieces: list[int]) -> None:
     ids = torch.tensor(random_prompts(19, 19, 19))
-    cache = Cache(model.config, torch.zeros(3, dtype=torch.int64))
-    parts = [model.logits(model(piece, cache=cache)) for piece in ids.split(pieces, dim=1)]
+    cache = Cache(model.config, 3)
+    rows = cache.rows([cache.admit() for _ in range(3)])
+    parts = [model.logits(model(piece, cache=rows)) for piece in ids.split(pieces, dim=1)]
     assert relative(torch.cat(parts, 1), model.logits(model(ids))) <= TOLERANCE
 
 
 @pytest.mark.parametrize("prefill_tokens", [512, 7, 6, 1])
-def test_padding_does_not_reach_a_shorter_prompt(model: HybridLM, prefill_tokens: int) -> None:
-    # a row that begins at a piece's edge (19 - 12 = 7), one inside, and a single token
-    prompts = random_prompts(19, 12, 1, 7)
+def test_prompts_of_other_lengths_do_not_matter(model: HybridLM, prefill_tokens: int) -> None:
+    # a row that ends at a piece's edge, one inside, a single token, and two of one length apart
+    prompts = random_prompts(19, 12, 1, 7, 12)
     engine = Engine(model, prefill_tokens=prefill_tokens)
-    cache, logits = engine.prefill(prompts)
-    further = torch.tensor([5, 6, 7, 8])
-    after = engine.advance(cache, further)
+    rows, logits = engine.prefill(prompts)
+    further = torch.tensor([5, 6, 7, 8, 9])
+    after = engine.advance(rows, further)
     for row, prompt in enumerate(prompts):
         alone = full_logits(model, [*prompt, int(further[row])])
         assert relative(logits[row], alone[-2]) <= TOLERANCE
@@ -144,7 +145,7 @@ def test_prefill_and_decoding_are_those_of_transformers(
     )
     engine = Engine(model)
     assert engine.generate(prompts, 8, GREEDY) == theirs.sequences[:, 9:].tolist()
-    cache, logits = engine.prefill(prompts)
+    rows, logits = engine.prefill(prompts)
     for step, expected in enumerate(theirs.logits):
         assert relative(logits, expected) <= 2e-5
-        logits = engine.advance(cache, theirs.sequences[:, 9 + step])
+        logits = engine.advance(rows, theirs.sequences[:, 9 + step])

@@ -11,8 +11,8 @@ class AttentionOp(Operation):
     """Attend causally; the queries are the last T of S positions, scale is Dh ** -0.5.
 
     Query head i reads key-value head i // (Hq / Hkv). `seq_idx` numbers the documents of all S
-    positions and keeps them apart; `start` hides the positions before `start[b]` from row b, except
-    each from itself.
+    positions and keeps them apart. With `lengths`, row b has `lengths[b]` positions, the first ones
+    of S; its queries are the last T of those, and what lies after them is not read.
     """
 
     def __call__(
@@ -22,17 +22,17 @@ class AttentionOp(Operation):
         v: Float[Tensor, "B S Hkv Dh"],
         *,
         seq_idx: Int[Tensor, "B S"] | None = None,
-        start: Int[Tensor, " B"] | None = None,
+        lengths: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T Hq Dh"]:
         function = self.select(
             q,
             sizes=(q.shape[-1],),
             documents=seq_idx is not None,
             cache=k.shape[1] != q.shape[1],
-            start=start is not None,
+            lengths=lengths is not None,
             documents_after_a_prefix=seq_idx is not None and k.shape[1] != q.shape[1],
         )
-        return function(q, k, v, seq_idx, start)
+        return function(q, k, v, seq_idx, lengths)
 
 
 attention = AttentionOp(

@@ -12,7 +12,7 @@ def attention(
     k: Float[Tensor, "B S Hkv Dh"],
     v: Float[Tensor, "B S Hkv Dh"],
     seq_idx: Int[Tensor, "B S"] | None,
-    start: Int[Tensor, " B"] | None,
+    lengths: Int[Tensor, " B"] | None,
 ) -> Float[Tensor, "B T Hq Dh"]:
     """Softmax of scaled scores in float32 or wider over the keys that a query may see."""
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -21,13 +21,16 @@ def attention(
     keys, values = (t.to(wide).repeat_interleave(repeat, dim=2) for t in (k, v))
     scores = torch.einsum("bthd,bshd->bhts", q.to(wide), keys) * q.shape[-1] ** -0.5
     position = torch.arange(total, device=q.device)
-    queries = position[total - length :]
-    seen = (position <= queries[:, None]).expand(q.shape[0], -1, -1)  # [B, T, S]
+    if lengths is None:
+        lengths = torch.full((q.shape[0],), total, device=q.device)
+    else:
+        # what lies after the row may be anything, also NaN, which 0 times would leave NaN
+        values = values.masked_fill((position >= lengths[:, None])[..., None, None], 0.0)
+    queries = lengths[:, None] - length + torch.arange(length, device=q.device)  # [B, T]
+    seen = position <= queries.unsqueeze(-1)  # [B, T, S]
     if seq_idx is not None:
-        seen = seen & (seq_idx[:, total - length :, None] == seq_idx[:, None, :])
-    if start is not None:
-        # padding sees itself, so that its (unused) output stays finite
-        seen = seen & ((position >= start[:, None, None]) | (position == queries[:, None]))
+        own = seq_idx.gather(1, queries)
+        seen = seen & (own.unsqueeze(-1) == seq_idx.unsqueeze(1))
     scores = scores.masked_fill(~seen[:, None], float("-inf"))
     return torch.einsum("bhts,bshd->bthd", scores.softmax(-1), values).to(q.dtype)
 
@@ -35,5 +38,5 @@ def attention(
 backend = Backend(
     "reference",
     attention,
-    features=frozenset({"documents", "cache", "start", "documents_after_a_prefix"}),
+    features=frozenset({"documents", "cache", "lengths", "documents_after_a_prefix"}),
 )
