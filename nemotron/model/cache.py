@@ -55,6 +55,7 @@ class Cache:
                 self.layers.append(self._mamba(config, slots, dtype))
             else:
                 self.layers.append(self._attention(config, dtype) if letter == "*" else None)
+        self._mamba_slots = [la for la in self.layers if isinstance(la, MambaSlots)]
 
     def _mamba(self, config: ModelConfig, slots: int, dtype: torch.dtype) -> MambaSlots:
         conv = (slots, config.conv_kernel - 1, config.conv_channels)
@@ -71,16 +72,53 @@ class Cache:
         return KeyValues(*(torch.zeros(size, dtype=dtype, device=self.device) for _ in range(2)))
 
     @property
+    def slot_bytes(self) -> int:
+        """Memory of the states of one text, whatever its length."""
+        return sum(la.conv[0].nbytes + la.ssm[0].nbytes for la in self._mamba_slots)
+
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one key-value block in all attention layers."""
+        pools = [layer for layer in self.layers if isinstance(layer, KeyValues)]
+        return sum(pool.keys[0].nbytes + pool.values[0].nbytes for pool in pools)
+
+    @property
     def num_free_slots(self) -> int:
         """Slots that hold no text."""
         return len(self._free)
 
-    def admit(self) -> int:
-        """Return a slot for a new text, its states zero."""
+    def admit(self, snapshot: "Snapshot | None" = None) -> int:
+        """Return a slot for a new text: an empty one, or one that goes on from a snapshot."""
         assert self._free, f"all {len(self.lengths)} slots of the cache are in use"
         slot = heapq.heappop(self._free)
-        self._reset(slot)
+        if snapshot is None:
+            self._reset(slot)
+            return slot
+        for layer, (conv, ssm) in zip(self._mamba_slots, snapshot.states, strict=True):
+            layer.conv[slot], layer.ssm[slot] = conv, ssm
+        for block in snapshot.blocks:
+            self.blocks.share(block)
+        self.tables[slot] = list(snapshot.blocks)
+        self.lengths[slot] = snapshot.length
         return slot
+
+    def snapshot(self, slot: int) -> "Snapshot":
+        """Return what is remembered of a text now, for any number of texts that go on from it.
+
+        The states are copied, the blocks shared until `release`.
+        """
+        length = self.lengths[slot]
+        blocks = self.tables[slot][: self.blocks_of(length)]
+        for block in blocks:
+            self.blocks.share(block)
+        states = [(la.conv[slot].clone(), la.ssm[slot].clone()) for la in self._mamba_slots]
+        return Snapshot(length, states, blocks)
+
+    def release(self, snapshot: "Snapshot") -> None:
+        """Give the blocks of a snapshot back, which cannot be used any more."""
+        for block in snapshot.blocks:
+            self.blocks.release(block)
+        snapshot.blocks.clear()
 
     def free(self, slot: int) -> None:
         """Forget the text of a slot and give its blocks back."""
@@ -100,7 +138,7 @@ class Cache:
             return
         if length == 0:
             self._reset(slot)
-        elif any(isinstance(layer, MambaSlots) for layer in self.layers):
+        elif self._mamba_slots:
             history = self._histories.get(slot)
             assert history is not None, f"the states of slot {slot} after every token were not kept"
             history.restore(self, slot, length)
@@ -114,6 +152,15 @@ class Cache:
         """
         return CachedRows(self, list(slots), keep_states)
 
+    def blocks_of(self, length: int) -> int:
+        """Return how many blocks a text of `length` tokens fills or begins."""
+        return -(-length // self.block_size)
+
+    def missing_blocks(self, slot: int, length: int) -> int:
+        """Return how many blocks `extend` would take."""
+        more = self.blocks_of(length) - len(self.tables[slot])
+        return max(0, more) + (self._shared_block(slot) is not None)
+
     def extend(self, slot: int, length: int) -> None:
         """Take the blocks that a text of `length` tokens needs; a shared last block is copied.
 
@@ -121,11 +168,15 @@ class Cache:
             OutOfBlocks: when there are not enough.
         """
         table = self.tables[slot]
-        written = self.lengths[slot] // self.block_size
-        if written < len(table) and self.blocks.is_shared(table[written]):
-            table[written] = self._copy(table[written])
+        if (shared := self._shared_block(slot)) is not None:
+            table[shared] = self._copy(table[shared])
         while len(table) * self.block_size < length:
             table.append(self._take(table[-1] if table else None))
+
+    def _shared_block(self, slot: int) -> int | None:
+        """Return the place of the block that is written next, if other texts read it."""
+        place, table = self.lengths[slot] // self.block_size, self.tables[slot]
+        return place if place < len(table) and self.blocks.is_shared(table[place]) else None
 
     def _take(self, after: int | None) -> int:
         block = self.blocks.take(after)
@@ -145,16 +196,25 @@ class Cache:
 
     def _reset(self, slot: int) -> None:
         self._histories.pop(slot, None)
-        for layer in self.layers:
-            if isinstance(layer, MambaSlots):
-                layer.conv[slot].zero_()
-                layer.ssm[slot].zero_()
+        for layer in self._mamba_slots:
+            layer.conv[slot].zero_()
+            layer.ssm[slot].zero_()
 
     def _cut(self, slot: int, length: int) -> None:
         table = self.tables[slot]
         while table and (len(table) - 1) * self.block_size >= length:
             self.blocks.release(table.pop())
         self.lengths[slot] = length
+
+
+@dataclass
+class Snapshot:
+    """What a cache remembers of one text at one length."""
+
+    length: int
+    states: list[tuple[Tensor, Tensor]]
+    """For each Mamba-2 layer: convolution inputs and state."""
+    blocks: list[int]
 
 
 @dataclass
@@ -168,8 +228,7 @@ class _History:
     """Length of the text before the call."""
 
     def restore(self, cache: Cache, slot: int, length: int) -> None:
-        mamba = [layer for layer in cache.layers if isinstance(layer, MambaSlots)]
-        for layer, states in zip(mamba, self.states, strict=True):
+        for layer, states in zip(cache._mamba_slots, self.states, strict=True):
             assert 0 <= length - self.first < len(states), "the last call lies elsewhere"
             conv, ssm = states[length - self.first]
             layer.conv[slot] = conv[self.row]

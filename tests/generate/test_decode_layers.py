@@ -12,6 +12,7 @@ from nemotron.generate.decode_layers import (
     prepare_weights,
 )
 from nemotron.generate.engine import Engine
+from nemotron.generate.forward import append, read
 from nemotron.generate.sampling import Sampling
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
@@ -21,11 +22,10 @@ PROMPTS = [[5, 3, 60, 1, 17, 17, 2], [9, 4]]
 
 
 def continued_logits(model: HybridLM, prompts: list[list[int]]) -> torch.Tensor:
-    engine = Engine(model)
-    rows, logits = engine.prefill(prompts)
+    rows, logits = read(model, prompts)
     results = [logits]
     for token in (7, 8, 9):
-        results.append(engine.advance(rows, torch.full((len(prompts),), token)))
+        results.append(append(model, rows, torch.full((len(prompts), 1), token)))
     return torch.stack(results).float()
 
 

@@ -6,6 +6,8 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from nemotron.errors import UserError
 from nemotron.generate.engine import Engine
+from nemotron.generate.forward import append, read
+from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
 from nemotron.model.cache import Cache
 from nemotron.model.hybrid import HybridLM
@@ -43,10 +45,9 @@ def test_cached_logits_are_those_of_one_pass(model: HybridLM, pieces: list[int])
 def test_prompts_of_other_lengths_do_not_matter(model: HybridLM, prefill_tokens: int) -> None:
     # a row that ends at a piece's edge, one inside, a single token, and two of one length apart
     prompts = random_prompts(19, 12, 1, 7, 12)
-    engine = Engine(model, prefill_tokens=prefill_tokens)
-    rows, logits = engine.prefill(prompts)
-    further = torch.tensor([5, 6, 7, 8, 9])
-    after = engine.advance(rows, further)
+    rows, logits = read(model, prompts, prefill_tokens)
+    further = torch.tensor([[5], [6], [7], [8], [9]])
+    after = append(model, rows, further)
     for row, prompt in enumerate(prompts):
         alone = full_logits(model, [*prompt, int(further[row])])
         assert relative(logits[row], alone[-2]) <= TOLERANCE
@@ -86,8 +87,10 @@ def test_a_row_ends_at_its_stop_token_and_the_others_go_on(model: HybridLM) -> N
 def test_the_stream_ends_when_every_row_has_ended(model: HybridLM) -> None:
     prompts = random_prompts(9)
     free = Engine(model).generate(prompts, 12, GREEDY)[0]
-    stopped = list(Engine(model, stop={free[0]}).stream(prompts, 12, GREEDY))
-    assert stopped == [[free[0]]]
+    request = Request(prompts[0], 12, GREEDY)
+    stopped = list(Engine(model, stop={free[0]}).run([request]))
+    assert [event.token for event in stopped] == [free[0]]
+    assert stopped[0].finish == "stop"
 
 
 def test_timing_counts_prompt_and_new_tokens(model: HybridLM) -> None:
@@ -143,9 +146,8 @@ def test_prefill_and_decoding_are_those_of_transformers(
         output_logits=True,
         return_dict_in_generate=True,
     )
-    engine = Engine(model)
-    assert engine.generate(prompts, 8, GREEDY) == theirs.sequences[:, 9:].tolist()
-    rows, logits = engine.prefill(prompts)
+    assert Engine(model).generate(prompts, 8, GREEDY) == theirs.sequences[:, 9:].tolist()
+    rows, logits = read(model, prompts)
     for step, expected in enumerate(theirs.logits):
         assert relative(logits, expected) <= 2e-5
-        logits = engine.advance(rows, theirs.sequences[:, 9 + step])
+        logits = append(model, rows, theirs.sequences[:, 9 + step, None])
