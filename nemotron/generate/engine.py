@@ -45,6 +45,14 @@ class Timing:
         return line
 
 
+@dataclass(frozen=True)
+class Scores:
+    """Samples whose tokens have all been read, and the logits of their next ones."""
+
+    samples: list[Sample]
+    logits: Float[Tensor, "B V"]
+
+
 class Engine:
     """Continues prompts with one model; what an answer is does not depend on its neighbors.
 
@@ -126,17 +134,13 @@ class Engine:
     def step(self) -> list[Event]:
         """Bring every answer that can go on one token further; return what happened."""
         begin, (events, self._ended) = time.perf_counter(), (self._ended, [])
-        ready: list[tuple[Sample, Tensor]] = []
-        for sample in self.scheduler.admit():
-            if sample.logits is not None:
-                ready.append((sample, sample.logits))
-                sample.logits = None
-        known = {sample for sample, _ in ready}
-        decoded = self._decode([s for s in self.scheduler.running if s not in known])
+        admitted = [(sample, sample.logits) for sample in self.scheduler.admit()]
+        known = [Scores([s], logits[None]) for s, logits in admitted if logits is not None]
+        decoded = self._decode()
         read_s = -time.perf_counter()
-        read = self._prefill(known)
+        read = self._prefill()
         read_s += time.perf_counter()
-        events += self._choose(ready + decoded + read)
+        events += self._choose([*known, *decoded, *read])
         self._count(decoded, read_s, time.perf_counter() - begin - read_s)
         return events
 
@@ -181,19 +185,20 @@ class Engine:
         for sample in [] if keep_states else self.scheduler.running[:]:
             self.scheduler.preempt(sample)
 
-    def _decode(self, samples: list[Sample]) -> list[tuple[Sample, Tensor]]:
+    def _decode(self) -> list[Scores]:
         """Append the one token that is not yet read of each sample that lacks no more."""
-        samples = self.scheduler.make_room([s for s in samples if self._num_left(s) == 1])
+        samples = [sample for sample in self.scheduler.running if self._num_left(sample) == 1]
+        samples = self.scheduler.make_room(samples)
         if not samples:
             return []
-        return self._append(samples, 1)
+        return [self._append(samples, 1)]
 
-    def _prefill(self, known: set[Sample]) -> list[tuple[Sample, Tensor]]:
+    def _prefill(self) -> list[Scores]:
         """Read pieces of prompts, the oldest first; pieces of one length are read together."""
         room, ready = self.prefill_tokens, []
         pieces: dict[Sample, int] = {}
         for sample in self.scheduler.running:
-            if sample not in known and (left := self._num_left(sample)) > 1:
+            if (left := self._num_left(sample)) > 1:
                 assert sample.slot is not None
                 place = self.cache.lengths[sample.slot] % self.prefill_tokens
                 pieces[sample] = min(left, self.prefill_tokens - place)
@@ -204,41 +209,42 @@ class Engine:
             alike = [s for s, other in pieces.items() if other == size][: room // size]
             for sample in alike:
                 del pieces[sample]
-            ready += self._append(alike, size)
+            ready.append(self._append(alike, size))
             room -= size * len(alike)
             self.timing.prompt_tokens += size * len(alike)
         return ready
 
-    def _append(self, samples: list[Sample], size: int) -> list[tuple[Sample, Tensor]]:
+    def _append(self, samples: list[Sample], size: int) -> Scores:
         """Pass the next `size` tokens of each sample; return those that lack none, with logits."""
-        placed = sorted((sample.slot, sample) for sample in samples if sample.slot is not None)
-        slots = [slot for slot, _ in placed]
+        by_slot = {sample.slot: sample for sample in samples if sample.slot is not None}
+        slots = sorted(by_slot)  # neighboring slots need no copies of their states
+        samples = [by_slot[slot] for slot in slots]
         if self._rows is None or self._rows.slots != slots:
             self._rows = self.cache.rows(slots)
         starts = [self.cache.lengths[slot] for slot in slots]
-        ids = [s.tokens[at : at + size] for at, (_, s) in zip(starts, placed, strict=True)]
+        ids = [s.tokens[at : at + size] for at, s in zip(starts, samples, strict=True)]
         tokens = torch.tensor(ids, device=self.cache.device)
         has_experts = any(sample.request.experts for sample in samples)
         with recorded(self.model.backbone, on=has_experts) as record:
             logits = append(self.model, self._rows, tokens)
         if record.layers:
             experts = record.experts(len(slots))
-            for row, (_, sample) in enumerate(placed):
+            for row, sample in enumerate(samples):
                 if sample.request.experts:
                     sample.add_experts(experts[row], starts[row])
-        ready = [(s, logits[row]) for row, (_, s) in enumerate(placed) if not self._num_left(s)]
-        for sample, of_next in ready:
-            self._share(sample, of_next)
-        if size > 1:
-            for slot, sample in placed:
-                length = self.cache.lengths[slot]
+        for slot, sample, row in zip(slots, samples, logits, strict=True):
+            length = self.cache.lengths[slot]
+            if sample.followers and length == len(sample.tokens):
+                self._share(sample, row)
+            if size > 1:
                 self.prefixes.store(sample.tokens[:length], slot, sample.experts)
-        return ready
+        rows = [row for row, sample in enumerate(samples) if not self._num_left(sample)]
+        if len(rows) == len(samples):
+            return Scores(samples, logits)
+        return Scores([samples[row] for row in rows], logits[rows])
 
     def _share(self, sample: Sample, logits: Float[Tensor, " V"]) -> None:
         """Let the other samples of a request begin after the prompt, which was just read."""
-        if not sample.followers:
-            return
         assert sample.slot is not None
         snapshot = self.cache.snapshot(sample.slot)
         prefix = Prefix(snapshot, logits, sample.experts, users=len(sample.followers))
@@ -248,13 +254,14 @@ class Engine:
             self.scheduler.wait(follower)
         sample.followers = []
 
-    def _choose(self, ready: list[tuple[Sample, Tensor]]) -> list[Event]:
-        if not ready:
+    def _choose(self, ready: list[Scores]) -> list[Event]:
+        samples = [sample for scores in ready for sample in scores.samples]
+        if not samples:
             return []
-        events = []
-        samples = [sample for sample, _ in ready]
-        chosen = select(samples, torch.stack([logits for _, logits in ready]))
+        events, logits = [], [scores.logits for scores in ready]
+        chosen = select(samples, logits[0] if len(logits) == 1 else torch.cat(logits))
         for sample, token in zip(samples, chosen, strict=True):
+            sample.logits = None
             events.append(sample.push(token, self.version))
             if events[-1].finish is not None:
                 self._leave(sample)
@@ -270,9 +277,9 @@ class Engine:
             self.prefixes.store(sample.tokens[:length], sample.slot, sample.experts)
         self.scheduler.leave(sample)
 
-    def _count(self, decoded: list[tuple[Sample, Tensor]], read_s: float, other_s: float) -> None:
+    def _count(self, decoded: list[Scores], read_s: float, other_s: float) -> None:
         """Note the time of a step; choosing the first tokens belongs to reading the prompts."""
-        self.timing.new_tokens += len(decoded)
+        self.timing.new_tokens += sum(len(scores.samples) for scores in decoded)
         self.timing.prefill_s += read_s if decoded else read_s + other_s
         self.timing.decode_s += other_s if decoded else 0.0
 

@@ -59,7 +59,7 @@ class Block(nn.Module):
                 Block.forward, self, *inputs, use_reentrant=False, context_fn=contexts
             )
         x, stats = self.norm(hidden), None
-        if isinstance(self.mixer, Mamba2 | Attention):
+        if self.letter in "M*":
             y = self.mixer(x, seq_idx, state)
         elif isinstance(self.mixer, MoE):
             y, stats = self.mixer(x, stats_name)
