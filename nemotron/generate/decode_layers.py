@@ -154,6 +154,10 @@ class ChosenExperts(nn.Module):
         self.up_rows = torch.arange(self.up.shape[0]).view(num_all, -1)
         self.down_rows = torch.arange(self.down.shape[0]).view(num_all, -1)
         self.always = torch.arange(num_experts, num_all)
+        most = torch.arange(FEW_TOKENS * num_all)
+        self.up_bags, self.down_bags = (
+            most * part.shape[1] for part in (self.up_rows, self.down_rows)
+        )
         # the same memory serves when many tokens come
         for name, table in (("up_proj", self.up), ("down_proj", self.down)):
             parts = table.view(num_all, -1, table.shape[1])[:num_experts].mT
@@ -167,16 +171,26 @@ class ChosenExperts(nn.Module):
             weights = F.pad(weights, (0, extra), value=1.0)
         chosen = experts.flatten()
         rows = x.repeat_interleave(experts.shape[1], dim=0)  # [M K, I]
-        hidden = _sum_rows(self.up, self.up_rows.index_select(0, chosen), rows)  # [M K, F]
+        chosen_up = self.up_rows.index_select(0, chosen)
+        hidden = _sum_rows(self.up, chosen_up, rows, self.up_bags)  # [M K, F]
         hidden = (hidden.relu_() * weights.view(-1, 1)).mul_(hidden).to(x.dtype)
-        rows = _sum_rows(self.down, self.down_rows.index_select(0, chosen), hidden)
+        chosen_down = self.down_rows.index_select(0, chosen)
+        rows = _sum_rows(self.down, chosen_down, hidden, self.down_bags)
         return rows.view(*experts.shape, -1).sum(1)
 
 
 def _sum_rows(
-    table: Float[Tensor, "R O"], rows: Int[Tensor, "bags I"], weights: Float[Tensor, "bags I"]
+    table: Float[Tensor, "R O"],
+    rows: Int[Tensor, "bags I"],
+    weights: Float[Tensor, "bags I"],
+    bags: Int[Tensor, " most"],
 ) -> Float[Tensor, "bags O"]:
-    return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+    """Sum the rows of each bag, times their weights; `bags` are the bags' beginnings, and more."""
+    # as F.embedding_bag, which finds the beginnings anew each time
+    begins = bags[: rows.shape[0]]
+    return torch.embedding_bag(
+        table, rows.flatten(), begins, False, 0, False, weights.flatten(), False
+    )[0]
 
 
 class FewTokensMoE(nn.Module):
