@@ -46,15 +46,39 @@ def test_values_and_gradients_agree(length: int, with_documents: bool):
 
 
 @pytest.mark.parametrize(("length", "total"), [(1, 9), (4, 9), (9, 9)])
-@pytest.mark.parametrize("start", [None, (0, 3), (2, 5)])
-def test_a_cache_and_left_padding_agree(length: int, total: int, start: tuple[int, int] | None):
+def test_a_cache_agrees(length: int, total: int):
     inputs = draw(2, length, total)
-    first = None if start is None else torch.tensor(start)
-    exact = results(reference, doubled(inputs), None, first)
-    found = results(sdpa.attention, inputs, None, first)
-    seen = length if start is None else total
-    assert seen
-    assert worst(found, exact) <= 5e-6
+    exact = results(reference, doubled(inputs), None, None)
+    assert worst(results(sdpa.attention, inputs, None, None), exact) <= 5e-6
+
+
+def with_rest(row: Tensor, total: int) -> Tensor:
+    """Return the row followed by memory that nobody wrote."""
+    rest = row.new_full((1, total - row.shape[1], *row.shape[2:]), torch.nan)
+    return torch.cat([row, rest], dim=1)
+
+
+@pytest.mark.parametrize("length", [1, 3])
+@pytest.mark.parametrize("with_documents", [True, False])
+def test_rows_of_unequal_length_are_those_rows_alone(length: int, with_documents: bool):
+    lengths = [length, 11, 40]
+    alone = [doubled(draw(1, length, total)) for total in lengths]
+    ids = [documents(1, total) if with_documents else None for total in lengths]
+    expected = torch.cat([reference(*row, i, None) for row, i in zip(alone, ids, strict=True)])
+    q = torch.cat([row[0] for row in alone])
+    k, v = (torch.cat([with_rest(row[n], 43) for row in alone]) for n in (1, 2))
+    seq_idx = None
+    if with_documents:
+        # numbers that no document has fill up the rows
+        seq_idx = torch.full((3, 43), 99, dtype=torch.int32)
+        for number, row in enumerate(ids):
+            seq_idx[number, : row.shape[1]] = row
+    found = attention(q, k, v, seq_idx=seq_idx, lengths=torch.tensor(lengths))
+    assert worst([found], [expected]) <= 1e-13
+    masked = sdpa._attend(q, k, v, seq_idx, torch.tensor(lengths))  # what a GPU is given
+    assert worst([masked], [expected]) <= 1e-13
+    written_out = reference(q, k, v, seq_idx, torch.tensor(lengths))
+    assert worst([written_out], [expected]) <= 1e-13
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 33])
