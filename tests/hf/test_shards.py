@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save_file
 
 from nemotron.errors import UserError
-from nemotron.hf.names import DiskTensor
+from nemotron.hf.formats import RELEASED
+from nemotron.hf.names import DiskParameter
 from nemotron.hf.shards import INDEX, SINGLE, ShardedFolder, write_shards
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
@@ -60,9 +61,11 @@ def test_a_single_file_needs_no_index(folder: Path):
 
 def test_shards_are_filled_up_to_their_limit_and_a_larger_tensor_has_one_of_its_own(tmp_path: Path):
     sizes = {"a": 3, "b": 4, "c": 5, "d": 1, "e": 30, "f": 2}
-    tensors = [DiskTensor(n, (size,), torch.bfloat16, n, None) for n, size in sizes.items()]
-    read = lambda tensor: torch.zeros(tensor.shape, dtype=tensor.dtype)  # noqa: E731
-    assert write_shards(tmp_path, tensors, read, max_shard_bytes=2 * 12) == 2 * 45
+    parameters = [
+        DiskParameter(n, (size,), n, None, RELEASED.of(n, (size,))) for n, size in sizes.items()
+    ]
+    read = lambda p: {p.name: torch.zeros(p.shape, dtype=torch.bfloat16)}  # noqa: E731
+    assert write_shards(tmp_path, parameters, read, max_shard_bytes=2 * 12) == 2 * 45
     found: dict[str, str] = {}
     for name, stored in ShardedFolder(tmp_path).tensors.items():
         found[stored.file[6:11]] = found.get(stored.file[6:11], "") + name
