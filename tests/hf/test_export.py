@@ -44,6 +44,7 @@ def checked(run: Path) -> Path:
     return run / "export"
 
 
+@pytest.mark.slow
 def test_an_export_ends_with_a_check_whose_report_lies_beside_it(checked: Path):
     report = json.loads((checked / "export_report.json").read_text())
     assert {check["check"]: check["outcome"] for check in report["checks"]} == {
@@ -56,6 +57,7 @@ def test_an_export_ends_with_a_check_whose_report_lies_beside_it(checked: Path):
     assert hash_file(checked / "model-00001-of-00001.safetensors") in report["xxh128"].values()
 
 
+@pytest.mark.slow
 def test_every_file_of_a_released_folder_is_there(checked: Path):
     names = {path.name for path in checked.iterdir()}
     assert names == {
