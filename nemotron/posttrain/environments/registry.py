@@ -1,0 +1,22 @@
+"""The built-in environments by name."""
+
+import difflib
+
+from nemotron.errors import UserError
+from nemotron.posttrain.environments.arith_chain import ArithChain
+from nemotron.posttrain.environments.base import Environment
+
+ENVIRONMENTS: dict[str, type[Environment]] = {"arith_chain": ArithChain}
+
+
+def find_environment(name: str) -> Environment:
+    """Return the environment of this name.
+
+    Raises:
+        UserError: when there is none, with those that there are.
+    """
+    if name in ENVIRONMENTS:
+        return ENVIRONMENTS[name]()
+    near = difflib.get_close_matches(name, list(ENVIRONMENTS), 1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ENVIRONMENTS)}."
+    raise UserError(f"environments: name = {name!r} is unknown; {hint}")
