@@ -3,6 +3,7 @@
 Rows, responses and verdicts have the form of NVIDIA-NeMo/Gym, so that its data and servers fit.
 """
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -98,6 +99,16 @@ class WithoutTools:
         return f"error: there is no tool {name}"
 
 
+def random_of(name: str, seed: int, level: float, number: int) -> random.Random:
+    """Return the random numbers of one task, the same in every process and on every machine."""
+    return random.Random(f"{name} {seed} {float(level)} {number}")
+
+
+def whole_level(rng: random.Random, level: float) -> int:
+    """Return a whole level; one between two whole ones mixes them in proportion."""
+    return int(level) + (rng.random() < level - int(level))
+
+
 def build_row(environment: str, prompt: str, **fields: Any) -> Row:
     """Return a row with one message of the user and the fields of its verifier."""
     return {
@@ -117,6 +128,14 @@ def find_field(row: Row, name: str) -> Any:  # Any: any JSON value
         if isinstance(place, dict) and name in place:
             return place[name]
     raise BadRow(f"{name} is absent; add it, or under verifier_metadata")
+
+
+def optional_field(row: Row, name: str, default: Any) -> Any:  # Any: any JSON value
+    """Return a verifier's field, or `default` when the row has none."""
+    try:
+        return find_field(row, name)
+    except BadRow:
+        return default
 
 
 def messages_of(row: Row) -> list[dict[str, Any]]:
