@@ -34,6 +34,15 @@ class Response:
 
 
 @dataclass(frozen=True)
+class Call:
+    """A call of a tool that a model made."""
+
+    name: str
+    arguments: str
+    """JSON as the model wrote it, which may be malformed."""
+
+
+@dataclass(frozen=True)
 class Verdict:
     """What a verifier says about a response."""
 
@@ -72,8 +81,15 @@ class Environment(Protocol):
         """
         ...
 
-    def seed(self, row: Row) -> Any:  # Any: whatever the environment keeps
-        """Return the state in which the conversation about a row begins; None without tools."""
+    def tools(self, row: Row) -> list[dict[str, Any]]:
+        """Return the tools that the model may call, as OpenAI's Responses format describes them."""
+        ...
+
+    def seed(self, row: Row) -> Any:
+        """Return the state in which the conversation about a row begins; None without tools.
+
+        A state is a JSON value: it is stored in checkpoints, and sent to other processes.
+        """
         ...
 
     def call(self, state: Any, name: str, arguments: dict[str, Any]) -> str:
@@ -90,6 +106,10 @@ class Environment(Protocol):
 
 class WithoutTools:
     """The part of an environment that has no tools."""
+
+    def tools(self, row: Row) -> list[dict[str, Any]]:
+        """Return nothing: there are none."""
+        return []
 
     def seed(self, row: Row) -> None:
         """Return nothing: there is no state."""
@@ -136,6 +156,15 @@ def optional_field(row: Row, name: str, default: Any) -> Any:  # Any: any JSON v
         return find_field(row, name)
     except BadRow:
         return default
+
+
+def calls_of(response: Response) -> list[Call]:
+    """Return the calls of tools in a response, in order."""
+    return [
+        Call(str(item.get("name")), str(item.get("arguments")))
+        for item in response.output
+        if item.get("type") == "function_call"
+    ]
 
 
 def messages_of(row: Row) -> list[dict[str, Any]]:

@@ -42,7 +42,8 @@ SYMBOLS = Relation.read(
 ROMAN = Relation.read(
     "How is {} written as a Roman numeral?",
     """4: IV; 6: VI; 9: IX; 11: XI; 14: XIV; 19: XIX; 24: XXIV; 29: XXIX; 40: XL; 44: XLIV;
-    49: XLIX; 60: LX; 61: LXI; 90: XC; 94: XCIV; 99: XCIX; 110: CX; 400: CD; 600: DC; 900: CM; 1100: MC""",
+    49: XLIX; 60: LX; 61: LXI; 90: XC; 94: XCIV; 99: XCIX; 110: CX; 400: CD; 600: DC; 900: CM;
+    1100: MC""",
 )
 UNITS = Relation.read(
     "Which quantity is measured in {}?",
