@@ -129,7 +129,7 @@ def whole_level(rng: random.Random, level: float) -> int:
     return int(level) + (rng.random() < level - int(level))
 
 
-def build_row(environment: str, prompt: str, **fields: Any) -> Row:
+def build_row(environment: str, prompt: str, /, **fields: Any) -> Row:
     """Return a row with one message of the user and the fields of its verifier."""
     return {
         "responses_create_params": {"input": [{"role": "user", "content": prompt}]},

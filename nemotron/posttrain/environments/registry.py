@@ -5,11 +5,13 @@ import difflib
 from nemotron.errors import UserError
 from nemotron.posttrain.environments.arith_chain import ArithChain
 from nemotron.posttrain.environments.base import Environment
+from nemotron.posttrain.environments.if_constraints import IfConstraints
 from nemotron.posttrain.environments.json_schema import JsonSchema
 from nemotron.posttrain.environments.mcqa import MultipleChoice
 
 ENVIRONMENTS: dict[str, type[Environment]] = {
     "arith_chain": ArithChain,
+    "if_constraints": IfConstraints,
     "json_schema": JsonSchema,
     "mcqa": MultipleChoice,
 }
