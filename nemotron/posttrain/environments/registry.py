@@ -8,12 +8,14 @@ from nemotron.posttrain.environments.base import Environment
 from nemotron.posttrain.environments.if_constraints import IfConstraints
 from nemotron.posttrain.environments.json_schema import JsonSchema
 from nemotron.posttrain.environments.mcqa import MultipleChoice
+from nemotron.posttrain.environments.tool_calc_db import ToolCalcDb
 
 ENVIRONMENTS: dict[str, type[Environment]] = {
     "arith_chain": ArithChain,
     "if_constraints": IfConstraints,
     "json_schema": JsonSchema,
     "mcqa": MultipleChoice,
+    "tool_calc_db": ToolCalcDb,
 }
 
 
