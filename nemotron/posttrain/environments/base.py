@@ -138,6 +138,19 @@ def build_row(environment: str, prompt: str, /, **fields: Any) -> Row:
     }
 
 
+def environment_of(row: Row) -> str:
+    """Return the name of the environment to which a row belongs.
+
+    Raises:
+        BadRow: when it names none.
+    """
+    reference = row.get("agent_ref")
+    name = reference.get("name") if isinstance(reference, dict) else None
+    if not isinstance(name, str) or not name:
+        raise BadRow('agent_ref.name is absent; add {"agent_ref": {"name": ENVIRONMENT}}')
+    return name
+
+
 def find_field(row: Row, name: str) -> Any:  # Any: any JSON value
     """Return a verifier's field, from the top level or from `verifier_metadata`.
 

@@ -1,6 +1,8 @@
 """The built-in environments by name."""
 
 import difflib
+from collections.abc import Mapping
+from typing import Any
 
 from nemotron.errors import UserError
 from nemotron.posttrain.environments.arith_chain import ArithChain
@@ -19,14 +21,14 @@ ENVIRONMENTS: dict[str, type[Environment]] = {
 }
 
 
-def find_environment(name: str) -> Environment:
-    """Return the environment of this name.
+def find_environment(name: str, options: Mapping[str, Any] | None = None) -> Environment:
+    """Return the environment of this name, made with its options.
 
     Raises:
         UserError: when there is none, with those that there are.
     """
     if name in ENVIRONMENTS:
-        return ENVIRONMENTS[name]()
+        return ENVIRONMENTS[name](**(options or {}))
     near = difflib.get_close_matches(name, list(ENVIRONMENTS), 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ENVIRONMENTS)}."
     raise UserError(f"environments: name = {name!r} is unknown; {hint}")
