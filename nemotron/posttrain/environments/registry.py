@@ -10,6 +10,7 @@ from nemotron.posttrain.environments.base import Environment
 from nemotron.posttrain.environments.if_constraints import IfConstraints
 from nemotron.posttrain.environments.json_schema import JsonSchema
 from nemotron.posttrain.environments.mcqa import MultipleChoice
+from nemotron.posttrain.environments.text_to_sql import TextToSql
 from nemotron.posttrain.environments.tool_calc_db import ToolCalcDb
 
 ENVIRONMENTS: dict[str, type[Environment]] = {
@@ -17,6 +18,7 @@ ENVIRONMENTS: dict[str, type[Environment]] = {
     "if_constraints": IfConstraints,
     "json_schema": JsonSchema,
     "mcqa": MultipleChoice,
+    "text_to_sql": TextToSql,
     "tool_calc_db": ToolCalcDb,
 }
 
