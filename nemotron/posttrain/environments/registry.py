@@ -9,6 +9,7 @@ from nemotron.posttrain.environments.arith_chain import ArithChain
 from nemotron.posttrain.environments.base import Environment
 from nemotron.posttrain.environments.if_constraints import IfConstraints
 from nemotron.posttrain.environments.json_schema import JsonSchema
+from nemotron.posttrain.environments.long_context import LongContext
 from nemotron.posttrain.environments.mcqa import MultipleChoice
 from nemotron.posttrain.environments.text_to_sql import TextToSql
 from nemotron.posttrain.environments.tool_calc_db import ToolCalcDb
@@ -17,6 +18,7 @@ ENVIRONMENTS: dict[str, type[Environment]] = {
     "arith_chain": ArithChain,
     "if_constraints": IfConstraints,
     "json_schema": JsonSchema,
+    "long_context": LongContext,
     "mcqa": MultipleChoice,
     "text_to_sql": TextToSql,
     "tool_calc_db": ToolCalcDb,

@@ -6,7 +6,14 @@ from nemotron.errors import UserError
 from nemotron.posttrain.environments.registry import ENVIRONMENTS, find_environment
 from tests.support.verdicts import rows_elsewhere, rows_here
 
-WITHOUT_PACKAGES = ["arith_chain", "if_constraints", "mcqa", "text_to_sql", "tool_calc_db"]
+WITHOUT_PACKAGES = [
+    "arith_chain",
+    "if_constraints",
+    "long_context",
+    "mcqa",
+    "text_to_sql",
+    "tool_calc_db",
+]
 
 
 def test_another_process_generates_the_same_rows():
