@@ -7,6 +7,7 @@ from typing import Any
 from nemotron.errors import UserError
 from nemotron.posttrain.environments.arith_chain import ArithChain
 from nemotron.posttrain.environments.base import Environment
+from nemotron.posttrain.environments.code_exec import CodeExec
 from nemotron.posttrain.environments.if_constraints import IfConstraints
 from nemotron.posttrain.environments.json_schema import JsonSchema
 from nemotron.posttrain.environments.long_context import LongContext
@@ -16,6 +17,7 @@ from nemotron.posttrain.environments.tool_calc_db import ToolCalcDb
 
 ENVIRONMENTS: dict[str, type[Environment]] = {
     "arith_chain": ArithChain,
+    "code_exec": CodeExec,
     "if_constraints": IfConstraints,
     "json_schema": JsonSchema,
     "long_context": LongContext,
