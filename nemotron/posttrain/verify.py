@@ -7,7 +7,6 @@ counted.
 
 import dataclasses
 import json
-import math
 import os
 import queue
 import signal
@@ -21,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nemotron.posttrain.environments.base import Response, Row, Verdict, environment_of
+from nemotron.posttrain.environments.wire import fault, read_verdict
 
 
 class Verifiers:
@@ -144,29 +144,6 @@ class _Worker:
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
         return lines[-1][:500] if lines else f"with status {process.returncode}"
-
-
-def fault(reason: str) -> Verdict:
-    """Return the verdict on a sample that could not be judged."""
-    return Verdict(0.0, error=reason, mask=True)
-
-
-def read_verdict(found: Any) -> Verdict:
-    """Return a verdict from its JSON form; one that is not a finite number is a fault."""
-    reward = found.get("reward") if isinstance(found, dict) else None
-    if isinstance(reward, bool) or not isinstance(reward, int | float) or not math.isfinite(reward):
-        return fault(f"the verifier gave reward = {reward!r}, which is not a finite number")
-    components = found.get("components") or {}
-    if not all(isinstance(value, int | float) for value in components.values()):
-        return fault("the verifier gave components that are not numbers")
-    error = found.get("error")
-    return Verdict(
-        float(reward),
-        {name: float(value) for name, value in components.items()},
-        found.get("extracted"),
-        error,
-        bool(found.get("mask")) or error is not None,
-    )
 
 
 def _ask(process: "subprocess.Popen[str]", job: str) -> str:

@@ -15,7 +15,8 @@ import pytest
 
 from nemotron.posttrain.environments.base import BadRow, Response, Row, build_row
 from nemotron.posttrain.environments.registry import find_environment
-from nemotron.posttrain.verify import Verifiers, read_verdict
+from nemotron.posttrain.environments.wire import read_verdict
+from nemotron.posttrain.verify import Verifiers
 from tests.support.verdicts import calls
 
 LIMIT_S = 20.0

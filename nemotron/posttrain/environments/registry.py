@@ -12,6 +12,7 @@ from nemotron.posttrain.environments.if_constraints import IfConstraints
 from nemotron.posttrain.environments.json_schema import JsonSchema
 from nemotron.posttrain.environments.long_context import LongContext
 from nemotron.posttrain.environments.mcqa import MultipleChoice
+from nemotron.posttrain.environments.remote import HttpEnv
 from nemotron.posttrain.environments.text_to_sql import TextToSql
 from nemotron.posttrain.environments.tool_calc_db import ToolCalcDb
 
@@ -30,9 +31,13 @@ ENVIRONMENTS: dict[str, type[Environment]] = {
 def find_environment(name: str, options: Mapping[str, Any] | None = None) -> Environment:
     """Return the environment of this name, made with its options.
 
+    With the option `url` it is one on a server of NVIDIA-NeMo/Gym's protocol, under any name.
+
     Raises:
         UserError: when there is none, with those that there are.
     """
+    if options and "url" in options:
+        return HttpEnv(name, **options)
     if name in ENVIRONMENTS:
         return ENVIRONMENTS[name](**(options or {}))
     near = difflib.get_close_matches(name, list(ENVIRONMENTS), 1)
