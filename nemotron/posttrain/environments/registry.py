@@ -8,9 +8,11 @@ from nemotron.errors import UserError
 from nemotron.posttrain.environments.arith_chain import ArithChain
 from nemotron.posttrain.environments.base import Environment
 from nemotron.posttrain.environments.code_exec import CodeExec
+from nemotron.posttrain.environments.gym_sets import ReasoningGym
 from nemotron.posttrain.environments.if_constraints import IfConstraints
 from nemotron.posttrain.environments.json_schema import JsonSchema
 from nemotron.posttrain.environments.long_context import LongContext
+from nemotron.posttrain.environments.math_symbolic import MathSymbolic
 from nemotron.posttrain.environments.mcqa import MultipleChoice
 from nemotron.posttrain.environments.remote import HttpEnv
 from nemotron.posttrain.environments.text_to_sql import TextToSql
@@ -22,7 +24,9 @@ ENVIRONMENTS: dict[str, type[Environment]] = {
     "if_constraints": IfConstraints,
     "json_schema": JsonSchema,
     "long_context": LongContext,
+    "math_symbolic": MathSymbolic,
     "mcqa": MultipleChoice,
+    "reasoning_gym": ReasoningGym,
     "text_to_sql": TextToSql,
     "tool_calc_db": ToolCalcDb,
 }
