@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+from nemotron.posttrain.environments.answer import BOX, last_boxed
 from nemotron.posttrain.environments.base import (
     BadRow,
     Response,
@@ -14,6 +15,8 @@ from nemotron.posttrain.environments.base import (
     WithoutTools,
     build_row,
     find_field,
+    random_of,
+    whole_level,
 )
 
 NUMBER = re.compile(r"[-+]?\d+(?:/[1-9]\d*)?")
@@ -34,7 +37,7 @@ class ArithChain(WithoutTools):
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
         """Yield tasks; each depends on `seed`, `level` and its number alone."""
         for number in range(count):
-            rng = random.Random(f"{self.name} {seed} {level} {number}")
+            rng = random_of(self.name, seed, level, number)
             question, value = _chain(rng, level)
             yield build_row(self.name, f"{question}=", question=question, expected_answer=value)
 
@@ -62,14 +65,9 @@ class ArithChain(WithoutTools):
 
 def extract(text: str) -> str | None:
     """Return the content of the last `\\boxed{}`, else the whole text; None if that is long."""
-    start = text.rfind("\\boxed{")
-    if start >= 0:
-        inside, closed, _ = text[start + len("\\boxed{") :].partition("}")
-        if not closed:
-            return None
-        text = inside
-    text = text.strip()
-    return text if text and len(text) <= MAX_LENGTH else None
+    found = last_boxed(text) if BOX in text else text
+    found = (found or "").strip()
+    return found if found and len(found) <= MAX_LENGTH else None
 
 
 def _number(text: str) -> Fraction | None:
@@ -81,8 +79,7 @@ def _number(text: str) -> Fraction | None:
 
 def _chain(rng: random.Random, level: float) -> tuple[str, str]:
     """Return a chain and its value."""
-    # a level between two whole ones mixes them
-    whole = int(level) + (rng.random() < level - int(level))
+    whole = whole_level(rng, level)
     largest = 9 if whole < 2 else 10 ** min(whole, 6) - 1
     operators = "+-" if whole < 1 else "+-*"
     numbers = [rng.randint(0, largest) for _ in range(2 + whole)]

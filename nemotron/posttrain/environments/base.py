@@ -3,6 +3,7 @@
 Rows, responses and verdicts have the form of NVIDIA-NeMo/Gym, so that its data and servers fit.
 """
 
+import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -30,6 +31,15 @@ class Response:
     `function_call` and `function_call_output`."""
     is_truncated: bool = False
     """Whether the answer ended because it reached the largest length."""
+
+
+@dataclass(frozen=True)
+class Call:
+    """A call of a tool that a model made."""
+
+    name: str
+    arguments: str
+    """JSON as the model wrote it, which may be malformed."""
 
 
 @dataclass(frozen=True)
@@ -71,8 +81,15 @@ class Environment(Protocol):
         """
         ...
 
-    def seed(self, row: Row) -> Any:  # Any: whatever the environment keeps
-        """Return the state in which the conversation about a row begins; None without tools."""
+    def tools(self, row: Row) -> list[dict[str, Any]]:
+        """Return the tools that the model may call, as OpenAI's Responses format describes them."""
+        ...
+
+    def seed(self, row: Row) -> Any:
+        """Return the state in which the conversation about a row begins; None without tools.
+
+        A state is a JSON value: it is stored in checkpoints, and sent to other processes.
+        """
         ...
 
     def call(self, state: Any, name: str, arguments: dict[str, Any]) -> str:
@@ -90,6 +107,10 @@ class Environment(Protocol):
 class WithoutTools:
     """The part of an environment that has no tools."""
 
+    def tools(self, row: Row) -> list[dict[str, Any]]:
+        """Return nothing: there are none."""
+        return []
+
     def seed(self, row: Row) -> None:
         """Return nothing: there is no state."""
 
@@ -98,13 +119,36 @@ class WithoutTools:
         return f"error: there is no tool {name}"
 
 
-def build_row(environment: str, prompt: str, **fields: Any) -> Row:
+def random_of(name: str, seed: int, level: float, number: int) -> random.Random:
+    """Return the random numbers of one task, the same in every process and on every machine."""
+    return random.Random(f"{name} {seed} {float(level)} {number}")
+
+
+def whole_level(rng: random.Random, level: float) -> int:
+    """Return a whole level; one between two whole ones mixes them in proportion."""
+    return int(level) + (rng.random() < level - int(level))
+
+
+def build_row(environment: str, prompt: str, /, **fields: Any) -> Row:
     """Return a row with one message of the user and the fields of its verifier."""
     return {
         "responses_create_params": {"input": [{"role": "user", "content": prompt}]},
         "agent_ref": {"type": "responses_api_agents", "name": environment},
         **fields,
     }
+
+
+def environment_of(row: Row) -> str:
+    """Return the name of the environment to which a row belongs.
+
+    Raises:
+        BadRow: when it names none.
+    """
+    reference = row.get("agent_ref")
+    name = reference.get("name") if isinstance(reference, dict) else None
+    if not isinstance(name, str) or not name:
+        raise BadRow('agent_ref.name is absent; add {"agent_ref": {"name": ENVIRONMENT}}')
+    return name
 
 
 def find_field(row: Row, name: str) -> Any:  # Any: any JSON value
@@ -117,6 +161,23 @@ def find_field(row: Row, name: str) -> Any:  # Any: any JSON value
         if isinstance(place, dict) and name in place:
             return place[name]
     raise BadRow(f"{name} is absent; add it, or under verifier_metadata")
+
+
+def optional_field(row: Row, name: str, default: Any) -> Any:  # Any: any JSON value
+    """Return a verifier's field, or `default` when the row has none."""
+    try:
+        return find_field(row, name)
+    except BadRow:
+        return default
+
+
+def calls_of(response: Response) -> list[Call]:
+    """Return the calls of tools in a response, in order."""
+    return [
+        Call(str(item.get("name")), str(item.get("arguments")))
+        for item in response.output
+        if item.get("type") == "function_call"
+    ]
 
 
 def messages_of(row: Row) -> list[dict[str, Any]]:
