@@ -6,8 +6,8 @@ from typing import Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, model_validator
 
 
-class Section(BaseModel):
-    """A validated part of a recipe; unknown keys are errors, values never change after loading."""
+class StrictRecord(BaseModel):
+    """Validated values of known keys, which never change; every value has the type of its field."""
 
     model_config = ConfigDict(
         extra="forbid",
@@ -18,6 +18,11 @@ class Section(BaseModel):
         protected_namespaces=(),
     )
 
+
+class Section(StrictRecord):
+    """A part of a recipe."""
+
+    # a validator of a whole turns JSON into Python's types, among which a list is no tuple
     @model_validator(mode="before")
     @classmethod
     def _wrap_lists_of_one(cls, values: Any) -> Any:  # Any: not yet validated

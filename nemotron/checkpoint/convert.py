@@ -36,7 +36,7 @@ from nemotron.checkpoint.state import SavedState
 from nemotron.checkpoint.tensor_file import write_tensor_file
 from nemotron.checkpoint.write import rename, write_records
 from nemotron.errors import UserError
-from nemotron.section import Section
+from nemotron.section import StrictRecord
 
 TORCH_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
 
@@ -46,7 +46,7 @@ SUFFIX = ".old-format"
 TIMEOUT_S = 1800
 
 
-class OldPiece(Section):
+class OldPiece(StrictRecord):
     """Where the bytes of a rectangle lie; `first` and `strides` count elements."""
 
     file: str
@@ -58,7 +58,7 @@ class OldPiece(Section):
     strides: tuple[NonNegativeInt, ...]
 
 
-class OldTensor(Section):
+class OldTensor(StrictRecord):
     """A tensor of the old layout; `dtype` is torch's name of it."""
 
     dtype: str
@@ -66,7 +66,7 @@ class OldTensor(Section):
     pieces: tuple[OldPiece, ...]
 
 
-class OldIndex(Section):
+class OldIndex(StrictRecord):
     """What the isolated reader prints."""
 
     tensors: dict[str, OldTensor]

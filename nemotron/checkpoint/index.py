@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt, StringConstraints
 
 from nemotron.checkpoint.manifest import INDEX, TENSOR_FILE, CheckpointInfo
 from nemotron.checkpoint.records import DamagedCheckpoint, read_record
-from nemotron.section import Section
+from nemotron.section import StrictRecord
 
 DTYPES = {
     "F64": torch.float64,
@@ -38,7 +38,7 @@ Offsets = Annotated[tuple[NonNegativeInt, ...], Field(max_length=MAX_DIMS)]
 Shape = Annotated[tuple[NonNegativeInt, ...], Field(max_length=MAX_DIMS)]
 
 
-class SavedPiece(Section):
+class SavedPiece(StrictRecord):
     """A rectangle of a tensor."""
 
     file: Annotated[str, StringConstraints(pattern=f"^{TENSOR_FILE.pattern}$")]
@@ -47,7 +47,7 @@ class SavedPiece(Section):
     shape: Annotated[tuple[PositiveInt, ...], Field(max_length=MAX_DIMS)]
 
 
-class SavedTensor(Section):
+class SavedTensor(StrictRecord):
     """A tensor, cut into pieces; none if it has no elements."""
 
     dtype: Annotated[str, StringConstraints(pattern=f"^({'|'.join(DTYPES)})$")]
@@ -60,7 +60,7 @@ class SavedTensor(Section):
         return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-class Index(Section):
+class Index(StrictRecord):
     """The content of `index.json`."""
 
     tensors: dict[str, SavedTensor]

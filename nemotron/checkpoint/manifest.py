@@ -11,7 +11,7 @@ from pydantic import BaseModel, NonNegativeInt, StringConstraints
 
 from nemotron.checkpoint.records import DamagedCheckpoint, read_record
 from nemotron.files import hash_file, write_json
-from nemotron.section import Section
+from nemotron.section import StrictRecord
 
 FORMAT = 2
 """Version of the checkpoint layout; raised when an older reader could not read it."""
@@ -29,7 +29,7 @@ STEP_FOLDER = re.compile(r"step-(\d{8,})")
 TENSOR_FILE = re.compile(r"rank-\d{5,}\.safetensors")
 
 
-class FileEntry(Section):
+class FileEntry(StrictRecord):
     """Size and hash of a file."""
 
     bytes: NonNegativeInt
@@ -40,7 +40,7 @@ Files = dict[str, FileEntry]
 """Files of a checkpoint by name."""
 
 
-class Manifest(Section):
+class Manifest(StrictRecord):
     """The content of `manifest.json`."""
 
     format: int

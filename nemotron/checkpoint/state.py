@@ -5,7 +5,7 @@ from typing import Annotated, ClassVar
 
 from pydantic import ConfigDict, Field, JsonValue, NonNegativeInt
 
-from nemotron.section import Section
+from nemotron.section import StrictRecord
 
 
 @dataclass
@@ -35,7 +35,7 @@ class Counters:
     the weights to which the run was rolled back."""
 
 
-class SavedState(Section):
+class SavedState(StrictRecord):
     """The content of `state.json`. A checkpoint that only holds weights has no counters."""
 
     trainer: Counters | None = None
