@@ -121,12 +121,13 @@ def train(
     if dry_run:
         from nemotron.train.start import dry_run as describe
 
-        return describe(loaded.pretraining)
+        return describe(loaded.config, loaded.trained)
     from nemotron.loading import read_weights
     from nemotron.train.start import train as run
 
     return run(
-        loaded.pretraining,
+        loaded.config,
+        loaded.trained,
         resume=resume,
         stop_at=stop_at,
         recipe_path=" ".join([str(recipe), *(overrides or [])]),
@@ -151,7 +152,7 @@ def recipe_show(
     if precision:
         from nemotron.train.start import describe_precision
 
-        for line in describe_precision(loaded.pretraining):
+        for line in describe_precision(loaded.config):
             print(line)
         return DONE
     print(show(loaded))
@@ -372,8 +373,8 @@ def data_plan(recipe: RecipeFile, overrides: Overrides = None) -> int:
 
 def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
     from nemotron.recipe.load import load_recipe
+    from nemotron.train.pretraining import open_data
     from nemotron.train.schedule import plan_training
-    from nemotron.train.start import open_data
 
     config = load_recipe(recipe, overrides or []).pretraining
     return open_data(config, plan_training(config))

@@ -13,10 +13,10 @@ from nemotron.precision.apply import DTYPES
 from nemotron.recipe.load import load_recipe
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import check_layout
-from nemotron.train.loop import validate
+from nemotron.train.pretraining import build_trainer, open_data, validate
 from nemotron.train.record import StepResult
 from nemotron.train.schedule import plan_training
-from nemotron.train.start import build_trainer, load_initial, open_data
+from nemotron.train.start import load_initial
 
 
 class Session:

@@ -1,10 +1,12 @@
 """Sections of a reinforcement-learning recipe."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
+from nemotron.errors import RuleBroken
 from nemotron.section import Section
+from nemotron.train.config import LossConfig, RunConfig
 
 
 class AdvantageConfig(Section):
@@ -79,8 +81,83 @@ class EnvironmentConfig(Section):
     """One environment, and how often its tasks come."""
 
     name: str = Field(min_length=1)
-    """Name of a built-in environment."""
+    """Name of a built-in environment, or of one on the server that `options.url` names."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """What the environment is made with, such as the address of a server."""
     weight: float = Field(1.0, gt=0)
     """Share of the prompts, relative to the other environments."""
     level: Annotated[float, Field(ge=0)] = 0.0
     """Difficulty of the tasks, from 0."""
+
+
+class RolloutConfig(Section):
+    """What the policy is asked in each rollout batch, and how it answers."""
+
+    environments: Annotated[tuple[EnvironmentConfig, ...], Field(strict=False, min_length=1)] = (
+        EnvironmentConfig(name="arith_chain"),
+    )
+    """Where the prompts come from."""
+    num_prompts_per_step: int = Field(gt=0)
+    """Prompts of one rollout batch."""
+    num_generations_per_prompt: int = Field(gt=1)
+    """Answers to each prompt."""
+    updates_per_step: int = Field(1, gt=0)
+    """Optimizer steps on each rollout batch, each on an equal share of its answers."""
+    max_new_tokens: int = Field(gt=0)
+    """Longest answer, its end included."""
+    temperature: float = Field(1.0, gt=0)
+    """Temperature at which answers are sampled and scored."""
+    prompt: Literal["chat", "text"] = "chat"
+    """How a prompt is written: in the chat format, or as the text of its last message alone."""
+    enable_thinking: bool = True
+    """Whether the chat format asks for reasoning."""
+    stop: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Strings that end an answer, beside the end of text or of the turn."""
+    slots: int = Field(64, gt=0)
+    """Answers that are written at the same time on each rank."""
+    truncated: Literal["keep", "mask"] = "mask"
+    """Whether answers that reached `max_new_tokens` are learned from. They are compared with the
+    others in any case."""
+    verify_workers: int = Field(1, gt=0)
+    """Processes that verify answers, on each rank."""
+    verify_timeout_s: float = Field(10.0, gt=0)
+    """Longest time for one answer; a verifier that takes longer is stopped, its answer left out."""
+    evaluation_tasks: int = Field(64, gt=0)
+    """Prompts of each evaluation, answered once without randomness."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "RolloutConfig":
+        names = [entry.name for entry in self.environments]
+        for name in names:
+            if names.count(name) > 1:
+                raise RuleBroken(
+                    "environments", f"names {name} twice; a level such as 1.5 mixes two levels"
+                )
+        return self
+
+
+class RlConfig(RunConfig):
+    """Everything that makes one reinforcement-learning run."""
+
+    stage: Literal["rl"] = "rl"
+    """Kind of training."""
+    rollout: RolloutConfig
+    """Prompts and answers."""
+    advantage: AdvantageConfig = AdvantageConfig()
+    """Comparison of rewards."""
+    policy: PolicyConfig = PolicyConfig()
+    """Loss of the answers."""
+    loss: LossConfig = LossConfig(moe_aux_loss_coeff=0.0, mtp_detach_heads=True)
+    """Weights of the other terms."""
+
+    @property
+    def num_depths(self) -> int:
+        """Depths of multi-token prediction that are trained: none without such a block."""
+        return self.loss.mtp_num_depths if self.model.mtp_pattern else 0
+
+    @property
+    def rows_per_update(self) -> float:
+        """Answers of an optimizer step; whole for a recipe without contradictions."""
+        rollout = self.rollout
+        answers = rollout.num_prompts_per_step * rollout.num_generations_per_prompt
+        return answers / rollout.updates_per_step

@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
@@ -17,9 +17,12 @@ from nemotron.recipe.lists import wrap_single_items
 from nemotron.recipe.read import Document, Path_, place_of, read_yaml
 from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
-from nemotron.recipe.stages import find_stage
+from nemotron.recipe.stages import Stage, find_stage
 from nemotron.recipe.yaml_text import parse_yaml
 from nemotron.train.config import PretrainConfig, RunConfig
+
+if TYPE_CHECKING:
+    from nemotron.train.setup import Stage as TrainedStage
 
 COMMAND_LINE = "command line"
 
@@ -31,6 +34,7 @@ class Recipe:
     config: RunConfig
     path: Path
     places: dict[Path_, str]
+    stage: Stage
     files: tuple[Path, ...] = ()
     """Every file that was read for it."""
 
@@ -52,6 +56,18 @@ class Recipe:
                 "pretrain only."
             )
         return self.config
+
+    @property
+    def trained(self) -> "TrainedStage":
+        """What trains the recipe; PyTorch is imported for it.
+
+        Raises:
+            UserError: when nothing does.
+        """
+        if self.stage.trained is None:
+            place = place_of(self.places, ("stage",), str(self.path))
+            raise UserError(f"{place}: stage = {self.config.stage}; nothing trains such recipes.")
+        return self.stage.trained()
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -75,7 +91,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     except ValidationError as error:
         raise UserError(explain(error, stage.recipe, document.places, str(path))) from error
     check(config, stage, document.places, str(path))
-    return Recipe(config, path, document.places, tuple(dict.fromkeys(budget.paths)))
+    return Recipe(config, path, document.places, stage, tuple(dict.fromkeys(budget.paths)))
 
 
 def _read_with_bases(path: Path, chain: tuple[Path, ...], budget: Budget) -> Document:

@@ -3,12 +3,16 @@
 import difflib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from nemotron.errors import Finding, UserError
-from nemotron.recipe import pretrain
+from nemotron.posttrain.config import RlConfig
+from nemotron.recipe import pretrain, rl
 from nemotron.recipe.read import Idle, Path_, place_of
 from nemotron.train.config import PretrainConfig, RunConfig
+
+if TYPE_CHECKING:
+    from nemotron.train.setup import Stage as TrainedStage
 
 DEFAULT = "pretrain"
 """Stage of a recipe that names none."""
@@ -23,9 +27,26 @@ class Stage:
     """Yields the values of a recipe that contradict each other."""
     idle: Callable[[Any], Iterator[Idle]] = lambda _: iter(())
     """Yields keys that nothing reads; raises UserError for a bad schedule."""
+    trained: "Callable[[], TrainedStage] | None" = None
+    """Returns what trains such a recipe. It imports PyTorch, which reading a recipe does not."""
 
 
-STAGES = {"pretrain": Stage(PretrainConfig, pretrain.impossible, pretrain.idle)}
+def _pretraining() -> "TrainedStage":
+    from nemotron.train.pretraining import Pretraining
+
+    return Pretraining()
+
+
+def _reinforcement() -> "TrainedStage":
+    from nemotron.posttrain.stage import Reinforcement
+
+    return Reinforcement()
+
+
+STAGES = {
+    "pretrain": Stage(PretrainConfig, pretrain.impossible, pretrain.idle, _pretraining),
+    "rl": Stage(RlConfig, rl.impossible, rl.idle, _reinforcement),
+}
 
 
 def find_stage(values: Mapping[str, Any], places: dict[Path_, str], source: str) -> Stage:

@@ -10,7 +10,6 @@ import torch
 
 from nemotron.checkpoint.manifest import folder_name
 from nemotron.data.chat.template import TEMPLATE, TURN_END
-from nemotron.data.loader import TrainingData
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.describe import choose_backends
@@ -23,16 +22,16 @@ from nemotron.run.log import RunLog
 from nemotron.run.trackers import TrackedRun
 from nemotron.train.flops import ParameterCount, count_parameters
 from nemotron.train.reliability.faults import describe as describe_fault
+from nemotron.train.setup import Content, Setup
 from nemotron.train.trainer import Trainer
 
 
-def announce(
-    trainer: Trainer, data: TrainingData, folder: RunFolder, log: RunLog, recipe_path: str
-) -> TrackedRun:
+def announce(setup: Setup, folder: RunFolder, log: RunLog, recipe_path: str) -> TrackedRun:
     """Write what the run is to its folder and the screen; returns what trackers get of it."""
+    trainer = setup.trainer
     config, ranks = trainer.config, trainer.ranks
     if ranks.is_first:
-        _write_description(config.model, data, folder)
+        _write_description(config.model, setup.content, folder)
     with torch.device("meta"):
         count = count_parameters(HybridLM(config.model), config.model)
     sizes = {"parameters": count.total, "active": count.active, "mtp": count.mtp}
@@ -60,7 +59,7 @@ def announce(
             folder.write_precision([asdict(line) for line in table])
         for line in summarize(table):
             log.info(f"precision  {line}")
-    for line in data.describe():
+    for line in setup.content.describe():
         log.info(f"data       {line}")
     log.info(
         f"training   {trainer.plan.num_steps:,} steps, "
@@ -113,10 +112,10 @@ def announce_failure(log: RunLog, problem: Exception, saved_step: int | None) ->
         log.info(f"the newest checkpoint is {folder_name(saved_step)}")
 
 
-def _write_description(model: ModelConfig, data: TrainingData, folder: RunFolder) -> None:
-    folder.write_description(data.tokenizer.content)
-    if data.has_conversations:
-        ends = dict.fromkeys([model.eos_token_id, data.tokenizer.id(TURN_END)])
+def _write_description(model: ModelConfig, content: Content, folder: RunFolder) -> None:
+    folder.write_description(content.tokenizer.content)
+    if content.has_conversations:
+        ends = dict.fromkeys([model.eos_token_id, content.tokenizer.id(TURN_END)])
         others = {"bos_token_id": model.bos_token_id, "pad_token_id": model.pad_token_id}
         folder.write_chat_files(TEMPLATE, list(ends), others)
 

@@ -17,14 +17,14 @@ from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.dims import ParallelDims, resolve_dims, violations
 from nemotron.parallel.stages import cut, split_stages
 from nemotron.parallel.tensor import PLACEMENTS, part_of
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import RunConfig
 from nemotron.train.schedule import TrainingPlan
 
 FEW = 16
 """Ranks up to which each has a line of its own; of more, those of a pipeline stage share one."""
 
 
-def findings(config: PretrainConfig, plan: TrainingPlan, dims: ParallelDims) -> list[Finding]:
+def findings(config: RunConfig, plan: TrainingPlan, dims: ParallelDims) -> list[Finding]:
     """Return every rule that the layout breaks in any phase, each once, with what is right."""
     found: list[Finding] = []
     for phase in plan.timeline.phases:
@@ -46,7 +46,7 @@ def least_world(config: ParallelConfig) -> int:
     return others if config.dp_shard == "auto" else others * config.dp_shard
 
 
-def check_layout(config: PretrainConfig, plan: TrainingPlan, world: int) -> ParallelDims:
+def check_layout(config: RunConfig, plan: TrainingPlan, world: int) -> ParallelDims:
     """Return the sizes of the mesh for so many processes.
 
     Raises:
@@ -97,9 +97,7 @@ class Place:
         return self.rank // self.dims.ep % self.dims.efsdp
 
 
-def describe_places(
-    config: PretrainConfig, plan: TrainingPlan, dims: ParallelDims
-) -> Iterator[str]:
+def describe_places(config: RunConfig, plan: TrainingPlan, dims: ParallelDims) -> Iterator[str]:
     """Yield a line for each rank, or each group of ranks: layers, rows, places, parameters."""
     first = plan.timeline.phases[0]
     num_rows = first.tokens_per_step // first.lengths[0].seq_len
@@ -125,7 +123,7 @@ def describe_places(
         yield f"{who:<12} {'; '.join(part for part in parts if part)} parameters"
 
 
-def _held_layers(config: PretrainConfig, dims: ParallelDims, pp: int) -> list[range]:
+def _held_layers(config: RunConfig, dims: ParallelDims, pp: int) -> list[range]:
     """Return the layers of each stage of a rank, of all of which there is one without stages."""
     if dims.pp == 1:
         return [range(len(config.model.hybrid_override_pattern))]
@@ -135,7 +133,7 @@ def _held_layers(config: PretrainConfig, dims: ParallelDims, pp: int) -> list[ra
     return layers[pp :: dims.pp]
 
 
-def _models(config: PretrainConfig, dims: ParallelDims, layers: Sequence[range]) -> list[HybridLM]:
+def _models(config: RunConfig, dims: ParallelDims, layers: Sequence[range]) -> list[HybridLM]:
     models, last = [], len(config.model.hybrid_override_pattern)
     for stage in layers:
         with torch.device("meta"):

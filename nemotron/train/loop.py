@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from nemotron.checkpoint.write import CheckpointNotSaved
-from nemotron.data.loader import TrainingData
 from nemotron.exit_codes import DONE, FAILED, STOPPED
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
@@ -17,16 +16,15 @@ from nemotron.train.reliability.progress import Stopwatch
 from nemotron.train.reliability.replicas import ReplicasDiffer
 from nemotron.train.reliability.stragglers import Stragglers
 from nemotron.train.save import Saver
+from nemotron.train.setup import Setup
 from nemotron.train.state import Diverged
 from nemotron.train.trainer import Trainer
-from nemotron.train.validation import evaluate
 
 STATES = {DONE: "done", FAILED: "failed", STOPPED: "stopped"}
 
 
 def run(
-    trainer: Trainer,
-    data: TrainingData,
+    setup: Setup,
     folder: RunFolder,
     log: RunLog,
     saver: Saver,
@@ -34,6 +32,7 @@ def run(
     recipe_path: str,
 ) -> int:
     """Train, save and say how it ended; returns the exit code."""
+    trainer = setup.trainer
     ranks, start, num_steps = trainer.ranks, trainer.state.step, trainer.plan.num_steps
     if start >= num_steps:
         announce_results(trainer, folder, log, "this run is finished")
@@ -42,7 +41,7 @@ def run(
     log.screen.open_log(folder.log_of(ranks.rank))
     problem: Exception | None = None
     with ExitStack() as stack:
-        tracked = announce(trainer, data, folder, log, recipe_path)
+        tracked = announce(setup, folder, log, recipe_path)
         if ranks.is_first:
             folder.write_status("running", start)
             metrics = stack.enter_context(MetricsFile(folder.metrics, last_step=start))
@@ -57,7 +56,7 @@ def run(
         stack.callback(log.screen.stop)
         try:
             if not ranks.any(stop.is_due(start)):
-                loop(trainer, data, log, saver, stop)
+                loop(setup, log, saver, stop)
             saver.save()
             saver.finish(wait=True)
         except (Diverged, ReplicasDiffer, CheckpointNotSaved) as error:
@@ -77,17 +76,14 @@ def run(
     return code
 
 
-def loop(
-    trainer: Trainer, data: TrainingData, log: RunLog, saver: Saver, stop: StopRequest
-) -> None:
+def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest) -> None:
     """Train to the end of the schedule, or until a rank is asked to stop.
-
-    `data` is what is held out for validation.
 
     Raises:
         Diverged: when `nonfinite_limit` steps in a row were skipped, or a rollback does not help.
         ReplicasDiffer: when ranks do not hold alike what they must.
     """
+    trainer = setup.trainer
     config, ranks, num_steps = trainer.config, trainer.ranks, trainer.plan.num_steps
     stragglers = Stragglers(config.reliability, ranks, trainer.device)
     while (step := trainer.state.step) < num_steps:
@@ -116,27 +112,15 @@ def loop(
                 saver.roll_back(bad)
                 continue
             stops = result.stop
-        if data.validation_domains and (is_last or due(step, config.evaluation.every_steps)):
+        if setup.validate is not None and (is_last or due(step, config.evaluation.every_steps)):
             trainer.progress.enter(step, "evaluate")
-            log.record(trainer.record("validation", {**validate(trainer, data)}))
+            log.record(trainer.record("validation", {**setup.validate()}))
         if due(step, config.reliability.check_replicas_every_steps):
             trainer.check_replicas()
         if not is_last and due(step, config.checkpoint.every_steps):
             saver.save_or_warn()
         if stops or (not ranks.grouped and stop.is_due(step + 1)):
             return
-
-
-def validate(trainer: Trainer, data: TrainingData) -> dict[str, float]:
-    """Return the metrics of the held-out text."""
-    return evaluate(
-        trainer.local,
-        data,
-        trainer.ranks,
-        tokens=trainer.config.evaluation.tokens,
-        rows=trainer.config.batch.micro_batch,
-        progress=trainer.progress,
-    )
 
 
 def due(step: int, every: int | None) -> bool:

@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from nemotron.checkpoint.read import read_model
-from nemotron.data.loader import TrainingData
-from nemotron.data.prefetch import TextBatches
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
@@ -18,8 +16,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
 from nemotron.parallel.apply import LocalModel
-from nemotron.parallel.dims import resolve_dims
-from nemotron.parallel.runtime import Launch, Ranks, start
+from nemotron.parallel.runtime import Launch, start
 from nemotron.precision.apply import DTYPES
 from nemotron.precision.assign import assign, preset_at
 from nemotron.precision.policy import Assignment, summarize
@@ -29,22 +26,22 @@ from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
 from nemotron.train.announce import model_line
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import RunConfig
 from nemotron.train.flops import count_parameters, training_flops_per_token
-from nemotron.train.layout import Place, check_layout, describe_places, least_world
+from nemotron.train.layout import check_layout, describe_places, least_world
 from nemotron.train.loop import run
-from nemotron.train.loss import PretrainObjective
+from nemotron.train.pretraining import Pretraining
 from nemotron.train.reliability.deterministic import deterministic
 from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
-from nemotron.train.schedule import TrainingPlan, plan_training
-from nemotron.train.trainer import Trainer
+from nemotron.train.setup import Stage
 
 ReadModel = Callable[[Path], tuple[ModelConfig, dict[str, Tensor]]]
 
 
 def train(
-    config: PretrainConfig,
+    config: RunConfig,
+    stage: Stage | None = None,
     *,
     resume: bool = False,
     stop_at: int | None = None,
@@ -54,7 +51,7 @@ def train(
 ) -> int:
     """Train as the recipe says, or go on from the run's newest whole checkpoint.
 
-    `stop_at` ends the run after that step as a signal would. `read_initial` reads the weights
+    `stage` trains such recipes, pre-training by default. `stop_at` ends the run after that step as a signal would. `read_initial` reads the weights
     that `init_from` names. `allow_changed` lists keys in which a resumed run may differ from its
     beginning. Returns the exit code: 0 done, 1 failed, 75 stopped and can be resumed.
 
@@ -62,7 +59,8 @@ def train(
         UserError: when something that the user gave is wrong.
     """
     launch = Launch.of_this_process()
-    plan = plan_training(config)
+    trained: Stage = stage or Pretraining()
+    plan = trained.plan(config)
     check_layout(config, plan, launch.world if launch else 1)
     check_trackers(config.logging.trackers)
     device = find_device(config.device, launch.local_rank if launch else None)
@@ -77,26 +75,26 @@ def train(
         is_on = config.reliability.deterministic
         stack.enter_context(deterministic(device, on=is_on))
         bind(config.ops)  # a backend that is not there is found before data is read
-        data = open_data(config, plan)
-        data.check_length()
         own_peak = measure_matmul_peak(device, DTYPES[config.precision.compute])
-        trainer = build_trainer(config, plan, data, device, sum(ranks.gather(own_peak)), ranks)
+        setup = trained.build(config, plan, device, sum(ranks.gather(own_peak)), ranks)
+        trainer = setup.trainer
         stack.enter_context(folder.held(ranks))
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)
         if not (resume and saver.restore()) and config.init_from is not None:
             load_initial(trainer.local, config.init_from, read_initial)
-        return run(trainer, data, folder, log, saver, stop, recipe_path)
+        return run(setup, folder, log, saver, stop, recipe_path)
 
 
-def dry_run(config: PretrainConfig) -> int:
+def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
     """Print what `train` would do, as far as it can be known without writing anything.
 
     Raises:
         UserError: as `train` does.
     """
     launch = Launch.of_this_process()
-    plan = plan_training(config)
+    trained: Stage = stage or Pretraining()
+    plan = trained.plan(config)
     dims = check_layout(config, plan, launch.world if launch else least_world(config.parallel))
     check_trackers(config.logging.trackers)
     device = find_device(config.device)
@@ -125,7 +123,7 @@ def dry_run(config: PretrainConfig) -> int:
     return DONE
 
 
-def describe_precision(config: PretrainConfig) -> list[str]:
+def describe_precision(config: RunConfig) -> list[str]:
     """Return the format of every linear layer at the start and after each switch, with reasons.
 
     Raises:
@@ -146,46 +144,12 @@ def describe_precision(config: PretrainConfig) -> list[str]:
 
 
 def _precision_tables(
-    config: PretrainConfig, model: HybridLM, device: torch.device | None = None
+    config: RunConfig, model: HybridLM, device: torch.device | None = None
 ) -> Iterator[tuple[int, str, list[Assignment]]]:
     """Yield the table of formats at the start and after each switch, with its step and preset."""
     for step in (0, *(switch.step for switch in config.precision.switches)):
         preset = preset_at(config.precision, step)
         yield step, preset, assign(model, config.precision, preset, device)
-
-
-def open_data(config: PretrainConfig, plan: TrainingPlan) -> TrainingData:
-    """Open the data of a run.
-
-    Raises:
-        UserError: when it is unfit.
-    """
-    return TrainingData(
-        config.data, plan.timeline, seed=config.seed, vocab_size=config.model.vocab_size
-    )
-
-
-def build_trainer(
-    config: PretrainConfig,
-    plan: TrainingPlan,
-    data: TrainingData,
-    device: torch.device,
-    peak_flops: float,
-    ranks: Ranks,
-) -> Trainer:
-    """Build what pre-trains: its objective, the rows that this rank reads, and the trainer."""
-    objective = PretrainObjective.of(config)
-    dims = resolve_dims(config.parallel, ranks.world)
-    batches = TextBatches(
-        config.data,
-        data,
-        reader=Place(ranks.rank, dims).batch,
-        num_readers=dims.batch,
-        num_steps=plan.num_steps,
-        num_depths=objective.num_depths,
-        pin=device.type == "cuda",
-    )
-    return Trainer(config, objective, batches, plan, device, peak_flops, ranks)
 
 
 def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:

@@ -54,6 +54,7 @@ class Trainer:
     def __init__(
         self,
         config: RunConfig,
+        local: LocalModel,
         objective: Objective,
         batches: Batches,
         plan: TrainingPlan,
@@ -64,12 +65,9 @@ class Trainer:
         self.config, self.objective, self.batches = config, objective, batches
         self.plan, self.device = plan, device
         self.ranks = ranks or Ranks()
-        torch.manual_seed(config.seed)
-        dims = resolve_dims(config.parallel, self.ranks.world)
-        self.mesh = Mesh(dims, device.type) if self.ranks.grouped else None
         self.progress = Progress()
-        self.local = build_model(config, device, self.mesh)
-        self.model = self.local.models[0]
+        self.local, self.mesh = local, local.mesh
+        self.model = local.models[0]
         with torch.device("meta"):
             whole = HybridLM(config.model)
         self.quantization = Quantization(self.local.models, config.precision, config.seed, whole)
@@ -262,6 +260,14 @@ def _reason_to_skip(
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return Skip.NOT_FINITE
     return Skip.SPIKE if skips_spike else None
+
+
+def build_local(config: RunConfig, device: torch.device, ranks: Ranks) -> LocalModel:
+    """Seed this process, lay the ranks out, and build what this one holds of the model."""
+    torch.manual_seed(config.seed)
+    dims = resolve_dims(config.parallel, ranks.world)
+    mesh = Mesh(dims, device.type) if ranks.grouped else None
+    return build_model(config, device, mesh)
 
 
 def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> LocalModel:

@@ -8,7 +8,7 @@ from nemotron.cli import run
 from nemotron.data.inspect import gather_statistics, open_path
 from nemotron.data.loader import TrainingData
 from nemotron.recipe.load import load_recipe
-from nemotron.train import start
+from nemotron.train import pretraining
 from nemotron.train.schedule import plan_training
 from tests.support.prepared import write_prepared
 
@@ -95,7 +95,7 @@ def test_a_validation_set_is_compared_with_what_is_trained_on(folder: Path):
 
 def open_recipe(recipe: Path) -> TrainingData:
     config = load_recipe(recipe, []).pretraining
-    return start.open_data(config, plan_training(config))
+    return pretraining.open_data(config, plan_training(config))
 
 
 def test_statistics_are_those_of_the_documents(folder: Path):

@@ -11,7 +11,7 @@ from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import Place
 from nemotron.train.schedule import plan_training
-from nemotron.train.trainer import Trainer
+from nemotron.train.trainer import Trainer, build_local
 from tests.support.layout_run import forget_groups
 from tests.support.other_training import CountedBatches, EverySecondToken
 from tests.support.pool import Pool
@@ -38,7 +38,8 @@ def steps(values: dict[str, Any]) -> list[dict[str, float]]:
     reader = Place(ranks.rank, dims).batch
     batches = CountedBatches(4, 64, config.model.vocab_size, reader=reader, num_readers=dims.batch)
     plan, device = plan_training(config), torch.device("cpu")
-    trainer = Trainer(config, EverySecondToken(), batches, plan, device, 1e9, ranks)
+    local = build_local(config, device, ranks)
+    trainer = Trainer(config, local, EverySecondToken(), batches, plan, device, 1e9, ranks)
     results = [do_step(trainer, step) for step in range(3)]
     forget_groups(trainer)
     return [

@@ -19,9 +19,8 @@ from nemotron.parallel.pieces import pieces_of
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import check_layout
-from nemotron.train.loop import validate
+from nemotron.train.pretraining import open_data, validate
 from nemotron.train.schedule import plan_training
-from nemotron.train.start import open_data
 from nemotron.train.trainer import Trainer
 from tests.support.tiny_run import build_trainer, do_step
 

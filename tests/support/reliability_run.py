@@ -11,8 +11,9 @@ from nemotron.parallel.runtime import Ranks
 from nemotron.run.signals import StopRequest
 from nemotron.train.config import PretrainConfig
 from nemotron.train.loop import loop
+from nemotron.train.pretraining import open_data, validate
 from nemotron.train.reliability.replicas import ReplicasDiffer
-from nemotron.train.start import open_data
+from nemotron.train.setup import Setup
 from nemotron.train.trainer import Trainer
 from tests.support.tiny_run import build_trainer, do_step
 
@@ -24,7 +25,9 @@ def build(values: dict[str, Any]) -> Trainer:
 
 def run_loop(trainer: Trainer, notes: "Notes", num_steps: int) -> None:
     data = open_data(trainer.config, trainer.plan)
-    loop(trainer, data, notes, NothingSaved(), StopRequest(num_steps))
+    validate_all = (lambda: validate(trainer, data)) if data.validation_domains else None
+    setup = Setup(trainer, data, validate_all)
+    loop(setup, notes, NothingSaved(), StopRequest(num_steps))
 
 
 def skips(values: dict[str, Any], num_steps: int) -> list[tuple[str | None, bool]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 
 from nemotron.parallel.runtime import Ranks
-from nemotron.train import start
+from nemotron.train import pretraining
 from nemotron.train.config import PretrainConfig
 from nemotron.train.record import StepResult
 from nemotron.train.schedule import plan_training
@@ -59,8 +59,8 @@ def build_recipe(folder: Path, shards: dict[str, str], name: str, **changes) -> 
 def build_trainer(config: PretrainConfig, ranks: Ranks | None = None) -> Trainer:
     """Build the trainer of a run on the CPU."""
     plan = plan_training(config)
-    data = start.open_data(config, plan)
-    return start.build_trainer(config, plan, data, torch.device("cpu"), 1e9, ranks or Ranks())
+    data = pretraining.open_data(config, plan)
+    return pretraining.build_trainer(config, plan, data, torch.device("cpu"), 1e9, ranks or Ranks())
 
 
 def do_step(trainer: Trainer, step: int) -> StepResult:

@@ -11,7 +11,7 @@ from nemotron.errors import UserError
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
 from nemotron.train.schedule import plan_training
-from nemotron.train.trainer import Trainer
+from nemotron.train.trainer import Trainer, build_local
 from tests.support.other_training import TEMPERATURE, CountedBatches, EverySecondToken
 from tests.support.tiny_run import MODEL, build_trainer, do_step
 
@@ -28,7 +28,9 @@ def config(recipe) -> PretrainConfig:
 def build(config: PretrainConfig) -> Trainer:
     batches = CountedBatches(4, 31, VOCAB)
     plan = plan_training(config)
-    return Trainer(config, EverySecondToken(), batches, plan, torch.device("cpu"), 1e9)
+    device = torch.device("cpu")
+    local = build_local(config, device, Ranks())
+    return Trainer(config, local, EverySecondToken(), batches, plan, device, 1e9)
 
 
 def expected_loss(trainer: Trainer) -> float:

@@ -13,8 +13,9 @@ from nemotron.model.mamba2 import Mamba2
 from nemotron.parallel.runtime import Ranks
 from nemotron.run.metrics import read_metrics
 from nemotron.train.config import PretrainConfig
+from nemotron.train.pretraining import open_data
 from nemotron.train.schedule import plan_training
-from nemotron.train.start import open_data, train
+from nemotron.train.start import train
 from nemotron.train.state import SPIKE_MINIMUM, Skip, TrainerState
 from nemotron.train.validation import evaluate
 from tests.support.same_run import final_tensors

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 
 from nemotron.data.batch import Batch
 from nemotron.train.loss import PretrainObjective, compute_sums
+from nemotron.train.pretraining import open_data
 from nemotron.train.schedule import plan_training
-from nemotron.train.start import open_data
 from nemotron.train.trainer import build_model
 
 

@@ -314,8 +314,8 @@ def run_peer(source: str, out: str, workers: int) -> None:
 def open_blend(name: str) -> None:
     """Open a folder of shards or a blend as a run does, read one step, print the seconds."""
     from nemotron.recipe.load import load_recipe
+    from nemotron.train.pretraining import open_data
     from nemotron.train.schedule import plan_training
-    from nemotron.train.start import open_data
 
     start = time.perf_counter()
     source = f"data.blend={name}" if name.endswith(".json") else None

@@ -1,0 +1,175 @@
+"""Rollouts as a source of batches: the policy's own answers, compared and scored."""
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.errors import UserError
+from nemotron.files import write_text
+from nemotron.parallel.apply import LocalModel
+from nemotron.parallel.runtime import Ranks
+from nemotron.posttrain.advantages import advantages
+from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.gather import whole_model
+from nemotron.posttrain.metrics import batch_metrics
+from nemotron.posttrain.objective import ADVANTAGE, OLD, SAMPLED
+from nemotron.posttrain.rollout import Rollout, Sampler, rollout_lines
+from nemotron.posttrain.rows import Rows, pack_answers
+from nemotron.posttrain.scoring import score
+from nemotron.posttrain.tasks import Tasks
+
+class RolloutBatches:
+    """Batches of a run whose text is written by the model in training.
+
+    Every `updates_per_step` steps the ranks answer a new batch of tasks together; each of them
+    knows all answers, and takes its share of the rows of every step.
+    """
+
+    def __init__(
+        self, config: RlConfig, tasks: Tasks, sampler: Sampler, local: LocalModel, ranks: Ranks
+    ) -> None:
+        self._config, self._tasks, self._sampler = config, tasks, sampler
+        self._local, self._ranks = local, ranks
+        self._folder = Path(config.run_path) / "rollouts"
+        self._number = -1
+        """Number of the rollout batch at hand."""
+        self._rollouts: list[Rollout] = []
+        self._metrics: dict[str, float] = {}
+
+    def take(self, step: int) -> Batch:
+        """Return this rank's rows of a step; first of all let the policy write them, if due."""
+        updates = self._config.rollout.updates_per_step
+        number, update = divmod(step, updates)
+        if number != self._number:
+            self._begin(number, step)
+        # the answers to one prompt are spread over the updates
+        answers = self._rollouts[update::updates]
+        readers = 1 if self._local.mesh is None else self._local.mesh.dims.batch
+        rows = pack_answers(answers, self._config, readers)
+        share = len(rows.answers) // readers
+        return self._batch(rows.part(self._local.batch_rank * share, share))
+
+    def state(self) -> dict[str, Any]:  # Any: nested JSON
+        """Return the number of the rollout batch at hand, and its answers if some are left."""
+        return {
+            "rollout_batch": self._number,
+            "rollouts": [json.loads(rollout.as_line()) for rollout in self._rollouts],
+        }
+
+    def restore(self, saved: Mapping[str, Any], step: int) -> None:
+        """Go on after so many steps, with the answers that are not learned from yet.
+
+        Raises:
+            UserError: when the checkpoint is of another kind of run.
+        """
+        if saved.keys() != {"rollout_batch", "rollouts"}:
+            raise UserError(
+                f"the checkpoint of step {step} is of a run without rollouts; begin a new run "
+                "with init_from."
+            )
+        self._number = saved["rollout_batch"]
+        self._rollouts = [Rollout.of_json(values) for values in saved["rollouts"]]
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return the figures of the rollout batch at hand."""
+        return self._metrics
+
+    def evaluate(self) -> dict[str, float]:
+        """Return the mean reward of the likeliest answers to held-out tasks, by environment."""
+        tasks = list(enumerate(self._tasks.held_out()))
+        with whole_model(self._local, self._ranks) as model:
+            own = self._sampler.evaluate(model, tasks[self._ranks.rank :: self._ranks.world])
+        found = [rollout for part in self._ranks.gather(own) for rollout in part]
+        found = [rollout for rollout in found if rollout.verdict.error is None]
+        values: dict[str, list[float]] = {}
+        for rollout in found:
+            values.setdefault(rollout.task.environment, []).append(rollout.verdict.reward)
+        every = [reward for rewards in values.values() for reward in rewards]
+        means = {f"validation/{name}/reward": float(np.mean(r)) for name, r in values.items()}
+        return means | ({"validation/reward": float(np.mean(every))} if every else {})
+
+    def _begin(self, number: int, step: int) -> None:
+        """Roll out, verify, score and compare a batch; all ranks then have all of it."""
+        config, ranks = self._config, self._ranks
+        start = time.perf_counter()
+        tasks = list(enumerate(self._tasks.batch(number)))
+        with whole_model(self._local, ranks) as model:
+            own = self._sampler.roll_out(
+                model, tasks[ranks.rank :: ranks.world], f"{config.seed} {number}", step
+            )
+        parts = [rollout for part in ranks.gather(own) for rollout in part]
+        self._rollouts = sorted(parts, key=lambda rollout: rollout.group)
+        rollout_s = time.perf_counter() - start
+        start = time.perf_counter()
+        self._score()
+        self._compare()
+        score_s = time.perf_counter() - start
+        self._number = number
+        self._metrics = batch_metrics(self._rollouts, config)
+        self._metrics |= {"rl/rollout_s": rollout_s, "rl/score_s": score_s}
+        if ranks.is_first:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            path = self._folder / f"step-{step:08}.jsonl"
+            write_text(path, rollout_lines(self._rollouts))
+
+    def _score(self) -> None:
+        """Have the trainer's weights score all answers, a share on every rank."""
+        ranks, rollouts = self._ranks, self._rollouts
+        rows = pack_answers(rollouts, self._config, ranks.world)
+        share = len(rows.answers) // ranks.world
+        own = rows.part(ranks.rank * share, share)
+        scores = own.take_apart(score(self._config, self._local, self._batch_of(own)))
+        numbers = {id(rollout): number for number, rollout in enumerate(rollouts)}
+        for part in ranks.gather({numbers[key]: values for key, values in scores.items()}):
+            for number, values in part.items():
+                rollouts[number].old_logprobs = values
+
+    def _compare(self) -> None:
+        config, rollouts = self._config, self._rollouts
+        shape = (-1, config.rollout.num_generations_per_prompt)
+        rewards = torch.tensor([r.verdict.reward for r in rollouts], dtype=torch.float64)
+        lengths = torch.tensor([len(r.tokens) - sum(r.forced) for r in rollouts]).double()
+        found = advantages(rewards.view(shape), lengths.view(shape), config.advantage).flatten()
+        for rollout, value in zip(rollouts, found.tolist(), strict=True):
+            rollout.advantage = value
+            rollout.is_masked = (
+                rollout.verdict.error is not None
+                or rollout.verdict.mask
+                or (rollout.is_truncated and config.rollout.truncated == "mask")
+                or self._disagrees(rollout)
+            )
+
+    def _disagrees(self, rollout: Rollout) -> bool:
+        """Say whether trainer and rollout policy give the answer too different probabilities."""
+        limit = self._config.policy.correction.max_sequence_error
+        return limit is not None and sequence_error(rollout) > limit
+
+    def _batch(self, rows: Rows) -> Batch:
+        batch = self._batch_of(rows)
+        mask = batch.labels != NO_LABEL
+        own = [rollout for answers in rows.answers for rollout in answers]
+        found = {
+            ADVANTAGE: {id(r): [r.advantage] * len(r.tokens) for r in own},
+            OLD: {id(r): r.old_logprobs for r in own},
+            SAMPLED: {id(r): r.logprobs for r in own},
+        }
+        extras = {n: torch.where(mask, rows.line_up(values), 0) for n, values in found.items()}
+        return replace(batch, extras=extras).look_ahead(self._config.num_depths)
+
+    def _batch_of(self, rows: Rows) -> Batch:
+        eod = self._tasks.tokenizer.id(self._config.data.eod_token)
+        return rows.batch(eod, self._config.policy.average)
+
+
+def sequence_error(rollout: Rollout) -> float:
+    """Return the mean `exp |log trainer - log sampled|` over the policy's own tokens."""
+    pairs = zip(rollout.old_logprobs, rollout.logprobs, rollout.forced, strict=True)
+    errors = [abs(old - sampled) for old, sampled, forced in pairs if not forced]
+    return float(np.exp(errors).mean()) if errors else 1.0

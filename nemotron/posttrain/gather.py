@@ -1,0 +1,50 @@
+"""The whole model on every rank, for rollouts between two steps."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from nemotron.model.hybrid import HybridLM
+from nemotron.parallel.apply import LocalModel, local_of
+from nemotron.parallel.pieces import Pieces
+from nemotron.parallel.runtime import Ranks
+
+
+@contextmanager
+def whole_model(local: LocalModel, ranks: Ranks) -> Iterator[HybridLM]:
+    """Yield the model with all its weights: the trained one itself, or a copy of its shards.
+
+    With several ranks all of them enter together; the copy has no hooks of any layout, so that
+    ranks may then use it as they like.
+    """
+    if local.mesh is None:
+        yield local.models[0]
+        return
+    with torch.device(local.device):
+        copy = HybridLM(local.config)
+    copy.compute_dtype = local.models[0].compute_dtype
+    with torch.no_grad():
+        for name, tensor in [*copy.named_parameters(), *copy.named_buffers()]:
+            _collect(local, ranks, name, tensor)
+    yield copy
+
+
+def _collect(local: LocalModel, ranks: Ranks, name: str, into: Tensor) -> None:
+    """Fill a whole tensor with what each rank holds of it."""
+    for pieces in ranks.gather(_held(local, name)):
+        for offsets, piece in pieces.items():
+            box = tuple(slice(at, at + n) for at, n in zip(offsets, piece.shape, strict=True))
+            into[box] = piece.to(into)
+
+
+def _held(local: LocalModel, name: str) -> dict[tuple[int, ...], Tensor]:
+    if (parameter := local.parameters().get(name)) is not None:
+        whole = local.pieces(name, local_of(parameter))
+        if isinstance(whole, Pieces):
+            return {at: piece.detach().cpu() for at, piece in whole.pieces.items()}
+        return {(0,) * whole.ndim: whole.detach().cpu()}
+    if (buffer := local.buffers().get(name)) is not None:
+        return {(0,) * buffer.ndim: buffer.cpu()}
+    return {}

@@ -1,0 +1,59 @@
+"""What is logged about a rollout batch; names are NeMo RL's where it has one."""
+
+from collections import defaultdict
+from collections.abc import Sequence
+
+import numpy as np
+
+from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.rollout import Rollout
+
+
+def batch_metrics(rollouts: Sequence[Rollout], config: RlConfig) -> dict[str, float]:
+    """Return rewards, lengths, agreement with the trainer, and what of the batch has no signal.
+
+    `token_mult_prob_error` is the mean `exp |log trainer - log sampled|`, 1 if both agree;
+    `gen_kl_error` the divergence of the trainer from the rollout policy (k3).
+    Source: NVIDIA-NeMo/RL: docs/guides/grpo.md.
+    """
+    judged = [r for r in rollouts if r.verdict.error is None]
+    rewards = defaultdict(list)
+    for rollout in judged:
+        rewards[rollout.task.environment].append(rollout.verdict.reward)
+    values = {f"rl/reward/{name}": _mean(found) for name, found in rewards.items()}
+    size = config.rollout.num_generations_per_prompt
+    by_group = np.array([r.verdict.reward for r in rollouts]).reshape(-1, size)
+    old, sampled = _own_logprobs(rollouts)
+    difference = old - sampled
+    masked = [r for r in rollouts if r.is_masked]
+    return values | {
+        "rl/reward": _mean([r.verdict.reward for r in judged]),
+        "rl/answer_tokens": _mean([len(r.tokens) for r in rollouts]),
+        "rl/truncated": _mean([r.is_truncated for r in rollouts]),
+        "rl/verifier_faults": float(len(rollouts) - len(judged)),
+        "rl/masked": float(len(masked)),
+        "rl/masked_reward": _mean([r.verdict.reward for r in masked]),
+        "rl/groups_without_signal": _mean(by_group.max(1) == by_group.min(1)),
+        "rl/advantage_sum": float(sum(r.advantage for r in rollouts)),
+        "rl/token_mult_prob_error": _mean(np.exp(np.abs(difference))),
+        "rl/gen_kl_error": _mean(np.exp(difference) - 1 - difference),
+        "rl/approx_entropy": -_mean(old),
+    }
+
+
+def _own_logprobs(rollouts: Sequence[Rollout]) -> tuple[np.ndarray, np.ndarray]:
+    """Return what the trainer and the rollout policy say of the tokens that the policy chose."""
+    pairs = [
+        (old, sampled)
+        for rollout in rollouts
+        for old, sampled, forced in zip(
+            rollout.old_logprobs, rollout.logprobs, rollout.forced, strict=True
+        )
+        if not forced
+    ]
+    old, sampled = np.array(pairs, np.float64).reshape(-1, 2).T
+    return old, sampled
+
+
+def _mean(values: Sequence[float] | np.ndarray) -> float:
+    return float(np.mean(values)) if len(values) else 0.0

@@ -1,0 +1,156 @@
+"""Rollouts: answers of the policy to a batch of tasks, with their verdicts."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from nemotron.generate.decode_layers import decode_view
+from nemotron.generate.engine import Engine
+from nemotron.generate.request import Answer, Request
+from nemotron.generate.sampling import Sampling
+from nemotron.model.hybrid import HybridLM
+from nemotron.posttrain.config import RolloutConfig
+from nemotron.posttrain.environments.base import Response, Verdict
+from nemotron.posttrain.tasks import Task, Tasks
+from nemotron.posttrain.verify import Verifiers
+
+
+@dataclass
+class Rollout:
+    """One answer to a task, and all that is needed to learn from it or to verify it again."""
+
+    task: Task
+    group: int
+    """Number of the prompt in its rollout batch."""
+    tokens: list[int]
+    logprobs: list[float]
+    """Of each token under the policy and temperature that it was sampled with; 0 if forced."""
+    forced: list[bool]
+    """Whether a token was not the policy's choice; nothing is learned from such tokens."""
+    is_truncated: bool
+    version: int
+    """Optimizer steps that the sampling weights had seen."""
+    response: Response
+    verdict: Verdict
+    advantage: float = 0.0
+    old_logprobs: list[float] = dataclasses.field(default_factory=list)
+    """Of each token under the trainer's weights before the first update on this batch."""
+    is_masked: bool = False
+    """Whether the answer is left out of the loss."""
+
+    def as_line(self) -> str:
+        """Return the rollout as JSON, a line of a rollout file."""
+        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def of_json(cls, values: dict[str, Any]) -> "Rollout":
+        """Return what `as_line` wrote."""
+        task, response = values["task"], values["response"]
+        return cls(
+            **values
+            | {
+                "task": Task(**task | {"prompt": tuple(task["prompt"])}),
+                "response": Response(**response | {"output": tuple(response["output"])}),
+                "verdict": Verdict(**values["verdict"]),
+            }
+        )
+
+
+class Sampler:
+    """Answers tasks with a model in training, which it leaves as it is, and has them verified."""
+
+    def __init__(self, config: RolloutConfig, tasks: Tasks, verifiers: Verifiers) -> None:
+        self._config, self._tasks, self._verifiers = config, tasks, verifiers
+
+    def roll_out(
+        self, model: HybridLM, tasks: Sequence[tuple[int, Task]], seed: str, version: int
+    ) -> list[Rollout]:
+        """Return all answers to the tasks, each given with its number in the batch.
+
+        The random numbers of an answer depend on `seed`, the number of its task and its own.
+        """
+        size, at = self._config.num_generations_per_prompt, self._config.temperature
+        requests = [
+            self._request(task, Sampling(at, seed=_seed(seed, number)), size)
+            for number, task in tasks
+        ]
+        answers = self._answer(model, requests)
+        pairs = [pair for pair in tasks for _ in range(size)]
+        return self._judge(pairs, answers, version)
+
+    def evaluate(self, model: HybridLM, tasks: Sequence[tuple[int, Task]]) -> list[Rollout]:
+        """Return the likeliest answer to each task."""
+        requests = [self._request(task, Sampling(0.0), 1) for _, task in tasks]
+        return self._judge(tasks, self._answer(model, requests), 0)
+
+    def _request(self, task: Task, sampling: Sampling, num_samples: int) -> Request:
+        return Request(
+            task.prompt,
+            self._config.max_new_tokens,
+            sampling,
+            num_samples,
+            stop_ids=self._tasks.stop_ids,
+            stop=self._config.stop,
+            logprobs=True,
+        )
+
+    @torch.no_grad()
+    def _answer(self, model: HybridLM, requests: Sequence[Request]) -> list[Answer]:
+        """Return the answers in the order of the requests, their samples side by side."""
+        if not requests:
+            return []
+        total = sum(request.num_samples for request in requests)
+        engine = Engine(
+            decode_view(model, pack=model.lm_head.weight.device.type == "cpu"),
+            tokenizer=self._tasks.tokenizer,
+            slots=min(self._config.slots, total),
+        )
+        found: dict[tuple[int, int], Answer] = {}
+        for event in engine.run(requests):
+            if event.finish is not None:
+                found[event.request, event.sample] = event.answer
+        return [found[key] for key in sorted(found)]
+
+    def _judge(
+        self, tasks: Sequence[tuple[int, Task]], answers: Sequence[Answer], version: int
+    ) -> list[Rollout]:
+        responses = [
+            self._tasks.response(answer.tokens, is_truncated=answer.finish == "length")
+            for answer in answers
+        ]
+        rows = [task.row for _, task in tasks]
+        states = [None] * len(rows)
+        timeout_s = self._config.verify_timeout_s
+        verdicts = self._verifiers.verify(rows, responses, states, timeout_s)
+        return [
+            Rollout(
+                task=task,
+                group=number,
+                tokens=list(answer.tokens),
+                logprobs=list(answer.logprobs),
+                forced=list(answer.forced),
+                is_truncated=answer.finish == "length",
+                version=version,
+                response=response,
+                verdict=verdict,
+            )
+            for (number, task), answer, response, verdict in zip(
+                tasks, answers, responses, verdicts, strict=True
+            )
+        ]
+
+
+def rollout_lines(rollouts: Sequence[Rollout]) -> str:
+    """Return a rollout file: a line of JSON for each rollout."""
+    return "".join(each.as_line() + "\n" for each in rollouts)
+
+
+def _seed(text: str, number: int) -> int:
+    """Return a seed below 2^62, so that the samples of a request can count on from it."""
+    digest = hashlib.sha256(f"{text} {number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2

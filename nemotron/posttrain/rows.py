@@ -1,0 +1,103 @@
+"""Answers laid side by side in rows, as documents that do not see each other."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron.data.batch import Batch, Row, pack
+from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.rollout import Rollout
+
+ROWS_MULTIPLE = 16
+"""Rows are as long as the fullest one needs, rounded up to a multiple of this."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Which answers lie in which row; some rows may have none."""
+
+    answers: list[list[Rollout]]
+    length: int
+    """Inputs of a row."""
+
+    def part(self, first: int, count: int) -> "Rows":
+        """Return some of the rows."""
+        return Rows(self.answers[first : first + count], self.length)
+
+    def line_up(self, values: dict[int, Sequence[float]]) -> Float[Tensor, "B T"]:
+        """Return values of the answers' tokens at the positions that predict them.
+
+        `values` has those of an answer under the `id` of its rollout.
+        """
+        lined_up = torch.zeros(len(self.answers), self.length)
+        for row, rollout, first in self._places():
+            own = torch.tensor(values[id(rollout)])
+            lined_up[row, first : first + len(own)] = own
+        return lined_up
+
+    def take_apart(self, values: Float[Tensor, "B T"]) -> dict[int, list[float]]:
+        """Return, under the `id` of each rollout, the values of its answer's tokens."""
+        return {
+            id(rollout): values[row, first : first + len(rollout.tokens)].tolist()
+            for row, rollout, first in self._places()
+        }
+
+    def batch(self, eod_id: int, average: str) -> Batch:
+        """Return inputs, and as labels the tokens that count; all others have none."""
+        rows = [_row(rollouts, eod_id, average) for rollouts in self.answers]
+        return pack(rows, self.length, eod_id, mask_eod_loss=False)
+
+    def _places(self) -> list[tuple[int, Rollout, int]]:
+        """Return each answer with its row and the position that predicts its first token."""
+        found = []
+        for row, rollouts in enumerate(self.answers):
+            start = 0
+            for rollout in rollouts:
+                found.append((row, rollout, start + len(rollout.task.prompt) - 1))
+                start += len(rollout.task.prompt) + len(rollout.tokens)
+        return found
+
+
+def pack_answers(rollouts: Sequence[Rollout], config: RlConfig, multiple: int) -> Rows:
+    """Put answers into rows of at most `data.seq_len`, the longest first, where they fit first.
+
+    The number of rows is a multiple of `multiple`, so that every rank gets as many.
+    """
+    rows: list[list[Rollout]] = []
+    left: list[int] = []
+    size_of = {id(r): len(r.task.prompt) + len(r.tokens) for r in rollouts}
+    for rollout in sorted(rollouts, key=lambda r: -size_of[id(r)]):
+        size = size_of[id(rollout)]
+        # a row has one token more than it has inputs
+        place = next((i for i, room in enumerate(left) if room >= size), None)
+        if place is None:
+            place = len(rows)
+            rows.append([])
+            left.append(config.data.seq_len + 1)
+        rows[place].append(rollout)
+        left[place] -= size
+    longest = max(sum(size_of[id(r)] for r in row) for row in rows) - 1
+    length = min(-(-longest // ROWS_MULTIPLE) * ROWS_MULTIPLE, config.data.seq_len)
+    rows += [[] for _ in range(-len(rows) % multiple)]
+    return Rows(rows, length)
+
+
+def _row(rollouts: Sequence[Rollout], eod_id: int, average: str) -> Row:
+    if not rollouts:
+        return Row(np.array([eod_id, eod_id]), np.array([0]), np.zeros(2, np.float32))
+    tokens, starts, weights = [], [], []
+    for rollout in rollouts:
+        starts.append(sum(map(len, tokens)))
+        counted = np.array([not forced for forced in rollout.forced], np.float32)
+        if rollout.is_masked:
+            counted[:] = 0
+        if average == "sequence" and counted.any():
+            counted /= counted.sum()
+        prompt = rollout.task.prompt
+        tokens.append(np.array([*prompt, *rollout.tokens], np.int64))
+        weights.append(np.concatenate([np.zeros(len(prompt), np.float32), counted]))
+    return Row(np.concatenate(tokens), np.array(starts), np.concatenate(weights))

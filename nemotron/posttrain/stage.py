@@ -1,0 +1,57 @@
+"""Reinforcement learning as a stage: the trainer's own loop, on answers of the model itself."""
+
+import torch
+
+from nemotron.data.timeline import Phase, RowLength, Timeline
+from nemotron.parallel.runtime import Ranks
+from nemotron.posttrain.batches import RolloutBatches
+from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.objective import PolicyObjective
+from nemotron.posttrain.rollout import Sampler
+from nemotron.posttrain.tasks import Tasks
+from nemotron.posttrain.verify import Verifiers
+from nemotron.train.auxiliary import Auxiliary
+from nemotron.train.schedule import TrainingPlan, build_schedule
+from nemotron.train.setup import Setup
+from nemotron.train.trainer import Trainer, build_local
+
+
+class Reinforcement:
+    """The stage that learns from rewards."""
+
+    def plan(self, config: RlConfig) -> TrainingPlan:
+        """Return the steps of a run and their learning rates; rows count as if they were full.
+
+        Raises:
+            UserError: when the schedule is impossible.
+        """
+        tokens = config.batch.global_tokens
+        schedule = build_schedule(config.schedule, tokens)
+        length = RowLength(config.data.seq_len, 1.0, ())
+        phase = Phase("all", schedule.num_steps, tokens, (length,))
+        return TrainingPlan(Timeline([phase]), (schedule,), (0,))
+
+    def build(
+        self,
+        config: RlConfig,
+        plan: TrainingPlan,
+        device: torch.device,
+        peak_flops: float,
+        ranks: Ranks,
+    ) -> Setup:
+        """Make the environments and the verifiers, and build the trainer.
+
+        Raises:
+            UserError: when an environment is unknown, cannot run here or has prompts that are too
+                long.
+        """
+        tasks = Tasks(config)
+        tasks.held_out()  # prompts that do not fit are found before anything is computed
+        verifiers = Verifiers(config.rollout.verify_workers, tasks.options)
+        sampler = Sampler(config.rollout, tasks, verifiers)
+        local = build_local(config, device, ranks)
+        batches = RolloutBatches(config, tasks, sampler, local, ranks)
+        auxiliary = Auxiliary(config.loss, config.num_depths, bool(config.model.moe_layers))
+        objective = PolicyObjective(config.policy, auxiliary, config.rollout.temperature)
+        trainer = Trainer(config, local, objective, batches, plan, device, peak_flops, ranks)
+        return Setup(trainer, tasks, batches.evaluate)

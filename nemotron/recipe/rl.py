@@ -1,0 +1,80 @@
+"""Rules of reinforcement-learning recipes across sections. Reads like a list."""
+
+from collections.abc import Iterator
+
+from nemotron.divisors import divisors, nearest
+from nemotron.errors import Finding
+from nemotron.posttrain.config import RlConfig
+from nemotron.recipe.read import Idle
+
+
+def impossible(config: RlConfig) -> Iterator[Finding]:
+    """Yield the values that contradict each other."""
+    model, data, rollout, policy = config.model, config.data, config.rollout, config.policy
+    if data.seq_len > model.max_position_embeddings:
+        yield Finding(
+            "data.seq_len",
+            f"exceeds model.max_position_embeddings = {model.max_position_embeddings}; shorten "
+            "the rows or raise that limit.",
+            data.seq_len,
+        )
+    if rollout.num_prompts_per_step % rollout.updates_per_step:
+        near = nearest(rollout.updates_per_step, divisors(rollout.num_prompts_per_step))
+        yield Finding(
+            "rollout.updates_per_step",
+            f"does not divide rollout.num_prompts_per_step = {rollout.num_prompts_per_step}; "
+            f"the nearest is {near}.",
+            rollout.updates_per_step,
+        )
+    tokens = int(config.rows_per_update) * data.seq_len
+    if config.batch.global_tokens != tokens:
+        yield Finding(
+            "batch.global_tokens",
+            f"is not {int(config.rows_per_update)} answers of an update in rows of data.seq_len = "
+            f"{data.seq_len}; write {tokens}.",
+            config.batch.global_tokens,
+        )
+    if policy.on_policy and rollout.updates_per_step > 1:
+        yield Finding(
+            "policy.on_policy",
+            "holds for one update on each rollout batch, but rollout.updates_per_step = "
+            f"{rollout.updates_per_step}; remove one of them.",
+            policy.on_policy,
+        )
+    if policy.kl_coefficient:
+        yield Finding(
+            "policy.kl_coefficient",
+            "needs the log-probabilities of a reference, which this stage does not compute yet; "
+            "use 0.",
+            policy.kl_coefficient,
+        )
+    if config.precision.quantizes:
+        yield Finding(
+            "precision.preset",
+            "quantizes layers, with which rollouts are not made yet; use none.",
+            config.precision.preset,
+        )
+    for axis in ("pp", "cp", "tp"):
+        if (size := getattr(config.parallel, axis)) != 1:
+            yield Finding(
+                f"parallel.{axis}",
+                "cannot score rollouts yet; share the weights by dp_shard or ep, and use 1.",
+                size,
+            )
+
+
+def idle(config: RlConfig) -> Iterator[Idle]:
+    """Yield keys that nothing reads, and why."""
+    model, text = config.model, "the text of this stage is written by the model"
+    read = ("tokenizer", "eod_token", "seq_len", "reset_documents", "cache")
+    yield Idle([f"data.{n}" for n in type(config.data).model_fields if n not in read], True, text)
+    layers = model.hybrid_override_pattern + model.mtp_pattern
+    yield Idle(["loss.moe_aux_loss_coeff"], "E" not in layers, "the pattern has no E layer")
+    ahead = [f"loss.{name}" for name in type(config.loss).model_fields if name.startswith("mtp_")]
+    yield Idle(ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0")
+    clip = ["policy.clip_low", "policy.clip_high", "policy.dual_clip"]
+    one = config.rollout.updates_per_step == 1
+    yield Idle(clip, one, "rollout.updates_per_step = 1, so that no ratio differs from 1")
+    thinking = ["rollout.enable_thinking"]
+    yield Idle(thinking, config.rollout.prompt == "text", "rollout.prompt = text")
+    yield Idle(["evaluation.tokens"], True, "rollout.evaluation_tasks says how much is evaluated")

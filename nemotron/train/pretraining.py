@@ -1,0 +1,93 @@
+"""Pre-training as a stage: text, its rows and its objective."""
+
+import torch
+
+from nemotron.data.loader import TrainingData
+from nemotron.data.prefetch import TextBatches
+from nemotron.parallel.dims import resolve_dims
+from nemotron.parallel.runtime import Ranks
+from nemotron.train.config import PretrainConfig
+from nemotron.train.layout import Place
+from nemotron.train.loss import PretrainObjective
+from nemotron.train.schedule import TrainingPlan, plan_training
+from nemotron.train.setup import Setup
+from nemotron.train.trainer import Trainer, build_local
+from nemotron.train.validation import evaluate
+
+
+class Pretraining:
+    """The stage that learns from text."""
+
+    def plan(self, config: PretrainConfig) -> TrainingPlan:
+        """Return the phases of a run and their learning rates.
+
+        Raises:
+            UserError: when they contradict each other.
+        """
+        return plan_training(config)
+
+    def build(
+        self,
+        config: PretrainConfig,
+        plan: TrainingPlan,
+        device: torch.device,
+        peak_flops: float,
+        ranks: Ranks,
+    ) -> Setup:
+        """Open the text, and build its trainer.
+
+        Raises:
+            UserError: when the text is unfit, or too short.
+        """
+        data = open_data(config, plan)
+        data.check_length()
+        trainer = build_trainer(config, plan, data, device, peak_flops, ranks)
+        has_held_out = bool(data.validation_domains)
+        return Setup(trainer, data, (lambda: validate(trainer, data)) if has_held_out else None)
+
+
+def open_data(config: PretrainConfig, plan: TrainingPlan) -> TrainingData:
+    """Open the data of a run.
+
+    Raises:
+        UserError: when it is unfit.
+    """
+    return TrainingData(
+        config.data, plan.timeline, seed=config.seed, vocab_size=config.model.vocab_size
+    )
+
+
+def build_trainer(
+    config: PretrainConfig,
+    plan: TrainingPlan,
+    data: TrainingData,
+    device: torch.device,
+    peak_flops: float,
+    ranks: Ranks,
+) -> Trainer:
+    """Build what pre-trains: its objective, the rows that this rank reads, and the trainer."""
+    objective = PretrainObjective.of(config)
+    dims = resolve_dims(config.parallel, ranks.world)
+    batches = TextBatches(
+        config.data,
+        data,
+        reader=Place(ranks.rank, dims).batch,
+        num_readers=dims.batch,
+        num_steps=plan.num_steps,
+        num_depths=objective.num_depths,
+        pin=device.type == "cuda",
+    )
+    local = build_local(config, device, ranks)
+    return Trainer(config, local, objective, batches, plan, device, peak_flops, ranks)
+
+
+def validate(trainer: Trainer, data: TrainingData) -> dict[str, float]:
+    """Return the metrics of the held-out text."""
+    return evaluate(
+        trainer.local,
+        data,
+        trainer.ranks,
+        tokens=trainer.config.evaluation.tokens,
+        rows=trainer.config.batch.micro_batch,
+        progress=trainer.progress,
+    )
