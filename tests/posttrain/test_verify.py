@@ -131,11 +131,11 @@ def test_a_worker_that_hangs_ends_even_if_nobody_is_left_to_kill_it():
     code = f"""
 from nemotron.posttrain.environments.base import Response
 from nemotron.posttrain.verify import Verifiers
-Verifiers(1).verify([{row!r}], [Response({text!r})], [None], 1.5)
+Verifiers(1).verify([{row!r}], [Response({text!r})], [None], 1.2)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     worker = until(lambda: next(iter(children(parent.pid)), None))
-    time.sleep(0.8)  # in the middle of the job
+    time.sleep(0.7)  # in the middle of the job
     parent.kill()
     parent.wait()
     assert until(lambda: not Path(f"/proc/{worker}").exists())
