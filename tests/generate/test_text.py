@@ -1,9 +1,13 @@
 """Streaming text: characters of several tokens appear whole, and nothing is lost."""
 
+import itertools
+import random
+
 import pytest
+import tokenizers
 
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
-from nemotron.generate.text import TextStream
+from nemotron.generate.text import StopStrings, TextStream
 
 TEXT = "naïve café — 日本語 🧑‍🔬 Ω≈ç√ plain end"
 
@@ -39,6 +43,49 @@ def test_text_goes_on_after_bytes_that_are_no_character(tokenizer: Tokenizer) ->
     assert text.endswith(" fine 日 done")
 
 
+def test_words_of_a_metaspace_tokenizer_keep_their_spaces() -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {"<unk>": 0, "\u2581the": 1, "\u2581cat": 2, "\u2581sat": 3, ".": 4, "</s>": 5}, "<unk>"
+    ))  # fmt: skip
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.add_special_tokens(["</s>"])
+    spaced = Tokenizer(made.to_str().encode())
+    ids = [1, 2, 5, 3, 4, 1, 5, 5, 2]
+    stream = TextStream(spaced)
+    assert [stream.push(token) for token in ids] == [
+        "the", " cat", "", " sat", ".", " the", "", "", " cat",
+    ]  # fmt: skip
+    assert stream.close() == ""
+    after_prompt = TextStream(spaced, [1, 2])
+    assert "".join(map(after_prompt.push, [3, 4])) + after_prompt.close() == " sat."
+
+
 def test_special_tokens_are_not_shown(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer)
     assert "".join(map(stream.push, [*tokenizer.encode("end"), tokenizer.id("</s>")])) == "end"
+
+
+def test_a_stop_string_is_found_however_the_text_is_cut() -> None:
+    generator = random.Random(0)
+    for _ in range(2000):
+        stops = tuple(
+            "".join(generator.choices("ab", k=generator.randint(1, 4)))
+            for _ in range(generator.randint(0, 3))
+        )
+        text = "".join(generator.choices("abc", k=12))
+        ends = sorted(generator.randrange(13) for _ in range(4))
+        found, emitted = StopStrings(stops), ""
+        for begin, end in itertools.pairwise([0, *ends, 12]):
+            before = text[:begin]
+            emitted += found.push(text[begin:end])
+            if found.is_found:
+                # it is found as early as the text allows
+                assert not any(stop in before for stop in stops)
+                break
+        places = [text.find(stop) for stop in stops if stop in text[:end]]
+        assert found.is_found == bool(places)
+        if places:
+            assert emitted == text[: min(p for p in places)]
+        else:
+            assert emitted + found.close() == text
