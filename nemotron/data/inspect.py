@@ -20,8 +20,8 @@ from nemotron.data.loader import TrainingData
 from nemotron.data.plan import wide_console
 from nemotron.data.timeline import single_phase
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE
 
-DONE = 0
 SOURCES_SHOWN = 50
 SOURCES_DRAWN = 20
 SHOWN_CHARACTERS = 600

@@ -7,9 +7,9 @@ from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device
 from nemotron.errors import UserError
 from nemotron.generate.decode_layers import prepare_weights
-from nemotron.generate.engine import Engine
+from nemotron.generate.engine import SLOTS, Engine
+from nemotron.generate.request import requests_of
 from nemotron.generate.sampling import Sampling
-from nemotron.generate.text import TextStream
 from nemotron.model.hybrid import HybridLM
 
 
@@ -39,20 +39,21 @@ def generate(
     for prompt in prompts:
         if not _is_text(prompt):
             raise UserError(f"prompt = {prompt!r} is not UTF-8 text; give it in that encoding.")
-    ids = [tokenizer.encode(prompt) for prompt in prompts]
-    engine = Engine(prepare_weights(model.to(find_device(device))), {model.config.eos_token_id})
-    rows = [TextStream(tokenizer, prompt) for prompt in ids]
-    texts = list(prompts)
-    live, shown = stream and len(ids) == 1, 0
-    for tokens in engine.stream(ids, max_new_tokens, sampling):
-        for index, token in enumerate(tokens):
-            if token is not None:
-                texts[index] += rows[index].push(token)
+    requests = requests_of(list(map(tokenizer.encode, prompts)), max_new_tokens, sampling)
+    for number, request in enumerate(requests, 1):
+        request.check(model.config.vocab_size, f"prompt {number}")
+    model = prepare_weights(model.to(find_device(device)))
+    stop, slots = {model.config.eos_token_id}, min(len(requests), SLOTS)
+    engine = Engine(model, stop, tokenizer=tokenizer, slots=slots)
+    live, answers = stream and len(requests) == 1, dict.fromkeys(range(len(requests)), "")
+    if live:
+        print(prompts[0], end="", flush=True)
+    for event in engine.run(requests):
+        answers[event.request] = event.answer.text
         if live:
-            print(texts[0][shown:], end="", flush=True)
-            shown = len(texts[0])
-    texts = [text + row.close() for text, row in zip(texts, rows, strict=True)]
-    print(texts[0][shown:] if live else "\n\n".join(texts))
+            print(event.text, end="", flush=True)
+    whole = [prompt + answer for prompt, answer in zip(prompts, answers.values(), strict=True)]
+    print("" if live else "\n\n".join(whole))
     print(engine.timing, file=sys.stderr)
     return 0
 

@@ -1,4 +1,4 @@
-"""Layers and weights in the form that decodes fastest; a model so prepared only generates.
+"""A model in the form that decodes fastest, beside the trained one or in its place.
 
 On a CPU a token's time is the time to read the weights and to start the operations. oneDNN reads
 its own blocked layout two to four times as fast as a row-major matrix (torch.compile's frozen
@@ -6,52 +6,112 @@ graphs use the same calls), of the experts only the chosen ones are read, and la
 start fewer operations.
 """
 
+from typing import NamedTuple, cast
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.attention import Attention
-from nemotron.model.cache import AttentionState, MambaState
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Linear
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import Routing
+from nemotron.model.state import AttentionState, MambaState
 
 FEW_TOKENS = 8
 """Up to so many tokens pass their experts one by one; the experts read twice cost little yet."""
 
 
 @torch.no_grad()
+def decode_view(model: HybridLM, *, pack: bool = False) -> HybridLM:
+    """Return a model for decoding that has its parameters in common with `model`.
+
+    `model` stays as it is and can be trained on; the view then computes with its newest weights.
+    With `pack` the view has weights of its own, those of now, prepared as by `prepare_weights`: it
+    decodes faster, takes memory and must be made again after an update.
+    """
+    view = cast(HybridLM, _copy_modules(model))
+    if pack:
+        prepare_weights(view)
+        _separate(view, model)
+        return view
+    for module in list(view.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, Mamba2):
+                setattr(module, name, MambaStep(child))
+    return view
+
+
+def _copy_modules(module: nn.Module) -> nn.Module:
+    """Return other modules with the same parameters, buffers, settings and operations."""
+    new = module.__class__.__new__(module.__class__)
+    _take_over(new, module)
+    for name, child in module.named_children():
+        setattr(new, name, _copy_modules(child))
+    return new
+
+
+def _separate(view: nn.Module, model: nn.Module) -> None:
+    """Give the view copies of what it still has in common with the model."""
+    common = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    for module in view.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if id(parameter) in common:
+                setattr(module, name, _frozen(parameter.clone()))
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if id(buffer) in common:
+                setattr(module, name, buffer.clone())
+
+
+@torch.no_grad()
 def prepare_weights(model: HybridLM) -> HybridLM:
-    """Cast the matrices to the compute dtype and lay them out anew, in place; return the model."""
+    """Cast the matrices to the compute dtype and lay them out anew; return the model.
+
+    The old ones are released one by one, so that there are never two models in memory. The model
+    can only generate afterwards.
+    """
     dtype = model.compute_dtype or model.backbone.embeddings.weight.dtype
     _replace(model, dtype)
-    return model.requires_grad_(False)
+    return model
 
 
 def _replace(parent: nn.Module, dtype: torch.dtype) -> None:
-    """Put what decodes faster in the place of every module below `parent`."""
+    """Put what decodes faster in the place of every module below `parent`.
+
+    No parameter changes: another model may have it, too.
+    """
     for name, child in list(parent.named_children()):
         if isinstance(child, Linear):
-            child.to(dtype)
+            _cast(child, dtype)
             if _can_pack(child.weight):
                 setattr(parent, name, PackedLinear(child.weight))
             continue
         if isinstance(child, MoE):
-            child.experts.to(dtype)
-            child.shared_experts.to(dtype)
+            _cast(child.experts, dtype)
             if child.experts.up_proj.device.type == "cpu":
+                for part in (child.shared_experts.up_proj, child.shared_experts.down_proj):
+                    _cast(part, dtype)
                 setattr(parent, name, FewTokensMoE(child))
         elif isinstance(child, Mamba2):
-            child = MambaStep(child)
+            child = MambaStep(child, copies=True)
             setattr(parent, name, child)
         elif isinstance(child, Attention):
             child = JointAttention(child)
             setattr(parent, name, child)
         _replace(child, dtype)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype) -> None:
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        setattr(module, name, _frozen(parameter.to(dtype)))
+
+
+def _frozen(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor.detach(), requires_grad=False)
 
 
 def _can_pack(weight: Tensor) -> bool:
@@ -94,9 +154,14 @@ class ChosenExperts(nn.Module):
         self.up_rows = torch.arange(self.up.shape[0]).view(num_all, -1)
         self.down_rows = torch.arange(self.down.shape[0]).view(num_all, -1)
         self.always = torch.arange(num_experts, num_all)
+        most = torch.arange(FEW_TOKENS * num_all)
+        self.up_bags, self.down_bags = (
+            most * part.shape[1] for part in (self.up_rows, self.down_rows)
+        )
         # the same memory serves when many tokens come
-        for parameter, table in ((experts.up_proj, self.up), (experts.down_proj, self.down)):
-            parameter.data = table.view(num_all, -1, table.shape[1])[:num_experts].mT
+        for name, table in (("up_proj", self.up), ("down_proj", self.down)):
+            parts = table.view(num_all, -1, table.shape[1])[:num_experts].mT
+            setattr(experts, name, _frozen(parts))
 
     def forward(self, x: Float[Tensor, "M I"], routing: Routing) -> Float[Tensor, "M I"]:
         experts: Int[Tensor, "M K"] = routing.experts
@@ -106,16 +171,26 @@ class ChosenExperts(nn.Module):
             weights = F.pad(weights, (0, extra), value=1.0)
         chosen = experts.flatten()
         rows = x.repeat_interleave(experts.shape[1], dim=0)  # [M K, I]
-        hidden = _sum_rows(self.up, self.up_rows.index_select(0, chosen), rows)  # [M K, F]
+        chosen_up = self.up_rows.index_select(0, chosen)
+        hidden = _sum_rows(self.up, chosen_up, rows, self.up_bags)  # [M K, F]
         hidden = (hidden.relu_() * weights.view(-1, 1)).mul_(hidden).to(x.dtype)
-        rows = _sum_rows(self.down, self.down_rows.index_select(0, chosen), hidden)
+        chosen_down = self.down_rows.index_select(0, chosen)
+        rows = _sum_rows(self.down, chosen_down, hidden, self.down_bags)
         return rows.view(*experts.shape, -1).sum(1)
 
 
 def _sum_rows(
-    table: Float[Tensor, "R O"], rows: Int[Tensor, "bags I"], weights: Float[Tensor, "bags I"]
+    table: Float[Tensor, "R O"],
+    rows: Int[Tensor, "bags I"],
+    weights: Float[Tensor, "bags I"],
+    bags: Int[Tensor, " most"],
 ) -> Float[Tensor, "bags O"]:
-    return F.embedding_bag(rows, table, mode="sum", per_sample_weights=weights)
+    """Sum the rows of each bag, times their weights; `bags` are the bags' beginnings, and more."""
+    # as F.embedding_bag, which finds the beginnings anew each time
+    begins = bags[: rows.shape[0]]
+    return torch.embedding_bag(
+        table, rows.flatten(), begins, False, 0, False, weights.flatten(), False
+    )[0]
 
 
 class FewTokensMoE(nn.Module):
@@ -152,13 +227,14 @@ def _take_over(new: nn.Module, old: nn.Module) -> None:
 
 
 class MambaStep(Mamba2):
-    """Mixes one token of each row by the recurrence itself, several as in training."""
+    """Mixes tokens of a cached row one by one by the recurrence itself, others as in training.
 
-    def __init__(self, mamba: Mamba2) -> None:
+    With `copies` the layer computes with its parameters of now, else with those of each call.
+    """
+
+    def __init__(self, mamba: Mamba2, *, copies: bool = False) -> None:
         _take_over(self, mamba)
-        self.kernel = self.conv1d.weight.squeeze(1).T.contiguous()  # [W, C]
-        self.decay = -self.A_log.exp().view(-1, 1, 1)
-        self.skip, self.gain = self.D.view(-1, 1, 1), self.norm.weight
+        self._constants = self._find_constants() if copies else None
 
     def forward(
         self,
@@ -166,30 +242,61 @@ class MambaStep(Mamba2):
         seq_idx: Int[Tensor, "B T"] | None = None,
         state: MambaState | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """As `Mamba2.forward`; `state` changes in place."""
-        if state is None or seq_idx is not None or u.shape[1] != 1:
+        """As `Mamba2.forward`; the states change in place."""
+        if state is None or not (u.shape[1] == 1 or state.history is not None):
             return super().forward(u, seq_idx, state)
         z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
+        dt = self._time_step(dt)
+        constants = self._constants or self._find_constants()
+        if u.shape[1] == 1:
+            y = self._step(xBC, dt, state, constants)
+        else:
+            each = zip(xBC.split(1, dim=1), dt.split(1, dim=1), strict=True)
+            y = torch.cat([self._step(*one, state, constants) for one in each], dim=1)
+        y = self.gated_rms_norm(y.to(u.dtype), z, self.norm.weight, self.num_groups, self.norm.eps)
+        return self.out_proj(y)
+
+    def _find_constants(self) -> "_Constants":
+        kernel, decay = self.conv1d.weight.squeeze(1).T, -self.A_log.exp()
+        skip = self.D.view(-1, 1, 1).clone()
+        return _Constants(kernel.contiguous(), decay.view(-1, 1, 1), skip)
+
+    def _step(
+        self,
+        xBC: Float[Tensor, "B 1 C"],
+        dt: Float[Tensor, "B 1 H"],
+        state: MambaState,
+        constants: "_Constants",
+    ) -> Float[Tensor, "B 1 I"]:
+        """Convolve and scan one token of each row."""
         window = torch.cat([state.conv, xBC], dim=1)  # [B, W, C]
-        state.conv = window[:, 1:]
-        mixed = (window * self.kernel).sum(1)
+        mixed = (window * constants.kernel).sum(1)
         if self.conv1d.bias is not None:
             mixed += self.conv1d.bias
         inner, bc = self.splits[0], self.num_groups * self.state_size
         x, B, C = F.silu(mixed, inplace=True).split([inner, bc, bc], dim=-1)
-        x = x.view(*state.ssm.shape[:3], 1)  # [B, H, P, 1]
-        dt = self._time_step(dt).view(*state.ssm.shape[:2], 1, 1)
+        ssm = state.ssm
+        x = x.view(*ssm.shape[:3], 1)  # [B, H, P, 1]
+        dt = dt.view(*ssm.shape[:2], 1, 1)
 
         # S <- exp(dt A) S + dt x ⊗ B, then y = S C + D x
-        state.ssm.mul_((dt * self.decay).exp_())
+        ssm.mul_((dt * constants.decay).exp_())
         # every group by itself, the channels of its heads side by side: [B G, H P / G, N]
-        states = state.ssm.view(-1, inner // self.num_groups, self.state_size)
+        states = ssm.view(-1, inner // self.num_groups, self.state_size)
         B, C = (t.reshape(-1, 1, self.state_size) for t in (B, C))
         states.addcmul_((dt * x).view(states.shape[0], -1, 1), B)
-        y = torch.bmm(C, states.mT).view_as(x).addcmul_(x, self.skip)
-        y = y.view_as(z).to(u.dtype)
-        y = self.gated_rms_norm(y, z, self.gain, self.num_groups, self.norm.eps)
-        return self.out_proj(y)
+        y = torch.bmm(C, states.mT).view_as(x).addcmul_(x, constants.skip)
+        state.store(window[:, 1:], ssm)
+        return y.view(xBC.shape[0], 1, inner)
+
+
+class _Constants(NamedTuple):
+    """What a step of the recurrence needs besides its inputs."""
+
+    kernel: Float[Tensor, "W C"]
+    decay: Float[Tensor, "H 1 1"]
+    """-exp(A_log)"""
+    skip: Float[Tensor, "H 1 1"]
 
 
 class JointAttention(Attention):
@@ -202,7 +309,7 @@ class JointAttention(Attention):
         with torch.device("meta"):
             self.qkv_proj = Linear(parts[0].shape[1], sum(self.sizes))
         self.qkv_proj.linear = self.q_proj.linear
-        self.qkv_proj.weight = nn.Parameter(torch.cat(parts))
+        self.qkv_proj.weight = _frozen(torch.cat(parts))
         del self.q_proj, self.k_proj, self.v_proj
 
     def forward(
@@ -210,8 +317,7 @@ class JointAttention(Attention):
         x: Float[Tensor, "B T D"],
         seq_idx: Int[Tensor, "B T"] | None = None,
         state: AttentionState | None = None,
-        start: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """As `Attention.forward`."""
         q, k, v = self.qkv_proj(x).split(self.sizes, dim=-1)
-        return self.o_proj(self.attend(q, k, v, seq_idx, state, start))
+        return self.o_proj(self.attend(q, k, v, seq_idx, state))

@@ -1,20 +1,29 @@
-"""Decoding with cached states: prompts are read in pieces, then every row grows token by token."""
+"""The engine: requests come at any time, and every step brings one more token to many of them."""
 
+import itertools
 import time
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
+from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.generate.sampling import Sampling, choose, draw_uniforms
-from nemotron.model.cache import Cache
+from nemotron.generate.forward import PIECE, append, new_cache
+from nemotron.generate.prefixes import Prefix, PrefixStore
+from nemotron.generate.request import Event, Request, requests_of
+from nemotron.generate.routing import recorded
+from nemotron.generate.sample import Sample
+from nemotron.generate.sampling import Sampling, fresh_seed
+from nemotron.generate.scheduler import Scheduler
+from nemotron.generate.selection import select
+from nemotron.model.cache import BLOCK_SIZE, CachedRows
 from nemotron.model.hybrid import HybridLM
 
-PADDING = 0
-"""Token that fills a row on the left; nothing of it reaches the text, so any would do."""
+SLOTS = 32
+"""Answers that are written at the same time, unless another number is given."""
 
 
 @dataclass
@@ -36,20 +45,114 @@ class Timing:
         return line
 
 
-class Engine:
-    """Continues prompts with one model; rows of unequal length are decoded together.
+@dataclass(frozen=True)
+class Scores:
+    """Samples whose tokens have all been read, and the logits of their next ones."""
 
-    `stop` are the tokens that end a row. Prompts pass the model in pieces of `prefill_tokens`
-    tokens a row, which bounds the memory of a long prompt.
+    samples: list[Sample]
+    logits: Float[Tensor, "B V"]
+
+
+class Engine:
+    """Continues prompts with one model; what an answer is does not depend on its neighbors.
+
+    `stop` are the tokens that end every answer. At most `slots` answers are written at a time. The
+    attention layers have `blocks` key-value blocks of `block_size` tokens, or as many as needed; if
+    they run out, the youngest answer waits and is read again later. A step reads at most
+    `prefill_tokens` tokens of prompts. With `prefixes`, so many states after beginnings of texts
+    are kept for texts that begin alike. Text and stop strings need the `tokenizer`.
     """
 
     def __init__(
-        self, model: HybridLM, stop: Collection[int] = (), prefill_tokens: int = 512
+        self,
+        model: HybridLM,
+        stop: Collection[int] = (),
+        prefill_tokens: int = PIECE,
+        *,
+        tokenizer: Tokenizer | None = None,
+        slots: int = SLOTS,
+        blocks: int | None = None,
+        block_size: int = BLOCK_SIZE,
+        prefixes: int = 0,
     ) -> None:
-        self.model = model
+        self.model, self.tokenizer = model, tokenizer
         self.stop = frozenset(stop)
         self.prefill_tokens = prefill_tokens
+        self.version = 0
+        """Of the weights, as `Answer.versions` names it."""
         self.timing = Timing()
+        self.cache = new_cache(model, slots, blocks, block_size)
+        self.prefixes = PrefixStore(self.cache, prefixes)
+        self.scheduler = Scheduler(self.cache, self.prefixes)
+        self._next_number, self._orders = 0, itertools.count()
+        self._live: dict[int, list[Sample]] = {}
+        """Samples by request, until their last event."""
+        self._ended: list[Event] = []
+        """Events that the next step returns."""
+        self._rows: CachedRows | None = None
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether there is nothing to do."""
+        return not self._live and not self._ended
+
+    def submit(self, request: Request) -> int:
+        """Take a request; its events bear the number that is returned.
+
+        Raises:
+            UserError: when the request is impossible, or too long for the blocks of the cache.
+        """
+        request.check(self.model.config.vocab_size)
+        if request.stop and self.tokenizer is None:
+            raise UserError("stop strings need an engine with a tokenizer; give it one.")
+        limit = self.cache.blocks.limit
+        longest = len(request.prompt) + request.max_tokens
+        if limit is not None and self.cache.blocks_of(longest) > limit:
+            raise UserError(
+                f"prompt and max_new_tokens = {request.max_tokens} are {longest} tokens, but the "
+                f"cache has room for {limit * self.cache.block_size}; ask for fewer."
+            )
+        number, seed = self._next_number, request.sampling.seed
+        self._next_number += 1
+        seed = fresh_seed() if seed is None else seed
+        stop_ids = self.stop | request.stop_ids
+        samples = [
+            Sample(number, k, next(self._orders), request, seed + k, stop_ids, self.tokenizer)
+            for k in range(request.num_samples)
+        ]
+        self._live[number] = samples
+        samples[0].followers = samples[1:]
+        self.scheduler.wait(samples[0])
+        return number
+
+    def cancel(self, number: int) -> None:
+        """End a request; the next step returns its last events. Nothing if it has ended."""
+        for sample in self._live.get(number, [])[:]:
+            self._ended.append(sample.cancel())
+            self._leave(sample)
+
+    def step(self) -> list[Event]:
+        """Bring every answer that can go on one token further; return what happened."""
+        begin, (events, self._ended) = time.perf_counter(), (self._ended, [])
+        admitted = [(sample, sample.logits) for sample in self.scheduler.admit()]
+        known = [Scores([s], logits[None]) for s, logits in admitted if logits is not None]
+        decoded = self._decode()
+        read_s = -time.perf_counter()
+        read = self._prefill()
+        read_s += time.perf_counter()
+        events += self._choose([*known, *decoded, *read])
+        self._count(decoded, read_s, time.perf_counter() - begin - read_s)
+        return events
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Event]:
+        """Submit the requests and yield their events until all have ended.
+
+        Raises:
+            UserError: as `submit`, before anything is computed.
+        """
+        numbers = {self.submit(request) for request in requests}
+        while numbers & self._live.keys():
+            yield from (event for event in self.step() if event.request in numbers)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
@@ -57,78 +160,130 @@ class Engine:
         """Return the new tokens of each prompt, the stop token included where one was reached.
 
         Raises:
-            UserError: when a prompt is empty or holds a token that the model does not have.
+            UserError: when a prompt is empty or has a token that the model does not have.
         """
-        rows: list[list[int]] = [[] for _ in prompts]
-        for tokens in self.stream(prompts, max_new_tokens, sampling):
-            for row, token in zip(rows, tokens, strict=True):
-                if token is not None:
-                    row.append(token)
-        return rows
+        requests = requests_of(prompts, max_new_tokens, sampling)
+        for number, request in enumerate(requests, 1):
+            request.check(self.model.config.vocab_size, f"prompt {number}")
+        first = self._next_number
+        self.timing = Timing()
+        answers: dict[int, list[int]] = {}
+        for event in self.run(requests):
+            answers[event.request - first] = event.answer.tokens
+        return [answers[index] for index in range(len(requests))]
 
-    def stream(
-        self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
-    ) -> Iterator[list[int | None]]:
-        """Yield the next token of every row as soon as it is known, None for rows that ended.
+    def update(self, model: HybridLM, version: int, *, keep_states: bool = False) -> None:
+        """Go on with new weights, between two steps.
 
-        Raises:
-            UserError: as `generate`, before the first token.
+        `model` is the same one if its parameters changed in place. What was computed with the old
+        weights is computed again, unless `keep_states`. Tokens chosen from now on bear `version`.
         """
-        self._check(prompts, max_new_tokens)
-        uniforms = draw_uniforms(prompts, max_new_tokens, sampling)
-        if uniforms is not None:
-            uniforms = uniforms.to(self.model.backbone.embeddings.weight.device)
-        self.timing = Timing(prompt_tokens=sum(map(len, prompts)))
-        begin = time.perf_counter()
-        cache, logits = self.prefill(prompts)
-        running = [True] * len(prompts)
-        for index in range(max_new_tokens):
-            newest = choose(logits, sampling, None if uniforms is None else uniforms[:, index])
-            tokens = newest.tolist()  # the step's one wait for the device
-            now = time.perf_counter()
-            if index:
-                self.timing.decode_s += now - begin
-                self.timing.new_tokens += sum(running)
-            else:
-                self.timing.prefill_s = now - begin
-            yield [token if on else None for token, on in zip(tokens, running, strict=True)]
-            running = [
-                on and token not in self.stop for token, on in zip(tokens, running, strict=True)
-            ]
-            if not any(running) or index == max_new_tokens - 1:
-                return
-            begin = time.perf_counter()  # what the caller did with the token is not counted
-            logits = self.advance(cache, newest)
+        assert version > self.version, f"version {version} does not follow {self.version}"
+        assert model.config == self.model.config, "the cache is made for another model"
+        self.model, self.version = model, version
+        self.prefixes.clear()
+        for sample in [] if keep_states else self.scheduler.running[:]:
+            self.scheduler.preempt(sample)
 
-    @torch.inference_mode()
-    def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Cache, Float[Tensor, "B V"]]:
-        """Read the prompts; return the states after them and the logits of the next token."""
-        model, longest = self.model, max(map(len, prompts))
-        table = model.backbone.embeddings.weight
-        padded = [[PADDING] * (longest - len(prompt)) + list(prompt) for prompt in prompts]
-        ids: Int[Tensor, "B T"] = torch.tensor(padded, device=table.device)
-        start = torch.tensor([longest - len(prompt) for prompt in prompts], device=table.device)
-        cache = Cache(model.config, start, dtype=model.compute_dtype or table.dtype)
-        for piece in ids.split(self.prefill_tokens, dim=1):
-            hidden = model(piece, cache=cache)
-        return cache, model.logits(hidden[:, -1])
+    def _decode(self) -> list[Scores]:
+        """Append the one token that is not yet read of each sample that lacks no more."""
+        samples = [sample for sample in self.scheduler.running if self._num_left(sample) == 1]
+        samples = self.scheduler.make_room(samples)
+        if not samples:
+            return []
+        return [self._append(samples, 1)]
 
-    @torch.inference_mode()
-    def advance(self, cache: Cache, tokens: Int[Tensor, " B"]) -> Float[Tensor, "B V"]:
-        """Append one token to every row; return the logits of the next one."""
-        return self.model.logits(self.model(tokens[:, None], cache=cache)[:, 0])
+    def _prefill(self) -> list[Scores]:
+        """Read pieces of prompts, the oldest first; pieces of one length are read together."""
+        room, ready = self.prefill_tokens, []
+        pieces: dict[Sample, int] = {}
+        for sample in self.scheduler.running:
+            if (left := self._num_left(sample)) > 1:
+                assert sample.slot is not None
+                place = self.cache.lengths[sample.slot] % self.prefill_tokens
+                pieces[sample] = min(left, self.prefill_tokens - place)
+        while pieces:
+            size = next(iter(pieces.values()))
+            if size > room:
+                break
+            alike = [s for s, other in pieces.items() if other == size][: room // size]
+            for sample in alike:
+                del pieces[sample]
+            ready.append(self._append(alike, size))
+            room -= size * len(alike)
+            self.timing.prompt_tokens += size * len(alike)
+        return ready
 
-    def _check(self, prompts: Sequence[Sequence[int]], max_new_tokens: int) -> None:
-        if max_new_tokens < 1:
-            raise UserError(f"max_new_tokens = {max_new_tokens} must be at least 1.")
-        if not prompts:
-            raise UserError("there is no prompt; give at least one.")
-        size = self.model.config.vocab_size
-        for number, prompt in enumerate(prompts, 1):
-            if not prompt:
-                raise UserError(f"prompt {number} is empty; give it at least one token.")
-            if outside := [token for token in prompt if not 0 <= token < size]:
-                raise UserError(
-                    f"prompt {number} has token {outside[0]}, but the model's vocabulary has "
-                    f"{size} tokens; use the tokenizer that the model was trained with."
-                )
+    def _append(self, samples: list[Sample], size: int) -> Scores:
+        """Pass the next `size` tokens of each sample; return those that lack none, with logits."""
+        by_slot = {sample.slot: sample for sample in samples if sample.slot is not None}
+        slots = sorted(by_slot)  # neighboring slots need no copies of their states
+        samples = [by_slot[slot] for slot in slots]
+        if self._rows is None or self._rows.slots != slots:
+            self._rows = self.cache.rows(slots)
+        starts = [self.cache.lengths[slot] for slot in slots]
+        ids = [s.tokens[at : at + size] for at, s in zip(starts, samples, strict=True)]
+        tokens = torch.tensor(ids, device=self.cache.device)
+        has_experts = any(sample.request.experts for sample in samples)
+        with recorded(self.model.backbone, on=has_experts) as record:
+            logits = append(self.model, self._rows, tokens)
+        if record.layers:
+            experts = record.experts(len(slots))
+            for row, sample in enumerate(samples):
+                if sample.request.experts:
+                    sample.add_experts(experts[row], starts[row])
+        for slot, sample, row in zip(slots, samples, logits, strict=True):
+            length = self.cache.lengths[slot]
+            if sample.followers and length == len(sample.tokens):
+                self._share(sample, row)
+            if size > 1:
+                self.prefixes.store(sample.tokens[:length], slot, sample.experts)
+        rows = [row for row, sample in enumerate(samples) if not self._num_left(sample)]
+        if len(rows) == len(samples):
+            return Scores(samples, logits)
+        return Scores([samples[row] for row in rows], logits[rows])
+
+    def _share(self, sample: Sample, logits: Float[Tensor, " V"]) -> None:
+        """Let the other samples of a request begin after the prompt, which was just read."""
+        assert sample.slot is not None
+        snapshot = self.cache.snapshot(sample.slot)
+        prefix = Prefix(snapshot, logits, sample.experts, users=len(sample.followers))
+        self.prefixes.share(prefix)
+        for follower in sample.followers:
+            follower.prefix = prefix
+            self.scheduler.wait(follower)
+        sample.followers = []
+
+    def _choose(self, ready: list[Scores]) -> list[Event]:
+        samples = [sample for scores in ready for sample in scores.samples]
+        if not samples:
+            return []
+        events, logits = [], [scores.logits for scores in ready]
+        chosen = select(samples, logits[0] if len(logits) == 1 else torch.cat(logits))
+        for sample, token in zip(samples, chosen, strict=True):
+            sample.logits = None
+            events.append(sample.push(token, self.version))
+            if events[-1].finish is not None:
+                self._leave(sample)
+        return events
+
+    def _leave(self, sample: Sample) -> None:
+        samples = self._live[sample.request_id]
+        samples.remove(sample)
+        if not samples:
+            del self._live[sample.request_id]
+        if sample.slot is not None:
+            length = self.cache.lengths[sample.slot]
+            self.prefixes.store(sample.tokens[:length], sample.slot, sample.experts)
+        self.scheduler.leave(sample)
+
+    def _count(self, decoded: list[Scores], read_s: float, other_s: float) -> None:
+        """Note the time of a step; choosing the first tokens belongs to reading the prompts."""
+        self.timing.new_tokens += sum(len(scores.samples) for scores in decoded)
+        self.timing.prefill_s += read_s if decoded else read_s + other_s
+        self.timing.decode_s += other_s if decoded else 0.0
+
+    def _num_left(self, sample: Sample) -> int:
+        """Tokens of a sample that the model has not read."""
+        assert sample.slot is not None
+        return len(sample.tokens) - self.cache.lengths[sample.slot]

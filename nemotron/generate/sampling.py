@@ -1,8 +1,8 @@
 """Choosing the next token: a pure function of the logits and one uniform number per row."""
 
-from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from jaxtyping import Float, Int
@@ -16,16 +16,27 @@ class Sampling:
     """How tokens are drawn: temperature 0 takes the likeliest, without any randomness.
 
     `top_k` keeps the k likeliest tokens; `top_p` then keeps the fewest whose probability, among
-    those kept, reaches p. Without a `seed` every call draws anew.
+    those kept, reaches p, and `min_p` those that have at least this share of the likeliest one's
+    probability. Without a `seed` every request draws anew.
+
+    Before that, `logit_bias` is added to the logits of single tokens. The logits of tokens that
+    are in the prompt or the answer are then divided by `repetition_penalty` where they are
+    positive and multiplied by it where they are not; `presence_penalty` is subtracted from those
+    of tokens in the answer, and `frequency_penalty` once for each time that they are there.
     """
 
     temperature: float = 1.0
     top_k: int | None = None
     top_p: float | None = None
     seed: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not 0 <= self.temperature < float("inf"):
+        if not 0 <= self.temperature < math.inf:
             raise UserError(
                 f"temperature = {self.temperature} must be a finite number of at least 0; "
                 f"0 always takes the likeliest token."
@@ -34,19 +45,55 @@ class Sampling:
             raise UserError(f"top_k = {self.top_k} must be at least 1; leave it out to keep all.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top_p = {self.top_p} must lie in (0, 1]; leave it out to keep all.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UserError(f"min_p = {self.min_p} must lie in [0, 1]; leave it out to keep all.")
         if self.seed is not None and not 0 <= self.seed < 2**63:
             raise UserError(f"seed = {self.seed} must lie in 0 … 2^63 - 1.")
+        if not 0 < self.repetition_penalty < math.inf:
+            raise UserError(
+                f"repetition_penalty = {self.repetition_penalty} must be a finite number above 0; "
+                f"1 changes nothing."
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not math.isfinite(getattr(self, name)):
+                raise UserError(f"{name} = {getattr(self, name)} must be a finite number.")
+        for token, bias in self.logit_bias.items():
+            if math.isnan(bias) or bias == math.inf:
+                raise UserError(f"logit_bias of token {token} = {bias} must be a number below inf.")
+
+    @property
+    def changes_logits(self) -> bool:
+        """Whether the logits depend on more than the model."""
+        penalties = (self.repetition_penalty, self.presence_penalty, self.frequency_penalty)
+        return bool(self.logit_bias) or penalties != (1.0, 0.0, 0.0)
+
+    @property
+    def cut(self) -> tuple[object, ...]:
+        """What rows must have in common to be chosen from together."""
+        return self.temperature, self.top_k, self.top_p, self.min_p
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One token for each row.
+
+    `logprobs` (float64, in nats) are those of the distribution that the tokens were drawn from;
+    with temperature 0 it has one token, so they are 0.
+    """
+
+    tokens: Int[Tensor, " B"]
+    logprobs: Float[Tensor, " B"]
 
 
 def choose(
     logits: Float[Tensor, "B V"], sampling: Sampling, uniform: Float[Tensor, " B"] | None
-) -> Int[Tensor, " B"]:
-    """Return one token a row; `uniform` in [0, 1) says where in the distribution to look.
+) -> Choice:
+    """Choose one token a row; `uniform` in [0, 1) says where in the distribution to look.
 
-    A row's token depends on that row alone, so it does not change with its neighbours.
+    A row's token depends on that row alone, so it does not change with its neighbors.
     """
     if sampling.temperature == 0:
-        return logits.argmax(-1)
+        return Choice(logits.argmax(-1), logits.new_zeros(logits.shape[0], dtype=torch.float64))
     assert uniform is not None, "a temperature above 0 needs random numbers"
     logits = logits.float()
     # a tiny temperature must not make infinities of large logits
@@ -54,36 +101,63 @@ def choose(
     tokens = None
     if sampling.top_k is not None and sampling.top_k < logits.shape[-1]:
         logits, tokens = logits.topk(sampling.top_k, dim=-1)
-    elif sampling.top_p is not None:
+    elif sampling.top_p is not None or sampling.min_p:
         logits, tokens = logits.sort(dim=-1, descending=True, stable=True)
     # float64: a float32 sum over a large vocabulary would shift the rare tokens
-    mass = logits.softmax(-1, dtype=torch.float64).cumsum(-1)  # [B, V]
+    shares = logits.softmax(-1, dtype=torch.float64)
+    mass = shares.cumsum(-1)  # [B, V]
     last = torch.full_like(uniform, mass.shape[-1] - 1, dtype=torch.int64).unsqueeze(1)
     if sampling.top_p is not None:
         # up to and including the first token at which the mass reaches top_p
         last = torch.searchsorted(mass, sampling.top_p * mass[:, -1:]).minimum(last)
-    threshold = uniform.double().unsqueeze(1) * mass.gather(1, last)
-    place = torch.searchsorted(mass, threshold, right=True).minimum(last)
+    if sampling.min_p:
+        enough = (shares >= sampling.min_p * shares[:, :1]).sum(-1, keepdim=True)
+        last = last.minimum(enough - 1)
+    kept = mass.gather(1, last)
+    place = torch.searchsorted(mass, uniform.double().unsqueeze(1) * kept, right=True)
+    place = place.minimum(last)
+    logprobs = (shares.gather(1, place) / kept).log()
     if tokens is not None:
         place = tokens.gather(1, place)
-    return place.squeeze(1)
+    return Choice(place.squeeze(1), logprobs.squeeze(1))
 
 
-def draw_uniforms(
-    prompts: Sequence[Sequence[int]], num_tokens: int, sampling: Sampling
-) -> Float[Tensor, "B T"] | None:
-    """Return the random numbers of every row in advance, or None when none are needed.
+def adjust(
+    logits: Float[Tensor, " V"], sampling: Sampling, prompt: Tensor, answer: Tensor
+) -> Float[Tensor, " V"]:
+    """Return the logits of one row after its bias and penalties, in float32.
 
-    A row's numbers follow from the seed alone, except that the n-th copy of one prompt gets the
-    n-th stream: several samples of a prompt differ, and a different neighbour changes nothing.
+    `prompt` and `answer` are the row's tokens so far.
     """
-    if sampling.temperature == 0:
-        return None
-    seed = sampling.seed if sampling.seed is not None else torch.Generator().seed() % 2**63
-    copies: Counter[tuple[int, ...]] = Counter()
-    rows = []
-    for prompt in prompts:
-        generator = torch.Generator().manual_seed((seed + copies[tuple(prompt)]) % 2**63)
-        copies[tuple(prompt)] += 1
-        rows.append(torch.rand(num_tokens, generator=generator, dtype=torch.float64))
-    return torch.stack(rows)
+    logits = logits.float().clone()
+    if sampling.logit_bias:
+        tokens = torch.tensor(list(sampling.logit_bias), device=logits.device)
+        bias = torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+        logits.index_add_(0, tokens, bias)
+    if sampling.repetition_penalty != 1:
+        seen = torch.cat([prompt, answer]).unique()
+        found, penalty = logits[seen], sampling.repetition_penalty
+        logits[seen] = torch.where(found > 0, found / penalty, found * penalty)
+    if sampling.presence_penalty or sampling.frequency_penalty:
+        seen, counts = answer.unique(return_counts=True)
+        logits[seen] -= sampling.presence_penalty + sampling.frequency_penalty * counts
+    return logits
+
+
+class Uniforms:
+    """The random numbers of one answer: number t follows from the seed and t alone."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed % 2**63)
+        self._drawn: list[float] = []
+
+    def __getitem__(self, position: int) -> float:
+        while position >= len(self._drawn):
+            more = torch.rand(64, generator=self._generator, dtype=torch.float64)
+            self._drawn += more.tolist()
+        return self._drawn[position]
+
+
+def fresh_seed() -> int:
+    """Return a seed that nobody chose."""
+    return torch.Generator().seed() % 2**63

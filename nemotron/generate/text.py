@@ -1,4 +1,4 @@
-"""Tokens to text while they arrive: a character is shown only when all its bytes are there."""
+"""Tokens to text while they arrive: whole characters only, and nothing of a stop string."""
 
 from collections.abc import Sequence
 
@@ -45,3 +45,39 @@ class TextStream:
             for stop in (self._shown, len(self._ids))
         )
         return whole[len(known) :]
+
+
+class StopStrings:
+    """Finds the first stop string in a text that arrives in pieces.
+
+    What could be the beginning of one is held back until that is decided.
+    """
+
+    def __init__(self, strings: tuple[str, ...]) -> None:
+        self._strings = strings
+        self._held = ""
+        self.is_found = False
+
+    def push(self, text: str) -> str:
+        """Return the text that is certain to lie before any stop string."""
+        if not self._strings or self.is_found:
+            return "" if self.is_found else text
+        held = self._held + text
+        places = [place for stop in self._strings if (place := held.find(stop)) >= 0]
+        if places:
+            self.is_found, self._held = True, ""
+            return held[: min(places)]
+        size = max(self._beginning(held, stop) for stop in self._strings)
+        self._held = held[len(held) - size :]
+        return held[: len(held) - size]
+
+    def close(self) -> str:
+        """Return what was held back, once no more text comes."""
+        held, self._held = self._held, ""
+        return held
+
+    @staticmethod
+    def _beginning(text: str, stop: str) -> int:
+        """Return how many characters at the end of `text` begin `stop`."""
+        longest = min(len(text), len(stop) - 1)
+        return next(n for n in range(longest, -1, -1) if text.endswith(stop[:n]))

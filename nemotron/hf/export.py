@@ -6,11 +6,13 @@ import sys
 from pathlib import Path
 
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import write_json, write_text
 from nemotron.hf.config import to_hf
 from nemotron.hf.folder import CONFIG
+from nemotron.hf.formats import RELEASED, Formats
 from nemotron.hf.model_card import model_card
-from nemotron.hf.names import disk_tensors
+from nemotron.hf.names import disk_parameters, disk_tensors
 from nemotron.hf.shards import write_shards
 from nemotron.hf.source import CheckpointSource, open_checkpoint
 from nemotron.hf.tokenizer_files import write_tokenizer_files
@@ -27,7 +29,7 @@ def export(
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
-    mamba_fp32: bool = False,
+    formats: Formats = RELEASED,
     check: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
@@ -50,7 +52,7 @@ def export(
     check_target(target, source, overwrite=overwrite)
     with writing_beside(target, COMMAND) as partial:
         tensors, size = write_folder(
-            source, source.run, partial, mamba_fp32=mamba_fp32, max_shard_bytes=max_shard_bytes
+            source, source.run, partial, formats=formats, max_shard_bytes=max_shard_bytes
         )
         print(f"wrote {tensors:,} tensors, {size:,} bytes, of {source.info.folder}")
         failed = check and not run_selfcheck(partial, source)
@@ -59,9 +61,9 @@ def export(
         publish(partial, target, COMMAND)
     if failed:
         print(f"failed: the check did not pass; the files are in {target} for inspection")
-        return 1
+        return FAILED
     print(f"exported to {target}")
-    return 0
+    return DONE
 
 
 def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> None:
@@ -83,7 +85,7 @@ def failed_beside(target: Path) -> Path:
 
 
 def write_folder(
-    source: CheckpointSource, run: RunFiles, folder: Path, *, mamba_fp32: bool, max_shard_bytes: int
+    source: CheckpointSource, run: RunFiles, folder: Path, *, formats: Formats, max_shard_bytes: int
 ) -> tuple[int, int]:
     """Write every file of the export into an existing folder; returns tensors and their bytes.
 
@@ -92,9 +94,10 @@ def write_folder(
     """
     write_tokenizer_files(run, folder, source.config)
     write_json(folder / CONFIG, to_hf(source.config))
-    write_text(folder / "README.md", model_card(source))
-    tensors = disk_tensors(source.config, mamba_fp32=mamba_fp32)
-    return len(tensors), write_shards(folder, tensors, source.reader(), max_shard_bytes)
+    parameters = disk_parameters(source.config, formats)
+    write_text(folder / "README.md", model_card(source, parameters))
+    size = write_shards(folder, parameters, source.reader(), max_shard_bytes)
+    return len(disk_tensors(parameters)), size
 
 
 def run_selfcheck(folder: Path, source: CheckpointSource) -> bool:

@@ -3,9 +3,11 @@
 from pathlib import Path
 
 from nemotron.checkpoint.read import MODEL_PREFIX
+from nemotron.checkpoint.state import SavedState
 from nemotron.checkpoint.write import CheckpointNotSaved, save
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import hash_file, write_bytes
 from nemotron.hf.folder import CONFIG, LoadedFolder, is_exported, read_folder
 from nemotron.hf.tokenizer_files import TOKENIZER, read_kept_files, read_tokenizer
@@ -40,11 +42,11 @@ def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> 
             publish(partial, target, COMMAND)
     except CheckpointNotSaved as problem:
         print(f"failed: {problem}")
-        return 1
+        return FAILED
     for note in (*loaded.notes, *notes):
         print(f"note: {note}")
     print(f"imported {len(loaded.weights):,} tensors to {target}")
-    return 0
+    return DONE
 
 
 def check_tokenizer(path: Path, vocab_size: int) -> bytes:
@@ -82,5 +84,5 @@ def write_run(folder: Path, loaded: LoadedFolder, run: RunFiles) -> list[str]:
     facts = {"from": folder.name, "xxh128": files, "notes": list(loaded.notes)}
     origin = record_import(run.provenance, facts)
     tensors = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in loaded.weights.items()}
-    save(run.checkpoints, STEP, tensors, {"imported": origin}, loaded.config, keep=1)
+    save(run.checkpoints, STEP, tensors, SavedState(imported=origin), loaded.config, keep=1)
     return notes

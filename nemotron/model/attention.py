@@ -5,9 +5,9 @@ from typing import Protocol
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nemotron.model.cache import AttentionState
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear
+from nemotron.model.state import AttentionState
 from nemotron.ops.attention import AttentionOp, attention
 
 
@@ -22,7 +22,6 @@ class AttentionCore(Protocol):
         v: Float[Tensor, "B S Hkv Dh"],
         *,
         seq_idx: Int[Tensor, "B T"] | None,
-        start: Int[Tensor, " B"] | None,
     ) -> Float[Tensor, "B T Hq Dh"]:
         """Attend causally to the whole row, by means of the layer's operation."""
 
@@ -50,11 +49,10 @@ class Attention(nn.Module):
         x: Float[Tensor, "B T D"],
         seq_idx: Int[Tensor, "B T"] | None = None,
         state: AttentionState | None = None,
-        start: Int[Tensor, " B"] | None = None,
     ) -> Float[Tensor, "B T D"]:
-        """Attend within the row; with `state`, also to what was seen before, from `start` on."""
+        """Attend within the row; with `state`, also to what was seen before."""
         q, k, v = self.q_proj(x), self.k_proj(x), self.v_proj(x)
-        return self.o_proj(self.attend(q, k, v, seq_idx, state, start))
+        return self.o_proj(self.attend(q, k, v, seq_idx, state))
 
     def attend(
         self,
@@ -63,13 +61,14 @@ class Attention(nn.Module):
         v: Float[Tensor, "B T K"],
         seq_idx: Int[Tensor, "B T"] | None,
         state: AttentionState | None,
-        start: Int[Tensor, " B"] | None,
     ) -> Float[Tensor, "B T Q"]:
         """Do what lies between the projections; the channels of the heads lie side by side."""
         q, k, v = (t.unflatten(-1, (-1, self.head_dim)) for t in (q, k, v))  # [B, T, heads, Dh]
         if state is not None:
-            k, v = state.append(k, v)
-            seq_idx = None  # a cached row is one document, which begins at `start`
+            assert seq_idx is None, "a cached row is one document"
+            assert self.core is None, "nothing is generated from rows that ranks share"
+            k, v, lengths = state.append(k, v)
+            return self.attention(q, k, v, lengths=lengths).flatten(2)
         if self.core is None:
-            return self.attention(q, k, v, seq_idx=seq_idx, start=start).flatten(2)
-        return self.core(self.attention, q, k, v, seq_idx=seq_idx, start=start).flatten(2)
+            return self.attention(q, k, v, seq_idx=seq_idx).flatten(2)
+        return self.core(self.attention, q, k, v, seq_idx=seq_idx).flatten(2)

@@ -9,13 +9,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from nemotron.model.attention import Attention
-from nemotron.model.cache import AttentionState, MambaState
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import RMSNorm
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.moe import MoE
 from nemotron.model.router import RoutingStats
+from nemotron.model.state import AttentionState, MambaState
 
 
 class Block(nn.Module):
@@ -46,7 +46,6 @@ class Block(nn.Module):
         hidden: Float[Tensor, "B T D"],
         seq_idx: Int[Tensor, "B T"] | None = None,
         state: MambaState | AttentionState | None = None,
-        start: Int[Tensor, " B"] | None = None,
         stats_name: str | None = None,
         padding: Bool[Tensor, "B S"] | None = None,
         is_again: bool = False,
@@ -58,16 +57,14 @@ class Block(nn.Module):
         if self.recompute and not is_again and torch.is_grad_enabled():
             # statistics are a result, so the second run does not count again; nor does it choose
             # experts again, since another choice would send other tokens to other ranks
-            inputs = (hidden, seq_idx, state, start, stats_name, padding, True)
+            inputs = (hidden, seq_idx, state, stats_name, padding, True)
             contexts = _keep_choices if self.letter == "E" else noop_context_fn
             return checkpoint(
                 Block.forward, self, *inputs, use_reentrant=False, context_fn=contexts
             )
         x, stats = self.norm(hidden), None
-        if isinstance(self.mixer, Mamba2):
+        if self.letter in "M*":
             y = self.mixer(x, seq_idx, state)
-        elif isinstance(self.mixer, Attention):
-            y = self.mixer(x, seq_idx, state, start)
         elif isinstance(self.mixer, MoE):
             y, stats = self.mixer(x, stats_name, padding)
         else:

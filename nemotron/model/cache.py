@@ -1,104 +1,313 @@
-"""What a layer remembers between calls while text is generated."""
+"""What a model remembers of several texts that are continued independently of each other."""
 
+import heapq
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron.model.blocks import Blocks
 from nemotron.model.config import ModelConfig
+from nemotron.model.state import (
+    AttentionState,
+    KeyValues,
+    MambaSlots,
+    MambaState,
+    Places,
+    slots_of,
+)
 
-
-@dataclass
-class MambaState:
-    """State of one Mamba-2 layer: the last convolution inputs and the state-space state.
-
-    `conv` holds the last W-1 inputs before the activation; `ssm` is float32 even in a bf16 model,
-    as serving engines keep it.
-    """
-
-    conv: Float[Tensor, "B W C"]
-    ssm: Float[Tensor, "B H P N"]
-
-
-class AttentionState:
-    """Keys and values of one attention layer; the buffers grow by doubling."""
-
-    def __init__(self) -> None:
-        self._buffers: tuple[Tensor, Tensor] | None = None
-        self._length = 0
-
-    def append(
-        self, k: Float[Tensor, "B T Hkv Dh"], v: Float[Tensor, "B T Hkv Dh"]
-    ) -> tuple[Float[Tensor, "B S Hkv Dh"], Float[Tensor, "B S Hkv Dh"]]:
-        """Add the newest keys and values and return all of them, as views."""
-        end = self._length + k.shape[1]
-        if self._buffers is None or end > self._buffers[0].shape[1]:
-            self._grow(k, end)
-        assert self._buffers is not None
-        for buffer, new in zip(self._buffers, (k, v), strict=True):
-            buffer[:, self._length : end] = new
-        self._length = end
-        keys, values = self._buffers
-        return keys[:, :end], values[:, :end]
-
-    def _grow(self, k: Tensor, length: int) -> None:
-        capacity = max(64, 1 << (length - 1).bit_length())
-        grown = tuple(k.new_zeros(k.shape[0], capacity, *k.shape[2:]) for _ in range(2))
-        if self._buffers is not None:
-            for new, old in zip(grown, self._buffers, strict=True):
-                new[:, : self._length] = old[:, : self._length]
-        self._buffers = (grown[0], grown[1])
+BLOCK_SIZE = 64
+"""Tokens whose keys and values are allotted together."""
 
 
 class Cache:
-    """The states of all layers for a batch of rows that are continued together.
+    """The states of all layers, one row of text in each of `slots` slots.
 
-    `start[b]` is the position at which row b begins: rows of unequal length are padded on the
-    left, and nothing before `start` reaches attention, convolution or state.
+    Mamba-2 layers keep a state of fixed size for each slot; attention layers share `blocks` blocks
+    of `block_size` tokens, so that memory follows the texts' lengths. Without `blocks` the memory
+    grows as needed. `pattern` names the layers: the backbone's, unless given (the
+    multi-token-prediction block has a cache of its own).
     """
 
     def __init__(
-        self, config: ModelConfig, start: Int[Tensor, " B"], dtype: torch.dtype = torch.float32
+        self,
+        config: ModelConfig,
+        slots: int,
+        *,
+        blocks: int | None = None,
+        block_size: int = BLOCK_SIZE,
+        pattern: str | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
     ) -> None:
-        batch, device = start.shape[0], start.device
-        self.start = start
-        self.last_start = int(start.max())
-        self.length = 0
-        self.layers: list[MambaState | AttentionState | None] = []
-        for letter in config.hybrid_override_pattern:
+        self.lengths = [0] * slots
+        self.block_size, self.device = block_size, torch.device(device)
+        self.blocks = Blocks(blocks)
+        self.tables: list[list[int]] = [[] for _ in range(slots)]
+        """The blocks of each slot, in the order of its text."""
+        self._free = list(range(slots))
+        self._histories: dict[int, _History] = {}
+        self.layers: list[MambaSlots | KeyValues | None] = []
+        for letter in config.hybrid_override_pattern if pattern is None else pattern:
             if letter == "M":
-                conv = torch.zeros(
-                    batch, config.conv_kernel - 1, config.conv_channels, dtype=dtype, device=device
-                )
-                heads, channels = config.mamba_num_heads, config.mamba_head_dim
-                ssm = torch.zeros(
-                    batch,
-                    heads,
-                    channels,
-                    config.ssm_state_size,
-                    dtype=torch.promote_types(dtype, torch.float32),
-                    device=device,
-                )
-                self.layers.append(MambaState(conv, ssm))
+                self.layers.append(self._mamba(config, slots, dtype))
             else:
-                self.layers.append(AttentionState() if letter == "*" else None)
+                self.layers.append(self._attention(config, dtype) if letter == "*" else None)
+        self._mamba_slots = [la for la in self.layers if isinstance(la, MambaSlots)]
+
+    def _mamba(self, config: ModelConfig, slots: int, dtype: torch.dtype) -> MambaSlots:
+        conv = (slots, config.conv_kernel - 1, config.conv_channels)
+        ssm = (slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        wide = torch.promote_types(dtype, torch.float32)
+        return MambaSlots(
+            torch.zeros(conv, dtype=dtype, device=self.device),
+            torch.zeros(ssm, dtype=wide, device=self.device),
+        )
+
+    def _attention(self, config: ModelConfig, dtype: torch.dtype) -> KeyValues:
+        heads = (config.num_key_value_heads, config.head_dim)
+        size = (self.blocks.count, self.block_size, *heads)
+        return KeyValues(*(torch.zeros(size, dtype=dtype, device=self.device) for _ in range(2)))
 
     @property
-    def padded(self) -> bool:
-        """Whether any row has padding before its text."""
-        return self.last_start > 0
+    def slot_bytes(self) -> int:
+        """Memory of the states of one text, whatever its length."""
+        return sum(la.conv[0].nbytes + la.ssm[0].nbytes for la in self._mamba_slots)
 
-    def documents(self, num_tokens: int) -> Int[Tensor, "B T"] | None:
-        """Return document ids for the next tokens while some row has not begun, else None.
+    @property
+    def block_bytes(self) -> int:
+        """Memory of one key-value block in all attention layers."""
+        pools = [layer for layer in self.layers if isinstance(layer, KeyValues)]
+        return sum(pool.keys[0].nbytes + pool.values[0].nbytes for pool in pools)
 
-        Padding is document 0 and a text that begins among these tokens document 1, so that the
-        state carried into them (always document 0's) is dropped at its first token.
+    @property
+    def num_free_slots(self) -> int:
+        """Slots that hold no text."""
+        return len(self._free)
+
+    def admit(self, snapshot: "Snapshot | None" = None) -> int:
+        """Return a slot for a new text: an empty one, or one that goes on from a snapshot."""
+        assert self._free, f"all {len(self.lengths)} slots of the cache are in use"
+        slot = heapq.heappop(self._free)
+        if snapshot is None:
+            self._reset(slot)
+            return slot
+        for layer, (conv, ssm) in zip(self._mamba_slots, snapshot.states, strict=True):
+            layer.conv[slot], layer.ssm[slot] = conv, ssm
+        for block in snapshot.blocks:
+            self.blocks.share(block)
+        self.tables[slot] = list(snapshot.blocks)
+        self.lengths[slot] = snapshot.length
+        return slot
+
+    def snapshot(self, slot: int) -> "Snapshot":
+        """Return what is remembered of a text now, for any number of texts that go on from it.
+
+        The states are copied, the blocks shared until `release`.
         """
-        if not self.padded or self.length > self.last_start:
-            return None
-        position = torch.arange(
-            self.length, self.length + num_tokens, device=self.start.device
-        ).expand(self.start.shape[0], -1)
-        start = self.start[:, None]
-        return ((position >= start) & (start >= self.length)).to(torch.int32)
+        length = self.lengths[slot]
+        blocks = self.tables[slot][: self.blocks_of(length)]
+        for block in blocks:
+            self.blocks.share(block)
+        states = [(la.conv[slot].clone(), la.ssm[slot].clone()) for la in self._mamba_slots]
+        return Snapshot(length, states, blocks)
+
+    def release(self, snapshot: "Snapshot") -> None:
+        """Give the blocks of a snapshot back, which cannot be used any more."""
+        for block in snapshot.blocks:
+            self.blocks.release(block)
+        snapshot.blocks.clear()
+
+    def free(self, slot: int) -> None:
+        """Forget the text of a slot and give its blocks back."""
+        assert slot not in self._free, f"slot {slot} is free already"
+        self._histories.pop(slot, None)
+        self._cut(slot, 0)
+        heapq.heappush(self._free, slot)
+
+    def truncate(self, slot: int, length: int) -> None:
+        """Forget all but the first `length` tokens of a slot.
+
+        A Mamba-2 state cannot be run backwards: with such layers, `length` is 0 or lies within the
+        last call, for which `rows` was asked to keep the states after every token.
+        """
+        assert 0 <= length <= self.lengths[slot], f"slot {slot} has {self.lengths[slot]} tokens"
+        if length == self.lengths[slot]:
+            return
+        if length == 0:
+            self._reset(slot)
+        elif self._mamba_slots:
+            history = self._histories.get(slot)
+            assert history is not None, f"the states of slot {slot} after every token were not kept"
+            history.restore(self, slot, length)
+        self._cut(slot, length)
+
+    def rows(self, slots: Sequence[int], *, keep_states: bool = False) -> "CachedRows":
+        """Return the texts in `slots` as the rows of a call, which continues each of them.
+
+        With `keep_states`, the states after every token of the newest call are kept, for
+        `truncate`. The tokens then pass the Mamba-2 layers one by one.
+        """
+        return CachedRows(self, list(slots), keep_states)
+
+    def blocks_of(self, length: int) -> int:
+        """Return how many blocks a text of `length` tokens fills or begins."""
+        return -(-length // self.block_size)
+
+    def missing_blocks(self, slot: int, length: int) -> int:
+        """Return how many blocks `extend` would take."""
+        more = self.blocks_of(length) - len(self.tables[slot])
+        return max(0, more) + (self._shared_block(slot) is not None)
+
+    def extend(self, slot: int, length: int) -> None:
+        """Take the blocks that a text of `length` tokens needs; a shared last block is copied.
+
+        Raises:
+            OutOfBlocks: when there are not enough.
+        """
+        table = self.tables[slot]
+        if (shared := self._shared_block(slot)) is not None:
+            table[shared] = self._copy(table[shared])
+        while len(table) * self.block_size < length:
+            table.append(self._take(table[-1] if table else None))
+
+    def _shared_block(self, slot: int) -> int | None:
+        """Return the place of the block that is written next, if other texts read it."""
+        place, table = self.lengths[slot] // self.block_size, self.tables[slot]
+        return place if place < len(table) and self.blocks.is_shared(table[place]) else None
+
+    def _take(self, after: int | None) -> int:
+        block = self.blocks.take(after)
+        for layer in self.layers:
+            if isinstance(layer, KeyValues) and layer.keys.shape[0] < self.blocks.count:
+                layer.grow(self.blocks.count)
+        return block
+
+    def _copy(self, block: int) -> int:
+        new = self._take(block)
+        for layer in self.layers:
+            if isinstance(layer, KeyValues):
+                layer.keys[new] = layer.keys[block]
+                layer.values[new] = layer.values[block]
+        self.blocks.release(block)
+        return new
+
+    def _reset(self, slot: int) -> None:
+        self._histories.pop(slot, None)
+        for layer in self._mamba_slots:
+            layer.conv[slot].zero_()
+            layer.ssm[slot].zero_()
+
+    def _cut(self, slot: int, length: int) -> None:
+        table = self.tables[slot]
+        while table and (len(table) - 1) * self.block_size >= length:
+            self.blocks.release(table.pop())
+        self.lengths[slot] = length
+
+
+@dataclass
+class Snapshot:
+    """What a cache remembers of one text at one length."""
+
+    length: int
+    states: list[tuple[Tensor, Tensor]]
+    """For each Mamba-2 layer: convolution inputs and state."""
+    blocks: list[int]
+
+
+@dataclass
+class _History:
+    """The states after every token of a slot's newest call."""
+
+    states: list[list[tuple[Tensor, Tensor]]]
+    """For each Mamba-2 layer, for each token: convolution inputs and state, of all rows."""
+    row: int
+    first: int
+    """Length of the text before the call."""
+
+    def restore(self, cache: Cache, slot: int, length: int) -> None:
+        for layer, states in zip(cache._mamba_slots, self.states, strict=True):
+            assert 0 <= length - self.first < len(states), "the last call lies elsewhere"
+            conv, ssm = states[length - self.first]
+            layer.conv[slot] = conv[self.row]
+            layer.ssm[slot] = ssm[self.row]
+
+
+class CachedRows:
+    """Texts of a cache as the rows of a call: what a model's `cache` argument takes.
+
+    The same rows serve for any number of calls, each with equally many tokens for every row.
+    """
+
+    def __init__(self, cache: Cache, slots: list[int], keep_states: bool = False) -> None:
+        assert len(set(slots)) == len(slots) > 0, slots
+        self.cache, self.slots = cache, slots
+        chosen = slots_of(slots, cache.device)
+        self.layers: list[MambaState | AttentionState | None] = []
+        for layer in cache.layers:
+            if isinstance(layer, MambaSlots):
+                self.layers.append(MambaState(layer, chosen, keep_states))
+            else:
+                self.layers.append(None if layer is None else AttentionState(layer))
+        self._has_attention = any(isinstance(layer, KeyValues) for layer in cache.layers)
+
+    def begin(self, num_tokens: int) -> None:
+        """Prepare a call that appends `num_tokens` tokens to every row.
+
+        Raises:
+            OutOfBlocks: when their keys and values do not fit; no text has changed then.
+        """
+        places = self._places(num_tokens) if self._has_attention else None
+        for layer in self.layers:
+            if isinstance(layer, MambaState):
+                layer.load()
+            elif isinstance(layer, AttentionState):
+                layer.places = places
+
+    def end(self, num_tokens: int) -> None:
+        """Count the tokens of the call."""
+        states = [
+            layer.history
+            for layer in self.layers
+            if isinstance(layer, MambaState) and layer.history is not None
+        ]
+        for row, slot in enumerate(self.slots):
+            first = self.cache.lengths[slot]
+            self.cache.lengths[slot] = first + num_tokens
+            self.cache._histories.pop(slot, None)
+            if states:
+                self.cache._histories[slot] = _History(states, row, first)
+
+    def _places(self, num_tokens: int) -> Places:
+        cache, size = self.cache, self.cache.block_size
+        lengths = [cache.lengths[slot] + num_tokens for slot in self.slots]
+        for slot, length in zip(self.slots, lengths, strict=True):
+            cache.extend(slot, length)
+        tables, longest = [cache.tables[slot] for slot in self.slots], max(lengths)
+        if len(tables) == 1 and _follow(tables[0]):
+            begin = tables[0][0] * size
+            end = begin + longest
+            return Places(slice(end - num_tokens, end), slice(begin, end), longest, None)
+        written = [
+            table[position // size] * size + position % size
+            for table, length in zip(tables, lengths, strict=True)
+            for position in range(length - num_tokens, length)
+        ]
+        count = -(-longest // size)
+        # shorter rows are filled up with any block; nobody reads it
+        read = [block for table in tables for block in (table + [0] * count)[:count]]
+        return Places(
+            self._tensor(written),
+            self._tensor(read),
+            longest,
+            None if min(lengths) == longest else self._tensor(lengths),
+        )
+
+    def _tensor(self, numbers: list[int]) -> Tensor:
+        return torch.tensor(numbers, device=self.cache.device)
+
+
+def _follow(blocks: list[int]) -> bool:
+    return blocks == list(range(blocks[0], blocks[0] + len(blocks)))

@@ -5,10 +5,17 @@ from typing import Annotated
 
 from pydantic import AllowInfNan, Field, model_validator
 
+from nemotron.divisors import divisors, nearest
+from nemotron.errors import RuleBroken
 from nemotron.section import Section
 
 LAYER_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 """Letters of a layer pattern and what they stand for; one mixer per layer."""
+MAX_SIZE = 2**31
+"""Bound of every dimension."""
+MAX_LAYERS = 100_000
+MAX_TENSOR = 2**50
+"""Bound of the elements of a matrix, or of all experts' matrices of a layer."""
 
 
 class ModelConfig(Section):
@@ -139,37 +146,42 @@ class ModelConfig(Section):
             if pattern is None:
                 continue
             if not pattern:
-                raise ValueError(f"{key} is empty; write one letter of M * E - for each layer")
+                raise RuleBroken(key, "is empty; write one letter of M * E - for each layer")
             for position, letter in enumerate(pattern):
                 if letter not in LAYER_KINDS:
-                    raise ValueError(
-                        f"{key} has the letter {letter!r} at position {position}; "
-                        f"allowed are M * E - (Mamba, attention, experts, MLP)"
+                    raise RuleBroken(
+                        key,
+                        f"has the letter {letter!r} at position {position}; "
+                        f"allowed are M * E - (Mamba, attention, experts, MLP)",
                     )
         pattern = self.hybrid_override_pattern
         if set(pattern) == {"-"}:
-            raise ValueError(
-                f"hybrid_override_pattern = {pattern!r} mixes no tokens; "
-                f"add at least one M or * layer"
+            raise RuleBroken(
+                "hybrid_override_pattern",
+                f"= {pattern!r} mixes no tokens; add at least one M or * layer",
             )
         if self.num_hidden_layers not in (None, len(pattern)):
-            raise ValueError(
-                f"num_hidden_layers = {self.num_hidden_layers} but hybrid_override_pattern has "
-                f"{len(pattern)} letters; make them equal or leave num_hidden_layers out"
+            raise RuleBroken(
+                "num_hidden_layers",
+                f"= {self.num_hidden_layers} but hybrid_override_pattern has "
+                f"{len(pattern)} letters; make them equal or leave num_hidden_layers out",
             )
         if self.num_nextn_predict_layers and not self.mtp_hybrid_override_pattern:
-            raise ValueError(
-                "num_nextn_predict_layers = 1 needs mtp_hybrid_override_pattern, for example '*E'"
+            raise RuleBroken(
+                "num_nextn_predict_layers",
+                "= 1 needs mtp_hybrid_override_pattern, for example '*E'",
             )
         if self.mtp_hybrid_override_pattern and set(self.mtp_hybrid_override_pattern) - set("*E"):
-            raise ValueError(
-                f"mtp_hybrid_override_pattern = {self.mtp_hybrid_override_pattern!r} may hold "
-                f"only * and E, the layers that readers of the checkpoint support"
+            raise RuleBroken(
+                "mtp_hybrid_override_pattern",
+                f"= {self.mtp_hybrid_override_pattern!r} may hold "
+                f"only * and E, the layers that readers of the checkpoint support",
             )
         if "-" in pattern and self.intermediate_size is None:
-            raise ValueError(
-                "hybrid_override_pattern has a - layer but intermediate_size is absent"
+            raise RuleBroken(
+                "hybrid_override_pattern", "has a - layer but intermediate_size is absent"
             )
+        self._check_sizes()
         self._divides("num_key_value_heads", "num_attention_heads")
         self._divides("n_groups", "mamba_num_heads")
         self._divides("n_group", "n_routed_experts")
@@ -177,35 +189,55 @@ class ModelConfig(Section):
         self._at_most("topk_group", "n_group")
         reachable = self.n_routed_experts // self.n_group * self.topk_group
         if self.num_experts_per_tok > reachable:
-            raise ValueError(
-                f"num_experts_per_tok = {self.num_experts_per_tok} is more than the {reachable} "
-                f"experts that topk_group = {self.topk_group} of n_group = {self.n_group} leave"
+            raise RuleBroken(
+                "num_experts_per_tok",
+                f"= {self.num_experts_per_tok} is more than the {reachable} "
+                f"experts that topk_group = {self.topk_group} of n_group = {self.n_group} leave",
             )
         if self.num_experts_per_tok % self.topk_group:
-            raise ValueError(
-                f"topk_group = {self.topk_group} does not divide "
-                f"num_experts_per_tok = {self.num_experts_per_tok}"
+            raise RuleBroken(
+                "topk_group",
+                f"= {self.topk_group} does not divide "
+                f"num_experts_per_tok = {self.num_experts_per_tok}",
             )
         low, high = self.time_step_limit
         if math.isnan(low) or math.isnan(high) or not 0 <= low < high:
-            raise ValueError(
-                f"time_step_limit = [{low}, {high}] must be two numbers, 0 <= first < second"
+            raise RuleBroken(
+                "time_step_limit", f"= [{low}, {high}] must be two numbers, 0 <= first < second"
             )
         self._at_most("time_step_min", "time_step_max")
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, key) >= self.vocab_size:
-                raise ValueError(
-                    f"{key} = {getattr(self, key)} is outside vocab_size = {self.vocab_size}"
+                raise RuleBroken(
+                    key, f"= {getattr(self, key)} is outside vocab_size = {self.vocab_size}"
                 )
         return self
+
+    def _check_sizes(self) -> None:
+        """Refuse what no machine holds before anything counts up to it."""
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if isinstance(value, int) and value >= MAX_SIZE:
+                raise ValueError(f"{key} = {value} is too large; dimensions stay below 2^31")
+        layers = len(self.hybrid_override_pattern)
+        if layers > MAX_LAYERS:
+            raise ValueError(f"hybrid_override_pattern has {layers} letters; write at most 100,000")
+        expert = self.n_routed_experts * self.moe_intermediate_size
+        inner = self.mamba_num_heads * self.mamba_head_dim
+        heads = self.num_attention_heads * self.head_dim
+        width = max(self.vocab_size, expert, inner, heads, self.intermediate_size or 0)
+        if self.hidden_size * width > MAX_TENSOR:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} makes a tensor of over 2^50 numbers; lower it"
+            )
 
     def _divides(self, small: str, large: str) -> None:
         a, b = getattr(self, small), getattr(self, large)
         if b % a:
-            near = min((d for d in range(1, b + 1) if b % d == 0), key=lambda d: abs(d - a))
-            raise ValueError(f"{small} = {a} does not divide {large} = {b}; {near} would")
+            near = nearest(a, divisors(b))
+            raise RuleBroken(small, f"= {a} does not divide {large} = {b}; {near} would")
 
     def _at_most(self, small: str, large: str) -> None:
         a, b = getattr(self, small), getattr(self, large)
         if a > b:
-            raise ValueError(f"{small} = {a} is more than {large} = {b}")
+            raise RuleBroken(small, f"= {a} is more than {large} = {b}")

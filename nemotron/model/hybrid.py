@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.block import Block
-from nemotron.model.cache import Cache
+from nemotron.model.cache import CachedRows
 from nemotron.model.config import ModelConfig
 from nemotron.model.init import init_weights
 from nemotron.model.linear import Embedding, Head, RMSNorm
@@ -52,29 +52,27 @@ class HybridLM(nn.Module):
         self,
         input_ids: Int[Tensor, "B T"],
         seq_idx: Int[Tensor, "B T"] | None = None,
-        cache: Cache | None = None,
+        cache: CachedRows | None = None,
         routing: list[RoutingStats] | None = None,
         padding: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the hidden states after the final norm; the head is applied by whoever needs it.
 
-        `seq_idx` numbers the documents of a row, which then do not see each other. `cache` is
-        continued in place. `routing` collects one entry per mixture layer, for training; it leaves
-        out the positions that are `padding`.
+        `seq_idx` numbers the documents of a row, which then do not see each other. `cache` holds
+        the rows' texts so far, which are continued. `routing` collects one entry per mixture layer,
+        for training; it leaves out the positions that are `padding`.
         """
         hidden = self.embed(input_ids)
-        start = None
         if cache is not None:
-            seq_idx = cache.documents(input_ids.shape[1])
-            start = cache.start if cache.padded else None
+            cache.begin(input_ids.shape[1])
         for index, block in self.backbone.layers.named_children():
             state = cache.layers[int(index)] if cache is not None else None
             name = f"backbone.layers.{index}" if routing is not None else None
-            hidden, stats = block(hidden, seq_idx, state, start, name, padding)
+            hidden, stats = block(hidden, seq_idx, state, name, padding)
             if stats is not None and routing is not None:
                 routing.append(stats)
         if cache is not None:
-            cache.length += input_ids.shape[1]
+            cache.end(input_ids.shape[1])
         return self.backbone.norm_f(hidden)
 
     def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:

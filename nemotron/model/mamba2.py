@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from nemotron.model.cache import MambaState
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear, RMSNorm
+from nemotron.model.state import MambaState
 from nemotron.ops.causal_conv1d import causal_conv1d
 from nemotron.ops.gated_rms_norm import gated_rms_norm
 from nemotron.ops.ssd import ssd
@@ -70,7 +70,12 @@ class Mamba2(nn.Module):
     ) -> Float[Tensor, "B T D"]:
         """Mix the tokens; a given `state` is continued and brought up to date in place."""
         z, xBC, dt = _Split.apply(self.in_proj(u), self.splits)
-        y = self.conv_and_scan(self, xBC, self._time_step(dt), seq_idx, state)
+        dt = self._time_step(dt)
+        if state is None or state.history is None:
+            y = self.conv_and_scan(self, xBC, dt, seq_idx, state)
+        else:  # the state after every token is asked for
+            each = zip(xBC.split(1, dim=1), dt.split(1, dim=1), strict=True)
+            y = torch.cat([self.conv_and_scan(self, *one, None, state) for one in each], dim=1)
         y = self.gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps)
         return self.out_proj(y)
 
@@ -120,8 +125,7 @@ def conv_and_scan(
     if isinstance(y, tuple):
         assert state is not None
         y, final_state = y
-        state.ssm = final_state.contiguous()
-        state.conv = _last_inputs(state.conv, xBC, seq_idx)
+        state.store(_last_inputs(state.conv, xBC), final_state)
     return y.flatten(2)
 
 
@@ -142,15 +146,7 @@ class _Split(torch.autograd.Function):
 
 
 def _last_inputs(
-    previous: Float[Tensor, "B W C"],
-    inputs: Float[Tensor, "B T C"],
-    seq_idx: Int[Tensor, "B T"] | None,
+    previous: Float[Tensor, "B W C"], inputs: Float[Tensor, "B T C"]
 ) -> Float[Tensor, "B W C"]:
-    """Return the newest W convolution inputs, zero where they belong to an earlier document."""
-    width = previous.shape[1]
-    last = torch.cat([previous, inputs], dim=1)[:, -width:]
-    if seq_idx is None:
-        return last
-    # what was carried in belongs to document 0
-    ids = F.pad(seq_idx, (width, 0))[:, -width:]
-    return last * (ids == seq_idx[:, -1:]).unsqueeze(-1)
+    """Return the newest W convolution inputs."""
+    return torch.cat([previous, inputs], dim=1)[:, -previous.shape[1] :]

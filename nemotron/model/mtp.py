@@ -5,6 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.block import Block
+from nemotron.model.cache import CachedRows
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear, RMSNorm
 from nemotron.model.router import RoutingStats
@@ -34,21 +35,29 @@ class MTP(nn.Module):
         hidden: Float[Tensor, "B T D"],
         seq_idx: Int[Tensor, "B T"] | None,
         *,
-        has_stats: bool,
+        cache: CachedRows | None = None,
+        has_stats: bool = False,
         padding: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], list[RoutingStats]]:
         """Predict one token further from the depth before and the next token's embedding.
 
-        With `has_stats` the second result holds the routers' statistics, without `padding`.
+        `cache` holds what the block, apart from the backbone, remembers of the rows; their places
+        are those of `hidden`. With `has_stats` the second result holds the routers' statistics,
+        without `padding`.
         """
         first, last = self.layers[0], self.layers[-1]
         part = first.get_submodule
         joined = torch.cat([part("enorm")(embedding), part("hnorm")(hidden)], dim=-1)
         x = part("eh_proj")(joined)
         routing = []
+        if cache is not None:
+            cache.begin(x.shape[1])
         for index, layer in enumerate(self.layers):
             name = f"mtp.layers.{index}" if has_stats else None
-            x, stats = layer(x, seq_idx, stats_name=name, padding=padding)
+            state = cache.layers[index] if cache is not None else None
+            x, stats = layer(x, seq_idx, state, name, padding)
             if stats is not None:
                 routing.append(stats)
+        if cache is not None:
+            cache.end(x.shape[1])
         return last.get_submodule("final_layernorm")(x), routing

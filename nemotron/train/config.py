@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from nemotron.data.config import BlendConfig, DataConfig, LengthConfig, check_lengths
+from nemotron.errors import RuleBroken
 from nemotron.model.config import ModelConfig
 from nemotron.ops.config import OpsConfig
 from nemotron.parallel.config import ParallelConfig
@@ -45,12 +46,12 @@ class OptimizerConfig(Section):
     def _check(self) -> "OptimizerConfig":
         for beta in self.betas:
             if not 0 <= beta < 1:
-                raise ValueError(f"betas = {list(self.betas)} must lie in [0, 1)")
+                raise RuleBroken("betas", f"= {list(self.betas)} must lie in [0, 1)")
         return self
 
 
 class ScheduleConfig(Section):
-    """Learning rate over training; every length in tokens or in steps, not both."""
+    """Learning rate over training; every length in tokens, in steps or as a share of the run."""
 
     kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """Shape: warm-up then stable then decay, or decay from the end of the warm-up, or none."""
@@ -66,10 +67,14 @@ class ScheduleConfig(Section):
     """Length of the linear warm-up from zero, in tokens."""
     warmup_steps: int | None = Field(None, ge=0)
     """Length of the linear warm-up from zero, in optimizer steps."""
+    warmup_fraction: float | None = Field(None, ge=0, le=1)
+    """Length of the linear warm-up from zero, as a share of the run's length."""
     decay_tokens: float | None = Field(None, gt=0)
     """Length of the final decay (kind wsd), in tokens."""
     decay_steps: int | None = Field(None, gt=0)
     """Length of the final decay (kind wsd), in optimizer steps."""
+    decay_fraction: float | None = Field(None, gt=0, le=1)
+    """Length of the final decay (kind wsd), as a share of the run's length."""
     decay: Literal["minus_sqrt", "linear", "cosine", "exponential"] = "minus_sqrt"
     """Shape of the final decay (kind wsd)."""
 
@@ -98,11 +103,11 @@ class PhaseConfig(Section):
     def _check(self) -> "PhaseConfig":
         check_lengths(self.lengths)
         if self.lengths and self.seq_len is not None:
-            raise ValueError("seq_len and lengths are both given; keep one of them")
+            raise RuleBroken("seq_len", "and lengths are both given; keep one of them")
         total = self.schedule and (self.schedule.total_tokens or self.schedule.total_steps)
         if total:
-            raise ValueError(
-                "schedule has a total length; remove it, the phase's own length counts"
+            raise RuleBroken(
+                "schedule", "has a total length; remove it, the phase's own length counts"
             )
         return self
 
@@ -202,7 +207,7 @@ class RunConfig(Section):
     """Version of the recipe format."""
     stage: str
     """Kind of training."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
     """Name of the run: its folder under `output`."""
     output: str = "runs"
     """Folder that holds the run's folder."""

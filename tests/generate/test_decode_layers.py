@@ -5,8 +5,15 @@ import copy
 import pytest
 import torch
 
-from nemotron.generate.decode_layers import FEW_TOKENS, FewTokensMoE, prepare_weights
+from nemotron.generate.decode_layers import (
+    FEW_TOKENS,
+    FewTokensMoE,
+    decode_view,
+    prepare_weights,
+)
 from nemotron.generate.engine import Engine
+from nemotron.generate.forward import append, read
+from nemotron.generate.sampling import Sampling
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.moe import MoE
@@ -15,11 +22,10 @@ PROMPTS = [[5, 3, 60, 1, 17, 17, 2], [9, 4]]
 
 
 def continued_logits(model: HybridLM, prompts: list[list[int]]) -> torch.Tensor:
-    engine = Engine(model)
-    cache, logits = engine.prefill(prompts)
+    rows, logits = read(model, prompts)
     results = [logits]
     for token in (7, 8, 9):
-        results.append(engine.advance(cache, torch.full((len(prompts),), token)))
+        results.append(append(model, rows, torch.full((len(prompts), 1), token)))
     return torch.stack(results).float()
 
 
@@ -86,3 +92,47 @@ def test_a_shared_expert_goes_along_where_it_can(shared: int, included: bool, to
     assert (
         few(x.repeat(1, 9, 1))[:, :tokens] - expected
     ).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def train(model: HybridLM, optimizer: torch.optim.Optimizer, seed: int) -> float:
+    ids = torch.randint(61, (2, 20), generator=torch.Generator().manual_seed(seed))
+    logits = model.logits(model(ids[:, :-1]))
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
+    optimizer.zero_grad()
+    loss.backward()
+    optimizer.step()
+    return loss.item()
+
+
+@pytest.mark.parametrize("pack", [False, True])
+def test_a_model_that_a_view_generated_with_trains_on_as_if_it_had_not(
+    model: HybridLM, pack: bool
+) -> None:
+    models = [copy.deepcopy(model) for _ in range(2)]
+    optimizers = [torch.optim.Adam(m.parameters(), lr=0.01) for m in models]
+    names = [name for name, _ in models[1].named_parameters()]
+    view = decode_view(models[1], pack=pack)
+    for step in range(3):
+        expected, found = (train(m, o, step) for m, o in zip(models, optimizers, strict=True))
+        assert expected == found
+        Engine(view).generate(PROMPTS, 3, Sampling(1.0, seed=step))
+    assert [name for name, _ in models[1].named_parameters()] == names
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert other.requires_grad
+        assert one.equal(other)
+
+
+def test_a_view_has_the_parameters_and_so_the_newest_weights(model: HybridLM) -> None:
+    model = copy.deepcopy(model)
+    view, packed = decode_view(model), decode_view(model, pack=True)
+    parameters = dict(model.named_parameters())
+    assert all(parameter is parameters.pop(name) for name, parameter in view.named_parameters())
+    assert not parameters
+    before = continued_logits(packed, PROMPTS)
+    train(model, torch.optim.SGD(model.parameters(), lr=0.1), 0)
+    expected = continued_logits(model, PROMPTS)
+    scale = expected.abs().max()
+    # float32: another order of sums
+    assert (continued_logits(view, PROMPTS) - expected).abs().max() <= 1e-5 * scale
+    assert (before - expected).abs().max() > 1e-3 * scale
+    assert continued_logits(packed, PROMPTS).equal(before)

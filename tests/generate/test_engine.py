@@ -6,6 +6,8 @@ from transformers import NemotronHConfig, NemotronHForCausalLM
 
 from nemotron.errors import UserError
 from nemotron.generate.engine import Engine
+from nemotron.generate.forward import append, read
+from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
 from nemotron.model.cache import Cache
 from nemotron.model.hybrid import HybridLM
@@ -33,19 +35,19 @@ def full_logits(model: HybridLM, ids: list[int]) -> torch.Tensor:
 @torch.inference_mode()
 def test_cached_logits_are_those_of_one_pass(model: HybridLM, pieces: list[int]) -> None:
     ids = torch.tensor(random_prompts(19, 19, 19))
-    cache = Cache(model.config, torch.zeros(3, dtype=torch.int64))
-    parts = [model.logits(model(piece, cache=cache)) for piece in ids.split(pieces, dim=1)]
+    cache = Cache(model.config, 3)
+    rows = cache.rows([cache.admit() for _ in range(3)])
+    parts = [model.logits(model(piece, cache=rows)) for piece in ids.split(pieces, dim=1)]
     assert relative(torch.cat(parts, 1), model.logits(model(ids))) <= TOLERANCE
 
 
 @pytest.mark.parametrize("prefill_tokens", [512, 7, 6, 1])
-def test_padding_does_not_reach_a_shorter_prompt(model: HybridLM, prefill_tokens: int) -> None:
-    # a row that begins at a piece's edge (19 - 12 = 7), one inside, and a single token
-    prompts = random_prompts(19, 12, 1, 7)
-    engine = Engine(model, prefill_tokens=prefill_tokens)
-    cache, logits = engine.prefill(prompts)
-    further = torch.tensor([5, 6, 7, 8])
-    after = engine.advance(cache, further)
+def test_prompts_of_other_lengths_do_not_matter(model: HybridLM, prefill_tokens: int) -> None:
+    # a row that ends at a piece's edge, one inside, a single token, and two of one length apart
+    prompts = random_prompts(19, 12, 1, 7, 12)
+    rows, logits = read(model, prompts, prefill_tokens)
+    further = torch.tensor([[5], [6], [7], [8], [9]])
+    after = append(model, rows, further)
     for row, prompt in enumerate(prompts):
         alone = full_logits(model, [*prompt, int(further[row])])
         assert relative(logits[row], alone[-2]) <= TOLERANCE
@@ -85,8 +87,10 @@ def test_a_row_ends_at_its_stop_token_and_the_others_go_on(model: HybridLM) -> N
 def test_the_stream_ends_when_every_row_has_ended(model: HybridLM) -> None:
     prompts = random_prompts(9)
     free = Engine(model).generate(prompts, 12, GREEDY)[0]
-    stopped = list(Engine(model, stop={free[0]}).stream(prompts, 12, GREEDY))
-    assert stopped == [[free[0]]]
+    request = Request(prompts[0], 12, GREEDY)
+    stopped = list(Engine(model, stop={free[0]}).run([request]))
+    assert [event.token for event in stopped] == [free[0]]
+    assert stopped[0].finish == "stop"
 
 
 def test_timing_counts_prompt_and_new_tokens(model: HybridLM) -> None:
@@ -142,9 +146,8 @@ def test_prefill_and_decoding_are_those_of_transformers(
         output_logits=True,
         return_dict_in_generate=True,
     )
-    engine = Engine(model)
-    assert engine.generate(prompts, 8, GREEDY) == theirs.sequences[:, 9:].tolist()
-    cache, logits = engine.prefill(prompts)
+    assert Engine(model).generate(prompts, 8, GREEDY) == theirs.sequences[:, 9:].tolist()
+    rows, logits = read(model, prompts)
     for step, expected in enumerate(theirs.logits):
         assert relative(logits, expected) <= 2e-5
-        logits = engine.advance(cache, theirs.sequences[:, 9 + step])
+        logits = append(model, rows, theirs.sequences[:, 9 + step, None])

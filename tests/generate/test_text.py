@@ -1,10 +1,13 @@
 """Streaming text: characters of several tokens appear whole, and nothing is lost."""
 
+import itertools
+import random
+
 import pytest
 import tokenizers
 
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
-from nemotron.generate.text import TextStream
+from nemotron.generate.text import StopStrings, TextStream
 
 TEXT = "naïve café — 日本語 🧑‍🔬 Ω≈ç√ plain end"
 
@@ -61,3 +64,28 @@ def test_words_of_a_metaspace_tokenizer_keep_their_spaces() -> None:
 def test_special_tokens_are_not_shown(tokenizer: Tokenizer) -> None:
     stream = TextStream(tokenizer)
     assert "".join(map(stream.push, [*tokenizer.encode("end"), tokenizer.id("</s>")])) == "end"
+
+
+def test_a_stop_string_is_found_however_the_text_is_cut() -> None:
+    generator = random.Random(0)
+    for _ in range(2000):
+        stops = tuple(
+            "".join(generator.choices("ab", k=generator.randint(1, 4)))
+            for _ in range(generator.randint(0, 3))
+        )
+        text = "".join(generator.choices("abc", k=12))
+        ends = sorted(generator.randrange(13) for _ in range(4))
+        found, emitted = StopStrings(stops), ""
+        for begin, end in itertools.pairwise([0, *ends, 12]):
+            before = text[:begin]
+            emitted += found.push(text[begin:end])
+            if found.is_found:
+                # it is found as early as the text allows
+                assert not any(stop in before for stop in stops)
+                break
+        places = [text.find(stop) for stop in stops if stop in text[:end]]
+        assert found.is_found == bool(places)
+        if places:
+            assert emitted == text[: min(p for p in places)]
+        else:
+            assert emitted + found.close() == text

@@ -18,6 +18,7 @@ from nemotron.errors import UserError
 from nemotron.files import hash_file
 from nemotron.hf import selfcheck
 from nemotron.hf.export import export
+from nemotron.hf.formats import MAMBA_FP32
 from nemotron.hf.shards import INDEX
 from nemotron.loading import load
 
@@ -43,6 +44,7 @@ def checked(run: Path) -> Path:
     return run / "export"
 
 
+@pytest.mark.slow
 def test_an_export_ends_with_a_check_whose_report_lies_beside_it(checked: Path):
     report = json.loads((checked / "export_report.json").read_text())
     assert {check["check"]: check["outcome"] for check in report["checks"]} == {
@@ -55,6 +57,7 @@ def test_an_export_ends_with_a_check_whose_report_lies_beside_it(checked: Path):
     assert hash_file(checked / "model-00001-of-00001.safetensors") in report["xxh128"].values()
 
 
+@pytest.mark.slow
 def test_every_file_of_a_released_folder_is_there(checked: Path):
     names = {path.name for path in checked.iterdir()}
     assert names == {
@@ -97,7 +100,7 @@ def test_the_index_holds_sizes_and_places(exported: Path):
 
 
 def test_the_mamba_vectors_can_stay_float32(run: Path, tmp_path: Path):
-    assert export(run, tmp_path / "wide", mamba_fp32=True, check=False) == 0
+    assert export(run, tmp_path / "wide", formats=MAMBA_FP32, check=False) == 0
     wide = {
         n.rsplit(".", 1)[-1]
         for n, t in read_all(tmp_path / "wide").items()
@@ -210,7 +213,7 @@ def test_a_failed_check_leaves_the_old_export_alone(
 
 
 def test_an_export_replaces_another_only_when_told(run: Path, tmp_path: Path):
-    out = tmp_path / "out"
+    out = tmp_path / "exported/mine"  # its parent does not exist yet
     assert export(run, out, check=False) == 0
     assert f"{out} exists already; add --overwrite" in refusal(run, out)
     card = (out / "README.md").read_text()
@@ -221,7 +224,7 @@ def test_an_export_replaces_another_only_when_told(run: Path, tmp_path: Path):
     (out / "README.md").write_text(f"{card} and my own words")
     assert "README.md was changed since" in refusal(run, out, overwrite=True)
     assert "my own words" in (out / "README.md").read_text()
-    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(out.parent) == ["mine"]
 
 
 @pytest.mark.parametrize("name", [".out.partial", "out.failed"])

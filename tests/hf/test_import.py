@@ -221,6 +221,7 @@ def test_chat_template_and_generation_settings_travel_along(single: Path, tmp_pa
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_by_the_hashes_of_our_own_export(run: Path, tmp_path: Path):
     assert export(run, tmp_path / "out") == 0
     (shard,) = (tmp_path / "out").glob("*.safetensors")

@@ -83,7 +83,7 @@ def test_the_last_backend_takes_every_call_of_training_and_decoding(operation: O
     features = {
         "ssd": {"documents", "initial_state", "final_state"},
         "causal_conv1d": {"documents", "initial_state", "documents_after_a_state", "any_width"},
-        "attention": {"documents", "cache", "start", "documents_after_a_prefix"},
+        "attention": {"documents", "cache", "lengths", "documents_after_a_prefix"},
     }
     needs = frozenset(features.get(operation.name, set()))
     for dtype in (torch.float32, torch.bfloat16, torch.float64):

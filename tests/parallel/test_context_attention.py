@@ -45,7 +45,7 @@ def on_ranks(
     rows = DOCUMENTS[documents]
     seq_idx = None if rows is None else shard(numbers(*rows), rank, size)
     bound = attention.bind(backend)
-    y = ContextAttention(dist.group.WORLD)(bound, *own, seq_idx=seq_idx, start=None)
+    y = ContextAttention(dist.group.WORLD)(bound, *own, seq_idx=seq_idx)
     return [y.detach(), *torch.autograd.grad(y, own, shard(cotangent, rank, size).to(dtype))]
 
 
@@ -61,7 +61,7 @@ def compare(
     found = [in_row_order(torch.cat(t, dim=1), pool.world) for t in zip(*ranks, strict=True)]
     inputs, cotangent = draw(*heads)
     rows = DOCUMENTS[documents]
-    y = reference.attention(*inputs, None if rows is None else numbers(*rows), None)
+    y = reference(*inputs, None if rows is None else numbers(*rows), None)
     return worst(found, [y.detach(), *torch.autograd.grad(y, inputs, cotangent)])
 
 
@@ -98,7 +98,7 @@ def disturbed(wanted: int) -> list[Tensor]:
         others = torch.where(inside, 1.0, factor)[..., None, None]
         own = [shard((t[:1] * others).detach(), rank, size).requires_grad_() for t in inputs]
         documents = shard(seq_idx, rank, size)
-        y = ContextAttention(dist.group.WORLD)(attention, *own, seq_idx=documents, start=None)
+        y = ContextAttention(dist.group.WORLD)(attention, *own, seq_idx=documents)
         counted = shard(cotangent[:1] * inside[..., None, None], rank, size)
         results += [y.detach()[documents == wanted], *torch.autograd.grad(y, own, counted)]
     return [shard(inside, rank, size), *results]

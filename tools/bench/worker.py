@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.generate.decode_layers import prepare_weights
-from nemotron.generate.engine import Engine
+from nemotron.generate.forward import append, read
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.ssd import ssd
 from nemotron.train.config import LossConfig, OptimizerConfig
@@ -52,7 +52,7 @@ class Ours:
         self.model.init_weights(0)
         self.model.compute_dtype = DTYPES[dtype]
         if case.kind == "decode":
-            self.engine = Engine(prepare_weights(self.model))
+            prepare_weights(self.model)
         else:
             self.optimizer = Optimizer(dict(self.model.named_parameters()), OptimizerConfig())
 
@@ -80,11 +80,11 @@ class Ours:
         return objective.combine(sums, objective.counts(batch))
 
     def prefill(self, tokens: Tensor) -> Tensor:
-        self.cache, self.logits = self.engine.prefill(tokens.tolist())
+        self.rows, self.logits = read(self.model, tokens.tolist())
         return self.logits
 
     def decode(self) -> Tensor:
-        self.logits = self.engine.advance(self.cache, self.logits.argmax(-1))
+        self.logits = append(self.model, self.rows, self.logits.argmax(-1, keepdim=True))
         return self.logits
 
 

@@ -10,8 +10,9 @@ from stage import Stage, parser
 
 from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.engine import Engine
+from nemotron.generate.forward import append, read
 from nemotron.generate.sampling import Sampling
-from nemotron.model.cache import Cache
+from nemotron.model.cache import CachedRows
 
 PROMPT, NEW, BATCHES = 128, 64, (1, 8)
 
@@ -44,16 +45,16 @@ def main() -> None:
                     peak_gib=round(stage.clock.peak_gib(), 2),
                 )
             with stage.attempt(f"batch {rows} kernels"):
-                cache, logits = engine.prefill(prompts)
-                newest = logits.argmax(-1)
-                engine.advance(cache, newest)
+                cached, logits = read(engine.model, prompts)
+                newest = logits.argmax(-1, keepdim=True)
+                append(engine.model, cached, newest)
                 waits: Counter[str] = Counter()
                 with host_waits(waits):
-                    engine.advance(cache, newest)
+                    append(engine.model, cached, newest)
                 stage.clock.wait()
 
-                def step(cache: Cache = cache, newest: torch.Tensor = newest) -> None:
-                    engine.advance(cache, newest)
+                def step(cached: CachedRows = cached, newest: torch.Tensor = newest) -> None:
+                    append(engine.model, cached, newest)
 
                 table = stage.out / f"kernels_decode_{rows}.txt"
                 found_of = profile(step, stage.clock, table, top=6)

@@ -10,8 +10,7 @@ from nemotron.data.prepare.inputs import plan
 from nemotron.data.prepare.options import PrepareOptions
 from nemotron.data.prepare.run import prepare as run
 from nemotron.data.tokenizer import load_tokenizer
-
-DONE = 0
+from nemotron.exit_codes import DONE
 
 
 def prepare(

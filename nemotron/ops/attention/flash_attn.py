@@ -13,12 +13,12 @@ def attention(
     k: Float[Tensor, "B S Hkv Dh"],
     v: Float[Tensor, "B S Hkv Dh"],
     seq_idx: Int[Tensor, "B S"] | None,
-    start: Int[Tensor, " B"] | None,
+    lengths: Int[Tensor, " B"] | None,
 ) -> Float[Tensor, "B T Hq Dh"]:
     """Attend; like ours, its causal mask lines up the last query with the last key."""
     from flash_attn import flash_attn_func, flash_attn_varlen_func
 
-    assert start is None, "this backend does not have the feature"
+    assert lengths is None, "this backend does not have the feature"
     if seq_idx is None:
         return flash_attn_func(q, k, v, causal=True)
     y = flash_attn_varlen_func(*sequences(q, k, v, seq_idx), causal=True)

@@ -18,23 +18,35 @@ def attention(
     k: Float[Tensor, "B S Hkv Dh"],
     v: Float[Tensor, "B S Hkv Dh"],
     seq_idx: Int[Tensor, "B S"] | None,
-    start: Int[Tensor, " B"] | None,
+    lengths: Int[Tensor, " B"] | None,
 ) -> Float[Tensor, "B T Hq Dh"]:
-    """Attend by document on CPUs: no mask of the whole row, no work between documents."""
-    if seq_idx is None or start is not None or q.device.type != "cpu":
-        return _attend(q, k, v, seq_idx, start)
-    prefix, rows = k.shape[1] - q.shape[1], []
-    for row in range(q.shape[0]):
-        lengths = torch.unique_consecutive(seq_idx[row], return_counts=True)[1].tolist()
-        documents, end = [], 0
-        for length in lengths:
-            begin, end = end, end + length
-            if end > prefix:
-                queries = q[row : row + 1, max(0, begin - prefix) : end - prefix]
-                keys, values = (t[row : row + 1, begin:end] for t in (k, v))
-                documents.append(_attend(queries, keys, values, None, None))
-        rows.append(torch.cat(documents, dim=1))
+    """On CPUs, attend by row and document: no mask of the whole row, no work between documents."""
+    if (seq_idx is None and lengths is None) or q.device.type != "cpu":
+        return _attend(q, k, v, seq_idx, lengths)
+    ends = [k.shape[1]] * q.shape[0] if lengths is None else lengths.tolist()
+    rows = []
+    for row, end in enumerate(ends):
+        ids = None if seq_idx is None else seq_idx[row, :end]
+        rows.append(_attend_row(q[row, None], k[row, None, :end], v[row, None, :end], ids))
     return torch.cat(rows)
+
+
+def _attend_row(
+    q: Float[Tensor, "1 T Hq Dh"],
+    k: Float[Tensor, "1 S Hkv Dh"],
+    v: Float[Tensor, "1 S Hkv Dh"],
+    seq_idx: Int[Tensor, " S"] | None,
+) -> Float[Tensor, "1 T Hq Dh"]:
+    if seq_idx is None:
+        return _attend(q, k, v, None, None)
+    prefix = k.shape[1] - q.shape[1]
+    documents, end = [], 0
+    for length in torch.unique_consecutive(seq_idx, return_counts=True)[1].tolist():
+        begin, end = end, end + length
+        if end > prefix:
+            queries = q[:, max(0, begin - prefix) : end - prefix]
+            documents.append(_attend(queries, k[:, begin:end], v[:, begin:end], None, None))
+    return torch.cat(documents, dim=1)
 
 
 def _attend(
@@ -42,14 +54,18 @@ def _attend(
     k: Float[Tensor, "B S Hkv Dh"],
     v: Float[Tensor, "B S Hkv Dh"],
     seq_idx: Int[Tensor, "B S"] | None,
-    start: Int[Tensor, " B"] | None,
+    lengths: Int[Tensor, " B"] | None,
 ) -> Float[Tensor, "B T Hq Dh"]:
     """One call for the whole batch, with a mask only where causality does not say it all."""
     length, total = q.shape[1], k.shape[1]
     mask = None
     is_causal = length == total and length > 1
-    if seq_idx is not None or start is not None or not (is_causal or length == 1):
-        mask, is_causal = _seen(length, total, seq_idx, start, q.device), False
+    if lengths is not None:
+        # what lies after a row may be anything; masked, a NaN would still reach the result
+        beyond = (torch.arange(total, device=q.device) >= lengths[:, None])[..., None, None]
+        k, v = k.masked_fill(beyond, 0.0), v.masked_fill(beyond, 0.0)
+    if seq_idx is not None or lengths is not None or not (is_causal or length == 1):
+        mask, is_causal = _seen(length, total, seq_idx, lengths, q.device), False
     with _kernels(q):
         return _call(q, k, v, mask, is_causal)
 
@@ -85,21 +101,21 @@ def _call(
 
 
 def _seen(
-    length: int, total: int, seq_idx: Tensor | None, start: Tensor | None, device: torch.device
+    length: int, total: int, seq_idx: Tensor | None, lengths: Tensor | None, device: torch.device
 ) -> Bool[Tensor, "B 1 T S"]:
     position = torch.arange(total, device=device)
-    seen = (position <= position[total - length :, None])[None]  # [1, T, S]
+    queries = position[total - length :, None]  # [T, 1]
+    if lengths is not None:
+        queries = queries + (lengths - total)[:, None, None]  # [B, T, 1]
+    seen = position <= queries
     if seq_idx is not None:
-        seen = seen & (seq_idx[:, total - length :, None] == seq_idx[:, None, :])
-    if start is not None:
-        own = position == position[total - length :, None]
-        # padding sees itself, so that no row of the softmax is empty
-        seen = (seen & (position >= start[:, None, None])) | own
-    return seen.unsqueeze(1)
+        own = queries.squeeze(-1).expand(seq_idx.shape[0], -1)
+        seen = seen & (seq_idx.gather(1, own).unsqueeze(-1) == seq_idx[:, None, :])
+    return seen.view(-1, 1, length, total)
 
 
 backend = Backend(
     "sdpa",
     attention,
-    features=frozenset({"documents", "cache", "start", "documents_after_a_prefix"}),
+    features=frozenset({"documents", "cache", "lengths", "documents_after_a_prefix"}),
 )

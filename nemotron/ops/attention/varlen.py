@@ -18,12 +18,12 @@ def attention(
     k: Float[Tensor, "B S Hkv Dh"],
     v: Float[Tensor, "B S Hkv Dh"],
     seq_idx: Int[Tensor, "B S"] | None,
-    start: Int[Tensor, " B"] | None,
+    lengths: Int[Tensor, " B"] | None,
 ) -> Float[Tensor, "B T Hq Dh"]:
     """Attend by document; rows of one document are `sdpa`'s, which needs no mask for them."""
     from torch.nn.attention.varlen import varlen_attn
 
-    assert start is None, "this backend does not have the feature"
+    assert lengths is None, "this backend does not have the feature"
     if seq_idx is None:
         return sdpa.attention(q, k, v, None, None)
     parts = sequences(q, k, v, seq_idx)

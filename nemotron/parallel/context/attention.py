@@ -32,9 +32,7 @@ class ContextAttention:
         v: Float[Tensor, "B Tl Hkv Dh"],
         *,
         seq_idx: Int[Tensor, "B Tl"] | None,
-        start: Int[Tensor, " B"] | None,
     ) -> Float[Tensor, "B Tl Hq Dh"]:
-        assert start is None, "rows that ranks share have no padding before them"
         # in one collective, so that its gradient is one, too
         whole = all_gather(torch.cat([k, v], dim=2), 1, self.group)
         k, v = in_row_order(whole, self.size).chunk(2, dim=2)

@@ -18,8 +18,8 @@ import torch.distributed as dist
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.model.cache import MambaState
 from nemotron.model.mamba2 import Mamba2
+from nemotron.model.state import MambaState
 from nemotron.parallel.collectives import Group, all_to_all, gather
 from nemotron.parallel.context.layout import in_rank_order, in_row_order
 

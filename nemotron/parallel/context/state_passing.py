@@ -27,8 +27,8 @@ from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from nemotron.model.cache import MambaState
 from nemotron.model.mamba2 import Mamba2
+from nemotron.model.state import MambaState
 from nemotron.parallel.collectives import Group, all_gather, all_to_all
 from nemotron.parallel.context.layout import chunks_of, in_rank_order, in_row_order
 

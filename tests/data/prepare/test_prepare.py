@@ -100,6 +100,7 @@ def test_the_number_of_processes_changes_no_byte(world: Path):
     assert not (world / "three.work").exists()
 
 
+@pytest.mark.slow
 def test_killed_at_ten_moments_it_ends_with_the_same_bytes(world: Path):
     draw = random.Random(1)
     kills = 0
@@ -203,6 +204,7 @@ def test_a_full_disk_ends_with_a_sentence_and_what_was_finished_stays(world: Pat
     assert content(world / "full") == content(world / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", ["plan.json", "unit-*.json"])
 def test_an_interrupt_ends_every_process_without_a_traceback(world: Path, seen: str):
     """Interrupted while its workers start (once the plan is there) or work (once a unit is)."""

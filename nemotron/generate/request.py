@@ -1,0 +1,132 @@
+"""What is asked of the engine, and what comes back while it works and at the end."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from jaxtyping import Int
+from torch import Tensor
+
+from nemotron.errors import UserError
+from nemotron.generate.budget import ReasoningBudget
+from nemotron.generate.sampling import Sampling, fresh_seed
+
+Finish = Literal["stop", "length", "abort"]
+"""Why an answer ended: a stop token or string, its longest length, or because it was canceled."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """A prompt and how it is to be continued."""
+
+    prompt: Sequence[int]
+    max_tokens: int = 128
+    """Longest answer, the stop token included."""
+    sampling: Sampling = field(default_factory=Sampling)
+    num_samples: int = 1
+    """Answers to draw; the prompt is read once. Sample k has the seed of the request plus k."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens that end the answer, beside those of the engine."""
+    stop: tuple[str, ...] = ()
+    """Strings that end the answer; they do not appear in its text."""
+    forced: tuple[int, ...] = ()
+    """Tokens with which the answer begins."""
+    budget: ReasoningBudget | None = None
+    logprobs: bool = False
+    """Whether log-probabilities are computed."""
+    experts: bool = False
+    """Whether the experts that each token chose are recorded."""
+
+    def check(self, vocab_size: int, name: str = "prompt") -> None:
+        """Refuse what a model with such a vocabulary cannot answer; `name` is that of the prompt.
+
+        Raises:
+            UserError: when the request is impossible.
+        """
+        if self.max_tokens < 1:
+            raise UserError(f"max_new_tokens = {self.max_tokens} must be at least 1.")
+        if self.num_samples < 1:
+            raise UserError(f"num_samples = {self.num_samples} must be at least 1.")
+        if not all(self.stop):
+            raise UserError("a stop string is empty; give it at least one character.")
+        named = {
+            name: self.prompt,
+            "forced": self.forced,
+            "stop_ids": self.stop_ids,
+            "logit_bias": self.sampling.logit_bias,
+        }
+        for key, tokens in named.items():
+            for token in tokens:
+                if not 0 <= token < vocab_size:
+                    raise UserError(
+                        f"{key} has token {token}, but the model's vocabulary has {vocab_size} "
+                        f"tokens; use the tokenizer that the model was trained with."
+                    )
+        if not self.prompt:
+            raise UserError(f"{name} is empty; give it at least one token.")
+
+
+def requests_of(
+    prompts: Sequence[Sequence[int]], max_tokens: int, sampling: Sampling
+) -> list[Request]:
+    """Return a request for each prompt.
+
+    All have one seed, except that the n-th copy of a prompt has the n-th seed after it: answers to
+    one prompt differ, and another prompt changes nothing.
+
+    Raises:
+        UserError: when there is no prompt.
+    """
+    if not prompts:
+        raise UserError("there is no prompt; give at least one.")
+    first = fresh_seed() if sampling.seed is None else sampling.seed
+    copies: Counter[tuple[int, ...]] = Counter()
+    requests = []
+    for prompt in map(tuple, prompts):
+        seed = (first + copies[prompt]) % 2**63
+        copies[prompt] += 1
+        requests.append(Request(prompt, max_tokens, replace(sampling, seed=seed)))
+    return requests
+
+
+@dataclass
+class Answer:
+    """One sample of a request, as far as it goes."""
+
+    tokens: list[int] = field(default_factory=list)
+    text: str = ""
+    """Empty if the engine has no tokenizer."""
+    forced: list[bool] = field(default_factory=list)
+    """Whether the model was not asked about a token; such tokens are no action of a policy."""
+    logprobs: list[float] = field(default_factory=list)
+    """Of each token in nats, under the distribution that it was drawn from; 0 if forced."""
+    raw_logprobs: list[float] = field(default_factory=list)
+    """Of each token in nats, under the model: temperature 1, no penalty, no cut."""
+    versions: list[tuple[int, int]] = field(default_factory=list)
+    """From which token on which version of the weights was used."""
+    experts: Int[Tensor, "tokens layers K"] | None = None
+    """Experts of prompt and answer without the last token, which no layer read; int16, -1 unknown.
+
+    Known when the answer has ended.
+    """
+    finish: Finish | None = None
+
+
+@dataclass(frozen=True)
+class Event:
+    """One more token of an answer, or its end."""
+
+    request: int
+    sample: int
+    token: int | None
+    """None for the end of a canceled request."""
+    text: str
+    """What became readable with the token."""
+    answer: Answer
+    """The answer so far; complete when `finish` is set."""
+
+    @property
+    def finish(self) -> Finish | None:
+        """Why the answer ended with this event; None while it goes on."""
+        return self.answer.finish

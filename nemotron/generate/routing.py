@@ -1,0 +1,40 @@
+"""Which experts the routers of a model choose, recorded while it runs."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Int
+from torch import Tensor, nn
+
+from nemotron.model.router import Routing, routers
+
+
+class RoutingRecord:
+    """The choices of the newest pass, for each mixture layer in the order of the model."""
+
+    def __init__(self) -> None:
+        self.layers: list[Int[Tensor, "M K"]] = []
+
+    def experts(self, num_rows: int) -> Int[Tensor, "B T layers K"]:
+        """Return the experts of every token of the pass, as int16 on the host."""
+        stacked = torch.stack(self.layers, dim=1).to("cpu", torch.int16)  # [M, layers, K]
+        return stacked.unflatten(0, (num_rows, -1))
+
+
+@contextmanager
+def recorded(backbone: nn.Module, *, on: bool) -> Iterator[RoutingRecord]:
+    """Record the routers' choices of one pass, at no cost where `on` is false."""
+    record = RoutingRecord()
+
+    def keep(module: nn.Module, inputs: object, routing: Routing) -> None:
+        record.layers.append(routing.experts)
+
+    handles = []
+    if on:
+        handles = [router.register_forward_hook(keep) for router in routers(backbone).values()]
+    try:
+        yield record
+    finally:
+        for handle in handles:
+            handle.remove()

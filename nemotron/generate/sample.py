@@ -1,0 +1,116 @@
+"""One answer while it is written: its tokens, its text, and when it must end."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from nemotron.data.tokenizer import Tokenizer
+from nemotron.generate.budget import Reasoning
+from nemotron.generate.prefixes import Prefix
+from nemotron.generate.request import Answer, Event, Finish, Request
+from nemotron.generate.sampling import Uniforms
+from nemotron.generate.selection import Selected
+from nemotron.generate.text import StopStrings, TextStream
+
+
+@dataclass(eq=False)
+class Sample:
+    """Sample `number` of a request; lives from its submission to its last event."""
+
+    request_id: int
+    number: int
+    order: int
+    """Place among all samples in the order of their arrival; older ones go first."""
+    request: Request
+    seed: int
+    stop_ids: frozenset[int]
+    tokenizer: Tokenizer | None
+    slot: int | None = None
+    """Its place in the cache; None while it waits."""
+    prefix: Prefix | None = None
+    """A state that it can begin with."""
+    followers: list["Sample"] = field(default_factory=list)
+    """Samples of the same request that begin with the state after the prompt."""
+
+    def __post_init__(self) -> None:
+        self.tokens = list(self.request.prompt)
+        self.answer = Answer()
+        self.forced = deque(self.request.forced)
+        self.logits: Float[Tensor, " V"] | None = None
+        """Of the next token, where no pass through the model is needed for them."""
+        self._experts: list[Int[Tensor, "tokens layers K"]] = []
+        self._uniforms = Uniforms(self.seed)
+        self._stream = (
+            TextStream(self.tokenizer, self.request.prompt) if self.tokenizer is not None else None
+        )
+        self._stops = StopStrings(self.request.stop)
+        self._reasoning = None
+        if self.request.budget is not None:
+            self._reasoning = Reasoning(self.request.budget)
+            self.forced.extend(self._reasoning.begin())
+
+    @property
+    def uniform(self) -> float:
+        """The random number for the next token; it depends on the seed and the place alone."""
+        return self._uniforms[len(self.answer.tokens)]
+
+    def take_forced(self) -> int | None:
+        """Return the next token if it is not free."""
+        return self.forced.popleft() if self.forced else None
+
+    def begin_with(self, prefix: Prefix) -> None:
+        """Take over what is known of the beginning of the text."""
+        self.logits = prefix.logits
+        if self.request.experts and prefix.experts is not None:
+            self.add_experts(prefix.experts, 0)
+
+    def add_experts(self, experts: Int[Tensor, "tokens layers K"], first: int) -> None:
+        """Record the experts of tokens from the `first` on, but for those that were read before.
+
+        What is computed again after a preemption may choose others by a rounding.
+        """
+        known = sum(map(len, self._experts))
+        if (new := experts[known - first :]).shape[0]:
+            self._experts.append(new)
+
+    @property
+    def experts(self) -> Int[Tensor, "tokens layers K"] | None:
+        """What the routers chose so far; None where it is not recorded."""
+        return torch.cat(self._experts) if self._experts else None
+
+    def push(self, selected: Selected, version: int) -> Event:
+        """Append a token to the answer."""
+        answer, token = self.answer, selected.token
+        if not answer.versions or answer.versions[-1][1] != version:
+            answer.versions.append((len(answer.tokens), version))
+        self.tokens.append(token)
+        answer.tokens.append(token)
+        answer.forced.append(selected.is_forced)
+        if self.request.logprobs:
+            answer.logprobs.append(selected.logprob)
+            answer.raw_logprobs.append(selected.raw_logprob)
+        if self._reasoning is not None:
+            self.forced.extend(self._reasoning.push(token))
+        text = "" if self._stream is None else self._stops.push(self._stream.push(token))
+        finish: Finish | None = None
+        if self._stops.is_found or token in self.stop_ids:
+            finish = "stop"
+        elif len(answer.tokens) == self.request.max_tokens:
+            finish = "length"
+        return self._event(token, text, finish)
+
+    def cancel(self) -> Event:
+        """End the answer where it is."""
+        return self._event(None, "", "abort")
+
+    def _event(self, token: int | None, text: str, finish: Finish | None) -> Event:
+        if finish is not None:
+            if self._stream is not None:
+                text += self._stops.push(self._stream.close()) + self._stops.close()
+            self.answer.finish = finish
+            self.answer.experts = self.experts
+        self.answer.text += text
+        return Event(self.request_id, self.number, token, text, self.answer)

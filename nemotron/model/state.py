@@ -1,0 +1,125 @@
+"""What one layer remembers: of every slot of a cache, and of the rows of one call."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+@dataclass
+class MambaSlots:
+    """The states of one Mamba-2 layer, one for each slot.
+
+    `conv` holds the last W-1 inputs of the convolution, before the activation; `ssm` is float32
+    even in a bf16 model, as serving engines keep it.
+    """
+
+    conv: Float[Tensor, "slots W C"]
+    ssm: Float[Tensor, "slots H P N"]
+
+
+class MambaState:
+    """The state of one Mamba-2 layer for the rows of a call.
+
+    Rows in neighboring slots are views: what changes `conv` and `ssm` in place changes the slots.
+    The others are copies, read by `load`; `store` brings both kinds up to date.
+    """
+
+    conv: Float[Tensor, "B W C"]
+    ssm: Float[Tensor, "B H P N"]
+    history: list[tuple[Tensor, Tensor]] | None
+    """With states after every token asked for: the state before the call, then after each token."""
+
+    def __init__(self, slots: MambaSlots, rows: slice | Int[Tensor, " B"], has_history: bool):
+        self._slots, self._rows = slots, rows
+        self.history = [] if has_history else None
+        if isinstance(rows, slice):
+            self.conv, self.ssm = slots.conv[rows], slots.ssm[rows]
+
+    def load(self) -> None:
+        """Read the slots before a call."""
+        if not isinstance(self._rows, slice):
+            self.conv = self._slots.conv.index_select(0, self._rows)
+            self.ssm = self._slots.ssm.index_select(0, self._rows)
+        if self.history is not None:
+            self.history = [(self.conv.clone(), self.ssm.clone())]
+
+    def store(self, conv: Float[Tensor, "B W C"], ssm: Float[Tensor, "B H P N"]) -> None:
+        """Replace the state by that after the newest token; `ssm` may be changed in place."""
+        if isinstance(self._rows, slice):
+            self.conv.copy_(conv)
+            if ssm is not self.ssm:
+                self.ssm.copy_(ssm)
+        else:
+            self.conv, self.ssm = conv, ssm
+            self._slots.conv.index_copy_(0, self._rows, conv)
+            self._slots.ssm.index_copy_(0, self._rows, ssm)
+        if self.history is not None:
+            self.history.append((self.conv.clone(), self.ssm.clone()))
+
+
+@dataclass
+class KeyValues:
+    """Keys and values of one attention layer, in blocks that any rows may own."""
+
+    keys: Float[Tensor, "blocks size Hkv Dh"]
+    values: Float[Tensor, "blocks size Hkv Dh"]
+
+    def grow(self, count: int) -> None:
+        """Make room for `count` blocks, the present ones first."""
+        for name in ("keys", "values"):
+            old = getattr(self, name)
+            new = old.new_zeros(count, *old.shape[1:])
+            new[: old.shape[0]] = old
+            setattr(self, name, new)
+
+
+@dataclass
+class Places:
+    """Where the tokens of a call go, and where all tokens of its rows lie: for every layer."""
+
+    written: slice | Int[Tensor, " M"]
+    """Positions of the new tokens, row after row, counted through all blocks."""
+    read: slice | Int[Tensor, " blocks"]
+    """Blocks of all rows, equally many for each; positions for a row whose blocks follow."""
+    longest: int
+    lengths: Int[Tensor, " B"] | None
+    """Tokens of each row, the new ones included; absent: all have `longest`."""
+
+
+@dataclass
+class AttentionState:
+    """Keys and values of one attention layer for the rows of a call."""
+
+    pool: KeyValues
+    places: Places | None = field(default=None, repr=False)
+    """Set before each call."""
+
+    def append(
+        self, k: Float[Tensor, "B T Hkv Dh"], v: Float[Tensor, "B T Hkv Dh"]
+    ) -> tuple[Float[Tensor, "B S Hkv Dh"], Float[Tensor, "B S Hkv Dh"], Int[Tensor, " B"] | None]:
+        """Add the newest keys and values; return all of them and how many each row has."""
+        places = self.places
+        assert places is not None, "the rows must be begun first"
+        results = []
+        for pool, new in ((self.pool.keys, k), (self.pool.values, v)):
+            flat = pool.flatten(0, 1)
+            if isinstance(places.written, slice):
+                flat[places.written] = new[0]
+            else:
+                flat.index_copy_(0, places.written, new.flatten(0, 1).to(flat.dtype))
+            if isinstance(places.read, slice):
+                results.append(flat[places.read].unsqueeze(0))
+            else:
+                blocks = pool.index_select(0, places.read)
+                rows = blocks.view(k.shape[0], -1, *k.shape[2:])
+                results.append(rows[:, : places.longest])
+        return results[0], results[1], places.lengths
+
+
+def slots_of(slots: list[int], device: torch.device) -> slice | Int[Tensor, " B"]:
+    """Return neighboring slots as a slice, so that they can be viewed, and others as numbers."""
+    if slots == list(range(slots[0], slots[0] + len(slots))):
+        return slice(slots[0], slots[0] + len(slots))
+    return torch.tensor(slots, device=device)
