@@ -28,7 +28,15 @@ app.add_typer(recipe_app, name="recipe")
 data_app = typer.Typer(help="Prepare data and inspect it before a run.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-RecipeFile = Annotated[Path, typer.Argument(help="Recipe file (.yaml).", metavar="RECIPE")]
+checkpoint_app = typer.Typer(help="Work on checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+RecipeFile = Annotated[
+    Path,
+    typer.Argument(
+        help="Recipe file (.yaml), or a shipped recipe such as tiny/pretrain.", metavar="RECIPE"
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(
@@ -71,6 +79,10 @@ def train(
 
     Launch.of_this_process()  # reports a mistake in the environment before the recipe is read
     loaded = load_recipe(recipe, overrides or [])
+    if resume and not loaded.overrides(("name",), ("output",)):
+        from nemotron.run.folder import check_recipe_home
+
+        check_recipe_home(recipe, loaded.config.run_path)
     if dry_run:
         from nemotron.train.start import dry_run as describe
 
@@ -132,6 +144,35 @@ def recipe_diff(first: RecipeFile, second: RecipeFile) -> int:
 
     for key, a, b in diff(load_recipe(first), load_recipe(second)):
         print(f"{key}: {a} -> {b}")
+    return DONE
+
+
+@recipe_app.command("list", epilog="Example: nemotron recipe list")
+def recipe_list() -> int:
+    """List the recipes that ship with the package."""
+    from nemotron.recipe.shipped import names, summary
+
+    width = max(map(len, names()))
+    for name in names():
+        print(f"{name:<{width}}  {summary(name)}".rstrip())
+    return DONE
+
+
+@recipe_app.command("copy", epilog="Example: nemotron recipe copy tiny/pretrain")
+def recipe_copy(
+    name: Annotated[str, typer.Argument(help="Name, as recipe list prints it.", metavar="NAME")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("recipes"),
+    launch: Annotated[
+        bool, typer.Option("--launch", help="Also copy the start scripts, into the folder launch.")
+    ] = False,
+) -> int:
+    """Copy a shipped recipe, with the files that it extends, to change it."""
+    from nemotron.recipe.load import load_recipe
+    from nemotron.recipe.shipped import copy, path_of
+
+    files = load_recipe(path_of(name)).files
+    for path in copy(files, out, Path("launch") if launch else None):
+        print(path)
     return DONE
 
 
@@ -430,12 +471,13 @@ def export(
 ) -> int:
     """Export a model to a Hugging Face folder, and check it in a fresh process."""
     from nemotron.hf.export import export as run_export
+    from nemotron.hf.formats import MAMBA_FP32, RELEASED
 
     return run_export(
         run,
         out,
         overwrite=overwrite,
-        mamba_fp32=mamba_fp32,
+        formats=MAMBA_FP32 if mamba_fp32 else RELEASED,
         check=check,
         max_shard_bytes=int(max_shard_gb * 1e9),
     )
@@ -451,6 +493,20 @@ def import_(
     from nemotron.hf.import_ import import_ as run_import
 
     return run_import(folder, out, overwrite=overwrite)
+
+
+@checkpoint_app.command("convert", epilog="Example: nemotron checkpoint convert runs/tiny")
+def checkpoint_convert(
+    path: Annotated[Path, typer.Argument(help="Run, its checkpoints folder, or one checkpoint.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the new checkpoints; default: in place of the old ones."),
+    ] = None,
+) -> int:
+    """Convert checkpoints of the old format, which held pickles; nothing in them is executed."""
+    from nemotron.checkpoint.convert import convert
+
+    return convert(path, out)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:

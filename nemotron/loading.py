@@ -9,10 +9,10 @@ from torch import Tensor
 from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.hf.build import build_around
 from nemotron.hf.folder import is_exported, read_folder
 from nemotron.hf.import_ import check_tokenizer
 from nemotron.hf.tokenizer_files import TOKENIZER
+from nemotron.model.build import build_around
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import apply as apply_ops

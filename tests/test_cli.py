@@ -44,6 +44,8 @@ def test_these_are_the_commands():
         "recipe show",
         "recipe check",
         "recipe diff",
+        "recipe list",
+        "recipe copy",
         "recipe schema",
         "data prepare",
         "data inspect",

@@ -79,21 +79,7 @@ def broken(rule: Rule) -> dict[str, list[str]]:
 
 
 def test_nothing_that_stands_in_a_file_is_executed():
-    [(file, places)] = broken(code_from_files).items()
-    # torch writes a checkpoint's index as a pickle; what may be built from it is tested below
-    assert file == "checkpoint/metadata.py"
-    [place] = places
-    assert place.endswith("import of pickle")
-
-
-def test_the_one_unpickler_builds_only_what_it_lists():
-    classes = [n for n in ast.walk(TREES["checkpoint/metadata.py"]) if isinstance(n, ast.ClassDef)]
-    [own] = [node for node in classes if "pickle.Unpickler" in map(dotted, node.bases)]
-    [find_class] = own.body
-    assert isinstance(find_class, ast.FunctionDef)
-    assert find_class.name == "find_class"
-    called = {dotted(node.func) for node in ast.walk(find_class) if isinstance(node, ast.Call)}
-    assert called == {"getattr", "isinstance", "DamagedCheckpoint"}
+    assert broken(code_from_files) == {}
 
 
 def test_no_error_is_swallowed():

@@ -22,10 +22,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from nemotron.checkpoint.find import newest  # noqa: E402
+from nemotron.checkpoint.find import SAVING, newest  # noqa: E402
+from nemotron.checkpoint.housekeeping import REMOVING as REMOVED  # noqa: E402
 from nemotron.checkpoint.manifest import CheckpointInfo  # noqa: E402
-from nemotron.checkpoint.metadata import SafeReader  # noqa: E402
-from nemotron.checkpoint.read import load_tensors, read_state  # noqa: E402
+from nemotron.checkpoint.read import SavedTensors, read_state  # noqa: E402
 from nemotron.run.metrics import read_metrics  # noqa: E402
 
 WORKER = """
@@ -64,7 +64,8 @@ RECIPE = {
     "checkpoint": {"every_steps": 1, "keep": 2},
 }
 
-MOMENTS = ("created", "__0_0.distcp", ".metadata", "model.json", "state.json", "manifest.json")
+MOMENTS = ("created", "rank-00000.safetensors", "model.json", "state.json", "index.json")
+MOMENTS += ("manifest.json",)
 """What to wait for inside a checkpoint that is being written, before the kill."""
 COMMITTED, REMOVING, ANYTIME = "committed", "removing", "anytime"
 
@@ -151,9 +152,9 @@ def reached(folder: Path, moment: str, before: set[str]) -> bool:
     for name in names(folder) - before:
         if moment == COMMITTED and name[5:].isdigit():
             return True
-        if moment == REMOVING and name.endswith(".old"):
+        if moment == REMOVING and name.startswith(REMOVED):
             return True
-        if name.endswith(".tmp") and (moment == "created" or (folder / name / moment).exists()):
+        if name.startswith(SAVING) and (moment == "created" or (folder / name / moment).exists()):
             return True
     return False
 
@@ -197,9 +198,9 @@ def differences(run: Path, other: Path) -> list[str]:
 
 def all_tensors(info: CheckpointInfo) -> dict[str, torch.Tensor]:
     """Return every tensor of a checkpoint."""
-    saved = SafeReader(info).read_metadata().state_dict_metadata
-    tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in saved.items()}
-    load_tensors(info, tensors)
+    saved = SavedTensors(info)
+    tensors = saved.empty()
+    saved.load(tensors)
     return tensors
 
 

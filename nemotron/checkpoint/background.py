@@ -2,17 +2,30 @@
 
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from nemotron.checkpoint.write import Files, begin, commit, write_tensors
+from nemotron.checkpoint.draft import Draft
+from nemotron.checkpoint.manifest import Files
+from nemotron.checkpoint.state import SavedState
+from nemotron.checkpoint.write import Saved, begin, commit, write_tensors
 from nemotron.model.config import ModelConfig
 from nemotron.parallel.pieces import Pieces
 from nemotron.parallel.runtime import Ranks
+
+
+@dataclass(frozen=True)
+class _Underway:
+    """A checkpoint on its way, and what will be committed with it."""
+
+    draft: Draft
+    written: Future[Files]
+    state: SavedState
+    model_config: ModelConfig
+    keep: int
 
 
 class BackgroundSaver:
@@ -24,23 +37,20 @@ class BackgroundSaver:
     def __init__(self, ranks: Ranks) -> None:
         self._ranks = ranks
         self._threads = ThreadPoolExecutor(1, "checkpoint")
-        # the thread's own way to the other ranks: a group must not be used by two threads at once
-        self._group = dist.new_group(backend="gloo") if ranks.grouped else None
-        self._written: Future[Files] | None = None
         self._memory = HostMemory()
-        self._commit_with: tuple[Any, ...] = ()
+        self._underway: _Underway | None = None
 
     @property
     def step(self) -> int | None:
         """Step of the checkpoint that is on its way."""
-        return None if self._written is None else self._commit_with[1]
+        return None if self._underway is None else self._underway.draft.step
 
     def start(
         self,
         folder: Path,
         step: int,
         tensors: dict[str, Tensor],
-        state: dict[str, Any],  # Any: whatever JSON can hold
+        state: SavedState,
         model_config: ModelConfig,
         keep: int,
     ) -> None:
@@ -49,29 +59,26 @@ class BackgroundSaver:
         Raises:
             CheckpointNotSaved: when there is no room for it.
         """
-        assert self._written is None, f"step {self.step} is still being written"
-        begin(folder, step, self._ranks)
+        assert self._underway is None, f"step {self.step} is still being written"
+        draft = begin(folder, step, tensors, self._ranks)
         copies = self._memory.copy(tensors)
-        self._commit_with = folder, step, state, model_config, keep
-        self._written = self._threads.submit(
-            write_tensors, folder, step, copies, self._ranks, self._group
-        )
+        written = self._threads.submit(write_tensors, draft, copies, self._ranks.rank)
+        self._underway = _Underway(draft, written, state, model_config, keep)
 
-    def finish(self, *, wait: bool) -> Path | None:
+    def finish(self, *, wait: bool) -> Saved | None:
         """Make it a checkpoint if every rank has written its part; `wait` until then.
 
-        Returns its folder, or None when there is none yet.
+        Returns None when it is not one yet.
 
         Raises:
             CheckpointNotSaved: on every rank, when the file system refused one of them.
         """
-        written = self._written
-        if written is None or not (wait or all(self._ranks.gather(written.done()))):
+        now = self._underway
+        if now is None or not (wait or all(self._ranks.gather(now.written.done()))):
             return None
-        self._written = None
-        self._ranks.all(written.result)
-        folder, step, state, model_config, keep = self._commit_with
-        return commit(folder, step, written.result(), state, model_config, keep, self._ranks)
+        self._underway = None
+        content = now.state, now.model_config, now.keep
+        return commit(now.draft, now.written.result, *content, self._ranks)
 
 
 class HostMemory:

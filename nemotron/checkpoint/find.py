@@ -6,12 +6,16 @@ from pathlib import Path
 from nemotron.checkpoint.manifest import (
     STEP_FOLDER,
     CheckpointInfo,
-    DamagedCheckpoint,
+    OldCheckpoint,
     folder_name,
     verify,
 )
+from nemotron.checkpoint.records import DamagedCheckpoint
 from nemotron.errors import UserError
 from nemotron.parallel.runtime import Ranks
+
+SAVING = ".nemotron-saving-"
+"""Start of the name of a checkpoint that is being written, before its own name."""
 
 
 @dataclass(frozen=True)
@@ -34,19 +38,24 @@ def newest(folder: Path, ranks: Ranks | None = None) -> Search:
     """Return the newest checkpoint whose every file has the size and hash of its manifest.
 
     Ranks share the files among them, and find the same. Nothing is deserialised on the way.
+
+    Raises:
+        UserError: when the newest whole one has the old layout.
     """
     ranks = ranks or Ranks()
-    candidates, unfinished = ranks.first(lambda: (steps(folder), sorted(folder.glob("step-*.tmp"))))
+    candidates, unfinished = ranks.first(lambda: (steps(folder), _unfinished(folder)))
     skipped = [
-        f"{path.name} is incomplete (the save was interrupted); skipped"
-        for path in reversed(unfinished)
-        if not candidates or path.name > folder_name(candidates[0])
+        f"{folder_name(step)} is incomplete (the save was interrupted); skipped"
+        for step in unfinished
+        if not candidates or step > candidates[0]
     ]
     share = slice(ranks.rank, None, ranks.world)
     for step in candidates:
         path = folder / folder_name(step)
         try:
             info = ranks.all(lambda path=path: verify(path, share=share))[0]  # type: ignore[misc]
+        except OldCheckpoint as old:
+            raise UserError(f"{old}.") from None
         except DamagedCheckpoint as damage:
             skipped.append(f"{folder_name(step)} is damaged ({damage}); skipped")
         else:
@@ -63,6 +72,8 @@ def locate(path: Path) -> Search:
     if STEP_FOLDER.fullmatch(path.name):
         try:
             return Search(verify(path), ())
+        except OldCheckpoint as old:
+            raise UserError(f"{old}.") from None
         except DamagedCheckpoint as damage:
             raise UserError(f"{path} is damaged: {damage}; use an older checkpoint.") from None
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
@@ -73,3 +84,9 @@ def locate(path: Path) -> Search:
         reasons = "".join(f"; {line}" for line in found.skipped)
         raise UserError(f"{path} contains no complete checkpoint{reasons}.")
     return found
+
+
+def _unfinished(folder: Path) -> list[int]:
+    """Return the steps whose saves were interrupted, newest first."""
+    names = (path.name.removeprefix(SAVING) for path in folder.glob(f"{SAVING}*"))
+    return sorted({int(match[1]) for name in names if (match := STEP_FOLDER.match(name))})[::-1]

@@ -1,22 +1,31 @@
 """Reading a verified checkpoint: tensors into place, or the weights of its model."""
 
-import json
 import logging
-import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
+from pydantic import JsonValue, ValidationError
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from nemotron.checkpoint.find import locate
-from nemotron.checkpoint.manifest import MODEL, STATE, CheckpointInfo, DamagedCheckpoint
-from nemotron.checkpoint.metadata import SafeReader
+from nemotron.checkpoint.index import (
+    DTYPES,
+    NAMES,
+    Index,
+    SavedPiece,
+    SavedTensor,
+    key_of,
+    read_index,
+)
+from nemotron.checkpoint.manifest import MODEL, STATE, CheckpointInfo
+from nemotron.checkpoint.records import DamagedCheckpoint, explain, read_record
+from nemotron.checkpoint.state import SavedState
 from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
+from nemotron.parallel.pieces import pieces_of
 
 MODEL_PREFIX = "model."
 """Names of the model's parameters and buffers in a checkpoint begin with this."""
@@ -24,53 +33,137 @@ MODEL_PREFIX = "model."
 log = logging.getLogger(__name__)
 
 
-def read_state(info: CheckpointInfo) -> dict[str, Any]:  # Any: whatever JSON can hold
-    """Return what was saved beside the tensors."""
-    return json.loads((info.folder / STATE).read_text())
+def read_state(info: CheckpointInfo) -> SavedState:
+    """Return what was saved beside the tensors.
+
+    Raises:
+        UserError: when a key is unknown, absent or of another type.
+    """
+    with _refusing_damage(info):
+        state = read_record(info.folder / STATE, SavedState)
+        if state.trainer is not None and state.trainer.step != info.step:
+            raise DamagedCheckpoint(
+                f"{STATE}: trainer.step = {state.trainer.step} is not the step {info.step} of "
+                f"the manifest"
+            )
+        return state
 
 
 def read_model_config(info: CheckpointInfo) -> ModelConfig:
-    """Return the configuration of the checkpoint's model."""
-    values = json.loads((info.folder / MODEL).read_text())
-    values["time_step_limit"] = [float(limit) for limit in values["time_step_limit"]]
-    return ModelConfig.model_validate(values)
+    """Return the configuration of the checkpoint's model.
+
+    Raises:
+        UserError: when a key is unknown, absent or of another type.
+    """
+    with _refusing_damage(info):
+        return parse_model_config(info.folder / MODEL)
+
+
+def parse_model_config(path: Path) -> ModelConfig:
+    """Return the configuration in a checkpoint's `model.json`.
+
+    Raises:
+        DamagedCheckpoint: when it is none.
+    """
+    values = read_record(path, dict[str, JsonValue])
+    limit = values.get("time_step_limit")
+    try:
+        if isinstance(limit, list):  # infinity is text, which JSON has no number for
+            numbers: list[JsonValue] = [float(str(bound)) for bound in limit]
+            values["time_step_limit"] = numbers
+        return ModelConfig.model_validate(values)
+    except ValidationError as error:
+        raise DamagedCheckpoint(f"{path.name}: {explain(error)}") from None
+    except ValueError:
+        raise DamagedCheckpoint(f"{path.name}: time_step_limit must be two numbers") from None
+
+
+class SavedTensors:
+    """The tensors of a verified checkpoint; its files stay mapped into memory.
+
+    Raises:
+        UserError: when the index does not fit the files.
+    """
+
+    def __init__(self, info: CheckpointInfo) -> None:
+        self._info = info
+        with _refusing_damage(info):
+            self.index: Index = read_index(info)
+        self._files: dict[str, safe_open] = {}
+
+    @torch.no_grad()
+    def load(self, into: dict[str, Tensor]) -> None:
+        """Copy tensors of the checkpoint into the given ones, which stay where they are.
+
+        Every rank reads what it holds, and does not wait for others.
+
+        Raises:
+            UserError: when a name is absent or a shape or dtype differs (the first ten are named),
+                or when a file is not what the index says.
+        """
+        problems = [self._difference(name, tensor) for name, tensor in into.items()]
+        if found := [problem for problem in problems if problem]:
+            more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
+            raise UserError(
+                f"{self._info.folder} does not fit the model: {'; '.join(found[:10])}{more}; "
+                f"compare the recipe's model section with {MODEL} in that folder."
+            )
+        with _refusing_damage(self._info):
+            for name, tensor in into.items():
+                saved = self.index.tensors[name]
+                for offsets, piece in pieces_of(tensor).items():
+                    self._fill(name, saved, offsets, piece)
+
+    def lacking(self, tensors: dict[str, Tensor]) -> list[str]:
+        """Return the names of which the checkpoint has no tensor of this shape and dtype."""
+        return [name for name, tensor in tensors.items() if self._difference(name, tensor)]
+
+    def empty(self, prefix: str = "") -> dict[str, Tensor]:
+        """Return tensors to load into, of all whose names begin so."""
+        return {
+            name: torch.empty(saved.shape, dtype=DTYPES[saved.dtype])
+            for name, saved in self.index.tensors.items()
+            if name.startswith(prefix)
+        }
+
+    def _fill(self, name: str, saved: SavedTensor, at: tuple[int, ...], piece: Tensor) -> None:
+        for source in saved.pieces:
+            box = [
+                (max(a, b), min(a + n, b + m))
+                for a, n, b, m in zip(at, piece.shape, source.offsets, source.shape, strict=True)
+            ]
+            if all(low < high for low, high in box):
+                there = self._read(name, source, saved.dtype)
+                piece[_seen_from(at, box)].copy_(there[_seen_from(source.offsets, box)])
+
+    def _read(self, name: str, piece: SavedPiece, dtype: str) -> Tensor:
+        """Return a piece, of which no more is read from the disk than is used."""
+        key = key_of(name, piece.offsets)
+        try:
+            if piece.file not in self._files:
+                path = self._info.folder / piece.file
+                self._files[piece.file] = safe_open(path, framework="pt")
+            found = self._files[piece.file].get_tensor(key)
+        except (SafetensorError, OSError) as error:
+            raise DamagedCheckpoint(f"{piece.file}: {str(error).splitlines()[0]}") from None
+        if (tuple(found.shape), found.dtype) != (piece.shape, DTYPES[dtype]):
+            raise DamagedCheckpoint(f"{piece.file}: {key} has not the index's shape and dtype")
+        return found
+
+    def _difference(self, name: str, tensor: Tensor) -> str | None:
+        saved = self.index.tensors.get(name)
+        if saved is None:
+            return f"{name} is absent"
+        if saved.shape != tuple(tensor.shape):
+            return f"{name} has shape {list(saved.shape)} instead of {list(tensor.shape)}"
+        if saved.dtype != NAMES.get(tensor.dtype):
+            return f"{name} is {DTYPES[saved.dtype]} instead of {tensor.dtype}"
+        return None
 
 
 def load_tensors(info: CheckpointInfo, into: dict[str, Tensor]) -> None:
-    """Copy tensors of the checkpoint into the given ones, which stay where they are.
-
-    Every rank reads what it holds, and does not wait for others.
-
-    Raises:
-        UserError: when a name is absent or a shape or dtype differs (the first ten are named),
-            or when the index holds what no checkpoint needs.
-    """
-    saved = _saved_tensors(info)
-    problems = [_difference(name, tensor, saved.get(name)) for name, tensor in into.items()]
-    if found := [problem for problem in problems if problem]:
-        more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
-        raise UserError(
-            f"{info.folder} does not fit the model: {'; '.join(found[:10])}{more}; "
-            f"compare the recipe's model section with {MODEL} in that folder."
-        )
-    try:
-        with warnings.catch_warnings():
-            # torch reminds of the single process, which is what `no_dist` asks for
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.load(into, storage_reader=SafeReader(info), no_dist=True)
-    except CheckpointException as exception:
-        cause = next(iter(exception.failures.values()))[0]
-        if not isinstance(cause, Exception):
-            raise cause from exception  # Ctrl-C
-        # names, shapes and hashes were right, so the file is not what a save writes
-        reason = str(cause).splitlines()[0]
-        raise UserError(f"{info.folder} is damaged: {reason}; use another one.") from exception
-
-
-def lacking(info: CheckpointInfo, tensors: dict[str, Tensor]) -> list[str]:
-    """Return the names of which the checkpoint has no tensor of this shape and dtype."""
-    saved = _saved_tensors(info)
-    return [name for name, tensor in tensors.items() if _difference(name, tensor, saved.get(name))]
+    """Copy tensors of a checkpoint into the given ones, as `SavedTensors.load` does."""
+    SavedTensors(info).load(into)
 
 
 def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -87,33 +180,20 @@ def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         log.warning("%s", line)
     info = found.info
     assert info is not None
-    weights = {
-        name: torch.empty(entry.size, dtype=entry.properties.dtype)
-        for name, entry in _saved_tensors(info).items()
-        if name.startswith(MODEL_PREFIX)
-    }
-    load_tensors(info, weights)
+    saved = SavedTensors(info)
+    weights = saved.empty(MODEL_PREFIX)
+    saved.load(weights)
     named = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}
     return read_model_config(info), named
 
 
-def _saved_tensors(info: CheckpointInfo) -> dict[str, TensorStorageMetadata]:
+def _seen_from(start: tuple[int, ...], box: list[tuple[int, int]]) -> tuple[slice, ...]:
+    return tuple(slice(low - s, high - s) for s, (low, high) in zip(start, box, strict=True))
+
+
+@contextmanager
+def _refusing_damage(info: CheckpointInfo) -> Iterator[None]:
     try:
-        index = SafeReader(info).read_metadata()
+        yield
     except DamagedCheckpoint as damage:
         raise UserError(f"{info.folder} is damaged: {damage}; use another one.") from None
-    return {
-        name: entry
-        for name, entry in index.state_dict_metadata.items()
-        if isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def _difference(name: str, tensor: Tensor, saved: TensorStorageMetadata | None) -> str | None:
-    if saved is None:
-        return f"{name} is absent"
-    if saved.size != tensor.shape:
-        return f"{name} has shape {list(saved.size)} instead of {list(tensor.shape)}"
-    if saved.properties.dtype != tensor.dtype:
-        return f"{name} is {saved.properties.dtype} instead of {tensor.dtype}"
-    return None

@@ -1,33 +1,33 @@
-"""Writing a checkpoint aside, committing it in one rename, and keeping the newest few."""
+"""Writing a checkpoint aside, and committing it in one rename."""
 
 import hashlib
 import json
 import shutil
-import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
-from nemotron.checkpoint.find import steps
+from nemotron.checkpoint.draft import Draft, plan_index, tensor_file
+from nemotron.checkpoint.housekeeping import new_partial, prune, remove_leftovers, set_aside
+from nemotron.checkpoint.index import key_of
 from nemotron.checkpoint.manifest import (
+    INDEX,
     MODEL,
     STATE,
-    DamagedCheckpoint,
-    describe_file,
+    Files,
     folder_name,
     verify,
     write_manifest,
 )
-from nemotron.files import sync_folder, write_json
+from nemotron.checkpoint.records import DamagedCheckpoint
+from nemotron.checkpoint.state import SavedState
+from nemotron.checkpoint.tensor_file import write_tensor_file
+from nemotron.files import sync_folder, write_json, write_text
 from nemotron.model.config import ModelConfig
-from nemotron.parallel.pieces import Pieces
+from nemotron.parallel.pieces import pieces_of
 from nemotron.parallel.runtime import Ranks
 
 
@@ -35,139 +35,127 @@ class CheckpointNotSaved(Exception):
     """A failed save, in one sentence; earlier checkpoints are untouched."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that was committed; `notes` say which older folders could not be removed."""
+
+    folder: Path
+    notes: tuple[str, ...]
+
+
 def save(
     folder: Path,
     step: int,
     tensors: dict[str, Tensor],
-    state: dict[str, Any],  # Any: whatever JSON can hold
+    state: SavedState,
     model_config: ModelConfig,
     keep: int,
     ranks: Ranks | None = None,
-) -> Path:
+) -> Saved:
     """Write `folder/step-XXXXXXXX` so that it is there completely or not at all.
 
-    `tensors` go through torch's distributed checkpoint, each rank writing what it holds of them;
-    `state` and the model's configuration become JSON. Afterwards only the newest `keep` whole
-    checkpoints remain.
+    Each rank writes a safetensors file with what it holds of `tensors`; `state` and the model's
+    configuration become JSON. Afterwards only the newest `keep` whole checkpoints remain.
 
     Raises:
         CheckpointNotSaved: on every rank, when the file system refuses one of them, with the bytes
             needed and free, or when the step already has a whole checkpoint.
     """
     ranks = ranks or Ranks()
-    begin(folder, step, ranks)
-    files = write_tensors(folder, step, tensors, ranks)
-    return commit(folder, step, files, state, model_config, keep, ranks)
+    draft = begin(folder, step, tensors, ranks)
+    write = lambda: write_tensors(draft, tensors, ranks.rank)  # noqa: E731
+    return commit(draft, write, state, model_config, keep, ranks)
 
 
-Files = dict[str, dict[str, Any]]  # Any: nested JSON
-"""Size and hash of files, by name, as a manifest has them."""
-
-
-def begin(folder: Path, step: int, ranks: Ranks) -> None:
-    """Make room for a checkpoint that is written aside.
+def begin(folder: Path, step: int, tensors: dict[str, Tensor], ranks: Ranks) -> Draft:
+    """Make room for a checkpoint that is written aside, and share the writing out.
 
     Raises:
         CheckpointNotSaved: when there is none.
     """
+    target = folder / folder_name(step)
 
-    def make() -> None:
+    def make() -> Path:
         try:
-            _set_damaged_aside(folder / folder_name(step))
-            _remove_leftovers(folder)
+            _make_way(target)
+            remove_leftovers(folder)  # what stays is named when the checkpoint is committed
             folder.mkdir(exist_ok=True)
-            partial_of(folder, step).mkdir()
+            return new_partial(folder, step)
         except OSError as error:
-            raise _refused(folder, step, error, 0) from error
+            raise _refused(target, error, 0) from error
 
-    ranks.first(make)
-
-
-def partial_of(folder: Path, step: int) -> Path:
-    """Return the folder in which a checkpoint is written aside."""
-    return folder / f"{folder_name(step)}.tmp"
+    return Draft(target, step, ranks.first(make), plan_index(tensors, ranks))
 
 
-def write_tensors(
-    folder: Path,
-    step: int,
-    tensors: dict[str, Tensor],
-    ranks: Ranks,
-    group: dist.ProcessGroup | None = None,
-) -> Files:
-    """Write what this rank holds; returns its files. `group` is what the ranks talk through.
+def write_tensors(draft: Draft, tensors: dict[str, Tensor], rank: int) -> Files:
+    """Write what the draft asks of this rank; returns its file, if it has one.
 
     Raises:
-        CheckpointNotSaved: on every rank, when the file system refuses one of them.
+        CheckpointNotSaved: when the file system refuses.
     """
-    partial = partial_of(folder, step)
+    own, file = dict[str, Tensor](), tensor_file(rank)
+    for name, saved in draft.index.tensors.items():
+        if offsets := [piece.offsets for piece in saved.pieces if piece.file == file]:
+            pieces = pieces_of(tensors[name])
+            own |= {key_of(name, at): pieces[at] for at in offsets}
+    if not own:
+        return {}
     try:
-        with warnings.catch_warnings():
-            # torch reminds of the single process, which is what `no_dist` asks for
-            warnings.filterwarnings("ignore", "torch.distributed is disabled", UserWarning)
-            dcp.save(
-                tensors,
-                storage_writer=_Writer(str(partial), sync_files=True),
-                process_group=group,
-                no_dist=not ranks.grouped,
-            )
-        own = partial.glob(f"__{ranks.rank}_*")
-        return {path.name: describe_file(path) for path in own}
-    except (CheckpointException, OSError) as error:
-        cause: BaseException = error
-        if isinstance(error, CheckpointException):
-            cause = next(iter(error.failures.values()))[0]
-        needed = sum(_num_bytes(tensor) for tensor in tensors.values())
-        raise _refused(folder, step, cause, needed) from error
-
-
-class _Writer(dcp.FileSystemWriter):
-    """torch's writer, which says of a refusal what the file system said: others hear that alone."""
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        try:
-            return super().write_data(plan, planner)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):
-                raise error.__context__ from error
-            raise
+        return {file: write_tensor_file(draft.partial / file, own)}
+    except OSError as error:
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in own.values())
+        raise _refused(draft.target, error, needed) from error
 
 
 def commit(
-    folder: Path,
-    step: int,
-    files: Files,
-    state: dict[str, Any],
+    draft: Draft,
+    write: Callable[[], Files],
+    state: SavedState,
     model_config: ModelConfig,
     keep: int,
     ranks: Ranks,
-) -> Path:
-    """Make a checkpoint out of what every rank has written; returns its folder.
+) -> Saved:
+    """Make a checkpoint of what every rank writes; `write` returns when this rank's is written.
 
     Raises:
         CheckpointNotSaved: on every rank, when the file system refuses.
     """
-    target, partial = folder / folder_name(step), partial_of(folder, step)
-    of_all: Files = {}
-    for some in ranks.gather(files):
-        of_all |= some
+    try:
+        files = {name: entry for some in ranks.all(write) for name, entry in some.items()}
+        return ranks.first(lambda: _publish(draft, files, state, model_config, keep))
+    except CheckpointNotSaved:
+        if ranks.is_first:
+            shutil.rmtree(draft.partial, ignore_errors=True)
+        raise
 
-    def publish() -> None:
-        try:
-            model = dump_model_config(model_config)
-            write_json(partial / MODEL, model)
-            write_json(partial / STATE, state)
-            digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
-            write_manifest(partial, step, digest, of_all)
-            sync_folder(partial)
-            partial.rename(target)
-            sync_folder(folder)
-        except OSError as error:
-            raise _refused(folder, step, error, 0) from error
-        _prune(folder, keep)
 
-    ranks.first(publish)
-    return target
+def _publish(
+    draft: Draft, files: Files, state: SavedState, model_config: ModelConfig, keep: int
+) -> Saved:
+    folder = draft.target.parent
+    try:
+        write_records(draft, files, state, model_config)
+        rename(draft)
+    except OSError as error:
+        raise _refused(draft.target, error, 0) from error
+    return Saved(draft.target, (*remove_leftovers(folder), *prune(folder, keep)))
+
+
+def write_records(draft: Draft, files: Files, state: SavedState, model_config: ModelConfig) -> None:
+    """Write all that is not tensors, the manifest last."""
+    model = dump_model_config(model_config)
+    write_json(draft.partial / MODEL, model)
+    write_json(draft.partial / STATE, state.model_dump(exclude_none=True))
+    write_text(draft.partial / INDEX, draft.index.dump())
+    digest = hashlib.sha256(json.dumps(model, sort_keys=True).encode()).hexdigest()
+    write_manifest(draft.partial, draft.step, digest, files)
+    sync_folder(draft.partial)
+
+
+def rename(draft: Draft) -> None:
+    """Give the folder its name: from now on it is a checkpoint."""
+    draft.partial.rename(draft.target)
+    sync_folder(draft.target.parent)
 
 
 def dump_model_config(config: ModelConfig) -> dict[str, Any]:  # Any: pydantic's own result
@@ -176,62 +164,29 @@ def dump_model_config(config: ModelConfig) -> dict[str, Any]:  # Any: pydantic's
     return config.model_dump(mode="json") | {"time_step_limit": [str(low), str(high)]}
 
 
-def _refused(folder: Path, step: int, error: BaseException, needed: int) -> CheckpointNotSaved:
-    """Clear away what was written, and say why there is no checkpoint.
+def _make_way(target: Path) -> None:
+    """Set a damaged checkpoint of the same step aside.
 
-    Anything but the file system's refusal is raised as it is.
+    Raises:
+        CheckpointNotSaved: when it is whole.
     """
-    if not isinstance(error, OSError):
-        raise error
-    shutil.rmtree(partial_of(folder, step), ignore_errors=True)
-    needs = f"it needs {needed:,} bytes, " if needed else ""
-    return CheckpointNotSaved(
-        f"checkpoint {folder / folder_name(step)} was not saved: {error.strerror or error}; "
-        f"{needs}{_free(folder)}"
-    )
-
-
-def _num_bytes(tensor: Tensor) -> int:
-    if isinstance(tensor, Pieces):
-        return tensor.num_local_bytes
-    return tensor.numel() * tensor.element_size()
-
-
-def _set_damaged_aside(target: Path) -> None:
     if not target.exists():
         return
     try:
         verify(target)
     except DamagedCheckpoint:
-        aside = target.with_name(f"{target.name}.damaged")
-        shutil.rmtree(aside, ignore_errors=True)
-        target.rename(aside)
+        set_aside(target)
         return
     raise CheckpointNotSaved(f"{target} is a complete checkpoint and is never overwritten")
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Remove what a killed save or a killed removal left behind."""
-    for pattern in ("step-*.tmp", "step-*.old"):
-        for path in folder.glob(pattern):
-            shutil.rmtree(path)
-
-
-def _prune(folder: Path, keep: int) -> None:
-    """Remove complete checkpoints beyond the newest `keep`; damaged ones stay for inspection."""
-    kept = 0
-    for step in steps(folder):
-        path = folder / folder_name(step)
-        try:
-            verify(path, content=False)
-        except DamagedCheckpoint:
-            continue
-        kept += 1
-        if kept > keep:
-            # renamed first: a half-removed folder must not look like a damaged checkpoint
-            old = path.with_name(f"{path.name}.old")
-            path.rename(old)
-            shutil.rmtree(old)
+def _refused(target: Path, error: OSError, needed: int) -> CheckpointNotSaved:
+    """Say why there is no checkpoint."""
+    needs = f"it needs {needed:,} bytes, " if needed else ""
+    reason = error.strerror or error
+    return CheckpointNotSaved(
+        f"checkpoint {target} was not saved: {reason}; {needs}{_free(target.parent)}"
+    )
 
 
 def _free(folder: Path) -> str:

@@ -4,7 +4,67 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import Field, JsonValue, NonNegativeInt, ValidationError
+
 from nemotron.errors import UserError
+from nemotron.section import Section
+
+
+class SourceIdentity(Section):
+    """What a source is recognized by."""
+
+    tokens: NonNegativeInt
+    content: str
+
+
+class LengthBlend(Section):
+    """Weights of the sources of the rows of one length."""
+
+    seq_len: NonNegativeInt
+    share: float
+    sources: dict[str, float]
+
+
+class PhaseBlend(Section):
+    """A phase, as far as rows depend on it."""
+
+    name: str
+    num_steps: NonNegativeInt
+    tokens_per_step: NonNegativeInt
+    lengths: list[LengthBlend]
+
+
+class Fingerprint(Section):
+    """A result of `TrainingData.fingerprint`, as a checkpoint holds it."""
+
+    seed: int
+    seq_len: JsonValue = Field(alias="data.seq_len")
+    packing: JsonValue = Field(alias="data.packing")
+    objective: JsonValue = Field(alias="data.objective")
+    mask_eod_loss: JsonValue = Field(alias="data.mask_eod_loss")
+    tokenizer: JsonValue = Field(alias="data.tokenizer")
+    eod_token: JsonValue = Field(alias="data.eod_token")
+    sources: dict[str, SourceIdentity]
+    phases: list[PhaseBlend]
+
+
+def read_fingerprint(saved: Mapping[str, Any]) -> Fingerprint:  # Any: JSON
+    """Return the fingerprint in a checkpoint's state.
+
+    Raises:
+        UserError: naming the key that is unknown, absent or of another type.
+    """
+    try:
+        return Fingerprint.model_validate(saved)
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(("data", *map(str, problem["loc"])))
+        rules = {"missing": "is missing", "extra_forbidden": "is an unknown key"}
+        rule = rules.get(problem["type"], problem["msg"].replace("Input should", "must"))
+        raise UserError(
+            f"state.json of the checkpoint: {key} {rule}, so what it was trained on is unknown; "
+            f"start a new run with init_from."
+        ) from None
 
 
 def check_same_data(
@@ -21,12 +81,7 @@ def check_same_data(
     Raises:
         UserError: when they differ, naming the file or the setting.
     """
-    if "phases" not in saved:
-        raise UserError(
-            "the checkpoint was written by an older version, which did not store phases; start a "
-            "new "
-            "run with init_from."
-        )
+    read_fingerprint(saved)
     for key, value in now.items():
         if key not in ("sources", "phases") and saved.get(key) != value:
             _refuse(key, saved.get(key), value)

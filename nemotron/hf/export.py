@@ -10,8 +10,9 @@ from nemotron.errors import UserError
 from nemotron.files import write_json, write_text
 from nemotron.hf.config import to_hf
 from nemotron.hf.folder import CONFIG
+from nemotron.hf.formats import RELEASED, Formats
 from nemotron.hf.model_card import model_card
-from nemotron.hf.names import disk_tensors
+from nemotron.hf.names import disk_parameters, disk_tensors
 from nemotron.hf.shards import INDEX, write_shards
 from nemotron.hf.source import CheckpointSource, open_checkpoint
 from nemotron.hf.target import fresh_beside, publish, refuse_taken
@@ -27,7 +28,7 @@ def export(
     out: str | Path | None = None,
     *,
     overwrite: bool = False,
-    mamba_fp32: bool = False,
+    formats: Formats = RELEASED,
     check: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> int:
@@ -48,10 +49,11 @@ def export(
         )
     target = Path(out) if out is not None else source.run.path / "export"
     check_target(target, source, overwrite=overwrite)
+    target.parent.mkdir(parents=True, exist_ok=True)
     partial = fresh_beside(target)
     try:
         tensors, size = write_folder(
-            source, source.run, partial, mamba_fp32=mamba_fp32, max_shard_bytes=max_shard_bytes
+            source, source.run, partial, formats=formats, max_shard_bytes=max_shard_bytes
         )
         print(f"wrote {tensors:,} tensors, {size:,} bytes, of {source.info.folder}")
         failed = check and not run_selfcheck(partial, source)
@@ -75,13 +77,11 @@ def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> 
     """
     if target.resolve().is_relative_to(source.info.folder.resolve().parent):
         raise UserError(f"{target} is inside the checkpoints folder; export to another folder.")
-    if not target.parent.is_dir():
-        raise UserError(f"{target.parent} does not exist; create it, or export elsewhere.")
     refuse_taken(target, INDEX, overwrite=overwrite)
 
 
 def write_folder(
-    source: CheckpointSource, run: RunFiles, folder: Path, *, mamba_fp32: bool, max_shard_bytes: int
+    source: CheckpointSource, run: RunFiles, folder: Path, *, formats: Formats, max_shard_bytes: int
 ) -> tuple[int, int]:
     """Write every file of the export into an existing folder; returns tensors and their bytes.
 
@@ -90,9 +90,10 @@ def write_folder(
     """
     write_tokenizer_files(run, folder, source.config)
     write_json(folder / CONFIG, to_hf(source.config))
-    write_text(folder / "README.md", model_card(source))
-    tensors = disk_tensors(source.config, mamba_fp32=mamba_fp32)
-    return len(tensors), write_shards(folder, tensors, source.reader(), max_shard_bytes)
+    parameters = disk_parameters(source.config, formats)
+    write_text(folder / "README.md", model_card(source, parameters))
+    size = write_shards(folder, parameters, source.reader(), max_shard_bytes)
+    return len(disk_tensors(parameters)), size
 
 
 def run_selfcheck(folder: Path, source: CheckpointSource) -> bool:

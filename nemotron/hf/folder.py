@@ -1,7 +1,7 @@
 """Reading a folder in Hugging Face's layout: every tensor must be there, and no other."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -9,17 +9,15 @@ from torch import Tensor
 
 from nemotron.errors import UserError
 from nemotron.files import hash_file
-from nemotron.hf.build import shapes
 from nemotron.hf.config import from_hf
-from nemotron.hf.names import DiskTensor, disk_tensors
+from nemotron.hf.formats import FORMATS, DiskFormat, DiskTensor
+from nemotron.hf.names import DiskParameter, disk_parameters, disk_tensors
 from nemotron.hf.shards import ShardedFolder, StoredTensor, read_json
+from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
 
 CONFIG = "config.json"
 REPORT = "export_report.json"
-
-FLOATS = ("BF16", "F16", "F32")
-"""Stored dtypes whose every value float32 can hold."""
 
 PACKED_DTYPES = {"U8": "NVFP4", "F8_E4M3": "FP8", "F8_E5M2": "FP8"}
 SCALES = ("_scale", "_scale_2", "_scale_inv", "_packed")
@@ -45,37 +43,44 @@ def is_exported(path: Path) -> bool:
     return (path / CONFIG).is_file()
 
 
-def read_folder(folder: Path) -> LoadedFolder:
-    """Read configuration and weights; bfloat16 values become the equal float32 ones.
+def read_folder(folder: Path, formats: Sequence[DiskFormat] = FORMATS) -> LoadedFolder:
+    """Read configuration and weights; values on disk become the equal float32 ones.
+
+    Each parameter has the format among `formats` that fits its tensors best.
 
     Raises:
-        UserError: when a tensor is missing, too many, of another shape or packed, when a file is
+        UserError: when a tensor is missing, too many, of another shape or format, when a file is
             damaged, or when the configuration asks for what the model cannot do.
     """
     read = from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
     stored = ShardedFolder(folder)
-    _refuse_packed(stored)
-    tensors = disk_tensors(read.model)
-    if read.model.tie_word_embeddings and TIED_HEAD not in stored.tensors:
-        tensors = [tensor for tensor in tensors if tensor.name != TIED_HEAD]
+    parameters = [
+        replace(parameter, format=_format_of(parameter, formats, stored))
+        for parameter in disk_parameters(read.model)
+        if not (read.model.tie_word_embeddings and _is_left_out(parameter, stored))
+    ]
+    tensors = disk_tensors(parameters)
+    _refuse_packed(stored, tensors)
     _check_names(folder, tensors, list(stored.tensors))
-    _check_shapes(folder, tensors, stored.tensors)
+    _check_stored(folder, parameters, formats, stored.tensors)
     _check_hashes(folder, {entry.file for entry in stored.tensors.values()})
-    weights = _collect(read.model, tensors, stored)
+    weights = _collect(read.model, parameters, stored)
     if read.model.tie_word_embeddings:
         _tie(folder, weights)
     return LoadedFolder(read.model, weights, read.notes)
 
 
 def _collect(
-    config: ModelConfig, tensors: Sequence[DiskTensor], stored: ShardedFolder
+    config: ModelConfig, parameters: Sequence[DiskParameter], stored: ShardedFolder
 ) -> dict[str, Tensor]:
-    """Fill the model's tensors one disk tensor at a time."""
+    """Fill the model's tensors one parameter at a time."""
     shape_of, weights = shapes(config), dict[str, Tensor]()
-    for tensor in tensors:
-        if tensor.source not in weights:
-            weights[tensor.source] = torch.empty(shape_of[tensor.source])
-        tensor.part_of(weights[tensor.source]).copy_(stored.read(tensor.name))
+    for parameter in parameters:
+        source = parameter.source
+        if source not in weights:
+            weights[source] = torch.empty(shape_of[source])
+        own = {tensor.name: stored.read(tensor.name) for tensor in parameter.tensors}
+        parameter.part_of(weights[source]).copy_(parameter.decode(own))
     return weights
 
 
@@ -89,10 +94,37 @@ def _tie(folder: Path, weights: dict[str, Tensor]) -> None:
     weights[TIED_HEAD] = embedding
 
 
-def _refuse_packed(stored: ShardedFolder) -> None:
+def _is_left_out(parameter: DiskParameter, stored: ShardedFolder) -> bool:
+    """Say whether the parameter is a head of which the folder has no copy."""
+    return parameter.name == TIED_HEAD and TIED_HEAD not in stored.tensors
+
+
+def _format_of(
+    parameter: DiskParameter, formats: Sequence[DiskFormat], stored: ShardedFolder
+) -> DiskFormat:
+    """Return the format with most tensors that are there and fewest that are not."""
+
+    def fit(form: DiskFormat) -> int:
+        tensors = form.tensors(parameter.name, parameter.shape)
+        return sum(1 if _is_there(tensor, stored.tensors) else -1 for tensor in tensors)
+
+    can_hold = [form for form in formats if form.tensors(parameter.name, parameter.shape)]
+    return max(can_hold, key=fit)
+
+
+def _is_there(tensor: DiskTensor, found: dict[str, StoredTensor]) -> bool:
+    entry = found.get(tensor.name)
+    return entry is not None and (entry.shape, entry.dtype) == (tensor.shape, tensor.stored_dtype)
+
+
+def _refuse_packed(stored: ShardedFolder, expected: Sequence[DiskTensor]) -> None:
+    """Refuse packed tensors that no format has asked for."""
+    wanted = {tensor.name: tensor.stored_dtype for tensor in expected}
     dtypes = {entry.dtype for entry in stored.tensors.values()}
-    kinds = [kind for dtype, kind in PACKED_DTYPES.items() if dtype in dtypes]
-    scales = [name for name in stored.tensors if name.endswith(SCALES)]
+    others = {k: entry for k, entry in stored.tensors.items() if wanted.get(k) != entry.dtype}
+    strange = {entry.dtype for entry in others.values()}
+    kinds = [kind for dtype, kind in PACKED_DTYPES.items() if dtype in strange]
+    scales = [name for name in others if name.endswith(SCALES)]
     if kinds or scales:
         sign = f"it has {scales[0]}" if scales else f"its tensors are {', '.join(sorted(dtypes))}"
         raise UserError(
@@ -125,17 +157,23 @@ def _check_names(folder: Path, expected: Sequence[DiskTensor], found: Sequence[s
     raise UserError(f"{folder}: {'; '.join(problems)}; {advice}.")
 
 
-def _check_shapes(
-    folder: Path, expected: Sequence[DiskTensor], found: dict[str, StoredTensor]
+def _check_stored(
+    folder: Path,
+    parameters: Sequence[DiskParameter],
+    formats: Sequence[DiskFormat],
+    found: dict[str, StoredTensor],
 ) -> None:
+    """Compare shapes and dtypes with those of each parameter's format."""
     problems = []
-    for tensor in expected:
-        entry = found[tensor.name]
-        if entry.shape != tensor.shape:
-            shapes = f"{list(entry.shape)} instead of {list(tensor.shape)}"
-            problems.append(f"{tensor.name} has shape {shapes}")
-        elif entry.dtype not in FLOATS:
-            problems.append(f"{tensor.name} is {entry.dtype} instead of {' or '.join(FLOATS)}")
+    for parameter in parameters:
+        for tensor in parameter.tensors:
+            entry = found[tensor.name]
+            if entry.shape != tensor.shape:
+                shapes = f"{list(entry.shape)} instead of {list(tensor.shape)}"
+                problems.append(f"{tensor.name} has shape {shapes}")
+            elif entry.dtype != tensor.stored_dtype:
+                known = " or ".join(form.name for form in formats)
+                problems.append(f"{tensor.name} is {entry.dtype} instead of {known}")
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
         raise UserError(f"{folder}: {'; '.join(problems[:10])}{more}.")

@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 from nemotron.checkpoint.read import MODEL_PREFIX
+from nemotron.checkpoint.state import SavedState
 from nemotron.checkpoint.write import CheckpointNotSaved, save
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
@@ -88,5 +89,5 @@ def write_run(folder: Path, loaded: LoadedFolder, run: RunFiles) -> list[str]:
     facts = {"from": folder.name, "xxh128": files, "notes": list(loaded.notes)}
     origin = record_import(run.provenance, facts)
     tensors = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in loaded.weights.items()}
-    save(run.checkpoints, STEP, tensors, {"imported": origin}, loaded.config, keep=1)
+    save(run.checkpoints, STEP, tensors, SavedState(imported=origin), loaded.config, keep=1)
     return notes

@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+from collections import Counter
+from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import read_state
-from nemotron.hf.build import build_on_meta
+from nemotron.data.fingerprint import Fingerprint, read_fingerprint
+from nemotron.hf.names import DiskParameter
 from nemotron.hf.source import CheckpointSource
+from nemotron.model.build import build_on_meta
 from nemotron.model.config import LAYER_KINDS, ModelConfig
 from nemotron.run.files import RunFiles
 
@@ -37,12 +42,12 @@ or, with the package that wrote it: `model = nemotron.load(FOLDER)`, then
 """
 
 
-def model_card(source: CheckpointSource) -> str:
-    """Return the text of the model card."""
+def model_card(source: CheckpointSource, parameters: Sequence[DiskParameter]) -> str:
+    """Return the text of the model card; `parameters` are those of the folder."""
     sections = [
         f"# {source.run.path.name if source.run else source.info.folder.name}\n",
         "A language model with the NemotronH architecture, written by `nemotron-train`.\n",
-        _table("Architecture", _architecture(source.config)),
+        _table("Architecture", [*_architecture(source.config), _formats(parameters)]),
         _table("Training", _training(source.info, source.run)),
         USE.replace("{limit}", _python(source.config.time_step_limit)),
     ]
@@ -63,20 +68,22 @@ def _architecture(config: ModelConfig) -> list[tuple[str, object]]:
     return [*rows, ("vocabulary", f"{config.vocab_size:,}"), ("hidden size", config.hidden_size)]
 
 
+def _formats(parameters: Sequence[DiskParameter]) -> tuple[str, object]:
+    """Say how many values lie on disk in each format."""
+    counts: Counter[str] = Counter()
+    for parameter in parameters:
+        counts[parameter.format.name] += prod(parameter.shape)
+    listed = ", ".join(f"{name} ({count:,} values)" for name, count in counts.most_common())
+    return "stored as", listed
+
+
 def _training(info: CheckpointInfo, run: RunFiles | None) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [("step", f"{info.step:,}")]
     state = read_state(info)
-    if "trainer" in state:
-        rows.append(("tokens seen", f"{state['trainer']['tokens']:,}"))
-    data = state.get("data", {})
-    for name, source in data.get("sources", {}).items():
-        rows.append((f"data: {name}", f"{source['tokens']:,} tokens, hash `{source['content']}`"))
-    for phase in data.get("phases", []):
-        for length in phase["lengths"]:
-            whole = sum(length["sources"].values())
-            shares = (f"{name} {share / whole:.1%}" for name, share in length["sources"].items())
-            rows.append((f"blend of phase {phase['name']}", ", ".join(shares)))
-    rows += [(key, data[key]) for key in ("seed", "data.tokenizer", "data.seq_len") if key in data]
+    if state.trainer is not None:
+        rows.append(("tokens seen", f"{state.trainer.tokens:,}"))
+    if state.data is not None:
+        rows += _data(read_fingerprint(state.data))
     if run is None:
         return rows
     recipe, provenance = run.recipe, run.provenance
@@ -85,6 +92,20 @@ def _training(info: CheckpointInfo, run: RunFiles | None) -> list[tuple[str, obj
     if provenance.is_file():
         rows += _provenance(json.loads(provenance.read_text()))
     return rows
+
+
+def _data(data: Fingerprint) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [
+        (f"data: {name}", f"{source.tokens:,} tokens, hash `{source.content}`")
+        for name, source in data.sources.items()
+    ]
+    for phase in data.phases:
+        for length in phase.lengths:
+            whole = sum(length.sources.values())
+            shares = (f"{name} {share / whole:.1%}" for name, share in length.sources.items())
+            rows.append((f"blend of phase {phase.name}", ", ".join(shares)))
+    named = {"seed": data.seed, "data.tokenizer": data.tokenizer, "data.seq_len": data.seq_len}
+    return [*rows, *named.items()]
 
 
 def _provenance(facts: dict[str, Any]) -> list[tuple[str, object]]:  # Any: JSON

@@ -1,71 +1,78 @@
-"""Names, shapes and dtypes of the tensors on disk, and where the model keeps each of them."""
+"""Names of the parameters in Hugging Face's layout, and where the model keeps each of them."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from nemotron.hf.build import shapes
+from nemotron.hf.formats import RELEASED, DiskFormat, DiskTensor, Formats, Shape
+from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
-
-STACKED = (".experts.up_proj", ".experts.down_proj")
-"""Parameters that hold all experts of a layer; on disk each expert has a matrix of its own."""
-
-MAMBA_VECTORS = (".A_log", ".D", ".dt_bias")
-"""Per-head vectors of the Mamba-2 mixer; released checkpoints round them to bfloat16."""
+from nemotron.model.init import STACKED
 
 
 @dataclass(frozen=True)
-class DiskTensor:
-    """One tensor of an exported folder.
+class DiskParameter:
+    """One parameter of an exported folder, with the format in which it lies there.
 
-    `source` is its name in `HybridLM.state_dict()`, `expert` its place in there when the parameter
-    stacks all experts of a layer.
+    `source` is its name in `HybridLM.state_dict()`, `expert` its place in there when the model
+    stacks the matrices of all experts of a layer.
     """
 
     name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
+    shape: Shape
     source: str
     expert: int | None
+    format: DiskFormat
+
+    @cached_property
+    def tensors(self) -> Sequence[DiskTensor]:
+        """The tensors that the parameter becomes."""
+        return self.format.tensors(self.name, self.shape)
 
     @property
     def num_bytes(self) -> int:
-        """Size of the data in the file."""
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
+        """Size of the data of all its tensors."""
+        return sum(tensor.num_bytes for tensor in self.tensors)
 
     def part_of(self, source: Tensor) -> Tensor:
         """Return the part of the model's tensor that this one holds, as a view."""
         return source if self.expert is None else source[self.expert]
 
-    def export(self, source: Tensor) -> Tensor:
-        """Return what belongs on disk, given the model's float32 tensor."""
-        return self.part_of(source).to(self.dtype).contiguous()
+    def encode(self, source: Tensor) -> dict[str, Tensor]:
+        """Return its tensors by their names on disk, given the model's float32 tensor."""
+        encoded = self.format.encode(self.part_of(source))
+        return {self.name + suffix: tensor for suffix, tensor in encoded.items()}
+
+    def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
+        """Return its values, given its tensors by their names on disk."""
+        own = {tensor.name.removeprefix(self.name): stored[tensor.name] for tensor in self.tensors}
+        return self.format.decode(own, self.shape)
 
 
-def disk_tensors(config: ModelConfig, *, mamba_fp32: bool = False) -> list[DiskTensor]:
-    """List every tensor of an exported model, in the order of the files.
+def disk_parameters(config: ModelConfig, formats: Formats = RELEASED) -> list[DiskParameter]:
+    """List every parameter of an exported model, in the order of the files.
 
-    All are bfloat16 except the router's correction bias; `mamba_fp32` keeps A_log, D and dt_bias
-    in float32 too. A tied head is listed, so that readers which don't tie find it.
-    Source: byte counts of the released Super and Ultra checkpoints.
+    A tied head is listed, so that readers which don't tie find it.
     """
-    wide = ("e_score_correction_bias", *(MAMBA_VECTORS if mamba_fp32 else ()))
-    tensors = []
+    found = []
     for source, shape in shapes(config).items():
-        dtype = torch.float32 if source.endswith(wide) else torch.bfloat16
-        if source.endswith(STACKED):
-            layer, _, projection = source.rpartition(".")
-            tensors += [
-                DiskTensor(
-                    f"{layer}.{expert}.{projection}.weight",
-                    tuple(shape[1:]),
-                    dtype,
-                    source,
-                    expert,
-                )
-                for expert in range(shape[0])
-            ]
-        else:
-            tensors.append(DiskTensor(source, tuple(shape), dtype, source, None))
-    return tensors
+        for name, expert in _disk_names(source, shape):
+            own = tuple(shape if expert is None else shape[1:])
+            found.append(DiskParameter(name, own, source, expert, formats.of(name, own)))
+    return found
+
+
+def disk_tensors(parameters: Sequence[DiskParameter]) -> list[DiskTensor]:
+    """Return the tensors of the parameters, in their order."""
+    return [tensor for parameter in parameters for tensor in parameter.tensors]
+
+
+def _disk_names(source: str, shape: torch.Size) -> list[tuple[str, int | None]]:
+    """Return the names on disk of a tensor of the model, each with the expert that it is."""
+    if not source.endswith(STACKED):
+        return [(source, None)]
+    layer, _, projection = source.rpartition(".")
+    return [(f"{layer}.{expert}.{projection}.weight", expert) for expert in range(shape[0])]

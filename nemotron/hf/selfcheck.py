@@ -7,7 +7,7 @@ mistake in the files.
 import importlib.metadata
 import importlib.util
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from nemotron.data.batch import Batch
 from nemotron.errors import UserError
 from nemotron.files import hash_file, write_json
-from nemotron.hf.build import build_around, shapes
 from nemotron.hf.folder import REPORT, read_folder
-from nemotron.hf.names import DiskTensor, disk_tensors
+from nemotron.hf.formats import CHOICES, FORMATS, Formats, Plain
+from nemotron.hf.names import DiskParameter, disk_parameters, disk_tensors
 from nemotron.hf.shards import INDEX, ShardedFolder
 from nemotron.hf.source import CheckpointSource, open_checkpoint
+from nemotron.model.build import build_around, shapes
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 
@@ -29,7 +30,6 @@ TOLERANCE = 2e-5
 """Largest difference of logits, over the largest logit, between two float32 implementations."""
 
 MTP_DEPTHS = 2
-STORED_NAMES = {torch.bfloat16: "BF16", torch.float32: "F32"}
 
 
 class Failed(Exception):
@@ -52,10 +52,14 @@ class Result:
 class SelfCheck:
     """The checks of one exported folder."""
 
-    def __init__(self, folder: Path, source: CheckpointSource) -> None:
+    def __init__(
+        self, folder: Path, source: CheckpointSource, choices: Sequence[Formats] = CHOICES
+    ) -> None:
         self._folder, self._source = folder, source
         self._stored = ShardedFolder(folder)
-        self._tensors = self._schema()
+        candidates = [disk_parameters(source.config, formats) for formats in choices]
+        # what was chosen is what comes nearest to what is there
+        self._parameters = min(candidates, key=lambda parameters: len(self._wrong(parameters)))
 
     def run(self) -> list[Result]:
         """Make every check; one that fails does not stop the next."""
@@ -73,22 +77,20 @@ class SelfCheck:
 
     def check_schema(self) -> str:
         """Compare names, shapes, dtypes and total size with what the configuration asks for."""
-        expected = {t.name: (t.shape, STORED_NAMES[t.dtype]) for t in self._tensors}
-        found = {name: (t.shape, t.dtype) for name, t in self._stored.tensors.items()}
-        wrong = [name for name in expected | found if expected.get(name) != found.get(name)]
-        if wrong:
+        if wrong := self._wrong(self._parameters):
             raise Failed(f"{len(wrong)} tensors are not as expected: {', '.join(wrong[:10])}")
-        total = sum(tensor.num_bytes for tensor in self._tensors)
+        total = sum(parameter.num_bytes for parameter in self._parameters)
         if self._stored.total_size != total:
             raise Failed(f"total_size in {INDEX} is {self._stored.total_size} instead of {total}")
-        return f"{len(expected):,} tensors, {total:,} bytes in {len(self.files)} files"
+        return f"{len(self._stored.tensors):,} tensors, {total:,} bytes in {len(self.files)} files"
 
     def check_values(self) -> str:
-        """Compare every bit on disk with the checkpoint's tensor, rounded as it should be."""
+        """Compare every bit on disk with the checkpoint's tensor in its format on disk."""
         read = self._source.reader()
-        for tensor in self._tensors:
-            if not _same_bits(self._stored.read(tensor.name), read(tensor)):
-                raise Failed(f"{tensor.name} differs from the checkpoint")
+        for parameter in self._parameters:
+            for name, tensor in read(parameter).items():
+                if not _same_bits(self._stored.read(name), tensor):
+                    raise Failed(f"{name} differs from the checkpoint")
         return "every bit is the checkpoint's"
 
     def check_own_loader(self) -> str:
@@ -103,16 +105,17 @@ class SelfCheck:
 
     def check_transformers(self) -> str:
         """Load with transformers, without its time-step floor, and compare tensors and logits."""
+        packed = {p.format.name for p in self._parameters if not isinstance(p.format, Plain)}
+        if packed:
+            raise NotComparable(f"transformers does not read {', '.join(sorted(packed))}")
         lack_of_memory(self._source.config, copies=2)
         theirs, version = load_with_transformers(self._folder, self._source.config)
         weights = theirs.state_dict()
-        for tensor in self._tensors:
-            if not tensor.name.startswith("mtp."):
-                value = tensor.part_of(weights[tensor.source.replace("backbone.", "model.", 1)])
-                if not _same_bits(value, self._stored.read(tensor.name).to(value.dtype)):
-                    raise Failed(
-                        f"{tensor.name} has a different value after transformers loaded it"
-                    )
+        for own in self._parameters:
+            if not own.name.startswith("mtp."):
+                value = own.part_of(weights[own.source.replace("backbone.", "model.", 1)])
+                if not _same_bits(value, self._stored.read(own.name).to(value.dtype)):
+                    raise Failed(f"{own.name} has a different value after transformers loaded it")
         ours = self._load()
         logits = _outputs(ours)[0]
         with torch.no_grad():
@@ -122,23 +125,23 @@ class SelfCheck:
             raise Failed(f"logits differ by {difference:.1e} of the largest, limit {TOLERANCE:.0e}")
         return f"{version}: tensors equal, logits within {difference:.1e} (limit {TOLERANCE:.0e})"
 
-    def _schema(self) -> list[DiskTensor]:
-        """Return the schema with the Mamba vectors in the dtype that the export chose."""
-        wide = disk_tensors(self._source.config, mamba_fp32=True)
-        vectors = (t.name for t in wide if t.name.endswith(".A_log"))
-        stored = self._stored.tensors.get(next(vectors, ""))
-        return wide if stored and stored.dtype == "F32" else disk_tensors(self._source.config)
+    def _wrong(self, parameters: Sequence[DiskParameter]) -> list[str]:
+        """Return the names of tensors that are not in the folder as these parameters ask for."""
+        expected = {t.name: (t.shape, t.stored_dtype) for t in disk_tensors(parameters)}
+        found = {name: (t.shape, t.dtype) for name, t in self._stored.tensors.items()}
+        return [name for name in expected | found if expected.get(name) != found.get(name)]
 
     def _load(self) -> HybridLM:
-        loaded = read_folder(self._folder)
+        own = [parameter.format for parameter in self._parameters]
+        loaded = read_folder(self._folder, tuple(dict.fromkeys([*FORMATS, *own])))
         return build_around(loaded.config, loaded.weights)
 
     def _round_checkpoint(self) -> HybridLM:
         """Return the checkpoint's model with the precision of the export."""
         read, config = self._source.reader(), self._source.config
         weights = {name: torch.empty(shape) for name, shape in shapes(config).items()}
-        for tensor in self._tensors:
-            tensor.part_of(weights[tensor.source]).copy_(read(tensor))
+        for parameter in self._parameters:
+            parameter.part_of(weights[parameter.source]).copy_(parameter.decode(read(parameter)))
         return build_around(config, weights)
 
 
@@ -216,7 +219,7 @@ def _tokens(model: HybridLM) -> Tensor:
 
 def _same_bits(a: Tensor, b: Tensor) -> bool:
     """Compare bit patterns, so that NaN equals itself and 0 differs from -0."""
-    integer = {2: torch.int16, 4: torch.int32}[a.element_size()]
+    integer = {1: torch.int8, 2: torch.int16, 4: torch.int32}[a.element_size()]
     return a.dtype == b.dtype and torch.equal(a.view(integer), b.view(integer))
 
 
@@ -229,9 +232,9 @@ def _result(name: str, check: Callable[[], str]) -> Result:
         return Result(name, "FAILED", str(problem))
 
 
-def main(folder: Path, checkpoint: Path) -> int:
+def main(folder: Path, checkpoint: Path, choices: Sequence[Formats] = CHOICES) -> int:
     """Make the checks, print one table, write the report; returns 1 when one failed."""
-    check = SelfCheck(folder, open_checkpoint(checkpoint))
+    check = SelfCheck(folder, open_checkpoint(checkpoint), choices)
     results = check.run()
     for result in results:
         print(f"  {result.check:22} {result.outcome:8} {result.detail}")

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nemotron.errors import UserError
 from nemotron.files import sync, write_json
-from nemotron.hf.names import DiskTensor
+from nemotron.hf.names import DiskParameter
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -37,41 +37,45 @@ class StoredTensor:
 
 def write_shards(
     folder: Path,
-    tensors: Sequence[DiskTensor],
-    read: Callable[[DiskTensor], Tensor],
+    parameters: Sequence[DiskParameter],
+    read: Callable[[DiskParameter], dict[str, Tensor]],
     max_shard_bytes: int,
 ) -> int:
-    """Write the tensors as numbered shards with an index; returns their size in bytes.
+    """Write the parameters as numbered shards with an index; returns their size in bytes.
 
-    `read` gives one tensor at a time, so that no more than one shard is in memory.
+    `read` gives the tensors of one parameter at a time, so that no more than one shard is in
+    memory.
     """
-    shards = _plan(tensors, max_shard_bytes)
+    shards = _plan(parameters, max_shard_bytes)
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
-        weight_map |= {tensor.name: name for tensor in shard}
-        content = {tensor.name: read(tensor) for tensor in shard}
+        content = {key: tensor for parameter in shard for key, tensor in read(parameter).items()}
+        weight_map |= dict.fromkeys(content, name)
         save_file(content, folder / name, metadata={"format": "pt"})
         # safetensors makes the file private; give it the rights that open() would have given
         (folder / name).chmod(folder.stat().st_mode & 0o666)
         with open(folder / name, "rb") as file:
             sync(file)
-    total = sum(tensor.num_bytes for tensor in tensors)
+    total = sum(parameter.num_bytes for parameter in parameters)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
     return total
 
 
-def _plan(tensors: Sequence[DiskTensor], max_shard_bytes: int) -> list[list[DiskTensor]]:
-    """Cut the list into shards; a tensor that is larger than a shard gets one of its own."""
-    shards: list[list[DiskTensor]] = []
+def _plan(parameters: Sequence[DiskParameter], max_shard_bytes: int) -> list[list[DiskParameter]]:
+    """Cut the list into shards; the tensors of a parameter lie in one.
+
+    A parameter that is larger than a shard gets one of its own.
+    """
+    shards: list[list[DiskParameter]] = []
     size = 0
-    for tensor in tensors:
-        if not shards or size + tensor.num_bytes > max_shard_bytes:
+    for parameter in parameters:
+        if not shards or size + parameter.num_bytes > max_shard_bytes:
             shards.append([])
             size = 0
-        shards[-1].append(tensor)
-        size += tensor.num_bytes
+        shards[-1].append(parameter)
+        size += parameter.num_bytes
     return shards
 
 

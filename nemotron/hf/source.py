@@ -8,9 +8,9 @@ from torch import Tensor
 
 from nemotron.checkpoint.find import locate
 from nemotron.checkpoint.manifest import CheckpointInfo
-from nemotron.checkpoint.read import MODEL_PREFIX, load_tensors, read_model_config
-from nemotron.hf.build import shapes
-from nemotron.hf.names import DiskTensor
+from nemotron.checkpoint.read import MODEL_PREFIX, SavedTensors, read_model_config
+from nemotron.hf.names import DiskParameter
+from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
 from nemotron.run.files import RunFiles
 
@@ -29,26 +29,27 @@ class CheckpointSource:
         return RunFiles.around(self.info.folder)
 
     def reader(self) -> "TensorReader":
-        """Return what reads its tensors as they belong on disk."""
+        """Return what reads its parameters as they belong on disk."""
         return TensorReader(self)
 
 
 class TensorReader:
-    """Gives tensors for export; keeps the last one read, because experts share theirs."""
+    """Gives parameters as they belong on disk; keeps the last tensor read: experts share theirs."""
 
     def __init__(self, source: CheckpointSource) -> None:
-        self._info = source.info
+        self._saved = SavedTensors(source.info)
         self._shapes = shapes(source.config)
         self._last: tuple[str, Tensor] | None = None
 
-    def __call__(self, tensor: DiskTensor) -> Tensor:
-        if self._last is None or self._last[0] != tensor.source:
+    def __call__(self, parameter: DiskParameter) -> dict[str, Tensor]:
+        source = parameter.source
+        if self._last is None or self._last[0] != source:
             # the old one is let go before memory for the next is taken
             self._last = None
-            master = torch.empty(self._shapes[tensor.source])
-            load_tensors(self._info, {MODEL_PREFIX + tensor.source: master})
-            self._last = (tensor.source, master)
-        return tensor.export(self._last[1])
+            master = torch.empty(self._shapes[source])
+            self._saved.load({MODEL_PREFIX + source: master})
+            self._last = (source, master)
+        return parameter.encode(self._last[1])
 
 
 def open_checkpoint(path: Path) -> CheckpointSource:

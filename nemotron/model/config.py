@@ -5,10 +5,16 @@ from typing import Annotated
 
 from pydantic import AllowInfNan, Field, model_validator
 
+from nemotron.divisors import divisors, nearest
 from nemotron.section import Section
 
 LAYER_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 """Letters of a layer pattern and what they stand for; one mixer per layer."""
+MAX_SIZE = 2**31
+"""Bound of every dimension."""
+MAX_LAYERS = 100_000
+MAX_TENSOR = 2**50
+"""Bound of the elements of a matrix, or of all experts' matrices of a layer."""
 
 
 class ModelConfig(Section):
@@ -170,6 +176,7 @@ class ModelConfig(Section):
             raise ValueError(
                 "hybrid_override_pattern has a - layer but intermediate_size is absent"
             )
+        self._check_sizes()
         self._divides("num_key_value_heads", "num_attention_heads")
         self._divides("n_groups", "mamba_num_heads")
         self._divides("n_group", "n_routed_experts")
@@ -199,10 +206,28 @@ class ModelConfig(Section):
                 )
         return self
 
+    def _check_sizes(self) -> None:
+        """Refuse what no machine holds before anything counts up to it."""
+        for key in type(self).model_fields:
+            value = getattr(self, key)
+            if isinstance(value, int) and value >= MAX_SIZE:
+                raise ValueError(f"{key} = {value} is too large; dimensions stay below 2^31")
+        layers = len(self.hybrid_override_pattern)
+        if layers > MAX_LAYERS:
+            raise ValueError(f"hybrid_override_pattern has {layers} letters; write at most 100,000")
+        expert = self.n_routed_experts * self.moe_intermediate_size
+        inner = self.mamba_num_heads * self.mamba_head_dim
+        heads = self.num_attention_heads * self.head_dim
+        width = max(self.vocab_size, expert, inner, heads, self.intermediate_size or 0)
+        if self.hidden_size * width > MAX_TENSOR:
+            raise ValueError(
+                f"hidden_size = {self.hidden_size} makes a tensor of over 2^50 numbers; lower it"
+            )
+
     def _divides(self, small: str, large: str) -> None:
         a, b = getattr(self, small), getattr(self, large)
         if b % a:
-            near = min((d for d in range(1, b + 1) if b % d == 0), key=lambda d: abs(d - a))
+            near = nearest(a, divisors(b))
             raise ValueError(f"{small} = {a} does not divide {large} = {b}; {near} would")
 
     def _at_most(self, small: str, large: str) -> None:

@@ -25,7 +25,7 @@ from nemotron.parallel.expert import apply_experts, choose_dispatch
 from nemotron.parallel.fsdp import drop_gathered, shard
 from nemotron.parallel.layout import Part
 from nemotron.parallel.mesh import Mesh
-from nemotron.parallel.pieces import Offsets, Pieces
+from nemotron.parallel.pieces import Offsets, Pieces, pieces_of
 from nemotron.parallel.pipeline import Pipeline, sync_copies
 from nemotron.parallel.stages import Stage, cut, shared_parameters, split_stages
 from nemotron.parallel.tensor import apply_tensor, sum_partial_gradients
@@ -181,8 +181,7 @@ class LocalModel:
         """
         for name, parameter in self.parameters().items():
             whole = self.pieces(name, local_of(parameter))
-            pieces = whole.pieces if isinstance(whole, Pieces) else {(0,) * whole.ndim: whole}
-            for offsets, piece in pieces.items():
+            for offsets, piece in pieces_of(whole).items():
                 _fill_piece(name, whole.shape, offsets, piece, read)
         for name, buffer in self.buffers().items():
             buffer.copy_(read(name, buffer.shape, None))

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nemotron.divisors import divisors, nearest
 from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
 from nemotron.parallel.config import ParallelConfig
@@ -106,7 +107,7 @@ def _tensor(dims: ParallelDims, model: ModelConfig, layers: str) -> Iterator[Fin
             yield "parallel.tp", _does_not_divide(tp, "model.num_attention_heads", heads)
         kv = model.num_key_value_heads
         if tp % kv and kv % tp:
-            near = nearest(tp, [n for n in range(1, tp * 2 + kv) if not (n % kv and kv % n)])
+            near = nearest(tp, [*divisors(kv), tp // kv * kv or kv, (tp // kv + 1) * kv])
             yield (
                 "parallel.tp",
                 f"= {tp} neither divides model.num_key_value_heads = {kv} nor is a multiple of "
@@ -146,7 +147,7 @@ def _context(
     if dims.cp == 1 or config.mamba_context != "all_to_all" or "M" not in layers:
         return
     heads, groups = model.mamba_num_heads // dims.tp, max(1, model.n_groups // dims.tp)
-    fits = [n for n in range(1, heads + 1) if heads % n == 0 and not (n % groups and groups % n)]
+    fits = [n for n in divisors(heads) if not (n % groups and groups % n)]
     if dims.cp not in fits:
         yield (
             "parallel.cp",
@@ -238,13 +239,3 @@ def _does_not_divide(value: int, key: str, size: int) -> str:
     legal = divisors(size)
     shown = ", ".join(map(str, legal)) if len(legal) <= 12 else f"{nearest(value, legal)}"
     return f"= {value} does not divide {key} = {size}; use {shown}."
-
-
-def divisors(number: int) -> list[int]:
-    """Return the divisors of a number, smallest first."""
-    return [d for d in range(1, number + 1) if number % d == 0]
-
-
-def nearest(value: int, legal: list[int]) -> int:
-    """Return the legal value that is nearest; of two, the smaller."""
-    return min(legal, key=lambda n: (abs(n - value), n))

@@ -1,16 +1,10 @@
-"""A tensor of which this process holds some rectangles, as distributed checkpoints see it."""
+"""A tensor of which this process holds some rectangles."""
 
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    MetadataIndex,
-    TensorProperties,
-)
-from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 
 Offsets = tuple[int, ...]
 
@@ -40,36 +34,12 @@ class Pieces(torch.Tensor):
     ) -> NoReturn:
         raise AssertionError(f"{function} on a tensor of which only pieces are here")
 
-    @property
-    def num_local_bytes(self) -> int:
-        """Size of what is here."""
-        return sum(piece.numel() * piece.element_size() for piece in self.pieces.values())
-
     def replaced(self, pieces: dict[Offsets, Tensor]) -> "Pieces":
         """Return the same whole around other views."""
         return Pieces(self.shape, self.dtype, pieces)
 
-    def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
-        return [
-            WriteItem(
-                index=MetadataIndex(name, chunk.offsets),
-                type=WriteItemType.SHARD,
-                tensor_data=TensorWriteData(
-                    chunk=chunk,
-                    properties=TensorProperties(dtype=self.dtype),
-                    size=self.shape,
-                ),
-            )
-            for chunk in self.__create_chunk_list__()
-        ]
 
-    def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [
-            ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=piece.shape)
-            for offsets, piece in self.pieces.items()
-            if piece.numel()
-        ]
-
-    def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        assert index.offset is not None, index
-        return self.pieces[tuple(index.offset)]
+def pieces_of(tensor: Tensor) -> dict[Offsets, Tensor]:
+    """Return what is here of a tensor, by place; of an ordinary one that is all of it."""
+    found = tensor.pieces if isinstance(tensor, Pieces) else {(0,) * tensor.ndim: tensor}
+    return {offsets: piece for offsets, piece in found.items() if piece.numel()}

@@ -3,8 +3,9 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from nemotron.divisors import divisors
 from nemotron.model.config import LAYER_KINDS
-from nemotron.parallel.dims import ParallelDims, divisors
+from nemotron.parallel.dims import ParallelDims
 from nemotron.plan.build import Setting, main_part
 from nemotron.plan.job import Job
 from nemotron.plan.memory import memory

@@ -8,6 +8,7 @@ from typing import Any
 
 from nemotron.data.config import BlendConfig
 from nemotron.errors import UserError
+from nemotron.recipe.budget import Budget
 from nemotron.recipe.read import Document, Path_, read_yaml_values
 
 KEYS = tuple(BlendConfig.model_fields)
@@ -15,23 +16,25 @@ SPLITS = ("train", "valid", "validation", "test")
 """Of Megatron's blends."""
 
 
-def insert_blends(document: Document, folder: Path) -> None:
+def insert_blends(document: Document, folder: Path, budget: Budget | None = None) -> None:
     """Replace every `blend: FILE` by what the file holds; paths are relative to `folder`.
 
     Under `data` the keys of the file take the place of `blend`; under a phase or a length they
-    stand below it. The files that were read are in `document.places`.
+    stand below it. The files that were read are in `document.places`; `budget` is what the recipe
+    may still read.
     """
-    _insert(document, document.values, (), folder)
+    _insert(document, document.values, (), folder, budget or Budget())
 
 
-def read_blend(path: Path) -> Document:
+def read_blend(path: Path, budget: Budget | None = None) -> Document:
     """Read a blend file, ours or Megatron's, as the keys of `BlendConfig`.
 
     Raises:
         UserError: when it is neither.
     """
     is_json = path.suffix == ".json"
-    document = Document(_read_json(path)) if is_json else read_yaml_values(path)
+    budget = budget or Budget()
+    document = Document(_read_json(path, budget)) if is_json else read_yaml_values(path, budget)
     content: Any = document.values
     if is_megatron_blend(content):
         return Document(read_megatron_blend(content, str(path)))
@@ -82,10 +85,10 @@ def read_megatron_blend(content: Any, place: str) -> dict[str, Any]:  # Any: nes
     return {"sources": sources, "validation": held_out}
 
 
-def _insert(document: Document, values: Any, path: Path_, folder: Path) -> None:
+def _insert(document: Document, values: Any, path: Path_, folder: Path, budget: Budget) -> None:
     if isinstance(values, list):
         for index, item in enumerate(values):
-            _insert(document, item, (*path, str(index)), folder)
+            _insert(document, item, (*path, str(index)), folder, budget)
         return
     if not isinstance(values, dict) or path[:1] not in ((), ("data",), ("phases",)):
         return
@@ -94,7 +97,7 @@ def _insert(document: Document, values: Any, path: Path_, folder: Path) -> None:
         place = document.places.get((*path, "blend"), "recipe")
         if both := [key for key in KEYS if key in values]:
             raise UserError(f"{place}: blend and {both[0]} are both given; keep one of them.")
-        found = read_blend(Path(os.path.normpath(folder / named)))
+        found = read_blend(Path(os.path.normpath(folder / named)), budget)
         if path == ("data",):
             del values["blend"]
             document.places.pop((*path, "blend"), None)
@@ -108,17 +111,14 @@ def _insert(document: Document, values: Any, path: Path_, folder: Path) -> None:
             document.places[(*at, key)] = place
         document.places.update({(*at, *key): line for key, line in found.places.items()})
     for key, item in values.items():
-        _insert(document, item, (*path, key), folder)
+        _insert(document, item, (*path, key), folder, budget)
 
 
-def _read_json(path: Path) -> Any:  # Any: nested JSON
+def _read_json(path: Path, budget: Budget) -> Any:  # Any: nested JSON
+    text = budget.read(path)
     try:
-        return json.loads(path.read_bytes())
-    except FileNotFoundError:
-        raise UserError(f"{path}: there is no such file; name an existing blend.") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
-    except ValueError as error:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: {error}; correct the JSON there.") from None
 
 

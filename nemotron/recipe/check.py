@@ -69,7 +69,10 @@ def _idle(config: RunConfig) -> Iterator[Idle]:
     experts.remove("model.n_groups")
     yield experts, "E" not in layers, "the pattern has no E layer"
     yield ["model.intermediate_size"], "-" not in layers, "the pattern has no - layer"
-    decay = ["schedule.decay", "schedule.decay_steps", "schedule.decay_tokens"]
+    decay = [
+        "schedule.decay",
+        *(f"schedule.decay_{unit}" for unit in ("steps", "tokens", "fraction")),
+    ]
     yield decay, schedule.kind != "wsd", f"schedule.kind = {schedule.kind}"
     yield ["schedule.min"], schedule.kind == "constant", "schedule.kind = constant"
     ingredients = [f"precision.nvfp4.{name}" for name in type(config.precision.nvfp4).model_fields]

@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from nemotron.recipe import synonyms
 from nemotron.recipe.read import Path_, place_of
 from nemotron.train.config import RunConfig
 
@@ -86,6 +87,8 @@ def _unknown(recipe: type[RunConfig], path: Path_) -> str:
         holder = homes[0].rpartition(".")[0]
         right = f"it belongs under `{holder}`" if holder else "it belongs at the top"
         return f"the key {key} is unknown{where}; {right} ({homes[0]})."
+    if ours := synonyms.hint(key):
+        return f"the key {key} is unknown{where}; {ours}."
     near = difflib.get_close_matches(key, list(section.model_fields), 1, 0.5)
     if near:
         return f"the key {key} is unknown{where}; the nearest known one is `{near[0]}`."

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from nemotron.divisors import divisors, nearest
 from nemotron.recipe.read import Finding, Idle
 from nemotron.train.config import PretrainConfig
 from nemotron.train.schedule import plan_training
@@ -20,10 +21,7 @@ def impossible(config: PretrainConfig) -> Iterator[Finding]:
     if batch.global_tokens % data.seq_len == 0 and (
         (rows := batch.global_tokens // data.seq_len) % batch.micro_batch
     ):
-        near = min(
-            (d for d in range(1, rows + 1) if rows % d == 0),
-            key=lambda d: abs(d - batch.micro_batch),
-        )
+        near = nearest(batch.micro_batch, divisors(rows))
         yield (
             "batch.micro_batch",
             f"= {batch.micro_batch} does not divide the {rows} rows of a step "

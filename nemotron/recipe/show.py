@@ -60,6 +60,10 @@ def _add_shorthand(properties: dict[str, Any]) -> None:
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "Recipe, or recipes, whose values this one starts from.",
     }
+    properties["remove"] = {
+        "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
+        "description": "Dotted key, or keys, of the extended recipes that this one leaves out.",
+    }
     precision = properties["precision"]
     word = {"enum": ["fp32", *get_args(Preset)], "description": "fp32, or a preset in bfloat16."}
     precision["anyOf"] = [word, {"$ref": precision.pop("$ref")}]

@@ -71,7 +71,7 @@ class RunFolder(RunFiles):
         if not self.path.is_dir():
             raise UserError(f"{self.path} is a file; give the run another name.")
         self._check_holder()
-        if not self._holds_a_run():
+        if not holds_run(self):
             return
         known = _flatten(self._config.model_dump())
         for key in allow_changed:
@@ -177,10 +177,6 @@ class RunFolder(RunFiles):
     def _lock_path(self) -> Path:
         return self.path / "lock"
 
-    def _holds_a_run(self) -> bool:
-        has_metrics = self.metrics.exists() and self.metrics.stat().st_size > 0
-        return has_metrics or bool(steps(self.checkpoints))
-
     def _check_holder(self) -> None:
         try:
             descriptor = os.open(self._lock_path, os.O_RDONLY)
@@ -222,6 +218,32 @@ class RunFolder(RunFiles):
             for key in dict.fromkeys([*old, *new])
             if old.get(key) != new.get(key)
         ]
+
+
+def holds_run(files: RunFiles) -> bool:
+    """Say whether a folder holds a run that began to train."""
+    has_metrics = files.metrics.exists() and files.metrics.stat().st_size > 0
+    return has_metrics or bool(steps(files.checkpoints))
+
+
+def check_recipe_home(recipe: Path, run: Path) -> None:
+    """Check, before a resume, that the recipe in the folder of a run names that folder.
+
+    It does not when the folder was renamed or moved, and when its `output` is relative to another
+    folder than the current one: `run` is then another run, or a new one.
+
+    Raises:
+        UserError: with the settings that resume the run in the folder.
+    """
+    home = RunFiles(recipe.absolute().parent)
+    if recipe.name != home.recipe.name or not holds_run(home):
+        return
+    if run.resolve() != home.path.resolve():
+        raise UserError(
+            f"{recipe} is the recipe of the run in {home.path}, but its name and output lead to "
+            f"{run.absolute()}; to resume the run, add output={home.path.parent} "
+            f"name={home.path.name}."
+        )
 
 
 def dump_recipe(config: Section) -> str:

@@ -2,25 +2,49 @@
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from nemotron.files import write_bytes
 
 Record = dict[str, float | int | str | None]
 """One line: `kind` (train, validation or event), `step` (updates done), and the values."""
 
 ABANDONED = "metrics.abandoned.jsonl"
 """Lines of steps that a rollback undid; they no longer belong to the run."""
+DAMAGED = "metrics.damaged.jsonl"
+"""Lines that were no records when the file was opened."""
+
+
+@dataclass(frozen=True)
+class Lines:
+    """The lines of a file, sorted out; each ends with a line break."""
+
+    kept: list[bytes]
+    """Records up to a step."""
+    later: list[bytes]
+    """Records after it."""
+    damaged: list[bytes]
+    """What is no record, but for a last line that a kill left half written."""
 
 
 class MetricsFile:
     """Appends records; a line is complete in the file when `write` returns."""
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Open the file and cut off what comes after `last_step`, as if it had never been."""
+        """Open the file and cut off what comes after `last_step`, as if it had never been.
+
+        Damaged lines go to the end of a file beside this one.
+        """
         self.path = path
+        self.num_damaged = 0
         if path.exists():
-            _cut_after(path, last_step)
+            lines = _sort_out(path, last_step)
+            self.num_damaged = len(lines.damaged)
+            _append(path.with_name(DAMAGED), lines.damaged)
+            _keep(path, lines.kept)
         self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
 
     def write(self, record: Record) -> None:
@@ -31,10 +55,12 @@ class MetricsFile:
 
     def roll_back(self, last_step: int) -> None:
         """Take out what comes after `last_step`; it goes to the end of a file beside this one."""
-        text = self.path.read_bytes()
-        _cut_after(self.path, last_step)
-        with open(self.path.with_name(ABANDONED), "ab") as file:
-            file.write(text[self.path.stat().st_size :])
+        self._file.close()
+        lines = _sort_out(self.path, last_step)
+        _append(self.path.with_name(DAMAGED), lines.damaged)
+        _append(self.path.with_name(ABANDONED), lines.later)
+        _keep(self.path, lines.kept)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
 
     def sync(self) -> None:
         """Force the lines to the disk, before a checkpoint that builds on them."""
@@ -57,7 +83,7 @@ class MetricsFile:
 
 
 def read_metrics(path: Path) -> list[Record]:
-    """Return the records of a file; a last line that is only half there is left out."""
+    """Return the records of a file; lines that are none are left out."""
     records = []
     for line in path.read_bytes().splitlines(keepends=True):
         record = _parse(line)
@@ -66,15 +92,32 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def _cut_after(path: Path, last_step: int) -> None:
-    """Shorten the file, in one system call, to the lines up to `last_step`."""
-    keep = 0
+def _sort_out(path: Path, last_step: int) -> Lines:
+    lines = Lines([], [], [])
     for line in path.read_bytes().splitlines(keepends=True):
-        record = _parse(line)
-        if record is None or int(record["step"] or 0) > last_step:
-            break
-        keep += len(line)
-    os.truncate(path, keep)
+        if (record := _parse(line)) is not None:
+            is_kept = int(record["step"] or 0) <= last_step
+            (lines.kept if is_kept else lines.later).append(line)
+        elif line.endswith(b"\n"):
+            lines.damaged.append(line)
+    return lines
+
+
+def _keep(path: Path, lines: list[bytes]) -> None:
+    """Leave only these lines: by one system call if they are the beginning of the file."""
+    content = b"".join(lines)
+    with open(path, "rb") as file:
+        is_beginning = file.read(len(content)) == content
+    if is_beginning:
+        os.truncate(path, len(content))
+    else:
+        write_bytes(path, content)
+
+
+def _append(path: Path, lines: list[bytes]) -> None:
+    if lines:
+        with open(path, "ab") as file:
+            file.write(b"".join(lines))
 
 
 def _parse(line: bytes) -> Record | None:
@@ -82,7 +125,7 @@ def _parse(line: bytes) -> Record | None:
         return None
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
 

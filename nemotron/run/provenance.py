@@ -2,7 +2,6 @@
 
 import datetime
 import importlib.metadata
-import json
 import os
 import platform
 import secrets
@@ -13,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import JsonValue, ValidationError
 
 from nemotron.checkpoint.manifest import code_version
 from nemotron.errors import UserError
 from nemotron.files import write_json
 from nemotron.run.redaction import redact, redact_arguments
+from nemotron.section import Section
 
 PACKAGES = ("torch", "numpy", "tokenizers", "pydantic", "mamba-ssm", "causal-conv1d", "flash-attn")
 """Packages whose versions can change a result."""
@@ -28,29 +29,31 @@ ENVIRONMENT = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "AT
 Facts = dict[str, Any]  # Any: nested JSON
 
 
+class Provenance(Section):
+    """The content of `provenance.json`."""
+
+    id: str
+    """Of the run, drawn once."""
+    starts: list[dict[str, JsonValue]]
+    imported: dict[str, JsonValue] | None = None
+
+
 def record_start(path: Path, step: int, facts: Facts) -> str:
     """Add an entry for this start of the run; returns the run's identifier, drawn once.
 
     Raises:
         UserError: when the entries of earlier starts cannot be read.
     """
-    known = _fresh()
-    if path.exists():
-        try:
-            known = json.loads(path.read_bytes())
-        except ValueError as error:
-            raise UserError(
-                f"{path} is not valid JSON: {error}; restore it or move it away."
-            ) from None
-    known["starts"].append(redact({"time": _now(), "step": step} | facts))
-    write_json(path, known)
-    return known["id"]
+    known = _read(path) if path.exists() else Provenance(id=secrets.token_hex(4), starts=[])
+    known.starts.append(redact({"time": _now(), "step": step} | facts))
+    write_json(path, known.model_dump(exclude_none=True))
+    return known.id
 
 
 def record_import(path: Path, facts: Facts) -> Facts:
     """Write where a run that was never started comes from; returns that, with the time."""
     origin = {"time": _now()} | facts
-    write_json(path, _fresh() | {"imported": origin})
+    write_json(path, {"id": secrets.token_hex(4), "starts": [], "imported": origin})
     return origin
 
 
@@ -73,8 +76,13 @@ def collect(device: torch.device) -> Facts:
     }
 
 
-def _fresh() -> Facts:
-    return {"id": secrets.token_hex(4), "starts": []}
+def _read(path: Path) -> Provenance:
+    try:
+        return Provenance.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_input=False)[0]
+        key = ".".join(map(str, problem["loc"])) or "the content"
+        raise UserError(f"{path}: {key}: {problem['msg']}; restore it or move it away.") from None
 
 
 def _now() -> str:

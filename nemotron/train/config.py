@@ -50,7 +50,7 @@ class OptimizerConfig(Section):
 
 
 class ScheduleConfig(Section):
-    """Learning rate over training; every length in tokens or in steps, not both."""
+    """Learning rate over training; every length in tokens, in steps or as a share of the run."""
 
     kind: Literal["wsd", "cosine", "linear", "constant"] = "wsd"
     """Shape: warm-up then stable then decay, or decay from the end of the warm-up, or none."""
@@ -66,10 +66,14 @@ class ScheduleConfig(Section):
     """Length of the linear warm-up from zero, in tokens."""
     warmup_steps: int | None = Field(None, ge=0)
     """Length of the linear warm-up from zero, in optimizer steps."""
+    warmup_fraction: float | None = Field(None, ge=0, le=1)
+    """Length of the linear warm-up from zero, as a share of the run's length."""
     decay_tokens: float | None = Field(None, gt=0)
     """Length of the final decay (kind wsd), in tokens."""
     decay_steps: int | None = Field(None, gt=0)
     """Length of the final decay (kind wsd), in optimizer steps."""
+    decay_fraction: float | None = Field(None, gt=0, le=1)
+    """Length of the final decay (kind wsd), as a share of the run's length."""
     decay: Literal["minus_sqrt", "linear", "cosine", "exponential"] = "minus_sqrt"
     """Shape of the final decay (kind wsd)."""
 
@@ -202,7 +206,7 @@ class RunConfig(Section):
     """Version of the recipe format."""
     stage: str
     """Kind of training."""
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=128)
     """Name of the run: its folder under `output`."""
     output: str = "runs"
     """Folder that holds the run's folder."""

@@ -53,6 +53,8 @@ def run(
             mirrors.start(tracked)
             stack.callback(mirrors.finish)
             log.open(metrics, mirrors)
+            if metrics.num_damaged:
+                log.info(f"warning: {metrics.num_damaged} damaged lines of metrics.jsonl set aside")
         log.screen.start(folder.path.name, num_steps)
         stack.callback(log.screen.stop)
         try:

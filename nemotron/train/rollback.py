@@ -5,12 +5,13 @@ offending range only count. What was written after the checkpoint is removed as 
 been: a run that is killed during the replay resumes at the checkpoint and is rolled back once more.
 """
 
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron.checkpoint.find import steps
-from nemotron.checkpoint.manifest import CheckpointInfo, DamagedCheckpoint, folder_name, verify
+from nemotron.checkpoint.housekeeping import discard
+from nemotron.checkpoint.manifest import CheckpointInfo, folder_name, verify
+from nemotron.checkpoint.records import DamagedCheckpoint
 from nemotron.train.state import Diverged
 from nemotron.train.trainer import Trainer
 
@@ -35,7 +36,10 @@ def roll_back(trainer: Trainer, checkpoints: Path, bad: Sequence[int]) -> Checkp
     origin = _last_computed(info.step, ranges)
     if sum(step == origin for _, _, step in ranges) >= ROLLBACKS:
         raise Diverged(f"{what}, and the run was rolled back to step {origin} {ROLLBACKS} times")
-    trainer.ranks.first(lambda: _remove_after(checkpoints, info.step))
+    try:
+        trainer.ranks.first(lambda: _remove_after(checkpoints, info.step))
+    except OSError as error:
+        raise Diverged(f"{what}, and a later checkpoint cannot be removed: {error}") from error
     trainer.restore(info)
     trainer.state.passed_over = [*ranges, [first, last, origin]]
     trainer.state.bad_steps = []
@@ -66,8 +70,4 @@ def _last_computed(step: int, ranges: Sequence[Sequence[int]]) -> int:
 def _remove_after(checkpoints: Path, step: int) -> None:
     for number in steps(checkpoints):  # newest first: whatever a kill leaves is a beginning
         if number > step:
-            path = checkpoints / folder_name(number)
-            # renamed first: a half-removed folder must not look like a damaged checkpoint
-            old = path.with_name(f"{path.name}.old")
-            path.rename(old)
-            shutil.rmtree(old)
+            discard(checkpoints / folder_name(number))  # the next save names what stays of it

@@ -21,6 +21,7 @@ class Saver:
         self._trainer, self._folder, self._log = trainer, folder.checkpoints, log
         self.saved_step: int | None = None
         """Step of the newest checkpoint that is whole."""
+        self._warned: set[str] = set()
         is_on = trainer.config.checkpoint.background
         self._background = BackgroundSaver(trainer.ranks) if is_on else None
 
@@ -64,13 +65,14 @@ class Saver:
             self._folder,
             step,
             trainer.tensors(),
-            trainer.json_state(),
+            trainer.saved_state(),
             trainer.config.model,
             trainer.config.checkpoint.keep,
         )
         if self._background is None:
-            save(*content, trainer.ranks)
+            saved = save(*content, trainer.ranks)
             self.saved_step = step
+            self._warn(saved.notes)
             self._log.info(f"saved {folder_name(step)} in {time.perf_counter() - start:.1f} s")
             return
         self._background.start(*content)
@@ -88,8 +90,9 @@ class Saver:
         if self._background is None or (step := self._background.step) is None:
             return
         self._trainer.progress.enter(self._trainer.state.step - 1, "save")
-        if self._background.finish(wait=wait) is not None:
+        if (saved := self._background.finish(wait=wait)) is not None:
             self.saved_step = step
+            self._warn(saved.notes)
             self._log.info(f"saved {folder_name(step)}")
 
     def save_or_warn(self) -> None:
@@ -116,6 +119,13 @@ class Saver:
             f"step {reached}: {len(bad)} steps from {bad[0] + 1} to {bad[-1] + 1} were skipped; "
             f"rolled back to {folder_name(info.step)}; the data of those steps will be passed over"
         )
+
+    def _warn(self, notes: Sequence[str]) -> None:
+        """Log each note once: what cannot be removed is met again at every save."""
+        for note in notes:
+            if note not in self._warned:
+                self._warned.add(note)
+                self._log.info(f"warning: {note}")
 
     def _or_warn(self, act: Callable[[], None]) -> None:
         try:

@@ -61,21 +61,21 @@ def build_schedule(config: ScheduleConfig, tokens_per_step: int) -> Schedule:
     Raises:
         UserError: when a length is missing, given twice or longer than the run.
     """
-    total = _length(config, "total", tokens_per_step)
+    total = _length(config, "total", tokens_per_step, None)
     if total is None:
         raise UserError("schedule has no length; give schedule.total_tokens or total_steps.")
-    warmup = _length(config, "warmup", tokens_per_step) or 0.0
-    decay = _length(config, "decay", tokens_per_step)
+    warmup = _length(config, "warmup", tokens_per_step, total) or 0.0
+    decay = _length(config, "decay", tokens_per_step, total)
     if config.kind == "wsd":
         if decay is None:
             raise UserError(
                 "schedule.kind = wsd needs the length of its decay; "
-                "give schedule.decay_tokens or decay_steps."
+                "give schedule.decay_tokens, decay_steps or decay_fraction."
             )
     elif decay is not None:
         raise UserError(
             f"schedule.kind = {config.kind} takes no decay length; "
-            f"remove schedule.decay_tokens and decay_steps or use kind: wsd."
+            f"remove schedule.{_given(config, 'decay')[0]} or use kind: wsd."
         )
     else:
         decay = 0.0 if config.kind == "constant" else total - warmup
@@ -161,11 +161,32 @@ def check_rows(key: str, tokens_per_step: int, lengths: Sequence[LengthConfig]) 
         )
 
 
-def _length(config: ScheduleConfig, name: str, tokens_per_step: int) -> float | None:
-    tokens, steps = getattr(config, f"{name}_tokens"), getattr(config, f"{name}_steps")
-    if tokens is not None and steps is not None:
-        raise UserError(f"schedule has {name}_tokens and {name}_steps; keep one of them.")
-    return tokens if steps is None else float(steps * tokens_per_step)
+def _length(
+    config: ScheduleConfig, name: str, tokens_per_step: int, total: float | None
+) -> float | None:
+    """Return a length in tokens; fractions are of `total`."""
+    given = _given(config, name)
+    if len(given) > 1:
+        raise UserError(
+            f"schedule has {given[0]} and {given[1]}; keep one of them "
+            f"(remove=schedule.KEY removes one that an extended recipe gives)."
+        )
+    if not given:
+        return None
+    value = float(getattr(config, given[0]))
+    if given[0].endswith("_steps"):
+        return value * tokens_per_step
+    if given[0].endswith("_fraction"):
+        assert total is not None
+        # whole steps, so that the same fraction means the same in every unit of length
+        return round(value * total / tokens_per_step) * float(tokens_per_step)
+    return value
+
+
+def _given(config: ScheduleConfig, name: str) -> list[str]:
+    """Return the keys that give this length."""
+    keys = [f"{name}_{unit}" for unit in ("tokens", "steps", "fraction")]
+    return [key for key in keys if getattr(config, key, None) is not None]
 
 
 def _lengths(config: PretrainConfig, phase: PhaseConfig | None) -> Sequence[LengthConfig]:

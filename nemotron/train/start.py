@@ -84,7 +84,7 @@ def train(
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)
         if not (resume and saver.restore()) and config.init_from is not None:
-            _load_initial(trainer.local, config.init_from, read_initial)
+            load_initial(trainer.local, config.init_from, read_initial)
         return run(trainer, data, folder, log, saver, stop, recipe_path)
 
 
@@ -187,7 +187,7 @@ def build_trainer(
     return Trainer(config, objective, batches, plan, device, peak_flops, ranks)
 
 
-def _load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
+def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
     """Start from saved weights; every tensor must be there, with its shape, and no other."""
     saved_config, weights = read(Path(path))
     own = local.whole_shapes()

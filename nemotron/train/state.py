@@ -3,12 +3,13 @@
 import enum
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from typing import Self
 
 import torch
 from torch import Tensor
 
 from nemotron.checkpoint.read import MODEL_PREFIX
+from nemotron.checkpoint.state import Counters
 from nemotron.parallel.apply import LocalModel, local_of
 from nemotron.precision.apply import Quantization
 from nemotron.train.optimizer import Optimizer
@@ -35,27 +36,23 @@ class Skip(enum.Enum):
     NO_TARGETS = "no token of the batch has a target"
 
 
-@dataclass
-class TrainerState:
-    """Counters of a run; the data position is the step, because rows are a function of it."""
+class TrainerState(Counters):
+    """The counters of a run, and how a step changes them."""
 
-    step: int = 0
-    """Steps done, skipped and passed over ones included."""
-    tokens: int = 0
-    """Tokens consumed by them."""
-    skipped_steps: int = 0
-    nonfinite_in_a_row: int = 0
-    spikes_in_a_row: int = 0
-    """Steps skipped as spikes; both counts go on until a step is not skipped."""
-    recent_losses: list[float] = field(default_factory=list)
-    """Of the last steps that were not skipped."""
-    recent_grad_norms: list[float] = field(default_factory=list)
-    """Of the same steps."""
-    bad_steps: list[int] = field(default_factory=list)
-    """Indices of recent steps that were skipped as spikes or for not being finite."""
-    passed_over: list[list[int]] = field(default_factory=list)
-    """Steps that are never computed, after a rollback: first and last index, and the steps done by
-    the weights to which the run was rolled back."""
+    @classmethod
+    def fresh(cls) -> Self:
+        """Return the counters before the first step."""
+        return cls(
+            step=0,
+            tokens=0,
+            skipped_steps=0,
+            nonfinite_in_a_row=0,
+            spikes_in_a_row=0,
+            recent_losses=[],
+            recent_grad_norms=[],
+            bad_steps=[],
+            passed_over=[],
+        )
 
     def is_spike(self, loss: float, grad_norm: float, sigmas: float | None) -> bool:
         """Say whether a step is far above the recent ones; without `sigmas`, its loss alone."""

@@ -3,14 +3,14 @@
 import math
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.checkpoint.manifest import CheckpointInfo
-from nemotron.checkpoint.read import lacking, load_tensors, read_state
+from nemotron.checkpoint.read import SavedTensors, read_state
+from nemotron.checkpoint.state import Counters, SavedState
 from nemotron.data.batch import Batch, Batches
 from nemotron.device import memory_values
 from nemotron.errors import UserError
@@ -76,7 +76,7 @@ class Trainer:
         connect(self.quantization, self.local)
         self.optimizer = Optimizer(self.local.parameters(), config.optimizer)
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
-        self.state = TrainerState()
+        self.state = TrainerState.fresh()
         counted = filter(self.local.counts, self.optimizer.parameters)
         self._kind_of = parameter_kinds(counted, config.model)
         self._kinds = kinds(config.model)
@@ -198,9 +198,9 @@ class Trainer:
         """Return every tensor that a resume needs, under its name in a checkpoint."""
         return snapshot(self.local, self.optimizer, self.quantization)
 
-    def json_state(self) -> dict[str, Any]:  # Any: nested JSON
-        """Return everything else that a resume needs."""
-        return {"trainer": asdict(self.state), "data": self.batches.state()}
+    def saved_state(self) -> SavedState:
+        """Return a copy of everything else that a resume needs."""
+        return SavedState(trainer=Counters(**asdict(self.state)), data=self.batches.state())
 
     def restore(self, info: CheckpointInfo) -> None:
         """Put every tensor and counter of a checkpoint in place.
@@ -210,21 +210,21 @@ class Trainer:
                 others.
         """
         saved = read_state(info)
-        if "data" not in saved:
+        if saved.trainer is None or saved.data is None:
             raise UserError(
                 f"{info.folder} holds weights only, nothing to go on from; "
                 f"start a new run with init_from: {info.folder}."
             )
-        self.batches.restore(saved["data"], info.step)
-        tensors = self.tensors()
+        self.batches.restore(saved.data, info.step)
+        tensors, stored = self.tensors(), SavedTensors(info)
         # a run that was in another format then has no scales there
-        for name in lacking(info, self.quantization.tensors()):
+        for name in stored.lacking(self.quantization.tensors()):
             self.quantization.forget(name)
             del tensors[name]
-        load_tensors(info, tensors)
+        stored.load(tensors)
         self.local.drop_gathered()
         torch.set_rng_state(tensors[RNG])
-        self.state = TrainerState(**saved["trainer"])
+        self.state = TrainerState(**asdict(saved.trainer))
         self.quantization.begin(max(0, self.state.step - 1), 0)
 
     def check_replicas(self) -> None:

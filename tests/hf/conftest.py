@@ -1,29 +1,39 @@
 """A run whose model has every layer kind and no weight at a special value."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from nemotron.checkpoint.state import SavedState
 from nemotron.checkpoint.write import save
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.hf.export import export
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from nemotron.train.state import TrainerState
 
 torch.set_num_threads(1)  # the tensors are tiny, and tests share the cores
 
 TOKENIZER = load_tokenizer("embedded")
 
-STATE = {
-    "trainer": {"step": 10, "tokens": 123456},
-    "data": {
+STATE = SavedState(
+    trainer=replace(TrainerState.fresh(), step=10, tokens=123456),
+    data={
         "seed": 5,
-        "sources": {"verse": {"weight": 1.0, "tokens": 777, "content": "abc"}},
+        "data.seq_len": 64,
+        "data.packing": None,
+        "data.objective": "pretrain",
+        "data.mask_eod_loss": False,
+        "data.tokenizer": TOKENIZER.hash,
+        "data.eod_token": 3,
+        "sources": {"verse": {"tokens": 777, "content": "abc"}},
+        "phases": [],
     },
-}
+)
 
 
 def build_config(**changes: Any) -> ModelConfig:  # Any: values of any field

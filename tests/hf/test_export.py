@@ -16,6 +16,7 @@ from nemotron.errors import UserError
 from nemotron.files import hash_file
 from nemotron.hf import selfcheck
 from nemotron.hf.export import export
+from nemotron.hf.formats import MAMBA_FP32
 from nemotron.hf.shards import INDEX
 from nemotron.loading import load
 
@@ -94,7 +95,7 @@ def test_the_index_holds_sizes_and_places(exported: Path):
 
 
 def test_the_mamba_vectors_can_stay_float32(run: Path, tmp_path: Path):
-    assert export(run, tmp_path / "wide", mamba_fp32=True, check=False) == 0
+    assert export(run, tmp_path / "wide", formats=MAMBA_FP32, check=False) == 0
     wide = {
         n.rsplit(".", 1)[-1]
         for n, t in read_all(tmp_path / "wide").items()
@@ -207,13 +208,13 @@ def test_a_failed_check_leaves_the_old_export_alone(
 
 
 def test_an_export_replaces_another_only_when_told(run: Path, tmp_path: Path):
-    out = tmp_path / "out"
+    out = tmp_path / "exported/mine"  # its parent does not exist yet
     assert export(run, out, check=False) == 0
     assert f"{out} exists already; add --overwrite" in refusal(run, out)
     (out / "stale").write_text("")
     assert export(run, out, overwrite=True, check=False) == 0
     assert not (out / "stale").exists()
-    assert os.listdir(tmp_path) == ["out"]
+    assert os.listdir(out.parent) == ["mine"]
 
 
 def test_a_folder_that_is_no_export_is_never_replaced(run: Path, tmp_path: Path):

@@ -3,7 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemotron.hf.names import DiskTensor, disk_tensors
+from nemotron.hf.formats import MAMBA_FP32, RELEASED, DiskTensor
+from nemotron.hf.names import disk_parameters, disk_tensors
 from nemotron.model.config import ModelConfig
 
 NANO = {
@@ -52,7 +53,7 @@ ULTRA = SUPER | {
 def test_tensors_are_counted_as_in_the_released_checkpoints(
     model: dict, count: int, elements: int | None, total_size: int | None
 ):
-    tensors = disk_tensors(ModelConfig(**model))
+    tensors = disk_tensors(disk_parameters(ModelConfig(**model)))
     assert len({tensor.name for tensor in tensors}) == len(tensors) == count
     assert elements in (None, sum(torch.Size(tensor.shape).numel() for tensor in tensors))
     assert total_size in (None, sum(tensor.num_bytes for tensor in tensors))
@@ -60,7 +61,7 @@ def test_tensors_are_counted_as_in_the_released_checkpoints(
 
 @pytest.fixture(scope="module")
 def released_super() -> dict[str, DiskTensor]:
-    return {tensor.name: tensor for tensor in disk_tensors(ModelConfig(**SUPER))}
+    return {tensor.name: tensor for tensor in disk_tensors(disk_parameters(ModelConfig(**SUPER)))}
 
 
 @pytest.mark.parametrize(
@@ -94,13 +95,13 @@ def test_super_has_this_tensor(
 
 
 def test_only_the_router_bias_is_float32_unless_the_mamba_vectors_are_asked_for():
-    wide = {mamba_fp32: set() for mamba_fp32 in (False, True)}
-    for mamba_fp32, leaves in wide.items():
-        for tensor in disk_tensors(ModelConfig(**NANO), mamba_fp32=mamba_fp32):
+    wide = {formats: set() for formats in (RELEASED, MAMBA_FP32)}
+    for formats, leaves in wide.items():
+        for tensor in disk_tensors(disk_parameters(ModelConfig(**NANO), formats)):
             if tensor.dtype == torch.float32:
                 leaves.add(tensor.name.rsplit(".", 1)[-1])
-    assert wide[False] == {"e_score_correction_bias"}
-    assert wide[True] == {"e_score_correction_bias", "A_log", "D", "dt_bias"}
+    assert wide[RELEASED] == {"e_score_correction_bias"}
+    assert wide[MAMBA_FP32] == {"e_score_correction_bias", "A_log", "D", "dt_bias"}
 
 
 def test_names_are_those_that_transformers_writes(tmp_path: Path):
@@ -127,4 +128,4 @@ def test_names_are_those_that_transformers_writes(tmp_path: Path):
     transformers.NemotronHForCausalLM(config).save_pretrained(tmp_path)
     with safe_open(tmp_path / "model.safetensors", "pt") as file:
         theirs = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    assert {t.name: t.shape for t in disk_tensors(ModelConfig(**values))} == theirs
+    assert {t.name: t.shape for t in disk_tensors(disk_parameters(ModelConfig(**values)))} == theirs

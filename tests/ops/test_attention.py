@@ -27,7 +27,7 @@ def documents(rows: int, length: int) -> Tensor:
 
 def test_the_reference_is_the_formula():
     q, k, v = doubled(draw(1, 5))
-    y = reference.attention(q, k, v, None, None)
+    y = reference(q, k, v, None, None)
     for head in range(6):
         for t in range(5):
             scores = torch.stack([q[0, t, head] @ k[0, s, head // 3] for s in range(t + 1)])
@@ -40,7 +40,7 @@ def test_the_reference_is_the_formula():
 def test_values_and_gradients_agree(length: int, with_documents: bool):
     inputs = draw(2, length)
     ids = documents(2, length) if with_documents else None
-    exact = results(reference.attention, doubled(inputs), ids, None)
+    exact = results(reference, doubled(inputs), ids, None)
     assert worst(results(sdpa.attention, doubled(inputs), ids, None), exact) <= 1e-13
     assert worst(results(sdpa.attention, inputs, ids, None), exact) <= 5e-6
 
@@ -48,7 +48,7 @@ def test_values_and_gradients_agree(length: int, with_documents: bool):
 @pytest.mark.parametrize(("length", "total"), [(1, 9), (4, 9), (9, 9)])
 def test_a_cache_agrees(length: int, total: int):
     inputs = draw(2, length, total)
-    exact = results(reference.attention, doubled(inputs), None, None)
+    exact = results(reference, doubled(inputs), None, None)
     assert worst(results(sdpa.attention, inputs, None, None), exact) <= 5e-6
 
 
@@ -64,9 +64,7 @@ def test_rows_of_unequal_length_are_those_rows_alone(length: int, with_documents
     lengths = [length, 11, 40]
     alone = [doubled(draw(1, length, total)) for total in lengths]
     ids = [documents(1, total) if with_documents else None for total in lengths]
-    expected = torch.cat(
-        [reference.attention(*row, i, None) for row, i in zip(alone, ids, strict=True)]
-    )
+    expected = torch.cat([reference(*row, i, None) for row, i in zip(alone, ids, strict=True)])
     q = torch.cat([row[0] for row in alone])
     k, v = (torch.cat([with_rest(row[n], 43) for row in alone]) for n in (1, 2))
     seq_idx = None
@@ -79,7 +77,7 @@ def test_rows_of_unequal_length_are_those_rows_alone(length: int, with_documents
     assert worst([found], [expected]) <= 1e-13
     masked = sdpa._attend(q, k, v, seq_idx, torch.tensor(lengths))  # what a GPU is given
     assert worst([masked], [expected]) <= 1e-13
-    written_out = reference.attention(q, k, v, seq_idx, torch.tensor(lengths))
+    written_out = reference(q, k, v, seq_idx, torch.tensor(lengths))
     assert worst([written_out], [expected]) <= 1e-13
 
 
@@ -87,7 +85,7 @@ def test_rows_of_unequal_length_are_those_rows_alone(length: int, with_documents
 @pytest.mark.parametrize("prefix", [1, 7, 64])
 def test_documents_after_a_prefix_agree(length: int, prefix: int):
     inputs, ids = draw(3, length, prefix + length), documents(3, prefix + length)
-    exact = results(reference.attention, doubled(inputs), ids, None)
+    exact = results(reference, doubled(inputs), ids, None)
     assert worst(results(sdpa.attention, doubled(inputs), ids, None), exact) <= 1e-13
     assert worst(results(sdpa.attention, inputs, ids, None), exact) <= 5e-6
 
@@ -95,10 +93,10 @@ def test_documents_after_a_prefix_agree(length: int, prefix: int):
 def test_the_last_queries_of_a_row_see_what_they_see_in_the_whole_row():
     q, k, v = doubled(draw(2, 30))
     ids = documents(2, 30)
-    whole = reference.attention(q, k, v, ids, None)
+    whole = reference(q, k, v, ids, None)
     # the tail begins inside a document, with one, and after the row's last change
     for begin in (1, *ids[0].diff().nonzero().flatten().add(1).tolist(), 29):
-        tail = reference.attention(q[:, begin:], k, v, ids, None)
+        tail = reference(q[:, begin:], k, v, ids, None)
         # products of other shapes may add up in another order
         assert worst([tail], [whole[:, begin:]]) <= 1e-14
 
@@ -136,7 +134,7 @@ def flash_attn_varlen_func(q, k, v, ends_q, ends_k, longest_q, longest_k, causal
     spans = (ends.unfold(0, 2, 1).tolist() for ends in (ends_q, ends_k))
     for (a, b), (c, d) in zip(*spans, strict=True):
         part = (q[None, a:b], k[None, c:d], v[None, c:d])
-        parts.append(reference.attention(*part, None, None)[0])
+        parts.append(reference(*part, None, None)[0])
     return torch.cat(parts)
 
 
@@ -144,18 +142,18 @@ def check_documents_as_sequences(backend: types.ModuleType) -> None:
     inputs = draw(3, 30)
     # the last document of one row and the first of the next have the same number
     for ids in (None, documents(3, 30), torch.zeros(3, 30, dtype=torch.int32)):
-        exact = results(reference.attention, doubled(inputs), ids, None)
+        exact = results(reference, doubled(inputs), ids, None)
         assert worst(results(backend.attention, inputs, ids, None), exact) <= 5e-6
     for length in (1, 4, 29):
         inputs, ids = draw(3, length, 30), documents(3, 30)
-        exact = results(reference.attention, doubled(inputs), ids, None)
+        exact = results(reference, doubled(inputs), ids, None)
         assert worst(results(backend.attention, inputs, ids, None), exact) <= 5e-6
 
 
 def test_flash_attn_gets_documents_as_sequences(monkeypatch: pytest.MonkeyPatch):
     def flash_attn_func(q, k, v, causal):
         assert causal
-        return reference.attention(q, k, v, None, None)
+        return reference(q, k, v, None, None)
 
     module = types.SimpleNamespace(
         flash_attn_func=flash_attn_func, flash_attn_varlen_func=flash_attn_varlen_func
@@ -211,7 +209,7 @@ def test_attention_on_a_gpu_agrees(backend: str, with_documents: bool, length: i
     sizes = ((length, 8), (200, 2), (200, 2))
     inputs = [torch.randn(2, *size, 64, generator=g).bfloat16() for size in sizes]
     ids = documents(2, 200) if with_documents else None
-    exact = results(reference.attention, [*doubled(inputs), ids], None)
+    exact = results(reference, [*doubled(inputs), ids], None)
     on_gpu = [t.cuda() if t is not None else None for t in [*inputs, ids]]
     function = {"flash_attn": flash_attn, "varlen": varlen, "sdpa": sdpa}[backend].attention
     # probabilities are rounded to bfloat16 before the second product

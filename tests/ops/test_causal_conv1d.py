@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from against_reference import doubled, results, worst
 from torch import Tensor
 
-from nemotron.ops.causal_conv1d import blocked, package, reference
+from nemotron.ops.causal_conv1d import blocked, cuda, reference
 
 
 def draw(rows: int, length: int, channels: int = 10, width: int = 4) -> list[Tensor | None]:
@@ -27,7 +27,7 @@ def documents(rows: int, length: int) -> Tensor:
 
 def test_the_reference_is_torchs_own_convolution():
     x, weight, bias, _ = doubled(draw(2, 30))
-    y = reference.causal_conv1d(x, weight, bias, None, None, True)
+    y = reference(x, weight, bias, None, None, True)
     padded = F.pad(x.mT, (3, 0))
     theirs = F.silu(F.conv1d(padded, weight[:, None], bias, groups=10)).mT
     assert worst([y], [theirs]) <= 1e-14
@@ -43,7 +43,7 @@ def test_values_and_gradients_agree(
     inputs = draw(2, length)
     inputs = inputs if with_state else [*inputs[:3], None]
     ids = documents(2, length) if with_documents else None
-    exact = results(reference.causal_conv1d, doubled(inputs), ids, activation)
+    exact = results(reference, doubled(inputs), ids, activation)
     assert worst(results(blocked.causal_conv1d, doubled(inputs), ids, activation), exact) <= 1e-13
     assert worst(results(blocked.causal_conv1d, inputs, ids, activation), exact) <= 5e-6
 
@@ -52,14 +52,14 @@ def test_without_bias_and_with_other_widths():
     for width in (1, 2, 5):
         x, weight, _, state = draw(2, 40, channels=7, width=width)
         inputs = [x, weight, None, state]
-        exact = results(reference.causal_conv1d, doubled(inputs), None, True)
+        exact = results(reference, doubled(inputs), None, True)
         assert worst(results(blocked.causal_conv1d, inputs, None, True), exact) <= 5e-6
 
 
 def test_bfloat16_rounds_once():
     x, weight, bias, state = draw(2, 100)
     inputs = [x.bfloat16(), weight, bias, state.bfloat16()]
-    exact = results(reference.causal_conv1d, doubled(inputs), None, True)
+    exact = results(reference, doubled(inputs), None, True)
     assert worst(results(blocked.causal_conv1d, inputs, None, True), exact) <= 2**-8
 
 
@@ -79,14 +79,14 @@ def test_the_package_gets_its_own_layout(monkeypatch: pytest.MonkeyPatch):
     def causal_conv1d_fn(x, weight, bias=None, seq_idx=None, initial_states=None, activation=None):
         seen.update(strides=x.stride(), activation=activation)
         state = None if initial_states is None else initial_states.mT
-        return reference.causal_conv1d(x.mT, weight, bias, state, seq_idx, activation == "silu").mT
+        return reference(x.mT, weight, bias, state, seq_idx, activation == "silu").mT
 
     module = types.SimpleNamespace(causal_conv1d_fn=causal_conv1d_fn)
     monkeypatch.setitem(sys.modules, "causal_conv1d", module)
     inputs, ids = draw(2, 9), documents(2, 9)
     for state, activation in ((inputs[3], True), (None, False)):
-        y = package.causal_conv1d(*inputs[:3], state, ids, activation)
-        assert torch.equal(y, reference.causal_conv1d(*inputs[:3], state, ids, activation))
+        y = cuda.causal_conv1d(*inputs[:3], state, ids, activation)
+        assert torch.equal(y, reference(*inputs[:3], state, ids, activation))
         assert seen["strides"][1] == 1, "documents need the channels last in memory"
 
 
@@ -96,7 +96,7 @@ def test_the_kernel_of_the_package_agrees(with_documents: bool):
     pytest.importorskip("causal_conv1d", reason="causal-conv1d is not installed")
     x, weight, bias, _ = draw(2, 100, channels=64)
     ids = documents(2, 100) if with_documents else None
-    exact = results(reference.causal_conv1d, [*doubled([x, weight, bias]), None, ids], True)
+    exact = results(reference, [*doubled([x, weight, bias]), None, ids], True)
     inputs = [x.cuda(), weight.cuda(), bias.cuda(), None, None if ids is None else ids.cuda()]
-    found = results(package.causal_conv1d, inputs, True)
+    found = results(cuda.causal_conv1d, inputs, True)
     assert worst([t.cpu() for t in found], exact) <= 1e-5

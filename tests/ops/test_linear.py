@@ -19,7 +19,7 @@ def draw(*shape: int) -> list[Tensor]:
 def test_the_weight_gradient_is_not_rounded_to_bfloat16(shape: tuple[int, ...]):
     inputs = draw(*shape)
     y, grad_x, grad_weight = results(float32_gradient.linear, [t.to(DEVICE) for t in inputs])
-    exact = results(reference.linear, doubled(inputs))
+    exact = results(reference, doubled(inputs))
     # the outputs and the gradient of x are bfloat16: half a unit in the last of 8 bits
     assert worst([y.cpu(), grad_x.cpu()], exact[:2]) <= 2**-8
     # products of bfloat16 are exact in float32, their sums are not

@@ -41,7 +41,7 @@ def test_chunks_are_the_recurrence_to_float64(length: int, with_documents: bool)
     ids = documents(2, length, seed=length) if with_documents else None
     found = results(chunked.ssd, inputs, ids)
     # all gradients, those through the final state included
-    assert worst(found, results(reference.ssd, inputs, ids)) <= 1e-12
+    assert worst(found, results(reference, inputs, ids)) <= 1e-12
 
 
 @pytest.mark.parametrize("with_documents", [False, True])
@@ -49,14 +49,14 @@ def test_chunks_are_the_recurrence_to_float64(length: int, with_documents: bool)
 def test_float32_stays_close_to_the_float64_recurrence(length: int, with_documents: bool):
     inputs = draw(2, length, seed=length)
     ids = documents(2, length, seed=length) if with_documents else None
-    exact = results(reference.ssd, doubled(inputs), ids)
+    exact = results(reference, doubled(inputs), ids)
     assert worst(results(chunked.ssd, inputs, ids), exact) <= 1e-5
 
 
 def test_bfloat16_inputs_cost_no_more_than_bfloat16_products():
     narrow = [0, 3, 4]  # x, B, C
     inputs = [t.bfloat16() if i in narrow else t for i, t in enumerate(draw(2, 130))]
-    exact = results(reference.ssd, doubled(inputs), None)
+    exact = results(reference, doubled(inputs), None)
     # factors and products are rounded to 8 bits, 2^-9 each time, as inside mamba-ssm's kernels;
     # two or three such roundings meet in one entry
     assert worst(results(chunked.ssd, inputs, None), exact) <= 2**-7
@@ -65,7 +65,7 @@ def test_bfloat16_inputs_cost_no_more_than_bfloat16_products():
 def test_extreme_decays_neither_overflow_nor_lose_the_gradient():
     inputs = draw(1, 200)
     inputs[1] = torch.cat([torch.full((1, 100, 4), 50.0), torch.full((1, 100, 4), 1e-6)], dim=1)
-    exact = results(reference.ssd, doubled(inputs), None)
+    exact = results(reference, doubled(inputs), None)
     assert worst(results(chunked.ssd, inputs, None), exact) <= 1e-5
 
 
@@ -82,10 +82,10 @@ def test_any_shape_agrees(rows: int, length: int, heads: tuple[int, int], state:
     ids = documents(rows, length, seed)
     found = results(chunked.ssd, inputs, ids)
     # dA of a single head is one sum over all tokens, in which two digits may cancel
-    assert worst(found, results(reference.ssd, inputs, ids)) <= (1e-12 if heads[0] > 1 else 1e-10)
+    assert worst(found, results(reference, inputs, ids)) <= (1e-12 if heads[0] > 1 else 1e-10)
 
 
-@pytest.mark.parametrize("function", [chunked.ssd, reference.ssd])
+@pytest.mark.parametrize("function", [chunked.ssd, reference])
 @pytest.mark.parametrize("cut", [1, 40, 64, 100])
 def test_changing_document_one_leaves_document_two_bit_equal(function, cut: int):
     inputs = draw(1, 150, state=False)
@@ -153,7 +153,7 @@ def test_running_sums_by_product_are_those_by_addition(reverse: bool):
 def test_the_chunks_run_in_deterministic_mode_on_a_gpu(with_documents: bool):
     inputs = draw(2, 200)
     ids = documents(2, 200, seed=3) if with_documents else None
-    exact = results(reference.ssd, doubled(inputs), ids)
+    exact = results(reference, doubled(inputs), ids)
     on_gpu = [t.cuda() if t is not None else None for t in inputs]
     found = results(chunked.ssd, on_gpu, ids.cuda() if ids is not None else None)
     assert worst([t.cpu() for t in found], exact) <= 1e-5
@@ -176,7 +176,7 @@ def test_the_kernels_of_mamba_ssm_agree(with_documents: bool):
         torch.randn(heads, generator=g),
     ]
     ids = documents(rows, length, seed=1) if with_documents else None
-    exact = results(lambda *t: reference.ssd(*t[:6], None, t[6])[0], [*doubled(inputs), ids])
+    exact = results(lambda *t: reference(*t[:6], None, t[6])[0], [*doubled(inputs), ids])
     on_gpu = [t.cuda() if t is not None else None for t in [*inputs, ids]]
     found = results(lambda *t: mamba_ssm.ssd(*t[:6], None, t[6])[0], on_gpu)
     # bfloat16 products of chunks inside the kernel

@@ -61,7 +61,7 @@ def test_values_and_gradients_agree(length: int, with_documents: bool, with_stat
     inputs = draw(2, length)
     inputs = inputs if with_state else [*inputs[:3], None]
     inputs.append(documents(2, length) if with_documents else None)
-    exact = results(reference.causal_conv1d, doubled(inputs), True)
+    exact = results(reference, doubled(inputs), True)
     # float32 sums of at most 38 numbers
     assert worst(results(kernels.causal_conv1d, moved(inputs), True), exact) <= 5e-6
 
@@ -71,7 +71,7 @@ def test_values_and_gradients_agree(length: int, with_documents: bool, with_stat
 def test_without_bias_or_activation_and_with_other_widths(width: int):
     x, weight, _, state = draw(1, 13, channels=7, width=width)
     inputs = [x, weight, None, state, documents(1, 13)]
-    exact = results(reference.causal_conv1d, doubled(inputs), False)
+    exact = results(reference, doubled(inputs), False)
     # float32 sums of at most 13 numbers
     assert worst(results(kernels.causal_conv1d, moved(inputs), False), exact) <= 5e-6
 
@@ -79,7 +79,7 @@ def test_without_bias_or_activation_and_with_other_widths(width: int):
 def test_a_window_of_eight(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "STRIP_MULTIPLE", 16)
     inputs = [*draw(1, 12, channels=5, width=8), documents(1, 12)]
-    exact = results(reference.causal_conv1d, doubled(inputs), True)
+    exact = results(reference, doubled(inputs), True)
     # float32 sums of at most 12 numbers
     assert worst(results(kernels.causal_conv1d, moved(inputs), True), exact) <= 5e-6
 
@@ -87,7 +87,7 @@ def test_a_window_of_eight(monkeypatch: pytest.MonkeyPatch):
 def test_more_channels_and_tokens_than_a_program_takes(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(kernels, "STRIP_MULTIPLE", 16)
     inputs = [*draw(1, 18, channels=256 + 3)[:3], None, None]
-    exact = results(reference.causal_conv1d, doubled(inputs), True)
+    exact = results(reference, doubled(inputs), True)
     with launched(unroll=8, channels=256):
         found = results(kernels.causal_conv1d, moved(inputs), True)
     # float32 sums of at most 18 numbers
@@ -99,7 +99,7 @@ def test_long_rows_make_no_more_strips_than_run_at_once(monkeypatch: pytest.Monk
     # two strips of 24 tokens forward, and of 29 backward, 3 of whose steps are the next one's
     assert (kernels._steps(43, 2), kernels._steps(43, 2, extra=3)) == (24, 32)
     inputs = [*draw(1, 43, channels=3)[:3], None, None]
-    exact = results(reference.causal_conv1d, doubled(inputs), True)
+    exact = results(reference, doubled(inputs), True)
     with launched(programs=2):
         found = results(kernels.causal_conv1d, moved(inputs), True)
     # float32 sums of at most 43 numbers
@@ -110,7 +110,7 @@ def test_long_rows_make_no_more_strips_than_run_at_once(monkeypatch: pytest.Monk
 def test_bfloat16_is_rounded_once_at_the_end():
     x, weight, bias, state = draw(2, 11)
     inputs = [x.bfloat16(), weight, bias, state.bfloat16(), documents(2, 11)]
-    exact = results(reference.causal_conv1d, doubled(inputs), True)
+    exact = results(reference, doubled(inputs), True)
     found = results(kernels.causal_conv1d, moved(inputs), True)
     # one rounding to 8 bits; the interpreter cuts off instead
     assert worst(found, exact) <= 2**-7
@@ -129,7 +129,7 @@ def test_slices_are_read_and_gradients_of_any_layout_taken():
         return y.mT
 
     inputs = [*draw(2, 9), documents(2, 9).long().repeat_interleave(2, dim=1)]
-    exact = results(lambda *args: sliced(reference.causal_conv1d, *args), doubled(inputs))
+    exact = results(lambda *args: sliced(reference, *args), doubled(inputs))
     found = results(lambda *args: sliced(kernels.causal_conv1d, *args), moved(inputs))
     # float32 sums of at most 18 numbers
     assert worst(found, exact) <= 5e-6
@@ -168,7 +168,7 @@ def test_a_slice_of_odd_strides_asks_for_a_backend_that_takes_it(
 
     def select(x: Tensor, **needs: bool):
         seen.update(needs)
-        return reference.causal_conv1d
+        return reference
 
     monkeypatch.setattr(causal_conv1d, "select", select)
     x, weight, bias, _ = draw(1, 5, channels=total)

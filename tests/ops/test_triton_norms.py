@@ -45,10 +45,10 @@ def halved(inputs: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_norm_is_the_references(shape: tuple[int, ...]):
     inputs = draw(shape, 1)
-    exact = results(reference.rms_norm, doubled(inputs), EPS)
+    exact = results(reference, doubled(inputs), EPS)
     # float32 sums of a row, and of 70 rows for the gain
     assert worst(results(here(plain.rms_norm), inputs, EPS), exact) <= 5e-6
-    exact = results(reference.rms_norm, doubled(halved(inputs)), EPS)
+    exact = results(reference, doubled(halved(inputs)), EPS)
     found = results(here(plain.rms_norm), halved(inputs), EPS)
     assert [t.dtype for t in found] == [torch.bfloat16, torch.bfloat16, torch.float32]
     # the interpreter truncates to bfloat16
@@ -60,10 +60,10 @@ def test_the_norm_is_the_references(shape: tuple[int, ...]):
 @pytest.mark.parametrize(("shape", "groups"), GATED)
 def test_the_gated_norm_is_the_references(shape: tuple[int, ...], groups: int):
     inputs = draw(shape, 2)
-    exact = results(gated_reference.gated_rms_norm, doubled(inputs), groups, EPS)
+    exact = results(gated_reference, doubled(inputs), groups, EPS)
     # float32 sums of a group, and the fast exponential and division of a GPU
     assert worst(results(here(gated.gated_rms_norm), inputs, groups, EPS), exact) <= 5e-6
-    exact = results(gated_reference.gated_rms_norm, doubled(halved(inputs)), groups, EPS)
+    exact = results(gated_reference, doubled(halved(inputs)), groups, EPS)
     found = results(here(gated.gated_rms_norm), halved(inputs), groups, EPS)
     assert [t.dtype for t in found] == [*[torch.bfloat16] * 3, torch.float32]
     # the interpreter truncates to bfloat16
@@ -84,8 +84,8 @@ def test_a_slice_is_read_in_place():
         return torch.cat([normed, gated.gated_rms_norm(ys, zs, weight, 3, EPS)], -1)
 
     def exactly(y: Tensor, z: Tensor, weight: Tensor) -> Tensor:
-        normed = reference.rms_norm(y, weight, EPS)
-        return torch.cat([normed, gated_reference.gated_rms_norm(y, z, weight, 3, EPS)], -1)
+        normed = reference(y, weight, EPS)
+        return torch.cat([normed, gated_reference(y, z, weight, 3, EPS)], -1)
 
     result, grad_y, grad_z, grad_weight = results(here(function), [wide_y, wide_z, weight])
     found = [result, grad_y[..., 16:112], grad_z[..., :96], grad_weight]
@@ -106,9 +106,9 @@ def test_any_layout_is_taken():
 
         return call
 
-    exact = results(function(reference.rms_norm, EPS), doubled([y, weight]))
+    exact = results(function(reference, EPS), doubled([y, weight]))
     assert worst(results(here(function(plain.rms_norm, EPS)), [y, weight]), exact) <= 5e-6
-    exact = results(function(gated_reference.gated_rms_norm, 4, EPS), doubled([y, z, weight]))
+    exact = results(function(gated_reference, 4, EPS), doubled([y, z, weight]))
     found = results(here(function(gated.gated_rms_norm, 4, EPS)), [y, z, weight])
     assert worst(found, exact) <= 5e-6
 

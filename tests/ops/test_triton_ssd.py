@@ -50,7 +50,7 @@ def documents(rows: int, length: int, often: float = 0.05) -> Tensor:
 
 def error(inputs: list[Tensor | None], ids: Tensor | None) -> float:
     """Return the largest difference from the recurrence in float64, all gradients included."""
-    exact = results(reference.ssd, doubled(inputs), ids)
+    exact = results(reference, doubled(inputs), ids)
     moved = [t.to(DEVICE) if t is not None else None for t in [*inputs, ids]]
 
     def scan(*leaves: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -116,7 +116,7 @@ def test_slices_of_wider_tensors_are_read_in_place():
     others = [t.to(DEVICE).requires_grad_() for t in (A, D, state)]
     leaves = [slices[0], heads_first, others[0], *slices[1:], *others[1:]]
     y, final_state = kernels.ssd(*leaves, None)
-    exact = results(reference.ssd, doubled([x, dt, A, B, C, D, state]), None)
+    exact = results(reference, doubled([x, dt, A, B, C, D, state]), None)
     g = torch.Generator().manual_seed(99)
     dy, dfinal = (torch.randn(t.shape, generator=g).bfloat16().float() for t in (y, final_state))
     # the gradient of y is a slice as well, of other strides
@@ -132,7 +132,7 @@ def test_slices_of_wider_tensors_are_read_in_place():
 def test_a_gradient_of_one_output_alone_is_enough():
     inputs = [t.to(DEVICE).requires_grad_() for t in draw(1, 20)]
     both = kernels.ssd(*inputs, None)
-    exact = reference.ssd(*(t.double() for t in inputs), None)
+    exact = reference(*(t.double() for t in inputs), None)
     for ours, true in zip(both, exact, strict=True):
         wanted = [t for t in inputs if t is not inputs[5] or ours is both[0]]
         found = torch.autograd.grad(ours.sum(), wanted, retain_graph=True)

@@ -20,7 +20,7 @@ def draw(rows: int, weight_dtype: torch.dtype = torch.float32) -> list[Tensor]:
 @pytest.mark.parametrize("weight_dtype", [torch.float32, torch.bfloat16])
 def test_products_and_gradients_are_those_of_float32(rows: int, weight_dtype: torch.dtype):
     inputs = draw(rows, weight_dtype)
-    exact = results(reference.wide_linear, doubled(inputs))
+    exact = results(reference, doubled(inputs))
     y, grad_x, grad_weight = results(split.wide_linear, inputs)
     assert (y.dtype, grad_x.dtype, grad_weight.dtype) == (
         torch.float32,
@@ -35,7 +35,7 @@ def test_products_and_gradients_are_those_of_float32(rows: int, weight_dtype: to
 
 def test_the_gradient_has_no_error_before_it_is_rounded():
     inputs = draw(64)
-    _, exact, _ = results(reference.wide_linear, doubled(inputs))
+    _, exact, _ = results(reference, doubled(inputs))
     _, found, _ = results(split.wide_linear, inputs)
     assert (found.cpu() != exact.cpu().bfloat16()).float().mean() <= 1e-2
 

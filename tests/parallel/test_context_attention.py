@@ -61,7 +61,7 @@ def compare(
     found = [in_row_order(torch.cat(t, dim=1), pool.world) for t in zip(*ranks, strict=True)]
     inputs, cotangent = draw(*heads)
     rows = DOCUMENTS[documents]
-    y = reference.attention(*inputs, None if rows is None else numbers(*rows), None)
+    y = reference(*inputs, None if rows is None else numbers(*rows), None)
     return worst(found, [y.detach(), *torch.autograd.grad(y, inputs, cotangent)])
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from test_layouts import laid_out
 
+from nemotron.checkpoint.find import SAVING
 from tests.support.layout_run import (
     find,
     joined,
@@ -88,18 +89,18 @@ def test_a_damaged_part_of_one_rank_sends_all_to_the_checkpoint_before(
     together = tmp_path / "checkpoints"
     for num_steps in (1, 2, 3):
         pair.run(save_after, values, num_steps, together, False)
-    flipped = together / "step-00000002" / "__1_0.distcp"
+    flipped = together / "step-00000002" / "rank-00001.safetensors"
     content = bytearray(flipped.read_bytes())
     content[len(content) // 2] ^= 1
     flipped.write_bytes(content)
     (together / "step-00000003" / "manifest.json").unlink()
-    (together / "step-00000004.tmp").mkdir()
+    (together / f"{SAVING}step-00000004-0a1b2c3d").mkdir()
     for step, skipped in pair.run(find, together):
         assert step == 1
         half, uncommitted, damaged = skipped
-        assert half.startswith("step-00000004.tmp is incomplete")
+        assert half.startswith("step-00000004 is incomplete")
         assert uncommitted.startswith("step-00000003 is damaged (has no manifest.json")
         assert damaged == (
-            "step-00000002 is damaged (the content of __1_0.distcp does not match its hash); "
-            "skipped"
+            "step-00000002 is damaged (the content of rank-00001.safetensors does not match its "
+            "hash); skipped"
         )

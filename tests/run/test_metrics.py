@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from nemotron.run.metrics import MetricsFile, read_metrics
+from nemotron.run.metrics import ABANDONED, DAMAGED, MetricsFile, read_metrics
 
 
 def record(step: int, **values) -> dict:
@@ -54,3 +54,30 @@ def test_numbers_survive_to_the_last_bit(tmp_path):
     with MetricsFile(path, last_step=0) as metrics:
         metrics.write(record(1, loss=value))
     assert read_metrics(path)[0]["loss"] == value
+
+
+@pytest.mark.parametrize("damage", [b"\0\0\0\n", b'{"kind": "train"}\n', b"[" * 100_000 + b"\n"])
+def test_a_damaged_line_is_set_aside_and_the_whole_ones_are_kept(tmp_path, damage):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, last_step=0) as metrics:
+        for step in range(1, 6):
+            metrics.write(record(step))
+    lines = path.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:2], damage, *lines[2:], b'{"st']))
+    with MetricsFile(path, last_step=4) as metrics:
+        assert metrics.num_damaged == 1
+        metrics.write(record(5, loss=2.0))
+    assert [r["step"] for r in read_metrics(path)] == [1, 2, 3, 4, 5]
+    assert path.read_bytes().startswith(b"".join(lines[:4]))
+    assert (tmp_path / DAMAGED).read_bytes() == damage
+
+
+def test_a_rollback_takes_out_later_lines_and_writing_goes_on(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with MetricsFile(path, last_step=0) as metrics:
+        for step in range(1, 4):
+            metrics.write(record(step))
+        metrics.roll_back(1)
+        metrics.write(record(2, loss=5.0))
+    assert [r.get("loss") for r in read_metrics(path)] == [None, 5.0]
+    assert [r["step"] for r in read_metrics(tmp_path / ABANDONED)] == [2, 3]

@@ -15,7 +15,7 @@ from nemotron.checkpoint.manifest import folder_name
 from nemotron.checkpoint.write import CheckpointNotSaved, save
 from nemotron.data.loader import TrainingData, rows_of_rank
 from nemotron.parallel.apply import local_of
-from nemotron.parallel.pieces import Pieces
+from nemotron.parallel.pieces import pieces_of
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import check_layout
@@ -89,7 +89,7 @@ def save_after(values: dict[str, Any], num_steps: int, folder: Path, background:
     for step in range(num_steps):
         do_step(trainer, step)
     saved = held(trainer, gradients=False)
-    content = (folder, num_steps, trainer.tensors(), trainer.json_state(), trainer.config.model, 3)
+    content = (folder, num_steps, trainer.tensors(), trainer.saved_state(), trainer.config.model, 3)
     if not background:
         save(*content, trainer.ranks)
         return saved
@@ -97,7 +97,9 @@ def save_after(values: dict[str, Any], num_steps: int, folder: Path, background:
     saver.start(*content)
     do_step(trainer, num_steps)  # changes every tensor while the copies are written
     assert saver.step == num_steps
-    assert saver.finish(wait=True) == folder / folder_name(num_steps)
+    done = saver.finish(wait=True)
+    assert done is not None
+    assert done.folder == folder / folder_name(num_steps)
     return saved
 
 
@@ -124,8 +126,7 @@ def held(trainer: Trainer, *, gradients: bool) -> Held:
         if tensor is None:
             continue
         whole = trainer.local.pieces(name, local_of(tensor).clone())
-        pieces = whole.pieces if isinstance(whole, Pieces) else {(0,) * whole.ndim: whole}
-        found[name] = whole.shape, pieces
+        found[name] = whole.shape, pieces_of(whole)
     return found
 
 
@@ -151,7 +152,7 @@ def save_where_one_rank_has_no_room(values: dict[str, Any], folder: Path) -> tup
     trainer = build(values)
 
     def write() -> None:
-        content = (folder, trainer.state.step, trainer.tensors(), trainer.json_state())
+        content = (folder, trainer.state.step, trainer.tensors(), trainer.saved_state())
         save(*content, trainer.config.model, 2, trainer.ranks)
 
     do_step(trainer, 0)

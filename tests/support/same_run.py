@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from nemotron.checkpoint.find import newest
-from nemotron.checkpoint.metadata import SafeReader
-from nemotron.checkpoint.read import load_tensors, read_state
+from nemotron.checkpoint.read import SavedTensors, read_state
 from nemotron.run.metrics import read_metrics
 
 MEASURED = ("perf/", "mem/", "ranks/")
@@ -17,9 +16,9 @@ def final_tensors(run: Path) -> dict[str, torch.Tensor]:
     """Return every tensor of a run's newest checkpoint."""
     info = newest(run / "checkpoints").info
     assert info is not None
-    saved = SafeReader(info).read_metadata().state_dict_metadata
-    tensors = {n: torch.empty(e.size, dtype=e.properties.dtype) for n, e in saved.items()}
-    load_tensors(info, tensors)
+    saved = SavedTensors(info)
+    tensors = saved.empty()
+    saved.load(tensors)
     return tensors
 
 

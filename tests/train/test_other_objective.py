@@ -74,7 +74,7 @@ def test_a_step_without_a_chosen_token_is_skipped(config):
 
 
 def write(trainer: Trainer, folder: Path) -> None:
-    content = (trainer.state.step, trainer.tensors(), trainer.json_state())
+    content = (trainer.state.step, trainer.tensors(), trainer.saved_state())
     save(folder, *content, trainer.config.model, 2, Ranks())
 
 

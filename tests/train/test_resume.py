@@ -113,7 +113,7 @@ def test_a_damaged_newest_checkpoint_is_passed_over_and_the_end_is_the_same(
     config = recipe("damaged")
     run = Path(config.output) / config.name
     assert train(config, stop_at=4) == 75
-    shard = run / "checkpoints" / "step-00000004" / "__0_0.distcp"
+    shard = run / "checkpoints" / "step-00000004" / "rank-00000.safetensors"
     data = bytearray(shard.read_bytes())
     data[1000] ^= 1
     shard.write_bytes(data)

@@ -46,10 +46,11 @@ def test_a_run_goes_back_before_the_bad_steps_and_passes_over_them(rolling, caps
     assert events == [(6, "passing over steps 6 to 9, with the weights of step 4")]
     abandoned = read_metrics(run / ABANDONED)
     assert [r["step"] for r in abandoned if r["kind"] == "train"] == [5, 6, 7, 8, 9]
-    state = read_state(newest(run / "checkpoints").info)["trainer"]
-    assert state["passed_over"] == [[5, 8, 4]]
-    assert state["tokens"] == 12 * 155
-    assert state["skipped_steps"] == 0
+    state = read_state(newest(run / "checkpoints").info).trainer
+    assert state is not None
+    assert state.passed_over == [[5, 8, 4]]
+    assert state.tokens == 12 * 155
+    assert state.skipped_steps == 0
 
 
 def test_after_going_back_every_bit_is_that_of_a_run_that_never_met_those_steps(rolling):
@@ -112,9 +113,10 @@ def test_a_spike_is_skipped_and_the_run_goes_on(recipe):
     events = [r for r in read_metrics(folder_of(config) / "metrics.jsonl") if r["kind"] == "event"]
     assert [r["step"] for r in events] == [34]
     assert "skipped the update: loss or gradient norm is far above" in events[0]["event"]
-    state = read_state(newest(folder_of(config) / "checkpoints").info)["trainer"]
-    assert state["skipped_steps"] == 1
-    assert len(state["recent_losses"]) == len(state["recent_grad_norms"]) == 35
+    state = read_state(newest(folder_of(config) / "checkpoints").info).trainer
+    assert state is not None
+    assert state.skipped_steps == 1
+    assert len(state.recent_losses) == len(state.recent_grad_norms) == 35
 
 
 def replace_in_manifest(folder: Path, name: str) -> None:
@@ -122,5 +124,5 @@ def replace_in_manifest(folder: Path, name: str) -> None:
 
     path = folder / "manifest.json"
     manifest = json.loads(path.read_text())
-    manifest["files"][name] = describe_file(folder / name)
+    manifest["files"][name] = describe_file(folder / name).model_dump()
     path.write_text(json.dumps(manifest))

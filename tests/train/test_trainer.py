@@ -123,7 +123,7 @@ def test_a_run_that_diverges_ends_with_a_sentence_that_names_the_step(recipe, ca
 
 
 def test_a_loss_far_above_the_recent_ones_is_a_spike():
-    state = TrainerState()
+    state = TrainerState.fresh()
     for i in range(SPIKE_MINIMUM):
         assert not state.is_spike(9.0, 9.0, None)
         state.advance(10, 2.0 + 0.01 * (i % 3), 1.0 + 0.01 * (i % 2), None)
@@ -132,7 +132,7 @@ def test_a_loss_far_above_the_recent_ones_is_a_spike():
 
 
 def test_with_a_bound_a_large_gradient_is_a_spike_too():
-    state = TrainerState()
+    state = TrainerState.fresh()
     for i in range(SPIKE_MINIMUM):
         state.advance(10, 2.0 + 0.01 * (i % 3), 1.0 + 0.01 * (i % 2), None)
     assert state.is_spike(2.0, 1.5, 6.0)
@@ -140,7 +140,7 @@ def test_with_a_bound_a_large_gradient_is_a_spike_too():
 
 
 def test_what_was_skipped_does_not_become_what_is_usual():
-    state = TrainerState()
+    state = TrainerState.fresh()
     for i in range(SPIKE_MINIMUM):
         state.advance(10, 2.0 + 0.01 * (i % 3), 1.0, None)
     for _ in range(SPIKE_MINIMUM):

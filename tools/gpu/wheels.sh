@@ -8,7 +8,7 @@ cd "$(dirname "$0")/../.."
 python=${2:-.venv/bin/python}
 mkdir -p "$folder/src"
 
-names='pydantic pydantic-core annotated-types typing-inspection typing-extensions omegaconf
+names='pydantic pydantic-core annotated-types typing-inspection typing-extensions
 ruamel-yaml zstandard typer click shellingham annotated-doc rich xxhash pytest-timeout jaxtyping
 wadler-lindig markdown-it-py mdurl pygments'
 pins=

@@ -1,10 +1,11 @@
 """Causal depthwise convolution with SiLU."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.causal_conv1d import blocked, package, reference
+from nemotron.ops.causal_conv1d import blocked, cuda
 from nemotron.ops.registry import Backend, Operation, lazy
 
 
@@ -36,6 +37,32 @@ class CausalConv1dOp(Operation):
         return function(x, weight, bias, initial_state, seq_idx, activation)
 
 
+def reference(
+    x: Float[Tensor, "B T C"],
+    weight: Float[Tensor, "C W"],
+    bias: Float[Tensor, " C"] | None,
+    initial_state: Float[Tensor, "B W1 C"] | None,
+    seq_idx: Int[Tensor, "B T"] | None,
+    activation: bool,
+) -> Float[Tensor, "B T C"]:
+    """Sum W products in float32 or wider; an input of another document counts as zero."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    width, length = weight.shape[1], x.shape[1]
+    if initial_state is None:
+        initial_state = x.new_zeros(x.shape[0], width - 1, x.shape[2])
+    inputs = torch.cat([initial_state, x], dim=1).to(wide)
+    y = torch.zeros_like(x, dtype=wide)
+    for offset in range(width):
+        term = inputs[:, offset : offset + length] * weight[:, offset].to(wide)
+        if seq_idx is not None:
+            ids = F.pad(seq_idx, (width - 1, 0))  # what came before x belongs to document 0
+            term = term * (ids[:, offset : offset + length] == seq_idx).unsqueeze(-1)
+        y = y + term
+    if bias is not None:
+        y = y + bias.to(wide)
+    return (F.silu(y) if activation else y).to(x.dtype)
+
+
 causal_conv1d = CausalConv1dOp(
     "causal_conv1d",
     [
@@ -51,8 +78,14 @@ causal_conv1d = CausalConv1dOp(
             install="comes with torch for CUDA",
             imports=("nemotron.ops.causal_conv1d.triton",),
         ),
-        package.backend,
+        cuda.backend,
         blocked.backend,
-        reference.backend,
+        Backend(
+            "reference",
+            reference,
+            features=frozenset(
+                {"documents", "initial_state", "documents_after_a_state", "any_width"}
+            ),
+        ),
     ],
 )

@@ -1,10 +1,11 @@
 """The gated, grouped normalisation of the Mamba-2 mixer."""
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron.ops.gated_rms_norm import fused, reference
+from nemotron.ops.gated_rms_norm import fused
 from nemotron.ops.registry import Backend, Operation, lazy
 
 
@@ -26,6 +27,20 @@ class GatedRMSNormOp(Operation):
         return self.select(y)(y, z, weight, groups, eps)
 
 
+def reference(
+    y: Float[Tensor, "*batch D"],
+    z: Float[Tensor, "*batch D"],
+    weight: Float[Tensor, " D"],
+    groups: int,
+    eps: float,
+) -> Float[Tensor, "*batch D"]:
+    """GroupRMSNorm(y * silu(z)) * weight, in float32 or wider."""
+    wide = torch.promote_types(y.dtype, torch.float32)
+    gated = (y.to(wide) * F.silu(z.to(wide))).unflatten(-1, (groups, -1))
+    unit = gated * torch.rsqrt(gated.square().mean(-1, keepdim=True) + eps)
+    return (unit.flatten(-2) * weight).to(y.dtype)
+
+
 gated_rms_norm = GatedRMSNormOp(
     "gated_rms_norm",
     [
@@ -39,6 +54,6 @@ gated_rms_norm = GatedRMSNormOp(
             imports=("nemotron.ops.gated_rms_norm.triton",),
         ),
         fused.backend,
-        reference.backend,
+        Backend("reference", reference),
     ],
 )

@@ -3,10 +3,11 @@
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.linear_cross_entropy import chunked, reference
+from nemotron.ops.linear_cross_entropy import chunked
 from nemotron.ops.registry import Backend, Operation, lazy
 
 
@@ -29,6 +30,22 @@ class LinearCrossEntropyOp(Operation):
         return self.select(hidden)(hidden, weight, labels, reduction, weights)
 
 
+def reference(
+    hidden: Float[Tensor, "M D"],
+    weight: Float[Tensor, "V D"],
+    labels: Int[Tensor, " M"],
+    reduction: Literal["sum", "none"],
+    weights: Float[Tensor, " M"] | None = None,
+) -> Tensor:
+    """Cross entropy of hidden @ weightᵀ in float32 or wider."""
+    logits = hidden @ weight.to(hidden.dtype).T
+    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    losses = F.cross_entropy(wide, labels, ignore_index=-100, reduction="none")
+    if weights is not None:
+        losses = losses * weights
+    return losses.sum() if reduction == "sum" else losses
+
+
 linear_cross_entropy = LinearCrossEntropyOp(
     "linear_cross_entropy",
     [
@@ -42,6 +59,6 @@ linear_cross_entropy = LinearCrossEntropyOp(
             imports=("nemotron.ops.linear_cross_entropy.triton",),
         ),
         chunked.backend,
-        reference.backend,
+        Backend("reference", reference),
     ],
 )

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.ops.registry import Backend, Operation, lazy
-from nemotron.ops.rms_norm import fused, reference
+from nemotron.ops.rms_norm import fused
 
 
 class RMSNormOp(Operation):
@@ -21,6 +21,15 @@ class RMSNormOp(Operation):
         return self.select(x)(x, weight, eps)
 
 
+def reference(
+    x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float
+) -> Float[Tensor, "*batch D"]:
+    """x / sqrt(mean(x²) + eps) * weight, in float32 or wider."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    unit = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return (unit * weight).to(x.dtype)
+
+
 rms_norm = RMSNormOp(
     "rms_norm",
     [
@@ -34,6 +43,6 @@ rms_norm = RMSNormOp(
             imports=("nemotron.ops.rms_norm.triton",),
         ),
         fused.backend,
-        reference.backend,
+        Backend("reference", reference),
     ],
 )

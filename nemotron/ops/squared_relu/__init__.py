@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.ops.registry import Backend, Operation, lazy
-from nemotron.ops.squared_relu import blocked, reference
+from nemotron.ops.squared_relu import blocked
 
 
 class SquaredReLUOp(Operation):
@@ -22,6 +22,14 @@ class SquaredReLUOp(Operation):
         return self.select(x)(x, weight)
 
 
+def reference(
+    x: Float[Tensor, "*batch F"], weight: Float[Tensor, "*batch 1"] | None
+) -> Float[Tensor, "*batch F"]:
+    """relu(x)², times the weight of the row if there is one, in float32 or wider."""
+    square = x.to(torch.promote_types(x.dtype, torch.float32)).relu().square()
+    return (square if weight is None else square * weight).to(x.dtype)
+
+
 squared_relu = SquaredReLUOp(
     "squared_relu",
     [
@@ -35,6 +43,6 @@ squared_relu = SquaredReLUOp(
             imports=("nemotron.ops.squared_relu.triton",),
         ),
         blocked.backend,
-        reference.backend,
+        Backend("reference", reference),
     ],
 )

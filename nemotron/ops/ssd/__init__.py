@@ -1,10 +1,11 @@
 """Selective state-space scan of Mamba-2 (structured state-space duality)."""
 
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor, bfloat16, float32
+from torch import Tensor
 
 from nemotron.ops.registry import Backend, Operation, lazy
-from nemotron.ops.ssd import chunked, mamba_ssm, reference
+from nemotron.ops.ssd import chunked, mamba_ssm
 
 TRITON_SIZES = {16, 32, 64, 128}
 """Sizes of heads and states of the Triton kernels: powers of 2 from the smallest of a product."""
@@ -49,6 +50,37 @@ class SSDOp(Operation):
         return (y, final_state) if return_final_state else y
 
 
+def reference(
+    x: Float[Tensor, "B T H P"],
+    dt: Float[Tensor, "B T H"],
+    A: Float[Tensor, " H"],
+    B: Float[Tensor, "B T G N"],
+    C: Float[Tensor, "B T G N"],
+    D: Float[Tensor, " H"],
+    initial_state: Float[Tensor, "B H P N"] | None,
+    seq_idx: Int[Tensor, "B T"] | None,
+) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"]]:
+    """S_t = exp(dt_t A) S_{t-1} + dt_t x_t ⊗ B_t; y_t = S_t C_t + D x_t (Dao & Gu 2024, eq. 1)."""
+    repeat = x.shape[2] // B.shape[2]
+    wide_x = x.to(dt.dtype)
+    B, C = (t.to(dt.dtype).repeat_interleave(repeat, dim=2) for t in (B, C))
+    state = initial_state
+    if state is None:
+        state = dt.new_zeros(x.shape[0], x.shape[2], x.shape[3], B.shape[3])
+    document = torch.zeros(x.shape[0], dtype=torch.int32, device=x.device)
+    outputs = []
+    for t in range(x.shape[1]):
+        if seq_idx is not None:
+            same = torch.eq(seq_idx[:, t], document)
+            state = state * same[:, None, None, None]
+            document = seq_idx[:, t]
+        decay = torch.exp(dt[:, t] * A)[..., None, None]
+        update = (dt[:, t, :, None] * wide_x[:, t])[..., None] * B[:, t, :, None]
+        state = decay * state + update
+        outputs.append((state * C[:, t, :, None]).sum(-1) + D[:, None] * wide_x[:, t])
+    return torch.stack(outputs, dim=1).to(x.dtype), state
+
+
 ssd = SSDOp(
     "ssd",
     [
@@ -56,7 +88,7 @@ ssd = SSDOp(
             "triton",
             lazy("nemotron.ops.ssd.triton", "ssd"),
             devices=frozenset({"cuda"}),
-            dtypes=frozenset({float32, bfloat16}),
+            dtypes=frozenset({torch.float32, torch.bfloat16}),
             features=frozenset({"documents", "initial_state", "final_state"}),
             packages=("triton",),
             install="comes with torch for CUDA",
@@ -65,6 +97,10 @@ ssd = SSDOp(
         ),
         mamba_ssm.backend,
         chunked.backend,
-        reference.backend,
+        Backend(
+            "reference",
+            reference,
+            features=frozenset({"documents", "initial_state", "final_state"}),
+        ),
     ],
 )

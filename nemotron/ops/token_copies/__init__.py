@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.registry import Backend, Operation, lazy
-from nemotron.ops.token_copies import embedding_bag, reference
+from nemotron.ops.token_copies import embedding_bag
 
 Direction = Literal["copy", "add"]
 
@@ -45,6 +45,23 @@ class TokenCopiesOp(Operation):
         return self.select(rows)(rows, token, place, starts, "add")
 
 
+def reference(
+    values: Float[Tensor, "before I"],
+    token: Int[Tensor, " R"],
+    place: Int[Tensor, " copies"],
+    starts: Int[Tensor, " M"],
+    direction: Literal["copy", "add"],
+) -> Float[Tensor, "after I"]:
+    """Return the rows of tokens for `copy`, the tokens' sums of rows for `add`."""
+    if direction == "copy":
+        return values[token]
+    wide = torch.promote_types(values.dtype, torch.float32)
+    ends = torch.cat([starts[1:], starts.new_tensor([place.shape[0]])])
+    number = torch.arange(place.shape[0], device=place.device)
+    belongs = (number >= starts[:, None]) & (number < ends[:, None])  # [M, copies]
+    return (belongs.to(wide) @ values.to(wide)[place]).to(values.dtype)
+
+
 token_copies = TokenCopiesOp(
     "token_copies",
     [
@@ -58,6 +75,6 @@ token_copies = TokenCopiesOp(
             imports=("nemotron.ops.token_copies.triton",),
         ),
         embedding_bag.backend,
-        reference.backend,
+        Backend("reference", reference),
     ],
 )

@@ -1,4 +1,4 @@
-"""Building the model: without memory, or around weights that are there already."""
+"""Building a model: without memory, or around weights that are there already."""
 
 from collections.abc import Mapping
 

@@ -1,0 +1,45 @@
+"""What a checkpoint holds beside tensors: counters, and what identifies the data."""
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar
+
+from pydantic import ConfigDict, Field, JsonValue, NonNegativeInt
+
+from nemotron.section import Section
+
+
+@dataclass
+class Counters:
+    """Counters of a run; the data position is the step, because rows are a function of it."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", strict=True, allow_inf_nan=False
+    )
+
+    step: NonNegativeInt
+    """Steps done, skipped and passed over ones included."""
+    tokens: NonNegativeInt
+    """Tokens consumed by them."""
+    skipped_steps: NonNegativeInt
+    nonfinite_in_a_row: NonNegativeInt
+    spikes_in_a_row: NonNegativeInt
+    """Steps skipped as spikes; both counts go on until a step is not skipped."""
+    recent_losses: list[float]
+    """Of the last steps that were not skipped."""
+    recent_grad_norms: list[float]
+    """Of the same steps."""
+    bad_steps: list[NonNegativeInt]
+    """Indices of recent steps that were skipped as spikes or for not being finite."""
+    passed_over: list[Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]]
+    """Steps that are never computed, after a rollback: first and last index, and the steps done by
+    the weights to which the run was rolled back."""
+
+
+class SavedState(Section):
+    """The content of `state.json`. A checkpoint that only holds weights has no counters."""
+
+    trainer: Counters | None = None
+    data: dict[str, JsonValue] | None = None
+    """Result of `Batches.state`."""
+    imported: dict[str, JsonValue] | None = None
+    """Where weights come from that were not trained here."""

@@ -1,0 +1,114 @@
+"""How parameters lie on disk: each as one tensor, or as several that a format makes of it."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+Shape = tuple[int, ...]
+
+STORED_NAMES = {
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.uint8: "U8",
+}
+"""Names of dtypes in a safetensors file."""
+
+
+@dataclass(frozen=True)
+class DiskTensor:
+    """One tensor of an exported folder."""
+
+    name: str
+    shape: Shape
+    dtype: torch.dtype
+
+    @property
+    def stored_dtype(self) -> str:
+        """Name of the dtype in the file, such as BF16."""
+        return STORED_NAMES[self.dtype]
+
+    @property
+    def num_bytes(self) -> int:
+        """Size of the data in the file."""
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+class DiskFormat(Protocol):
+    """What one parameter becomes on disk: a tensor of its name, and others such as scales.
+
+    The name of each tensor is that of the parameter with a suffix of the format, which may be
+    empty. `encode` and `decode` know the tensors by their suffixes.
+    """
+
+    @property
+    def name(self) -> str:
+        """What messages and the model card call the format."""
+
+    def tensors(self, name: str, shape: Shape) -> Sequence[DiskTensor]:
+        """Return the tensors of a parameter; none if the format cannot hold this shape."""
+
+    def encode(self, master: Tensor) -> dict[str, Tensor]:
+        """Return what belongs on disk, by suffix, for the float32 parameter."""
+
+    def decode(self, stored: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        """Return the values of a parameter of this shape, in a dtype that float32 contains."""
+
+
+@dataclass(frozen=True)
+class Plain:
+    """The parameter itself, rounded to a dtype."""
+
+    dtype: torch.dtype
+
+    @property
+    def name(self) -> str:
+        return STORED_NAMES[self.dtype]
+
+    def tensors(self, name: str, shape: Shape) -> Sequence[DiskTensor]:
+        return (DiskTensor(name, shape, self.dtype),)
+
+    def encode(self, master: Tensor) -> dict[str, Tensor]:
+        return {"": master.to(self.dtype).contiguous()}
+
+    def decode(self, stored: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        return stored[""]
+
+
+BF16, F16, F32 = Plain(torch.bfloat16), Plain(torch.float16), Plain(torch.float32)
+
+FORMATS: tuple[DiskFormat, ...] = (BF16, F16, F32)
+"""Every format that is read; which one a parameter has is seen from its tensors."""
+
+
+@dataclass(frozen=True)
+class Formats:
+    """The choice of an export: `rules` pair the end of a parameter's name with a format.
+
+    The default must be able to hold every shape.
+    """
+
+    rules: tuple[tuple[str, DiskFormat], ...]
+    default: DiskFormat = BF16
+
+    def of(self, name: str, shape: Shape) -> DiskFormat:
+        """Return the format of a parameter: that of the first rule that fits, or the default."""
+        for end, form in self.rules:
+            if name.endswith(end) and form.tensors(name, shape):
+                return form
+        return self.default
+
+
+RELEASED = Formats((("e_score_correction_bias", F32),))
+"""As in the released checkpoints. Source: byte counts of Super and Ultra."""
+
+MAMBA_FP32 = Formats((*RELEASED.rules, (".A_log", F32), (".D", F32), (".dt_bias", F32)))
+"""Keeps the per-head vectors of Mamba-2 mixers, which released checkpoints round to bfloat16."""
+
+CHOICES = (RELEASED, MAMBA_FP32)
+"""Every choice that `nemotron export` offers."""

@@ -1,0 +1,73 @@
+"""Training from Python, for a notebook or a script: one process and no run folder."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from nemotron.data.tokenizer import Tokenizer
+from nemotron.device import find_device, measure_matmul_peak
+from nemotron.errors import UserError
+from nemotron.loading import read_weights
+from nemotron.model.hybrid import HybridLM
+from nemotron.parallel.runtime import Launch, Ranks
+from nemotron.precision.apply import DTYPES
+from nemotron.recipe.load import load_recipe
+from nemotron.train.config import PretrainConfig
+from nemotron.train.layout import check_layout
+from nemotron.train.loop import validate
+from nemotron.train.record import StepResult
+from nemotron.train.schedule import plan_training
+from nemotron.train.start import build_trainer, load_initial, open_data
+
+
+class Session:
+    """A recipe's model, data and trainer, ready for the first step.
+
+    No run is written; to keep checkpoints and metrics, run `nemotron train`.
+    """
+
+    def __init__(self, recipe: str | Path, overrides: Sequence[str] = ()) -> None:
+        """Build everything that a recipe describes.
+
+        `recipe` is a file, or the name of a recipe that ships with the package; `overrides` are
+        texts such as `schedule.total_steps=30`.
+
+        Raises:
+            UserError: when the recipe, the data or the machine does not allow the run.
+        """
+        if Launch.of_this_process() is not None:
+            raise UserError("a Session trains in one process; use nemotron train under torchrun.")
+        self.config: PretrainConfig = load_recipe(recipe, overrides).pretraining
+        """The checked recipe."""
+        plan = plan_training(self.config)
+        check_layout(self.config, plan, 1)
+        device = find_device(self.config.device)
+        self.data = open_data(self.config, plan)
+        """Text to train on and to evaluate on."""
+        self.data.check_length()
+        peak = measure_matmul_peak(device, DTYPES[self.config.precision.compute])
+        self.trainer = build_trainer(self.config, plan, self.data, device, peak, Ranks())
+        """The trainer, whose `update` does one step on a batch."""
+        if self.config.init_from is not None:
+            load_initial(self.trainer.local, self.config.init_from, read_weights)
+
+    @property
+    def model(self) -> HybridLM:
+        """The model in training."""
+        return self.trainer.model
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer of the data."""
+        return self.data.tokenizer
+
+    def steps(self, number: int | None = None) -> Iterator[StepResult]:
+        """Do the next steps, as many or to the end of the schedule, and yield each one's result."""
+        trainer = self.trainer
+        done, end = trainer.state.step, trainer.plan.num_steps
+        for step in range(done, end if number is None else min(done + number, end)):
+            trainer.quantization.begin(step, 0)
+            yield trainer.update(step, trainer.batches.take(step))
+
+    def evaluate(self) -> dict[str, float]:
+        """Return loss, perplexity and bits per byte of the held-out text, by domain and overall."""
+        return validate(self.trainer, self.data)
