@@ -428,6 +428,19 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Sample only from tokens with this total probability.")
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample only from tokens with this share of the likeliest one."),
+    ] = None,
+    repeat_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that are in the text already become less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text before which to end; repeatable.")
+    ] = None,
+    think_budget: Annotated[
+        int | None, typer.Option(min=0, help="Tokens after which </think> is put into the answer.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
     stream: Annotated[bool, typer.Option(help="Print tokens while generating.")] = True,
     device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
@@ -450,6 +463,10 @@ def generate(
         temperature=temperature,
         top_k=top_k,
         top_p=top_p,
+        min_p=min_p,
+        repetition_penalty=repeat_penalty,
+        stop=stop or (),
+        reasoning_budget=think_budget,
         seed=seed,
         stream=stream,
         device=device,

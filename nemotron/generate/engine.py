@@ -102,16 +102,7 @@ class Engine:
         Raises:
             UserError: when the request is impossible, or too long for the blocks of the cache.
         """
-        request.check(self.model.config.vocab_size)
-        if request.stop and self.tokenizer is None:
-            raise UserError("stop strings need an engine with a tokenizer; give it one.")
-        limit = self.cache.blocks.limit
-        longest = len(request.prompt) + request.max_tokens
-        if limit is not None and self.cache.blocks_of(longest) > limit:
-            raise UserError(
-                f"prompt and max_new_tokens = {request.max_tokens} are {longest} tokens, but the "
-                f"cache has room for {limit * self.cache.block_size}; ask for fewer."
-            )
+        self._check(request)
         number, seed = self._next_number, request.sampling.seed
         self._next_number += 1
         seed = fresh_seed() if seed is None else seed
@@ -147,12 +138,24 @@ class Engine:
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Submit the requests and yield their events until all have ended.
 
+        Events of other requests are left to the next `step`; whoever stops asking for events
+        cancels the requests.
+
         Raises:
-            UserError: as `submit`, before anything is computed.
+            UserError: as `submit`, before any request is taken.
         """
+        requests = list(requests)
+        for number, request in enumerate(requests, 1):
+            self._check(request, f"prompt {number}")
         numbers = {self.submit(request) for request in requests}
-        while numbers & self._live.keys():
-            yield from (event for event in self.step() if event.request in numbers)
+        try:
+            while numbers & self._live.keys():
+                events = self.step()
+                self._ended += (event for event in events if event.request not in numbers)
+                yield from (event for event in events if event.request in numbers)
+        finally:
+            for left in numbers & self._live.keys():
+                self.cancel(left)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
@@ -163,8 +166,6 @@ class Engine:
             UserError: when a prompt is empty or has a token that the model does not have.
         """
         requests = requests_of(prompts, max_new_tokens, sampling)
-        for number, request in enumerate(requests, 1):
-            request.check(self.model.config.vocab_size, f"prompt {number}")
         first = self._next_number
         self.timing = Timing()
         answers: dict[int, list[int]] = {}
@@ -184,6 +185,18 @@ class Engine:
         self.prefixes.clear()
         for sample in [] if keep_states else self.scheduler.running[:]:
             self.scheduler.preempt(sample)
+
+    def _check(self, request: Request, name: str = "prompt") -> None:
+        request.check(self.model.config.vocab_size, name)
+        if request.stop and self.tokenizer is None:
+            raise UserError("stop strings need an engine with a tokenizer; give it one.")
+        limit = self.cache.blocks.limit
+        longest = len(request.prompt) + request.max_tokens
+        if limit is not None and self.cache.blocks_of(longest) > limit:
+            raise UserError(
+                f"{name} and max_new_tokens = {request.max_tokens} are {longest} tokens, but the "
+                f"cache has room for {limit * self.cache.block_size}; ask for fewer."
+            )
 
     def _decode(self) -> list[Scores]:
         """Append the one token that is not yet read of each sample that lacks no more."""

@@ -229,3 +229,22 @@ def test_the_cache_of_a_slot_and_a_block_is_as_large_as_said(model: HybridLM) ->
     assert cache.block_bytes == 2 * 4 * 2 * 6 * 8
     held = sum(t.nbytes for layer in cache.layers if layer for t in vars(layer).values())
     assert held == 3 * cache.slot_bytes + 7 * cache.block_bytes
+
+
+def test_run_leaves_other_requests_their_events_and_cancels_what_nobody_asks_for(
+    model: HybridLM,
+) -> None:
+    engine = small_engine(model)
+    request = Request((5, 3, 60), 6, GREEDY)
+    other = engine.submit(replace(request, max_tokens=3))
+    with pytest.raises(UserError, match="prompt 2 has token 61"):
+        list(engine.run([request, Request((61,))]))
+    mine = list(engine.run([request]))
+    theirs = engine.step()
+    assert {event.request for event in mine} & {other} == set()
+    assert [event.token for event in theirs] == [event.token for event in mine[:3]]
+    events = engine.run([request])
+    next(events)
+    events.close()
+    assert [event.finish for event in engine.step()] == ["abort"]
+    check_nothing_is_left(engine)
