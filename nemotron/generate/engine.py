@@ -60,7 +60,9 @@ class Engine:
     attention layers have `blocks` key-value blocks of `block_size` tokens, or as many as needed; if
     they run out, the youngest answer waits and is read again later. A step reads at most
     `prefill_tokens` tokens of prompts. With `prefixes`, so many states after beginnings of texts
-    are kept for texts that begin alike. Text and stop strings need the `tokenizer`.
+    are kept for texts that begin alike. Text and stop strings need the `tokenizer`. With
+    `row_by_row` every text passes the model by itself, so that its answer is the same to the bit
+    whatever others there are, as long as none of them takes its blocks; this is slower.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class Engine:
         blocks: int | None = None,
         block_size: int = BLOCK_SIZE,
         prefixes: int = 0,
+        row_by_row: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.stop = frozenset(stop)
-        self.prefill_tokens = prefill_tokens
+        self.prefill_tokens, self._row_by_row = prefill_tokens, row_by_row
         self.version = 0
         """Of the weights, as `Answer.versions` names it."""
         self.timing = Timing()
@@ -204,6 +207,8 @@ class Engine:
         samples = self.scheduler.make_room(samples)
         if not samples:
             return []
+        if self._row_by_row:
+            return [self._append([sample], 1) for sample in samples]
         return [self._append(samples, 1)]
 
     def _prefill(self) -> list[Scores]:
@@ -219,7 +224,8 @@ class Engine:
             size = next(iter(pieces.values()))
             if size > room:
                 break
-            alike = [s for s, other in pieces.items() if other == size][: room // size]
+            most = 1 if self._row_by_row else room // size
+            alike = [s for s, other in pieces.items() if other == size][:most]
             for sample in alike:
                 del pieces[sample]
             ready.append(self._append(alike, size))

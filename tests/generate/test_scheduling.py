@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nemotron.errors import UserError
+from nemotron.generate.decode_layers import decode_view
 from nemotron.generate.engine import Engine
 from nemotron.generate.request import Answer, Event, Request, requests_of
 from nemotron.generate.sampling import Sampling
@@ -248,3 +249,21 @@ def test_run_leaves_other_requests_their_events_and_cancels_what_nobody_asks_for
     events.close()
     assert [event.finish for event in engine.step()] == ["abort"]
     check_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_by_row_an_answer_is_the_same_to_the_bit_in_any_company(dtype: torch.dtype) -> None:
+    model = build(dtype=torch.float32, hybrid_override_pattern="ME*")
+    model.compute_dtype = dtype
+    generator = random.Random(2)
+    requests = [
+        Request(prompt(generator, 40), 8, Sampling(seed=k), logprobs=True, num_samples=1 + k % 2)
+        for k in range(12)
+    ]
+    view = decode_view(model, pack=True)
+    engine = small_engine(view, slots=7, row_by_row=True)
+    together = collect(list(engine.run(requests)))
+    for number, request in enumerate(requests):
+        alone = collect(list(small_engine(view, slots=1, row_by_row=True).run([request])))
+        for sample in range(request.num_samples):
+            assert together[number, sample] == alone[0, sample]
