@@ -473,6 +473,32 @@ def generate(
     )
 
 
+@app.command("check-parity", epilog="Example: nemotron check-parity runs/tiny --length 100")
+def check_parity(
+    model: Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder.")],
+    length: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens of a prompt; repeatable. Default: 100, 1000."),
+    ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Prompts at a time; repeatable. Default: 1, 8."),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each.")] = 32,
+    device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
+) -> int:
+    """Compare probabilities while generating with those in training.
+
+    The exit code is 1 if they differ by more than 5 % on average.
+    """
+    from nemotron.device import find_device
+    from nemotron.generate.parity import report
+    from nemotron.loading import load, recipe_ops
+
+    loaded = load(model, find_device(device), ops=recipe_ops(model))
+    return report(loaded, length or (100, 1000), rows or (1, 8), new_tokens)
+
+
 @app.command(epilog="Example: nemotron export runs/tiny --out exported/tiny")
 def export(
     run: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
