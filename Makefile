@@ -5,10 +5,12 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-.PHONY: help venv train test check format typed bench clean
+PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+.PHONY: help venv train test test-fast check format typed bench clean
 
 help:  ## Say what can be made
-	@grep -E '^[a-z]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(STAMP): pyproject.toml constraints.txt tools/setup.sh
 	@sh tools/setup.sh "$(PYTHON)" "$(VENV)"
@@ -19,9 +21,11 @@ venv: $(STAMP)  ## Set up .venv
 train: $(STAMP)  ## Train the tiny model, resume it, sample from it, export it
 	@sh tools/first_run.sh "$(BIN)/python"
 
-test: check  ## Run all checks and tests; those that start ranks come last, by themselves
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not distributed"
-	$(BIN)/python -m pytest -m distributed
+test: check  ## Run all checks and tests, and name the slowest
+	$(PYTEST) --durations 30 --durations-min 1
+
+test-fast: $(STAMP)  ## Run the tests that are neither slow nor start ranks
+	$(PYTEST) -m "not distributed and not slow"
 
 check: $(STAMP)  ## Formatting, lint, types and import floors
 	$(BIN)/ruff format --check .

@@ -1,34 +1,69 @@
 """The command line: each command calls one function, and user errors become one sentence."""
 
-import os
+import signal
 import sys
 import tempfile
+import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
+import typer.main
+from typer.core import TyperCommand
 
 from nemotron import __version__
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, MEANINGS, STOPPED, WRONG_INPUT
+from nemotron.terminal import fault_of, mute, say
 
 if TYPE_CHECKING:
     from nemotron.data.loader import TrainingData
 
-DONE, FAILED, WRONG_INPUT, INTERRUPTED = 0, 1, 2, 130
+DEBUG = "--debug"
 
-app = typer.Typer(
+
+def _debug(
+    debug: Annotated[
+        bool, typer.Option(DEBUG, help="Print the traceback of an error, too.")
+    ] = False,
+) -> None:
+    """Declare the option that every command has; `run` reads it."""
+
+
+class Command(TyperCommand):
+    """A command with the options that every command has."""
+
+    def __init__(self, *arguments: Any, **keywords: Any) -> None:  # Any: those of typer
+        super().__init__(*arguments, **keywords)
+        probe = typer.Typer(add_completion=False)
+        probe.command()(_debug)
+        [option] = typer.main.get_command(probe).params
+        option.expose_value = False
+        self.params.append(option)
+
+
+class CommandGroup(typer.Typer):
+    """Commands that share the options of `Command`."""
+
+    def command(self, name: str | None = None, **keywords: Any) -> Any:  # Any: those of typer
+        return super().command(name, cls=Command, **keywords)
+
+
+app = CommandGroup(
     name="nemotron",
     help="Train hybrid Mamba-2 / attention / mixture-of-experts language models.",
+    epilog="Exit codes: " + "; ".join(f"{code} {text}" for code, text in MEANINGS.items()) + ".",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-recipe_app = typer.Typer(help="Show and check recipes without running them.", no_args_is_help=True)
+recipe_app = CommandGroup(help="Show and check recipes without running them.", no_args_is_help=True)
 app.add_typer(recipe_app, name="recipe")
-data_app = typer.Typer(help="Prepare data and inspect it before a run.", no_args_is_help=True)
+data_app = CommandGroup(help="Prepare data and inspect it before a run.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-checkpoint_app = typer.Typer(help="Work on checkpoints.", no_args_is_help=True)
+checkpoint_app = CommandGroup(help="Work on checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 RecipeFile = Annotated[
@@ -553,40 +588,61 @@ def checkpoint_convert(
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
-    """Run a command and exit: 0 done, 1 failed, 2 wrong input, 75 stopped, 130 interrupted."""
+    """Run a command and exit with one of the codes of `nemotron.exit_codes`."""
     code = run(arguments)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be cleaned up
     if "nemotron.parallel.runtime" in sys.modules:  # else no rank was ever started
         from nemotron.parallel.runtime import leave
 
-        leave(code, together=code not in (FAILED, WRONG_INPUT))
+        leave(code, together=code in (DONE, STOPPED))
     sys.exit(code)
 
 
 def run(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code; print a user's mistake in one sentence."""
+    """Run a command and return its exit code; whatever goes wrong becomes one sentence."""
+    words = sys.argv[1:] if arguments is None else arguments
     try:
-        result = app(arguments, standalone_mode=False)
+        result = app(words, standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else DONE
-    except UserError as error:
-        return _report(str(error), WRONG_INPUT)
     except typer.Exit as error:
         return error.exit_code
-    except typer.TyperException as error:
-        if not (message := _message(error)):
-            return WRONG_INPUT  # no command was given, and the help has been shown
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "nemotron"
-        return _report(f"{message} See {command} --help.", WRONG_INPUT)
     except (KeyboardInterrupt, typer.Abort):
         return INTERRUPTED
-    except (BrokenPipeError, SystemExit) as error:
-        # typer turns a broken pipe that it sees into an exit
-        if BrokenPipeError not in (type(error), type(error.__context__)):
+    except BaseException as error:  # those of libraries in Rust are no Exception
+        if isinstance(error, SystemExit) and not isinstance(error.__context__, BrokenPipeError):
             raise
-        # the reader of our output has exited; give the interpreter another file to flush to
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return DONE
+        sentence, code = _describe(error, words)
+        if DEBUG in words:
+            traceback.print_exception(error)
+        return _report(sentence, code) if sentence else code
+
+
+def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, int]:
+    """Return the sentence about an error, empty when there is nothing to say, and the exit code."""
+    if isinstance(error, UserError):
+        return str(error), WRONG_INPUT
+    if isinstance(error, typer.TyperException):
+        if not (message := _message(error)):
+            return "", WRONG_INPUT  # no command was given, and the help has been shown
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "nemotron"
+        return f"{message} See {command} --help.", WRONG_INPUT
+    # typer turns a broken pipe that it sees into an exit
+    cause = error.__context__ if isinstance(error, SystemExit) else error
+    if isinstance(cause, OSError) and (fault := _unwritable(cause)) is not None:
+        mute(sys.stdout)
+        if isinstance(fault, BrokenPipeError):
+            return "", DONE  # the reader of our output has what it wanted
+        return f"failed: standard output cannot be written: {fault.strerror}.", FAILED
+    from nemotron.guard import describe
+
+    return describe(error, words)
+
+
+def _unwritable(error: OSError) -> OSError | None:
+    """Return the error if standard output is what it is about."""
+    return error if isinstance(error, BrokenPipeError) else fault_of(sys.stdout)
 
 
 def _message(error: typer.TyperException) -> str:
@@ -596,12 +652,11 @@ def _message(error: typer.TyperException) -> str:
 
 
 def _report(sentence: str, code: int) -> int:
-    # the user's input may contain control characters
-    shown = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in sentence)
     who = "nemotron"
     if "nemotron.parallel.runtime" in sys.modules:
-        from nemotron.parallel.runtime import speaker
+        from nemotron.parallel.runtime import leave_word, speaker
 
+        leave_word(sentence)
         who = speaker()
-    print(f"{who}: {shown}", file=sys.stderr)
+    say(f"{who}: {sentence}")
     return code

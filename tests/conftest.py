@@ -2,11 +2,14 @@
 
 import contextlib
 import os
+import resource
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 
 # read by cuBLAS when it starts; without it PyTorch's deterministic mode refuses its products
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+# read by torch when it is imported: processes that tests start share the cores, too
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
@@ -33,11 +36,48 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    # files that take long begin first, so that no worker waits for another at the end
+    long = {item.path for item in items if is_long(item)}
+    items.sort(key=lambda item: item.path not in long)
     if HAS_CUDA:
         return
     for item in items:
         if item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
+
+
+def is_long(item: pytest.Item) -> bool:
+    """Say whether daily work leaves a test out."""
+    return any(item.get_closest_marker(name) for name in ("distributed", "slow"))
+
+
+SLOW_S = 5.0
+"""Seconds of a core from which on a test must be marked as slow."""
+
+CPU_S = "seconds of a core, not marked slow"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, object, object]:
+    before = cpu_seconds()
+    result = yield
+    spent = cpu_seconds() - before
+    if spent > SLOW_S and not is_long(item):
+        item.user_properties.append((CPU_S, spent))
+    return result
+
+
+def cpu_seconds() -> float:
+    """Return what this process and those that it waited for have computed."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for report in terminalreporter.getreports("passed"):
+        for name, value in report.user_properties:
+            if name == CPU_S:
+                terminalreporter.write_line(f"SLOW {report.nodeid}: {value:.0f} {CPU_S}")
 
 
 @pytest.fixture(autouse=True)

@@ -340,7 +340,7 @@ DATA_ROWS = [
     Row("29 blend without sources", write("b.yaml", "texts: 3"),
         [*CHECK, "data.blend=b.yaml"], ("b.yaml", "sources")),
     Row("29 phase of odd length", edit("batch:\n", "phases: [{name: a, tokens: 100}]\nbatch:\n"),
-        CHECK, ("phases.0: tokens = 100", "128")),
+        CHECK, ("phases.0.tokens = 100", "128")),
     Row("29 phase without an end", edit("batch:\n",
         "phases: [{name: a}, {name: b, steps: 2}]\nbatch:\n"), CHECK, ("phases.0", "no length")),
     Row("29 phases beyond the schedule", edit("batch:\n",

@@ -8,13 +8,13 @@ At the end the two must agree in every tensor and every logged number.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
 import random
-import subprocess
 import sys
 import tempfile
 import time
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -27,14 +27,11 @@ from nemotron.checkpoint.housekeeping import REMOVING as REMOVED  # noqa: E402
 from nemotron.checkpoint.manifest import CheckpointInfo  # noqa: E402
 from nemotron.checkpoint.read import SavedTensors, read_state  # noqa: E402
 from nemotron.run.metrics import read_metrics  # noqa: E402
+from nemotron.train.config import PretrainConfig  # noqa: E402
+from nemotron.train.start import train  # noqa: E402
 
-WORKER = """
-import json, sys, torch
-torch.set_num_threads(1)
-from nemotron.train.config import PretrainConfig
-from nemotron.train.start import train
-sys.exit(train(PretrainConfig.model_validate(json.loads(sys.argv[1])), resume=True))
-"""
+FORKED = multiprocessing.get_context("forkserver")
+"""Starts are forked from a server that has imported all this: it takes most of a short run."""
 
 RECIPE = {
     "device": "cpu",
@@ -90,7 +87,7 @@ def kill_test(options: argparse.Namespace, folder: Path) -> int:
     draw = random.Random(options.seed)
     whole, killed = (recipe(folder, name, options.steps) for name in ("whole", "killed"))
     start = time.monotonic()
-    if start_worker(whole).wait() != 0:
+    if end_of(start_worker(whole)) != 0:
         print("the undisturbed run failed")
         return 1
     per_step = (time.monotonic() - start) / options.steps
@@ -102,11 +99,11 @@ def kill_test(options: argparse.Namespace, folder: Path) -> int:
         moment = draw.choice([ANYTIME] * 6 + [COMMITTED, REMOVING, *MOMENTS])
         process = start_worker(killed)
         kill(process, run / "checkpoints", moment, draw, per_step)
-        if process.returncode != -9:
+        if process.exitcode != -9:
             print(f"{number:>4}  the run ended by itself; give it more --steps")
             return 1
         print(f"{number:>4}  {moment:<14} {last_step(run):>10}  {listing(run)}", flush=True)
-    if start_worker(killed).wait() != 0:
+    if end_of(start_worker(killed)) != 0:
         print("the last start failed")
         return 1
     problems = differences(folder / "whole", run)
@@ -121,30 +118,43 @@ def recipe(folder: Path, name: str, steps: int) -> dict:
     return RECIPE | {"name": name, "output": str(folder), "schedule": schedule, "data": data}
 
 
-def start_worker(config: dict) -> subprocess.Popen:
+def start_worker(config: dict) -> BaseProcess:
     """Start or resume a run in a process of its own."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(
-        [sys.executable, "-c", WORKER, json.dumps(config)],
-        env=environment,
-        stdout=subprocess.DEVNULL,
-    )
+    os.environ["PYTHONPATH"] = str(ROOT)  # of the server, which begins with the first process
+    FORKED.set_forkserver_preload(["nemotron.train.start"])
+    process = FORKED.Process(target=work, args=(config,))
+    process.start()
+    return process
+
+
+def work(config: dict) -> None:
+    """Train to the end, in silence; the exit code says how it ended."""
+    with open(os.devnull, "w") as nothing:
+        os.dup2(nothing.fileno(), 1)
+    torch.set_num_threads(1)
+    sys.exit(train(PretrainConfig.model_validate(config), resume=True))
+
+
+def end_of(process: BaseProcess) -> int | None:
+    """Wait for the end; returns the exit code."""
+    process.join()
+    return process.exitcode
 
 
 def kill(
-    process: subprocess.Popen, folder: Path, moment: str, draw: random.Random, per_step: float
+    process: BaseProcess, folder: Path, moment: str, draw: random.Random, per_step: float
 ) -> None:
     """Wait for the moment, and a little longer, then kill."""
     before = names(folder)
     if moment == ANYTIME:
-        # from the first imports to some steps into the training
-        time.sleep(draw.uniform(0.5, 6.0) + draw.uniform(0, 3 * per_step))
+        # from the reading of the checkpoint to some steps into the training
+        time.sleep(draw.uniform(0, 8 * per_step))
     else:
-        while process.poll() is None and not reached(folder, moment, before):
+        while process.exitcode is None and not reached(folder, moment, before):
             time.sleep(0.0005)  # a busy loop would take the run's core
         time.sleep(draw.uniform(0, 0.004))
     process.kill()
-    process.wait()
+    process.join()
 
 
 def reached(folder: Path, moment: str, before: set[str]) -> bool:

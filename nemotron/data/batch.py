@@ -8,7 +8,7 @@ from typing import Any, Protocol, Self
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int, Shaped
+from jaxtyping import Bool, Float, Int, Shaped
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -24,7 +24,8 @@ class Batch:
     documents of a row from 0; a number is never used again in its row; without it the row is one
     document. `loss_weight` weighs the loss of each label; without it every label counts 1.
     `ahead` holds what `look_ahead` found; it is found before ranks share the tokens of a row.
-    `extras` holds what else an objective needs to know about each label, by name.
+    `extras` holds what else an objective needs to know about each label, by name. `padding` is true
+    outside of all documents; without it there are no such positions.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -33,6 +34,13 @@ class Batch:
     loss_weight: Float[Tensor, "B T"] | None = None
     ahead: "tuple[Ahead, ...]" = ()
     extras: dict[str, Shaped[Tensor, "B T *rest"]] = field(default_factory=dict)
+    padding: Bool[Tensor, "B T"] | None = None
+
+    @property
+    def num_tokens(self) -> int:
+        """Positions inside documents; ask before the batch is moved to a GPU."""
+        outside = 0 if self.padding is None else int(self.padding.sum())
+        return self.labels.numel() - outside
 
     @property
     def num_loss_tokens(self) -> int:
@@ -73,6 +81,7 @@ class Batch:
             loss_weight=None if self.loss_weight is None else function(self.loss_weight),
             ahead=tuple(depth.map(function) for depth in self.ahead),
             extras={name: function(values) for name, values in self.extras.items()},
+            padding=None if self.padding is None else function(self.padding),
         )
 
 
@@ -158,6 +167,8 @@ def pack(rows: Sequence[Row], seq_len: int, eod_id: int, *, mask_eod_loss: bool)
     labels = np.full((len(rows), seq_len), NO_LABEL, np.int64)
     seq_idx = np.zeros((len(rows), seq_len), np.int32)
     weights = np.zeros((len(rows), seq_len), np.float32)
+    lengths = np.asarray([len(row.tokens) for row in rows])
+    padding = np.arange(seq_len) >= lengths[:, None]
     for number, row in enumerate(rows):
         length = len(row.tokens)
         tokens[number, :length] = row.tokens
@@ -181,4 +192,5 @@ def pack(rows: Sequence[Row], seq_len: int, eod_id: int, *, mask_eod_loss: bool)
         labels=torch.from_numpy(labels),
         seq_idx=torch.from_numpy(seq_idx),
         loss_weight=torch.from_numpy(weights) if weighted else None,
+        padding=torch.from_numpy(padding) if padding.any() else None,
     )

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from nemotron.errors import RuleBroken
 from nemotron.section import Section
 
 EMBEDDED_DOMAINS = ("code", "docs", "verse")
@@ -66,7 +67,7 @@ class BlendConfig(Section):
         names += [extra.name for extra in self.validation]
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
-            raise ValueError(f"sources names {twice!r} twice; give each source its own name")
+            raise RuleBroken("sources", f"names {twice!r} twice; give each source its own name")
         return self
 
 
@@ -99,15 +100,16 @@ def _leaves(
     for source in sources:
         if source.tier is not None and source.tier not in tiers:
             known = ", ".join(tiers) or "none"
-            raise ValueError(
-                f"sources: the tier {source.tier!r} of {source.name!r} is not a key of tiers "
-                f"({known}); add its factor there"
+            raise RuleBroken(
+                "sources",
+                f"names the tier {source.tier!r} for {source.name!r}, which is not a key of tiers "
+                f"({known}); add its factor there",
             )
         weight = source.weight * (1.0 if source.tier is None else tiers[source.tier])
         if source.sources:
             if source.path is not None:
-                raise ValueError(
-                    f"sources: {source.name!r} has a path and members; move the path to a member"
+                raise RuleBroken(
+                    "sources", f"{source.name!r} has a path and members; move the path to a member"
                 )
             inner = list(_leaves(source.sources, tiers, 1.0, group or source.name))
             whole = sum(leaf.weight for leaf in inner)
@@ -116,9 +118,10 @@ def _leaves(
                 yield leaf.model_copy(update={"weight": share})
             continue
         if source.path is None and source.name not in EMBEDDED_DOMAINS:
-            raise ValueError(
-                f"sources: {source.name!r} has no path and is not an embedded domain; "
-                f"add the path of its shards or use {', '.join(EMBEDDED_DOMAINS)}"
+            raise RuleBroken(
+                "sources",
+                f"{source.name!r} has no path and is not an embedded domain; "
+                f"add the path of its shards or use {', '.join(EMBEDDED_DOMAINS)}",
             )
         yield Leaf(source=source, weight=factor * weight, group=group)
 
@@ -205,4 +208,4 @@ def check_lengths(lengths: Sequence[LengthConfig]) -> None:
     sizes = [length.seq_len for length in lengths]
     for size in sizes:
         if sizes.count(size) > 1:
-            raise ValueError(f"lengths has seq_len = {size} twice; add their shares")
+            raise RuleBroken("lengths", f"has seq_len = {size} twice; add their shares")

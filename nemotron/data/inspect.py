@@ -20,8 +20,8 @@ from nemotron.data.loader import TrainingData
 from nemotron.data.plan import wide_console
 from nemotron.data.timeline import single_phase
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE
 
-DONE = 0
 SOURCES_SHOWN = 50
 SOURCES_DRAWN = 20
 SHOWN_CHARACTERS = 600
@@ -36,7 +36,7 @@ class Statistics:
     lengths: NDArray[np.int64]
     held_out: int
     repeated: int
-    """Training documents that are also held out, here or in another source."""
+    """Training documents that are also held out: here, in another source or in a validation set."""
     scanned: int
 
     def percentiles(self) -> list[int]:
@@ -109,12 +109,12 @@ def inspect(
 def gather_statistics(data: TrainingData, documents: int) -> dict[str, Statistics]:
     """Return the statistics of each source from its first documents.
 
-    Documents are the same when all their ids are. Held-out documents are compared with the
-    training documents of every source.
+    Documents are the same when all their ids are. Held-out documents, those of `data.validation`
+    among them, are compared with the training documents of every source.
     """
     held_out = {
-        name: {_digest(tokens) for tokens in _documents(stream.validation, documents)}
-        for name, stream in data.tokens.items()
+        name: {_digest(tokens) for tokens in _documents(stream, documents)}
+        for name, stream in data.held_out.items()
     }
     known = set().union(*held_out.values())
     found = {}

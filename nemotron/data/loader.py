@@ -1,5 +1,6 @@
 """The rows of every step, and the held-out rows of every domain."""
 
+import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from nemotron.data.source import HeldOut, Source
 from nemotron.data.timeline import RowLength, Timeline
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.errors import UserError
+
+log = logging.getLogger(__name__)
 
 DESCRIBED = 20
 """Sources that the log describes one by one."""
@@ -66,7 +69,9 @@ class TrainingData:
         self._configs: dict[str, SourceConfig] = {}
         self._open_sources()
         self.mixtures = Mixtures(timeline, self._rows_of)
-        self._held_out = self._open_held_out()
+        self.held_out = self._open_held_out()
+        """All text that is never trained on: of the sources, then of `data.validation`."""
+        self._held_out = self._rows_held_out()
 
     @property
     def validation_domains(self) -> list[str]:
@@ -230,17 +235,50 @@ class TrainingData:
         mixture, before = self.mixtures.locate(step)
         return mixture.rows(before, rows)
 
-    def _open_held_out(self) -> dict[str, HeldOut]:
+    def _open_held_out(self) -> dict[str, Stream]:
         streams = {name: tokens.validation for name, tokens in self.tokens.items()}
         for extra in self.config.validation:
             path = SourceConfig(name=extra.name, path=extra.path)
             opened = open_source(path, self.config, self.tokenizer, self._limit)
             streams[extra.name] = Stream([*opened.train.shards, *opened.validation.shards])
-        return {
-            name: HeldOut(name, stream, self.config, self._limit)
-            for name, stream in streams.items()
-            if stream.num_tokens > 1
-        }
+        return streams
+
+    def _rows_held_out(self) -> dict[str, HeldOut]:
+        """Return the rows of each domain that has some, and warn of a source without.
+
+        Raises:
+            UserError: when a set of `data.validation` has none.
+        """
+        found = {}
+        for name, stream in self.held_out.items():
+            rows = None
+            if stream.num_tokens > 1:
+                rows = HeldOut(name, stream, self.config, self._limit)
+            if rows is not None and rows.num_rows:
+                found[name] = rows
+                continue
+            documents = f"{stream.num_documents} documents with {stream.num_tokens} tokens"
+            if name not in self.tokens:
+                raise UserError(
+                    f"data.validation: {name} has {documents}, which make no row of data.seq_len = "
+                    f"{self.config.seq_len} (data.packing may drop them); remove it, or give "
+                    "documents that fit."
+                )
+            if self.holds_out(name):
+                log.warning(
+                    "%s has %s held out, so it is not evaluated; hold out a larger share, or name "
+                    "another set in data.validation",
+                    *(name, documents),
+                )
+        if not found:
+            log.warning("no source has held-out text, so this run has no validation loss")
+        return found
+
+    def holds_out(self, name: str) -> bool:
+        """Say whether a source was meant to have held-out text."""
+        manifest, source = self.tokens[name].manifest, self._configs[name]
+        fraction = manifest.validation_fraction if manifest is not None else 0.0
+        return fraction > 0 or source.validation is not None
 
     def _describe_phases(self) -> Iterator[str]:
         seen: dict[str, set[int]] = {}

@@ -8,9 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nemotron.data.loader import TrainingData
-
-DONE, FAILED = 0, 1
-
+from nemotron.exit_codes import DONE, FAILED
 
 FILE_WIDTH = 200
 """Characters of a line where there is no terminal to fit into."""

@@ -134,6 +134,12 @@ class HeldOut:
         self._seq_len = data.seq_len
         self._reader = row_reader(name, stream, stream.identity, data, data.seq_len, limit)
 
+    @property
+    def num_rows(self) -> int:
+        """All rows; none where packing drops every document."""
+        plan, tokens = self._reader.plan, self._reader.stream.num_tokens
+        return len(plan.row_ends) if plan is not None else -(-max(0, tokens - 1) // self._seq_len)
+
     def rows(self, count: int) -> list[Row]:
         """Return up to `count` rows; the last one may be shorter."""
         plan, seq_len = self._reader.plan, self._seq_len

@@ -10,6 +10,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from nemotron.device import GIB, find_device, host_memory
+from nemotron.exit_codes import DONE
 from nemotron.ops.apply import ALL
 from nemotron.ops.describe import training_call
 from nemotron.ops.registry import Backend, Call
@@ -45,7 +46,7 @@ def doctor() -> int:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     console.print(_backends(device, dtype))
     console.print(_formats(device))
-    return 0
+    return DONE
 
 
 def machine(device: torch.device) -> dict[str, str]:

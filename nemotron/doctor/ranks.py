@@ -19,9 +19,8 @@ from rich.table import Table
 from nemotron.device import synchronize
 from nemotron.doctor.report import RankReport, differences, remarks, report, resolve, spell
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED
 from nemotron.parallel.runtime import Launch, leave_alone
-
-FINE, UNFIT = 0, 1
 
 SMALL, MEDIUM = 1 << 10, 1 << 22
 """Elements (fp32) of the sums that are timed: 4 KiB shows latency, 16 MiB bandwidth."""
@@ -75,8 +74,8 @@ def compare_ranks(timeout_s: float) -> int:
     if seat is None:
         one = report(0, 0, "localhost")
         _print_report([one], [], list(differences([one])))
-        return FINE
-    code = UNFIT
+        return DONE
+    code = FAILED
     try:
         code = _examine(seat, timeout_s)
     except NotMet as problem:
@@ -131,7 +130,7 @@ def _examine(seat: Seat, timeout_s: float) -> int:
             f"network interface."
         ) from None
     dist.destroy_process_group()
-    return UNFIT if found else FINE
+    return FAILED if found else DONE
 
 
 def _meet(seat: Seat, timeout_s: float) -> dist.Store:

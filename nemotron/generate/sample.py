@@ -43,7 +43,9 @@ class Sample:
         """Of the next token, where no pass through the model is needed for them."""
         self._experts: list[Int[Tensor, "tokens layers K"]] = []
         self._uniforms = Uniforms(self.seed)
-        self._stream = TextStream(self.tokenizer) if self.tokenizer is not None else None
+        self._stream = (
+            TextStream(self.tokenizer, self.request.prompt) if self.tokenizer is not None else None
+        )
         self._stops = StopStrings(self.request.stop)
         self._reasoning = None
         if self.request.budget is not None:

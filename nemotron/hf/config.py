@@ -273,7 +273,7 @@ class _Reader:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
-            reason = first["msg"].removeprefix("Value error, ")
+            reason = first.get("ctx", {}).get("error", first["msg"])
             raise UserError(f"{self.where}: {f'{key}: ' * bool(key)}{reason}.") from None
 
     def note_unknown_keys(self) -> None:

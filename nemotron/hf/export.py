@@ -1,24 +1,25 @@
 """Writing a checkpoint as a folder in the layout of the released Nemotron 3 checkpoints."""
 
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import write_json, write_text
 from nemotron.hf.config import to_hf
 from nemotron.hf.folder import CONFIG
 from nemotron.hf.formats import RELEASED, Formats
 from nemotron.hf.model_card import model_card
 from nemotron.hf.names import disk_parameters, disk_tensors
-from nemotron.hf.shards import INDEX, write_shards
+from nemotron.hf.shards import write_shards
 from nemotron.hf.source import CheckpointSource, open_checkpoint
-from nemotron.hf.target import fresh_beside, publish, refuse_taken
 from nemotron.hf.tokenizer_files import write_tokenizer_files
+from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.run.files import RunFiles
 
+COMMAND = "export"
 MAX_SHARD_BYTES = 5_000_000_000
 """Size that a shard does not exceed, as on the hub."""
 
@@ -47,37 +48,40 @@ def export(
         raise UserError(
             f"{run} is not inside a run, so its tokenizer is unknown; give a run's folder."
         )
-    target = Path(out) if out is not None else source.run.path / "export"
+    target = output_folder(out if out is not None else source.run.path / "export")
     check_target(target, source, overwrite=overwrite)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = fresh_beside(target)
-    try:
+    with writing_beside(target, COMMAND) as partial:
         tensors, size = write_folder(
             source, source.run, partial, formats=formats, max_shard_bytes=max_shard_bytes
         )
         print(f"wrote {tensors:,} tensors, {size:,} bytes, of {source.info.folder}")
         failed = check and not run_selfcheck(partial, source)
         if failed:
-            target = target.with_name(f"{target.name}.failed")
-        publish(partial, target)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+            target = failed_beside(target)
+        publish(partial, target, COMMAND)
     if failed:
         print(f"failed: the check did not pass; the files are in {target} for inspection")
-        return 1
+        return FAILED
     print(f"exported to {target}")
-    return 0
+    return DONE
 
 
 def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> None:
     """Check that the folder may be written, before anything is.
 
     Raises:
-        UserError: when it is taken, or lies among the run's checkpoints.
+        UserError: when it is taken, lies among the run's checkpoints, or holds the run.
     """
     if target.resolve().is_relative_to(source.info.folder.resolve().parent):
         raise UserError(f"{target} is inside the checkpoints folder; export to another folder.")
-    refuse_taken(target, INDEX, overwrite=overwrite)
+    inputs = [source.info.folder] + ([source.run.path] if source.run else [])
+    check_output(target, COMMAND, inputs, overwrite=overwrite)
+    check_output(failed_beside(target), COMMAND, inputs, overwrite=True)
+
+
+def failed_beside(target: Path) -> Path:
+    """Return the folder of an export that did not pass its check."""
+    return target.with_name(f"{target.name}.failed")
 
 
 def write_folder(

@@ -1,6 +1,5 @@
 """Making a run out of a folder in Hugging Face's layout."""
 
-import shutil
 from pathlib import Path
 
 from nemotron.checkpoint.read import MODEL_PREFIX
@@ -8,13 +7,15 @@ from nemotron.checkpoint.state import SavedState
 from nemotron.checkpoint.write import CheckpointNotSaved, save
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import hash_file, write_bytes
 from nemotron.hf.folder import CONFIG, LoadedFolder, is_exported, read_folder
-from nemotron.hf.target import fresh_beside, publish, refuse_taken
 from nemotron.hf.tokenizer_files import TOKENIZER, read_kept_files, read_tokenizer
+from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.run.files import RunFiles
 from nemotron.run.provenance import record_import
 
+COMMAND = "import"
 STEP = 0
 """Step of an imported checkpoint: nothing was trained here yet."""
 
@@ -28,30 +29,24 @@ def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> 
         UserError: when the folder is not exactly what its `config.json` says, or `out` is taken;
             nothing is written.
     """
-    origin, target = Path(folder), Path(out)
+    origin, target = Path(folder), output_folder(out)
     if not is_exported(origin):
         raise UserError(
             f"{origin / CONFIG} does not exist; give a folder in Hugging Face's layout."
         )
-    refuse_taken(target, RunFiles(target).companions.name, overwrite=overwrite)
+    check_output(target, COMMAND, [origin], overwrite=overwrite)
     loaded = read_folder(origin)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = fresh_beside(target)
-    except OSError as error:
-        raise UserError(f"{target} cannot be made: {error.strerror}; choose another.") from error
-    try:
-        notes = write_run(origin, loaded, RunFiles(partial))
-        publish(partial, target)
+        with writing_beside(target, COMMAND) as partial:
+            notes = write_run(origin, loaded, RunFiles(partial))
+            publish(partial, target, COMMAND)
     except CheckpointNotSaved as problem:
         print(f"failed: {problem}")
-        return 1
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        return FAILED
     for note in (*loaded.notes, *notes):
         print(f"note: {note}")
     print(f"imported {len(loaded.weights):,} tensors to {target}")
-    return 0
+    return DONE
 
 
 def check_tokenizer(path: Path, vocab_size: int) -> bytes:

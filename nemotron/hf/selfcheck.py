@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from nemotron.data.batch import Batch
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import hash_file, write_json
 from nemotron.hf.folder import REPORT, read_folder
 from nemotron.hf.formats import CHOICES, FORMATS, Formats, Plain
@@ -244,7 +245,7 @@ def main(folder: Path, checkpoint: Path, choices: Sequence[Formats] = CHOICES) -
         "xxh128": {name: hash_file(folder / name) for name in check.files},
     }
     write_json(folder / REPORT, report)
-    return int(any(result.outcome == "FAILED" for result in results))
+    return FAILED if any(result.outcome == "FAILED" for result in results) else DONE
 
 
 if __name__ == "__main__":

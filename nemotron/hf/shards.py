@@ -1,6 +1,8 @@
 """Folders of safetensors files: written shard by shard, read once every header was checked."""
 
 import json
+import os
+import re
 import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -52,7 +54,7 @@ def write_shards(
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         content = {key: tensor for parameter in shard for key, tensor in read(parameter).items()}
         weight_map |= dict.fromkeys(content, name)
-        save_file(content, folder / name, metadata={"format": "pt"})
+        _save(content, folder / name)
         # safetensors makes the file private; give it the rights that open() would have given
         (folder / name).chmod(folder.stat().st_mode & 0o666)
         with open(folder / name, "rb") as file:
@@ -61,6 +63,18 @@ def write_shards(
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
     return total
+
+
+def _save(content: dict[str, Tensor], path: Path) -> None:
+    """Write one file; raises OSError, as other writing does, when the disk does not take it."""
+    try:
+        save_file(content, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        code = int(number[1])
+        raise OSError(code, os.strerror(code), str(path)) from None
 
 
 def _plan(parameters: Sequence[DiskParameter], max_shard_bytes: int) -> list[list[DiskParameter]]:

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint, noop_context_fn
@@ -47,13 +47,17 @@ class Block(nn.Module):
         seq_idx: Int[Tensor, "B T"] | None = None,
         state: MambaState | AttentionState | None = None,
         stats_name: str | None = None,
+        padding: Bool[Tensor, "B S"] | None = None,
         is_again: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
-        """Apply the layer; the second result is the router's statistics if they were asked for."""
+        """Apply the layer; the second result is the router's statistics if they were asked for.
+
+        They leave out the tokens of the whole rows that are `padding`.
+        """
         if self.recompute and not is_again and torch.is_grad_enabled():
             # statistics are a result, so the second run does not count again; nor does it choose
             # experts again, since another choice would send other tokens to other ranks
-            inputs = (hidden, seq_idx, state, stats_name, True)
+            inputs = (hidden, seq_idx, state, stats_name, padding, True)
             contexts = _keep_choices if self.letter == "E" else noop_context_fn
             return checkpoint(
                 Block.forward, self, *inputs, use_reentrant=False, context_fn=contexts
@@ -62,7 +66,7 @@ class Block(nn.Module):
         if self.letter in "M*":
             y = self.mixer(x, seq_idx, state)
         elif isinstance(self.mixer, MoE):
-            y, stats = self.mixer(x, stats_name)
+            y, stats = self.mixer(x, stats_name, padding)
         else:
             y = self.mixer(x)
         return hidden + y, stats

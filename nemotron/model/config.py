@@ -6,6 +6,7 @@ from typing import Annotated
 from pydantic import AllowInfNan, Field, model_validator
 
 from nemotron.divisors import divisors, nearest
+from nemotron.errors import RuleBroken
 from nemotron.section import Section
 
 LAYER_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
@@ -145,36 +146,40 @@ class ModelConfig(Section):
             if pattern is None:
                 continue
             if not pattern:
-                raise ValueError(f"{key} is empty; write one letter of M * E - for each layer")
+                raise RuleBroken(key, "is empty; write one letter of M * E - for each layer")
             for position, letter in enumerate(pattern):
                 if letter not in LAYER_KINDS:
-                    raise ValueError(
-                        f"{key} has the letter {letter!r} at position {position}; "
-                        f"allowed are M * E - (Mamba, attention, experts, MLP)"
+                    raise RuleBroken(
+                        key,
+                        f"has the letter {letter!r} at position {position}; "
+                        f"allowed are M * E - (Mamba, attention, experts, MLP)",
                     )
         pattern = self.hybrid_override_pattern
         if set(pattern) == {"-"}:
-            raise ValueError(
-                f"hybrid_override_pattern = {pattern!r} mixes no tokens; "
-                f"add at least one M or * layer"
+            raise RuleBroken(
+                "hybrid_override_pattern",
+                f"= {pattern!r} mixes no tokens; add at least one M or * layer",
             )
         if self.num_hidden_layers not in (None, len(pattern)):
-            raise ValueError(
-                f"num_hidden_layers = {self.num_hidden_layers} but hybrid_override_pattern has "
-                f"{len(pattern)} letters; make them equal or leave num_hidden_layers out"
+            raise RuleBroken(
+                "num_hidden_layers",
+                f"= {self.num_hidden_layers} but hybrid_override_pattern has "
+                f"{len(pattern)} letters; make them equal or leave num_hidden_layers out",
             )
         if self.num_nextn_predict_layers and not self.mtp_hybrid_override_pattern:
-            raise ValueError(
-                "num_nextn_predict_layers = 1 needs mtp_hybrid_override_pattern, for example '*E'"
+            raise RuleBroken(
+                "num_nextn_predict_layers",
+                "= 1 needs mtp_hybrid_override_pattern, for example '*E'",
             )
         if self.mtp_hybrid_override_pattern and set(self.mtp_hybrid_override_pattern) - set("*E"):
-            raise ValueError(
-                f"mtp_hybrid_override_pattern = {self.mtp_hybrid_override_pattern!r} may hold "
-                f"only * and E, the layers that readers of the checkpoint support"
+            raise RuleBroken(
+                "mtp_hybrid_override_pattern",
+                f"= {self.mtp_hybrid_override_pattern!r} may hold "
+                f"only * and E, the layers that readers of the checkpoint support",
             )
         if "-" in pattern and self.intermediate_size is None:
-            raise ValueError(
-                "hybrid_override_pattern has a - layer but intermediate_size is absent"
+            raise RuleBroken(
+                "hybrid_override_pattern", "has a - layer but intermediate_size is absent"
             )
         self._check_sizes()
         self._divides("num_key_value_heads", "num_attention_heads")
@@ -184,25 +189,27 @@ class ModelConfig(Section):
         self._at_most("topk_group", "n_group")
         reachable = self.n_routed_experts // self.n_group * self.topk_group
         if self.num_experts_per_tok > reachable:
-            raise ValueError(
-                f"num_experts_per_tok = {self.num_experts_per_tok} is more than the {reachable} "
-                f"experts that topk_group = {self.topk_group} of n_group = {self.n_group} leave"
+            raise RuleBroken(
+                "num_experts_per_tok",
+                f"= {self.num_experts_per_tok} is more than the {reachable} "
+                f"experts that topk_group = {self.topk_group} of n_group = {self.n_group} leave",
             )
         if self.num_experts_per_tok % self.topk_group:
-            raise ValueError(
-                f"topk_group = {self.topk_group} does not divide "
-                f"num_experts_per_tok = {self.num_experts_per_tok}"
+            raise RuleBroken(
+                "topk_group",
+                f"= {self.topk_group} does not divide "
+                f"num_experts_per_tok = {self.num_experts_per_tok}",
             )
         low, high = self.time_step_limit
         if math.isnan(low) or math.isnan(high) or not 0 <= low < high:
-            raise ValueError(
-                f"time_step_limit = [{low}, {high}] must be two numbers, 0 <= first < second"
+            raise RuleBroken(
+                "time_step_limit", f"= [{low}, {high}] must be two numbers, 0 <= first < second"
             )
         self._at_most("time_step_min", "time_step_max")
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
             if getattr(self, key) >= self.vocab_size:
-                raise ValueError(
-                    f"{key} = {getattr(self, key)} is outside vocab_size = {self.vocab_size}"
+                raise RuleBroken(
+                    key, f"= {getattr(self, key)} is outside vocab_size = {self.vocab_size}"
                 )
         return self
 
@@ -228,9 +235,9 @@ class ModelConfig(Section):
         a, b = getattr(self, small), getattr(self, large)
         if b % a:
             near = nearest(a, divisors(b))
-            raise ValueError(f"{small} = {a} does not divide {large} = {b}; {near} would")
+            raise RuleBroken(small, f"= {a} does not divide {large} = {b}; {near} would")
 
     def _at_most(self, small: str, large: str) -> None:
         a, b = getattr(self, small), getattr(self, large)
         if a > b:
-            raise ValueError(f"{small} = {a} is more than {large} = {b}")
+            raise RuleBroken(small, f"= {a} is more than {large} = {b}")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.block import Block
@@ -54,12 +54,13 @@ class HybridLM(nn.Module):
         seq_idx: Int[Tensor, "B T"] | None = None,
         cache: CachedRows | None = None,
         routing: list[RoutingStats] | None = None,
+        padding: Bool[Tensor, "B T"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the hidden states after the final norm; the head is applied by whoever needs it.
 
         `seq_idx` numbers the documents of a row, which then do not see each other. `cache` holds
         the rows' texts so far, which are continued. `routing` collects one entry per mixture layer,
-        for training.
+        for training; it leaves out the positions that are `padding`.
         """
         hidden = self.embed(input_ids)
         if cache is not None:
@@ -67,7 +68,7 @@ class HybridLM(nn.Module):
         for index, block in self.backbone.layers.named_children():
             state = cache.layers[int(index)] if cache is not None else None
             name = f"backbone.layers.{index}" if routing is not None else None
-            hidden, stats = block(hidden, seq_idx, state, name)
+            hidden, stats = block(hidden, seq_idx, state, name, padding)
             if stats is not None and routing is not None:
                 routing.append(stats)
         if cache is not None:
@@ -90,6 +91,7 @@ class HybridLM(nn.Module):
         seq_idx: Int[Tensor, "B T"] | None,
         detach: bool = False,
         routing: list[RoutingStats] | None = None,
+        padding: Bool[Tensor, "B T"] | None = None,
     ) -> list[Float[Tensor, "B T D"]]:
         """Return the hidden states that predict 2, 3, … tokens ahead, one tensor per depth.
 
@@ -105,7 +107,9 @@ class HybridLM(nn.Module):
             embedding = self.embed(input_ids)
             if detach:
                 embedding = embedding.detach()
-            hidden, stats = self.mtp(embedding, hidden, seq_idx, has_stats=routing is not None)
+            hidden, stats = self.mtp(
+                embedding, hidden, seq_idx, has_stats=routing is not None, padding=padding
+            )
             if routing is not None:
                 routing += stats
             results.append(hidden)

@@ -5,7 +5,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.config import ModelConfig
@@ -37,9 +37,15 @@ class MoE(nn.Module):
             self.fc2_latent_proj = Linear(config.moe_latent_size, config.hidden_size)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], stats_name: str | None = None
+        self,
+        x: Float[Tensor, "B T D"],
+        stats_name: str | None = None,
+        padding: Bool[Tensor, "B S"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
-        """Return the layer's output and, when `stats_name` is given, the router's statistics."""
+        """Return the layer's output and, when `stats_name` is given, the router's statistics.
+
+        `padding` says which tokens of the whole rows these leave out.
+        """
         tokens = x.flatten(0, 1)  # [M, D]
         routing = self.gate(tokens)
         latent = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
@@ -50,7 +56,7 @@ class MoE(nn.Module):
             routed = self.fc2_latent_proj(routed)
         stats = None
         if stats_name is not None:
-            stats = self.gate.statistics(routing, num_rows=x.shape[0], name=stats_name)
+            stats = self.gate.statistics(routing, x.shape[0], stats_name, padding)
         return routed.view_as(x) + shared, stats
 
 

@@ -1,7 +1,7 @@
 """Multi-token prediction: one block, applied once for each token further ahead."""
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.block import Block
@@ -37,11 +37,13 @@ class MTP(nn.Module):
         *,
         cache: CachedRows | None = None,
         has_stats: bool = False,
+        padding: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], list[RoutingStats]]:
         """Predict one token further from the depth before and the next token's embedding.
 
         `cache` holds what the block, apart from the backbone, remembers of the rows; their places
-        are those of `hidden`. With `has_stats` the second result holds the routers' statistics.
+        are those of `hidden`. With `has_stats` the second result holds the routers' statistics,
+        without `padding`.
         """
         first, last = self.layers[0], self.layers[-1]
         part = first.get_submodule
@@ -53,7 +55,7 @@ class MTP(nn.Module):
         for index, layer in enumerate(self.layers):
             name = f"mtp.layers.{index}" if has_stats else None
             state = cache.layers[index] if cache is not None else None
-            x, stats = layer(x, seq_idx, state, name)
+            x, stats = layer(x, seq_idx, state, name, padding)
             if stats is not None:
                 routing.append(stats)
         if cache is not None:

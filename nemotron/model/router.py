@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.config import ModelConfig
@@ -30,15 +30,19 @@ class Routing:
         return count(self.experts.flatten(), self.scores.shape[1])
 
 
-def count(numbers: Int[Tensor, " N"], size: int) -> Int[Tensor, " size"]:
+def count(
+    numbers: Int[Tensor, " N"], size: int, weights: Int[Tensor, " N"] | None = None
+) -> Int[Tensor, " size"]:
     """Return how often each number below `size` is there; unlike `bincount`, without a wait."""
     counts = torch.zeros(size, dtype=torch.int64, device=numbers.device)
-    return counts.scatter_add_(0, numbers, torch.ones_like(numbers))
+    return counts.scatter_add_(0, numbers, torch.ones_like(numbers) if weights is None else weights)
 
 
 @dataclass(frozen=True)
 class RoutingStats:
     """Load of one router in one call: tokens per expert and the balance loss, summed over tokens.
+
+    Tokens outside of all documents count nowhere.
 
     `aux_loss_sum` is the sum over rows of (tokens of the row) x (balance loss of the row), without
     coefficient; it carries gradients, `counts` does not.
@@ -57,6 +61,8 @@ class Router(nn.Module):
 
     sum_over_row: Callable[[Float[Tensor, "B E"]], Float[Tensor, "B E"]] | None
     """Adds up the load over the ranks that share the tokens of a row; absent: there are none."""
+    own_tokens: Callable[[Bool[Tensor, "B T"]], Bool[Tensor, "B Tl"]] | None
+    """Picks what this rank routes from a mask over a row's tokens; absent: all of them."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -64,7 +70,7 @@ class Router(nn.Module):
         self.num_groups, self.top_groups = config.n_group, config.topk_group
         self.normalise = config.norm_topk_prob
         self.scaling = config.routed_scaling_factor
-        self.sum_over_row = None
+        self.sum_over_row = self.own_tokens = None
         self.wide_linear = wide_linear
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.e_score_correction_bias: Tensor
@@ -90,25 +96,39 @@ class Router(nn.Module):
             biased = grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
         return biased.topk(self.top_k, dim=-1).indices
 
-    def statistics(self, routing: Routing, num_rows: int, name: str) -> RoutingStats:
+    def statistics(
+        self, routing: Routing, num_rows: int, name: str, padding: Bool[Tensor, "B T"] | None = None
+    ) -> RoutingStats:
         """Compute the sequence-level balance loss, beside the tokens per expert.
 
         The loss looks at the unbiased top-k of scores normalised over all experts, not at the
         routing used: per row, E * sum_e f_e * P_e with f_e the share of the row's assignments and
-        P_e its mean score (Switch Transformer, eq. 4; Megatron-LM's `seq_aux_loss`).
+        P_e its mean score (Switch Transformer, eq. 4; Megatron-LM's `seq_aux_loss`). Tokens that
+        are `padding` belong to no row.
         """
+        if padding is not None and self.own_tokens is not None:
+            padding = self.own_tokens(padding)
         share = routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)
         share = share.unflatten(0, (num_rows, -1))  # [B, T, E]
+        counts = routing.counts
+        if padding is not None:
+            share = share.masked_fill(padding.unsqueeze(-1), 0)
+            real = (~padding).flatten().long().repeat_interleave(self.top_k)
+            counts = count(routing.experts.flatten(), self.num_experts, real)
         with torch.no_grad():
             chosen = share.topk(self.top_k, dim=-1).indices.flatten(1)  # [B, T * K]
             load = torch.zeros_like(share[:, 0])
-            load.scatter_add_(1, chosen, torch.ones_like(chosen, dtype=load.dtype))
+            ones = torch.ones_like(chosen, dtype=load.dtype)
+            if padding is not None:
+                ones = ones.masked_fill_(padding.repeat_interleave(self.top_k, dim=1), 0)
+            load.scatter_add_(1, chosen, ones)
             if self.sum_over_row is not None:
                 load = self.sum_over_row(load)
-            load /= load.sum(-1, keepdim=True)  # top-k x tokens of the row
+            # top-k x tokens of the row; a row may be nothing but padding
+            load /= load.sum(-1, keepdim=True).clamp(min=1)
         # per row, tokens x mean score = sum of scores
         aux_loss_sum = self.num_experts * (load * share.sum(1)).sum()
-        return RoutingStats(name, routing.counts, aux_loss_sum)
+        return RoutingStats(name, counts, aux_loss_sum)
 
     @torch.no_grad()
     def update_bias(self, counts: Float[Tensor, " E"] | Int[Tensor, " E"], rate: float) -> None:

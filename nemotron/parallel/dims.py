@@ -4,12 +4,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemotron.divisors import divisors, nearest
-from nemotron.errors import UserError
+from nemotron.errors import Finding, UserError
 from nemotron.model.config import ModelConfig
 from nemotron.parallel.config import ParallelConfig
-
-Finding = tuple[str, str]
-"""A dotted key of the recipe and what is wrong with it, as `recipe/check.py` has them."""
 
 
 @dataclass(frozen=True)
@@ -55,19 +52,25 @@ def resolve_dims(config: ParallelConfig, world: int) -> ParallelDims:
         if world % others:
             near = max(others, round(world / others) * others)
             raise UserError(
-                f"parallel: pp x dp_replicate x cp x tp = {others} does not divide the {world} "
-                f"processes; start {near}, or change one of them."
+                f"needs multiples of pp x dp_replicate x cp x tp = {others} processes, but there "
+                f"{_processes(world)}; start {near}, or change one of them.",
+                key="parallel",
             )
         shard = world // others
     else:
         shard = config.dp_shard
         if others * shard != world:
             raise UserError(
-                f"parallel: pp x dp_replicate x dp_shard x cp x tp = {others * shard}, but there "
-                f"{'is 1 process' if world == 1 else f'are {world} processes'}; start "
-                f"{others * shard}, or set parallel.dp_shard=auto."
+                f"needs pp x dp_replicate x dp_shard x cp x tp = {others * shard} processes, but "
+                f"there {_processes(world)}; start {others * shard}, or set "
+                "parallel.dp_shard=auto.",
+                key="parallel",
             )
     return ParallelDims(config.pp, config.dp_replicate, shard, config.cp, config.tp, config.ep)
+
+
+def _processes(world: int) -> str:
+    return "is 1 process" if world == 1 else f"are {world} processes"
 
 
 def violations(
@@ -100,18 +103,21 @@ def _tensor(dims: ParallelDims, model: ModelConfig, layers: str) -> Iterator[Fin
     if "M" in layers:
         for key in ("mamba_num_heads", "n_groups"):
             if (size := getattr(model, key)) % tp:
-                yield "parallel.tp", _does_not_divide(tp, f"model.{key}", size)
+                yield Finding("parallel.tp", _does_not_divide(tp, f"model.{key}", size), tp)
     if "*" in layers:
         if model.num_attention_heads % tp:
             heads = model.num_attention_heads
-            yield "parallel.tp", _does_not_divide(tp, "model.num_attention_heads", heads)
+            yield Finding(
+                "parallel.tp", _does_not_divide(tp, "model.num_attention_heads", heads), tp
+            )
         kv = model.num_key_value_heads
         if tp % kv and kv % tp:
             near = nearest(tp, [*divisors(kv), tp // kv * kv or kv, (tp // kv + 1) * kv])
-            yield (
+            yield Finding(
                 "parallel.tp",
-                f"= {tp} neither divides model.num_key_value_heads = {kv} nor is a multiple of "
+                f"neither divides model.num_key_value_heads = {kv} nor is a multiple of "
                 f"it; the nearest is {near}.",
+                tp,
             )
     widths = {"vocab_size": model.vocab_size}
     if "E" in layers:
@@ -120,7 +126,7 @@ def _tensor(dims: ParallelDims, model: ModelConfig, layers: str) -> Iterator[Fin
         widths["intermediate_size"] = model.intermediate_size
     for key, size in widths.items():
         if size % tp:
-            yield "parallel.tp", _does_not_divide(tp, f"model.{key}", size)
+            yield Finding("parallel.tp", _does_not_divide(tp, f"model.{key}", size), tp)
 
 
 def _expert(dims: ParallelDims, model: ModelConfig, layers: str) -> Iterator[Finding]:
@@ -128,17 +134,20 @@ def _expert(dims: ParallelDims, model: ModelConfig, layers: str) -> Iterator[Fin
     if dims.ep == 1:
         return
     if "E" not in layers:
-        yield "parallel.ep", f"= {dims.ep}, but the pattern has no E layer; use 1."
+        yield Finding("parallel.ep", "needs an E layer, which the pattern lacks; use 1.", dims.ep)
         return
     if ranks % dims.ep:
-        yield (
+        yield Finding(
             "parallel.ep",
-            f"= {dims.ep} does not divide dp_shard x cp x tp = {ranks}; "
+            f"does not divide dp_shard x cp x tp = {ranks}; "
             f"the nearest is {nearest(dims.ep, divisors(ranks))}.",
+            dims.ep,
         )
     if model.n_routed_experts % dims.ep:
         experts = model.n_routed_experts
-        yield "parallel.ep", _does_not_divide(dims.ep, "model.n_routed_experts", experts)
+        yield Finding(
+            "parallel.ep", _does_not_divide(dims.ep, "model.n_routed_experts", experts), dims.ep
+        )
 
 
 def _context(
@@ -149,41 +158,45 @@ def _context(
     heads, groups = model.mamba_num_heads // dims.tp, max(1, model.n_groups // dims.tp)
     fits = [n for n in divisors(heads) if not (n % groups and groups % n)]
     if dims.cp not in fits:
-        yield (
+        yield Finding(
             "parallel.cp",
-            f"= {dims.cp} cannot share {heads} Mamba heads in {groups} groups (mamba_context = "
+            f"cannot share {heads} Mamba heads in {groups} groups (mamba_context = "
             f"all_to_all); the nearest is {nearest(dims.cp, fits)}, or use state_passing.",
+            dims.cp,
         )
 
 
 def _pipeline(dims: ParallelDims, model: ModelConfig, config: ParallelConfig) -> Iterator[Finding]:
     pipeline, pattern = config.pipeline, model.hybrid_override_pattern
     if pipeline.stages_per_rank > 1 and pipeline.schedule != "interleaved_1f1b":
-        yield (
+        yield Finding(
             "parallel.pipeline.stages_per_rank",
-            f"= {pipeline.stages_per_rank} needs schedule: interleaved_1f1b; use 1.",
+            "needs schedule: interleaved_1f1b; use 1.",
+            pipeline.stages_per_rank,
         )
     stages = dims.pp * pipeline.stages_per_rank
     if dims.pp > 1 and stages > len(pattern):
         near = max(1, len(pattern) // pipeline.stages_per_rank)
-        yield (
+        yield Finding(
             "parallel.pp",
-            f"= {dims.pp} makes {stages} stages of {len(pattern)} layers; the nearest is {near}.",
+            f"makes {stages} stages of {len(pattern)} layers; the nearest is {near}.",
+            dims.pp,
         )
     if pipeline.stages == "auto" or dims.pp == 1:
         return
     parts = pipeline.stages.split("|")
     if "".join(parts) != pattern:
-        yield (
+        yield Finding(
             "parallel.pipeline.stages",
-            f"= {pipeline.stages!r} is not model.hybrid_override_pattern = {pattern!r} with | "
-            "between stages; use auto.",
+            f"is not model.hybrid_override_pattern = {pattern!r} with | between stages; use auto.",
+            repr(pipeline.stages),
         )
     elif len(parts) != stages or not all(parts):
-        yield (
+        yield Finding(
             "parallel.pipeline.stages",
-            f"= {pipeline.stages!r} has {len([p for p in parts if p])} stages with layers; "
+            f"has {len([p for p in parts if p])} stages with layers; "
             f"parallel.pp x stages_per_rank = {stages} are needed.",
+            repr(pipeline.stages),
         )
 
 
@@ -192,7 +205,7 @@ def _rows(
 ) -> Iterator[Finding]:
     if rows % dims.batch:
         near = max(1, round(rows / dims.batch)) * dims.batch
-        yield (
+        yield Finding(
             "batch.global_tokens",
             f"gives {rows} rows of {seq_len} tokens a step, which dp_replicate x dp_shard = "
             f"{dims.batch} ranks cannot share; the nearest is {near * seq_len}.",
@@ -201,15 +214,17 @@ def _rows(
     if seq_len % pieces:
         near = max(1, round(seq_len / pieces)) * pieces
         what = "2 x cp x tp" if dims.cp > 1 else "tp"
-        yield (
+        yield Finding(
             "data.seq_len",
-            f"= {seq_len} is not divisible by {what} = {pieces}; the nearest is {near}.",
+            f"is not divisible by {what} = {pieces}; the nearest is {near}.",
+            seq_len,
         )
     elif dims.cp > 1 and seq_len // (2 * dims.cp) < model.conv_kernel - 1:
-        yield (
+        yield Finding(
             "parallel.cp",
-            f"= {dims.cp} leaves chunks of {seq_len // (2 * dims.cp)} tokens, shorter than the "
+            f"leaves chunks of {seq_len // (2 * dims.cp)} tokens, shorter than the "
             f"{model.conv_kernel - 1} that the convolution looks back; lower it.",
+            dims.cp,
         )
 
 
@@ -228,14 +243,15 @@ def _portions(
     legal = [own // n for n in counts if fits(n)]
     if micro_batch not in legal and counts:
         advice = f"the nearest is {nearest(micro_batch, legal)}" if legal else "take more rows"
-        yield (
+        yield Finding(
             "batch.micro_batch",
-            f"= {micro_batch} does not cut the {own} rows of each rank into at least pp = "
+            f"does not cut the {own} rows of each rank into at least pp = "
             f"{dims.pp} equal parts that {config.pipeline.schedule} can take in turn; {advice}.",
+            micro_batch,
         )
 
 
 def _does_not_divide(value: int, key: str, size: int) -> str:
     legal = divisors(size)
     shown = ", ".join(map(str, legal)) if len(legal) <= 12 else f"{nearest(value, legal)}"
-    return f"= {value} does not divide {key} = {size}; use {shown}."
+    return f"does not divide {key} = {size}; use {shown}."

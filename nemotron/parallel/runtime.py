@@ -1,11 +1,14 @@
 """The process group of a run: how this process was started, its beginning and its end."""
 
+import contextlib
+import json
 import os
 import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -17,8 +20,8 @@ from nemotron.parallel.config import ParallelConfig
 
 T = TypeVar("T")
 
-ECHO_S = 3.0
-"""Seconds in which torchrun or srun ends the other ranks of a node when one has ended."""
+ECHO_S = 10.0
+"""Seconds in which torchrun or srun ends the other ranks when one has ended."""
 
 
 @dataclass(frozen=True)
@@ -160,17 +163,29 @@ def leave_alone(code: int) -> NoReturn:
     os._exit(code)
 
 
+def leave_word(sentence: str) -> None:
+    """Tell torchrun why this rank ends, so that its own report ends with the sentence.
+
+    Source: pytorch/pytorch: torch/distributed/elastic/multiprocessing/errors/__init__.py,
+    ProcessFailure.
+    """
+    if (path := os.environ.get("TORCHELASTIC_ERROR_FILE")) is None:
+        return
+    with contextlib.suppress(OSError):  # the report then says less
+        Path(path).write_text(json.dumps({"message": sentence, "timestamp": int(time.time())}))
+
+
 def speaker() -> str:
     """Return how this process begins a sentence about an error.
 
-    A mistake of the user is every rank's, so the first one of a node says it. The others wait to
-    be ended with it; who still lives after that has an error of its own.
+    A mistake of the user is every rank's, so the first one says it. The others wait to be ended
+    with it; who still lives after that has an error of its own.
     """
     try:
         launch = Launch.of_this_process()
     except UserError:  # that is what is being said
         return "nemotron"
-    if launch is None or launch.local_rank == 0:
+    if launch is None or launch.rank == 0:
         return "nemotron"
     time.sleep(ECHO_S)
     return f"nemotron, rank {launch.rank}"

@@ -61,7 +61,7 @@ class Stage(nn.Module):
             hidden = self.model.embed(batch.input_ids)
         for index, block in self.model.backbone.layers.named_children():
             name = f"backbone.layers.{index}"
-            hidden, stats = block(hidden, batch.seq_idx, stats_name=name)
+            hidden, stats = block(hidden, batch.seq_idx, stats_name=name, padding=batch.padding)
             if stats is not None:
                 routing.append(stats)
         if self.is_last:

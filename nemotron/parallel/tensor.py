@@ -23,6 +23,7 @@ from nemotron.model.linear import Embedding, Head
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts
+from nemotron.model.router import routers
 from nemotron.parallel.collectives import Group, all_gather, reduce_scatter
 from nemotron.parallel.layout import Part
 from nemotron.parallel.vocabulary import Vocabulary
@@ -101,6 +102,8 @@ def apply_tensor(model: HybridLM, group: Group, rank: int, size: int) -> TensorP
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, cut[parameter][0])
         _connect(module, model.config, group, rank, size)
+    for router in routers(model).values():
+        router.own_tokens = lambda tokens: tokens.chunk(size, 1)[rank]
     parts = dict(cut.values())
     experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
     names = dict(model.named_parameters())

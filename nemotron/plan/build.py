@@ -2,10 +2,10 @@
 
 from dataclasses import dataclass
 
-from nemotron.errors import UserError
+from nemotron.errors import Finding, UserError
 from nemotron.model.config import LAYER_KINDS
 from nemotron.parallel.config import ParallelConfig
-from nemotron.parallel.dims import Finding, ParallelDims, resolve_dims, violations
+from nemotron.parallel.dims import ParallelDims, resolve_dims, violations
 from nemotron.plan.hardware import Hardware
 from nemotron.plan.job import Job
 from nemotron.plan.throughput import FITTED, ON_CPU, Constants, predict, stated_efficiency
@@ -145,8 +145,7 @@ def layout_of(setting: Setting, world: int) -> tuple[ParallelDims, list[Finding]
         others = config.pp * config.dp_replicate * config.cp * config.tp
         shard = max(1, world // others) if config.dp_shard == "auto" else config.dp_shard
         sizes = (config.pp, config.dp_replicate, shard, config.cp, config.tp, config.ep)
-        key, _, problem = str(error).partition(": ")
-        dims, found = ParallelDims(*sizes), [(f"{key}:", problem)]
+        dims, found = ParallelDims(*sizes), [error.finding]
     return dims, found + setting.violations(dims)
 
 

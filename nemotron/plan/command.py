@@ -5,6 +5,7 @@ import json
 from rich.console import Console
 
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED
 from nemotron.plan.build import constants_for, layout_of, main_part, read_setting
 from nemotron.plan.hardware import find_hardware
 from nemotron.plan.report import Report, as_json, describe_layout, nearest_published
@@ -12,8 +13,6 @@ from nemotron.plan.search import search as find_layouts
 from nemotron.plan.tables import grids_of, show
 from nemotron.plan.trace import trace_blocks
 from nemotron.train.config import PretrainConfig
-
-DONE, FAILED = 0, 1
 
 
 def plan(

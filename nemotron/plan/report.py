@@ -1,10 +1,11 @@
 """All numbers that the command prints for one recipe on one system."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from nemotron.parallel.dims import Finding, ParallelDims
+from nemotron.errors import Finding
+from nemotron.parallel.dims import ParallelDims
 from nemotron.plan.build import Part, Setting, main_part, seconds_of
 from nemotron.plan.calibration import error
 from nemotron.plan.communication import Traffic, traffic
@@ -105,7 +106,10 @@ def as_json(report: Report) -> dict[str, Any]:
         "flops_per_token": {
             str(part.seq_len): dict(setting.formats[part.seq_len]) for part in setting.parts
         },
-        "violations": [{"key": key, "problem": problem} for key, problem in report.violations],
+        "violations": [
+            {"key": found.key, "problem": str(replace(found, key=""))}
+            for found in report.violations
+        ],
         "fits": report.fits,
         "compared": {
             "row": report.compared.title,

@@ -70,7 +70,7 @@ def grids_of(report: Report, constants: Constants) -> list[Grid]:
     """Return the tables of a report, from facts to estimates."""
     grids = [_parameters(report), _work(report)]
     if report.violations:
-        notes = [f"{key} {problem}" for key, problem in report.violations]
+        notes = [str(found) for found in report.violations]
         grids.append(Grid("This layout is not valid", (), (), notes))
     if report.layout is not None:
         hardware = report.setting.hardware

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from nemotron.errors import RuleBroken
 from nemotron.section import Section
 
 Format = Literal["bf16", "fp8_delayed", "fp8_current", "fp8_block", "mxfp8", "nvfp4"]
@@ -39,7 +40,7 @@ class PrecisionRule(Section):
     @model_validator(mode="after")
     def _check(self) -> "PrecisionRule":
         if not self.model_fields_set - {"format"}:
-            raise ValueError("format stands alone; give the rule a condition, or use preset")
+            raise RuleBroken("format", "stands alone; give the rule a condition, or use preset")
         return self
 
 
@@ -112,10 +113,11 @@ class PrecisionConfig(Section):
     def _check(self) -> "PrecisionConfig":
         steps = [switch.step for switch in self.switches]
         if steps != sorted(set(steps)):
-            raise ValueError(f"switches are at the steps {steps}; put them in order, each once")
+            raise RuleBroken("switches", f"are at the steps {steps}; put them in order, each once")
         if self.quantizes and self.compute != "bf16":
-            raise ValueError(
-                f"compute = {self.compute} cannot be quantized further; use compute: bf16 with a "
-                "preset or rules that quantize"
+            raise RuleBroken(
+                "compute",
+                f"= {self.compute} cannot be quantized further; use compute: bf16 with a "
+                "preset or rules that quantize",
             )
         return self

@@ -1,11 +1,11 @@
 """A validation error as one sentence: where, what is wrong, what would be right."""
 
 import difflib
-import re
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
+from nemotron.errors import RuleBroken, show_value
 from nemotron.recipe import synonyms
 from nemotron.recipe.read import Path_, place_of
 from nemotron.train.config import RunConfig
@@ -27,13 +27,13 @@ EXPECTED = {
 
 
 def explain(
-    error: ValidationError, recipe: type[RunConfig], places: dict[Path_, str], source: str
+    invalid: ValidationError, recipe: type[RunConfig], places: dict[Path_, str], source: str
 ) -> str:
     """Return the sentence for the first problem of a recipe of this class.
 
     `places` says where each key stands.
     """
-    problems = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    problems = sorted(invalid.errors(), key=lambda e: e["type"] != "extra_forbidden")
     problem: dict[str, Any] = dict(problems[0])
     path = tuple(str(part) for part in problem["loc"])
     key, value = ".".join(path), problem["input"]
@@ -44,36 +44,39 @@ def explain(
         text = _description(recipe, path)
         return f"{place_of(places, path, source)}: {key} is missing; add it ({text})."
     if kind == "value_error":
-        message = str(context["error"])
-        named = re.match(r"[a-z_0-9]+", message)
-        if named and (*path, named.group()) in places:
-            path = (*path, named.group())
-        prefix = ".".join(str(part) for part in problem["loc"])
-        dot = f"{prefix}." if prefix else ""
-        return f"{place_of(places, path, source)}: {dot}{message}."
+        error = context["error"]
+        if isinstance(error, RuleBroken):
+            path = (*path, error.finding.key)
+        dot = f"{key}." if key else ""
+        return f"{place_of(places, path, source)}: {dot}{error}."
     if kind in EXPECTED:
         rule = EXPECTED[kind]
     elif kind == "literal_error":
         rule = f"must be one of {context['expected'].replace(chr(39), '')}"
         if isinstance(value, str):
-            allowed = re.findall(r"'([^']*)'", context["expected"])
-            near = difflib.get_close_matches(value, allowed, 1)
+            near = difflib.get_close_matches(value, _words(recipe, path), 1)
             rule += f"; did you mean {near[0]}?" if near else ""
     else:
         rule = problem["msg"].replace("Input should", "must").replace("Value should", "must")
         rule = rule.replace("String should", "must").replace("Tuple should", "must")
-    return f"{place_of(places, path, source)}: {key} = {_short(value)} {rule}{_end(rule)}"
+    return f"{place_of(places, path, source)}: {key} = {show_value(value)} {rule}{_end(rule)}"
 
 
 def _end(rule: str) -> str:
     return "" if rule.endswith("?") else "."
 
 
-def _short(value: Any) -> str:
-    text = "null" if value is None else str(value)
-    if isinstance(value, bool):
-        text = text.lower()
-    return text if len(text) <= 60 else text[:57] + "..."
+def _words(recipe: type[RunConfig], path: Path_) -> list[str]:
+    """Return the words that a key may be."""
+    section = _section(recipe, path[:-1])
+    field = section.model_fields.get(path[-1]) if section else None
+    return [word for word in _literals(field.annotation) if isinstance(word, str)] if field else []
+
+
+def _literals(annotation: Any) -> list[Any]:
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    return [word for part in get_args(annotation) for word in _literals(part)]
 
 
 def _unknown(recipe: type[RunConfig], path: Path_) -> str:

@@ -3,7 +3,8 @@
 from collections.abc import Iterator
 
 from nemotron.divisors import divisors, nearest
-from nemotron.recipe.read import Finding, Idle
+from nemotron.errors import Finding
+from nemotron.recipe.read import Idle
 from nemotron.train.config import PretrainConfig
 from nemotron.train.schedule import plan_training
 
@@ -13,25 +14,27 @@ def impossible(config: PretrainConfig) -> Iterator[Finding]:
     model, data, batch = config.model, config.data, config.batch
     for key, seq_len in _row_lengths(config):
         if seq_len > model.max_position_embeddings:
-            yield (
+            yield Finding(
                 key,
-                f"= {seq_len} exceeds model.max_position_embeddings = "
+                f"exceeds model.max_position_embeddings = "
                 f"{model.max_position_embeddings}; shorten the rows or raise that limit.",
+                seq_len,
             )
     if batch.global_tokens % data.seq_len == 0 and (
         (rows := batch.global_tokens // data.seq_len) % batch.micro_batch
     ):
         near = nearest(batch.micro_batch, divisors(rows))
-        yield (
+        yield Finding(
             "batch.micro_batch",
-            f"= {batch.micro_batch} does not divide the {rows} rows of a step "
+            f"does not divide the {rows} rows of a step "
             f"(batch.global_tokens / data.seq_len); the nearest is {near}.",
+            batch.micro_batch,
         )
     if model.mtp_pattern and config.loss.mtp_num_depths + 1 >= data.seq_len:
-        yield (
+        yield Finding(
             "loss.mtp_num_depths",
-            f"= {config.loss.mtp_num_depths} leaves no targets in rows of data.seq_len = "
-            f"{data.seq_len}.",
+            f"leaves no targets in rows of data.seq_len = {data.seq_len}.",
+            config.loss.mtp_num_depths,
         )
 
 
@@ -48,7 +51,7 @@ def _row_lengths(config: PretrainConfig) -> Iterator[tuple[str, int]]:
 
 
 def idle(config: PretrainConfig) -> Iterator[Idle]:
-    """Yield keys of the training plan, loss and data, whether nothing reads them, and why.
+    """Yield keys of the training plan, loss and data that nothing reads.
 
     Raises:
         UserError: when the training plan is impossible.
@@ -56,13 +59,13 @@ def idle(config: PretrainConfig) -> Iterator[Idle]:
     plan = plan_training(config)
     model = config.model
     layers = model.hybrid_override_pattern + model.mtp_pattern
-    yield ["loss.moe_aux_loss_coeff"], "E" not in layers, "the pattern has no E layer"
+    yield Idle(["loss.moe_aux_loss_coeff"], "E" not in layers, "the pattern has no E layer")
     ahead = [f"loss.{name}" for name in type(config.loss).model_fields if name.startswith("mtp_")]
     ahead.append("model.mtp_hybrid_override_pattern")
-    yield ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0"
+    yield Idle(ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0")
     data = config.data
     embedded = any(leaf.source.path is None for leaf in plan.timeline.leaves)
-    yield ["data.validation_fraction"], not embedded, "no source is embedded text"
+    yield Idle(["data.validation_fraction"], not embedded, "no source is embedded text")
     whole = data.packing.kind != "concatenate"
-    yield ["data.packing.long_documents"], not whole, "data.packing.kind = concatenate"
-    yield ["data.mask_eod_loss"], whole, f"data.packing.kind = {data.packing.kind}"
+    yield Idle(["data.packing.long_documents"], not whole, "data.packing.kind = concatenate")
+    yield Idle(["data.mask_eod_loss"], whole, f"data.packing.kind = {data.packing.kind}")

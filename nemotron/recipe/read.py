@@ -8,10 +8,14 @@ from nemotron.errors import UserError
 from nemotron.recipe.budget import Budget
 from nemotron.recipe.yaml_text import Path_, parse_yaml
 
-Finding = tuple[str, str]
-"""A dotted key and what is wrong with it."""
-Idle = tuple[list[str], bool, str]
-"""Dotted keys, whether nothing reads them, and why."""
+
+@dataclass(frozen=True)
+class Idle:
+    """Dotted keys that nothing reads if a condition holds."""
+
+    keys: list[str]
+    holds: bool
+    because: str
 
 
 @dataclass

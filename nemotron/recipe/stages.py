@@ -5,9 +5,9 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from nemotron.errors import UserError
+from nemotron.errors import Finding, UserError
 from nemotron.recipe import pretrain
-from nemotron.recipe.read import Finding, Idle, Path_, place_of
+from nemotron.recipe.read import Idle, Path_, place_of
 from nemotron.train.config import PretrainConfig, RunConfig
 
 DEFAULT = "pretrain"
@@ -22,7 +22,7 @@ class Stage:
     impossible: Callable[[Any], Iterator[Finding]] = lambda _: iter(())
     """Yields the values of a recipe that contradict each other."""
     idle: Callable[[Any], Iterator[Idle]] = lambda _: iter(())
-    """Yields keys, whether nothing reads them, and why; raises UserError for a bad schedule."""
+    """Yields keys that nothing reads; raises UserError for a bad schedule."""
 
 
 STAGES = {"pretrain": Stage(PretrainConfig, pretrain.impossible, pretrain.idle)}

@@ -139,6 +139,8 @@ class _Forward(logging.Handler):
 
 
 def _validation_line(record: Record) -> str:
+    if "validation/loss" not in record:
+        return f"step {record['step']}: no held-out token counts for a validation loss"
     parts = [f"step {record['step']}: validation loss {record['validation/loss']:.4f}"]
     for name, value in record.items():
         if name.startswith("validation/") and name.endswith("bits_per_byte"):

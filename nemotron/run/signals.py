@@ -7,11 +7,28 @@ import sys
 from types import FrameType, TracebackType
 from typing import Self
 
+from nemotron.exit_codes import INTERRUPTED
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Ctrl-C, a scheduler's termination, and SLURM's warning before the end of the time limit."""
 
-INTERRUPTED = 130
-"""Exit code after a second Ctrl-C, as shells give it for SIGINT."""
+
+def interrupt_safely() -> None:
+    """Let Ctrl-C in the middle of an import end the process at once; elsewhere it raises.
+
+    Libraries swallow an exception that comes while they load, abort, or show a traceback. Who
+    ignores Ctrl-C, as a process in the background of a shell does, goes on ignoring it.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, _leave_an_import)
+
+
+def _leave_an_import(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 class StopRequest:

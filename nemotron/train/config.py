@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from nemotron.data.config import BlendConfig, DataConfig, LengthConfig, check_lengths
+from nemotron.errors import RuleBroken
 from nemotron.model.config import ModelConfig
 from nemotron.ops.config import OpsConfig
 from nemotron.parallel.config import ParallelConfig
@@ -45,7 +46,7 @@ class OptimizerConfig(Section):
     def _check(self) -> "OptimizerConfig":
         for beta in self.betas:
             if not 0 <= beta < 1:
-                raise ValueError(f"betas = {list(self.betas)} must lie in [0, 1)")
+                raise RuleBroken("betas", f"= {list(self.betas)} must lie in [0, 1)")
         return self
 
 
@@ -102,11 +103,11 @@ class PhaseConfig(Section):
     def _check(self) -> "PhaseConfig":
         check_lengths(self.lengths)
         if self.lengths and self.seq_len is not None:
-            raise ValueError("seq_len and lengths are both given; keep one of them")
+            raise RuleBroken("seq_len", "and lengths are both given; keep one of them")
         total = self.schedule and (self.schedule.total_tokens or self.schedule.total_steps)
         if total:
-            raise ValueError(
-                "schedule has a total length; remove it, the phase's own length counts"
+            raise RuleBroken(
+                "schedule", "has a total length; remove it, the phase's own length counts"
             )
         return self
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from nemotron.data.loader import rows_of_rank
-from nemotron.errors import UserError
+from nemotron.errors import Finding, UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.init import STACKED
 from nemotron.parallel.config import ParallelConfig
-from nemotron.parallel.dims import Finding, ParallelDims, resolve_dims, violations
+from nemotron.parallel.dims import ParallelDims, resolve_dims, violations
 from nemotron.parallel.stages import cut, split_stages
 from nemotron.parallel.tensor import PLACEMENTS, part_of
 from nemotron.train.config import PretrainConfig
@@ -55,9 +55,9 @@ def check_layout(config: PretrainConfig, plan: TrainingPlan, world: int) -> Para
     dims = resolve_dims(config.parallel, world)
     found = findings(config, plan, dims)
     if found:
-        (key, problem), *others = found
+        first, *others = found
         more = f" ({len(others)} more: `nemotron plan` lists them)" if others else ""
-        raise UserError(f"{key} {problem}{more}")
+        raise UserError.of(first, more)
     return dims
 
 

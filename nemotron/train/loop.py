@@ -5,6 +5,7 @@ from contextlib import ExitStack
 
 from nemotron.checkpoint.write import CheckpointNotSaved
 from nemotron.data.loader import TrainingData
+from nemotron.exit_codes import DONE, FAILED, STOPPED
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.metrics import MetricsFile
@@ -19,9 +20,6 @@ from nemotron.train.save import Saver
 from nemotron.train.state import Diverged
 from nemotron.train.trainer import Trainer
 from nemotron.train.validation import evaluate
-
-DONE, FAILED, STOPPED = 0, 1, 75
-"""Exit codes; 75 (EX_TEMPFAIL) asks a scheduler to start the same command again."""
 
 STATES = {DONE: "done", FAILED: "failed", STOPPED: "stopped"}
 

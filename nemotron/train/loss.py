@@ -8,10 +8,11 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.data.batch import Batch
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats
 from nemotron.parallel.runtime import Ranks
+from nemotron.train.auxiliary import Auxiliary, total_weight, weighted_means
 from nemotron.train.config import LossConfig, PretrainConfig
 
 
@@ -68,10 +69,7 @@ class Objective(Protocol):
 
 @dataclass(frozen=True)
 class PretrainObjective:
-    """Next-token cross entropy, multi-token prediction and the routers' balance loss.
-
-    main + factor / depths * sum of depths + coefficient * balance loss.
-    """
+    """Next-token cross entropy, multi-token prediction and the routers' balance loss."""
 
     config: LossConfig
     num_depths: int
@@ -84,27 +82,24 @@ class PretrainObjective:
         return cls(config.loss, config.num_depths, bool(config.model.moe_layers))
 
     @property
+    def auxiliary(self) -> Auxiliary:
+        """The terms beside the next token's."""
+        return Auxiliary(self.config, self.num_depths, self.has_routers)
+
+    @property
     def names(self) -> tuple[str, ...]:
-        """`main`, `mtp_1` and so on, `aux`."""
-        depths = (f"mtp_{depth}" for depth in range(1, self.num_depths + 1))
-        return ("main", *depths, *(["aux"] if self.has_routers else []))
+        """`main`, then those of the auxiliary terms."""
+        return ("main", *self.auxiliary.names)
 
     @property
     def local_names(self) -> frozenset[str]:
-        """The balance loss: head and prediction return the loss of all ranks' tokens."""
-        return frozenset({"aux"})
+        """Those of the auxiliary terms."""
+        return self.auxiliary.local_names
 
     def counts(self, batch: Batch) -> Float[Tensor, " terms"]:
-        """Return the weight of each term's targets, their number where all count 1.
-
-        The balance loss counts every position, with or without a target.
-        """
-        further = [(depth.labels, depth.loss_weight) for depth in batch.ahead]
-        assert len(further) == self.num_depths, (len(further), self.num_depths)
-        targets = [(batch.labels, batch.loss_weight), *further]
-        counts = [total_weight(labels, weights) for labels, weights in targets]
-        counts += [batch.labels.numel()] if self.has_routers else []
-        return torch.tensor(counts, dtype=torch.float64)
+        """Return the weight of each term's targets, their number where all count 1."""
+        main = total_weight(batch.labels, batch.loss_weight)
+        return torch.tensor([main, *self.auxiliary.counts(batch)], dtype=torch.float64)
 
     def sums(
         self,
@@ -113,54 +108,17 @@ class PretrainObjective:
         batch: Batch,
         routing: list[RoutingStats],
     ) -> Float[Tensor, " terms"]:
-        """Return sums of nats; the balance loss is summed over tokens and layers.
-
-        Source of the multi-token-prediction term: NVIDIA/Megatron-LM:
-        megatron/core/transformer/multi_token_prediction.py, process_mtp_loss.
-        """
-        trunk_calls = len(routing)
-        zero = torch.zeros((), device=batch.labels.device)
-        terms = [zero] * (1 + self.num_depths)
+        """Return sums of nats."""
+        main = torch.zeros((), device=batch.labels.device)
         if hidden is not None:
             main = model.lm_head.loss(hidden, batch.labels, batch.loss_weight)
-            terms = [main, *self._ahead(model, hidden, batch, routing)]
-        if self.has_routers:
-            aux = zero
-            for index, stats in enumerate(routing):
-                # the shared block is called once per depth: its loss is averaged over depths
-                aux = aux + stats.aux_loss_sum / (1 if index < trunk_calls else self.num_depths)
-            terms.append(aux)
-        return torch.stack(terms)
-
-    def _ahead(
-        self, model: HybridLM, hidden: Tensor, batch: Batch, routing: list[RoutingStats]
-    ) -> list[Tensor]:
-        if not self.num_depths:
-            return []
-        inputs, detach = [depth.input_ids for depth in batch.ahead], self.config.mtp_detach_heads
-        further = model.mtp_hidden(hidden, inputs, batch.seq_idx, detach, routing)
-        return [
-            model.lm_head.loss(depth_hidden, depth.labels, depth.loss_weight, detach)
-            for depth_hidden, depth in zip(further, batch.ahead, strict=True)
-        ]
+        return torch.stack([main, *self.auxiliary.sums(model, hidden, batch, routing)])
 
     def combine(
         self, sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"]
     ) -> Float[Tensor, ""]:
         """Return the mean of each term, weighted as the recipe says."""
-        (main, count), *others = zip(sums.unbind(), counts.tolist(), strict=True)
-        loss = main / max(count, 1)
-        factors = [self.config.mtp_loss_factor / max(self.num_depths, 1)] * self.num_depths
-        factors += [self.config.moe_aux_loss_coeff] if self.has_routers else []
-        for factor, (term, count) in zip(factors, others, strict=True):
-            loss = loss + factor * term / max(count, 1)
-        return loss
-
-
-def total_weight(labels: Tensor, weights: Tensor | None) -> float:
-    """Return the sum of the weights of all labels that count."""
-    counted = labels != NO_LABEL
-    return int(counted.sum()) if weights is None else float(weights[counted].double().sum())
+        return weighted_means(sums, counts, [1.0, *self.auxiliary.factors])
 
 
 def compute_sums(
@@ -168,7 +126,7 @@ def compute_sums(
 ) -> tuple[Float[Tensor, " terms"], list[RoutingStats]]:
     """Run a model on a micro-batch; returns the terms, and the statistics of its routers."""
     routing: list[RoutingStats] = []
-    hidden = model(batch.input_ids, batch.seq_idx, routing=routing)
+    hidden = model(batch.input_ids, batch.seq_idx, routing=routing, padding=batch.padding)
     return objective.sums(model, hidden, batch, routing), routing
 
 

@@ -63,30 +63,37 @@ def build_schedule(config: ScheduleConfig, tokens_per_step: int) -> Schedule:
     """
     total = _length(config, "total", tokens_per_step, None)
     if total is None:
-        raise UserError("schedule has no length; give schedule.total_tokens or total_steps.")
+        raise UserError("has no length; give schedule.total_tokens or total_steps.", key="schedule")
     warmup = _length(config, "warmup", tokens_per_step, total) or 0.0
     decay = _length(config, "decay", tokens_per_step, total)
     if config.kind == "wsd":
         if decay is None:
             raise UserError(
-                "schedule.kind = wsd needs the length of its decay; "
-                "give schedule.decay_tokens, decay_steps or decay_fraction."
+                "needs the length of its decay; "
+                "give schedule.decay_tokens, decay_steps or decay_fraction.",
+                key="schedule.kind",
+                value=config.kind,
             )
     elif decay is not None:
         raise UserError(
-            f"schedule.kind = {config.kind} takes no decay length; "
-            f"remove schedule.{_given(config, 'decay')[0]} or use kind: wsd."
+            f"takes no decay length; "
+            f"remove schedule.{_given(config, 'decay')[0]} or use kind: wsd.",
+            key="schedule.kind",
+            value=config.kind,
         )
     else:
         decay = 0.0 if config.kind == "constant" else total - warmup
     if warmup + decay > total or warmup >= total:
         raise UserError(
-            f"schedule: warm-up {warmup:.4g} + decay {decay:.4g} tokens do not fit into "
-            f"the run's {total:.4g}; shorten one of them."
+            f"has warm-up {warmup:.4g} + decay {decay:.4g} tokens, which do not fit into "
+            f"the run's {total:.4g}; shorten one of them.",
+            key="schedule",
         )
     if config.min > config.peak:
         raise UserError(
-            f"schedule.min = {config.min:g} is above schedule.peak = {config.peak:g}; lower it."
+            f"is above schedule.peak = {config.peak:g}; lower it.",
+            key="schedule.min",
+            value=f"{config.min:g}",
         )
     shape = config.decay if config.kind == "wsd" else config.kind
     return Schedule(config.peak, config.min, warmup, decay, total, shape, tokens_per_step)
@@ -131,7 +138,7 @@ def plan_training(config: PretrainConfig) -> TrainingPlan:
     tokens = covered = 0
     for number, (own, num_steps) in enumerate(zip(config.phases, steps, strict=True)):
         size = own.global_tokens or tokens_per_step
-        check_rows(f"phases.{number}: global_tokens", size, _lengths(config, own))
+        check_rows(f"phases.{number}.global_tokens", size, _lengths(config, own))
         phases.append(Phase(own.name, num_steps, size, _row_lengths(config, own)))
         length = num_steps * size
         if own.schedule is None:
@@ -156,8 +163,10 @@ def check_rows(key: str, tokens_per_step: int, lengths: Sequence[LengthConfig]) 
     if tokens_per_step % whole:
         near = max(1, round(tokens_per_step / whole)) * whole
         raise UserError(
-            f"{key} = {tokens_per_step} is not divisible by data.seq_len = "
-            f"{' and '.join(str(length.seq_len) for length in lengths)}; the nearest is {near}."
+            f"is not divisible by data.seq_len = "
+            f"{' and '.join(str(length.seq_len) for length in lengths)}; the nearest is {near}.",
+            key=key,
+            value=tokens_per_step,
         )
 
 
@@ -168,8 +177,9 @@ def _length(
     given = _given(config, name)
     if len(given) > 1:
         raise UserError(
-            f"schedule has {given[0]} and {given[1]}; keep one of them "
-            f"(remove=schedule.KEY removes one that an extended recipe gives)."
+            f"has {given[0]} and {given[1]}; keep one of them "
+            f"(remove=schedule.KEY removes one that an extended recipe gives).",
+            key="schedule",
         )
     if not given:
         return None
@@ -214,8 +224,9 @@ def _main_schedule(config: PretrainConfig) -> tuple[Schedule, list[int]]:
     for number, steps in enumerate(known):
         if steps is None and (not covered or number != covered[-1]):
             raise UserError(
-                f"phases.{number} has no length; give tokens or steps (only the last phase "
-                "without a schedule of its own may go on to the end of the run's schedule)."
+                "has no length; give tokens or steps (only the last phase without a schedule of "
+                "its own may go on to the end of the run's schedule).",
+                key=f"phases.{number}",
             )
     given = sum((known[i] or 0) * size_of[i] for i in covered)
     is_open = bool(covered) and known[covered[-1]] is None
@@ -227,14 +238,16 @@ def _main_schedule(config: PretrainConfig) -> tuple[Schedule, list[int]]:
         left = math.ceil((main.total - given) / size_of[covered[-1]])
         if left < 1:
             raise UserError(
-                f"phases.{covered[-1]} has nothing left: the phases before it take {given} of the "
-                f"schedule's {main.total:.0f} tokens; shorten them or lengthen the schedule."
+                f"has nothing left: the phases before it take {given} of the "
+                f"schedule's {main.total:.0f} tokens; shorten them or lengthen the schedule.",
+                key=f"phases.{covered[-1]}",
             )
         known[covered[-1]] = left
     elif has_total and round(main.total) != given:
         raise UserError(
-            f"schedule: its {main.total:.0f} tokens are not the {given} of the phases that follow "
-            "it; remove schedule.total_tokens and total_steps, or the length of the last phase."
+            f"has {main.total:.0f} tokens, which are not the {given} of the phases that follow "
+            "it; remove schedule.total_tokens and total_steps, or the length of the last phase.",
+            key="schedule",
         )
     return main, [steps or 0 for steps in known]
 
@@ -246,11 +259,13 @@ def _given_steps(config: PretrainConfig, size_of: Sequence[int]) -> Iterator[int
             yield phase.steps
             continue
         if phase.steps is not None:
-            raise UserError(f"phases.{number} has tokens and steps; keep one of them.")
+            raise UserError("has tokens and steps; keep one of them.", key=f"phases.{number}")
         if phase.tokens % size:
             near = max(1, round(phase.tokens / size))
             raise UserError(
-                f"phases.{number}: tokens = {phase.tokens:.0f} are no whole steps of {size} "
-                f"tokens; the nearest is {near * size} (steps: {near})."
+                f"are no whole steps of {size} tokens; the nearest is {near * size} "
+                f"(steps: {near}).",
+                key=f"phases.{number}.tokens",
+                value=f"{phase.tokens:.0f}",
             )
         yield round(phase.tokens / size)

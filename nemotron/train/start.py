@@ -12,6 +12,7 @@ from nemotron.data.loader import TrainingData
 from nemotron.data.prefetch import TextBatches
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import bind
@@ -31,7 +32,7 @@ from nemotron.train.announce import model_line
 from nemotron.train.config import PretrainConfig
 from nemotron.train.flops import count_parameters, training_flops_per_token
 from nemotron.train.layout import Place, check_layout, describe_places, least_world
-from nemotron.train.loop import DONE, run
+from nemotron.train.loop import run
 from nemotron.train.loss import PretrainObjective
 from nemotron.train.reliability.deterministic import deterministic
 from nemotron.train.reliability.watchdog import Watchdog

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED, WRONG_INPUT
 from nemotron.ops.tuning import base
 from nemotron.ops.tuning.base import Base
 from nemotron.tune.candidates import order, text
@@ -18,7 +19,6 @@ from nemotron.tune.problems import PROBLEMS, Target, sizes_of, targets
 from nemotron.tune.search import FIRST_BATCH, Search, verify
 from nemotron.tune.timing import Timer
 
-DONE, FOUND_WRONG, WRONG_INPUT = 0, 1, 2
 DEFAULT_SHAPES = "nano"
 
 
@@ -75,7 +75,7 @@ def _main(options: argparse.Namespace) -> int:
         complaints = verify(chosen, known, timer, _say)
         for complaint in complaints:
             _say(complaint)
-        return FOUND_WRONG if complaints else DONE
+        return FAILED if complaints else DONE
     with Pool(name, options.processes) as pool:
         search = Search(chosen, known, timer, pool, _say, lambda found: base.write(path, found))
         search.run(options.seconds)

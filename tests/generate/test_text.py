@@ -4,6 +4,7 @@ import itertools
 import random
 
 import pytest
+import tokenizers
 
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.generate.text import StopStrings, TextStream
@@ -40,6 +41,24 @@ def test_text_goes_on_after_bytes_that_are_no_character(tokenizer: Tokenizer) ->
     text = "".join(stream.push(token) for token in ids) + stream.close()
     assert text == tokenizer.decode(ids)
     assert text.endswith(" fine 日 done")
+
+
+def test_words_of_a_metaspace_tokenizer_keep_their_spaces() -> None:
+    made = tokenizers.Tokenizer(tokenizers.models.WordLevel(
+        {"<unk>": 0, "\u2581the": 1, "\u2581cat": 2, "\u2581sat": 3, ".": 4, "</s>": 5}, "<unk>"
+    ))  # fmt: skip
+    made.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made.decoder = tokenizers.decoders.Metaspace()
+    made.add_special_tokens(["</s>"])
+    spaced = Tokenizer(made.to_str().encode())
+    ids = [1, 2, 5, 3, 4, 1, 5, 5, 2]
+    stream = TextStream(spaced)
+    assert [stream.push(token) for token in ids] == [
+        "the", " cat", "", " sat", ".", " the", "", "", " cat",
+    ]  # fmt: skip
+    assert stream.close() == ""
+    after_prompt = TextStream(spaced, [1, 2])
+    assert "".join(map(after_prompt.push, [3, 4])) + after_prompt.close() == " sat."
 
 
 def test_special_tokens_are_not_shown(tokenizer: Tokenizer) -> None:

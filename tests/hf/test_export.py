@@ -2,6 +2,8 @@ import json
 import math
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -42,6 +44,7 @@ def checked(run: Path) -> Path:
     return run / "export"
 
 
+@pytest.mark.slow
 def test_an_export_ends_with_a_check_whose_report_lies_beside_it(checked: Path):
     report = json.loads((checked / "export_report.json").read_text())
     assert {check["check"]: check["outcome"] for check in report["checks"]} == {
@@ -54,9 +57,11 @@ def test_an_export_ends_with_a_check_whose_report_lies_beside_it(checked: Path):
     assert hash_file(checked / "model-00001-of-00001.safetensors") in report["xxh128"].values()
 
 
+@pytest.mark.slow
 def test_every_file_of_a_released_folder_is_there(checked: Path):
     names = {path.name for path in checked.iterdir()}
     assert names == {
+        ".nemotron.json",
         "README.md", "config.json", "export_report.json", "generation_config.json",
         "model-00001-of-00001.safetensors", "model.safetensors.index.json",
         "special_tokens_map.json", "tokenizer.json", "tokenizer_config.json",
@@ -199,10 +204,10 @@ def test_a_failed_check_leaves_the_old_export_alone(
 ):
     out = tmp_path / "out"
     assert export(run, out, check=False) == 0
-    (out / "mine").write_text("kept")
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
     monkeypatch.setattr("nemotron.hf.export.run_selfcheck", lambda *_: False)
     assert export(run, out, overwrite=True) == 1
-    assert (out / "mine").exists()
+    assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == before
     assert sorted(os.listdir(tmp_path)) == ["out", "out.failed"]
     assert "out.failed" in capsys.readouterr().out
 
@@ -211,10 +216,62 @@ def test_an_export_replaces_another_only_when_told(run: Path, tmp_path: Path):
     out = tmp_path / "exported/mine"  # its parent does not exist yet
     assert export(run, out, check=False) == 0
     assert f"{out} exists already; add --overwrite" in refusal(run, out)
-    (out / "stale").write_text("")
+    card = (out / "README.md").read_text()
     assert export(run, out, overwrite=True, check=False) == 0
-    assert not (out / "stale").exists()
+    (out / "model.gguf").write_text("made of it")
+    assert f"{out / 'model.gguf'} is not of nemotron export" in refusal(run, out, overwrite=True)
+    (out / "model.gguf").unlink()
+    (out / "README.md").write_text(f"{card} and my own words")
+    assert "README.md was changed since" in refusal(run, out, overwrite=True)
+    assert "my own words" in (out / "README.md").read_text()
     assert os.listdir(out.parent) == ["mine"]
+
+
+@pytest.mark.parametrize("name", [".out.partial", "out.failed"])
+def test_what_has_the_name_of_unfinished_output_is_not_removed(run: Path, tmp_path: Path, name):
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "thesis.tex").write_text("")
+    message = refusal(run, tmp_path / "out", check=False)
+    assert str(tmp_path / name) in message
+    assert [str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*")] == [
+        name,
+        f"{name}/thesis.tex",
+    ]
+
+
+def test_a_link_is_not_followed_and_the_old_name_of_a_replaced_folder_is_free(
+    run: Path, tmp_path: Path
+):
+    (tmp_path / ".out.old").mkdir()
+    (tmp_path / ".out.old" / "mine").write_text("")
+    (tmp_path / "away").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "away")
+    assert "is a link" in refusal(run, tmp_path / "out", overwrite=True)
+    (tmp_path / "out").unlink()
+    for _ in range(2):
+        assert export(run, tmp_path / "out", overwrite=True, check=False) == 0
+    assert (tmp_path / ".out.old" / "mine").exists()
+    assert sorted(os.listdir(tmp_path)) == [".out.old", "away", "out"]
+
+
+def test_a_full_disk_ends_an_export_and_an_import_with_a_sentence(run: Path, tmp_path: Path):
+    for arguments in (["export", str(run)], ["import", str(tmp_path / "whole")]):
+        if arguments[0] == "import":
+            assert export(run, tmp_path / "whole", check=False) == 0
+        program = (
+            "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "
+            "from nemotron.cli import main; main(sys.argv[1:])"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program, *arguments, "--out", str(tmp_path / "out")],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode in (1, 2), done.stderr
+        assert "File too large" in done.stderr + done.stdout
+        assert "Traceback" not in done.stderr
+        assert not [name for name in os.listdir(tmp_path) if "out" in name]
 
 
 def test_a_folder_that_is_no_export_is_never_replaced(run: Path, tmp_path: Path):

@@ -17,6 +17,7 @@ from nemotron.hf.export import export
 from nemotron.hf.import_ import import_
 from nemotron.hf.shards import INDEX
 from nemotron.loading import load
+from nemotron.outputs import MARK
 
 SINGLE = "model.safetensors"
 
@@ -61,6 +62,7 @@ def test_importing_and_exporting_again_gives_the_same_files(exported: Path, tmp_
     first, second = digests(exported), digests(tmp_path / "again")
     card = first.pop("README.md"), second.pop("README.md")
     assert card[0] != card[1]
+    assert first.pop(MARK) != second.pop(MARK)  # it has the size of the card
     assert first == second
     assert len(first) > 8
 
@@ -219,6 +221,7 @@ def test_chat_template_and_generation_settings_travel_along(single: Path, tmp_pa
     assert (tmp_path / "out" / "chat_template.jinja").read_text() == "{{ messages }}"
 
 
+@pytest.mark.slow
 def test_a_flipped_bit_is_found_by_the_hashes_of_our_own_export(run: Path, tmp_path: Path):
     assert export(run, tmp_path / "out") == 0
     (shard,) = (tmp_path / "out").glob("*.safetensors")
@@ -267,6 +270,13 @@ def test_a_run_is_replaced_only_when_told_and_only_if_it_was_imported(
     assert "add --overwrite" in refusal(single, out)
     assert import_(single, out, overwrite=True) == 0
     assert "not replaced" in refusal(single, run, overwrite=True)
+    (out / "metrics.jsonl").write_text("trained since")
+    assert f"{out / 'metrics.jsonl'} is not of nemotron import" in refusal(
+        single, out, overwrite=True
+    )
+    assert f"{single} is an input and lies in {tmp_path}" in refusal(
+        single, tmp_path, overwrite=True
+    )
 
 
 def test_a_tied_head_may_be_absent_but_not_different(single: Path, tmp_path: Path):

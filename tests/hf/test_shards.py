@@ -10,7 +10,9 @@ import torch
 from safetensors.torch import save_file
 
 from nemotron.errors import UserError
-from nemotron.hf.shards import INDEX, SINGLE, ShardedFolder
+from nemotron.hf.formats import RELEASED
+from nemotron.hf.names import DiskParameter
+from nemotron.hf.shards import INDEX, SINGLE, ShardedFolder, write_shards
 
 FIRST, SECOND = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
 
@@ -55,6 +57,19 @@ def test_a_single_file_needs_no_index(folder: Path):
     (folder / INDEX).unlink()
     (folder / FIRST).rename(folder / SINGLE)
     assert list(ShardedFolder(folder).tensors) == ["a"]
+
+
+def test_shards_are_filled_up_to_their_limit_and_a_larger_tensor_has_one_of_its_own(tmp_path: Path):
+    sizes = {"a": 3, "b": 4, "c": 5, "d": 1, "e": 30, "f": 2}
+    parameters = [
+        DiskParameter(n, (size,), n, None, RELEASED.of(n, (size,))) for n, size in sizes.items()
+    ]
+    read = lambda p: {p.name: torch.zeros(p.shape, dtype=torch.bfloat16)}  # noqa: E731
+    assert write_shards(tmp_path, parameters, read, max_shard_bytes=2 * 12) == 2 * 45
+    found: dict[str, str] = {}
+    for name, stored in ShardedFolder(tmp_path).tensors.items():
+        found[stored.file[6:11]] = found.get(stored.file[6:11], "") + name
+    assert found == {"00001": "abc", "00002": "d", "00003": "e", "00004": "f"}
 
 
 def header(content: bytes) -> bytes:

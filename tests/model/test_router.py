@@ -1,9 +1,10 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
-from nemotron.data.batch import Batch
+from nemotron.data.batch import Batch, Row, pack
 from nemotron.model.router import Router, routers
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
@@ -98,6 +99,33 @@ def test_the_bias_of_a_model_is_stored_in_float32_and_moves_with_the_counts_of_a
     signs = torch.sign(routing[0].counts.float().mean() - routing[0].counts)
     assert torch.equal(gate.e_score_correction_bias, before + 0.5 * signs)
     assert gate.e_score_correction_bias.dtype == torch.float32
+
+
+def test_padding_counts_as_no_expert_s_load_and_costs_no_balance():
+    """Rows of whole documents, short ones filled up, beside the same documents alone."""
+    model, objective = build(), PretrainObjective(LossConfig(), num_depths=2)
+    ids = tokens(1, 24)[0].numpy()
+    rows = [Row(ids[:stop], np.asarray(starts)) for stop, starts in [(24, [0, 9]), (15, [0, 9])]]
+    packed = pack(rows, 23, eod_id=2, mask_eod_loss=False).look_ahead(2)
+    assert packed.padding is not None
+    assert packed.num_tokens == 23 + 15
+    sums, routing = compute_sums(objective, model, packed)
+    alone = [
+        pack([row], min(23, len(row.tokens)), eod_id=2, mask_eod_loss=False).look_ahead(2)
+        for row in rows
+    ]
+    parts = [compute_sums(objective, model, batch) for batch in alone]
+    assert [batch.padding for batch in alone] == [None, None]
+    for index, stats in enumerate(routing):
+        assert torch.equal(stats.counts, sum(part[1][index].counts for part in parts))
+    assert (sums - sum(part[0] for part in parts)).abs().max() <= 1e-12 * sums.abs().max()
+    counts = sum(objective.counts(batch) for batch in alone)
+    assert torch.equal(objective.counts(packed), counts)
+    # what fills the row up makes no difference
+    packed.input_ids[packed.padding] = 3
+    other, again = compute_sums(objective, model, packed)
+    assert torch.equal(other, sums)
+    assert all(torch.equal(a.counts, b.counts) for a, b in zip(again, routing, strict=True))
 
 
 def test_the_balance_loss_follows_its_formula_and_ignores_the_bias():

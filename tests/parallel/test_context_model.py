@@ -76,7 +76,9 @@ def batch(case: Case) -> Batch:
     labels = tokens[:, 1:].masked_fill(torch.rand(2, 40, generator=g) < 0.2, NO_LABEL)
     seq_idx = None if case.documents is None else numbers(*case.documents)
     weights = torch.rand(2, 40, generator=g)
-    return Batch(tokens[:, :-1], labels, seq_idx, weights).look_ahead(OBJECTIVE.num_depths)
+    padding = torch.arange(40) >= torch.tensor([[40], [33]])
+    rows = Batch(tokens[:, :-1], labels, seq_idx, weights, padding=padding)
+    return rows.look_ahead(OBJECTIVE.num_depths)
 
 
 def outcome(model: HybridLM, rows: Batch) -> dict[str, Tensor]:

@@ -26,8 +26,8 @@ def found(seq_len: int = 512, rows: int = 48, micro_batch: int = 1, **sizes: obj
     others = config.pp * config.dp_replicate * config.cp * config.tp
     shard = 1 if config.dp_shard == "auto" else config.dp_shard
     return [
-        f"{key} {problem}"
-        for key, problem in violations(
+        str(broken)
+        for broken in violations(
             resolve_dims(config, others * shard),
             MODEL,
             config,
@@ -119,7 +119,9 @@ def test_auto_takes_the_processes_that_are_left():
 
 
 def test_sizes_that_do_not_make_up_the_processes_are_refused():
-    with pytest.raises(UserError, match="tp = 4 does not divide the 6 processes; start 8, or"):
+    with pytest.raises(UserError, match="tp = 4 processes, but there are 6 processes; start 8, or"):
         resolve_dims(ParallelConfig(tp=4), 6)
-    with pytest.raises(UserError, match="= 8, but there is 1 process; start 8, or set parallel"):
+    with pytest.raises(
+        UserError, match="= 8 processes, but there is 1 process; start 8, or set parallel"
+    ):
         resolve_dims(ParallelConfig(dp_shard=8), 1)

@@ -12,6 +12,8 @@ from tests.support.pool import Pool
 pytestmark = pytest.mark.distributed
 
 NUM_STEPS = 20
+FEWER_STEPS = 8
+"""Of four ranks: that errors do not grow in twenty steps is shown for each kind by two."""
 
 ON_TWO: dict[str, dict[str, Any]] = {
     "fsdp2": {},
@@ -57,6 +59,13 @@ def alone(values: dict[str, Any]) -> Outcome:
     return run_steps(values, NUM_STEPS)
 
 
+@pytest.fixture(scope="session")
+def alone_for_less(values: dict[str, Any]) -> Outcome:
+    """The same for fewer steps."""
+    torch.set_num_threads(1)
+    return run_steps(values, FEWER_STEPS)
+
+
 def laid_out(values: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
     """Return the recipe in a layout; stages and sums without exchange need micro-batches."""
     one_row = "pp" in layout or not layout.get("sync_every_micro_batch", True)
@@ -64,7 +73,9 @@ def laid_out(values: dict[str, Any], layout: dict[str, Any]) -> dict[str, Any]:
     return values | {"parallel": layout, "batch": batch}
 
 
-def check(outcomes: list[Outcome], alone: Outcome, *, loss: float = 1e-6) -> None:
+def check(
+    outcomes: list[Outcome], alone: Outcome, *, loss: float = 1e-6, drift: float = 1e-4
+) -> None:
     for outcome in outcomes[1:]:
         # every rank knows the same of the step, bit by bit
         assert outcome.losses == outcomes[0].losses
@@ -84,9 +95,9 @@ def check(outcomes: list[Outcome], alone: Outcome, *, loss: float = 1e-6) -> Non
         bound = 1e-6 + 1e-5 * expected[name].abs().max()
         assert (gradient - expected[name]).abs().max() <= bound, name
     # AdamW divides by the root of tiny second moments: rounding grows from step to step
-    assert first.losses == pytest.approx(alone.losses, rel=1e-4)
+    assert first.losses == pytest.approx(alone.losses, rel=drift)
     for name, value in alone.validation.items():
-        assert first.validation[name] == pytest.approx(value, rel=1e-4), name
+        assert first.validation[name] == pytest.approx(value, rel=drift), name
     assert joined([o.weights for o in outcomes]).keys() == expected.keys()
 
 
@@ -96,8 +107,9 @@ def test_two_ranks_train_as_one(pair: Pool, values: dict, alone: Outcome, layout
 
 
 @pytest.mark.parametrize("layout", ON_FOUR)
-def test_four_ranks_train_as_one(four: Pool, values: dict, alone: Outcome, layout: str):
-    check(four.run(run_steps, laid_out(values, ON_FOUR[layout]), NUM_STEPS), alone)
+def test_four_ranks_train_as_one(four: Pool, values: dict, alone_for_less: Outcome, layout: str):
+    outcomes = four.run(run_steps, laid_out(values, ON_FOUR[layout]), FEWER_STEPS)
+    check(outcomes, alone_for_less, drift=1e-5)
 
 
 VARIANTS: dict[str, dict[str, Any]] = {

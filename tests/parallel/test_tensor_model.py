@@ -86,6 +86,7 @@ def draw(rows: int = 2, length: int = 12) -> Batch:
         labels,
         begins.cumsum(1).int(),
         torch.rand(rows, length, generator=generator),
+        padding=torch.arange(length) >= torch.tensor([[length], [length - 5]])[:rows],
     )
     return batch.look_ahead(2)
 

@@ -46,7 +46,7 @@ def test_a_group_shares_its_weight_by_its_members_weights_and_tiers():
 @pytest.mark.parametrize(
     ("source", "sentence"),
     [
-        ({"name": "x", "path": "p", "tier": "gold"}, "tier 'gold' of 'x' is not a key of tiers"),
+        ({"name": "x", "path": "p", "tier": "gold"}, "tier 'gold' for 'x', which is not a key"),
         ({"name": "g", "path": "p", "sources": [{"name": "code"}]}, "has a path and members"),
         ({"name": "g", "sources": [{"name": "web"}]}, "'web' has no path and is not an embedded"),
         ({"name": "g", "sources": [{"name": "code"}, {"name": "code"}]}, "names 'code' twice"),

@@ -9,9 +9,8 @@ import pytest
 from pydantic import Field
 
 from nemotron.cli import run
-from nemotron.errors import UserError
+from nemotron.errors import Finding, UserError
 from nemotron.recipe.load import load_recipe
-from nemotron.recipe.read import Finding
 from nemotron.recipe.show import schema
 from nemotron.recipe.stages import STAGES, Stage
 from nemotron.section import Section
@@ -40,7 +39,7 @@ class CorrectConfig(RunConfig):
 
 def contradictions(config: CorrectConfig) -> Iterator[Finding]:
     if config.repair.rows > config.batch.global_tokens:
-        yield "repair.rows", f"= {config.repair.rows} is over the tokens of a step."
+        yield Finding("repair.rows", "is over the tokens of a step.", config.repair.rows)
 
 
 @pytest.fixture

@@ -17,6 +17,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from tests.support import forked
+
 TIMEOUT_S = 120
 
 
@@ -49,14 +51,10 @@ class Pool:
         self._processes, self._pipes = [], []
 
     def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")
         folder = Path(tempfile.mkdtemp())
         for rank in range(self.world):
-            ours, theirs = context.Pipe()
-            process = context.Process(
-                target=_serve, args=(rank, self.world, folder, theirs), daemon=True
-            )
-            process.start()
+            ours, theirs = multiprocessing.Pipe()
+            process = forked.start(_serve, rank, self.world, folder, theirs, daemon=True)
             theirs.close()
             self._processes.append(process)
             self._pipes.append(ours)

@@ -18,6 +18,7 @@ def rows(tmp_path: Path, *words: str) -> list[dict]:
     return [json.loads(line) for line in (tmp_path / "rows.jsonl").read_text().splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("part", ["layers", "blocks"])
 def test_every_backend_of_every_format_is_compared_with_bfloat16(tmp_path: Path, part: str):
     found = rows(tmp_path, part, "--models", "tiny", "--tokens", "32", "--experts", "4")
@@ -38,6 +39,7 @@ def test_every_backend_of_every_format_is_compared_with_bfloat16(tmp_path: Path,
     assert all(row["off the emulation"] < 1e-2 for row in found if row["backend"] == "torch")
 
 
+@pytest.mark.slow
 def test_steps_are_compared_with_those_of_bfloat16(tmp_path: Path):
     recipe = str(ROOT / "recipes/tiny/smoke.yaml")
     found = rows(tmp_path, "steps", "--recipe", recipe, "--presets", "nvfp4", "fp8_delayed")

@@ -4,9 +4,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 TOOL = Path(__file__).parents[2] / "tools" / "kill_test.py"
 
 
+@pytest.mark.slow
 def test_four_kills_lose_no_bit():
     command = [sys.executable, str(TOOL), "--kills", "4", "--steps", "40", "--seed", "11"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from nemotron.run.metrics import read_metrics
 from nemotron.train.start import train
 from tests.support.same_run import assert_same_run
@@ -20,6 +22,7 @@ PHASES = [
 SCHEDULE = {"peak": 1e-2, "warmup_steps": 2, "decay_steps": 2}
 
 
+@pytest.mark.slow
 def test_phases_change_batch_rows_and_rate_and_survive_a_stop_in_each(recipe, capsys):
     whole = recipe("whole", phases=PHASES, schedule=SCHEDULE)
     assert train(whole) == 0

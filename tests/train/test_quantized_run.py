@@ -25,6 +25,7 @@ def test_every_preset_learns(recipe, preset: str):
     assert losses[-1] < losses[0] - 0.5
 
 
+@pytest.mark.slow
 def test_a_resumed_run_draws_the_same_bits_across_a_change_of_format(recipe, capsys):
     changing = precision("nvfp4_all", switches=[{"step": 4, "preset": "mxfp8"}])
     whole, stopped = (recipe(name, precision=changing) for name in ("whole", "stopped"))
@@ -69,6 +70,7 @@ def test_a_run_may_go_on_in_another_format(recipe, before: str, after: str):
     assert all(t.isfinite().all() and (t != 1).any() for t in scales)
 
 
+@pytest.mark.slow
 def test_delayed_scales_go_on_where_a_run_was_stopped_and_start_anew_with_another_history(recipe):
     whole, stopped = (recipe(name, precision=precision("fp8_delayed")) for name in ("whole", "cut"))
     assert train(whole) == 0

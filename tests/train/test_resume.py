@@ -1,43 +1,27 @@
 """2N steps = N + any end + N, bit for bit, the metrics file included."""
 
 import json
-import os
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 from nemotron.train.config import PretrainConfig
 from nemotron.train.start import train
+from tests.support.forked import Forked
 from tests.support.same_run import assert_same_run, computed_metrics
 
-WORKER = """
-import json, sys, torch
-torch.set_num_threads(1)
-from nemotron.train.config import PretrainConfig
-from nemotron.train.start import train
-config = PretrainConfig.model_validate(json.loads(sys.argv[1]))
-sys.exit(train(config, resume="--resume" in sys.argv))
-"""
+
+def start(config: PretrainConfig) -> Forked:
+    return Forked(train, config, output=Path(config.output).parent / f"{config.name}.txt")
 
 
-def start(config: PretrainConfig, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-c", WORKER, json.dumps(config.model_dump()), *arguments]
-    root = Path(__file__).parents[2]
-    environment = os.environ | {"PYTHONPATH": str(root)}
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    )
-
-
-def wait_for_step(config: PretrainConfig, step: int, process: subprocess.Popen) -> None:
+def wait_for_step(config: PretrainConfig, step: int, process: Forked) -> None:
     metrics = Path(config.output) / config.name / "metrics.jsonl"
     while process.poll() is None:
         if metrics.exists() and f'"step": {step},' in metrics.read_text():
             return
         time.sleep(0.002)
-    raise AssertionError(process.stdout.read())
+    raise AssertionError(process.text)
 
 
 def long(steps: int = 400) -> dict:
@@ -58,9 +42,8 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, undisturbed):
     config = recipe("killed")
     process = start(config)
     wait_for_step(config, 5, process)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
     run = Path(config.output) / config.name
     assert not (run / "checkpoints" / "step-00000008").exists()
     assert train(config, resume=True) == 0
@@ -71,8 +54,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(recipe, undisturb
     config = recipe("early")
     process = start(config)
     wait_for_step(config, 1, process)
-    process.kill()
-    process.communicate()
+    process.end()
     run = Path(config.output) / config.name
     assert train(config, resume=True) == 0
     assert_same_run(run, undisturbed)
@@ -82,9 +64,9 @@ def test_sigterm_saves_and_says_how_to_go_on(recipe):
     config = recipe("terminated", schedule=long())
     process = start(config)
     wait_for_step(config, 3, process)
-    process.terminate()
-    output = process.communicate()[0]
-    assert process.returncode == 75, output
+    process.send_signal(signal.SIGTERM)
+    code, output = process.wait(), process.text
+    assert code == 75, output
     assert "stopped by SIGTERM" in output
     assert f"{config.output}/terminated/recipe.yaml --resume" in output
     done = computed_metrics(Path(config.output) / "terminated")[-1]["step"]
@@ -98,11 +80,9 @@ def test_a_second_interrupt_leaves_at_once(recipe):
     process = start(config)
     wait_for_step(config, 1, process)
     process.send_signal(signal.SIGINT)
-    while "Ctrl-C again" not in process.stdout.readline():
-        assert process.poll() is None
+    process.wait_for_text("Ctrl-C again")
     process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode == 130
+    assert process.wait() == 130
     run = Path(config.output) / config.name
     assert not (run / "checkpoints").exists()
 

@@ -79,6 +79,7 @@ def test_going_back_is_the_same_when_checkpoints_are_written_beside_training(rol
 
 
 @pytest.mark.parametrize("stops", [[6], [8], [4, 7, 11]])
+@pytest.mark.slow
 def test_a_run_that_is_stopped_around_a_rollback_resumes_to_the_same_bits(rolling, stops):
     whole, parts = rolling("whole"), rolling("parts")
     assert train(whole) == 0

@@ -161,16 +161,16 @@ def test_a_phase_with_a_schedule_of_its_own_counts_for_itself(plan):
 @pytest.mark.parametrize(
     ("phases", "schedule", "sentence"),
     [
-        ([{"name": "a", "tokens": 200}], {}, r"phases.0: tokens = 200 .* the nearest is 155 \(st"),
+        ([{"name": "a", "tokens": 200}], {}, r"phases.0.tokens = 200 .* the nearest is 155 \(st"),
         ([{"name": "a", "tokens": 155, "steps": 1}], {}, "tokens and steps; keep one"),
         ([{"name": "a"}, {"name": "b", "steps": 9}], {}, "phases.0 has no length"),
         ([{"name": "a", "steps": 9}, {"name": "b"}], {}, "schedule has no length"),
         ([{"name": "a", "steps": 9}, {"name": "b"}], {"total_steps": 9}, "phases.1 has nothing le"),
-        ([{"name": "a", "steps": 9}], {"total_steps": 8}, "1240 tokens are not the 1395 of the"),
+        ([{"name": "a", "steps": 9}], {"total_steps": 8}, "1240 tokens, which are not the 1395 of"),
         (
             [{"name": "a", "steps": 9, "seq_len": 30}],
             {},
-            "phases.0: global_tokens = 155 is not divisible by data.seq_len = 30; the nearest is",
+            "phases.0.global_tokens = 155 is not divisible by data.seq_len = 30; the nearest is",
         ),
     ],
 )

@@ -28,6 +28,7 @@ def check_messages(messages: object, tools: object = None) -> None:
         _check_role(message.get("role"), where, is_first=index == 0)
         _check_content(message, where)
         _check_reasoning(message, where)
+        _check_weight(message, where)
         if message["role"] == "tool" and not results_may_follow:
             raise ValueError(
                 f"{where}.role is tool, but no assistant message with tool_calls comes before it; "
@@ -83,6 +84,19 @@ def _check_reasoning(message: Message, where: str) -> None:
             f"{where}.reasoning_content is {_kind(reasoning)}; give a string, or leave it out."
         )
     _refuse_turn_tokens(reasoning, f"{where}.reasoning_content")
+
+
+def _check_weight(message: Message, where: str) -> None:
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and (isinstance(weight, bool) or weight not in (0, 1)):
+        raise ValueError(f"{where}.weight is {weight!r}; give 0 (not learned) or 1.")
+    if train is not None and not isinstance(train, bool):
+        raise ValueError(f"{where}.train is {train!r}; give true or false.")
+
+
+def is_learned(message: Message) -> bool:
+    """Say whether an assistant's message is to be learned: `weight` 0 and `train` false say no."""
+    return message.get("weight") in (None, 1) and message.get("train") is not False
 
 
 def _check_calls(message: Message, where: str) -> None:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
-from nemotron.data.chat.check import Message, call_arguments, check_messages, text_of
+from nemotron.data.chat.check import Message, call_arguments, check_messages, is_learned, text_of
 from nemotron.data.chat.template import TEMPLATE, fill, load_template
 
 Effort = Literal["low", "efficient"]
@@ -64,7 +64,8 @@ def training_sequences(
     Without reasoning that is one text, with all of the assistant's turns supervised. With
     reasoning it is one text for each user message that the assistant answers: it ends with the
     last of these answers, and only they are supervised, since the reasoning of earlier ones is
-    not what inference would show. What follows the assistant's last turn is left out.
+    not what inference would show. What follows the assistant's last turn is left out, and a turn
+    with `weight: 0` or `train: false` is not supervised.
 
     Raises:
         ValueError: as `check_messages` does.
@@ -80,15 +81,22 @@ def training_sequences(
     )
     answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     if not enable_thinking or not any(_has_reasoning(messages[i]) for i in answers):
-        return [write(messages[: answers[-1] + 1])]
+        return [_learned_only(write(messages[: answers[-1] + 1]), [messages[i] for i in answers])]
     starts = [i for i, message in enumerate(messages) if message["role"] == "user"] or [0]
     sequences = []
     for start, stop in zip(starts, [*starts[1:], len(messages)], strict=True):
         own = [i for i in answers if start <= i < stop]
         if own:
             whole = write(messages[: own[-1] + 1])
-            sequences.append(replace(whole, supervised=whole.supervised[-len(own) :]))
+            last = replace(whole, supervised=whole.supervised[-len(own) :])
+            sequences.append(_learned_only(last, [messages[i] for i in own]))
     return sequences
+
+
+def _learned_only(rendered: Rendered, answers: Sequence[Message]) -> Rendered:
+    """Keep the spans of the answers that are to be learned."""
+    spans = zip(rendered.supervised, answers, strict=True)
+    return replace(rendered, supervised=tuple(span for span, m in spans if is_learned(m)))
 
 
 def _with_parsed_arguments(message: Message, index: int) -> Message:

@@ -10,8 +10,7 @@ from nemotron.data.prepare.inputs import plan
 from nemotron.data.prepare.options import PrepareOptions
 from nemotron.data.prepare.run import prepare as run
 from nemotron.data.tokenizer import load_tokenizer
-
-DONE = 0
+from nemotron.exit_codes import DONE
 
 
 def prepare(
@@ -32,7 +31,7 @@ def prepare(
     """
     if dry_run:
         load_tokenizer(tokenizer, "--tokenizer").id(options.eod_token)
-        made = plan(sources, options)
+        made = plan(sources, options, (out,))
         size = sum(unit.size for unit in made.units)
         print(
             f"{len(made.inputs):,} inputs, {size / 1e6:,.1f} MB, would become up to "
@@ -72,5 +71,10 @@ def describe(manifest: Manifest, out: Path) -> list[str]:
     if any(left_out.values()):
         listed = ", ".join(f"{number:,} {what}" for what, number in left_out.items() if number)
         lines.append(f"left out: {listed}")
+    if manifest.validation_fraction and not counts.held_out_documents:
+        lines.append(
+            f"no document is held out: --hold-out {manifest.validation_fraction:g} selected none "
+            f"of {counts.documents:,}; a run needs a larger share, or a set in data.validation"
+        )
     lines.append(f"use it as: sources: [{{name: {out.name}, path: {out}}}]")
     return lines

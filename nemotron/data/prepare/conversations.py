@@ -4,10 +4,14 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from nemotron.data.chat.forms import openai_messages, openai_tools
 from nemotron.data.chat.render import Rendered, training_sequences
 from nemotron.data.prepare.encode import Ids
 from nemotron.data.prepare.options import ChatOptions
+from nemotron.data.prepare.read import no_column
 from nemotron.data.tokenizer import Tokenizer
+
+HALF_CHARACTER = "a lone surrogate, which is no character"
 
 
 def encode_conversation(
@@ -19,19 +23,38 @@ def encode_conversation(
 
     Raises:
         ValueError: when the row is no conversation, in one sentence.
+        RecursionError: when it is nested too deep.
     """
     messages, tools = row.get(options.messages_column), row.get(options.tools_column)
     if messages is None:
-        names = ", ".join(row) or "none"
-        raise ValueError(f"has no column {options.messages_column} (its columns: {names})")
-    messages, tools = _parsed(messages), _parsed(tools) or None
+        raise ValueError(no_column(options.messages_column, row))
+    messages = openai_messages(_parsed(messages))
+    tools = openai_tools(_parsed(tools)) or None
     sequences = training_sequences(
         messages,
         tools,
         enable_thinking=options.enable_thinking,
         truncate_history_thinking=options.truncate_history_thinking,
     )
+    if not all(is_unicode(sequence.text) for sequence in sequences):
+        raise ValueError(f"has a text with {HALF_CHARACTER}")
     return [encode_rendered(sequence, tokenizer) for sequence in sequences]
+
+
+def is_unicode(text: str) -> bool:
+    """Say whether a text has only whole characters; JSON can escape one half of a pair."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def without_nulls(value: Any) -> Any:  # Any: nested values of a table
+    """Leave out members of objects that are null: a table fills absent ones in with it."""
+    if isinstance(value, Mapping):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def _parsed(value: Any) -> Any:  # Any: nested JSON

@@ -34,15 +34,37 @@ def describe_hub(source: str, options: HubOptions) -> tuple[dict[str, Any], list
 
 def read_hub(
     source: str, options: HubOptions, start: int, stop: int
-) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Yield number and content of each row of a unit."""
+) -> Iterator[tuple[int, Mapping[str, Any] | str]]:
+    """Yield number and content of each row of a unit, or why it cannot be read.
+
+    Raises:
+        UserError: when a streamed data set cannot be read on.
+    """
     found = _load(source, options)
     if options.streaming:
-        rows = iter(found.shard(num_shards=found.num_shards, index=start))
-        yield from enumerate(rows)
+        number = -1
+        try:
+            for number, row in enumerate(found.shard(num_shards=found.num_shards, index=start)):
+                yield number, row
+        except (ValueError, OverflowError, OSError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(
+                f"{source} cannot be read after row {number} of part {start}: {reason}"
+            ) from None
         return
     for number in range(start, stop):
-        yield number, found[number]
+        try:
+            yield number, found[number]
+        except (ValueError, OverflowError) as error:
+            yield number, bad_value("", error)
+
+
+def bad_value(column: str, error: Exception) -> str:
+    """Say which value of a row cannot be read, and why."""
+    where = f"has a {column}" if column else "has a value"
+    if isinstance(error, UnicodeError):
+        return f"{where} that is not UTF-8 text"
+    return f"{where} that cannot be read ({' '.join(str(error).split())[:200]})"
 
 
 @cache

@@ -2,7 +2,7 @@
 
 import glob
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from nemotron.data.prepare.hub import HUB, describe_hub
 from nemotron.data.prepare.options import PrepareOptions
 from nemotron.errors import UserError
 
-COMPRESSED = (".gz", ".zst")
+COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 KINDS = {
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
@@ -62,10 +62,14 @@ class Plan:
     inputs: tuple[dict[str, Any], ...]  # Any: strings and numbers
     stamps: tuple[int, ...]
     """When each input was changed last; a resumed preparation refuses others."""
+    files: tuple[Path, ...]
+    """Every file that is read."""
 
 
-def plan(sources: Sequence[str], options: PrepareOptions) -> Plan:
+def plan(sources: Sequence[str], options: PrepareOptions, outputs: Sequence[Path] = ()) -> Plan:
     """Find every input and cut them into units, the same ones on every machine.
+
+    Of a source that is a folder, `outputs` inside it are not read.
 
     Raises:
         UserError: when a source does not exist, holds nothing readable or cannot be read.
@@ -81,7 +85,7 @@ def plan(sources: Sequence[str], options: PrepareOptions) -> Plan:
             stamps.append(0)
             pieces += [Piece("hub", source, *part) for part in parts]
         else:
-            files += list(_files(source))
+            files += list(_files(source, outputs))
     sizes = [_size(path) for path in files]
     known: set[str] = set()
     for path in files:
@@ -93,7 +97,8 @@ def plan(sources: Sequence[str], options: PrepareOptions) -> Plan:
         inputs.append({"name": path, "bytes": size})
         stamps.append(os.stat(path).st_mtime_ns)
         pieces += _cut(path, size, target, options)
-    return Plan(tuple(_units(pieces, target)), tuple(inputs), tuple(stamps))
+    read = tuple(map(Path, files))
+    return Plan(tuple(_units(pieces, target)), tuple(inputs), tuple(stamps), read)
 
 
 def kind_of(path: str) -> str | None:
@@ -121,10 +126,10 @@ def open_parquet(path: str) -> Any:  # Any: pyarrow has no types
         ) from None
 
 
-def _files(source: str) -> Iterator[str]:
+def _files(source: str, outputs: Sequence[Path]) -> Iterator[str]:
     if os.path.isdir(source):
-        found = [str(path) for path in sorted(Path(source).rglob("*")) if path.is_file()]
-        readable = [path for path in found if kind_of(path)]
+        found = sorted(_walk(Path(source), {path.resolve() for path in outputs}))
+        readable = [str(path) for path in found if kind_of(str(path))]
         if not readable:
             raise UserError(
                 f"{source} contains no file to read ({', '.join(KINDS)}, also with "
@@ -135,13 +140,24 @@ def _files(source: str) -> Iterator[str]:
     if os.path.isfile(source):
         yield source
         return
-    found = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
-    if not found:
+    matched = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
+    if not matched:
         raise UserError(
             f"{source} does not exist; name files, folders or patterns, or a data set of the hub "
             f"as {HUB}owner/name."
         )
-    yield from found
+    yield from matched
+
+
+def _walk(folder: Path, outputs: Collection[Path]) -> Iterator[Path]:
+    """Yield the files below a folder, but those of outputs and of what begins with a dot."""
+    for path in folder.iterdir():
+        if path.name.startswith("."):
+            continue
+        if path.is_file():
+            yield path
+        elif path.is_dir() and not path.is_symlink() and path.resolve() not in outputs:
+            yield from _walk(path, outputs)
 
 
 def _size(path: str) -> int:

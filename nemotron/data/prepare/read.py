@@ -1,18 +1,20 @@
 """Rows of files and data sets, one after the other, in memory that does not grow."""
 
+import bz2
 import codecs
 import gzip
 import io
 import json
+import lzma
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, cast
 
-from nemotron.data.prepare.hub import read_hub
+from nemotron.data.prepare.hub import bad_value, read_hub
 from nemotron.data.prepare.inputs import COMPRESSED, Piece, open_parquet
-from nemotron.data.prepare.options import PrepareOptions
+from nemotron.data.prepare.options import PrepareOptions, parse_filter
 from nemotron.errors import UserError
 
 BLOCK = 1 << 20
@@ -56,7 +58,8 @@ def read_rows(
         yield from _read_parquet(piece, _columns(options), tick)
     else:
         for number, row in read_hub(piece.path, options.hub, piece.start, piece.stop):
-            yield partial(_row_name, piece.path, number), row
+            place = partial(_row_name, piece.path, number)
+            yield Bad(place(), row) if isinstance(row, str) else (place, row)
         tick(piece.size)
 
 
@@ -100,13 +103,11 @@ def line_number(path: str, offset: int) -> int:
     return lines
 
 
-def _columns(options: PrepareOptions) -> list[str] | None:
-    """Return the columns that are read; None for all, where a filter may need any."""
-    if options.filters:
-        return None
-    if options.chat is not None:
-        return [options.chat.messages_column, options.chat.tools_column]
-    return [options.column]
+def _columns(options: PrepareOptions) -> list[str]:
+    """Return the columns that are read: first the one without which a row is bad."""
+    chat = options.chat
+    own = [options.column] if chat is None else [chat.messages_column, chat.tools_column]
+    return [*own, *(parse_filter(text).column for text in options.filters)]
 
 
 def _read_json_lines(
@@ -118,7 +119,7 @@ def _read_json_lines(
             # the line that reaches into this piece belongs to the one before
             file.seek(piece.start - 1)
             _skip_line(file)
-        at, number = file.tell(), 0
+        at, number = 0 if compressed else file.tell(), 0
         while compressed or at < piece.stop:
             line = _damage_named(piece.path, file, lambda f: f.readline(most + 1))
             if not line:
@@ -127,7 +128,7 @@ def _read_json_lines(
             too_long = len(line) > most and not line.endswith(b"\n")
             if too_long:
                 _skip_line(file)
-            end = at + len(line) if not too_long else file.tell()
+            end = file.tell() if too_long and not compressed else at + len(line)
             place = (
                 partial(_line_name_at, piece.path, at)
                 if piece.start
@@ -153,8 +154,10 @@ def _parse_line(
         row = json.loads(line)
     except UnicodeDecodeError:
         yield Bad(place(), "is not UTF-8 text")
-    except (ValueError, RecursionError) as error:
-        yield Bad(place(), f"is not valid JSON ({getattr(error, 'msg', 'nested too deep')})")
+    except RecursionError:
+        yield Bad(place(), "is not valid JSON (nested too deep)")
+    except ValueError as error:
+        yield Bad(place(), f"is not valid JSON ({getattr(error, 'msg', 'a number is too long')})")
     else:
         if isinstance(row, dict):
             yield place, row
@@ -175,24 +178,29 @@ def _row_name(path: str, number: int) -> str:
 
 
 def _read_parquet(
-    piece: Piece, columns: list[str] | None, tick: Tick
-) -> Iterator[tuple[Place, Mapping[str, Any]]]:
+    piece: Piece, columns: list[str], tick: Tick
+) -> Iterator[tuple[Place, Mapping[str, Any]] | Bad]:
     import pyarrow
 
     file = open_parquet(piece.path)
-    names = set(file.schema_arrow.names)
-    chosen = None if columns is None else [name for name in columns if name in names]
-    first = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
-    number = first
+    names = file.schema_arrow.names
+    chosen = [name for name in dict.fromkeys(columns) if name in names]
+    groups = range(piece.start, piece.stop)
+    first = number = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
+    if columns[0] not in names:
+        for number in range(
+            first, first + sum(file.metadata.row_group(i).num_rows for i in groups)
+        ):
+            yield Bad(_row_name(piece.path, number), no_column(columns[0], names))
+        tick(piece.size)
+        return
     try:
         for batch in file.iter_batches(
-            ROWS_AT_ONCE,
-            row_groups=list(range(piece.start, piece.stop)),
-            columns=chosen,
-            use_threads=False,
+            ROWS_AT_ONCE, row_groups=list(groups), columns=chosen, use_threads=False
         ):
-            for row in batch.to_pylist():
-                yield partial(_row_name, piece.path, number), row
+            for row in _rows_of(batch):
+                place = partial(_row_name, piece.path, number)
+                yield Bad(place(), row) if isinstance(row, str) else (place, row)
                 number += 1
     except (OSError, pyarrow.ArrowException) as error:
         raise UserError(
@@ -202,21 +210,54 @@ def _read_parquet(
     tick(piece.size)
 
 
+def _rows_of(batch: Any) -> Iterator[Mapping[str, Any] | str]:  # Any: pyarrow has no types
+    """Yield each row, or why it cannot be read."""
+    try:
+        yield from batch.to_pylist()
+        return
+    except (ValueError, OverflowError):
+        pass  # one value spoils the batch, so look at the rows one by one
+    for number in range(batch.num_rows):
+        row: dict[str, Any] = {}
+        for name, column in zip(batch.schema.names, batch.columns, strict=True):
+            try:
+                row[name] = column[number].as_py()
+            except (ValueError, OverflowError) as error:
+                yield bad_value(name, error)
+                break
+        else:
+            yield row
+
+
+def no_column(column: str, names: Collection[str]) -> str:
+    """Say that a row lacks the column that is read, and what may be meant."""
+    hint = ""
+    if "conversations" in names:
+        hint = "; for rows of the ShareGPT form use --messages conversations"
+    elif {"instruction", "output"} <= set(names):
+        hint = "; rows of the Alpaca form must be converted to messages first"
+    return f"has no column {column} (its columns: {', '.join(names) or 'none'}){hint}"
+
+
 def _open(path: str) -> BinaryIO:
     lower = path.lower()
     if lower.endswith(".gz"):
         return cast(BinaryIO, gzip.open(path, "rb"))
+    if lower.endswith(".bz2"):
+        return cast(BinaryIO, bz2.open(path, "rb"))
+    if lower.endswith(".xz"):
+        return cast(BinaryIO, lzma.open(path, "rb"))
     if lower.endswith(".zst"):
-        import zstandard
+        from nemotron.data.prepare.zstd import ZstdFile
 
-        return io.BufferedReader(zstandard.open(path, "rb"))
+        return io.BufferedReader(ZstdFile(path), BLOCK)
     return open(path, "rb")
 
 
 def _damage_named(path: str, file: BinaryIO, read: Callable[[BinaryIO], bytes]) -> bytes:
     try:
         return read(file)
-    except (EOFError, zlib.error, OSError) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
         reason = _reason(error)
     except Exception as error:  # zstandard's own kind, which is imported only when needed
         if type(error).__name__ != "ZstdError":

@@ -3,7 +3,7 @@
 import json
 import multiprocessing
 import os
-import shutil
+import re
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
@@ -15,7 +15,7 @@ from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 from typing import Any
 
-from nemotron.data.folder import FORMAT, Manifest, read_manifest
+from nemotron.data.folder import FORMAT, MANIFEST, Manifest, read_manifest
 from nemotron.data.prepare import interrupts
 from nemotron.data.prepare.assemble import assemble
 from nemotron.data.prepare.inputs import Plan, Unit, plan
@@ -24,8 +24,21 @@ from nemotron.data.prepare.progress import Progress
 from nemotron.data.prepare.unit import Receipt, write_unit
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
-from nemotron.files import sync_folder, try_lock, write_json
+from nemotron.files import hash_file, try_lock, write_json
+from nemotron.outputs import (
+    MARK,
+    begin,
+    check_output,
+    output_folder,
+    publish,
+    refuse_inputs_inside,
+    remove_folder,
+    unwritable,
+)
 
+COMMAND = "data prepare"
+SHARD_FILE = re.compile(r"(train|validation)-\d{5}\.(bin|idx|loss)(\.\d+\.tmp)?")
+WORK_FILE = re.compile(r"lock|plan\.json|unit-\d{5}\.json|\.(plan|unit-\d{5})\.json\..+\.tmp")
 POLLED_S = 0.5
 """Seconds between two looks at the progress."""
 
@@ -67,10 +80,15 @@ def prepare(
     encoder.id(options.eod_token)
     for text in options.filters:
         parse_filter(text)
-    made = plan(sources, options)
+    out = output_folder(out)
     folder, work = out.with_name(f"{out.name}.partial"), out.with_name(f"{out.name}.work")
+    made = plan(sources, options, (out, folder, work))
+    read = [*made.files, Path(tokenizer)]
+    for written in (out, folder, work):
+        refuse_inputs_inside(written, read)
     if out.exists() and not overwrite:
-        return _finished(out, work, _identity(made, encoder, options))
+        return _finished(out, work, made, _identity(made, encoder, options))
+    check_output(out, COMMAND, read, overwrite=overwrite)
     job = Job(folder, work, tokenizer, options, max_bad_rows)
     try:
         with _workplace(job, made, encoder):
@@ -80,20 +98,13 @@ def prepare(
                     f"{', '.join(sources)}: there is no document to train on "
                     f"({_why_empty(receipts)}); nothing was written."
                 )
+            hashed = _hashed_inputs(made)
             _remove_unfinished(folder)  # what an orphan of a killed command began while it died
-            manifest = assemble(receipts, folder, encoder, options, made.inputs)
-            if out.exists():
-                shutil.rmtree(out)
-            folder.rename(out)
-            sync_folder(out.parent)
-            shutil.rmtree(work)
+            manifest = assemble(receipts, folder, encoder, options, hashed)
+            publish(folder, out, COMMAND)
+            _remove_work(work)
     except OSError as error:
-        where = error.filename or folder
-        raise UserError(
-            f"{where} cannot be written: {error.strerror or error}; free some space and run the "
-            "same "
-            "command again: finished shards are kept."
-        ) from None
+        raise UserError(unwritable(error, out, "finished shards are kept")) from None
     return manifest
 
 
@@ -107,18 +118,46 @@ def _identity(made: Plan, tokenizer: Tokenizer, options: PrepareOptions) -> dict
     }
 
 
-def _finished(out: Path, work: Path, identity: dict[str, Any]) -> Manifest:
+def _hashed_inputs(made: Plan) -> list[dict[str, Any]]:  # Any: strings and numbers
+    """Return the inputs with the hash of each file.
+
+    Raises:
+        UserError: when a file was changed since the plan was made.
+    """
+    found = []
+    for facts, stamp in zip(made.inputs, made.stamps, strict=True):
+        path = facts["name"]
+        if "bytes" not in facts:  # a data set of the hub has a fingerprint or a revision
+            found.append(facts)
+            continue
+        found.append(facts | {"xxh128": hash_file(Path(path))})
+        status = os.stat(path)
+        if (status.st_size, status.st_mtime_ns) != (facts["bytes"], stamp):
+            raise UserError(f"{path} was changed while it was read; run the command again.")
+    return found
+
+
+def _finished(out: Path, work: Path, made: Plan, identity: dict[str, Any]) -> Manifest:
     """Return the manifest of an output that is there and is what would be made."""
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
         raise UserError(f"{out} exists and is not prepared data; choose another --out.")
     known = manifest.model_dump(mode="json")
+    hashes = [facts.pop("xxh128", None) for facts in known["inputs"]]
     if any(known[key] != value for key, value in identity.items()):
         raise UserError(
             f"{out} was prepared from other input or with other options; choose another --out, "
             "or replace it with --overwrite."
         )
-    shutil.rmtree(work, ignore_errors=True)
+    for facts, before in zip(_hashed_inputs(made), hashes, strict=True):
+        if facts.get("xxh128") != before:
+            raise UserError(
+                f"{facts['name']} was changed since {out} was prepared from it; choose another "
+                "--out, or replace it with --overwrite."
+            )
+    if work.is_dir():  # a command that was killed at its very end left it
+        _adopt(work, WORK_FILE)
+        _remove_work(work)
     return manifest
 
 
@@ -127,17 +166,17 @@ def _workplace(job: Job, made: Plan, tokenizer: Tokenizer) -> Iterator[None]:
     """Hold the folders of an unfinished preparation, new or begun by the same command."""
     plan_file = job.work / "plan.json"
     identity = _identity(made, tokenizer, job.options) | {"stamps": list(made.stamps)}
-    job.work.mkdir(parents=True, exist_ok=True)
+    _adopt(job.work, WORK_FILE)
     with open(job.work / "lock", "a") as lock:
         if not try_lock(lock.fileno()):
             raise UserError(f"{job.work} is in use by another preparation; wait for it to end.")
-        if plan_file.exists() and json.loads(plan_file.read_text()) != identity:
+        if plan_file.exists() and not _holds(plan_file, identity):
             raise UserError(
                 f"{job.folder} was started with other input or options; run the command that "
                 "started "
                 f"it, or remove {job.folder} and {job.work}."
             )
-        job.folder.mkdir(exist_ok=True)
+        _adopt(job.folder, SHARD_FILE)
         _remove_unfinished(job.folder)
         if not plan_file.exists():
             write_json(plan_file, identity)
@@ -145,15 +184,43 @@ def _workplace(job: Job, made: Plan, tokenizer: Tokenizer) -> Iterator[None]:
             yield
         except BaseException:
             _remove_unfinished(job.folder)
-            if not any(job.folder.iterdir()):
-                shutil.rmtree(job.folder)
-                shutil.rmtree(job.work)
+            if {path.name for path in job.folder.iterdir()} <= {MARK}:
+                remove_folder(job.folder, {MARK})
+                _remove_work(job.work)
             raise
+
+
+def _adopt(folder: Path, pattern: re.Pattern[str]) -> None:
+    """Make a folder, or take the one that a stopped preparation left; it holds nothing else.
+
+    Raises:
+        UserError: when it holds anything else.
+    """
+    begin(folder, COMMAND)
+    for path in folder.iterdir():
+        known = path.name == MARK or path.name == MANIFEST or pattern.fullmatch(path.name)
+        if not known or path.is_symlink() or not path.is_file():
+            raise UserError(
+                f"{path} is not a file of nemotron {COMMAND}; move it elsewhere, or choose "
+                "another --out."
+            )
+
+
+def _holds(plan_file: Path, identity: dict[str, Any]) -> bool:
+    try:
+        return bool(json.loads(plan_file.read_bytes()) == identity)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _remove_work(work: Path) -> None:
+    remove_folder(work, {MARK, *(p.name for p in work.iterdir() if WORK_FILE.fullmatch(p.name))})
 
 
 def _remove_unfinished(folder: Path) -> None:
     for leftover in folder.glob("*.tmp"):
-        leftover.unlink()
+        if SHARD_FILE.fullmatch(leftover.name):
+            leftover.unlink()
 
 
 def _write_units(made: Plan, job: Job, workers: int) -> list[Receipt]:
@@ -270,7 +337,10 @@ def _receipt(job: Job, unit: Unit) -> Receipt | None:
     path = _receipt_path(job, unit)
     if not path.exists():
         return None
-    receipt = Receipt.model_validate_json(path.read_bytes())
+    try:
+        receipt = Receipt.model_validate_json(path.read_bytes())
+    except ValueError:
+        return None
     files = {
         job.folder / name: facts.bytes
         for shard in (receipt.train, receipt.validation)
@@ -300,4 +370,6 @@ def _why_empty(receipts: Sequence[Receipt]) -> str:
         key: sum(getattr(receipt.counts, key) for receipt in receipts)
         for key in ("rows", "empty", "filtered", "bad", "held_out_documents", "unsupervised")
     }
-    return ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items() if value)
+    text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items() if value)
+    first = next((receipt.bad_rows[0] for receipt in receipts if receipt.bad_rows), None)
+    return text if first is None else f"{text}; the first bad one: {first}"

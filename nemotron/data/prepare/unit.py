@@ -11,11 +11,16 @@ import xxhash
 from numpy.typing import NDArray
 
 from nemotron.data.folder import Counts, FileFacts, ShardFacts
-from nemotron.data.prepare.conversations import encode_conversation
+from nemotron.data.prepare.conversations import (
+    HALF_CHARACTER,
+    encode_conversation,
+    is_unicode,
+    without_nulls,
+)
 from nemotron.data.prepare.encode import Ids, encode_documents
 from nemotron.data.prepare.inputs import Piece, Unit
 from nemotron.data.prepare.options import PrepareOptions, parse_filter
-from nemotron.data.prepare.read import Bad, Chunk, Place, Tick, read_rows, read_text
+from nemotron.data.prepare.read import Bad, Chunk, Place, Tick, no_column, read_rows, read_text
 from nemotron.data.prepare.writer import ShardWriter, id_type
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.files import hash_file
@@ -50,7 +55,8 @@ class Tally:
 
     def bad(self, row: Bad) -> None:
         self.counts["bad"] += 1
-        text = f"{row.where} {row.why}"
+        # receipts and terminals take neither surrogates nor control characters
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in f"{row.where} {row.why}")
         if len(self.bad_rows) < BAD_ROWS_NAMED:
             self.bad_rows.append(text)
         self._on_bad(text)
@@ -172,13 +178,14 @@ def _texts(
         return
     for place, row in _rows(piece, options, tick, tally):
         text = row.get(options.column)
-        if isinstance(text, str):
+        if isinstance(text, str) and not is_unicode(text):
+            tally.bad(Bad(place(), f"has a {options.column} with {HALF_CHARACTER}"))
+        elif isinstance(text, str):
             yield Chunk(text, is_last=True)
         elif options.column in row:
             tally.bad(Bad(place(), f"has a {options.column} that is not text"))
         else:
-            names = ", ".join(row) or "none"
-            tally.bad(Bad(place(), f"has no column {options.column} (its columns: {names})"))
+            tally.bad(Bad(place(), no_column(options.column, row)))
 
 
 def _rows(piece: Piece, options: PrepareOptions, tick: Tick, tally: Tally) -> Iterator[Kept]:
@@ -215,10 +222,15 @@ def _conversations(
     assert options.chat is not None
     for piece in unit.pieces:
         for place, row in _rows(piece, options, tick, tally):
+            if piece.kind != "jsonl":
+                row = {name: without_nulls(value) for name, value in row.items()}
             try:
                 sequences = encode_conversation(row, tokenizer, options.chat)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 tally.bad(Bad(place(), str(error)))
+                continue
+            except RecursionError:
+                tally.bad(Bad(place(), "is nested too deep"))
                 continue
             for sequence in sequences:
                 if any(sequence.learned or ()):

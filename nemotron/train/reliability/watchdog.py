@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from nemotron.errors import UserError
+from nemotron.exit_codes import FAILED
 from nemotron.files import write_text
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.runtime import Ranks, leave_alone
@@ -38,7 +39,6 @@ STORE_S = 1.0
 """Seconds that the store may take for an answer."""
 
 ALARM = "watchdog/alarm"
-FAILED = 1
 
 
 @dataclass(frozen=True)

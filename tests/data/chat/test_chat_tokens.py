@@ -20,7 +20,7 @@ from nemotron.data.prepare.writer import ShardWriter
 from nemotron.data.timeline import single_phase
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.errors import UserError
-from nemotron.train.loss import total_weight
+from nemotron.train.auxiliary import total_weight
 
 TOKENIZER = load_tokenizer("embedded")
 OPTIONS = ChatOptions()

@@ -100,6 +100,7 @@ def test_the_number_of_processes_changes_no_byte(world: Path):
     assert not (world / "three.work").exists()
 
 
+@pytest.mark.slow
 def test_killed_at_ten_moments_it_ends_with_the_same_bytes(world: Path):
     draw = random.Random(1)
     kills = 0
@@ -140,7 +141,7 @@ def test_finished_shards_are_not_made_again(world: Path, monkeypatch, capsys):
         file.write("no JSON\n")
     assert run([*arguments, "--max-bad-rows", "0"]) == 2
     assert "in/d.jsonl:1 is not valid JSON" in capsys.readouterr().err
-    made = {p.name: p.stat().st_mtime_ns for p in (world / "again.partial").iterdir()}
+    made = {p.name: p.stat().st_mtime_ns for p in (world / "again.partial").glob("train*")}
     assert len(made) > 10
     assert not (world / "again").exists()
     assert run(arguments) == 0
@@ -203,6 +204,7 @@ def test_a_full_disk_ends_with_a_sentence_and_what_was_finished_stays(world: Pat
     assert content(world / "full") == content(world / "whole")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seen", ["plan.json", "unit-*.json"])
 def test_an_interrupt_ends_every_process_without_a_traceback(world: Path, seen: str):
     """Interrupted while its workers start (once the plan is there) or work (once a unit is)."""
@@ -304,3 +306,240 @@ def test_a_dry_run_looks_and_writes_nothing(world: Path, monkeypatch, capsys):
     assert run(["data", "prepare", "in", "--out", "dry", "--dry-run"]) == 0
     assert " MB, would become up to 1 shards" in capsys.readouterr().out
     assert sorted(os.listdir(world)) == before
+
+
+def tree(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("sources", "out", "sentence"),
+    [
+        (["d"], "d", "a.jsonl is an input and lies in d"),
+        (["d/deep"], "d", "b.jsonl is an input and lies in d"),
+        (["d/*.jsonl"], "d", "a.jsonl is an input and lies in d"),
+        (["linked"], "d", "a.jsonl is an input and lies in d"),
+        (["d"], "linked", "a.jsonl is an input and lies in linked"),
+        (["d/a.jsonl"], ".", "a.jsonl is an input and lies in /"),
+        (["d/a.jsonl", "--tokenizer", "keep/tokenizer.json"], "keep", "tokenizer.json is an input"),
+        (["d"], "other", "other has no .nemotron.json of nemotron data prepare"),
+        (["d"], "half", "half.partial was not left by an earlier data prepare"),
+        (["d"], "work", "work.work was not left by an earlier data prepare"),
+        (["half.partial"], "half", "c.txt is an input and lies in half.partial"),
+    ],
+)
+def test_overwriting_deletes_nothing_that_the_command_did_not_write(
+    tmp_path: Path, monkeypatch, capsys, sources: list[str], out: str, sentence: str
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("d/deep", "other", "half.partial", "work.work", "keep"):
+        Path(name).mkdir(parents=True)
+    for name in ("d/a.jsonl", "d/deep/b.jsonl", "other/thesis.tex", "work.work/plan.txt"):
+        Path(name).write_text('{"text": "words"}\n')
+    Path("half.partial/c.txt").write_text("mine")
+    Path("linked").symlink_to("d")
+    TOKENIZER.save(Path("keep/tokenizer.json"))
+    before = tree(tmp_path)
+    assert run(["data", "prepare", *sources, "--out", out, "--overwrite", "--workers", "1"]) == 2
+    error = capsys.readouterr().err
+    assert sentence in error
+    assert error.count("\n") == 1
+    after = tree(tmp_path)
+    assert before == {name: after[name] for name in before}
+    assert not [name for name in after if "train-" in name]
+
+
+def test_an_output_inside_its_source_is_never_read_and_replaced_only_while_all_is_ours(
+    tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("d/.ipynb_checkpoints").mkdir(parents=True)
+    Path("d/a.jsonl").write_text('{"text": "words"}\n')
+    Path("d/.ipynb_checkpoints/a.jsonl").write_text('{"text": "an old version"}\n')
+    arguments = ["data", "prepare", "d", "--out", "d/out", "--hold-out", "0", "--workers", "1"]
+    for again in ([], [], ["--overwrite"]):
+        assert run([*arguments, *again]) == 0
+        assert "1 documents with" in capsys.readouterr().out
+    assert sorted(os.listdir("d")) == [".ipynb_checkpoints", "a.jsonl", "out"]
+    Path("d/out/notes.txt").write_text("mine")
+    assert run([*arguments, "--overwrite"]) == 2
+    assert "d/out/notes.txt is not of nemotron data prepare" in capsys.readouterr().err
+    assert Path("d/out/notes.txt").read_text() == "mine"
+
+
+def bad_utf8(values: list[bytes]) -> pyarrow.Array:
+    return pyarrow.Array.from_buffers(
+        pyarrow.string(), len(values), pyarrow.array(values, pyarrow.binary()).buffers()
+    )
+
+
+def test_one_bad_row_never_ends_a_preparation(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    deep = "[" * 100_000 + "]" * 100_000
+    Path("a.jsonl").write_text(
+        '{"text": "first"}\n{"text": "half \\ud83d"}\n{"text": "second"}\n'
+        + f'{{"text": {deep}}}\n{{"text": {"9" * 5000}}}\n{{"\\ud800\\u001b[31m": "x"}}\n'
+    )
+    columns = {
+        "text": bad_utf8([b"third", b"\xff\xfe", b"fourth"]),
+        "lang": bad_utf8([b"en", b"en", b"\xc3"]),
+        "unread": bad_utf8([b"\xff"] * 3),
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), "b.parquet")
+    options = ["--hold-out", "0", "--workers", "1"]
+    assert run(["data", "prepare", "a.jsonl", "b.parquet", "--out", "out", *options]) == 0
+    assert texts_of(Path("out"), "train") == ["first", "second", "third", "fourth"]
+    bad = read_manifest(Path("out")).bad_rows
+    assert bad == (
+        "a.jsonl:2 has a text with a lone surrogate, which is no character",
+        "a.jsonl:4 is not valid JSON (nested too deep)",
+        "a.jsonl:5 is not valid JSON (a number is too long)",
+        "a.jsonl:6 has no column text (its columns: \\ud800\\x1b[31m)",
+        "b.parquet row 1 has a text that is not UTF-8 text",
+    )
+    arguments = ["data", "prepare", "b.parquet", "--filter", "lang == en", *options]
+    assert run([*arguments, "--out", "filtered"]) == 0
+    assert texts_of(Path("filtered"), "train") == ["third"]
+    assert (
+        "b.parquet row 2 has a lang that is not UTF-8 text"
+        in read_manifest(Path("filtered")).bad_rows
+    )
+    capsys.readouterr()
+    assert run([*arguments, "--column", "body", "--out", "none"]) == 2
+    error = capsys.readouterr().err
+    assert "(rows 3, bad 3; the first bad one: b.parquet row 0 has no column body" in error
+    assert "(its columns: text, lang, unread)" in error
+
+
+def conversation(**answer: object) -> dict:
+    return {
+        "messages": [
+            {"role": "user", "content": "Say it."},
+            {"role": "assistant", "content": "No.", **answer},
+            {"role": "user", "content": "Again."},
+            {"role": "assistant", "content": "Yes."},
+        ]
+    }
+
+
+def learned_of(folder: Path) -> list[str]:
+    found = []
+    for facts in read_manifest(folder).train:
+        shard = Shard(folder / facts.name)
+        ids = shard.tokens[shard.learned.astype(bool)]
+        found.append(TOKENIZER.decode(ids.tolist()))
+    return found
+
+
+def prepare_chats(rows: list[dict], name: str, *arguments: str, table: bool = False) -> int:
+    path = f"{name}.{'parquet' if table else 'jsonl'}"
+    if table:
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    else:
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ["--chat", "--hold-out", "0", "--workers", "1", *arguments]
+    return run(["data", "prepare", path, "--out", name, *options])
+
+
+def test_deep_and_broken_conversations_are_bad_rows(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    deep = "[" * 100_000 + "]" * 100_000
+    call = {"role": "assistant", "tool_calls": [{"function": {"name": "f", "arguments": deep}}]}
+    rows = [
+        {"messages": deep},
+        {"messages": [call], "tools": [{"name": "f"}]},
+        conversation(content="half \ud83d"),
+        conversation(),
+    ]
+    assert prepare_chats(rows, "chats") == 0
+    assert read_manifest(Path("chats")).bad_rows == (
+        "chats.jsonl:1 is nested too deep",
+        "chats.jsonl:2 is nested too deep",
+        "chats.jsonl:3 has a text with a lone surrogate, which is no character",
+    )
+
+
+@pytest.mark.parametrize("table", [False, True], ids=["lines", "table"])
+def test_what_a_message_says_about_learning_is_followed(tmp_path: Path, monkeypatch, table: bool):
+    monkeypatch.chdir(tmp_path)
+    for name, mark, learns in [
+        ("all", {}, True), ("one", {"weight": 1}, True), ("zero", {"weight": 0}, False),
+        ("off", {"train": False}, False),
+    ]:  # fmt: skip
+        assert prepare_chats([conversation(**mark)], name, table=table) == 0
+        (learned,) = learned_of(Path(name))
+        assert ("No." in learned) == learns
+        assert "Yes." in learned
+    assert prepare_chats([conversation(), conversation(weight=0.5)], "bad") == 0
+    (bad,) = read_manifest(Path("bad")).bad_rows
+    assert "messages[1].weight is 0.5; give 0 (not learned) or 1" in bad
+
+
+def test_other_forms_of_conversations_are_recognised_or_refused_by_name(
+    tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "Yes."}]
+    for table in (False, True):
+        assert prepare_chats([{"conversations": turns}], "refused", table=table) == 2
+        assert "ShareGPT form use --messages conversations" in capsys.readouterr().err
+        name, column = f"share{table}", ("--messages", "conversations")
+        assert prepare_chats([{"conversations": turns}], name, *column, table=table) == 0
+        assert "Yes." in learned_of(Path(name))[0]
+        alpaca = {"instruction": "Say it.", "input": "", "output": "Yes."}
+        assert prepare_chats([alpaca], "alpaca", table=table) == 2
+        assert "Alpaca form must be converted" in capsys.readouterr().err
+    calls = [*turns, {"from": "observation", "value": "{}"}]
+    assert prepare_chats([{"messages": calls}], "calls") == 2
+    assert "messages[2].from is 'observation'" in capsys.readouterr().err
+
+
+def test_members_that_a_table_filled_with_null_are_absent(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    def row(name: str, parameter: str) -> dict:
+        schema = {"type": "object", "properties": {parameter: {"type": "string"}}}
+        call = {"function": {"name": name, "arguments": {parameter: "7"}}}
+        return {
+            "messages": [
+                {"role": "user", "content": "Do it."},
+                {"role": "assistant", "content": "", "tool_calls": [call]},
+            ],
+            "tools": [{"type": "function", "function": {"name": name, "parameters": schema}}],
+        }
+
+    rows = [row("f", "x"), row("g", "y")]
+    assert prepare_chats(rows, "lines") == 0
+    assert prepare_chats(rows, "table", table=True) == 0
+    assert learned_of(Path("table")) == learned_of(Path("lines"))
+    assert "None" not in learned_of(Path("table"))[0]
+    # one tool, not in a list, and tools as an object of lists
+    alone = [r | {"tools": r["tools"][0]} for r in rows]
+    assert prepare_chats(alone, "alone", table=True) == 0
+    spread = [r | {"tools": {key: [r["tools"][0][key]] for key in r["tools"][0]}} for r in rows]
+    assert prepare_chats(spread, "spread", table=True) == 0
+    for name in ("alone", "spread"):
+        assert learned_of(Path(name)) == learned_of(Path("lines"))
+    # JSON lines say null themselves
+    explicit = row("f", "x")
+    explicit["messages"][1]["tool_calls"][0]["function"]["arguments"]["x"] = None
+    assert prepare_chats([explicit], "null") == 0
+    assert "None" in learned_of(Path("null"))[0]
+
+
+def test_an_output_is_not_used_again_when_a_source_has_changed_at_equal_size(
+    tmp_path: Path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("a.jsonl").write_text('{"text": "words"}\n')
+    stamp = os.stat("a.jsonl").st_mtime_ns
+    arguments = ["data", "prepare", "a.jsonl", "--out", "out", "--hold-out", "0", "--workers", "1"]
+    assert run(arguments) == 0
+    os.utime("a.jsonl", ns=(stamp + 10**9, stamp + 10**9))
+    assert run(arguments) == 0  # a copy of the same content
+    Path("a.jsonl").write_text('{"text": "other"}\n')
+    os.utime("a.jsonl", ns=(stamp, stamp))
+    assert run(arguments) == 2
+    assert "a.jsonl was changed since out was prepared from it" in capsys.readouterr().err
+    assert run([*arguments, "--overwrite"]) == 0
+    assert texts_of(Path("out"), "train") == ["other"]

@@ -1,7 +1,9 @@
 """Reading rows: every kind of file, any cut, and what is wrong told with its place."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 from pathlib import Path
 
@@ -122,6 +124,27 @@ def test_a_text_that_is_no_utf_8_is_bad_and_says_where(tmp_path: Path):
     piece = Piece("text", str(tmp_path / "a.txt"), 0, 10, 10)
     [bad] = [c for c in read_text(piece, None, lambda n: None) if isinstance(c, Bad)]
     assert bad == Bad(f"{tmp_path}/a.txt near byte 5", "is not UTF-8 text")
+
+
+COMPRESSORS = {
+    "gz": gzip.compress,
+    "bz2": bz2.compress,
+    "xz": lzma.compress,
+    "zst": lambda content: zstandard.compress(content[:3000]) + zstandard.compress(content[3000:]),
+}
+
+
+@pytest.mark.parametrize("ending", COMPRESSORS)
+def test_a_compressed_file_that_was_cut_is_refused_wherever_it_was(tmp_path: Path, ending: str):
+    path = tmp_path / f"a.jsonl.{ending}"
+    whole = COMPRESSORS[ending](LINES)
+    path.write_bytes(whole)
+    assert read_all([str(path)]) == ROWS
+    boundary = len(zstandard.compress(LINES[:3000])) if ending == "zst" else 0
+    for stop in (len(whole) // 3, len(whole) // 2, len(whole) - 1, boundary + 2):
+        path.write_bytes(whole[:stop])
+        with pytest.raises(UserError, match=f"a.jsonl.{ending} is damaged: .*end"):
+            read_all([str(path)])
 
 
 def damage(path: Path, at: int) -> None:

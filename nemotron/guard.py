@@ -1,0 +1,71 @@
+"""What the outermost guard says of an error that nothing else has handled."""
+
+import errno
+import os
+import platform
+import sys
+import tempfile
+import traceback
+from collections.abc import Sequence
+
+from nemotron import __version__
+from nemotron.exit_codes import FAILED, INTERNAL_ERROR
+from nemotron.run.redaction import redact_arguments, redact_text
+
+REFUSALS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+}
+"""Errors of the machine, not of this program."""
+
+
+def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
+    """Return the sentence about an error, and the exit code.
+
+    What is neither a refusal of the machine nor a lack of memory is a fault of this program; its
+    traceback is written to a file, whose path is in the sentence.
+    """
+    if isinstance(error, OSError) and error.errno in REFUSALS:
+        place = "standard output, or a file" if error.filename is None else error.filename
+        return f"failed: {place}: {error.strerror}.", FAILED
+    if _is_out_of_memory(error):
+        reason = str(error).partition("\n")[0].rstrip(".")
+        return f"failed: out of memory ({reason}); use smaller sizes.", FAILED
+    what = traceback.format_exception_only(error)[-1].strip().partition("\n")[0][:300].rstrip(".")
+    report = _write_report(error, arguments)
+    file = f" with the file {report}" if report else ""
+    return f"internal error: {redact_text(what)}; please report it{file}.", INTERNAL_ERROR
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # whoever has not imported torch cannot have this error of it
+    torch = sys.modules.get("torch")
+    of_torch = getattr(torch, "OutOfMemoryError", MemoryError)
+    return isinstance(error, MemoryError | of_torch)
+
+
+def _write_report(error: BaseException, arguments: Sequence[str]) -> str | None:
+    """Write the traceback and what a reader of it must know; returns the path, None if refused."""
+    text = "\n".join(
+        (
+            f"nemotron {__version__}, Python {platform.python_version()}, {platform.platform()}",
+            f"arguments: {redact_arguments(list(arguments))}",
+            redact_text("".join(traceback.format_exception(error))),
+        )
+    )
+    try:
+        descriptor, path = tempfile.mkstemp(prefix="nemotron-error-", suffix=".log")
+        with os.fdopen(descriptor, "w", encoding="utf-8", errors="backslashreplace") as file:
+            file.write(text)
+    except OSError:
+        return None
+    return path

@@ -1,0 +1,217 @@
+"""Folders that a command writes whole, and replaces only if it wrote all that is in them.
+
+A mark inside the folder names the command and every file that it wrote. The rule holds for finished
+folders, for what a killed command left behind, and for every clean-up.
+"""
+
+import errno
+import glob
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from nemotron.errors import UserError
+from nemotron.files import sync_folder, write_json
+from nemotron.section import Section
+
+log = logging.getLogger(__name__)
+
+MARK = ".nemotron.json"
+LARGEST_MARK = 1 << 26
+"""Bytes; a larger file of that name is not ours."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class Mark(Section):
+    """Who wrote a folder, and the size in bytes of each file; no files while it is unfinished."""
+
+    made_by: str
+    files: dict[str, int] | None = None
+
+
+def output_folder(path: str | Path) -> Path:
+    """Return the folder that a user names, with a name of its own in place of `.` or `..`.
+
+    Raises:
+        UserError: for the root of the file system.
+    """
+    folder = Path(path)
+    folder = folder.resolve() if folder.name in ("", "..") else folder
+    if not folder.name:
+        raise UserError(f"{folder} cannot be an output; give the name of a folder.")
+    return folder
+
+
+def check_output(
+    target: Path, made_by: str, inputs: Iterable[Path] = (), *, overwrite: bool
+) -> None:
+    """Check that a command may write a folder, before it does any work.
+
+    Raises:
+        UserError: when the folder is a file or a link, is or holds an input, or holds anything that
+            the command did not write, or is there and may not be replaced.
+    """
+    if target.is_symlink():
+        raise UserError(f"{target} is a link; give the folder that it leads to.")
+    if target.exists() and not target.is_dir():
+        raise UserError(f"{target} is a file; give the name of a folder.")
+    refuse_inputs_inside(target, inputs)
+    if not target.is_dir() or not any(target.iterdir()):
+        return
+    if not overwrite:
+        raise UserError(f"{target} exists already; add --overwrite to replace it.")
+    _own_mark(target, made_by)
+
+
+def refuse_inputs_inside(target: Path, inputs: Iterable[Path]) -> None:
+    """Raise UserError when an input is the folder to write, or lies inside it."""
+    home = target.resolve()
+    for path in inputs:
+        if path.resolve().is_relative_to(home):
+            raise UserError(
+                f"{path} is an input and lies in {target}, the folder to write; "
+                "choose another folder for the output."
+            )
+
+
+def begin(folder: Path, made_by: str) -> bool:
+    """Make a folder for unfinished output, or adopt the one that the same command left.
+
+    Returns whether there was one. Its content is not looked at, only its mark.
+
+    Raises:
+        UserError: when there is something else.
+    """
+    if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
+        raise UserError(f"{folder} is in the way of unfinished output; move it elsewhere.")
+    folder.mkdir(parents=True, exist_ok=True)
+    mark = _read_mark(folder)
+    if mark is None and not any(folder.iterdir()):
+        write_json(folder / MARK, Mark(made_by=made_by).model_dump())
+        return False
+    if mark is None or mark.made_by != made_by:
+        raise UserError(
+            f"{folder} was not left by an earlier {made_by}, so it is not touched; "
+            "move it elsewhere, or choose another folder for the output."
+        )
+    return True
+
+
+@contextmanager
+def writing_beside(target: Path, made_by: str) -> Iterator[Path]:
+    """Yield an empty folder beside the target, which is removed unless `publish` moves it.
+
+    Raises:
+        UserError: when the disk does not take what is written.
+    """
+    partial = target.with_name(f".{target.name}.partial")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if begin(partial, made_by):
+            shutil.rmtree(partial)
+            begin(partial, made_by)
+        try:
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+    except OSError as error:
+        raise UserError(unwritable(error, target, "nothing was replaced")) from error
+
+
+def publish(partial: Path, target: Path, made_by: str) -> None:
+    """Rename the finished folder to the target, then remove the old target if it is ours.
+
+    Raises:
+        UserError: when the old target holds anything that the command did not write.
+    """
+    write_json(
+        partial / MARK, Mark(made_by=made_by, files=dict(sorted(_sizes(partial)))).model_dump()
+    )
+    sync_folder(partial)
+    check_output(target, made_by, overwrite=True)
+    old = None
+    if target.is_dir() and any(target.iterdir()):
+        old = Path(tempfile.mkdtemp(prefix=f".{target.name}.old-", dir=target.parent))
+        target.rename(old)
+    try:
+        partial.rename(target)
+    except OSError:
+        if old is not None:
+            old.rename(target)
+        raise
+    sync_folder(target.parent)
+    for replaced in target.parent.glob(f".{glob.escape(target.name)}.old-*"):
+        _remove_own(replaced, made_by)
+
+
+def unwritable(error: OSError, folder: Path, kept: str) -> str:
+    """Return the sentence for an output that cannot be written; `kept` says what is not lost."""
+    what = f"{folder}: {error.filename or 'a file'} cannot be written: {error.strerror or error}"
+    full = error.errno in FULL
+    advice = "free some space and run the same command again" if full else "choose another folder"
+    return f"{what}; {advice}: {kept}."
+
+
+def _own_mark(folder: Path, made_by: str) -> Mark:
+    """Return the mark of a finished folder in which there is nothing else."""
+    mark = _read_mark(folder)
+    if mark is None or mark.made_by != made_by or mark.files is None:
+        raise UserError(
+            f"{folder} has no {MARK} of nemotron {made_by}, so it is not replaced; "
+            "choose another folder, or remove it yourself."
+        )
+    for name, size in _sizes(folder):
+        if mark.files.get(name) != size:
+            what = "was changed since" if name in mark.files else f"is not of nemotron {made_by}"
+            raise UserError(
+                f"{folder / name} {what}, so {folder} is not replaced; move that file elsewhere."
+            )
+    return mark
+
+
+def _read_mark(folder: Path) -> Mark | None:
+    path = folder / MARK
+    try:
+        if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_MARK:
+            return None
+        return Mark.model_validate_json(path.read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
+def _sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    """Yield name and size of everything in a folder but its mark; folders only when empty."""
+    for here, folders, files in os.walk(folder):
+        for name in files:
+            path = Path(here, name)
+            if path != folder / MARK:
+                yield str(path.relative_to(folder)), path.lstat().st_size
+        for name in folders:
+            path = Path(here, name)
+            if path.is_symlink() or not any(path.iterdir()):
+                yield f"{path.relative_to(folder)}/", 0
+
+
+def remove_folder(folder: Path, names: Iterable[str]) -> None:
+    """Remove these files of a folder, then the folder; what else is there stays, with a warning."""
+    try:
+        for name in names:
+            (folder / name).unlink(missing_ok=True)
+        for here, _, _ in os.walk(folder, topdown=False):
+            os.rmdir(here)
+    except OSError as error:
+        log.warning("%s is not needed any more, but could not be removed: %s", folder, error)
+
+
+def _remove_own(folder: Path, made_by: str) -> None:
+    """Remove a replaced folder file by file, so that nothing can go that came in meanwhile."""
+    try:
+        files = _own_mark(folder, made_by).files or {}
+    except UserError as error:
+        log.warning("%s is what was replaced, and was not removed: %s", folder, error)
+        return
+    remove_folder(folder, [*(name for name in files if not name.endswith("/")), MARK])

@@ -1,0 +1,1 @@
+"""Tasks with verifiers: rows that become prompts, and rewards for the answers."""

@@ -1,0 +1,94 @@
+"""`arith_chain`: short chains of sums, differences and products, with an exact answer."""
+
+import random
+import re
+from collections.abc import Iterator
+from fractions import Fraction
+from typing import Any
+
+from nemotron.posttrain.environments.answer import BOX, last_boxed
+from nemotron.posttrain.environments.base import (
+    BadRow,
+    Response,
+    Row,
+    Verdict,
+    WithoutTools,
+    build_row,
+    find_field,
+    random_of,
+    whole_level,
+)
+
+NUMBER = re.compile(r"[-+]?\d+(?:/[1-9]\d*)?")
+"""An integer or a fraction, without spaces."""
+MAX_LENGTH = 64
+"""Characters of the longest answer that is read as a number."""
+
+
+class ArithChain(WithoutTools):
+    """Compute a chain of additions, subtractions and, at higher levels, multiplications.
+
+    Level 0 adds or subtracts two digits; every further level adds a term, larger numbers and,
+    from level 1, products. The answer is the whole text, or what stands in its last `\\boxed{}`.
+    """
+
+    name = "arith_chain"
+
+    def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
+        """Yield tasks; each depends on `seed`, `level` and its number alone."""
+        for number in range(count):
+            rng = random_of(self.name, seed, level, number)
+            question, value = _chain(rng, level)
+            yield build_row(self.name, f"{question}=", question=question, expected_answer=value)
+
+    def check(self, row: Row) -> None:
+        """Check the expected answer.
+
+        Raises:
+            BadRow: when it is absent, or neither an integer nor a fraction.
+        """
+        expected = find_field(row, "expected_answer")
+        if _number(str(expected)) is None:
+            raise BadRow(
+                f"expected_answer = {expected!r} is not a number; "
+                "give an integer or a fraction such as 3/4"
+            )
+
+    def verify(self, row: Row, response: Response, state: Any) -> Verdict:
+        """Reward 1 if the answer equals the expected one as a number, else 0."""
+        expected = _number(str(find_field(row, "expected_answer")))
+        extracted = extract(response.text)
+        found = None if extracted is None else _number(extracted)
+        is_right = found is not None and found == expected
+        return Verdict(float(is_right), extracted=extracted)
+
+
+def extract(text: str) -> str | None:
+    """Return the content of the last `\\boxed{}`, else the whole text; None if that is long."""
+    found = last_boxed(text) if BOX in text else text
+    found = (found or "").strip()
+    return found if found and len(found) <= MAX_LENGTH else None
+
+
+def _number(text: str) -> Fraction | None:
+    text = text.strip()
+    if len(text) > MAX_LENGTH or NUMBER.fullmatch(text) is None or not text.isascii():
+        return None
+    return Fraction(text)
+
+
+def _chain(rng: random.Random, level: float) -> tuple[str, str]:
+    """Return a chain and its value."""
+    whole = whole_level(rng, level)
+    largest = 9 if whole < 2 else 10 ** min(whole, 6) - 1
+    operators = "+-" if whole < 1 else "+-*"
+    numbers = [rng.randint(0, largest) for _ in range(2 + whole)]
+    text, value = str(numbers[0]), [numbers[0]]
+    for number in numbers[1:]:
+        operator = rng.choice(operators)
+        text += f"{operator}{number}"
+        if operator == "*":
+            value[-1] *= number  # before the sums, as everywhere
+        else:
+            value.append(number if operator == "+" else -number)
+    return text, str(sum(value))

@@ -1,0 +1,49 @@
+"""The built-in environments by name."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from nemotron.errors import UserError
+from nemotron.posttrain.environments.arith_chain import ArithChain
+from nemotron.posttrain.environments.base import Environment
+from nemotron.posttrain.environments.code_exec import CodeExec
+from nemotron.posttrain.environments.gym_sets import ReasoningGym
+from nemotron.posttrain.environments.if_constraints import IfConstraints
+from nemotron.posttrain.environments.json_schema import JsonSchema
+from nemotron.posttrain.environments.long_context import LongContext
+from nemotron.posttrain.environments.math_symbolic import MathSymbolic
+from nemotron.posttrain.environments.mcqa import MultipleChoice
+from nemotron.posttrain.environments.remote import HttpEnv
+from nemotron.posttrain.environments.text_to_sql import TextToSql
+from nemotron.posttrain.environments.tool_calc_db import ToolCalcDb
+
+ENVIRONMENTS: dict[str, type[Environment]] = {
+    "arith_chain": ArithChain,
+    "code_exec": CodeExec,
+    "if_constraints": IfConstraints,
+    "json_schema": JsonSchema,
+    "long_context": LongContext,
+    "math_symbolic": MathSymbolic,
+    "mcqa": MultipleChoice,
+    "reasoning_gym": ReasoningGym,
+    "text_to_sql": TextToSql,
+    "tool_calc_db": ToolCalcDb,
+}
+
+
+def find_environment(name: str, options: Mapping[str, Any] | None = None) -> Environment:
+    """Return the environment of this name, made with its options.
+
+    With the option `url` it is one on a server of NVIDIA-NeMo/Gym's protocol, under any name.
+
+    Raises:
+        UserError: when there is none, with those that there are.
+    """
+    if options and "url" in options:
+        return HttpEnv(name, **options)
+    if name in ENVIRONMENTS:
+        return ENVIRONMENTS[name](**(options or {}))
+    near = difflib.get_close_matches(name, list(ENVIRONMENTS), 1)
+    hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ENVIRONMENTS)}."
+    raise UserError(f"environments: name = {name!r} is unknown; {hint}")

@@ -1,0 +1,45 @@
+"""Judges one response a line, from standard input to standard output.
+
+What a verifier raises is not caught: the process ends with its traceback, and the pool that
+started it (`nemotron.posttrain.verify`) counts a fault and starts another.
+"""
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from typing import Any
+
+from nemotron.posttrain.environments.base import Environment, Response
+from nemotron.posttrain.environments.registry import find_environment
+
+SPARE_S = 2.0
+"""Time in which the pool has killed this process, if the pool is alive."""
+
+
+def main() -> None:
+    """Answer jobs until the input ends."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is not an answer
+    environments: dict[str, Environment] = {}
+    for line in sys.stdin:
+        job = json.loads(line)
+        # ends this process in the middle of a job when nobody is left to kill it
+        signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + SPARE_S)
+        answers.write(json.dumps(_judge(job, environments)) + "\n")
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        answers.flush()
+
+
+def _judge(job: dict[str, Any], environments: dict[str, Environment]) -> dict[str, Any]:
+    name = job["environment"]
+    if name not in environments:
+        environments[name] = find_environment(name, job["options"])
+    given = job["response"]
+    response = Response(**{**given, "output": tuple(given["output"])})
+    return dataclasses.asdict(environments[name].verify(job["row"], response, job["state"]))
+
+
+if __name__ == "__main__":
+    main()

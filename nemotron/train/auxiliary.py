@@ -1,0 +1,107 @@
+"""The terms that go beside the main loss: multi-token prediction and the routers' balance."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.model.hybrid import HybridLM
+from nemotron.model.router import RoutingStats
+from nemotron.train.config import LossConfig
+
+
+@dataclass(frozen=True)
+class Auxiliary:
+    """Cross entropy of tokens further ahead, and the balance loss of mixture layers.
+
+    factor / depths * sum of depths + coefficient * balance loss. Every objective of a language
+    model may add these terms after its own.
+    """
+
+    config: LossConfig
+    num_depths: int
+    """Depths of multi-token prediction; batches are looked ahead as far."""
+    has_routers: bool = True
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`mtp_1` and so on, `aux`."""
+        depths = (f"mtp_{depth}" for depth in range(1, self.num_depths + 1))
+        return (*depths, *(["aux"] if self.has_routers else []))
+
+    @property
+    def local_names(self) -> frozenset[str]:
+        """The balance loss: head and prediction return the loss of all ranks' tokens."""
+        return frozenset({"aux"})
+
+    def counts(self, batch: Batch) -> list[float]:
+        """Return the weight of each term's targets, their number where all count 1.
+
+        The balance loss counts every position in a document, with or without a target.
+        """
+        assert len(batch.ahead) == self.num_depths, (len(batch.ahead), self.num_depths)
+        counts = [total_weight(depth.labels, depth.loss_weight) for depth in batch.ahead]
+        return counts + ([batch.num_tokens] if self.has_routers else [])
+
+    def sums(
+        self,
+        model: HybridLM,
+        hidden: Float[Tensor, "B T D"] | None,
+        batch: Batch,
+        routing: list[RoutingStats],
+    ) -> list[Float[Tensor, ""]]:
+        """Return sums of nats; the balance loss is summed over tokens and layers.
+
+        Source of the multi-token-prediction term: NVIDIA/Megatron-LM:
+        megatron/core/transformer/multi_token_prediction.py, process_mtp_loss.
+        """
+        trunk_calls = len(routing)
+        zero = torch.zeros((), device=batch.labels.device)
+        terms = [zero] * self.num_depths
+        if hidden is not None:
+            terms = self._ahead(model, hidden, batch, routing)
+        if self.has_routers:
+            aux = zero
+            for index, stats in enumerate(routing):
+                # the shared block is called once per depth: its loss is averaged over depths
+                aux = aux + stats.aux_loss_sum / (1 if index < trunk_calls else self.num_depths)
+            terms.append(aux)
+        return terms
+
+    def _ahead(
+        self, model: HybridLM, hidden: Tensor, batch: Batch, routing: list[RoutingStats]
+    ) -> list[Tensor]:
+        if not self.num_depths:
+            return []
+        inputs, detach = [depth.input_ids for depth in batch.ahead], self.config.mtp_detach_heads
+        further = model.mtp_hidden(hidden, inputs, batch.seq_idx, detach, routing, batch.padding)
+        return [
+            model.lm_head.loss(depth_hidden, depth.labels, depth.loss_weight, detach)
+            for depth_hidden, depth in zip(further, batch.ahead, strict=True)
+        ]
+
+    @property
+    def factors(self) -> list[float]:
+        """What the mean of each term is multiplied by in the loss."""
+        factors = [self.config.mtp_loss_factor / max(self.num_depths, 1)] * self.num_depths
+        return factors + ([self.config.moe_aux_loss_coeff] if self.has_routers else [])
+
+
+def total_weight(labels: Tensor, weights: Tensor | None) -> float:
+    """Return the sum of the weights of all labels that count."""
+    counted = labels != NO_LABEL
+    return int(counted.sum()) if weights is None else float(weights[counted].double().sum())
+
+
+def weighted_means(
+    sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"], factors: list[float]
+) -> Float[Tensor, ""]:
+    """Divide each sum by its count, and add up the quotients times their factors."""
+    (first, count), *others = zip(sums.unbind(), counts.tolist(), strict=True)
+    (own, *further) = factors
+    loss = first / max(count, 1) if own == 1 else own * first / max(count, 1)
+    for factor, (term, count) in zip(further, others, strict=True):
+        loss = loss + factor * term / max(count, 1)
+    return loss

@@ -1,0 +1,127 @@
+"""Processes that begin with torch and the trainer imported: forked in 0.1 s, not started in 5.
+
+A server that has imported everything, but computed nothing and started no thread, is forked for
+each of them. They share no state with the tests, as if each had been started by itself.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.context import ForkServerContext
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[2]
+
+IMPORTED = ("nemotron.train.start", "nemotron.cli", "torch.distributed.fsdp")
+"""What the server imports once."""
+
+
+class Forked:
+    """A function in a process of its own, which writes into a file."""
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        *arguments: Any,
+        output: Path,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        """Call the function, which must stand in a module; what it returns is the exit code."""
+        self.output = output
+        output.touch()
+        given = dict(os.environ if environment is None else environment)
+        self.process = start(_call, output, given, function, arguments)
+
+    @property
+    def pid(self) -> int:
+        assert self.process.pid is not None
+        return self.process.pid
+
+    @property
+    def text(self) -> str:
+        """What it wrote so far."""
+        return self.output.read_text()
+
+    def poll(self) -> int | None:
+        """Return the exit code, minus a signal's number if that ended it; None while it runs."""
+        return self.process.exitcode
+
+    def wait(self, seconds: float = 120.0) -> int:
+        """Return the exit code; it must end within so many seconds."""
+        self.process.join(max(0.0, seconds))
+        code = self.poll()
+        assert code is not None, f"it still runs after {seconds:.0f} s: {self.text}"
+        return code
+
+    def wait_for_text(self, text: str, seconds: float = 60.0) -> None:
+        """Wait until it has written this."""
+        deadline = time.monotonic() + seconds
+        while text not in self.text:
+            assert self.poll() is None, self.text
+            assert time.monotonic() < deadline, self.text
+            time.sleep(0.002)
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def end(self) -> None:
+        """Kill it, if it still runs."""
+        if self.poll() is None:
+            self.process.kill()
+        self.process.join()
+
+
+def command(*arguments: object, output: Path, environment: Mapping[str, str]) -> Forked:
+    """Run `python -m nemotron` with these arguments."""
+    return Forked(_run_module, [*map(str, arguments)], output=output, environment=environment)
+
+
+def start(function: Callable[..., Any], *arguments: Any, daemon: bool = False) -> BaseProcess:
+    """Start a process that is forked from the server."""
+    process = _context().Process(target=function, args=arguments, daemon=daemon)
+    process.start()
+    return process
+
+
+def _context() -> ForkServerContext:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([*IMPORTED])
+    with _environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"):
+        # threads would not survive the fork; the server keeps this environment
+        multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@contextlib.contextmanager
+def _environment(**values: str) -> Any:
+    before = dict(os.environ)
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def _call(
+    output: Path, environment: dict[str, str], function: Callable[..., Any], arguments: tuple
+) -> None:
+    with open(output, "ab", buffering=0) as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    os.environ.clear()
+    os.environ.update(environment)
+    sys.exit(function(*arguments))
+
+
+def _run_module(arguments: list[str]) -> None:
+    sys.argv = ["nemotron", *arguments]
+    runpy.run_module("nemotron", run_name="__main__", alter_sys=True)
