@@ -134,8 +134,9 @@ class Engine:
         read_s = -time.perf_counter()
         read = self._prefill()
         read_s += time.perf_counter()
+        further = [bool(s.answer.tokens) for scores in decoded for s in scores.samples]
         events += self._choose([*known, *decoded, *read])
-        self._count(decoded, read_s, time.perf_counter() - begin - read_s)
+        self._count(further, read_s, time.perf_counter() - begin - read_s)
         return events
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
@@ -296,11 +297,16 @@ class Engine:
             self.prefixes.store(sample.tokens[:length], sample.slot, sample.experts)
         self.scheduler.leave(sample)
 
-    def _count(self, decoded: list[Scores], read_s: float, other_s: float) -> None:
-        """Note the time of a step; choosing the first tokens belongs to reading the prompts."""
-        self.timing.new_tokens += sum(len(scores.samples) for scores in decoded)
-        self.timing.prefill_s += read_s if decoded else read_s + other_s
-        self.timing.decode_s += other_s if decoded else 0.0
+    def _count(self, further: list[bool], read_s: float, other_s: float) -> None:
+        """Note tokens and time of a step.
+
+        `further` says of each token that was read alone whether it belongs to an answer. Choosing
+        the first token of an answer belongs to reading the prompt.
+        """
+        self.timing.new_tokens += sum(further)
+        self.timing.prompt_tokens += len(further) - sum(further)
+        self.timing.prefill_s += read_s if any(further) else read_s + other_s
+        self.timing.decode_s += other_s if any(further) else 0.0
 
     def _num_left(self, sample: Sample) -> int:
         """Tokens of a sample that the model has not read."""

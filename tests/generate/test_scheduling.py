@@ -72,6 +72,7 @@ def collect(events: list[Event]) -> dict[tuple[int, int], Answer]:
 def check_nothing_is_left(engine: Engine) -> None:
     assert engine.is_idle
     assert not engine.step()
+    assert engine.prefixes.num_shared == 0
     engine.prefixes.clear()
     cache = engine.cache
     assert (cache.num_free_slots, cache.blocks.used) == (len(cache.lengths), 0)
@@ -106,6 +107,9 @@ def test_answers_of_many_requests_are_those_of_each_alone(
                 engine.cancel(number)
         events += engine.step()
         step += 1
+        for samples in (engine.scheduler.waiting, engine.scheduler.running):
+            orders = [sample.order for sample in samples]
+            assert orders == sorted(orders)  # so that the oldest gets on
     check_nothing_is_left(engine)
     assert engine.scheduler.num_preempted > 5
     answers = collect(events)
@@ -182,6 +186,22 @@ def test_a_text_that_begins_like_another_is_read_from_there(model: HybridLM) -> 
         assert engine.timing.prompt_tokens == count
         assert found == engine_tokens(small_engine(model), text)
     check_nothing_is_left(engine)
+
+
+def test_a_prefix_whose_experts_nobody_recorded_is_of_no_use_to_whom_needs_them(
+    model: HybridLM,
+) -> None:
+    engine, text = small_engine(model, prefixes=8), tuple(range(30, 51))
+    list(engine.run([Request(text, 2, GREEDY)]))
+    engine.timing.prompt_tokens = 0
+    [*_, event] = engine.run([Request((*text, 5, 6), 2, GREEDY, experts=True)])
+    assert event.answer.experts is not None
+    assert event.answer.experts.shape[0] == 21 + 2 + 1
+    assert engine.timing.prompt_tokens == 23
+    engine.timing.prompt_tokens = 0
+    [*_, event] = engine.run([Request((*text, 5, 6, 7, 8), 2, GREEDY, experts=True)])
+    assert event.answer.experts.shape[0] == 21 + 4 + 1
+    assert engine.timing.prompt_tokens == 2
 
 
 def engine_tokens(engine: Engine, text: tuple[int, ...]) -> list[int]:
