@@ -10,7 +10,7 @@ from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.collectives import Group
 from nemotron.parallel.layout import Part
 from nemotron.precision.apply import Quantization
-from nemotron.precision.assign import linear_layers
+from nemotron.precision.policy import linear_layers
 
 SPLIT_OPERANDS = {0: ("w", "dy"), 1: ("x", "w")}
 """Of a matrix cut along its outputs or inputs, the operands of which a rank has some columns."""

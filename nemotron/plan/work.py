@@ -4,9 +4,8 @@ from collections import defaultdict
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.flops import training_flops_per_token
-from nemotron.precision.assign import preset_at
 from nemotron.precision.config import PrecisionConfig
-from nemotron.precision.policy import resolve
+from nemotron.precision.policy import preset_at, resolve
 
 
 def linear_flops(model: ModelConfig, depths: int) -> dict[str, float]:

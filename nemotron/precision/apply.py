@@ -9,12 +9,18 @@ import xxhash
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from nemotron.precision.assign import assign, device_of, linear_layers, preset_at, with_backend
 from nemotron.precision.backends import BY_NAME
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.delayed import FRESH, DelayedFP8Scheme, Histories
 from nemotron.precision.groups import Sizes, Slab, slabs
-from nemotron.precision.policy import Assignment
+from nemotron.precision.policy import (
+    Assignment,
+    assign,
+    device_of,
+    linear_layers,
+    preset_at,
+    with_backend,
+)
 from nemotron.precision.random_bits import Draw, Numbers
 from nemotron.precision.schemes import SCHEMES, NVFP4Scheme, Reduce, Scheme
 from nemotron.precision.telemetry import Telemetry

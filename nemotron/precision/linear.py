@@ -1,7 +1,8 @@
 """A linear layer, and those of all experts at once, whose three products are quantized."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -9,11 +10,11 @@ from torch import Tensor
 
 from nemotron.precision.groups import Sizes, slabs
 from nemotron.precision.random_bits import Draw
-from nemotron.precision.saving import put_back, take_out
 from nemotron.precision.schemes import Quantized, Scheme, multiply
 
 Product = Callable[[Quantized, Quantized, Sequence[Tensor]], None]
 """Writes left rightᵀ of each tensor into its output, summed in float32 and rounded once."""
+T = TypeVar("T")
 
 
 class _Linear(torch.autograd.Function):
@@ -49,9 +50,7 @@ class _Linear(torch.autograd.Function):
                 own.remember("w", narrow, outputs)
             row, activation = own.quantize("x", rows, slab.sizes, both=keep)
             weight_row, turned = own.quantize("w", narrow, outputs, both=is_training)
-            kept.append(
-                (activation and take_out(activation, saved), turned and take_out(turned, saved))
-            )
+            kept.append((activation and _save(activation, saved), turned and _save(turned, saved)))
             product(row, weight_row, y[slab.rows].split(slab.sizes))
         ctx.kept = kept
         ctx.save_for_backward(*saved)
@@ -71,9 +70,9 @@ class _Linear(torch.autograd.Function):
             own.remember("dy", rows, slab.sizes)
             row, turned = own.quantize("dy", rows, slab.sizes, draw=draw)
             if dx is not None:
-                ctx.product(row, put_back(weight, saved), dx[slab.rows].split(slab.sizes))
+                ctx.product(row, _restore(weight, saved), dx[slab.rows].split(slab.sizes))
             if dw is not None:
-                ctx.product(turned, put_back(activation, saved), dw[slab.experts].unbind())
+                ctx.product(turned, _restore(activation, saved), dw[slab.experts].unbind())
         return dx, dw, None, None, None, None, None
 
 
@@ -108,3 +107,40 @@ def quantized_grouped_linear(
     """
     sizes = tuple(counts.tolist())
     return _Linear.apply(x, weight, sizes, scheme, draw, product, torch.is_grad_enabled())
+
+
+@dataclass(frozen=True)
+class _SavedTensor:
+    """Stands for a tensor that autograd saves: its index in the list of those."""
+
+    index: int
+
+
+def _save(value: T, tensors: list[Tensor]) -> T:
+    """Return a dataclass whose tensors are replaced by indices, and append them to the list.
+
+    Autograd can free or recompute only those tensors that it is given.
+    """
+    changes: dict[str, Any] = {}
+    for name, held in _fields(value):
+        if isinstance(held, Tensor):
+            changes[name] = _SavedTensor(len(tensors))
+            tensors.append(held)
+        elif is_dataclass(held):
+            changes[name] = _save(held, tensors)
+    return replace(value, **changes)  # type: ignore[type-var]
+
+
+def _restore(value: T, tensors: Sequence[Tensor]) -> T:
+    """Return the dataclass that `_save` was given."""
+    changes: dict[str, Any] = {}
+    for name, held in _fields(value):
+        if isinstance(held, _SavedTensor):
+            changes[name] = tensors[held.index]
+        elif is_dataclass(held):
+            changes[name] = _restore(held, tensors)
+    return replace(value, **changes)  # type: ignore[type-var]
+
+
+def _fields(value: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(value, field.name)) for field in fields(value)]

@@ -21,8 +21,7 @@ from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Launch, Ranks, start
 from nemotron.precision.apply import DTYPES
-from nemotron.precision.assign import assign, preset_at
-from nemotron.precision.policy import Assignment, summarize
+from nemotron.precision.policy import Assignment, assign, preset_at, summarize
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.screen import Screen

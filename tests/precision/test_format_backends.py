@@ -14,11 +14,10 @@ from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.precision import backends
 from nemotron.precision.apply import Quantization
-from nemotron.precision.assign import assign
 from nemotron.precision.backends import BACKENDS, BY_NAME, FORMATS, FormatCall, choose, format_call
 from nemotron.precision.config import DelayedConfig, NVFP4Config, PrecisionConfig
 from nemotron.precision.delayed import DelayedFP8Scheme, Histories
-from nemotron.precision.policy import summarize
+from nemotron.precision.policy import assign, summarize
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import SCHEMES, Quantized, Scheme
 from nemotron.recipe.load import load_recipe

@@ -11,9 +11,8 @@ from nemotron.cli import run
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.precision.apply import Quantization
-from nemotron.precision.assign import assign, preset_at
 from nemotron.precision.config import PrecisionConfig
-from nemotron.precision.policy import tail_blocks
+from nemotron.precision.policy import assign, preset_at, tail_blocks
 from nemotron.precision.random_bits import Draw
 from nemotron.recipe.load import load_recipe
 

@@ -32,10 +32,9 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.grouped_linear import grouped_linear
 from nemotron.precision.apply import Quantization
-from nemotron.precision.assign import linear_layers
 from nemotron.precision.backends import FormatBackend, Layer, format_call, in_order
 from nemotron.precision.config import NVFP4Config, PrecisionConfig, Preset
-from nemotron.precision.policy import kind_of
+from nemotron.precision.policy import kind_of, linear_layers
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import SCHEMES
 from nemotron.recipe.load import load_recipe
