@@ -16,7 +16,7 @@ from nemotron.model.init import STACKED
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.dims import ParallelDims, resolve_dims, violations
 from nemotron.parallel.stages import cut, split_stages
-from nemotron.parallel.tensor import PLACEMENTS, part_of
+from nemotron.parallel.tensor import PLACEMENTS, shard_of
 from nemotron.train.config import PretrainConfig
 from nemotron.train.schedule import TrainingPlan
 
@@ -152,7 +152,7 @@ def _num_held(models: Sequence[HybridLM], place: Place) -> int:
 
 def _after_tp(model: HybridLM, place: Place) -> Iterator[tuple[str, list[int]]]:
     """Yield the shapes that tensor parallelism leaves of the parameters."""
-    splits = {
+    placements = {
         parameter: PLACEMENTS[type(module)][name]
         for module in model.modules()
         if type(module) in PLACEMENTS
@@ -160,11 +160,11 @@ def _after_tp(model: HybridLM, place: Place) -> Iterator[tuple[str, list[int]]]:
         if name in PLACEMENTS[type(module)]
     }
     for name, parameter in model.named_parameters():
-        shape, split = list(parameter.shape), splits.get(parameter)
-        if split is not None and place.dims.tp > 1:
-            part = part_of(parameter.shape, split, model.config, place.tp, place.dims.tp)
-            if part is not None:
-                shape[split.dim] //= place.dims.tp
+        shape, placement = list(parameter.shape), placements.get(parameter)
+        if placement is not None and place.dims.tp > 1:
+            shard = shard_of(parameter.shape, placement, model.config, place.tp, place.dims.tp)
+            if shard is not None:
+                shape[placement.dim] //= place.dims.tp
         yield name, shape
 
 
