@@ -17,7 +17,7 @@ SPLIT_OPERANDS = {0: ("w", "dy"), 1: ("x", "w")}
 
 
 def connect(quantization: Quantization, local: LocalModel) -> None:
-    """Tell the quantized layers what this rank holds of them.
+    """Give the quantized layers what this rank holds of them.
 
     Tokens that other ranks hold do not count for a scale, as in Transformer Engine; channels do.
     Source: NVIDIA/TransformerEngine: transformer_engine/pytorch/module/linear.py
@@ -37,17 +37,17 @@ def connect(quantization: Quantization, local: LocalModel) -> None:
                 shard = local.shards.get(f"{name}.up_proj")
                 first = 0 if shard is None else shard.ranges[0][0]
                 rows = own_tokens if size > 1 else None
-                quantization.set_part(name, rows=rows, first_expert=first)
+                quantization.set_shard(name, rows=rows, first_expert=first)
                 continue
             shard = local.shards.get(f"{name}.weight")
             if shard is not None:
                 group = local.mesh.group("tp")
                 for operand in SPLIT_OPERANDS[shard.dim]:
                     quantization.set_reduction(name, operand, _Largest(group))
-                quantization.set_part(name, columns=_columns(shard))
+                quantization.set_shard(name, columns=_columns(shard))
             elif size > 1 and not name.endswith(("k_proj", "v_proj")):
                 # these see this rank's tokens alone; whole key projections see the row
-                quantization.set_part(name, rows=own_tokens)
+                quantization.set_shard(name, rows=own_tokens)
 
 
 def token_numbers(

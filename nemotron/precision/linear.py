@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.precision.groups import Sizes, slabs
+from nemotron.precision.groups import Sizes, expert_chunks
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import Quantized, Scheme, multiply
 
@@ -36,22 +36,24 @@ class _Linear(torch.autograd.Function):
     ) -> Float[Tensor, "R N"]:
         ctx.scheme, ctx.draw, ctx.product = scheme, draw, product
         ctx.shape, ctx.weight_dtype = weight.shape, weight.dtype
-        ctx.slabs = slabs(sizes, weight)
+        ctx.chunks = expert_chunks(sizes, weight)
         keep = is_training and ctx.needs_input_grad[1]
         y = x.new_empty(x.shape[0], weight.shape[1])
         kept: list[tuple[Quantized | None, Quantized | None]] = []
         saved: list[Tensor] = []
-        for slab in ctx.slabs:
-            own, rows = scheme.part(slab.experts), x[slab.rows]
-            narrow = weight[slab.experts].to(torch.bfloat16).flatten(0, 1)
-            outputs = (weight.shape[1],) * len(slab.sizes)
+        for chunk in ctx.chunks:
+            own, rows = scheme.part(chunk.experts), x[chunk.rows]
+            narrow = weight[chunk.experts].to(torch.bfloat16).flatten(0, 1)
+            outputs = (weight.shape[1],) * len(chunk.sizes)
             if is_training:
-                own.remember("x", rows, slab.sizes)
+                own.remember("x", rows, chunk.sizes)
                 own.remember("w", narrow, outputs)
-            row, activation = own.quantize("x", rows, slab.sizes, both=keep)
-            weight_row, turned = own.quantize("w", narrow, outputs, both=is_training)
-            kept.append((activation and _save(activation, saved), turned and _save(turned, saved)))
-            product(row, weight_row, y[slab.rows].split(slab.sizes))
+            row, activation = own.quantize("x", rows, chunk.sizes, both=keep)
+            weight_row, columnwise = own.quantize("w", narrow, outputs, both=is_training)
+            kept.append(
+                (activation and _save(activation, saved), columnwise and _save(columnwise, saved))
+            )
+            product(row, weight_row, y[chunk.rows].split(chunk.sizes))
         ctx.kept = kept
         ctx.save_for_backward(*saved)
         return y
@@ -64,15 +66,15 @@ class _Linear(torch.autograd.Function):
             dx = dy.new_empty(dy.shape[0], ctx.shape[2])
         if ctx.needs_input_grad[1]:
             dw = dy.new_empty(ctx.shape, dtype=ctx.weight_dtype)
-        for slab, (activation, weight) in zip(ctx.slabs, ctx.kept, strict=True):
-            own, rows = ctx.scheme.part(slab.experts), dy[slab.rows]
-            draw = ctx.draw and ctx.draw.part(slab.rows)
-            own.remember("dy", rows, slab.sizes)
-            row, turned = own.quantize("dy", rows, slab.sizes, draw=draw)
+        for chunk, (activation, weight) in zip(ctx.chunks, ctx.kept, strict=True):
+            own, rows = ctx.scheme.part(chunk.experts), dy[chunk.rows]
+            draw = ctx.draw and ctx.draw.part(chunk.rows)
+            own.remember("dy", rows, chunk.sizes)
+            row, columnwise = own.quantize("dy", rows, chunk.sizes, draw=draw)
             if dx is not None:
-                ctx.product(row, _restore(weight, saved), dx[slab.rows].split(slab.sizes))
+                ctx.product(row, _restore(weight, saved), dx[chunk.rows].split(chunk.sizes))
             if dw is not None:
-                ctx.product(turned, _restore(activation, saved), dw[slab.experts].unbind())
+                ctx.product(columnwise, _restore(activation, saved), dw[chunk.experts].unbind())
         return dx, dw, None, None, None, None, None
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_context_layout import numbers, worst
+from test_context_chunks import numbers, worst
 from torch import Tensor
 
 from nemotron.ops.attention import attention, reference

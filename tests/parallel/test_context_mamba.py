@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from test_context_layout import numbers, worst
+from test_context_chunks import numbers, worst
 from torch import Tensor
 
 from nemotron.model.config import ModelConfig

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from test_context_layout import numbers
+from test_context_chunks import numbers
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch

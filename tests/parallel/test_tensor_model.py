@@ -18,7 +18,7 @@ from nemotron.model.router import Router
 from nemotron.parallel import tensor
 from nemotron.parallel.collectives import Group
 from nemotron.parallel.shards import Shard
-from nemotron.parallel.tensor import PLACEMENTS, Split, apply_tensor
+from nemotron.parallel.tensor import PLACEMENTS, Placement, apply_tensor
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, recompute, tokens
@@ -202,11 +202,11 @@ def test_bfloat16_loses_only_its_own_digits(four: Pool):
 
 
 def contiguous_in_proj(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(PLACEMENTS[Mamba2], "in_proj.weight", Split(0))
+    patch.setitem(PLACEMENTS[Mamba2], "in_proj.weight", Placement(0))
 
 
 def contiguous_convolution(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(PLACEMENTS[Mamba2], "conv1d.weight", Split(0))
+    patch.setitem(PLACEMENTS[Mamba2], "conv1d.weight", Placement(0))
 
 
 def heads_dealt_out(patch: pytest.MonkeyPatch) -> None:

@@ -155,7 +155,7 @@ def test_settings_that_cannot_be_meant_are_refused(values: dict, sentence: str):
         config(**values)
 
 
-def test_every_layer_call_step_and_portion_draws_bits_of_its_own():
+def test_every_layer_call_step_and_micro_batch_draws_bits_of_its_own():
     model = HybridLM(load_recipe(RECIPES / "tiny/smoke.yaml").config.model)
     quantization = Quantization(model, config(preset="nvfp4_all"), seed=3)
     draws = []
