@@ -202,7 +202,8 @@ def _nvfp4(
     x, matrix, row_folded, row_decode, columnwise_folded, columnwise_decode,
     row_seeds, columnwise_seeds, row_elements, row_scales, columnwise_elements, columnwise_scales,
     stride, rows, columns, first, SQUARE: tl.constexpr, COLUMNWISE: tl.constexpr,
-    TRANSFORMED: tl.constexpr, STOCHASTIC: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    TRANSFORMED: tl.constexpr, STOCHASTIC: tl.constexpr, EXACT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = TILE // BLOCK
     data = _load(x, stride, rows, columns, TILE)
