@@ -63,7 +63,7 @@ app.add_typer(recipe_app, name="recipe")
 data_app = CommandGroup(help="Prepare data and inspect it before a run.", no_args_is_help=True)
 app.add_typer(data_app, name="data")
 
-checkpoint_app = typer.Typer(help="Work on checkpoints.", no_args_is_help=True)
+checkpoint_app = CommandGroup(help="Work on checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
 RecipeFile = Annotated[

@@ -50,6 +50,7 @@ def test_these_are_the_commands():
         "data prepare",
         "data inspect",
         "data plan",
+        "checkpoint convert",
         "doctor",
         "plan",
         "generate",

@@ -100,6 +100,12 @@ def test_debug_shows_the_traceback_of_a_mistake_before_its_sentence(
     assert any("load_recipe" in line for line in lines[:-1])
 
 
+def test_every_command_has_the_option_debug(capsys: pytest.CaptureFixture[str]):
+    for words in (["train"], ["recipe", "list"], ["data", "plan"], ["checkpoint", "convert"]):
+        assert run([*words, "--help"]) == 0
+        assert "--debug" in capsys.readouterr().out, words
+
+
 def test_help_and_the_page_name_every_exit_code(capsys: pytest.CaptureFixture[str]):
     assert run(["--help"]) == 0
     spoken = " ".join(capsys.readouterr().out.split())

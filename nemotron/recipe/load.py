@@ -13,6 +13,7 @@ from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.budget import Budget
 from nemotron.recipe.check import check
 from nemotron.recipe.explain import explain
+from nemotron.recipe.lists import wrap_single_items
 from nemotron.recipe.read import Document, Path_, place_of, read_yaml
 from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
@@ -70,7 +71,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = resolve(document)
     stage = find_stage(values, document.places, str(path))
     try:
-        config = stage.recipe.model_validate(values)
+        config = stage.recipe.model_validate(wrap_single_items(values, stage.recipe))
     except ValidationError as error:
         raise UserError(explain(error, stage.recipe, document.places, str(path))) from error
     check(config, stage, document.places, str(path))
