@@ -16,7 +16,7 @@ from nemotron.data.batch import Batch
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.init import STACKED, draw
-from nemotron.model.router import RoutingStats, routers
+from nemotron.model.router import routers
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.context import chunks
 from nemotron.parallel.context.apply import SumOverRow, apply_context
@@ -85,15 +85,6 @@ class LocalModel:
         """Where the parameters are."""
         return next(iter(self.parameters().values())).device
 
-    def loss_sum(self, batch: Batch) -> float:
-        """Return the summed loss of the next token, as far as it is known here; no gradient."""
-        batch = self.share_rows(batch).to(self.device)
-        if self.pipeline is not None:
-            return sum(loss.item() for loss in self.pipeline.evaluate([batch], _next_token_loss))
-        [model] = self.models
-        hidden = model(batch.input_ids, batch.seq_idx)
-        return model.lm_head.loss(hidden, batch.labels).item()
-
     def drop_gathered(self) -> None:
         """Forget weights that were gathered to evaluate: they would be stale later."""
         if self.mesh is not None:
@@ -161,11 +152,6 @@ class LocalModel:
                 # materialising gave each of the two names a tensor of its own
                 model.lm_head.weight = model.backbone.embeddings.weight
 
-    def whole_shapes(self) -> dict[str, torch.Size]:
-        """Return the shapes of all tensors of the whole model, here or not."""
-        with torch.device("meta"):
-            return {n: t.shape for n, t in HybridLM(self.config).state_dict().items()}
-
     def init_weights(self, seed: int) -> None:
         """Draw this rank's part of the weights: the same whole tensors in any layout."""
         self.fill(lambda name, shape, experts: draw(name, shape, self.config, seed, experts))
@@ -183,14 +169,6 @@ class LocalModel:
                 _fill_shard(name, whole.shape, offsets, tensor, read)
         for name, buffer in self.buffers().items():
             buffer.copy_(read(name, buffer.shape, None))
-
-
-def _next_token_loss(
-    model: HybridLM, hidden: Tensor | None, batch: Batch, routing: list[RoutingStats]
-) -> Tensor:
-    if hidden is None:
-        return torch.zeros((), device=batch.labels.device)
-    return model.lm_head.loss(hidden, batch.labels)
 
 
 def local_of(tensor: Tensor) -> Tensor:

@@ -7,10 +7,9 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from nemotron.data.loader import rows_of_rank
 from nemotron.errors import Finding, UserError
+from nemotron.model.build import build_on_meta
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.init import STACKED
 from nemotron.parallel.config import ParallelConfig
@@ -24,8 +23,13 @@ FEW = 16
 """Ranks up to which each has a line of its own; of more, those of a pipeline stage share one."""
 
 
-def findings(config: PretrainConfig, plan: TrainingPlan, dims: ParallelDims) -> list[Finding]:
-    """Return every rule that the layout breaks in any phase, each once, with what is right."""
+def findings(
+    config: PretrainConfig, plan: TrainingPlan, dims: ParallelDims, micro_batch: int | None = None
+) -> list[Finding]:
+    """Return every rule that the layout breaks in any phase, each once, with what is right.
+
+    `micro_batch` replaces the recipe's.
+    """
     found: list[Finding] = []
     for phase in plan.timeline.phases:
         for length in phase.lengths:
@@ -35,7 +39,7 @@ def findings(config: PretrainConfig, plan: TrainingPlan, dims: ParallelDims) -> 
                 config.parallel,
                 seq_len=length.seq_len,
                 rows_per_step=phase.tokens_per_step // length.seq_len,
-                micro_batch=config.rows_at_once(length.seq_len),
+                micro_batch=config.rows_at_once(length.seq_len, micro_batch),
             )
     return list(dict.fromkeys(found))
 
@@ -138,8 +142,7 @@ def _held_layers(config: PretrainConfig, dims: ParallelDims, pp: int) -> list[ra
 def _models(config: PretrainConfig, dims: ParallelDims, layers: Sequence[range]) -> list[HybridLM]:
     models, last = [], len(config.model.hybrid_override_pattern)
     for stage in layers:
-        with torch.device("meta"):
-            model = HybridLM(config.model)
+        model = build_on_meta(config.model)
         if dims.pp > 1:
             cut(model, stage, is_first=stage.start == 0, is_last=stage.stop == last)
         models.append(model)
