@@ -25,7 +25,7 @@ from nemotron.checkpoint.records import DamagedCheckpoint, explain, read_record
 from nemotron.checkpoint.state import SavedState
 from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
-from nemotron.parallel.pieces import pieces_of
+from nemotron.parallel.shards import local_shards
 
 MODEL_PREFIX = "model."
 """Names of the model's parameters and buffers in a checkpoint begin with this."""
@@ -115,8 +115,8 @@ class SavedTensors:
         with _refusing_damage(self._info):
             for name, tensor in into.items():
                 saved = self.index.tensors[name]
-                for offsets, piece in pieces_of(tensor).items():
-                    self._fill(name, saved, offsets, piece)
+                for offsets, shard in local_shards(tensor).items():
+                    self._fill(name, saved, offsets, shard)
 
     def lacking(self, tensors: dict[str, Tensor]) -> list[str]:
         """Return the names of which the checkpoint has no tensor of this shape and dtype."""
