@@ -8,8 +8,8 @@ from torch import Tensor
 
 from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.apply import LocalModel, local_of
-from nemotron.parallel.pieces import Pieces
 from nemotron.parallel.runtime import Ranks
+from nemotron.parallel.shards import Offsets, local_shards
 
 
 @contextmanager
@@ -39,12 +39,11 @@ def _collect(local: LocalModel, ranks: Ranks, name: str, into: Tensor) -> None:
             into[box] = piece.to(into)
 
 
-def _held(local: LocalModel, name: str) -> dict[tuple[int, ...], Tensor]:
+def _held(local: LocalModel, name: str) -> dict[Offsets, Tensor]:
+    """Return what this rank holds of a tensor, by the offsets of each part in the whole."""
     if (parameter := local.parameters().get(name)) is not None:
-        whole = local.pieces(name, local_of(parameter))
-        if isinstance(whole, Pieces):
-            return {at: piece.detach().cpu() for at, piece in whole.pieces.items()}
-        return {(0,) * whole.ndim: whole.detach().cpu()}
+        whole = local.sharded(name, local_of(parameter))
+        return {at: part.detach().cpu() for at, part in local_shards(whole).items()}
     if (buffer := local.buffers().get(name)) is not None:
         return {(0,) * buffer.ndim: buffer.cpu()}
     return {}

@@ -1,6 +1,6 @@
 """Answers laid side by side in rows, as documents that do not see each other."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -28,7 +28,7 @@ class Rows:
         """Return some of the rows."""
         return Rows(self.answers[first : first + count], self.length)
 
-    def line_up(self, values: dict[int, Sequence[float]]) -> Float[Tensor, "B T"]:
+    def line_up(self, values: Mapping[int, Sequence[float]]) -> Float[Tensor, "B T"]:
         """Return values of the answers' tokens at the positions that predict them.
 
         `values` has those of an answer under the `id` of its rollout.
@@ -89,9 +89,11 @@ def pack_answers(rollouts: Sequence[Rollout], config: RlConfig, multiple: int) -
 def _row(rollouts: Sequence[Rollout], eod_id: int, average: str) -> Row:
     if not rollouts:
         return Row(np.array([eod_id, eod_id]), np.array([0]), np.zeros(2, np.float32))
-    tokens, starts, weights = [], [], []
+    tokens: list[np.ndarray] = []
+    weights: list[np.ndarray] = []
+    starts: list[int] = []
     for rollout in rollouts:
-        starts.append(sum(map(len, tokens)))
+        starts.append(sum(each.size for each in tokens))
         counted = np.array([not forced for forced in rollout.forced], np.float32)
         if rollout.is_masked:
             counted[:] = 0

@@ -54,4 +54,4 @@ class Reinforcement:
         auxiliary = Auxiliary(config.loss, config.num_depths, bool(config.model.moe_layers))
         objective = PolicyObjective(config.policy, auxiliary, config.rollout.temperature)
         trainer = Trainer(config, local, objective, batches, plan, device, peak_flops, ranks)
-        return Setup(trainer, tasks, batches.evaluate)
+        return Setup(trainer, tasks, batches.evaluate, verifiers.close)

@@ -57,6 +57,7 @@ class Progress:
         parts = [
             f"step {record['step']:>{width}}/{self.num_steps}",
             _part(record, "loss/main", "loss {:.4f}"),
+            _part(record, "rl/reward", "reward {:.3f}"),
             _part(record, "lr", "lr {:.2e}"),
             f"eta {_duration(self.eta_s)}",
         ]
@@ -93,6 +94,16 @@ class Progress:
                 _part(validation, "validation/bits_per_byte", "= {:.3f} bits/byte"),
             ),
         )
+        if "rl/reward" in train:
+            rows.add_row(
+                "reward",
+                _join(
+                    _part(train, "rl/reward", "{:.3f}"),
+                    _part(validation, "validation/reward", "validation {:.3f}"),
+                    _part(train, "rl/answer_tokens", "{:.0f} tokens an answer"),
+                    _part(train, "rl/groups_without_signal", "{:.0%} of the prompts without signal"),
+                ),
+            )
         mtp = [_part(train, name, "{:.4f}") for name in train if name.startswith("loss/mtp_")]
         if mtp or "loss/aux" in train:
             rows.add_row(

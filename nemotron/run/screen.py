@@ -139,6 +139,8 @@ class _Forward(logging.Handler):
 
 
 def _validation_line(record: Record) -> str:
+    if (reward := record.get("validation/reward")) is not None:
+        return f"step {record['step']}: validation reward {reward:.3f}"
     if "validation/loss" not in record:
         return f"step {record['step']}: no held-out token counts for a validation loss"
     parts = [f"step {record['step']}: validation loss {record['validation/loss']:.4f}"]

@@ -38,6 +38,8 @@ class Setup:
     content: Content
     validate: Callable[[], dict[str, float]] | None
     """Returns the metrics of what is held out; None where nothing is."""
+    close: Callable[[], None] = lambda: None
+    """Ends what the stage started, such as processes."""
 
 
 class Stage(Protocol):

@@ -11,23 +11,23 @@ from nemotron.checkpoint.read import read_model
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
+from nemotron.model.build import build_on_meta, shapes
 from nemotron.model.config import ModelConfig
+from nemotron.model.flops import training_flops_per_token
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.parameters import count_parameters
 from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
 from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.runtime import Launch, start
 from nemotron.precision.apply import DTYPES
-from nemotron.precision.assign import assign, preset_at
-from nemotron.precision.policy import Assignment, summarize
+from nemotron.precision.policy import Assignment, assign, preset_at, summarize
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
-from nemotron.train.announce import model_line
 from nemotron.train.config import RunConfig
-from nemotron.train.flops import count_parameters, training_flops_per_token
 from nemotron.train.layout import check_layout, describe_places, least_world
 from nemotron.train.loop import run
 from nemotron.train.pretraining import Pretraining
@@ -51,9 +51,10 @@ def train(
 ) -> int:
     """Train as the recipe says, or go on from the run's newest whole checkpoint.
 
-    `stage` trains such recipes, pre-training by default. `stop_at` ends the run after that step as a signal would. `read_initial` reads the weights
-    that `init_from` names. `allow_changed` lists keys in which a resumed run may differ from its
-    beginning. Returns the exit code: 0 done, 1 failed, 75 stopped and can be resumed.
+    `stage` trains such recipes; pre-training by default. `stop_at` ends the run after that step as
+    a signal would. `read_initial` reads the weights that `init_from` names. `allow_changed` lists
+    keys in which a resumed run may differ from its beginning. Returns the exit code: 0 done, 1
+    failed, 75 stopped and can be resumed.
 
     Raises:
         UserError: when something that the user gave is wrong.
@@ -77,6 +78,7 @@ def train(
         bind(config.ops)  # a backend that is not there is found before data is read
         own_peak = measure_matmul_peak(device, DTYPES[config.precision.compute])
         setup = trained.build(config, plan, device, sum(ranks.gather(own_peak)), ranks)
+        stack.callback(setup.close)
         trainer = setup.trainer
         stack.enter_context(folder.held(ranks))
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
@@ -100,9 +102,7 @@ def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
     device = find_device(config.device)
     folder = RunFolder(config.run_path, config)
     folder.check(plan.num_steps, resume=True)
-    with torch.device("meta"):
-        model = HybridLM(config.model)
-    count = count_parameters(model, config.model)
+    model = build_on_meta(config.model)
     tokens = plan.timeline.num_tokens
     flops = training_flops_per_token(config.model, config.data.seq_len, config.num_depths) * tokens
     documents = config.data.reset_documents
@@ -112,7 +112,7 @@ def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
     state = "exists, would go on by --resume" if folder.path.exists() else "new"
     for line in (
         f"run        {folder.path} ({state})",
-        model_line(count),
+        f"model      {count_parameters(config.model).line}",
         f"training   {plan.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
         *(f"operations {line}" for line in describe(choices, device)),
         *(f"precision  {line}" for line in formats),
@@ -129,8 +129,7 @@ def describe_precision(config: RunConfig) -> list[str]:
     Raises:
         UserError: when a rule fits no layer, or a named backend is not fit for one.
     """
-    with torch.device("meta"):
-        model = HybridLM(config.model)
+    model = build_on_meta(config.model)
     lines = []
     for step, preset, table in _precision_tables(config, model):
         lines.append(f"from step {step}: preset {preset}")
@@ -155,7 +154,7 @@ def _precision_tables(
 def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
     """Start from saved weights; every tensor must be there, with its shape, and no other."""
     saved_config, weights = read(Path(path))
-    own = local.whole_shapes()
+    own = shapes(local.config)
     problems = [f"{name} is absent" for name in own if name not in weights]
     problems += [f"{name} is too many" for name in weights if name not in own]
     problems += [

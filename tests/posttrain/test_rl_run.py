@@ -1,0 +1,141 @@
+"""Reinforcement learning through the real command: it runs, learns from what it says, resumes."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from nemotron.checkpoint.read import read_model
+from nemotron.cli import run
+from tests.support.tiny_run import MODEL
+
+VALUES: dict[str, Any] = {
+    "stage": "rl",
+    "device": "cpu",
+    "model": MODEL,
+    "data": {"seq_len": 47},
+    "rollout": {
+        "environments": [{"name": "arith_chain"}, {"name": "mcqa", "weight": 0.5}],
+        "prompt": "text",
+        "num_prompts_per_step": 4,
+        "num_generations_per_prompt": 3,
+        "max_new_tokens": 6,
+        "evaluation_tasks": 3,
+        "truncated": "keep",
+    },
+    "batch": {"global_tokens": 4 * 3 * 47, "micro_batch": 3},
+    "schedule": {"kind": "constant", "peak": 1e-2, "total_steps": 4},
+    "optimizer": {"betas": [0.9, 0.999]},
+}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path):
+    """Writes a recipe of this name; keyword arguments replace or add keys of sections."""
+
+    def write(name: str, **changes: dict[str, Any]) -> Path:
+        values = {**VALUES, "name": name, "output": str(tmp_path / "runs")}
+        for section, given in changes.items():
+            values[section] = {**values.get(section, {}), **given}
+        path = tmp_path / f"{name}.yaml"
+        with open(path, "w") as file:
+            YAML(typ="safe").dump(values, file)
+        return path
+
+    return write
+
+
+def environments(*names: str) -> list[dict[str, str]]:
+    return [{"name": name} for name in names]
+
+
+def arithmetic(**more: Any) -> dict[str, Any]:
+    return {"environments": environments("arith_chain"), **more}
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return read_model(folder)[1]
+
+
+def metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [line for line in lines if line["kind"] == kind]
+
+
+def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
+    text = (folder / "rollouts" / f"step-{step:08}.jsonl").read_text()
+    return list(map(json.loads, text.splitlines()))
+
+
+def test_a_run_writes_its_rollouts_and_their_figures(recipe, tmp_path: Path) -> None:
+    assert run(["train", str(recipe("whole", rollout=arithmetic()))]) == 0
+    folder = tmp_path / "runs" / "whole"
+    lines = metrics(folder, "train")
+    assert [line["step"] for line in lines] == [1, 2, 3, 4]
+    for line in lines:
+        answers = rollouts(folder, line["step"] - 1)
+        assert len(answers) == 12
+        rewards = [answer["verdict"]["reward"] for answer in answers]
+        assert line["rl/reward"] == pytest.approx(sum(rewards) / 12)
+        # the engine and the trainer are the same modules in float32
+        assert 1 <= line["rl/token_mult_prob_error"] < 1 + 1e-4
+        for answer in answers:
+            assert len(answer["tokens"]) == len(answer["logprobs"]) == len(answer["old_logprobs"])
+            assert answer["logprobs"] == pytest.approx(answer["old_logprobs"], abs=1e-4)
+    assert "validation/arith_chain/reward" in metrics(folder, "validation")[-1]
+
+
+@pytest.mark.parametrize("updates", [1, 2])
+def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path: Path, updates: int) -> None:
+    """With two updates for each rollout batch the stop lies between them."""
+    batch = {"global_tokens": 12 // updates * 47}
+    rollout = arithmetic(updates_per_step=updates)
+    whole = recipe(f"whole{updates}", rollout=rollout, batch=batch)
+    parts = recipe(f"parts{updates}", rollout=rollout, batch=batch)
+    assert run(["train", str(whole)]) == 0
+    assert run(["train", str(parts), "--stop-at", "1"]) == 75
+    assert run(["train", str(parts), "--resume"]) == 0
+    found, expected = (
+        weights(tmp_path / "runs" / f"{name}{updates}") for name in ("parts", "whole")
+    )
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+def test_several_environments_share_the_prompts(recipe, tmp_path: Path, capsys) -> None:
+    path = recipe("two", data={"seq_len": 255}, batch={"global_tokens": 12 * 255})
+    assert run(["train", str(path), "--stop-at", "2"]) == 75
+    capsys.readouterr()
+    named = {
+        answer["task"]["environment"]
+        for step in (0, 1)
+        for answer in rollouts(tmp_path / "runs" / "two", step)
+    }
+    assert named == {"arith_chain", "mcqa"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"rollout": arithmetic(environments=environments("arith"))}, "arith_chain"),
+        ({"rollout": {"environments": []}}, "rollout.environments"),
+        ({"batch": {"global_tokens": 47}}, "write 564"),
+        ({"rollout": arithmetic(updates_per_step=3)}, "the nearest is 2"),
+        ({"policy": {"clip_low": 0.1}}, "has no effect because rollout.updates_per_step = 1"),
+        ({"policy": {"kl_coefficient": 0.1}}, "use 0"),
+        ({"parallel": {"tp": 2}}, "parallel.tp = 2 cannot score rollouts"),
+        ({"data": {"seq_len": 8}, "batch": {"global_tokens": 96}}, "data.seq_len = 8"),
+        ({"rollout": {"environments": environments("tool_calc_db")}}, "offers tools"),
+        ({"data": {"mask_eod_loss": True}}, "written by the model"),
+    ],
+)
+def test_a_mistake_is_one_sentence(recipe, tmp_path: Path, capsys, changes, said: str) -> None:
+    assert run(["train", str(recipe("bad", **changes))]) == 2
+    sentence = capsys.readouterr().err
+    assert said in sentence
+    assert len(sentence.strip().splitlines()) == 1
+    assert not (tmp_path / "runs" / "bad" / "checkpoints").exists()
