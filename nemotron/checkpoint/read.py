@@ -49,6 +49,10 @@ def read_state(info: CheckpointInfo) -> SavedState:
         return state
 
 
+EMBEDDING, TIED_HEAD = "backbone.embeddings.weight", "lm_head.weight"
+"""One parameter where embeddings are tied, which a trained run saves under the first name."""
+
+
 def read_model_config(info: CheckpointInfo) -> ModelConfig:
     """Return the configuration of the checkpoint's model.
 
@@ -184,7 +188,10 @@ def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     weights = saved.empty(MODEL_PREFIX)
     saved.load(weights)
     named = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}
-    return read_model_config(info), named
+    config = read_model_config(info)
+    if config.tie_word_embeddings and EMBEDDING in named:
+        named[TIED_HEAD] = named[EMBEDDING]
+    return config, named
 
 
 def _seen_from(start: tuple[int, ...], box: list[tuple[int, int]]) -> tuple[slice, ...]:
