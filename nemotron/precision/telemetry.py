@@ -22,7 +22,7 @@ class OperandStatistics:
 
     def add(self, tensor: Tensor, operand: Operand) -> None:
         """Compare tensors, one under another, with their quantized form."""
-        exact = operand.groups.fill(tensor.detach()).float()
+        exact = operand.groups.pad(tensor.detach()).float()
         values = operand.values
         if operand.scale is not None:
             values = values * operand.groups.spread(operand.scale, 1)
