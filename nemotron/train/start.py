@@ -31,7 +31,7 @@ from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
 from nemotron.train.config import PretrainConfig
-from nemotron.train.layout import Place, check_layout, describe_places, least_world
+from nemotron.train.layout import MeshCoordinate, check_layout, describe_ranks, least_world
 from nemotron.train.loop import run
 from nemotron.train.loss import PretrainObjective
 from nemotron.train.reliability.deterministic import deterministic
@@ -116,7 +116,7 @@ def dry_run(config: PretrainConfig) -> int:
         f"training   {plan.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
         *(f"operations {line}" for line in describe(choices, device)),
         *(f"precision  {line}" for line in formats),
-        *(describe_places(config, plan, dims) if dims.world > 1 else ()),
+        *(describe_ranks(config, plan, dims) if dims.world > 1 else ()),
     ):
         if launch is None or launch.rank == 0:
             print(line)
@@ -176,7 +176,7 @@ def build_trainer(
     batches = TextBatches(
         config.data,
         data,
-        reader=Place(ranks.rank, dims).batch,
+        reader=MeshCoordinate(ranks.rank, dims).batch,
         num_readers=dims.batch,
         num_steps=plan.num_steps,
         num_depths=objective.num_depths,

@@ -43,7 +43,7 @@ from nemotron.train.optimizer import (
 )
 from nemotron.train.record import StepResult
 from nemotron.train.reliability.faults import Faults
-from nemotron.train.reliability.progress import Progress, Stopwatch
+from nemotron.train.reliability.progress import StepProgress, Stopwatch
 from nemotron.train.reliability.replicas import ReplicaCheck
 from nemotron.train.schedule import TrainingPlan
 from nemotron.train.state import RNG, Skip, TrainerState, snapshot
@@ -68,7 +68,7 @@ class Trainer:
         torch.manual_seed(config.seed)
         dims = resolve_dims(config.parallel, self.ranks.world)
         self.mesh = Mesh(dims, device.type) if self.ranks.grouped else None
-        self.progress = Progress()
+        self.progress = StepProgress()
         self.local = build_model(config, device, self.mesh)
         self.model = self.local.models[0]
         whole = build_on_meta(config.model)
