@@ -53,7 +53,7 @@ def newest(folder: Path, ranks: Ranks | None = None) -> Search:
     for step in candidates:
         path = folder / folder_name(step)
         try:
-            info = ranks.all(lambda path=path: verify(path, share=share))[0]  # type: ignore[misc]
+            info = ranks.each(lambda path=path: verify(path, share=share))[0]  # type: ignore[misc]
         except OldCheckpoint as old:
             raise UserError(f"{old}.") from None
         except DamagedCheckpoint as damage:

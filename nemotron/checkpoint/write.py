@@ -121,7 +121,7 @@ def commit(
         CheckpointNotSaved: on every rank, when the file system refuses.
     """
     try:
-        files = {name: entry for some in ranks.all(write) for name, entry in some.items()}
+        files = {name: entry for some in ranks.each(write) for name, entry in some.items()}
         return ranks.first(lambda: _publish(draft, files, state, model_config, keep))
     except CheckpointNotSaved:
         if ranks.is_first:

@@ -14,7 +14,7 @@ from nemotron.errors import UserError
 from nemotron.generate.forward import PIECE, append, new_cache
 from nemotron.generate.prefixes import Prefix, PrefixStore
 from nemotron.generate.request import Event, Request, requests_of
-from nemotron.generate.routing import recorded
+from nemotron.generate.routing import RoutingRecord, recorded
 from nemotron.generate.sample import Sample
 from nemotron.generate.sampling import Sampling, fresh_seed
 from nemotron.generate.scheduler import Scheduler
@@ -205,7 +205,7 @@ class Engine:
     def _decode(self) -> list[Scores]:
         """Append the one token that is not yet read of each sample that lacks no more."""
         samples = [sample for sample in self.scheduler.running if self._num_left(sample) == 1]
-        samples = self.scheduler.make_room(samples)
+        samples = self.scheduler.make_room(samples, 1)
         if not samples:
             return []
         if self._row_by_row:
@@ -227,11 +227,14 @@ class Engine:
                 break
             most = 1 if self._row_by_row else room // size
             alike = [s for s, other in pieces.items() if other == size][:most]
-            for sample in alike:
-                del pieces[sample]
-            ready.append(self._append(alike, size))
-            room -= size * len(alike)
-            self.timing.prompt_tokens += size * len(alike)
+            # a stored prefix may share the block that is written next
+            if here := self.scheduler.make_room(alike, size):
+                ready.append(self._append(here, size))
+            room -= size * len(here)
+            self.timing.prompt_tokens += size * len(here)
+            pieces = {
+                s: other for s, other in pieces.items() if s not in alike and s.slot is not None
+            }
         return ready
 
     def _append(self, samples: list[Sample], size: int) -> Scores:
@@ -248,10 +251,7 @@ class Engine:
         with recorded(self.model.backbone, on=has_experts) as record:
             logits = append(self.model, self._rows, tokens)
         if record.layers:
-            experts = record.experts(len(slots))
-            for row, sample in enumerate(samples):
-                if sample.request.experts:
-                    sample.add_experts(experts[row], starts[row])
+            _keep_experts(record, samples, starts)
         for slot, sample, row in zip(slots, samples, logits, strict=True):
             length = self.cache.lengths[slot]
             if sample.followers and length == len(sample.tokens):
@@ -312,3 +312,10 @@ class Engine:
         """Tokens of a sample that the model has not read."""
         assert sample.slot is not None
         return len(sample.tokens) - self.cache.lengths[sample.slot]
+
+
+def _keep_experts(record: RoutingRecord, samples: list[Sample], starts: list[int]) -> None:
+    experts = record.experts(len(samples))
+    for row, (sample, start) in enumerate(zip(samples, starts, strict=True)):
+        if sample.request.experts:
+            sample.add_experts(experts[row], start)

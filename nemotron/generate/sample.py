@@ -12,8 +12,19 @@ from nemotron.generate.budget import Reasoning
 from nemotron.generate.prefixes import Prefix
 from nemotron.generate.request import Answer, Event, Finish, Request
 from nemotron.generate.sampling import Uniforms
-from nemotron.generate.selection import Selected
 from nemotron.generate.text import StopStrings, TextStream
+
+
+@dataclass(frozen=True)
+class Selected:
+    """The next token of a sample; the log-probabilities are 0 where nobody asked for them."""
+
+    token: int
+    is_forced: bool
+    logprob: float = 0.0
+    """Under the distribution that it was drawn from; 0 if forced."""
+    raw_logprob: float = 0.0
+    """Under the model."""
 
 
 @dataclass(eq=False)

@@ -36,10 +36,10 @@ class Scheduler:
             admitted.append(sample)
         return admitted
 
-    def make_room(self, samples: list[Sample]) -> list[Sample]:
-        """Take the blocks for one more token of each; return those that still have a slot."""
+    def make_room(self, samples: list[Sample], num_tokens: int) -> list[Sample]:
+        """Take the blocks for so many more tokens of each; return those that still have a slot."""
         for sample in samples:
-            while sample.slot is not None and not self._extend(sample):
+            while sample.slot is not None and not self._extend(sample, num_tokens):
                 if not self._prefixes.make_room(also_shared=True):
                     self.preempt(self.running[-1])
         return [sample for sample in samples if sample.slot is not None]
@@ -60,9 +60,9 @@ class Scheduler:
         self.wait(sample)
         self.num_preempted += 1
 
-    def _extend(self, sample: Sample) -> bool:
+    def _extend(self, sample: Sample, num_tokens: int) -> bool:
         assert sample.slot is not None
-        length = self._cache.lengths[sample.slot] + 1
+        length = self._cache.lengths[sample.slot] + num_tokens
         free = self._cache.blocks.num_free
         if free is not None and self._cache.missing_blocks(sample.slot, length) > free:
             return False

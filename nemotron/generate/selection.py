@@ -1,44 +1,16 @@
 """One token for each of several samples, every one with its own way of drawing."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron.generate.request import Request
+from nemotron.generate.sample import Sample, Selected
 from nemotron.generate.sampling import adjust, choose
 
 
-class Drawing(Protocol):
-    """What is needed of a sample to choose its next token."""
-
-    request: Request
-    tokens: list[int]
-
-    @property
-    def uniform(self) -> float:
-        """The random number for the next token."""
-
-    def take_forced(self) -> int | None:
-        """Return the next token if it is not free."""
-
-
-@dataclass(frozen=True)
-class Selected:
-    """The next token of a sample; the log-probabilities are 0 where nobody asked for them."""
-
-    token: int
-    is_forced: bool
-    logprob: float = 0.0
-    """Under the distribution that it was drawn from; 0 if forced."""
-    raw_logprob: float = 0.0
-    """Under the model."""
-
-
-def select(samples: Sequence[Drawing], logits: Float[Tensor, "B V"]) -> list[Selected]:
+def select(samples: Sequence[Sample], logits: Float[Tensor, "B V"]) -> list[Selected]:
     """Choose the next token of each sample."""
     adjusted = _adjusted(samples, logits)
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -61,7 +33,7 @@ def select(samples: Sequence[Drawing], logits: Float[Tensor, "B V"]) -> list[Sel
     ]
 
 
-def _adjusted(samples: Sequence[Drawing], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
+def _adjusted(samples: Sequence[Sample], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     """Return the logits after biases and penalties."""
     changed = [row for row, s in enumerate(samples) if s.request.sampling.changes_logits]
     if not changed:
@@ -75,7 +47,7 @@ def _adjusted(samples: Sequence[Drawing], logits: Float[Tensor, "B V"]) -> Float
 
 
 def _raw_logprobs(
-    samples: Sequence[Drawing], logits: Float[Tensor, "B V"], tokens: list[int]
+    samples: Sequence[Sample], logits: Float[Tensor, "B V"], tokens: list[int]
 ) -> list[float]:
     result = [0.0] * len(samples)
     rows = [row for row, sample in enumerate(samples) if sample.request.logprobs]

@@ -24,13 +24,11 @@ from nemotron.hf.names import DiskParameter, disk_parameters, disk_tensors
 from nemotron.hf.shards import INDEX, ShardedFolder
 from nemotron.hf.source import CheckpointSource, open_checkpoint
 from nemotron.model.build import build_around, shapes
-from nemotron.model.config import ModelConfig
+from nemotron.model.config import MTP_DEPTHS, ModelConfig
 from nemotron.model.hybrid import HybridLM
 
 TOLERANCE = 2e-5
 """Largest difference of logits, over the largest logit, between two float32 implementations."""
-
-MTP_DEPTHS = 2
 
 
 class Failed(Exception):

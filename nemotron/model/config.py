@@ -9,6 +9,8 @@ from nemotron.divisors import divisors, nearest
 from nemotron.errors import RuleBroken
 from nemotron.section import Section
 
+MTP_DEPTHS = 2
+"""Depths of multi-token prediction that Nemotron 3 is trained with, by one shared block."""
 LAYER_KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
 """Letters of a layer pattern and what they stand for; one mixer per layer."""
 MAX_SIZE = 2**31

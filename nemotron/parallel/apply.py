@@ -197,7 +197,7 @@ def distribute(
 ) -> LocalModel:
     """Return what this rank holds of a model; `build` makes it, whole, on the meta device.
 
-    `seq_len` and `num_depths` (of multi-token prediction) tell what the layers cost, where stages
+    `seq_len` and `num_depths` (of multi-token prediction) give the cost of the layers, where stages
     share them.
     """
     if mesh is None:

@@ -1,4 +1,4 @@
-"""Stages of a model on different ranks, which hand micro-batches on: one step, one evaluation."""
+"""Stages of a model on different ranks, which pass micro-batches on: one step, one evaluation."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager

@@ -103,7 +103,7 @@ class Ranks:
             raise outcome[1]
         return outcome[0]
 
-    def all(self, function: Callable[[], T]) -> list[T]:
+    def each(self, function: Callable[[], T]) -> list[T]:
         """Call on every rank and return all results; the first failure is raised by every rank."""
         outcome: tuple[T | None, Exception | None]
         try:

@@ -7,13 +7,16 @@ kept for calibration, because no other row of the table shows that format.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
-from nemotron.model.config import ModelConfig
+from nemotron.model.config import MTP_DEPTHS, ModelConfig
 from nemotron.parallel.dims import ParallelDims
 from nemotron.plan.hardware import SYSTEMS
 from nemotron.plan.job import Job, Storage
 from nemotron.plan.work import flops_by_format
 from nemotron.precision.config import PrecisionConfig
+from nemotron.recipe.read import read_yaml
+from nemotron.recipe.shipped import home
 
 MEGATRON = Storage(sharded=12.0, resident=6.0, gathers=False)
 """bf16 weights and float32 gradients whole; float32 weights and moments over the data ranks."""
@@ -21,36 +24,6 @@ MEGATRON_LEAN = Storage(sharded=6.0, resident=4.0, gathers=False)
 """The 64 x H100 run: bf16 weights and gradients whole; of the optimizer bf16 moments and 2 bytes
 more for the weight over the data ranks. Our own trainer keeps 16 bytes (`Storage()`)."""
 
-NANO = ModelConfig(
-    vocab_size=131072,
-    hidden_size=2688,
-    hybrid_override_pattern="MEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEM*EMEMEMEM*EMEMEMEME",
-    routed_scaling_factor=2.5,
-)
-"""Nemotron 3 Nano 30B-A3B, as recipes/nano/model.yaml."""
-LIGHTNING = NANO.model_copy(
-    update={"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
-)
-"""Nemotron 3.5 Lightning: Nano with multi-token prediction.
-
-Source: NVIDIA-NeMo/Megatron-Bridge: recipes/nemotronh/h100/nemotron_3_nano.py.
-"""
-SUPER = ModelConfig(
-    vocab_size=131072,
-    hidden_size=4096,
-    hybrid_override_pattern="MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*"
-    "EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
-    mamba_num_heads=128,
-    n_routed_experts=512,
-    num_experts_per_tok=22,
-    moe_intermediate_size=2688,
-    moe_shared_expert_intermediate_size=5376,
-    moe_latent_size=1024,
-    routed_scaling_factor=5.0,
-    num_nextn_predict_layers=1,
-    mtp_hybrid_override_pattern="*E",
-)
-"""Nemotron 3 Super 120B-A12B, as recipes/super/model.yaml."""
 ULTRA = ModelConfig(
     vocab_size=131072,
     hidden_size=8192,
@@ -71,8 +44,29 @@ ULTRA = ModelConfig(
 
 Source: NVIDIA/Megatron-LM: examples/post_training/modelopt/conf/nvidia.
 """
-MODELS = {"Nano": NANO, "Lightning": LIGHTNING, "Super": SUPER, "Ultra": ULTRA}
-"""By the names of the published tables."""
+
+
+@cache
+def models() -> dict[str, ModelConfig]:
+    """Return the models by the names of the published tables.
+
+    Nano and Super are those of the recipes that ship with the package. Lightning is Nano with
+    multi-token prediction.
+    Source: NVIDIA-NeMo/Megatron-Bridge: recipes/nemotronh/h100/nemotron_3_nano.py.
+    """
+    nano, super_ = _read_model("nano"), _read_model("super")
+    prediction = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
+    return {
+        "Nano": nano,
+        "Lightning": nano.model_copy(update=prediction),
+        "Super": super_,
+        "Ultra": ULTRA,
+    }
+
+
+def _read_model(recipe: str) -> ModelConfig:
+    document = read_yaml(home() / recipe / "model.yaml")
+    return ModelConfig.model_validate(document.values["model"])
 
 
 @dataclass(frozen=True)
@@ -108,8 +102,9 @@ class Published:
     @property
     def job(self) -> Job:
         """The row as a job."""
-        model = MODELS[self.model]
-        depths = (2 if model.mtp_pattern else 0) if self.depths is None else self.depths
+        model = models()[self.model]
+        trained = MTP_DEPTHS if model.mtp_pattern else 0
+        depths = trained if self.depths is None else self.depths
         shard = self.gpus // (self.pp * self.cp * self.tp)
         precision = PrecisionConfig.model_validate({"compute": "bf16", "preset": self.preset})
         formats = flops_by_format(model, precision, self.seq_len, depths, self.load)

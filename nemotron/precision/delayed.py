@@ -112,9 +112,9 @@ class DelayedFP8Scheme(Scheme):
         torch.maximum(newest, found.nan_to_num(nan=0.0, posinf=torch.inf), out=newest)
 
     def _matrices(
-        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+        self, operand: str, padded: Tensor, groups: Groups, draw: Draw | None, *, both: bool
     ) -> tuple[Matrix, Matrix | None]:
         # the scale changes in place at the end of the step, before which backward may not be done
         scale = self.slots[operand].scale.clone()
-        found = fp8.quantize_scaled(filled, PER_TENSOR[operand], scale, groups)
+        found = fp8.quantize_scaled(padded, PER_TENSOR[operand], scale, groups)
         return found, found

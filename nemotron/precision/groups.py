@@ -44,47 +44,47 @@ def expert_chunks(sizes: Sizes, weight: Float[Tensor, "E N K"]) -> list[ExpertCh
 
 @dataclass(frozen=True)
 class Groups:
-    """Where each tensor's rows are, once zeros fill it up so that no block lies in two of them."""
+    """Where each tensor's rows are, padded with zeros so that no block lies in two tensors."""
 
     sizes: Sizes
     multiple: int = 1
-    """Rows of each are filled up to a multiple of this."""
+    """Rows of each are padded to a multiple of this."""
 
     @cached_property
-    def filled(self) -> Sizes:
-        """Rows of each with those that fill it up."""
+    def padded(self) -> Sizes:
+        """Rows of each with its padding."""
         return tuple(-(-size // self.multiple) * self.multiple for size in self.sizes)
 
     @cached_property
     def starts(self) -> Sizes:
-        """First row of each in the filled matrix."""
-        return tuple(accumulate(self.filled, initial=0))[:-1]
+        """First row of each in the padded matrix."""
+        return tuple(accumulate(self.padded, initial=0))[:-1]
 
     def rows(self, group: int) -> slice:
-        """Return a tensor's own rows of the filled matrix."""
+        """Return a tensor's own rows of the padded matrix."""
         return slice(self.starts[group], self.starts[group] + self.sizes[group])
 
-    def filled_rows(self, group: int, height: int = 1) -> slice:
-        """Return a tensor's rows, or rows of blocks, with those that fill it up."""
+    def padded_rows(self, group: int, height: int = 1) -> slice:
+        """Return a tensor's rows, or rows of blocks, with its padding."""
         start = self.starts[group]
-        return slice(start // height, -(-(start + self.filled[group]) // height))
+        return slice(start // height, -(-(start + self.padded[group]) // height))
 
     def offsets(self, device: torch.device) -> Int[Tensor, " R"]:
-        """Return for each row where it is in the filled matrix."""
-        sizes, filled = torch.tensor(self.sizes), torch.tensor(self.filled)
-        moved = (filled - sizes).cumsum(0) - (filled - sizes)
+        """Return for each row where it is in the padded matrix."""
+        sizes, padded = torch.tensor(self.sizes), torch.tensor(self.padded)
+        moved = (padded - sizes).cumsum(0) - (padded - sizes)
         return (torch.arange(sum(self.sizes)) + moved.repeat_interleave(sizes)).to(device)
 
-    def fill(self, x: Shaped[Tensor, "R *rest"]) -> Shaped[Tensor, "filled *rest"]:
+    def pad(self, x: Shaped[Tensor, "R *rest"]) -> Shaped[Tensor, "padded *rest"]:
         """Put zeros after each tensor's rows."""
-        if self.filled == self.sizes:
+        if self.padded == self.sizes:
             return x
         if len(self.sizes) == 1:
-            return F.pad(x, (0, 0) * (x.dim() - 1) + (0, self.filled[0] - self.sizes[0]))
-        filled = x.new_zeros(sum(self.filled), *x.shape[1:])
-        return filled.index_copy_(0, self.offsets(x.device), x)
+            return F.pad(x, (0, 0) * (x.dim() - 1) + (0, self.padded[0] - self.sizes[0]))
+        padded = x.new_zeros(sum(self.padded), *x.shape[1:])
+        return padded.index_copy_(0, self.offsets(x.device), x)
 
-    def amax(self, x: Float[Tensor, "filled K"]) -> Float[Tensor, " G"]:
+    def amax(self, x: Float[Tensor, "padded K"]) -> Float[Tensor, " G"]:
         """Return the largest magnitude of each tensor; 0 where there is nothing."""
         return self.largest(block_amax(x, 1, x.shape[1]), 1)
 
@@ -100,8 +100,8 @@ class Groups:
         if len(self.sizes) == 1:
             return values.view(1, 1)
         lengths = self._heights(height, values.device)
-        size = sum(self.filled) // height
+        size = sum(self.padded) // height
         return values.repeat_interleave(lengths, output_size=size).unsqueeze(1)
 
     def _heights(self, height: int, device: torch.device) -> Int[Tensor, " G"]:
-        return torch.tensor([rows // height for rows in self.filled], device=device)
+        return torch.tensor([rows // height for rows in self.padded], device=device)

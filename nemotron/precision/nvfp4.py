@@ -122,7 +122,7 @@ def quantize(
 ) -> NVFP4:
     """Quantize a matrix in blocks of 16 along either dimension, or in squares of 16 by 16.
 
-    `groups` says which rows are tensors of their own, filled up to whole blocks. `amax` is the
+    `groups` says which rows are tensors of their own, padded to whole blocks. `amax` is the
     largest magnitude of each when it is known over more than this matrix; `bits` gives each element
     8 random bits for stochastic rounding, without them it is rounded to nearest even.
     """

@@ -51,18 +51,18 @@ class Draw:
         own = self.rows + rows.start if isinstance(self.rows, int) else self.rows[rows]
         return replace(self, rows=own)
 
-    def fill(self, groups: Groups) -> "Draw":
-        """Number the rows of a matrix that is filled up: those that fill a tensor are numbered on.
+    def pad(self, groups: Groups) -> "Draw":
+        """Number the rows of a matrix that is padded: its padding is numbered on.
 
         They need bits as well: the Hadamard transform mixes a chunk's tokens into all its rows.
         """
-        if groups.filled == groups.sizes:
+        if groups.padded == groups.sizes:
             return self
         own = self.rows
         if isinstance(own, int):
             own = torch.arange(own, own + sum(groups.sizes))
-        sizes, filled = torch.tensor(groups.sizes), torch.tensor(groups.filled)
-        group = torch.arange(len(sizes)).repeat_interleave(filled)
+        sizes, padded = torch.tensor(groups.sizes), torch.tensor(groups.padded)
+        group = torch.arange(len(sizes)).repeat_interleave(padded)
         place = torch.arange(len(group)) - torch.tensor(groups.starts)[group]
         last = sizes[group] - 1
         source = (sizes.cumsum(0) - sizes)[group] + place.minimum(last)

@@ -1,6 +1,6 @@
 """Products of quantized operands by torch's scaled matrix product: cuBLAS on a GPU.
 
-Operands are filled up with zeros to the sizes that cuBLAS takes, which changes no sum. Layouts of
+Operands are padded with zeros to the sizes that cuBLAS takes, which changes no sum. Layouts of
 the scales: NVIDIA, cuBLAS documentation, "Scaling Factors Layouts"; pytorch/pytorch:
 aten/src/ATen/native/cuda/ScaledBlas.cpp.
 """
@@ -76,48 +76,48 @@ class _FP8Part:
 
     @classmethod
     def of(cls, matrix: ScaledFP8, side: Quantized, group: int) -> "_FP8Part":
-        rows = side.groups.filled_rows(group)
+        rows = side.groups.padded_rows(group)
         elements = _lying(matrix.elements[rows], side.columnwise)
         if matrix.per_tensor:
             first = 0 if len(matrix.scale_inv) == 1 else rows.start
             return cls(elements, matrix.scale_inv[first : first + 1], 1)
-        scales = matrix.scale_inv[side.groups.filled_rows(group, matrix.height)]
+        scales = matrix.scale_inv[side.groups.padded_rows(group, matrix.height)]
         height = matrix.width if side.columnwise else matrix.height
         return cls(elements, _lying(scales, side.columnwise), height)
 
     def side(self, *, has_one: bool) -> Side:
         if has_one:
-            elements = _filled(self.elements, 16, 16)
+            elements = _padded(self.elements, 16, 16)
             return Side(elements, [self.scale_inv.view(())], [ScalingType.TensorWise], [])
         kind, swizzle = ScalingType.BlockWise1x128, SwizzleType.NO_SWIZZLE
-        elements = _filled(self.elements, BLOCK, BLOCK)
+        elements = _padded(self.elements, BLOCK, BLOCK)
         if self.height == 1:  # a row's blocks, whose scales lie column by column
-            scales = _filled(self.scale_inv, BLOCK, 1).T.contiguous().T
+            scales = _padded(self.scale_inv, BLOCK, 1).T.contiguous().T
         else:  # squares, whose scales along the contracted dimension are rounded up to four
             kind = ScalingType.BlockWise128x128
-            scales = _filled(self.scale_inv, 1, 4).T
+            scales = _padded(self.scale_inv, 1, 4).T
         return Side(elements, [scales], [kind], [swizzle])
 
 
 def _side(side: Quantized, group: int) -> Side:
-    matrix, rows = side.matrix, side.groups.filled_rows(group)
+    matrix, rows = side.matrix, side.groups.padded_rows(group)
     if isinstance(matrix, mxfp8.MXFP8):
         assert matrix.height * matrix.width == mxfp8.BLOCK, "squares of MXFP8 have no product here"
-        scales = matrix.scales[side.groups.filled_rows(group, matrix.height)]
+        scales = matrix.scales[side.groups.padded_rows(group, matrix.height)]
         return Side(
-            _filled(_lying(matrix.elements[rows], side.columnwise), 16, mxfp8.BLOCK),
+            _padded(_lying(matrix.elements[rows], side.columnwise), 16, mxfp8.BLOCK),
             [_swizzled(_lying(scales, side.columnwise)).view(torch.float8_e8m0fnu)],
             [ScalingType.BlockWise1x32],
             [SwizzleType.SWIZZLE_32_4_4],
         )
     assert not isinstance(matrix, ScaledFP8)
-    scales = matrix.scales.bytes[side.groups.filled_rows(group, matrix.scales.height)]
+    scales = matrix.scales.bytes[side.groups.padded_rows(group, matrix.scales.height)]
     codes, scales = _lying(matrix.codes[rows], side.columnwise), _lying(scales, side.columnwise)
     if matrix.scales.height == matrix.scales.width:  # a square's rows get a scale each
         scales = scales.repeat_interleave(nvfp4.BLOCK, 0)[: codes.shape[0]]
     # a byte holds two elements: 16 bytes are the 32 elements that cuBLAS asks for
     return Side(
-        _filled(pack_e2m1(codes), 16, 16).view(torch.float4_e2m1fn_x2),
+        _padded(pack_e2m1(codes), 16, 16).view(torch.float4_e2m1fn_x2),
         [
             _swizzled(scales).view(torch.float8_e4m3fn),
             matrix.scales.outer[group],
@@ -132,7 +132,7 @@ def _lying(matrix: Shaped[Tensor, "rows columns"], columnwise: bool) -> Tensor:
     return matrix.T.contiguous() if columnwise else matrix
 
 
-def _filled(matrix: Shaped[Tensor, "rows columns"], height: int, width: int) -> Tensor:
+def _padded(matrix: Shaped[Tensor, "rows columns"], height: int, width: int) -> Tensor:
     """Round both sizes up with zeros; the code 0 is zero in every format."""
     below, beside = -matrix.shape[0] % height, -matrix.shape[1] % width
     if not below and not beside:
@@ -146,6 +146,6 @@ def _swizzled(scales: Shaped[Tensor, "rows columns"]) -> Tensor:
 
     The scale in row r and column c of a tile lies at 16 (r mod 32) + 4 (r div 32) + c.
     """
-    filled = _filled(scales, *TILE)
-    tiles = filled.view(filled.shape[0] // 128, 4, 32, filled.shape[1] // 4, 4)
-    return tiles.permute(0, 3, 2, 1, 4).contiguous().view(filled.shape)
+    padded = _padded(scales, *TILE)
+    tiles = padded.view(padded.shape[0] // 128, 4, 32, padded.shape[1] // 4, 4)
+    return tiles.permute(0, 3, 2, 1, 4).contiguous().view(padded.shape)

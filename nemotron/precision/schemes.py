@@ -42,7 +42,7 @@ class Operand:
     def side(self, group: int) -> Float[Tensor, "rows contracted"]:
         """Return what one tensor brings to its product, before `scale`."""
         if self.columnwise:
-            return self.values[self.groups.filled_rows(group)].T
+            return self.values[self.groups.padded_rows(group)].T
         return self.values[self.groups.rows(group)]
 
 
@@ -51,7 +51,7 @@ class Quantized:
     """A side of the products of some tensors, in codes and scales."""
 
     matrix: Matrix
-    """The tensors one under another, filled up."""
+    """The tensors one under another, padded."""
     groups: Groups
     columnwise: bool = False
     """Whether the products contract the matrix's rows, not its columns."""
@@ -75,7 +75,7 @@ def multiply(left: Quantized, right: Quantized, outs: Sequence[Float[Tensor, "M 
     a, b = left.operand(), right.operand()
     for group, out in enumerate(outs):
         x, y = a.side(group), b.side(group)
-        # what one of them has more are the zeros that fill it up
+        # what one of them has more is padding, which is zero
         inner = min(x.shape[1], y.shape[1])
         result = x[:, :inner] @ y[:, :inner].T
         if a.scale is not None and b.scale is not None:
@@ -88,7 +88,7 @@ class Scheme(ABC):
     """How one format treats the operands of a layer: `x`, `w` and `dy`."""
 
     multiple: ClassVar[int] = 1
-    """Rows of a block: a tensor's are filled up to a multiple of it."""
+    """Rows of a block: a tensor's are padded to a multiple of it."""
     reduce: Mapping[str, Reduce] = field(default_factory=dict, kw_only=True)
     """For each operand of which this process holds a part, how to know the whole's magnitude."""
 
@@ -108,7 +108,7 @@ class Scheme(ABC):
         random bits of a gradient's rounding.
         """
         groups = Groups((tensor.shape[0],) if sizes is None else sizes, self.multiple)
-        row, columnwise = self._matrices(operand, groups.fill(tensor), groups, draw, both=both)
+        row, columnwise = self._matrices(operand, groups.pad(tensor), groups, draw, both=both)
         if columnwise is None:
             return Quantized(row, groups), None
         return Quantized(row, groups), Quantized(columnwise, groups, columnwise=True)
@@ -124,13 +124,13 @@ class Scheme(ABC):
 
     @abstractmethod
     def _matrices(
-        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+        self, operand: str, padded: Tensor, groups: Groups, draw: Draw | None, *, both: bool
     ) -> tuple[Matrix, Matrix | None]:
         """Quantize along the columns, and along the rows where both are needed."""
 
-    def _amax(self, operand: str, filled: Tensor, groups: Groups) -> Float[Tensor, " G"] | None:
+    def _amax(self, operand: str, padded: Tensor, groups: Groups) -> Float[Tensor, " G"] | None:
         """Return the largest magnitude of each tensor where it is not that of what is here."""
-        return self._whole(operand, groups.amax(filled)) if operand in self.reduce else None
+        return self._whole(operand, groups.amax(padded)) if operand in self.reduce else None
 
     def _whole(self, operand: str, amax: Float[Tensor, " G"]) -> Float[Tensor, " G"]:
         """Return the largest magnitude of each whole tensor, of which ranks may hold parts."""
@@ -151,16 +151,16 @@ class NVFP4Scheme(Scheme):
     square_weights: bool = True
 
     def _matrices(
-        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+        self, operand: str, padded: Tensor, groups: Groups, draw: Draw | None, *, both: bool
     ) -> tuple[Matrix, Matrix | None]:
-        wide = filled.float()
+        wide = padded.float()
         is_square = operand == "w" and self.square_weights
         is_stochastic = operand == "dy" and self.stochastic
-        numbered = draw.fill(groups) if is_stochastic and draw is not None else None
-        if (fast := available.of_nvfp4(filled)) and (
+        numbered = draw.pad(groups) if is_stochastic and draw is not None else None
+        if (fast := available.of_nvfp4(padded)) and (
             numbered is None or isinstance(numbered.columns, int)
         ):
-            return self._by_kernels(fast, operand, filled, groups, numbered, both=both)
+            return self._by_kernels(fast, operand, padded, groups, numbered, both=both)
         row = nvfp4.quantize(
             wide,
             height=nvfp4.BLOCK if is_square else 1,
@@ -188,7 +188,7 @@ class NVFP4Scheme(Scheme):
         self,
         fast: ModuleType,
         operand: str,
-        filled: Tensor,
+        padded: Tensor,
         groups: Groups,
         draw: Draw | None,
         *,
@@ -201,10 +201,10 @@ class NVFP4Scheme(Scheme):
         amaxes = [
             self._whole(operand, groups.largest(bands, nvfp4.BLOCK))
             for bands in fast.band_magnitudes(
-                filled, columnwise=needs_columnwise, transformed=is_transformed
+                padded, columnwise=needs_columnwise, transformed=is_transformed
             )
         ]
-        high = filled.shape[0] // nvfp4.BLOCK
+        high = padded.shape[0] // nvfp4.BLOCK
         factors = [
             [factor.expand(high, 1).contiguous() for factor in found]
             for found in (nvfp4.global_factors(amax, groups, nvfp4.BLOCK) for amax in amaxes)
@@ -212,10 +212,10 @@ class NVFP4Scheme(Scheme):
         seeds, first = None, 0
         if draw is not None:
             assert isinstance(draw.columns, int)
-            device, first = filled.device, draw.columns
-            seeds = [draw.seeds(len(filled), stream=stream, device=device) for stream in (0, 1)]
+            device, first = padded.device, draw.columns
+            seeds = [draw.seeds(len(padded), stream=stream, device=device) for stream in (0, 1)]
         found = fast.nvfp4(
-            filled,
+            padded,
             factors[0],
             factors[-1] if needs_columnwise else None,
             square=is_square,
@@ -236,10 +236,10 @@ class NVFP4Scheme(Scheme):
         return row, columnwise if operand == "dy" else columnwise.pack()
 
 
-def _bits(draw: Draw | None, filled: Tensor, stream: int) -> UInt8[Tensor, "M N"] | None:
+def _bits(draw: Draw | None, padded: Tensor, stream: int) -> UInt8[Tensor, "M N"] | None:
     if draw is None:
         return None
-    return draw.bits(*filled.shape, stream=stream, device=filled.device)
+    return draw.bits(*padded.shape, stream=stream, device=padded.device)
 
 
 @dataclass(frozen=True)
@@ -252,17 +252,17 @@ class MXFP8Scheme(Scheme):
     multiple: ClassVar[int] = mxfp8.BLOCK
 
     def _matrices(
-        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+        self, operand: str, padded: Tensor, groups: Groups, draw: Draw | None, *, both: bool
     ) -> tuple[Matrix, Matrix | None]:
-        if fast := available.of_blocks(filled):
-            (elements, scales), across = fast.mxfp8(filled, both=both)
+        if fast := available.of_blocks(padded):
+            (elements, scales), across = fast.mxfp8(padded, both=both)
             row = mxfp8.MXFP8(elements, scales, 1, mxfp8.BLOCK)
             if across is None:
                 return row, None
             elements, scales = across
             return row, mxfp8.MXFP8(elements, scales, mxfp8.BLOCK, 1)
-        row = mxfp8.quantize(filled)
-        return row, mxfp8.quantize(filled, height=mxfp8.BLOCK, width=1) if both else None
+        row = mxfp8.quantize(padded)
+        return row, mxfp8.quantize(padded, height=mxfp8.BLOCK, width=1) if both else None
 
 
 @dataclass(frozen=True)
@@ -273,10 +273,10 @@ class CurrentFP8Scheme(Scheme):
     """
 
     def _matrices(
-        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+        self, operand: str, padded: Tensor, groups: Groups, draw: Draw | None, *, both: bool
     ) -> tuple[Matrix, Matrix | None]:
-        amax = self._amax(operand, filled, groups)
-        found = fp8.quantize_current(filled, PER_TENSOR[operand], groups=groups, amax=amax)
+        amax = self._amax(operand, padded, groups)
+        found = fp8.quantize_current(padded, PER_TENSOR[operand], groups=groups, amax=amax)
         return found, found
 
 
@@ -290,13 +290,13 @@ class BlockFP8Scheme(Scheme):
     multiple: ClassVar[int] = fp8.BLOCK
 
     def _matrices(
-        self, operand: str, filled: Tensor, groups: Groups, draw: Draw | None, *, both: bool
+        self, operand: str, padded: Tensor, groups: Groups, draw: Draw | None, *, both: bool
     ) -> tuple[Matrix, Matrix | None]:
         if operand == "w":
-            squares = fp8.quantize_blocks(filled, height=fp8.BLOCK)
+            squares = fp8.quantize_blocks(padded, height=fp8.BLOCK)
             return squares, squares
-        row = fp8.quantize_blocks(filled)
-        return row, fp8.quantize_blocks(filled, height=fp8.BLOCK, width=1) if both else None
+        row = fp8.quantize_blocks(padded)
+        return row, fp8.quantize_blocks(padded, height=fp8.BLOCK, width=1) if both else None
 
 
 PER_TENSOR = {"x": E4M3, "w": E4M3, "dy": E5M2}

@@ -22,7 +22,7 @@ class OperandStatistics:
 
     def add(self, tensor: Tensor, operand: Operand) -> None:
         """Compare tensors, one under another, with their quantized form."""
-        exact = operand.groups.fill(tensor.detach()).float()
+        exact = operand.groups.pad(tensor.detach()).float()
         values = operand.values
         if operand.scale is not None:
             values = values * operand.groups.spread(operand.scale, 1)
@@ -55,19 +55,19 @@ class Telemetry:
     """Tallies of the layers and operands that were observed since they were last taken."""
 
     def __init__(self) -> None:
-        self._tallies: dict[tuple[str, str], OperandStatistics] = {}
+        self._statistics: dict[tuple[str, str], OperandStatistics] = {}
 
     @torch.no_grad()
     def observe(self, module: str, name: str, tensor: Tensor, operand: Operand) -> None:
         """Add an operand: `x`, `w` or `dy`; an empty one is passed over."""
         if tensor.numel():
-            self._tallies.setdefault((module, name), OperandStatistics()).add(tensor, operand)
+            self._statistics.setdefault((module, name), OperandStatistics()).add(tensor, operand)
 
     def take(self) -> dict[str, float]:
         """Return the metrics `precision/LAYER/OPERAND/FIGURE` and forget what they came from."""
-        tallies, self._tallies = self._tallies, {}
+        statistics, self._statistics = self._statistics, {}
         return {
             f"precision/{module.removeprefix('backbone.')}/{name}/{figure}": value
-            for (module, name), tally in tallies.items()
-            for figure, value in tally.values().items()
+            for (module, name), observed in statistics.items()
+            for figure, value in observed.values().items()
         }

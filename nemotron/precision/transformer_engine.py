@@ -22,7 +22,7 @@ from nemotron.precision.random_bits import Draw
 MULTIPLES = {"fp8_current": 16, "fp8_block": 128, "mxfp8": 32, "nvfp4": 32}
 """What both sizes of a weight must be divisible by."""
 ROW_MULTIPLES = {"fp8_current": 16, "fp8_block": 128, "mxfp8": 32, "nvfp4": 128}
-"""To which rows are filled up with zeros, those of each expert for themselves.
+"""To which rows are padded with zeros, those of each expert for themselves.
 
 Source: transformer_engine/pytorch/quantization.py, get_align_size_for_quantization.
 """
@@ -44,10 +44,10 @@ class TransformerEngineLayer:
         if "weight" not in self._modules:
             sizes = (weight.shape[1], weight.shape[0])
             self._modules["weight"] = _emptied(te.Linear, sizes, x.device)
-        filled = Groups((x.shape[0],), self._multiple).fill(x)
+        padded = Groups((x.shape[0],), self._multiple).pad(x)
         with te.autocast(enabled=True, recipe=self._recipe):
             y = functional_call(
-                self._modules["weight"], {"weight": weight.to(torch.bfloat16)}, (filled,)
+                self._modules["weight"], {"weight": weight.to(torch.bfloat16)}, (padded,)
             )
         return y[: x.shape[0]]
 
@@ -67,8 +67,8 @@ class TransformerEngineLayer:
         groups = Groups(tuple(counts.tolist()), self._multiple)
         weights = {f"weight{i}": w for i, w in enumerate(weight.to(torch.bfloat16).unbind())}
         with te.autocast(enabled=True, recipe=self._recipe):
-            splits = list(groups.filled)
-            y = functional_call(self._modules[name], weights, (groups.fill(x), splits))
+            splits = list(groups.padded)
+            y = functional_call(self._modules[name], weights, (groups.pad(x), splits))
         return y[groups.offsets(x.device)]
 
 

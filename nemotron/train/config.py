@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 
 from nemotron.data.config import BlendConfig, DataConfig, LengthConfig, check_lengths
 from nemotron.errors import RuleBroken
-from nemotron.model.config import ModelConfig
+from nemotron.model.config import MTP_DEPTHS, ModelConfig
 from nemotron.ops.config import OpsConfig
 from nemotron.parallel.config import ParallelConfig
 from nemotron.precision.config import PrecisionConfig
@@ -117,7 +117,7 @@ class LossConfig(Section):
 
     moe_aux_loss_coeff: float = Field(1e-4, ge=0)
     """Factor of the sequence-level load-balancing loss, per mixture layer."""
-    mtp_num_depths: int = Field(2, gt=0)
+    mtp_num_depths: int = Field(MTP_DEPTHS, gt=0)
     """How many tokens ahead the multi-token-prediction block is unrolled in training."""
     mtp_loss_factor: float = Field(0.3, ge=0)
     """Factor of the mean multi-token-prediction loss over depths."""

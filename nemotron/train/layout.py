@@ -66,8 +66,8 @@ def check_layout(config: RunConfig, plan: TrainingPlan, world: int) -> ParallelD
 
 
 @dataclass(frozen=True)
-class Place:
-    """One rank on every axis of the mesh."""
+class MeshCoordinate:
+    """Where a rank is on every axis of the mesh."""
 
     rank: int
     dims: ParallelDims
@@ -101,27 +101,27 @@ class Place:
         return self.rank // self.dims.ep % self.dims.efsdp
 
 
-def describe_places(config: RunConfig, plan: TrainingPlan, dims: ParallelDims) -> Iterator[str]:
-    """Yield a line for each rank, or each group of ranks: layers, rows, places, parameters."""
+def describe_ranks(config: RunConfig, plan: TrainingPlan, dims: ParallelDims) -> Iterator[str]:
+    """Yield a line for each rank, or each group of ranks: layers, rows, coordinates, parameters."""
     first = plan.timeline.phases[0]
     num_rows = first.tokens_per_step // first.lengths[0].seq_len
     stages = [_held_layers(config, dims, pp) for pp in range(dims.pp)]
     models = [_models(config, dims, layers) for layers in stages]
     size = 1 if dims.world <= FEW else dims.world // dims.pp
     for start in range(0, dims.world, size):
-        places = [Place(rank, dims) for rank in range(start, start + size)]
-        pp = places[0].pp
-        rows = [rows_of_rank(num_rows, place.batch, dims.batch) for place in places]
+        coordinates = [MeshCoordinate(rank, dims) for rank in range(start, start + size)]
+        pp = coordinates[0].pp
+        rows = [rows_of_rank(num_rows, coordinate.batch, dims.batch) for coordinate in coordinates]
         parts = [
             f"layers {', '.join(_span(s) for s in stages[pp])}" if dims.pp > 1 else "",
             f"rows {_span(range(min(r.start for r in rows), max(r.stop for r in rows)))}",
             *(
-                f"{axis} {_span(sorted({getattr(place, axis) for place in places}))}"
+                f"{axis} {_span(sorted({getattr(coordinate, axis) for coordinate in coordinates}))}"
                 for axis in ("cp", "tp", "ep")
                 if getattr(dims, axis) > 1
             ),
             # shards only get smaller: the first and the last have most and least
-            _range([_num_held(models[pp], place) for place in (places[0], places[-1])]),
+            _range([_num_held(models[pp], at) for at in (coordinates[0], coordinates[-1])]),
         ]
         who = f"rank  {start}" if size == 1 else f"ranks {start}-{start + size - 1}"
         yield f"{who:<12} {'; '.join(part for part in parts if part)} parameters"
@@ -147,11 +147,13 @@ def _models(config: RunConfig, dims: ParallelDims, layers: Sequence[range]) -> l
     return models
 
 
-def _num_held(models: Sequence[HybridLM], place: Place) -> int:
-    return sum(_size(name, shape, place) for m in models for name, shape in _after_tp(m, place))
+def _num_held(models: Sequence[HybridLM], coordinate: MeshCoordinate) -> int:
+    return sum(
+        _size(name, shape, coordinate) for m in models for name, shape in _after_tp(m, coordinate)
+    )
 
 
-def _after_tp(model: HybridLM, place: Place) -> Iterator[tuple[str, list[int]]]:
+def _after_tp(model: HybridLM, coordinate: MeshCoordinate) -> Iterator[tuple[str, list[int]]]:
     """Yield the shapes that tensor parallelism leaves of the parameters."""
     placements = {
         parameter: PLACEMENTS[type(module)][name]
@@ -162,23 +164,25 @@ def _after_tp(model: HybridLM, place: Place) -> Iterator[tuple[str, list[int]]]:
     }
     for name, parameter in model.named_parameters():
         shape, placement = list(parameter.shape), placements.get(parameter)
-        if placement is not None and place.dims.tp > 1:
-            shard = shard_of(parameter.shape, placement, model.config, place.tp, place.dims.tp)
+        if placement is not None and coordinate.dims.tp > 1:
+            shard = shard_of(
+                parameter.shape, placement, model.config, coordinate.tp, coordinate.dims.tp
+            )
             if shard is not None:
-                shape[placement.dim] //= place.dims.tp
+                shape[placement.dim] //= coordinate.dims.tp
         yield name, shape
 
 
-def _size(name: str, shape: list[int], place: Place) -> int:
+def _size(name: str, shape: list[int], coordinate: MeshCoordinate) -> int:
     """Return the elements that sharding leaves: of experts over `efsdp`, else over `fsdp`."""
-    dims = place.dims
+    dims = coordinate.dims
     length, others = shape[0], math.prod(shape[1:])
     if not name.endswith(STACKED):
-        return _chunk(length, dims.fsdp, place.fsdp) * others
+        return _chunk(length, dims.fsdp, coordinate.fsdp) * others
     length //= dims.ep
     if dims.efsdp > length:  # inside the matrices
-        return length * _chunk(shape[1], dims.efsdp, place.efsdp) * math.prod(shape[2:])
-    return _chunk(length, dims.efsdp, place.efsdp) * others
+        return length * _chunk(shape[1], dims.efsdp, coordinate.efsdp) * math.prod(shape[2:])
+    return _chunk(length, dims.efsdp, coordinate.efsdp) * others
 
 
 def _chunk(length: int, ranks: int, rank: int) -> int:

@@ -7,7 +7,7 @@ from nemotron.data.prefetch import TextBatches
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
-from nemotron.train.layout import Place
+from nemotron.train.layout import MeshCoordinate
 from nemotron.train.loss import PretrainObjective
 from nemotron.train.schedule import TrainingPlan, plan_training
 from nemotron.train.setup import Setup
@@ -71,7 +71,7 @@ def build_trainer(
     batches = TextBatches(
         config.data,
         data,
-        reader=Place(ranks.rank, dims).batch,
+        reader=MeshCoordinate(ranks.rank, dims).batch,
         num_readers=dims.batch,
         num_steps=plan.num_steps,
         num_depths=objective.num_depths,

@@ -28,7 +28,7 @@ from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
 from nemotron.train.config import RunConfig
-from nemotron.train.layout import check_layout, describe_places, least_world
+from nemotron.train.layout import check_layout, describe_ranks, least_world
 from nemotron.train.loop import run
 from nemotron.train.pretraining import Pretraining
 from nemotron.train.reliability.deterministic import deterministic
@@ -116,7 +116,7 @@ def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
         f"training   {plan.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
         *(f"operations {line}" for line in describe(choices, device)),
         *(f"precision  {line}" for line in formats),
-        *(describe_places(config, plan, dims) if dims.world > 1 else ()),
+        *(describe_ranks(config, plan, dims) if dims.world > 1 else ()),
     ):
         if launch is None or launch.rank == 0:
             print(line)

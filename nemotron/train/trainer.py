@@ -43,7 +43,7 @@ from nemotron.train.optimizer import (
 )
 from nemotron.train.record import StepResult
 from nemotron.train.reliability.faults import Faults
-from nemotron.train.reliability.progress import Progress, Stopwatch
+from nemotron.train.reliability.progress import StepProgress, Stopwatch
 from nemotron.train.reliability.replicas import ReplicaCheck
 from nemotron.train.schedule import TrainingPlan
 from nemotron.train.state import RNG, Skip, TrainerState, snapshot
@@ -66,7 +66,7 @@ class Trainer:
         self.config, self.objective, self.batches = config, objective, batches
         self.plan, self.device = plan, device
         self.ranks = ranks or Ranks()
-        self.progress = Progress()
+        self.progress = StepProgress()
         self.local, self.mesh = local, local.mesh
         self.model = local.models[0]
         whole = build_on_meta(config.model)

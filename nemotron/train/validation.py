@@ -15,7 +15,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats
 from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.runtime import Ranks
-from nemotron.train.reliability.progress import Progress
+from nemotron.train.reliability.progress import StepProgress
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ def evaluate(
     *,
     tokens: int,
     rows: int,
-    progress: Progress | None = None,
+    progress: StepProgress | None = None,
 ) -> dict[str, float]:
     """Return the metrics of all domains; the same rows every time, `rows` of them at once."""
-    progress = progress or Progress()
+    progress = progress or StepProgress()
     total = Sums()
     values: dict[str, float] = {}
     for domain in data.validation_domains:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
-from nemotron.train.layout import Place
+from nemotron.train.layout import MeshCoordinate
 from nemotron.train.schedule import plan_training
 from nemotron.train.trainer import Trainer, build_local
 from tests.support.layout_run import forget_groups
@@ -35,7 +35,7 @@ def steps(values: dict[str, Any]) -> list[dict[str, float]]:
     if dist.is_initialized():
         ranks = Ranks(dist.get_rank(), dist.get_world_size(), grouped=True)
     dims = resolve_dims(config.parallel, ranks.world)
-    reader = Place(ranks.rank, dims).batch
+    reader = MeshCoordinate(ranks.rank, dims).batch
     batches = CountedBatches(4, 64, config.model.vocab_size, reader=reader, num_readers=dims.batch)
     plan, device = plan_training(config), torch.device("cpu")
     local = build_local(config, device, ranks)

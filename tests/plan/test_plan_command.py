@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from nemotron.cli import run
-from nemotron.plan.build import layout_of, parts_of, read_setting
+from nemotron.plan.build import layout_of, read_setting, stretches_of
 from nemotron.plan.hardware import SYSTEMS
 from nemotron.plan.search import search
 from nemotron.plan.throughput import FITTED
 from nemotron.recipe.load import load_recipe
+from nemotron.train.schedule import plan_training
 
 ROOT = Path(__file__).parents[2]
 NANO, SUPER = (str(ROOT / f"recipes/{name}/pretrain.yaml") for name in ("nano", "super"))
@@ -90,7 +91,7 @@ def test_lengths_of_a_phase_share_its_steps():
     lengths = "phases=[{name: long, steps: 900_000, lengths: [{seq_len: 8192, share: 2}, "
     lengths += "{seq_len: 4096, share: 1}]}]"
     config = load_recipe(NANO, [lengths, "schedule.total_tokens=null"]).config
-    parts = parts_of(config)
+    parts = stretches_of(plan_training(config))
     assert [(part.seq_len, part.rows, part.steps) for part in parts] == [
         (8192, 3072, pytest.approx(600_000)),
         (4096, 6144, pytest.approx(300_000)),

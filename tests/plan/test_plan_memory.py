@@ -10,11 +10,12 @@ from nemotron.parallel.config import PipelineConfig
 from nemotron.parallel.dims import ParallelDims
 from nemotron.plan.job import Storage
 from nemotron.plan.memory import GIB, activation_bytes, memory
-from nemotron.plan.published import NANO, ROWS, SUPER
+from nemotron.plan.published import ROWS, models
 from nemotron.plan.trace import trace_blocks
 from nemotron.recipe.load import load_recipe
 from tests.support.plan_jobs import EVERYTHING, super_job
 
+NANO, SUPER = models()["Nano"], models()["Super"]
 TINY = Path(__file__).parents[2] / "recipes/tiny/pretrain.yaml"
 
 

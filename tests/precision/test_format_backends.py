@@ -56,7 +56,7 @@ def decoded(side: Quantized) -> torch.Tensor:
 
 
 def product(left: Quantized, right: Quantized) -> torch.Tensor:
-    """Of what zeros fill up, one may have more."""
+    """One may have more padding."""
     a, b = decoded(left), decoded(right)
     inner = min(a.shape[1], b.shape[1])
     return a[:, :inner] @ b[:, :inner].T

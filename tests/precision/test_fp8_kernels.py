@@ -98,7 +98,7 @@ def test_tensors_have_the_emulations_codes_along_both_directions(shape, dtype):
             whole = bytes_of(side)
             assert torch.equal(whole[: codes.shape[0], : codes.shape[1]], codes)
             assert whole.shape == tuple(-(-size // 16) * 16 for size in codes.shape)
-            # what fills it up is zero
+            # its padding is zero
             assert whole.count_nonzero() == codes.count_nonzero()
             assert torch.equal(side.scale_inv.cpu(), expected.scale_inv.flatten())
 
@@ -128,7 +128,7 @@ def test_squares_of_weights_have_the_emulations_codes_and_scales():
             assert torch.equal(own[: codes.shape[0], : codes.shape[1]], codes)
             wide = side.scale_inv[expert].cpu()[: scales.shape[0], : scales.shape[1]]
             assert torch.equal(wide, scales)
-            # what fills them up is zero
+            # their padding is zero
             assert side.scale_inv[expert].count_nonzero() == scales.numel()
 
 

@@ -59,12 +59,12 @@ def test_rows_keep_their_bits_when_zeros_fill_up_each_experts():
     groups = Groups((3, 0, 5), 4)
     whole = bits(Draw(12, 20), 8, 30)
     for draw in (Draw(12, 20), Draw(12, torch.arange(20, 28))):
-        filled = bits(draw.fill(groups), 12, 30)
-        assert torch.equal(filled[[0, 1, 2, 4, 5, 6, 7, 8]], whole)
+        padded = bits(draw.pad(groups), 12, 30)
+        assert torch.equal(padded[[0, 1, 2, 4, 5, 6, 7, 8]], whole)
         assert torch.equal(
-            filled[[3, 9, 10, 11]], bits(Draw(12, torch.tensor([23, 28, 29, 30])), 4, 30)
+            padded[[3, 9, 10, 11]], bits(Draw(12, torch.tensor([23, 28, 29, 30])), 4, 30)
         )
-    assert torch.equal(bits(Draw(12, 20).fill(Groups((6,), 8)), 8, 30), whole)
+    assert torch.equal(bits(Draw(12, 20).pad(Groups((6,), 8)), 8, 30), whole)
 
 
 def test_every_bit_is_drawn_evenly_and_apart_from_its_neighbours():

@@ -173,7 +173,7 @@ def test_a_layer_calls_the_module_with_its_own_weight_and_whole_blocks_of_rows(c
     assert all(p.numel() == 0 for p in module.parameters())
 
 
-def test_each_experts_rows_are_filled_up_for_themselves(calls):
+def test_each_experts_rows_are_padded_for_themselves(calls):
     layer = TransformerEngineLayer("fp8_current", NVFP4Config())
     counts = torch.tensor([20, 0, 16, 3])
     x = torch.randn(39, 32, dtype=torch.bfloat16, requires_grad=True)

@@ -6,7 +6,7 @@ from typing import Any
 from nemotron.parallel.dims import ParallelDims
 from nemotron.plan.hardware import SYSTEMS
 from nemotron.plan.job import Job
-from nemotron.plan.published import SUPER
+from nemotron.plan.published import models
 
 EVERYTHING = frozenset({"mamba", "attention", "moe", "mlp"})
 
@@ -14,7 +14,7 @@ EVERYTHING = frozenset({"mamba", "attention", "moe", "mlp"})
 def super_job(dims: ParallelDims, **changes: Any) -> Job:
     """Super in rows of 8,192 on H100, all recomputed, a row at a time."""
     job = Job(
-        model=SUPER,
+        model=models()["Super"],
         dims=dims,
         hardware=SYSTEMS["h100"],
         seq_len=8192,

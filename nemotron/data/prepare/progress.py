@@ -13,12 +13,12 @@ LINE_EVERY_S = 10.0
 """Seconds between two lines where there is no terminal."""
 
 
-class Progress:
+class PrepareProgress:
     """Bytes of input done: a bar in a terminal, a line now and then elsewhere."""
 
     def __init__(self, total: int, done: int) -> None:
         self._total, self._first, self._now = total, done, done
-        self._start = self._told = time.monotonic()
+        self._start = self._last_line = time.monotonic()
         console = Console(stderr=True)
         self._bar = Bar(
             BarColumn(),
@@ -55,9 +55,9 @@ class Progress:
         self._now = now
         self._bar.update(self._task, completed=now)
         time_now = time.monotonic()
-        if not self._bar.disable or time_now - self._told < LINE_EVERY_S:
+        if not self._bar.disable or time_now - self._last_line < LINE_EVERY_S:
             return
-        self._told = time_now
+        self._last_line = time_now
         rate = (now - self._first) / (time_now - self._start)
         left = (self._total - now) / rate if rate else float("inf")
         share = now / self._total if self._total else 0.0

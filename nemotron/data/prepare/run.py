@@ -20,7 +20,7 @@ from nemotron.data.prepare import interrupts
 from nemotron.data.prepare.assemble import assemble
 from nemotron.data.prepare.inputs import Plan, Unit, plan
 from nemotron.data.prepare.options import PrepareOptions, parse_filter
-from nemotron.data.prepare.progress import Progress
+from nemotron.data.prepare.progress import PrepareProgress
 from nemotron.data.prepare.unit import Receipt, write_unit
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
@@ -44,7 +44,7 @@ POLLED_S = 0.5
 
 
 @dataclass(frozen=True)
-class Job:
+class PrepareJob:
     """What a worker receives once, at its start."""
 
     folder: Path
@@ -89,7 +89,7 @@ def prepare(
     if out.exists() and not overwrite:
         return _finished(out, work, made, _identity(made, encoder, options))
     check_output(out, COMMAND, read, overwrite=overwrite)
-    job = Job(folder, work, tokenizer, options, max_bad_rows)
+    job = PrepareJob(folder, work, tokenizer, options, max_bad_rows)
     try:
         with _workplace(job, made, encoder):
             receipts = _write_units(made, job, workers)
@@ -162,7 +162,7 @@ def _finished(out: Path, work: Path, made: Plan, identity: dict[str, Any]) -> Ma
 
 
 @contextmanager
-def _workplace(job: Job, made: Plan, tokenizer: Tokenizer) -> Iterator[None]:
+def _workplace(job: PrepareJob, made: Plan, tokenizer: Tokenizer) -> Iterator[None]:
     """Hold the folders of an unfinished preparation, new or begun by the same command."""
     plan_file = job.work / "plan.json"
     identity = _identity(made, tokenizer, job.options) | {"stamps": list(made.stamps)}
@@ -223,14 +223,14 @@ def _remove_unfinished(folder: Path) -> None:
             leftover.unlink()
 
 
-def _write_units(made: Plan, job: Job, workers: int) -> list[Receipt]:
+def _write_units(made: Plan, job: PrepareJob, workers: int) -> list[Receipt]:
     """Return the receipts of all units in order, writing those that are not there."""
     receipts = {unit.number: found for unit in made.units if (found := _receipt(job, unit))}
     _check_bad_rows(receipts, job)
     todo = [unit for unit in made.units if unit.number not in receipts]
     done = sum(unit.size for unit in made.units if unit.number in receipts)
     total = sum(unit.size for unit in made.units)
-    with Progress(total, done) as progress:
+    with PrepareProgress(total, done) as progress:
         results = (
             _in_this_process(todo, job, progress)
             if min(workers, len(todo)) <= 1
@@ -244,7 +244,7 @@ def _write_units(made: Plan, job: Job, workers: int) -> list[Receipt]:
 
 
 def _in_this_process(
-    todo: Sequence[Unit], job: Job, progress: Progress
+    todo: Sequence[Unit], job: PrepareJob, progress: PrepareProgress
 ) -> Generator[tuple[int, Receipt], None, None]:
     tokenizer = load_tokenizer(job.tokenizer)
     for unit in todo:
@@ -252,7 +252,7 @@ def _in_this_process(
 
 
 def _in_processes(
-    todo: Sequence[Unit], job: Job, workers: int, progress: Progress
+    todo: Sequence[Unit], job: PrepareJob, workers: int, progress: PrepareProgress
 ) -> Generator[tuple[int, Receipt], None, None]:
     context = multiprocessing.get_context("spawn")
     counter = context.Value("q", 0)
@@ -279,11 +279,11 @@ def _in_processes(
                     process.terminate()
 
 
-_worker: tuple[Job, "Synchronized[int]", Tokenizer] | None = None
+_worker: tuple[PrepareJob, "Synchronized[int]", Tokenizer] | None = None
 """What this process works with, if it is a worker."""
 
 
-def _start_worker(job: Job, counter: "Synchronized[int]") -> None:
+def _start_worker(job: PrepareJob, counter: "Synchronized[int]") -> None:
     global _worker
     if connection.wait([_parent_sentinel()], timeout=0):
         os._exit(1)  # the parent died while this process was starting
@@ -315,7 +315,7 @@ def _work_here(unit: Unit) -> Receipt:
     return _work(unit, job, tokenizer, tick)
 
 
-def _work(unit: Unit, job: Job, tokenizer: Tokenizer, tick: Any) -> Receipt:
+def _work(unit: Unit, job: PrepareJob, tokenizer: Tokenizer, tick: Any) -> Receipt:
     found: list[str] = []
 
     def on_bad(text: str) -> None:
@@ -328,11 +328,11 @@ def _work(unit: Unit, job: Job, tokenizer: Tokenizer, tick: Any) -> Receipt:
     return receipt
 
 
-def _receipt_path(job: Job, unit: Unit) -> Path:
+def _receipt_path(job: PrepareJob, unit: Unit) -> Path:
     return job.work / f"unit-{unit.number:05d}.json"
 
 
-def _receipt(job: Job, unit: Unit) -> Receipt | None:
+def _receipt(job: PrepareJob, unit: Unit) -> Receipt | None:
     """Return the receipt of a unit that is finished; its files are there in full size."""
     path = _receipt_path(job, unit)
     if not path.exists():
@@ -351,14 +351,14 @@ def _receipt(job: Job, unit: Unit) -> Receipt | None:
     return receipt if whole else None
 
 
-def _check_bad_rows(receipts: dict[int, Receipt], job: Job) -> None:
+def _check_bad_rows(receipts: dict[int, Receipt], job: PrepareJob) -> None:
     count = sum(receipt.counts.bad for receipt in receipts.values())
     if count > job.max_bad_rows:
         first = next(receipts[n].bad_rows[0] for n in sorted(receipts) if receipts[n].bad_rows)
         raise _too_many(first, count, job)
 
 
-def _too_many(first: str, count: int, job: Job) -> TooManyBadRows:
+def _too_many(first: str, count: int, job: PrepareJob) -> TooManyBadRows:
     return TooManyBadRows(
         f"{first} ({count} bad rows so far, --max-bad-rows {job.max_bad_rows}); correct the input, "
         "or allow more and run the command again: finished shards are kept."

@@ -144,7 +144,7 @@ def multiply(
 ) -> None:
     """Write each expert's rows times its matrix, transposed, into `out`; other rows become 0.
 
-    Without a plan all rows are one matrix's. Both sides are filled up to tiles. `fast` leaves all
+    Without a plan all rows are one matrix's. Both sides are padded to tiles. `fast` leaves all
     sums to the tensor cores, which keep about 14 bits of them; else each 128 products are added up
     in float32.
     """

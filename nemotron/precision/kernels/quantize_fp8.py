@@ -48,7 +48,7 @@ class Plan(NamedTuple):
 class Codes(NamedTuple):
     """Tensors in FP8 along their last dimension, or, transposed, along their first.
 
-    Tensors of equal size lie at equal distances, each filled up with zeros on both sides. Rows of
+    Tensors of equal size lie at equal distances, each padded with zeros on both sides. Rows of
     experts lie as they came; transposed, those of each expert begin at a tile.
     """
 
@@ -241,7 +241,7 @@ def _quantize(
     lane, beside = tl.arange(0, TILE), tl.arange(0, WIDTH)
     column_first = block * WIDTH
     column = column_first + beside
-    # rows of experts stay where they are; a matrix is filled up
+    # rows of experts stay where they are; a matrix is padded
     if PLANNED:
         row, row_end, columnwise_first, columnwise_end = first, end, tile * TILE, (tile + 1) * TILE
         columnwise_base = column_first.to(tl.int64) * columnwise_stride + columnwise_first

@@ -20,7 +20,7 @@ def deterministic(device: torch.device, *, on: bool) -> Iterator[None]:
     """Refuse other operations while entered, if `on`.
 
     Raises:
-        UserError: when cuBLAS was not told to join in; it reads the environment once, at the start.
+        UserError: when the environment does not ask cuBLAS for it; it is read once, at the start.
     """
     if not on:
         yield

@@ -25,7 +25,7 @@ RARE = ("start", "evaluate", "save", "restore")
 
 
 @dataclass(frozen=True)
-class Place:
+class StepPhase:
     """A part of a step (its index; -1 before the first), and when it began or last moved on."""
 
     step: int
@@ -34,37 +34,37 @@ class Place:
 
     @property
     def order(self) -> tuple[int, int]:
-        """Sorts places as a run comes to them."""
+        """Sorts phases as a run comes to them."""
         return self.step, PHASES.index(self.phase)
 
 
-class Progress:
+class StepProgress:
     """Written by the main thread; one assignment, so that a reader sees all of it or nothing."""
 
     def __init__(self) -> None:
-        self.place = Place(-1, "start", time.monotonic())
+        self.current = StepPhase(-1, "start", time.monotonic())
         self.first_step: int | None = None
 
     def enter(self, step: int, phase: str) -> None:
         """Begin a part of a step."""
         if phase == "data" and self.first_step is None:
             self.first_step = step
-        self.place = Place(step, phase, time.monotonic())
+        self.current = StepPhase(step, phase, time.monotonic())
 
     def move(self) -> None:
         """Say that the same part goes on, with another micro-batch."""
-        self.place = Place(self.place.step, self.place.phase, time.monotonic())
+        self.current = StepPhase(self.current.step, self.current.phase, time.monotonic())
 
     @property
     def is_rare(self) -> bool:
         """Whether it may take longer now than in other steps: the first one compiles and opens."""
-        return self.place.phase in RARE or self.place.step == self.first_step
+        return self.current.phase in RARE or self.current.step == self.first_step
 
 
 class Stopwatch:
     """Seconds of each part of a step, by a clock that cannot go backwards."""
 
-    def __init__(self, device: torch.device, progress: Progress, step: int) -> None:
+    def __init__(self, device: torch.device, progress: StepProgress, step: int) -> None:
         self._device, self._progress, self._step = device, progress, step
         self.seconds: dict[str, float] = {}
         self._part: str | None = None

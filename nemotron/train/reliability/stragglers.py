@@ -1,7 +1,7 @@
 """Which rank the others wait for: what each does by itself, compared at every log interval.
 
 Inside forward and backward, sharded ranks wait for each other all the time, so their times are
-alike whoever is slow. What tells them apart is what comes between: reading rows, the update, and
+alike whoever is slow. They differ in what comes between: reading rows, the update, and
 a product of fixed size that shows a slow device.
 """
 

@@ -25,7 +25,7 @@ from nemotron.files import write_text
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.runtime import Ranks, leave_alone
 from nemotron.run.folder import RunFolder
-from nemotron.train.reliability.progress import PHASES, Progress
+from nemotron.train.reliability.progress import PHASES, StepProgress
 
 POLL_S = 0.5
 """Seconds between two looks."""
@@ -61,7 +61,7 @@ class Watchdog:
     """Watches the main thread while it is entered, if there are other ranks."""
 
     def __init__(
-        self, ranks: Ranks, config: ParallelConfig, folder: RunFolder, progress: Progress
+        self, ranks: Ranks, config: ParallelConfig, folder: RunFolder, progress: StepProgress
     ) -> None:
         self._ranks, self._config, self._progress = ranks, config, progress
         self._folder = folder
@@ -112,14 +112,14 @@ class Watchdog:
     def _is_late(self) -> bool:
         progress, config = self._progress, self._config
         limit = config.start_timeout_s if progress.is_rare else config.timeout_s
-        return time.monotonic() - progress.place.since > limit
+        return time.monotonic() - progress.current.since > limit
 
     def _post(self) -> None:
         """Leave in the store where this rank stands, in case it cannot answer later."""
-        place = self._progress.place
-        if place.order != self._posted:
-            self._posted = place.order
-            self._store.set(_beat(self._ranks.rank), json.dumps([place.step, place.phase]))
+        current = self._progress.current
+        if current.order != self._posted:
+            self._posted = current.order
+            self._store.set(_beat(self._ranks.rank), json.dumps([current.step, current.phase]))
 
     def _conclude(self, error: str | None = None) -> None:
         """Sound the alarm, write what this process does, and say who is behind or failed.
@@ -143,14 +143,14 @@ class Watchdog:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
         if rank == speaker and rank < ASKING:
             print(f"nemotron: {text}", file=sys.stderr, flush=True)
-            self._folder.write_status("failed", max(0, self._progress.place.step), FAILED)
+            self._folder.write_status("failed", max(0, self._progress.current.step), FAILED)
         if self._ranks.is_first:
             time.sleep(POLL_S)  # the store may end with this process
 
     def _answer(self, error: str | None) -> Answer:
-        place = self._progress.place
-        seconds = time.monotonic() - place.since
-        own = Answer(place.step, place.phase, seconds, pending_collective(_flight()), error)
+        current = self._progress.current
+        seconds = time.monotonic() - current.since
+        own = Answer(current.step, current.phase, seconds, pending_collective(_flight()), error)
         self._store.set(_answer_of(self._ranks.rank), json.dumps(asdict(own)))
         return own
 

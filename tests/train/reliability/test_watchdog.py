@@ -4,7 +4,7 @@ import pytest
 
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.runtime import Ranks
-from nemotron.train.reliability.progress import Progress
+from nemotron.train.reliability.progress import StepProgress
 from nemotron.train.reliability.watchdog import Answer, Watchdog, pending_collective, verdict
 
 
@@ -71,7 +71,7 @@ def test_the_collective_is_the_newest_that_has_not_ended(retired: bool, expected
 
 
 def test_what_is_rare_may_take_longer():
-    progress = Progress()
+    progress = StepProgress()
     assert progress.is_rare
     progress.enter(7, "data")
     for step, phase, expected in (
@@ -85,5 +85,5 @@ def test_what_is_rare_may_take_longer():
 
 
 def test_alone_nothing_is_watched():
-    with Watchdog(Ranks(), ParallelConfig(), None, Progress()) as watchdog:
+    with Watchdog(Ranks(), ParallelConfig(), None, StepProgress()) as watchdog:
         assert watchdog._thread is None

@@ -9,7 +9,7 @@ from test_reliability_steps import values  # noqa: F401 (a fixture)
 from nemotron.parallel.apply import local_of
 from nemotron.parallel.dims import ParallelDims
 from nemotron.train.config import PretrainConfig
-from nemotron.train.layout import describe_places
+from nemotron.train.layout import describe_ranks
 from nemotron.train.schedule import plan_training
 from tests.support.pool import Pool
 from tests.support.reliability_run import build
@@ -66,13 +66,13 @@ def test_a_dry_run_says_what_each_rank_holds(four: Pool, values, layout):  # noq
         tp=layout.get("tp", 1),
         ep=layout.get("ep", 1),
     )
-    assert list(describe_places(config, plan_training(config), dims)) == four.run(facts, case)
+    assert list(describe_ranks(config, plan_training(config), dims)) == four.run(facts, case)
 
 
 def test_many_ranks_share_a_line(values):  # noqa: F811
     config = PretrainConfig.model_validate(values | {"parallel": {"pp": 2}})
     dims = ParallelDims(pp=2, dp_shard=2, tp=2, ep=2, cp=4)
-    lines = list(describe_places(config, plan_training(config), dims))
+    lines = list(describe_ranks(config, plan_training(config), dims))
     assert len(lines) == 2
     assert lines[0].startswith("ranks 0-15   layers 0-")
     assert "; rows 0-1; cp 0-3; tp 0-1; ep 0-1; " in lines[0]
