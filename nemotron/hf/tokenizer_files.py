@@ -8,7 +8,7 @@ import tokenizers
 
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.files import write_bytes, write_json
+from nemotron.files import parse_json, write_bytes, write_json
 from nemotron.model.config import ModelConfig
 from nemotron.run.files import RunFiles
 
@@ -82,7 +82,7 @@ def read_kept_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
         content = path.read_bytes()
         if path.suffix == ".json":
             try:
-                values = json.loads(content)
+                values = parse_json(content)
             except ValueError as error:
                 raise UserError(f"{path} is not valid JSON: {error}.") from None
             if isinstance(values, dict) and values.pop("auto_map", None) is not None:
