@@ -2,10 +2,12 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device
 from nemotron.errors import UserError
+from nemotron.generate.budget import ReasoningBudget
 from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.engine import SLOTS, Engine
 from nemotron.generate.request import requests_of
@@ -22,6 +24,10 @@ def generate(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float | None = None,
+    min_p: float | None = None,
+    repetition_penalty: float = 1.0,
+    stop: Sequence[str] = (),
+    reasoning_budget: int | None = None,
     seed: int | None = None,
     stream: bool = True,
     device: str = "auto",
@@ -29,22 +35,29 @@ def generate(
     """Print each prompt with its continuation, and tokens per second to the error stream.
 
     One prompt is printed while it grows if `stream` is on; several are printed when all are
-    done. Returns the exit code. The model is moved to `device` and its weights are converted for
+    done. With `reasoning_budget`, `</think>` is put after so many tokens unless the model wrote it.
+    Returns the exit code. The model is moved to `device` and its weights are converted for
     decoding, so it cannot be trained afterwards.
 
     Raises:
         UserError: when a prompt is empty or a setting is impossible.
     """
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(
+        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty
+    )
     for prompt in prompts:
         if not _is_text(prompt):
             raise UserError(f"prompt = {prompt!r} is not UTF-8 text; give it in that encoding.")
+    budget = None
+    if reasoning_budget is not None:
+        budget = ReasoningBudget.of(tokenizer, reasoning_budget)
     requests = requests_of(list(map(tokenizer.encode, prompts)), max_new_tokens, sampling)
+    requests = [replace(request, stop=tuple(stop), budget=budget) for request in requests]
     for number, request in enumerate(requests, 1):
         request.check(model.config.vocab_size, f"prompt {number}")
     model = prepare_weights(model.to(find_device(device)))
-    stop, slots = {model.config.eos_token_id}, min(len(requests), SLOTS)
-    engine = Engine(model, stop, tokenizer=tokenizer, slots=slots)
+    ends, slots = {model.config.eos_token_id}, min(len(requests), SLOTS)
+    engine = Engine(model, ends, tokenizer=tokenizer, slots=slots)
     live, answers = stream and len(requests) == 1, dict.fromkeys(range(len(requests)), "")
     if live:
         print(prompts[0], end="", flush=True)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from nemotron.errors import UserError
 from nemotron.files import parse_json, sync, write_json
+from nemotron.hf.inside import inside, read_inside
 from nemotron.hf.names import DiskParameter
 
 INDEX = "model.safetensors.index.json"
@@ -150,7 +151,7 @@ def read_json(path: Path) -> dict:
         UserError: when there is none.
     """
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_inside(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (OSError, ValueError) as error:
@@ -161,18 +162,19 @@ def read_json(path: Path) -> dict:
 
 
 def _inside(folder: Path, name: object) -> Path:
-    """Return the file of that name; links may lead only into the hub's own cache of blobs."""
+    """Return the file of that name.
+
+    Raises:
+        UserError: when it is missing, or not a regular file of the folder.
+    """
     if not isinstance(name, str) or not _is_plain(name) or name in ("", ".", ".."):
         raise UserError(
             f"{folder / INDEX}: {str(name)[:80]!r} is not a plain file name inside the folder."
         )
-    path, home = folder / name, folder.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if path.resolve().parent not in allowed:
-        raise UserError(f"{path} is a link that leads out of the folder; copy the file there.")
-    return path
+    try:
+        return inside(folder / name)
+    except FileNotFoundError:
+        raise UserError(f"{folder / name} is missing; the index names it.") from None
 
 
 def _is_plain(name: str) -> bool:
@@ -188,8 +190,6 @@ def _open(path: Path) -> safe_open:
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Read and check the header of a safetensors file against the file's size."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; the index names it.")
     size = path.stat().st_size
     if size == 0:
         raise UserError(f"{path} is empty.")
