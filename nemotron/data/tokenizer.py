@@ -15,6 +15,8 @@ from nemotron.data.corpus import EMBEDDED
 from nemotron.errors import UserError
 from nemotron.files import write_bytes
 
+MOST_TOKENS = 1 << 24
+"""Limit of a vocabulary, of which each id takes memory; a hundred times what is published."""
 WORDS_LEFT = 3
 """Words at the end of a text that more text may change: the last one, and spaces before it."""
 
@@ -28,15 +30,20 @@ class Tokenizer:
         self.hash = xxhash.xxh128_hexdigest(content)
         try:
             self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises nothing narrower
+            largest = max(self._tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # a panic of the library, which is in Rust, is no Exception
             raise ValueError(str(error)) from error
+        if not 0 <= largest < MOST_TOKENS:
+            raise ValueError(f"its largest id is {largest}, it must be from 0 to {MOST_TOKENS - 1}")
         # Lengths and padding of a published file must not cut or fill documents.
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         layout = json.loads(self._tokenizer.to_str())
         self.is_piecewise = _is_piecewise(layout)
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
-        self.vocab_size = max(vocabulary.values()) + 1
+        self.vocab_size = largest + 1
         self.token_bytes = _count_bytes(vocabulary, layout)
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:

@@ -1,10 +1,9 @@
 """Writing a checkpoint as a folder in the layout of the released Nemotron 3 checkpoints."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+from nemotron.children import module_command
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import write_json, write_text
@@ -102,10 +101,6 @@ def write_folder(
 
 def run_selfcheck(folder: Path, source: CheckpointSource) -> bool:
     """Check the folder against its checkpoint in a fresh process, which prints what it found."""
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "nemotron.hf.selfcheck", str(folder)]
-    finished = subprocess.run(
-        [*command, str(source.info.folder)], env=os.environ | {"PYTHONPATH": path}, check=False
-    )
+    command = [*module_command("nemotron.hf.selfcheck"), str(folder), str(source.info.folder)]
+    finished = subprocess.run(command, check=False)
     return finished.returncode == 0

@@ -5,12 +5,11 @@ from pathlib import Path
 from nemotron.checkpoint.read import MODEL_PREFIX
 from nemotron.checkpoint.state import SavedState
 from nemotron.checkpoint.write import CheckpointNotSaved, save
-from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import hash_file, write_bytes
 from nemotron.hf.folder import CONFIG, LoadedFolder, is_exported, read_folder
-from nemotron.hf.tokenizer_files import TOKENIZER, read_kept_files, read_tokenizer
+from nemotron.hf.tokenizer_files import TOKENIZER, check_tokenizer, read_kept_files
 from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.run.files import RunFiles
 from nemotron.run.provenance import record_import
@@ -47,25 +46,6 @@ def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> 
         print(f"note: {note}")
     print(f"imported {len(loaded.weights):,} tensors to {target}")
     return DONE
-
-
-def check_tokenizer(path: Path, vocab_size: int) -> bytes:
-    """Return the content of a `tokenizer.json` after a look into it.
-
-    Raises:
-        UserError: when it is absent, no tokenizer, or has more tokens than the model.
-    """
-    content = read_tokenizer(path)
-    try:
-        tokenizer = Tokenizer(content)
-    except ValueError as error:
-        raise UserError(f"{path} is not a tokenizer.json: {error}.") from None
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"{path} has {tokenizer.vocab_size} tokens, vocab_size in {CONFIG} is "
-            f"{vocab_size}; this is not the tokenizer of the model."
-        )
-    return content
 
 
 def write_run(folder: Path, loaded: LoadedFolder, run: RunFiles) -> list[str]:

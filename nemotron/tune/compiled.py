@@ -29,6 +29,7 @@ from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from nemotron.children import module_command
 from nemotron.ops import launch
 from nemotron.ops.tuning import base
 from nemotron.ops.tuning.tunable import Configuration
@@ -206,7 +207,7 @@ class Pool:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment.pop("TRITON_INTERPRET", None)
         return subprocess.Popen(
-            [sys.executable, "-m", "nemotron.tune.compiled", self.architecture],
+            [*module_command("nemotron.tune.compiled"), self.architecture],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
