@@ -30,8 +30,10 @@ class Screen:
         self._progress: Progress | None = None
         self._live: Live | None = None
         self._handler = _Forward(self.info)
-        logging.getLogger("nemotron").addHandler(self._handler)
-        logging.getLogger("nemotron").setLevel(logging.INFO)
+        logger = logging.getLogger("nemotron")
+        self._level_before = logger.level
+        logger.addHandler(self._handler)
+        logger.setLevel(logging.INFO)
 
     def open_log(self, path: Path) -> None:
         """Append everything said so far, and from now on, to a file."""
@@ -84,7 +86,10 @@ class Screen:
     def close(self) -> None:
         """Stop, and close the log."""
         self.stop()
-        logging.getLogger("nemotron").removeHandler(self._handler)
+        logger = logging.getLogger("nemotron")
+        if self._handler in logger.handlers:
+            logger.removeHandler(self._handler)
+            logger.setLevel(self._level_before)
         if self._log is not None:
             self._log.close()
             self._log = None
