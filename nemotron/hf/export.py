@@ -42,8 +42,8 @@ def export(
         UserError: when there is no checkpoint or the target may not be written; nothing is.
     """
     source = open_checkpoint(Path(run))
-    for line in source.skipped:
-        print(line)
+    for skipped in source.skipped:
+        print(skipped)
     if source.run is None:
         raise UserError(
             f"{run} is not inside a run, so its tokenizer is unknown; give a run's folder."

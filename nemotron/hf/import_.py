@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nemotron.checkpoint.read import MODEL_PREFIX
 from nemotron.checkpoint.state import SavedState
-from nemotron.checkpoint.write import CheckpointNotSaved, save
+from nemotron.checkpoint.write import CheckpointNotSaved, Content, save
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
@@ -84,5 +84,6 @@ def write_run(folder: Path, loaded: LoadedFolder, run: RunFiles) -> list[str]:
     facts = {"from": folder.name, "xxh128": files, "notes": list(loaded.notes)}
     origin = record_import(run.provenance, facts)
     tensors = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in loaded.weights.items()}
-    save(run.checkpoints, STEP, tensors, SavedState(imported=origin), loaded.config, keep=1)
+    state = SavedState(imported=origin)
+    save(run.checkpoints, Content(STEP, tensors, state, loaded.config), keep=1)
     return notes

@@ -116,7 +116,7 @@ def dry_run(config: PretrainConfig) -> int:
         f"run        {folder.path} ({state})",
         model_line(count),
         f"training   {plan.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
-        *(f"operations {line}" for line in describe(choices, device)),
+        *(f"operations {line}" for line in describe(choices)),
         *(f"precision  {line}" for line in formats),
         *(describe_places(config, plan, dims) if dims.world > 1 else ()),
     ):
