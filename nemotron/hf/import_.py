@@ -14,6 +14,7 @@ from nemotron.hf.tokenizer_files import TOKENIZER, read_kept_files, read_tokeniz
 from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.run.files import RunFiles
 from nemotron.run.provenance import record_import
+from nemotron.terminal import print_text
 
 COMMAND = "import"
 STEP = 0
@@ -41,11 +42,11 @@ def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> 
             notes = write_run(origin, loaded, RunFiles(partial))
             publish(partial, target, COMMAND)
     except CheckpointNotSaved as problem:
-        print(f"failed: {problem}")
+        print_text(f"failed: {problem}")
         return FAILED
     for note in (*loaded.notes, *notes):
-        print(f"note: {note}")
-    print(f"imported {len(loaded.weights):,} tensors to {target}")
+        print_text(f"note: {note}")
+    print_text(f"imported {len(loaded.weights):,} tensors to {target}")
     return DONE
 
 

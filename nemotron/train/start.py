@@ -28,6 +28,7 @@ from nemotron.run.log import RunLog
 from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
+from nemotron.terminal import print_text
 from nemotron.train.announce import model_line
 from nemotron.train.config import PretrainConfig
 from nemotron.train.flops import count_parameters, training_flops_per_token
@@ -121,7 +122,7 @@ def dry_run(config: PretrainConfig) -> int:
         *(describe_places(config, plan, dims) if dims.world > 1 else ()),
     ):
         if launch is None or launch.rank == 0:
-            print(line)
+            print_text(line)
     return DONE
 
 
