@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from nemotron.errors import UserError
     from nemotron.generate.engine import Engine
+    from nemotron.generate.request import Answer, Event, Request
     from nemotron.generate.sampling import Sampling
     from nemotron.loading import load, load_with_tokenizer
     from nemotron.recipe.load import load_recipe
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = [
+    "Answer",
     "Engine",
+    "Event",
+    "Request",
     "Sampling",
     "Session",
     "Trainer",
@@ -31,7 +35,10 @@ _HOMES = {
     "load_recipe": "nemotron.recipe.load",
     "Session": "nemotron.session",
     "Trainer": "nemotron.train.trainer",
+    "Answer": "nemotron.generate.request",
     "Engine": "nemotron.generate.engine",
+    "Event": "nemotron.generate.request",
+    "Request": "nemotron.generate.request",
     "Sampling": "nemotron.generate.sampling",
     "UserError": "nemotron.errors",
 }

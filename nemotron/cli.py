@@ -463,6 +463,19 @@ def generate(
     top_p: Annotated[
         float | None, typer.Option(help="Sample only from tokens with this total probability.")
     ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample only from tokens with this share of the likeliest one."),
+    ] = None,
+    repeat_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that are in the text already become less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text before which to end; repeatable.")
+    ] = None,
+    think_budget: Annotated[
+        int | None, typer.Option(min=0, help="Tokens after which </think> is put into the answer.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
     stream: Annotated[bool, typer.Option(help="Print tokens while generating.")] = True,
     device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
@@ -476,7 +489,9 @@ def generate(
     from nemotron.loading import load_with_tokenizer
     from nemotron.loading import recipe_ops as read_ops
 
-    sampling = Sampling(temperature, top_k, top_p, seed)
+    sampling = Sampling(
+        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repeat_penalty
+    )
     ops = read_ops(model) if recipe_ops else None
     loaded, tokenizer = load_with_tokenizer(model, ops=ops)
     return run(
@@ -485,9 +500,37 @@ def generate(
         prompt,
         sampling,
         max_new_tokens=max_new_tokens,
+        stop=stop or (),
+        reasoning_budget=think_budget,
         stream=stream,
         device=device,
     )
+
+
+@app.command("check-parity", epilog="Example: nemotron check-parity runs/tiny --length 100")
+def check_parity(
+    model: Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder.")],
+    length: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens of a prompt; repeatable. Default: 100, 1000."),
+    ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Prompts at a time; repeatable. Default: 1, 8."),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each.")] = 32,
+    device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
+) -> int:
+    """Compare probabilities while generating with those in training.
+
+    The exit code is 1 if they differ by more than 5 % on average.
+    """
+    from nemotron.device import find_device
+    from nemotron.generate.parity import report
+    from nemotron.loading import load, recipe_ops
+
+    loaded = load(model, find_device(device), ops=recipe_ops(model))
+    return report(loaded, length or (100, 1000), rows or (1, 8), new_tokens)
 
 
 @app.command(epilog="Example: nemotron export runs/tiny --out exported/tiny")

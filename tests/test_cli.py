@@ -54,6 +54,7 @@ def test_these_are_the_commands():
         "doctor",
         "plan",
         "generate",
+        "check-parity",
         "export",
         "import",
     }

@@ -8,7 +8,10 @@ from pathlib import Path
 from typing import Any
 
 PAGE = Path(__file__).parents[1] / "docs/api.md"
-METHODS = {"Trainer": ["update"], "Engine": ["generate", "stream"]}
+METHODS = {
+    "Trainer": ["update"],
+    "Engine": ["submit", "step", "cancel", "run", "generate", "update"],
+}
 """Methods that are shown of a class, where others are public for the rest of the package only."""
 MARK = "<!-- From here on: python tools/api_page.py -->\n"
 

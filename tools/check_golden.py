@@ -46,11 +46,11 @@ class Difference:
 
 
 def nvfp4_results(
-    prefix: str, found: nvfp4.NVFP4, golden: Tensors, *, turned: bool = False
+    prefix: str, found: nvfp4.NVFP4, golden: Tensors, *, columnwise: bool = False
 ) -> Results:
     codes, scales, values = found.codes, found.scales.bytes, found.dequantize()
     height = found.scales.height
-    if turned:
+    if columnwise:
         codes, scales, values, height = codes.T, scales.T, values.T, found.scales.width
     yield f"{prefix}.codes", pack_e2m1(codes)
     yield f"{prefix}.scales", scales.repeat_interleave(height, 0)
@@ -63,13 +63,13 @@ def check_nvfp4(golden: Tensors, case: str) -> Results:
     x = golden[f"{case}.x"]
     yield from nvfp4_results(f"{case}.row", nvfp4.quantize(x), golden)
     upright = nvfp4.quantize(x, height=nvfp4.BLOCK, width=1)
-    yield from nvfp4_results(f"{case}.col", upright, golden, turned=True)
+    yield from nvfp4_results(f"{case}.col", upright, golden, columnwise=True)
 
 
 def check_nvfp4_squares(golden: Tensors, case: str) -> Results:
     found = nvfp4.quantize(golden[f"{case}.x"], height=nvfp4.BLOCK)
     yield from nvfp4_results(f"{case}.row", found, golden)
-    yield from nvfp4_results(f"{case}.col", found, golden, turned=True)
+    yield from nvfp4_results(f"{case}.col", found, golden, columnwise=True)
 
 
 def check_hadamard(golden: Tensors, case: str) -> Results:
@@ -83,7 +83,7 @@ def check_hadamard(golden: Tensors, case: str) -> Results:
         tokens = hadamard.transform(x, signs=signs)
         yield f"{case}.{name}.rht_xt", tokens.T
         upright = nvfp4.quantize(tokens, height=nvfp4.BLOCK, width=1)
-        yield from nvfp4_results(f"{case}.{name}.col", upright, golden, turned=True)
+        yield from nvfp4_results(f"{case}.{name}.col", upright, golden, columnwise=True)
 
 
 def check_mxfp8(golden: Tensors, case: str, format: FP8) -> Results:

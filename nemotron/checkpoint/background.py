@@ -13,8 +13,8 @@ from nemotron.checkpoint.manifest import Files
 from nemotron.checkpoint.state import SavedState
 from nemotron.checkpoint.write import Content, Saved, begin, commit, write_tensors
 from nemotron.model.config import ModelConfig
-from nemotron.parallel.pieces import Pieces
 from nemotron.parallel.runtime import Ranks
+from nemotron.parallel.shards import ShardedTensor
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ class HostMemory:
         return copies
 
     def _copy(self, key: tuple[object, ...], tensor: Tensor) -> Tensor:
-        if isinstance(tensor, Pieces):
-            pieces = tensor.pieces.items()
-            return tensor.replaced({at: self._copy((*key, at), piece) for at, piece in pieces})
+        if isinstance(tensor, ShardedTensor):
+            shards = tensor.shards.items()
+            return tensor.replaced({at: self._copy((*key, at), shard) for at, shard in shards})
         tensor = tensor.detach()
         if tensor.device.type != "cuda":
             return tensor.to("cpu", copy=True)

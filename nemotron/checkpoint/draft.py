@@ -7,8 +7,8 @@ from pathlib import Path
 from torch import Tensor
 
 from nemotron.checkpoint.index import NAMES, Index, SavedPiece, SavedTensor, tiles
-from nemotron.parallel.pieces import Offsets, pieces_of
 from nemotron.parallel.runtime import Ranks
+from nemotron.parallel.shards import Offsets, local_shards
 
 
 @dataclass(frozen=True)
@@ -52,8 +52,8 @@ def plan_index(tensors: dict[str, Tensor], ranks: Ranks) -> Index:
 
 
 def _held(tensor: Tensor) -> Held:
-    pieces = {at: tuple(piece.shape) for at, piece in pieces_of(tensor).items()}
-    return Held(NAMES[tensor.dtype], tuple(tensor.shape), pieces)
+    shapes = {at: tuple(shard.shape) for at, shard in local_shards(tensor).items()}
+    return Held(NAMES[tensor.dtype], tuple(tensor.shape), shapes)
 
 
 def _plan(name: str, held: dict[int, Held], load: list[int]) -> SavedTensor:

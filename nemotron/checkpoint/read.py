@@ -25,7 +25,7 @@ from nemotron.checkpoint.records import DamagedCheckpoint, explain, read_record
 from nemotron.checkpoint.state import SavedState
 from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
-from nemotron.parallel.pieces import pieces_of
+from nemotron.parallel.shards import local_shards
 
 MODEL_PREFIX = "model."
 """Names of the model's parameters and buffers in a checkpoint begin with this."""
@@ -47,6 +47,10 @@ def read_state(info: CheckpointInfo) -> SavedState:
                 f"the manifest"
             )
         return state
+
+
+EMBEDDING, TIED_HEAD = "backbone.embeddings.weight", "lm_head.weight"
+"""One parameter where embeddings are tied, which a trained run saves under the first name."""
 
 
 def read_model_config(info: CheckpointInfo) -> ModelConfig:
@@ -111,8 +115,8 @@ class SavedTensors:
         with _refusing_damage(self._info):
             for name, tensor in into.items():
                 saved = self.index.tensors[name]
-                for offsets, piece in pieces_of(tensor).items():
-                    self._fill(name, saved, offsets, piece)
+                for offsets, shard in local_shards(tensor).items():
+                    self._fill(name, saved, offsets, shard)
 
     def lacking(self, tensors: dict[str, Tensor]) -> list[str]:
         """Return the names of which the checkpoint has no tensor of this shape and dtype."""
@@ -184,7 +188,10 @@ def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     weights = saved.empty(MODEL_PREFIX)
     saved.load(weights)
     named = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}
-    return read_model_config(info), named
+    config = read_model_config(info)
+    if config.tie_word_embeddings and EMBEDDING in named:
+        named[TIED_HEAD] = named[EMBEDDING]
+    return config, named
 
 
 def _seen_from(start: tuple[int, ...], box: list[tuple[int, int]]) -> tuple[slice, ...]:

@@ -27,8 +27,8 @@ from nemotron.checkpoint.state import SavedState
 from nemotron.checkpoint.tensor_file import write_tensor_file
 from nemotron.files import sync_folder, write_json, write_text
 from nemotron.model.config import ModelConfig
-from nemotron.parallel.pieces import pieces_of
 from nemotron.parallel.runtime import Ranks
+from nemotron.parallel.shards import local_shards
 
 
 class CheckpointNotSaved(Exception):
@@ -98,8 +98,8 @@ def write_tensors(draft: Draft, tensors: dict[str, Tensor], rank: int) -> Files:
     own, file = dict[str, Tensor](), tensor_file(rank)
     for name, saved in draft.index.tensors.items():
         if offsets := [piece.offsets for piece in saved.pieces if piece.file == file]:
-            pieces = pieces_of(tensors[name])
-            own |= {key_of(name, at): pieces[at] for at in offsets}
+            shards = local_shards(tensors[name])
+            own |= {key_of(name, at): shards[at] for at in offsets}
     if not own:
         return {}
     try:

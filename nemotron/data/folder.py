@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import numpy as np
 import xxhash
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from nemotron.data.config import DataConfig, SourceConfig
 from nemotron.data.indexed import Shard, Stream
@@ -43,6 +43,13 @@ class ShardFacts(Section):
     documents: int
     tokens: int
     files: dict[str, FileFacts]
+
+    @model_validator(mode="after")
+    def _check(self) -> "ShardFacts":
+        for name in (self.name, *self.files):
+            if name != Path(name).name or not name.startswith(self.name) or name.startswith("."):
+                raise ValueError(f"{name!r} is not the plain name of a file inside the folder")
+        return self
 
 
 class Counts(Section):
@@ -132,11 +139,10 @@ def read_manifest(folder: Path) -> Manifest | None:
         return Manifest.model_validate(content)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (ValidationError, ValueError):
+    except (ValidationError, ValueError, RecursionError):
         raise UserError(
             f"{path} is not a manifest of prepared data; prepare the folder again, or remove the "
-            "file "
-            "to read its shards without one."
+            "file to read its shards without one."
         ) from None
 
 
@@ -152,14 +158,15 @@ def open_tokens(path: str | Path, tokenizer: Tokenizer, eod_token: str, limit: i
     if manifest is None:
         train = Stream([Shard(prefix) for prefix in _prefixes(path)])
         found = TokenSet(path, train, Stream([]), None)
-        if sum(shard.num_sequences for shard in train.shards) <= SEQUENCES_CHECKED:
-            for shard in train.shards:
-                shard.check()
         _warn_of_other_ends(train, tokenizer.id(eod_token), eod_token)
     else:
         _check_manifest(path, manifest, tokenizer, eod_token, limit)
         streams = [Stream(_shards(path, side)) for side in (manifest.train, manifest.validation)]
         found = TokenSet(path, streams[0], streams[1], manifest)
+    for stream in (found.train, found.validation):
+        if sum(shard.num_sequences for shard in stream.shards) <= SEQUENCES_CHECKED:
+            for shard in stream.shards:
+                shard.check()
     if not found.train.num_tokens:
         raise UserError(
             f"{path.absolute()} contains no tokens to train on; give shards that contain documents."

@@ -2,11 +2,13 @@
 
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
+from nemotron.generate.budget import ReasoningBudget
 from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.engine import SLOTS, Engine
 from nemotron.generate.request import requests_of
@@ -22,14 +24,17 @@ def generate(
     sampling: Sampling,
     *,
     max_new_tokens: int,
+    stop: Sequence[str] = (),
+    reasoning_budget: int | None = None,
     stream: bool,
     device: str,
 ) -> int:
     """Print each prompt with its continuation, and tokens per second to the error stream.
 
     One prompt is printed while it grows if `stream` is on; several are printed when all are
-    done. A terminal gets control characters as escapes, a file or pipe as they are. Returns the
-    exit code. The model is moved to `device` and its weights are converted for
+    done. With `reasoning_budget`, `</think>` is put after so many tokens unless the model wrote it.
+    A terminal gets control characters as escapes, a file or pipe as they are. Returns the exit
+    code. The model is moved to `device` and its weights are converted for
     decoding, so it cannot be trained afterwards.
 
     Raises:
@@ -38,12 +43,16 @@ def generate(
     for prompt in prompts:
         if not _is_text(prompt):
             raise UserError(f"prompt = {prompt!r} is not UTF-8 text; give it in that encoding.")
+    budget = None
+    if reasoning_budget is not None:
+        budget = ReasoningBudget.of(tokenizer, reasoning_budget)
     requests = requests_of(list(map(tokenizer.encode, prompts)), max_new_tokens, sampling)
+    requests = [replace(request, stop=tuple(stop), budget=budget) for request in requests]
     for number, request in enumerate(requests, 1):
         request.check(model.config.vocab_size, f"prompt {number}")
     model = prepare_weights(model.to(find_device(device)))
-    stop, slots = {model.config.eos_token_id}, min(len(requests), SLOTS)
-    engine = Engine(model, stop, tokenizer=tokenizer, slots=slots)
+    ends, slots = {model.config.eos_token_id}, min(len(requests), SLOTS)
+    engine = Engine(model, ends, tokenizer=tokenizer, slots=slots)
     live, answers = stream and len(requests) == 1, dict.fromkeys(range(len(requests)), "")
     shown = printable if sys.stdout.isatty() else str
     if live:

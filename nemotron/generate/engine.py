@@ -60,7 +60,9 @@ class Engine:
     attention layers have `blocks` key-value blocks of `block_size` tokens, or as many as needed; if
     they run out, the youngest answer waits and is read again later. A step reads at most
     `prefill_tokens` tokens of prompts. With `prefixes`, so many states after beginnings of texts
-    are kept for texts that begin alike. Text and stop strings need the `tokenizer`.
+    are kept for texts that begin alike. Text and stop strings need the `tokenizer`. With
+    `row_by_row` every text passes the model by itself, so that its answer is the same to the bit
+    whatever others there are, as long as none of them takes its blocks; this is slower.
     """
 
     def __init__(
@@ -74,10 +76,11 @@ class Engine:
         blocks: int | None = None,
         block_size: int = BLOCK_SIZE,
         prefixes: int = 0,
+        row_by_row: bool = False,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.stop = frozenset(stop)
-        self.prefill_tokens = prefill_tokens
+        self.prefill_tokens, self._row_by_row = prefill_tokens, row_by_row
         self.version = 0
         """Of the weights, as `Answer.versions` names it."""
         self.timing = Timing()
@@ -102,16 +105,7 @@ class Engine:
         Raises:
             UserError: when the request is impossible, or too long for the blocks of the cache.
         """
-        request.check(self.model.config.vocab_size)
-        if request.stop and self.tokenizer is None:
-            raise UserError("stop strings need an engine with a tokenizer; give it one.")
-        limit = self.cache.blocks.limit
-        longest = len(request.prompt) + request.max_tokens
-        if limit is not None and self.cache.blocks_of(longest) > limit:
-            raise UserError(
-                f"prompt and max_new_tokens = {request.max_tokens} are {longest} tokens, but the "
-                f"cache has room for {limit * self.cache.block_size}; ask for fewer."
-            )
+        self._check(request)
         number, seed = self._next_number, request.sampling.seed
         self._next_number += 1
         seed = fresh_seed() if seed is None else seed
@@ -140,19 +134,32 @@ class Engine:
         read_s = -time.perf_counter()
         read = self._prefill()
         read_s += time.perf_counter()
+        further = [bool(s.answer.tokens) for scores in decoded for s in scores.samples]
         events += self._choose([*known, *decoded, *read])
-        self._count(decoded, read_s, time.perf_counter() - begin - read_s)
+        self._count(further, read_s, time.perf_counter() - begin - read_s)
         return events
 
     def run(self, requests: Iterable[Request]) -> Iterator[Event]:
         """Submit the requests and yield their events until all have ended.
 
+        Events of other requests are left to the next `step`; whoever stops asking for events
+        cancels the requests.
+
         Raises:
-            UserError: as `submit`, before anything is computed.
+            UserError: as `submit`, before any request is taken.
         """
+        requests = list(requests)
+        for number, request in enumerate(requests, 1):
+            self._check(request, f"prompt {number}")
         numbers = {self.submit(request) for request in requests}
-        while numbers & self._live.keys():
-            yield from (event for event in self.step() if event.request in numbers)
+        try:
+            while numbers & self._live.keys():
+                events = self.step()
+                self._ended += (event for event in events if event.request not in numbers)
+                yield from (event for event in events if event.request in numbers)
+        finally:
+            for left in numbers & self._live.keys():
+                self.cancel(left)
 
     def generate(
         self, prompts: Sequence[Sequence[int]], max_new_tokens: int, sampling: Sampling
@@ -163,8 +170,6 @@ class Engine:
             UserError: when a prompt is empty or has a token that the model does not have.
         """
         requests = requests_of(prompts, max_new_tokens, sampling)
-        for number, request in enumerate(requests, 1):
-            request.check(self.model.config.vocab_size, f"prompt {number}")
         first = self._next_number
         self.timing = Timing()
         answers: dict[int, list[int]] = {}
@@ -185,12 +190,26 @@ class Engine:
         for sample in [] if keep_states else self.scheduler.running[:]:
             self.scheduler.preempt(sample)
 
+    def _check(self, request: Request, name: str = "prompt") -> None:
+        request.check(self.model.config.vocab_size, name)
+        if request.stop and self.tokenizer is None:
+            raise UserError("stop strings need an engine with a tokenizer; give it one.")
+        limit = self.cache.blocks.limit
+        longest = len(request.prompt) + request.max_tokens
+        if limit is not None and self.cache.blocks_of(longest) > limit:
+            raise UserError(
+                f"{name} and max_new_tokens = {request.max_tokens} are {longest} tokens, but the "
+                f"cache has room for {limit * self.cache.block_size}; ask for fewer."
+            )
+
     def _decode(self) -> list[Scores]:
         """Append the one token that is not yet read of each sample that lacks no more."""
         samples = [sample for sample in self.scheduler.running if self._num_left(sample) == 1]
         samples = self.scheduler.make_room(samples)
         if not samples:
             return []
+        if self._row_by_row:
+            return [self._append([sample], 1) for sample in samples]
         return [self._append(samples, 1)]
 
     def _prefill(self) -> list[Scores]:
@@ -206,7 +225,8 @@ class Engine:
             size = next(iter(pieces.values()))
             if size > room:
                 break
-            alike = [s for s, other in pieces.items() if other == size][: room // size]
+            most = 1 if self._row_by_row else room // size
+            alike = [s for s, other in pieces.items() if other == size][:most]
             for sample in alike:
                 del pieces[sample]
             ready.append(self._append(alike, size))
@@ -277,11 +297,16 @@ class Engine:
             self.prefixes.store(sample.tokens[:length], sample.slot, sample.experts)
         self.scheduler.leave(sample)
 
-    def _count(self, decoded: list[Scores], read_s: float, other_s: float) -> None:
-        """Note the time of a step; choosing the first tokens belongs to reading the prompts."""
-        self.timing.new_tokens += sum(len(scores.samples) for scores in decoded)
-        self.timing.prefill_s += read_s if decoded else read_s + other_s
-        self.timing.decode_s += other_s if decoded else 0.0
+    def _count(self, further: list[bool], read_s: float, other_s: float) -> None:
+        """Note tokens and time of a step.
+
+        `further` says of each token that was read alone whether it belongs to an answer. Choosing
+        the first token of an answer belongs to reading the prompt.
+        """
+        self.timing.new_tokens += sum(further)
+        self.timing.prompt_tokens += len(further) - sum(further)
+        self.timing.prefill_s += read_s if any(further) else read_s + other_s
+        self.timing.decode_s += other_s if any(further) else 0.0
 
     def _num_left(self, sample: Sample) -> int:
         """Tokens of a sample that the model has not read."""

@@ -35,8 +35,10 @@ class PrefixStore:
         self._stored: OrderedDict[bytes, Prefix] = OrderedDict()
         self._shared: list[Prefix] = []
 
-    def __len__(self) -> int:
-        return len(self._stored) + len(self._shared)
+    @property
+    def num_shared(self) -> int:
+        """Prefixes that some sample waits to begin with."""
+        return len(self._shared)
 
     def store(
         self,

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemotron.checkpoint.read import EMBEDDING, TIED_HEAD
 from nemotron.errors import UserError
 from nemotron.files import hash_file
 from nemotron.hf.config import from_hf
@@ -21,8 +22,6 @@ REPORT = "export_report.json"
 
 PACKED_DTYPES = {"U8": "NVFP4", "F8_E4M3": "FP8", "F8_E5M2": "FP8"}
 SCALES = ("_scale", "_scale_2", "_scale_inv", "_packed")
-
-TIED_HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -85,11 +84,11 @@ def _collect(
 
 
 def _tie(folder: Path, weights: dict[str, Tensor]) -> None:
-    embedding = weights["backbone.embeddings.weight"]
+    embedding = weights[EMBEDDING]
     if not torch.equal(weights.setdefault(TIED_HEAD, embedding), embedding):
         raise UserError(
             f"{folder}: tie_word_embeddings = true, but {TIED_HEAD} differs from "
-            f"backbone.embeddings.weight; set it to false in {CONFIG}."
+            f"{EMBEDDING}; set it to false in {CONFIG}."
         )
     weights[TIED_HEAD] = embedding
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nemotron.errors import UserError
 from nemotron.files import sync, write_json
+from nemotron.hf.inside import inside, read_inside
 from nemotron.hf.names import DiskParameter
 
 INDEX = "model.safetensors.index.json"
@@ -148,7 +149,7 @@ def read_json(path: Path) -> dict:
         UserError: when there is none.
     """
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(read_inside(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
     except (OSError, ValueError, RecursionError) as error:
@@ -159,16 +160,17 @@ def read_json(path: Path) -> dict:
 
 
 def _inside(folder: Path, name: object) -> Path:
-    """Return the file of that name; links may lead only into the hub's own cache of blobs."""
+    """Return the file of that name.
+
+    Raises:
+        UserError: when it is missing, or not a regular file of the folder.
+    """
     if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
         raise UserError(f"{folder / INDEX}: {name!r} is not a plain file name inside the folder.")
-    path, home = folder / name, folder.resolve()
-    allowed = [home]
-    if home.parent.name == "snapshots":
-        allowed.append(home.parent.parent / "blobs")
-    if path.resolve().parent not in allowed:
-        raise UserError(f"{path} is a link that leads out of the folder; copy the file there.")
-    return path
+    try:
+        return inside(folder / name)
+    except FileNotFoundError:
+        raise UserError(f"{folder / name} is missing; the index names it.") from None
 
 
 def _open(path: Path) -> safe_open:
@@ -180,8 +182,6 @@ def _open(path: Path) -> safe_open:
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Read and check the header of a safetensors file against the file's size."""
-    if not path.is_file():
-        raise UserError(f"{path} is missing; the index names it.")
     size = path.stat().st_size
     if size == 0:
         raise UserError(f"{path} is empty.")

@@ -8,7 +8,13 @@ from torch import Tensor
 
 from nemotron.checkpoint.find import Skipped, locate
 from nemotron.checkpoint.manifest import CheckpointInfo
-from nemotron.checkpoint.read import MODEL_PREFIX, SavedTensors, read_model_config
+from nemotron.checkpoint.read import (
+    EMBEDDING,
+    MODEL_PREFIX,
+    TIED_HEAD,
+    SavedTensors,
+    read_model_config,
+)
 from nemotron.hf.names import DiskParameter
 from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
@@ -39,10 +45,13 @@ class TensorReader:
     def __init__(self, source: CheckpointSource) -> None:
         self._saved = SavedTensors(source.info)
         self._shapes = shapes(source.config)
+        self._is_tied = source.config.tie_word_embeddings
         self._last: tuple[str, Tensor] | None = None
 
     def __call__(self, parameter: DiskParameter) -> dict[str, Tensor]:
         source = parameter.source
+        if self._is_tied and source == TIED_HEAD:
+            source = EMBEDDING
         if self._last is None or self._last[0] != source:
             # the old one is let go before memory for the next is taken
             self._last = None

@@ -8,6 +8,7 @@ import tokenizers
 
 from nemotron.errors import UserError
 from nemotron.files import write_bytes, write_json
+from nemotron.hf.inside import read_inside
 from nemotron.model.config import ModelConfig
 from nemotron.run.files import RunFiles
 
@@ -38,18 +39,18 @@ def write_tokenizer_files(run: RunFiles, target: Path, config: ModelConfig) -> N
         write_json(target / name, values)
     for name in KEPT:
         kept = run.companions / name
-        if kept.is_file():
-            write_bytes(target / name, kept.read_bytes())
+        if kept.exists() or kept.is_symlink():
+            write_bytes(target / name, read_inside(kept))
 
 
 def read_tokenizer(path: Path) -> bytes:
     """Return the content of a `tokenizer.json`.
 
     Raises:
-        UserError: when there is none.
+        UserError: when there is none, or it is not a regular file of its folder.
     """
     try:
-        return path.read_bytes()
+        return read_inside(path)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; the model needs its tokenizer.") from None
 
@@ -58,18 +59,19 @@ def read_kept_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
     """Return the companions that a folder brings, and notes on what was left out of them.
 
     Raises:
-        UserError: when one of them is no JSON.
+        UserError: when one of them is no JSON, or not a regular file of the folder.
     """
     kept, notes = {}, []
     for name in KEPT:
         path = folder / name
-        if not path.is_file():
+        try:
+            content = read_inside(path)
+        except FileNotFoundError:
             continue
-        content = path.read_bytes()
         if path.suffix == ".json":
             try:
                 values = json.loads(content)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise UserError(f"{path} is not valid JSON: {error}.") from None
             if isinstance(values, dict) and values.pop("auto_map", None) is not None:
                 notes.append(

@@ -16,17 +16,15 @@ from nemotron.data.batch import Batch
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.init import STACKED, draw
-from nemotron.model.router import RoutingStats, routers
+from nemotron.model.router import routers
 from nemotron.parallel.config import ParallelConfig
-from nemotron.parallel.context import layout
-from nemotron.parallel.context.apply import apply_context
-from nemotron.parallel.context.router import SumOverRow
+from nemotron.parallel.context import chunks
+from nemotron.parallel.context.apply import SumOverRow, apply_context
 from nemotron.parallel.expert import apply_experts, choose_dispatch
 from nemotron.parallel.fsdp import drop_gathered, shard
-from nemotron.parallel.layout import Part
 from nemotron.parallel.mesh import Mesh
-from nemotron.parallel.pieces import Offsets, Pieces, pieces_of
 from nemotron.parallel.pipeline import Pipeline, sync_copies
+from nemotron.parallel.shards import Offsets, Shard, ShardedTensor, local_shards
 from nemotron.parallel.stages import Stage, cut, shared_parameters, split_stages
 from nemotron.parallel.tensor import apply_tensor, sum_partial_gradients
 
@@ -35,12 +33,12 @@ Read = Callable[[str, torch.Size, range | None], Tensor]
 
 
 class LocalModel:
-    """What this rank holds of a model: all of it, stages of it, parts of its tensors."""
+    """What this rank holds of a model: all of it, stages of it, shards of its tensors."""
 
     def __init__(self, config: ModelConfig, models: list[HybridLM], mesh: Mesh | None) -> None:
         self.config, self.models, self.mesh = config, models, mesh
         self.roots: list[nn.Module] = list(models)
-        self.parts: dict[str, Part] = {}
+        self.shards: dict[str, Shard] = {}
         """Where the split parameters lie in the whole; the others are whole."""
         self.partial: set[str] = set()
         """Parameters of which each rank of `tp` has a part of the gradient only."""
@@ -69,7 +67,7 @@ class LocalModel:
 
     @property
     def batch_rank(self) -> int:
-        """Place among the ranks, or groups of them, that read different rows."""
+        """Number of this rank among those, or groups of them, that read different rows."""
         return 0 if self.mesh is None else self.mesh.rank("batch")
 
     @property
@@ -87,15 +85,6 @@ class LocalModel:
         """Where the parameters are."""
         return next(iter(self.parameters().values())).device
 
-    def loss_sum(self, batch: Batch) -> float:
-        """Return the summed loss of the next token, as far as it is known here; no gradient."""
-        batch = self.share_rows(batch).to(self.device)
-        if self.pipeline is not None:
-            return sum(loss.item() for loss in self.pipeline.evaluate([batch], _next_token_loss))
-        [model] = self.models
-        hidden = model(batch.input_ids, batch.seq_idx)
-        return model.lm_head.loss(hidden, batch.labels).item()
-
     def drop_gathered(self) -> None:
         """Forget weights that were gathered to evaluate: they would be stale later."""
         if self.mesh is not None:
@@ -110,7 +99,7 @@ class LocalModel:
         """Return what belongs to this rank's tokens, of one tensor [B, T] or [B, T, …]."""
         if self.mesh is None or self.mesh.dims.cp == 1:
             return values
-        return layout.shard(values, self.mesh.rank("cp"), self.mesh.dims.cp)
+        return chunks.shard(values, self.mesh.rank("cp"), self.mesh.dims.cp)
 
     def sync_gradients(self, on: bool) -> None:
         """Say whether the next backward pass adds gradients up over ranks."""
@@ -130,8 +119,8 @@ class LocalModel:
             or name in self.copies
         )
 
-    def pieces(self, name: str, local: Tensor) -> Tensor:
-        """Return a tensor that lies as the local part of a parameter does, as part of the whole."""
+    def sharded(self, name: str, local: Tensor) -> Tensor:
+        """Return a tensor of the shape of the local parameter as shards of the whole."""
         if self.mesh is None:
             return local
         parameter = self.parameters()[name]
@@ -140,8 +129,8 @@ class LocalModel:
             _, offsets = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
-        part = self.parts.get(name) or Part.whole(parameter.shape)
-        return Pieces(part.shape, local.dtype, part.pieces(local, tuple(offsets)))
+        held = self.shards.get(name) or Shard.whole(parameter.shape)
+        return ShardedTensor(held.shape, local.dtype, held.rectangles(local, tuple(offsets)))
 
     def finish_gradients(self) -> None:
         """Add up what several ranks have of the gradients of tensors that each of them holds.
@@ -163,11 +152,6 @@ class LocalModel:
                 # materialising gave each of the two names a tensor of its own
                 model.lm_head.weight = model.backbone.embeddings.weight
 
-    def whole_shapes(self) -> dict[str, torch.Size]:
-        """Return the shapes of all tensors of the whole model, here or not."""
-        with torch.device("meta"):
-            return {n: t.shape for n, t in HybridLM(self.config).state_dict().items()}
-
     def init_weights(self, seed: int) -> None:
         """Draw this rank's part of the weights: the same whole tensors in any layout."""
         self.fill(lambda name, shape, experts: draw(name, shape, self.config, seed, experts))
@@ -180,19 +164,11 @@ class LocalModel:
         those that are asked for.
         """
         for name, parameter in self.parameters().items():
-            whole = self.pieces(name, local_of(parameter))
-            for offsets, piece in pieces_of(whole).items():
-                _fill_piece(name, whole.shape, offsets, piece, read)
+            whole = self.sharded(name, local_of(parameter))
+            for offsets, tensor in local_shards(whole).items():
+                _fill_shard(name, whole.shape, offsets, tensor, read)
         for name, buffer in self.buffers().items():
             buffer.copy_(read(name, buffer.shape, None))
-
-
-def _next_token_loss(
-    model: HybridLM, hidden: Tensor | None, batch: Batch, routing: list[RoutingStats]
-) -> Tensor:
-    if hidden is None:
-        return torch.zeros((), device=batch.labels.device)
-    return model.lm_head.loss(hidden, batch.labels)
 
 
 def local_of(tensor: Tensor) -> Tensor:
@@ -201,13 +177,13 @@ def local_of(tensor: Tensor) -> Tensor:
     return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
-def _fill_piece(name: str, shape: torch.Size, at: Offsets, piece: Tensor, read: Read) -> None:
-    box = [slice(low, low + size) for low, size in zip(at, piece.shape, strict=True)]
+def _fill_shard(name: str, shape: torch.Size, at: Offsets, tensor: Tensor, read: Read) -> None:
+    box = [slice(low, low + size) for low, size in zip(at, tensor.shape, strict=True)]
     experts = None
     if name.endswith(STACKED):
         experts = range(box[0].start, box[0].stop)
         box[0] = slice(None)
-    piece.copy_(read(name, shape, experts)[tuple(box)])
+    tensor.copy_(read(name, shape, experts)[tuple(box)])
 
 
 def distribute(
@@ -233,12 +209,12 @@ def distribute(
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
         if dims.tp > 1:
             plan = apply_tensor(model, mesh.group("tp"), mesh.rank("tp"), dims.tp)
-            local.parts |= plan.parts
+            local.shards |= plan.shards
             local.partial |= plan.replicated
         if dims.ep > 1:
             method = choose_dispatch(config, model.config, dims)
             kept = apply_experts(model, mesh.group("ep"), mesh.rank("ep"), dims.ep, method)
-            local.parts |= {name: Part(shapes[name], 0, (held,)) for name, held in kept.items()}
+            local.shards |= {name: Shard(shapes[name], 0, (held,)) for name, held in kept.items()}
         if dims.cp > 1:
             apply_context(model, mesh.group("cp"), config)
         if dims.cp * dims.tp > 1:

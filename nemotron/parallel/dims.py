@@ -84,7 +84,7 @@ def violations(
 ) -> Iterator[Finding]:
     """Yield every rule that this layout breaks, each with the nearest legal value.
 
-    `micro_batch` are the rows of a portion, `rows_per_step` those of a step.
+    `micro_batch` are the rows of a micro-batch, `rows_per_step` those of a step.
     Source of the rules: pytorch/torchtitan: torchtitan/distributed/parallel_dims.py;
     NVIDIA/Megatron-LM: megatron/core/ssm/mamba_mixer.py and mamba_context_parallel.py.
     """
@@ -95,7 +95,7 @@ def violations(
     yield from _pipeline(dims, model, config)
     yield from _rows(dims, model, seq_len, rows_per_step, micro_batch)
     if dims.pp > 1:
-        yield from _portions(dims, config, rows_per_step, micro_batch)
+        yield from _micro_batches(dims, config, rows_per_step, micro_batch)
 
 
 def _tensor(dims: ParallelDims, model: ModelConfig, layers: str) -> Iterator[Finding]:
@@ -228,17 +228,17 @@ def _rows(
         )
 
 
-def _portions(
+def _micro_batches(
     dims: ParallelDims, config: ParallelConfig, rows: int, micro_batch: int
 ) -> Iterator[Finding]:
     """Check that stages get micro-batches alike in size, and enough of them."""
     own = rows // dims.batch
     counts = divisors(own) if rows % dims.batch == 0 else []
 
-    def fits(portions: int) -> bool:
+    def fits(number: int) -> bool:
         if config.pipeline.schedule == "interleaved_1f1b":
-            return portions % max(1, portions // dims.pp) == 0
-        return portions >= dims.pp
+            return number % max(1, number // dims.pp) == 0
+        return number >= dims.pp
 
     legal = [own // n for n in counts if fits(n)]
     if micro_batch not in legal and counts:

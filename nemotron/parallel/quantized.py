@@ -1,4 +1,4 @@
-"""Quantized layers of which ranks hold parts: scales, and random bits, as of the whole layer."""
+"""Quantized layers of which ranks hold shards: scales, and random bits, as of the whole layer."""
 
 import torch
 import torch.distributed as dist
@@ -8,16 +8,16 @@ from torch import Tensor
 from nemotron.model.moe import Experts
 from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.collectives import Group
-from nemotron.parallel.layout import Part
+from nemotron.parallel.shards import Shard
 from nemotron.precision.apply import Quantization
-from nemotron.precision.assign import linear_layers
+from nemotron.precision.policy import linear_layers
 
 SPLIT_OPERANDS = {0: ("w", "dy"), 1: ("x", "w")}
 """Of a matrix cut along its outputs or inputs, the operands of which a rank has some columns."""
 
 
 def connect(quantization: Quantization, local: LocalModel) -> None:
-    """Tell the quantized layers what this rank holds of them.
+    """Give the quantized layers what this rank holds of them.
 
     Tokens that other ranks hold do not count for a scale, as in Transformer Engine; channels do.
     Source: NVIDIA/TransformerEngine: transformer_engine/pytorch/module/linear.py
@@ -34,20 +34,20 @@ def connect(quantization: Quantization, local: LocalModel) -> None:
     for model in local.models:
         for name in linear_layers(model):
             if isinstance(model.get_submodule(name), Experts):
-                part = local.parts.get(f"{name}.up_proj")
-                first = 0 if part is None else part.ranges[0][0]
+                shard = local.shards.get(f"{name}.up_proj")
+                first = 0 if shard is None else shard.ranges[0][0]
                 rows = own_tokens if size > 1 else None
-                quantization.set_part(name, rows=rows, first_expert=first)
+                quantization.set_shard(name, rows=rows, first_expert=first)
                 continue
-            part = local.parts.get(f"{name}.weight")
-            if part is not None:
+            shard = local.shards.get(f"{name}.weight")
+            if shard is not None:
                 group = local.mesh.group("tp")
-                for operand in SPLIT_OPERANDS[part.dim]:
+                for operand in SPLIT_OPERANDS[shard.dim]:
                     quantization.set_reduction(name, operand, _Largest(group))
-                quantization.set_part(name, columns=_columns(part))
+                quantization.set_shard(name, columns=_columns(shard))
             elif size > 1 and not name.endswith(("k_proj", "v_proj")):
                 # these see this rank's tokens alone; whole key projections see the row
-                quantization.set_part(name, rows=own_tokens)
+                quantization.set_shard(name, rows=own_tokens)
 
 
 def token_numbers(
@@ -63,11 +63,11 @@ def token_numbers(
     return local.share_tokens(numbers)
 
 
-def _columns(part: Part) -> Int[Tensor, " n"] | int:
-    """Return the numbers of a part's outputs in the whole; those of inputs are all there."""
-    if part.dim != 0:
+def _columns(shard: Shard) -> Int[Tensor, " n"] | int:
+    """Return the numbers of a shard's outputs in the whole; those of inputs are all there."""
+    if shard.dim != 0:
         return 0
-    return torch.cat([torch.arange(first, last) for first, last in part.ranges])
+    return torch.cat([torch.arange(first, last) for first, last in shard.ranges])
 
 
 class _Largest:

@@ -25,12 +25,12 @@ from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts
 from nemotron.model.router import routers
 from nemotron.parallel.collectives import Group, all_gather, reduce_scatter
-from nemotron.parallel.layout import Part
+from nemotron.parallel.shards import Shard
 from nemotron.parallel.vocabulary import Vocabulary
 
 
 @dataclass(frozen=True)
-class Split:
+class Placement:
     """Which dimension of a parameter the ranks share: its outputs (0) or its inputs (1)."""
 
     dim: int
@@ -40,29 +40,29 @@ class Split:
     """Setting that counts the heads; where they are too few, every rank holds them all."""
 
 
-KEYS = Split(0, heads="num_key_value_heads")
+KEYS = Placement(0, heads="num_key_value_heads")
 
-PLACEMENTS: dict[type[nn.Module], dict[str, Split]] = {
+PLACEMENTS: dict[type[nn.Module], dict[str, Placement]] = {
     Mamba2: {
-        "in_proj.weight": Split(0, "z x B C dt"),
-        "conv1d.weight": Split(0, "x B C"),
-        "conv1d.bias": Split(0, "x B C"),
-        "A_log": Split(0),
-        "D": Split(0),
-        "dt_bias": Split(0),
+        "in_proj.weight": Placement(0, "z x B C dt"),
+        "conv1d.weight": Placement(0, "x B C"),
+        "conv1d.bias": Placement(0, "x B C"),
+        "A_log": Placement(0),
+        "D": Placement(0),
+        "dt_bias": Placement(0),
         # a rank has whole groups, so the gated norm's mean square is its own
-        "norm.weight": Split(0),
-        "out_proj.weight": Split(1),
+        "norm.weight": Placement(0),
+        "out_proj.weight": Placement(1),
     },
     Attention: {
-        "q_proj.weight": Split(0),
+        "q_proj.weight": Placement(0),
         "k_proj.weight": KEYS,
         "v_proj.weight": KEYS,
-        "o_proj.weight": Split(1),
+        "o_proj.weight": Placement(1),
     },
-    MLP: {"up_proj.weight": Split(0), "down_proj.weight": Split(1)},
-    Embedding: {"weight": Split(0)},
-    Head: {"weight": Split(0)},
+    MLP: {"up_proj.weight": Placement(0), "down_proj.weight": Placement(1)},
+    Embedding: {"weight": Placement(0)},
+    Head: {"weight": Placement(0)},
 }
 """Parameters of which each rank holds a part, by the module that they belong to.
 
@@ -74,7 +74,7 @@ All others are whole on every rank, where they meet only its tokens, or only som
 class TensorPlan:
     """What became of the parameters; those of routed experts are in neither."""
 
-    parts: dict[str, Part]
+    shards: dict[str, Shard]
     """What this rank holds of each that was cut."""
     replicated: frozenset[str]
     """Whole ones: their gradient on a rank is one summand, see `sum_partial_gradients`."""
@@ -87,52 +87,52 @@ def apply_tensor(model: HybridLM, group: Group, rank: int, size: int) -> TensorP
     of the head is that of all ranks' tokens; the balance loss only that of this rank's. Sizes must
     be divisible, as `dims.violations` says.
     """
-    cut: dict[nn.Parameter, tuple[nn.Parameter, Part]] = {}  # a tied table is cut once
+    cut: dict[nn.Parameter, tuple[nn.Parameter, Shard]] = {}  # a tied table is cut once
     for module in model.modules():
         placements = PLACEMENTS.get(type(module))
         if placements is None:
             continue
         for name, parameter in list(module.named_parameters()):
-            part = part_of(parameter.shape, placements[name], model.config, rank, size)
-            if part is None:
+            shard = shard_of(parameter.shape, placements[name], model.config, rank, size)
+            if shard is None:
                 continue
             if parameter not in cut:
-                local = part.take(parameter.detach()).clone()
-                cut[parameter] = nn.Parameter(local, parameter.requires_grad), part
+                local = shard.take(parameter.detach()).clone()
+                cut[parameter] = nn.Parameter(local, parameter.requires_grad), shard
             owner, _, leaf = name.rpartition(".")
             setattr(module.get_submodule(owner), leaf, cut[parameter][0])
         _connect(module, model.config, group, rank, size)
     for router in routers(model).values():
         router.own_tokens = lambda tokens: tokens.chunk(size, 1)[rank]
-    parts = dict(cut.values())
+    shards = dict(cut.values())
     experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
     names = dict(model.named_parameters())
     return TensorPlan(
-        {name: parts[p] for name, p in names.items() if p in parts},
-        frozenset(name for name, p in names.items() if p not in parts and p not in experts),
+        {name: shards[p] for name, p in names.items() if p in shards},
+        frozenset(name for name, p in names.items() if p not in shards and p not in experts),
     )
 
 
-def part_of(
-    shape: torch.Size, split: Split, config: ModelConfig, rank: int, size: int
-) -> Part | None:
-    """Return a rank's part of a parameter, or nothing where every rank holds the whole."""
-    if split.heads is not None and getattr(config, split.heads) < size:
+def shard_of(
+    shape: torch.Size, placement: Placement, config: ModelConfig, rank: int, size: int
+) -> Shard | None:
+    """Return a rank's shard of a parameter, or None where every rank holds the whole."""
+    if placement.heads is not None and getattr(config, placement.heads) < size:
         return None
-    lengths = [shape[split.dim]]
-    if split.components:
+    lengths = [shape[placement.dim]]
+    if placement.components:
         groups = config.n_groups * config.ssm_state_size
         inner, heads = config.mamba_inner_size, config.mamba_num_heads
         channels = {"z": inner, "x": inner, "B": groups, "C": groups, "dt": heads}
-        lengths = [channels[name] for name in split.components.split()]
-    assert sum(lengths) == shape[split.dim], (lengths, shape)
+        lengths = [channels[name] for name in placement.components.split()]
+    assert sum(lengths) == shape[placement.dim], (lengths, shape)
     ranges, offset = [], 0
     for length in lengths:
         assert length % size == 0, (length, size)
         share = length // size
         ranges.append((offset + rank * share, offset + (rank + 1) * share))
         offset += length
-    return Part(shape, split.dim, tuple(ranges))
+    return Shard(shape, placement.dim, tuple(ranges))
 
 
 def _connect(module: nn.Module, config: ModelConfig, group: Group, rank: int, size: int) -> None:

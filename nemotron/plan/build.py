@@ -5,17 +5,18 @@ from dataclasses import dataclass
 from nemotron.errors import Finding, UserError
 from nemotron.model.config import LAYER_KINDS
 from nemotron.parallel.config import ParallelConfig
-from nemotron.parallel.dims import ParallelDims, resolve_dims, violations
+from nemotron.parallel.dims import ParallelDims, resolve_dims
 from nemotron.plan.hardware import Hardware
 from nemotron.plan.job import Job
 from nemotron.plan.throughput import FITTED, ON_CPU, Constants, predict, stated_efficiency
 from nemotron.plan.work import flops_by_format
 from nemotron.train.config import PretrainConfig
-from nemotron.train.schedule import plan_training
+from nemotron.train.layout import findings
+from nemotron.train.schedule import TrainingPlan, plan_training
 
 
 @dataclass(frozen=True)
-class Part:
+class Stretch:
     """Steps of one phase whose rows have one length."""
 
     phase: str
@@ -29,25 +30,21 @@ class Part:
         return self.steps * self.rows * self.seq_len
 
 
-def parts_of(config: PretrainConfig) -> list[Part]:
-    """Return the run's parts in order.
-
-    Raises:
-        UserError: when the recipe's lengths do not fit each other.
-    """
+def stretches_of(plan: TrainingPlan) -> list[Stretch]:
+    """Return the run's stretches in order."""
     found = []
-    for phase in plan_training(config).timeline.phases:
+    for phase in plan.timeline.phases:
         shares = sum(length.share for length in phase.lengths)
         for length in phase.lengths:
             rows = phase.tokens_per_step // length.seq_len
             steps = phase.num_steps * length.share / shares
-            found.append(Part(phase.name, length.seq_len, rows, steps))
+            found.append(Stretch(phase.name, length.seq_len, rows, steps))
     return found
 
 
-def main_part(parts: list[Part]) -> Part:
-    """Return the part with most tokens: what is shown where one must stand for all."""
-    return max(parts, key=lambda part: part.tokens)
+def main_stretch(stretches: list[Stretch]) -> Stretch:
+    """Return the stretch with most tokens: what is shown where one must stand for all."""
+    return max(stretches, key=lambda stretch: stretch.tokens)
 
 
 @dataclass(frozen=True)
@@ -56,24 +53,20 @@ class Setting:
 
     config: PretrainConfig
     hardware: Hardware
-    parts: tuple[Part, ...]
+    training: TrainingPlan
+    stretches: tuple[Stretch, ...]
     formats: dict[int, tuple[tuple[str, float], ...]]
     """FLOPs of a token by number format, for each length of row."""
 
-    @property
-    def depths(self) -> int:
-        """Depths of multi-token prediction that are trained."""
-        return self.config.loss.mtp_num_depths if self.config.model.mtp_pattern else 0
-
     def job(
         self,
-        part: Part,
+        stretch: Stretch,
         dims: ParallelDims,
         *,
         micro_batch: int | None = None,
         recompute: frozenset[str] | None = None,
     ) -> Job:
-        """Return the job of a part in a layout."""
+        """Return the job of a stretch in a layout."""
         config, parallel = self.config, self.config.parallel
         if recompute is None:
             recompute = frozenset(filter(config.recomputes, LAYER_KINDS.values()))
@@ -81,11 +74,11 @@ class Setting:
             model=config.model,
             dims=dims,
             hardware=self.hardware,
-            seq_len=part.seq_len,
-            rows=part.rows,
-            micro_batch=config.rows_at_once(part.seq_len, micro_batch),
-            formats=self.formats[part.seq_len],
-            depths=self.depths,
+            seq_len=stretch.seq_len,
+            rows=stretch.rows,
+            micro_batch=config.rows_at_once(stretch.seq_len, micro_batch),
+            formats=self.formats[stretch.seq_len],
+            depths=config.num_depths,
             recompute=recompute,
             compute_bytes=4 if config.precision.compute == "fp32" else 2,
             reduce_bytes=4 if parallel.reduce_dtype == "fp32" else 2,
@@ -99,17 +92,7 @@ class Setting:
 
     def violations(self, dims: ParallelDims, micro_batch: int | None = None) -> list[Finding]:
         """Return every rule that a layout breaks, with the nearest valid value."""
-        found: list[Finding] = []
-        for part in self.parts:
-            found += violations(
-                dims,
-                self.config.model,
-                self.config.parallel,
-                seq_len=part.seq_len,
-                rows_per_step=part.rows,
-                micro_batch=self.config.rows_at_once(part.seq_len, micro_batch),
-            )
-        return list(dict.fromkeys(found))
+        return findings(self.config, self.training, dims, micro_batch)
 
 
 def _dispatch(parallel: ParallelConfig) -> str:
@@ -123,13 +106,15 @@ def read_setting(config: PretrainConfig, hardware: Hardware) -> Setting:
     Raises:
         UserError: when the recipe's lengths or its rules of precision do not fit.
     """
-    parts = parts_of(config)
-    depths = config.loss.mtp_num_depths if config.model.mtp_pattern else 0
+    training = plan_training(config)
+    stretches = stretches_of(training)
     formats = {
-        length: tuple(flops_by_format(config.model, config.precision, length, depths).items())
-        for length in {part.seq_len for part in parts}
+        length: tuple(
+            flops_by_format(config.model, config.precision, length, config.num_depths).items()
+        )
+        for length in {stretch.seq_len for stretch in stretches}
     }
-    return Setting(config, hardware, tuple(parts), formats)
+    return Setting(config, hardware, training, tuple(stretches), formats)
 
 
 def layout_of(setting: Setting, world: int) -> tuple[ParallelDims, list[Finding]]:
@@ -161,8 +146,8 @@ def seconds_of(
 ) -> dict[str, tuple[float, float]]:
     """Return tokens and seconds of each phase."""
     found: dict[str, tuple[float, float]] = {}
-    for part in setting.parts:
-        tokens, seconds = found.get(part.phase, (0.0, 0.0))
-        step = predict(setting.job(part, dims), constants).step
-        found[part.phase] = (tokens + part.tokens, seconds + part.steps * step)
+    for stretch in setting.stretches:
+        tokens, seconds = found.get(stretch.phase, (0.0, 0.0))
+        step = predict(setting.job(stretch, dims), constants).step
+        found[stretch.phase] = (tokens + stretch.tokens, seconds + stretch.steps * step)
     return found

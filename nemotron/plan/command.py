@@ -5,7 +5,7 @@ import json
 from nemotron.console import PrintableConsole
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
-from nemotron.plan.build import constants_for, layout_of, main_part, read_setting
+from nemotron.plan.build import constants_for, layout_of, main_stretch, read_setting
 from nemotron.plan.hardware import find_hardware
 from nemotron.plan.report import Report, as_json, describe_layout, nearest_published
 from nemotron.plan.search import search as find_layouts
@@ -40,15 +40,15 @@ def plan(
     system = find_hardware(hardware, gpus)
     setting = read_setting(config, system)
     constants = constants_for(system, efficiency)
-    part = main_part(list(setting.parts))
+    stretch = main_stretch(list(setting.stretches))
     dims, violations = layout_of(setting, gpus)
-    flops = sum(value for _, value in setting.formats[part.seq_len])
+    flops = sum(value for _, value in setting.formats[stretch.seq_len])
     width = 4 if config.precision.compute == "fp32" else 2
     legal = None if violations else dims
     report = Report(
         setting,
         gpus,
-        part,
+        stretch,
         violations,
         layout=describe_layout(setting, legal, constants, tokens) if legal else None,
         compared=nearest_published(setting, flops),

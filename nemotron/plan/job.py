@@ -6,17 +6,17 @@ from functools import cached_property, lru_cache
 
 from nemotron.model.config import LAYER_KINDS, ModelConfig
 from nemotron.model.flops import depth_flops, head_flops, layer_flops, training_flops_per_token
-from nemotron.parallel.config import ParallelConfig, PipelineConfig
-from nemotron.parallel.dims import ParallelDims
-from nemotron.parallel.stages import split_stages
-from nemotron.plan.hardware import Hardware
-from nemotron.plan.parameters import (
+from nemotron.model.parameters import (
     Split,
     embedding_split,
     head_split,
     layer_split,
     mtp_split,
 )
+from nemotron.parallel.config import ParallelConfig, PipelineConfig
+from nemotron.parallel.dims import ParallelDims
+from nemotron.parallel.stages import split_stages
+from nemotron.plan.hardware import Hardware
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 
 from nemotron.model.config import ModelConfig
+from nemotron.model.parameters import Split, layer_split
 from nemotron.ops.linear_cross_entropy.chunked import CHUNK_ELEMENTS
 from nemotron.ops.ssd.chunked import CHUNK
 from nemotron.parallel.context.state_passing import GATHERED_BYTES
 from nemotron.plan.communication import dispatched_bytes
 from nemotron.plan.job import Job
-from nemotron.plan.parameters import Split, layer_split
 
 GIB = 2**30
 RUNTIME_BYTES = {"cpu": 0.5 * GIB}

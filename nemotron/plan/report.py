@@ -5,12 +5,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from nemotron.errors import Finding
+from nemotron.model.parameters import by_kind, count_parameters
 from nemotron.parallel.dims import ParallelDims
-from nemotron.plan.build import Part, Setting, main_part, seconds_of
+from nemotron.plan.build import Setting, Stretch, main_stretch, seconds_of
 from nemotron.plan.calibration import error
 from nemotron.plan.communication import Traffic, traffic
 from nemotron.plan.memory import Memory, memory
-from nemotron.plan.parameters import by_kind, total_and_active
 from nemotron.plan.published import ROWS, Published
 from nemotron.plan.search import Found
 from nemotron.plan.throughput import FITTED, Constants, Prediction, predict
@@ -31,11 +31,11 @@ class Cost:
 
 @dataclass(frozen=True)
 class LayoutReport:
-    """The cost of one layout, in the part of the run that has most tokens."""
+    """The cost of one layout, in the stretch of the run that has most tokens."""
 
     dims: ParallelDims
     memory: Memory
-    """Of the part that needs most."""
+    """Of the stretch that needs most."""
     traffic: list[Traffic]
     prediction: Prediction
     costs: list[Cost]
@@ -47,7 +47,7 @@ class Report:
 
     setting: Setting
     world: int
-    part: Part
+    stretch: Stretch
     violations: list[Finding]
     layout: LayoutReport | None
     compared: Published
@@ -66,7 +66,7 @@ def describe_layout(
     setting: Setting, dims: ParallelDims, constants: Constants, tokens: float | None
 ) -> LayoutReport:
     """Compute the cost of a valid layout; `tokens` replace the length of the run."""
-    job = setting.job(main_part(list(setting.parts)), dims)
+    job = setting.job(main_stretch(list(setting.stretches)), dims)
     prediction = predict(job, constants)
     if tokens is not None:
         spans = {f"{tokens:.3g} tokens": (tokens, tokens / prediction.tokens_per_second)}
@@ -76,14 +76,14 @@ def describe_layout(
         Cost(name, count, seconds / DAY, seconds * dims.world / 3600)
         for name, (count, seconds) in spans.items()
     ]
-    needs = [memory(setting.job(part, dims)) for part in setting.parts]
+    needs = [memory(setting.job(stretch, dims)) for stretch in setting.stretches]
     fullest = max(needs, key=lambda need: need.total)
     return LayoutReport(dims, fullest, traffic(job), prediction, costs)
 
 
 def nearest_published(setting: Setting, flops_per_token: float) -> Published:
     """Return the row most like the plan: in work of a token first, then in system and format."""
-    format_ = max(setting.formats[setting.parts[0].seq_len], key=lambda item: item[1])[0]
+    format_ = max(setting.formats[setting.stretches[0].seq_len], key=lambda item: item[1])[0]
 
     def distance(row: Published) -> float:
         job = row.job
@@ -98,13 +98,18 @@ def nearest_published(setting: Setting, flops_per_token: float) -> Published:
 def as_json(report: Report) -> dict[str, Any]:
     """Return the report as a tree of plain values."""
     setting, model = report.setting, report.setting.config.model
-    total, active = total_and_active(model)
+    count = count_parameters(model)
     tree: dict[str, Any] = {
         "hardware": asdict(setting.hardware),
         "accelerators": report.world,
-        "parameters": {"total": total, "active": active, "by_kind": by_kind(model)},
+        "parameters": {
+            "total": count.total,
+            "active": count.active,
+            "by_kind": by_kind(model),
+        },
         "flops_per_token": {
-            str(part.seq_len): dict(setting.formats[part.seq_len]) for part in setting.parts
+            str(stretch.seq_len): dict(setting.formats[stretch.seq_len])
+            for stretch in setting.stretches
         },
         "violations": [
             {"key": found.key, "problem": str(replace(found, key=""))}

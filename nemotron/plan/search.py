@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from nemotron.divisors import divisors
 from nemotron.model.config import LAYER_KINDS
 from nemotron.parallel.dims import ParallelDims
-from nemotron.plan.build import Setting, main_part
+from nemotron.plan.build import Setting, main_stretch
 from nemotron.plan.job import Job
 from nemotron.plan.memory import memory
 from nemotron.plan.throughput import Constants, Prediction, predict
@@ -64,8 +64,8 @@ def search(setting: Setting, world: int, constants: Constants, keep: int = 10) -
     Not tried are more than 16 stages, micro-batches of more than 8 rows, rows cut below 8,192
     tokens by `cp`, and what leaves the fast link with `tp`.
     """
-    part = main_part(list(setting.parts))
-    longest = max(setting.parts, key=lambda p: p.seq_len)
+    stretch = main_stretch(list(setting.stretches))
+    longest = max(setting.stretches, key=lambda p: p.seq_len)
     found: dict[tuple[object, ...], Candidate] = {}
     legal, fitting, least = 0, 0, float("inf")
     for dims, micro_batch in _layouts(setting, world):
@@ -76,8 +76,8 @@ def search(setting: Setting, world: int, constants: Constants, keep: int = 10) -
             least = min(least, needed)
             if needed > setting.hardware.memory:
                 continue
-            if part is not longest:
-                job = setting.job(part, dims, micro_batch=micro_batch, recompute=recompute)
+            if stretch is not longest:
+                job = setting.job(stretch, dims, micro_batch=micro_batch, recompute=recompute)
             fitting += 1
             candidate = Candidate(predict(job, constants), needed, micro_batch)
             # of layouts that differ in dp_replicate alone, the best is enough
@@ -109,10 +109,10 @@ def _choices(setting: Setting) -> Iterator[frozenset[str]]:
 
 def _layouts(setting: Setting, world: int) -> Iterator[tuple[ParallelDims, int]]:
     """Yield every layout and micro-batch that breaks no rule."""
-    model, parts = setting.config.model, setting.parts
-    rows = min(part.rows for part in parts)
+    model, stretches = setting.config.model, setting.stretches
+    rows = min(stretch.rows for stretch in stretches)
     usual = setting.config.batch.global_tokens // setting.config.data.seq_len
-    longest = max(part.seq_len for part in parts)
+    longest = max(stretch.seq_len for stretch in stretches)
     experts = divisors(model.n_routed_experts) if _has_experts(setting) else [1]
     within = [tp for tp in divisors(world) if tp <= setting.hardware.domain]
     widths = [tp for tp in within if not setting.violations(ParallelDims(tp=tp), 1)]

@@ -7,9 +7,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nemotron.model.parameters import by_kind, count_parameters, kind_name
 from nemotron.plan.calibration import error
 from nemotron.plan.memory import GIB
-from nemotron.plan.parameters import by_kind, kind_name, total_and_active
 from nemotron.plan.report import LayoutReport, Report
 from nemotron.plan.search import Found
 from nemotron.plan.throughput import FITTED, Constants
@@ -89,9 +89,9 @@ def grids_of(report: Report, constants: Constants) -> list[Grid]:
 
 def _parameters(report: Report) -> Grid:
     model = report.setting.config.model
-    total, active = total_and_active(model)
-    rows = [(kind, f"{count:,}", _billions(count)) for kind, count in by_kind(model).items()]
-    note = f"total {_billions(total)}, active {_billions(active)}"
+    count = count_parameters(model)
+    rows = [(kind, f"{number:,}", _billions(number)) for kind, number in by_kind(model).items()]
+    note = f"total {_billions(count.total)}, active {_billions(count.active)}"
     if model.mtp_pattern:
         note += ", multi-token prediction (mtp) apart"
     return Grid("Parameters", ("kind", "number", ""), rows, [note])
@@ -103,7 +103,7 @@ def _billions(count: float) -> str:
 
 def _work(report: Report) -> Grid:
     rows = []
-    for length in dict.fromkeys(part.seq_len for part in report.setting.parts):
+    for length in dict.fromkeys(stretch.seq_len for stretch in report.setting.stretches):
         formats = dict(report.setting.formats[length])
         total = sum(formats.values())
         shares = ", ".join(f"{name} {100 * n / total:.0f} %" for name, n in formats.items())

@@ -3,50 +3,9 @@
 from collections import defaultdict
 
 from nemotron.model.config import ModelConfig
-from nemotron.model.flops import training_flops_per_token
-from nemotron.precision.assign import preset_at
+from nemotron.model.flops import linear_flops, training_flops_per_token
 from nemotron.precision.config import PrecisionConfig
-from nemotron.precision.policy import resolve
-
-
-def linear_flops(model: ModelConfig, depths: int) -> dict[str, float]:
-    """Return forward and backward FLOPs for one token of every layer that a format can be given."""
-    flops: dict[str, float] = {}
-    for index, letter in enumerate(model.hybrid_override_pattern):
-        for name, count in _linears(model, letter).items():
-            flops[f"backbone.layers.{index}.mixer.{name}"] = 6.0 * count
-    for index, letter in enumerate(model.mtp_pattern):
-        for name, count in _linears(model, letter).items():
-            flops[f"mtp.layers.{index}.mixer.{name}"] = 6.0 * count * depths
-    return flops
-
-
-def _linears(model: ModelConfig, letter: str) -> dict[str, int]:
-    """Return the weights that one token meets in each linear layer of a mixer."""
-    h = model.hidden_size
-    if letter == "M":
-        inner = model.mamba_inner_size
-        return {
-            "in_proj": h * (inner + model.conv_channels + model.mamba_num_heads),
-            "out_proj": inner * h,
-        }
-    if letter == "*":
-        queries = h * model.head_dim * model.num_attention_heads
-        keys = h * model.head_dim * model.num_key_value_heads
-        return {"q_proj": queries, "k_proj": keys, "v_proj": keys, "o_proj": queries}
-    if letter == "-":
-        width = h * (model.intermediate_size or 0)
-        return {"up_proj": width, "down_proj": width}
-    width, shared = model.expert_input_size, h * model.moe_shared_expert_intermediate_size
-    counts = {
-        "experts": 2 * model.num_experts_per_tok * width * model.moe_intermediate_size,
-        "shared_experts.up_proj": shared,
-        "shared_experts.down_proj": shared,
-    }
-    if model.moe_latent_size is not None:
-        latent = h * model.moe_latent_size
-        counts |= {"fc1_latent_proj": latent, "fc2_latent_proj": latent}
-    return counts
+from nemotron.precision.policy import preset_at, resolve
 
 
 def flops_by_format(

@@ -14,7 +14,7 @@ from typing import Any
 from nemotron.posttrain.environments.base import Environment, Response
 from nemotron.posttrain.environments.registry import find_environment
 
-SPARE_S = 2.0
+SPARE_S = 1.0
 """Time in which the pool has killed this process, if the pool is alive."""
 
 

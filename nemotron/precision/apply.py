@@ -9,12 +9,18 @@ import xxhash
 from jaxtyping import Int
 from torch import Tensor, nn
 
-from nemotron.precision.assign import assign, device_of, linear_layers, preset_at, with_backend
 from nemotron.precision.backends import BY_NAME
 from nemotron.precision.config import PrecisionConfig
 from nemotron.precision.delayed import FRESH, DelayedFP8Scheme, Histories
-from nemotron.precision.groups import Sizes, Slab, slabs
-from nemotron.precision.policy import Assignment
+from nemotron.precision.groups import ExpertChunk, Sizes, expert_chunks
+from nemotron.precision.policy import (
+    Assignment,
+    assign,
+    device_of,
+    linear_layers,
+    preset_at,
+    with_backend,
+)
 from nemotron.precision.random_bits import Draw, Numbers
 from nemotron.precision.schemes import SCHEMES, NVFP4Scheme, Reduce, Scheme
 from nemotron.precision.telemetry import Telemetry
@@ -31,30 +37,30 @@ def apply(model: nn.Module, config: PrecisionConfig) -> None:
 
 
 @dataclass(frozen=True)
-class Part:
-    """What this process holds of a layer's tensors, where ranks share them."""
+class LayerShard:
+    """What this rank holds of a layer's tensors, where ranks share them."""
 
     reduce: dict[str, Reduce] = field(default_factory=dict)
     """How the ranks find the largest magnitude of `x`, `w` or `dy`, where each has a part."""
     columns: Numbers = 0
     """Numbers of the output's columns in the whole layer."""
     rows: Callable[[Tensor], Tensor] | None = None
-    """Takes the numbers of this layer's tokens out of those of the portion, shaped as these."""
+    """Takes the numbers of this layer's tokens out of those of the micro-batch, shaped as these."""
     first_expert: int = 0
     """Number of the first expert held here."""
 
 
-WHOLE = Part()
+WHOLE = LayerShard()
 
 
 class Quantization:
     """The formats of a model's linear layers, which may change from step to step.
 
     A quantized layer keeps its parameter and its name; only what its call does is replaced. Random
-    bits of the gradients' rounding hang on seed, step, layer, call and row, so a resumed run draws
-    the same ones, and so does a run on other ranks that number rows and columns as the whole has
-    them. `models` are the model or, where ranks share it, what is here of `whole`, which may lie on
-    the meta device.
+    bits of the gradients' rounding depend on seed, step, layer, call and row, so a resumed run
+    draws the same ones, and so does a run on other ranks that number rows and columns as the whole
+    has them. `models` are the model or, where ranks share it, what is here of `whole`, which may
+    lie on the meta device.
 
     Raises:
         UserError: when the recipe names a backend that is not fit for a layer.
@@ -76,15 +82,15 @@ class Quantization:
         self._device = device_of(models[0])
         self.preset: str | None = None
         self.reduce_amax: Reduce = lambda amaxes: amaxes
-        """Makes the largest of all ranks out of this one's, of all tensors that are scaled late."""
+        """Makes the largest of all ranks out of this one's, of all tensors with delayed scaling."""
         options = config.nvfp4
         self._schemes: dict[str, Scheme] = SCHEMES | {
             "nvfp4": NVFP4Scheme(
                 options.hadamard, options.stochastic_rounding, options.square_weights
             )
         }
-        self._parts: dict[str, Part] = {}
-        self._histories = Histories(self._late_matrices(), config.fp8_delayed, self._device)
+        self._shards: dict[str, LayerShard] = {}
+        self._histories = Histories(self._delayed_matrices(), config.fp8_delayed, self._device)
         self._step = 0
         self._rows: Numbers = 0
         self._calls: dict[str, int] = {}
@@ -94,11 +100,11 @@ class Quantization:
         self.begin(0, 0)
 
     def begin(self, step: int, rows: Numbers = 0) -> bool:
-        """Enter a portion of a step; `rows` numbers its tokens in the whole batch.
+        """Begin a micro-batch of a step; `rows` numbers its tokens in the whole batch.
 
         A single number is that of the first token, which the others follow; else there is one for
-        each, [B, T] or [M]. The first portion of another step ends the one before for delayed
-        scaling. Returns whether the formats change here, to those of another preset.
+        each, [B, T] or [M]. The first micro-batch of another step ends the one before for
+        delayed scaling. Returns whether the formats change here, to those of another preset.
         """
         if step != self._step:
             self._histories.roll(self.reduce_amax)
@@ -130,19 +136,19 @@ class Quantization:
         return self._observed.take()
 
     def set_reduction(self, module: str, operand: str, reduce: Reduce) -> None:
-        """Tell how ranks find the largest magnitude of an operand of which each holds a part.
+        """Say how ranks find the largest magnitude of an operand of which each holds a part.
 
-        Without it a scale for a whole tensor is that of the part held here. Tensors that are
-        scaled late need none: `reduce_amax` serves all of them.
+        Without it a scale for a whole tensor is that of the part held here. Tensors with
+        delayed scaling need none: `reduce_amax` serves all of them.
 
         Raises:
             UserError: when the recipe names a backend that cannot do it.
         """
         assert operand in ("x", "w", "dy"), operand
-        part = self._parts.get(module, WHOLE)
-        self._set_part(module, replace(part, reduce=part.reduce | {operand: reduce}))
+        shard = self._shards.get(module, WHOLE)
+        self._set_shard(module, replace(shard, reduce=shard.reduce | {operand: reduce}))
 
-    def set_part(
+    def set_shard(
         self,
         module: str,
         *,
@@ -150,10 +156,10 @@ class Quantization:
         rows: Callable[[Tensor], Tensor] | None = None,
         first_expert: int = 0,
     ) -> None:
-        """Tell which columns of the output, tokens of a portion and experts are held here."""
-        part = self._parts.get(module, WHOLE)
-        part = replace(part, columns=columns, rows=rows, first_expert=first_expert)
-        self._set_part(module, part)
+        """Say which columns of the output, tokens of a micro-batch and experts are held here."""
+        shard = self._shards.get(module, WHOLE)
+        shard = replace(shard, columns=columns, rows=rows, first_expert=first_expert)
+        self._set_shard(module, shard)
 
     def copy_numbers(self, module: str, num_tokens: int, num_copies: int) -> Int[Tensor, "M K"]:
         """Return the number in the whole batch of each copy of each token that a layer sees.
@@ -167,29 +173,29 @@ class Quantization:
 
     def _rows_of(self, module: str) -> Numbers:
         """Return the numbers of the tokens that a layer sees here."""
-        rows, part = self._rows, self._parts.get(module, WHOLE)
-        if part.rows is not None:
+        rows, shard = self._rows, self._shards.get(module, WHOLE)
+        if shard.rows is not None:
             assert isinstance(rows, Tensor), (
-                f"{module} takes some rows of a portion without numbers"
+                f"{module} takes some rows of a micro-batch without numbers"
             )
-            rows = part.rows(rows)
+            rows = shard.rows(rows)
         return rows if isinstance(rows, int) else rows.flatten()
 
-    def _set_part(self, module: str, part: Part) -> None:
-        self._parts[module] = part
+    def _set_shard(self, module: str, shard: LayerShard) -> None:
+        self._shards[module] = shard
         (index,) = (i for i, line in enumerate(self.table) if line.module == module)
         self.table[index] = self._with_backend(self.table[index])
         self._bind(self.table[index])
 
     def _with_backend(self, line: Assignment) -> Assignment:
-        """Choose again for the part that is here of a layer."""
+        """Choose again for the shard that is here of a layer."""
         module = self._here.get(line.module)
         if module is None:
             return line
-        is_split = bool(self._parts.get(line.module, WHOLE).reduce)
+        is_split = bool(self._shards.get(line.module, WHOLE).reduce)
         return with_backend(line, self._config, module, self._device, is_split=is_split)
 
-    def _late_matrices(self) -> dict[str, int]:
+    def _delayed_matrices(self) -> dict[str, int]:
         """Return every matrix that is ever in fp8_delayed, with its number of experts or 1."""
         sizes: dict[str, int] = {}
         presets = [self._config.preset, *(switch.preset for switch in self._config.switches)]
@@ -205,16 +211,16 @@ class Quantization:
 
     def _schemes_of(self, line: Assignment, module: nn.Module) -> dict[str, Scheme]:
         """Return the scheme of each matrix of a module."""
-        part = self._parts.get(line.module, WHOLE)
+        shard = self._shards.get(line.module, WHOLE)
         schemes: dict[str, Scheme] = {}
         for name, weight in module.named_parameters(recurse=False):
             if line.format == "fp8_delayed":
                 experts = weight.shape[0] if weight.dim() == 3 else 1
                 matrix = _matrix(line.module, name)
-                slots = self._histories.slots(matrix, part.first_expert, experts)
+                slots = self._histories.slots(matrix, shard.first_expert, experts)
                 schemes[name] = DelayedFP8Scheme(slots)
             else:
-                schemes[name] = replace(self._schemes[line.format], reduce=part.reduce)
+                schemes[name] = replace(self._schemes[line.format], reduce=shard.reduce)
         return schemes
 
     def _is_observed(self) -> bool:
@@ -226,19 +232,19 @@ class Quantization:
     ) -> None:
         """Measure the operands of a product; the gradient's when it comes."""
 
-        def observe(operand: str, tensor: Tensor, slab: Slab, sizes: Sizes) -> None:
-            row, _ = scheme.part(slab.experts).quantize(operand, tensor, sizes, both=False)
+        def observe(operand: str, tensor: Tensor, chunk: ExpertChunk, sizes: Sizes) -> None:
+            row, _ = scheme.part(chunk.experts).quantize(operand, tensor, sizes, both=False)
             self._observed.observe(name, operand, tensor, row.operand())
 
         def observe_rows(operand: str, tensor: Tensor) -> None:
-            for slab in cut:
-                observe(operand, tensor[slab.rows], slab, slab.sizes)
+            for chunk in cut:
+                observe(operand, tensor[chunk.rows], chunk, chunk.sizes)
 
-        cut = slabs(sizes, weight)
+        cut = expert_chunks(sizes, weight)
         observe_rows("x", x.detach())
-        for slab in cut:
-            narrow = weight[slab.experts].detach().to(torch.bfloat16).flatten(0, 1)
-            observe("w", narrow, slab, (weight.shape[1],) * len(slab.sizes))
+        for chunk in cut:
+            narrow = weight[chunk.experts].detach().to(torch.bfloat16).flatten(0, 1)
+            observe("w", narrow, chunk, (weight.shape[1],) * len(chunk.sizes))
         if y.requires_grad:
             y.register_hook(lambda dy: observe_rows("dy", dy))
 
@@ -289,7 +295,7 @@ class Quantization:
         call = self._calls[module] = self._calls.get(module, -1) + 1
         name = f"{self._seed}/{self._step}/{module}/{call}"
         key = xxhash.xxh64_intdigest(name.encode())
-        return Draw(key, self._rows_of(module), self._parts.get(module, WHOLE).columns)
+        return Draw(key, self._rows_of(module), self._shards.get(module, WHOLE).columns)
 
 
 def _matrix(module: str, name: str) -> str:

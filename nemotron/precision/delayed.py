@@ -22,7 +22,7 @@ FRESH = {"amax_history": 0.0, "scale": 1.0}
 
 
 class Histories:
-    """Scales of all tensors that are scaled late, and the magnitudes that they come from.
+    """Scales of all tensors with delayed scaling, and the magnitudes that they come from.
 
     `sizes` gives each matrix's name and the number of its experts, or 1. All lie in two tensors,
     which are the state of a run.
@@ -32,29 +32,29 @@ class Histories:
         self, sizes: Mapping[str, int], options: DelayedConfig, device: torch.device
     ) -> None:
         self._options = options
-        self._places: dict[str, slice] = {}
+        self._slices: dict[str, slice] = {}
         largest, end = [], 0
         for name, size in sizes.items():
             for operand, format in PER_TENSOR.items():
-                self._places[f"{name}.{operand}"] = slice(end, end := end + size)
+                self._slices[f"{name}.{operand}"] = slice(end, end := end + size)
                 largest += [format.max * 2.0**-options.margin] * size
         self._largest = torch.tensor(largest, dtype=torch.float32, device=device)
         shape = (end, options.history_length)
         self._amax = torch.full(shape, FRESH["amax_history"], device=device)
-        """Place 0 collects the step that runs; the others go from the oldest to the newest."""
+        """Column 0 collects the step that runs; the others go from the oldest to the newest."""
         self._scale = torch.full((end,), FRESH["scale"], device=device)
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """Yield the state by name: [experts, steps] magnitudes and [experts] scales."""
-        for name, place in self._places.items():
-            yield f"{name}.amax_history", self._amax[place]
-            yield f"{name}.scale", self._scale[place]
+        for name, where in self._slices.items():
+            yield f"{name}.amax_history", self._amax[where]
+            yield f"{name}.scale", self._scale[where]
 
     def slots(self, name: str, first: int = 0, count: int = 1) -> dict[str, "Slot"]:
-        """Return the operands' places of some experts of a matrix, or of its only tensor."""
+        """Return the operands' slots of some experts of a matrix, or of its only tensor."""
         slots = {}
         for operand in PER_TENSOR:
-            start = self._places[f"{name}.{operand}"].start + first
+            start = self._slices[f"{name}.{operand}"].start + first
             own = slice(start, start + count)
             slots[operand] = Slot(self._amax[own, 0], self._scale[own])
         return slots
@@ -65,7 +65,7 @@ class Histories:
         `reduce` makes the largest of all ranks out of this rank's magnitudes. A tensor that was
         not seen keeps history and scale; one with an infinity in its history keeps its scale.
         """
-        if not self._places:
+        if not self._slices:
             return
         newest = reduce(self._amax[:, 0].clone())
         history = torch.cat([self._amax[:, 1:], newest.unsqueeze(1)], 1)
@@ -79,7 +79,7 @@ class Histories:
 
 @dataclass(frozen=True)
 class Slot:
-    """The places of one operand: views of the histories' tensors."""
+    """The magnitudes and scales of one operand: views of the histories' tensors."""
 
     newest: Float[Tensor, " G"]
     scale: Float[Tensor, " G"]
@@ -95,7 +95,7 @@ class DelayedFP8Scheme(Scheme):
     slots: Mapping[str, Slot]
 
     def part(self, experts: slice) -> "DelayedFP8Scheme":
-        """Return the scheme of some of the experts, which have their places in the same slots."""
+        """Return the scheme of some of the experts, which lie in the same slots."""
         slots = {
             operand: Slot(slot.newest[experts], slot.scale[experts])
             for operand, slot in self.slots.items()

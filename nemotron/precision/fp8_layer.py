@@ -99,11 +99,11 @@ class _Linear(torch.autograd.Function):
             return x.new_empty(0, columns)
         wants_x, wants_weight = ctx.needs_input_grad[:2]
         plan = None if counts is None else kernels.plan(counts, rows)
-        activation, activation_turned = quantize(
-            scheme, "x", x, plan, turned=is_training and wants_weight, remembers=is_training
+        activation, activation_columnwise = quantize(
+            scheme, "x", x, plan, columnwise=is_training and wants_weight, remembers=is_training
         )
-        matrix, matrix_turned = quantize(
-            scheme, "w", weight, plan, turned=is_training and wants_x, remembers=is_training
+        matrix, matrix_columnwise = quantize(
+            scheme, "w", weight, plan, columnwise=is_training and wants_x, remembers=is_training
         )
         assert activation is not None
         assert matrix is not None
@@ -112,7 +112,7 @@ class _Linear(torch.autograd.Function):
             bounds = None
             if plan is not None:
                 bounds, ctx.groups, _ = plan
-            kept = (*(activation_turned or (None, None)), *(matrix_turned or (None, None)))
+            kept = (*(activation_columnwise or (None, None)), *(matrix_columnwise or (None, None)))
             ctx.save_for_backward(*kept, bounds)
         return y
 
@@ -127,13 +127,17 @@ class _Linear(torch.autograd.Function):
             return dx, dw, None, None, None
         x_codes, x_scale_inv, w_codes, w_scale_inv, bounds = ctx.saved_tensors
         plan = None if bounds is None else Plan(bounds, ctx.groups, rows)
-        gradient, turned = quantize(ctx.scheme, "dy", dy, plan, row=wants_x, turned=wants_weight)
+        gradient, columnwise = quantize(
+            ctx.scheme, "dy", dy, plan, row=wants_x, columnwise=wants_weight
+        )
         if gradient is not None:
             matrix = Codes(w_codes, w_scale_inv)
             dx = multiply(ctx.scheme, gradient, matrix, plan, (rows, columns), dy.dtype, fast=False)
-        if turned is not None:
+        if columnwise is not None:
             activation = Codes(x_codes, x_scale_inv)
-            dw = multiply_turned(ctx.scheme, turned, activation, plan, ctx.shape, ctx.weight_dtype)
+            dw = multiply_columnwise(
+                ctx.scheme, columnwise, activation, plan, ctx.shape, ctx.weight_dtype
+            )
         return dx, dw, None, None, None
 
 
@@ -144,7 +148,7 @@ def quantize(
     plan: Plan | None,
     *,
     row: bool = True,
-    turned: bool = True,
+    columnwise: bool = True,
     remembers: bool = True,
 ) -> Sides:
     """Quantize an operand of a layer; delayed scaling may remember its magnitudes."""
@@ -155,7 +159,7 @@ def quantize(
     if isinstance(scheme, BlockFP8Scheme):
         scaling = kernels.BY_SQUARES if is_weight else kernels.BY_ROWS
         return kernels.quantize(
-            tensor, E4M3, scaling, plan=plan, row=row, turned=turned, narrow=is_weight
+            tensor, E4M3, scaling, plan=plan, row=row, columnwise=columnwise, narrow=is_weight
         )
     if is_weight:  # a pass of its own: see `kernels.has_kernels`
         tensor = tensor.to(torch.bfloat16)
@@ -170,7 +174,7 @@ def quantize(
         scaling, given = kernels.BY_PARTS, kernels.measure(tensor, plan)
     return kernels.quantize(
         tensor, PER_TENSOR[operand], scaling, given=given, plan=plan, multiple=multiple,
-        row=row, turned=turned, newest=newest,
+        row=row, columnwise=columnwise, newest=newest,
     )  # fmt: skip
 
 
@@ -198,7 +202,7 @@ def multiply(
     return _scaled_mm(left, right, _ROWS, _SQUARES, shape, dtype)
 
 
-def multiply_turned(
+def multiply_columnwise(
     scheme: Scheme,
     left: Codes,
     right: Codes,
@@ -210,7 +214,7 @@ def multiply_turned(
     in_blocks = isinstance(scheme, BlockFP8Scheme)
     if plan is not None:
         out = torch.empty(shape, dtype=dtype, device=left.elements.device)
-        grouped_fp8.multiply_turned(left, right, plan, out, in_blocks=in_blocks)
+        grouped_fp8.multiply_columnwise(left, right, plan, out, in_blocks=in_blocks)
         return out
     if not in_blocks:
         return _scaled_mm(left, right, _TENSORS, _TENSORS, shape, dtype)

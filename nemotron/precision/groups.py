@@ -22,7 +22,7 @@ It bounds the memory of what lies between. A CPU is fastest with tensors that th
 
 
 @dataclass(frozen=True)
-class Slab:
+class ExpertChunk:
     """Experts that are quantized at once, and their rows."""
 
     experts: slice
@@ -30,7 +30,7 @@ class Slab:
     sizes: Sizes
 
 
-def slabs(sizes: Sizes, weight: Float[Tensor, "E N K"]) -> list[Slab]:
+def expert_chunks(sizes: Sizes, weight: Float[Tensor, "E N K"]) -> list[ExpertChunk]:
     """Cut experts with so many rows each, and these weights, into what is quantized at once."""
     count = max(1, AT_ONCE[weight.device.type] // max(1, weight[0].numel()))
     starts = (0, *accumulate(sizes))
@@ -38,7 +38,7 @@ def slabs(sizes: Sizes, weight: Float[Tensor, "E N K"]) -> list[Slab]:
     for first in range(0, len(sizes), count):
         own = sizes[first : first + count]
         last = first + len(own)
-        cut.append(Slab(slice(first, last), slice(starts[first], starts[last]), own))
+        cut.append(ExpertChunk(slice(first, last), slice(starts[first], starts[last]), own))
     return cut
 
 
@@ -69,7 +69,7 @@ class Groups:
         start = self.starts[group]
         return slice(start // height, -(-(start + self.filled[group]) // height))
 
-    def places(self, device: torch.device) -> Int[Tensor, " R"]:
+    def offsets(self, device: torch.device) -> Int[Tensor, " R"]:
         """Return for each row where it is in the filled matrix."""
         sizes, filled = torch.tensor(self.sizes), torch.tensor(self.filled)
         moved = (filled - sizes).cumsum(0) - (filled - sizes)
@@ -82,7 +82,7 @@ class Groups:
         if len(self.sizes) == 1:
             return F.pad(x, (0, 0) * (x.dim() - 1) + (0, self.filled[0] - self.sizes[0]))
         filled = x.new_zeros(sum(self.filled), *x.shape[1:])
-        return filled.index_copy_(0, self.places(x.device), x)
+        return filled.index_copy_(0, self.offsets(x.device), x)
 
     def amax(self, x: Float[Tensor, "filled K"]) -> Float[Tensor, " G"]:
         """Return the largest magnitude of each tensor; 0 where there is nothing."""

@@ -1,19 +1,20 @@
 """A linear layer, and those of all experts at once, whose three products are quantized."""
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.precision.groups import Sizes, slabs
+from nemotron.precision.groups import Sizes, expert_chunks
 from nemotron.precision.random_bits import Draw
-from nemotron.precision.saving import put_back, take_out
 from nemotron.precision.schemes import Quantized, Scheme, multiply
 
 Product = Callable[[Quantized, Quantized, Sequence[Tensor]], None]
 """Writes left rightᵀ of each tensor into its output, summed in float32 and rounded once."""
+T = TypeVar("T")
 
 
 class _Linear(torch.autograd.Function):
@@ -35,24 +36,24 @@ class _Linear(torch.autograd.Function):
     ) -> Float[Tensor, "R N"]:
         ctx.scheme, ctx.draw, ctx.product = scheme, draw, product
         ctx.shape, ctx.weight_dtype = weight.shape, weight.dtype
-        ctx.slabs = slabs(sizes, weight)
+        ctx.chunks = expert_chunks(sizes, weight)
         keep = is_training and ctx.needs_input_grad[1]
         y = x.new_empty(x.shape[0], weight.shape[1])
         kept: list[tuple[Quantized | None, Quantized | None]] = []
         saved: list[Tensor] = []
-        for slab in ctx.slabs:
-            own, rows = scheme.part(slab.experts), x[slab.rows]
-            narrow = weight[slab.experts].to(torch.bfloat16).flatten(0, 1)
-            outputs = (weight.shape[1],) * len(slab.sizes)
+        for chunk in ctx.chunks:
+            own, rows = scheme.part(chunk.experts), x[chunk.rows]
+            narrow = weight[chunk.experts].to(torch.bfloat16).flatten(0, 1)
+            outputs = (weight.shape[1],) * len(chunk.sizes)
             if is_training:
-                own.remember("x", rows, slab.sizes)
+                own.remember("x", rows, chunk.sizes)
                 own.remember("w", narrow, outputs)
-            row, activation = own.quantize("x", rows, slab.sizes, both=keep)
-            weight_row, turned = own.quantize("w", narrow, outputs, both=is_training)
+            row, activation = own.quantize("x", rows, chunk.sizes, both=keep)
+            weight_row, columnwise = own.quantize("w", narrow, outputs, both=is_training)
             kept.append(
-                (activation and take_out(activation, saved), turned and take_out(turned, saved))
+                (activation and _save(activation, saved), columnwise and _save(columnwise, saved))
             )
-            product(row, weight_row, y[slab.rows].split(slab.sizes))
+            product(row, weight_row, y[chunk.rows].split(chunk.sizes))
         ctx.kept = kept
         ctx.save_for_backward(*saved)
         return y
@@ -65,15 +66,15 @@ class _Linear(torch.autograd.Function):
             dx = dy.new_empty(dy.shape[0], ctx.shape[2])
         if ctx.needs_input_grad[1]:
             dw = dy.new_empty(ctx.shape, dtype=ctx.weight_dtype)
-        for slab, (activation, weight) in zip(ctx.slabs, ctx.kept, strict=True):
-            own, rows = ctx.scheme.part(slab.experts), dy[slab.rows]
-            draw = ctx.draw and ctx.draw.part(slab.rows)
-            own.remember("dy", rows, slab.sizes)
-            row, turned = own.quantize("dy", rows, slab.sizes, draw=draw)
+        for chunk, (activation, weight) in zip(ctx.chunks, ctx.kept, strict=True):
+            own, rows = ctx.scheme.part(chunk.experts), dy[chunk.rows]
+            draw = ctx.draw and ctx.draw.part(chunk.rows)
+            own.remember("dy", rows, chunk.sizes)
+            row, columnwise = own.quantize("dy", rows, chunk.sizes, draw=draw)
             if dx is not None:
-                ctx.product(row, put_back(weight, saved), dx[slab.rows].split(slab.sizes))
+                ctx.product(row, _restore(weight, saved), dx[chunk.rows].split(chunk.sizes))
             if dw is not None:
-                ctx.product(turned, put_back(activation, saved), dw[slab.experts].unbind())
+                ctx.product(columnwise, _restore(activation, saved), dw[chunk.experts].unbind())
         return dx, dw, None, None, None, None, None
 
 
@@ -108,3 +109,40 @@ def quantized_grouped_linear(
     """
     sizes = tuple(counts.tolist())
     return _Linear.apply(x, weight, sizes, scheme, draw, product, torch.is_grad_enabled())
+
+
+@dataclass(frozen=True)
+class _SavedTensor:
+    """Stands for a tensor that autograd saves: its index in the list of those."""
+
+    index: int
+
+
+def _save(value: T, tensors: list[Tensor]) -> T:
+    """Return a dataclass whose tensors are replaced by indices, and append them to the list.
+
+    Autograd can free or recompute only those tensors that it is given.
+    """
+    changes: dict[str, Any] = {}
+    for name, held in _fields(value):
+        if isinstance(held, Tensor):
+            changes[name] = _SavedTensor(len(tensors))
+            tensors.append(held)
+        elif is_dataclass(held):
+            changes[name] = _save(held, tensors)
+    return replace(value, **changes)  # type: ignore[type-var]
+
+
+def _restore(value: T, tensors: Sequence[Tensor]) -> T:
+    """Return the dataclass that `_save` was given."""
+    changes: dict[str, Any] = {}
+    for name, held in _fields(value):
+        if isinstance(held, _SavedTensor):
+            changes[name] = tensors[held.index]
+        elif is_dataclass(held):
+            changes[name] = _restore(held, tensors)
+    return replace(value, **changes)  # type: ignore[type-var]
+
+
+def _fields(value: Any) -> list[tuple[str, Any]]:
+    return [(field.name, getattr(value, field.name)) for field in fields(value)]

@@ -37,7 +37,7 @@ Numbers = int | Int[Tensor, "*n"]
 
 @dataclass(frozen=True)
 class Draw:
-    """What the random bits of a gradient hang on; nothing is drawn without it."""
+    """What the random bits of a gradient depend on; nothing is drawn without it."""
 
     key: int
     """A word of 64 bits that names seed, step, layer and call."""
@@ -47,7 +47,7 @@ class Draw:
     """Number of each column in the whole matrix, of which a rank may hold some."""
 
     def part(self, rows: slice) -> "Draw":
-        """Return what some of the rows hang on."""
+        """Return what the bits of some of the rows depend on."""
         own = self.rows + rows.start if isinstance(self.rows, int) else self.rows[rows]
         return replace(self, rows=own)
 

@@ -77,13 +77,13 @@ class _FP8Part:
     @classmethod
     def of(cls, matrix: ScaledFP8, side: Quantized, group: int) -> "_FP8Part":
         rows = side.groups.filled_rows(group)
-        elements = _lying(matrix.elements[rows], side.turned)
+        elements = _lying(matrix.elements[rows], side.columnwise)
         if matrix.per_tensor:
             first = 0 if len(matrix.scale_inv) == 1 else rows.start
             return cls(elements, matrix.scale_inv[first : first + 1], 1)
         scales = matrix.scale_inv[side.groups.filled_rows(group, matrix.height)]
-        height = matrix.width if side.turned else matrix.height
-        return cls(elements, _lying(scales, side.turned), height)
+        height = matrix.width if side.columnwise else matrix.height
+        return cls(elements, _lying(scales, side.columnwise), height)
 
     def side(self, *, has_one: bool) -> Side:
         if has_one:
@@ -105,14 +105,14 @@ def _side(side: Quantized, group: int) -> Side:
         assert matrix.height * matrix.width == mxfp8.BLOCK, "squares of MXFP8 have no product here"
         scales = matrix.scales[side.groups.filled_rows(group, matrix.height)]
         return Side(
-            _filled(_lying(matrix.elements[rows], side.turned), 16, mxfp8.BLOCK),
-            [_swizzled(_lying(scales, side.turned)).view(torch.float8_e8m0fnu)],
+            _filled(_lying(matrix.elements[rows], side.columnwise), 16, mxfp8.BLOCK),
+            [_swizzled(_lying(scales, side.columnwise)).view(torch.float8_e8m0fnu)],
             [ScalingType.BlockWise1x32],
             [SwizzleType.SWIZZLE_32_4_4],
         )
     assert not isinstance(matrix, ScaledFP8)
     scales = matrix.scales.bytes[side.groups.filled_rows(group, matrix.scales.height)]
-    codes, scales = _lying(matrix.codes[rows], side.turned), _lying(scales, side.turned)
+    codes, scales = _lying(matrix.codes[rows], side.columnwise), _lying(scales, side.columnwise)
     if matrix.scales.height == matrix.scales.width:  # a square's rows get a scale each
         scales = scales.repeat_interleave(nvfp4.BLOCK, 0)[: codes.shape[0]]
     # a byte holds two elements: 16 bytes are the 32 elements that cuBLAS asks for
@@ -127,9 +127,9 @@ def _side(side: Quantized, group: int) -> Side:
     )
 
 
-def _lying(matrix: Shaped[Tensor, "rows columns"], turned: bool) -> Tensor:
+def _lying(matrix: Shaped[Tensor, "rows columns"], columnwise: bool) -> Tensor:
     """Let the contracted dimension be the last."""
-    return matrix.T.contiguous() if turned else matrix
+    return matrix.T.contiguous() if columnwise else matrix
 
 
 def _filled(matrix: Shaped[Tensor, "rows columns"], height: int, width: int) -> Tensor:

@@ -1,7 +1,7 @@
 """Which operand of a linear layer's three products is quantized how, for each format.
 
 fprop is X Wᵀ, dgrad is dY W, wgrad is dYᵀ X. Each contracts another dimension, so each operand is
-needed along two: `row` along its last dimension, `turned` along its first.
+needed along two: `row` along its last dimension, `columnwise` along its first.
 Source: NVIDIA/TransformerEngine: transformer_engine/common/recipe/__init__.py.
 """
 
@@ -36,12 +36,12 @@ class Operand:
     largest: float
     """Largest magnitude that a code stands for."""
     groups: Groups
-    turned: bool
+    columnwise: bool
     scale: Float[Tensor, " G"] | None = None
 
     def side(self, group: int) -> Float[Tensor, "rows contracted"]:
         """Return what one tensor brings to its product, before `scale`."""
-        if self.turned:
+        if self.columnwise:
             return self.values[self.groups.filled_rows(group)].T
         return self.values[self.groups.rows(group)]
 
@@ -53,7 +53,7 @@ class Quantized:
     matrix: Matrix
     """The tensors one under another, filled up."""
     groups: Groups
-    turned: bool = False
+    columnwise: bool = False
     """Whether the products contract the matrix's rows, not its columns."""
 
     def operand(self) -> Operand:
@@ -61,10 +61,10 @@ class Quantized:
         matrix = self.matrix.unpack() if isinstance(self.matrix, nvfp4.PackedNVFP4) else self.matrix
         if isinstance(matrix, nvfp4.NVFP4):
             values, elements, scale = matrix.unscaled(), matrix.elements, matrix.scales.outer
-            return Operand(values, elements, E2M1_MAX, self.groups, self.turned, scale)
+            return Operand(values, elements, E2M1_MAX, self.groups, self.columnwise, scale)
         largest = torch.finfo(matrix.elements.dtype).max
         values = matrix.dequantize()
-        return Operand(values, matrix.elements, largest, self.groups, self.turned)
+        return Operand(values, matrix.elements, largest, self.groups, self.columnwise)
 
 
 def multiply(left: Quantized, right: Quantized, outs: Sequence[Float[Tensor, "M N"]]) -> None:
@@ -108,10 +108,10 @@ class Scheme(ABC):
         random bits of a gradient's rounding.
         """
         groups = Groups((tensor.shape[0],) if sizes is None else sizes, self.multiple)
-        row, turned = self._matrices(operand, groups.fill(tensor), groups, draw, both=both)
-        if turned is None:
+        row, columnwise = self._matrices(operand, groups.fill(tensor), groups, draw, both=both)
+        if columnwise is None:
             return Quantized(row, groups), None
-        return Quantized(row, groups), Quantized(turned, groups, turned=True)
+        return Quantized(row, groups), Quantized(columnwise, groups, columnwise=True)
 
     def part(self, experts: slice) -> "Scheme":
         """Return how some of the experts are treated; only delayed scaling knows one by one."""
@@ -174,7 +174,7 @@ class NVFP4Scheme(Scheme):
             return row, None
         is_transformed = operand != "w" and self.hadamard
         tokens = hadamard.transform(wide).float() if is_transformed else wide
-        turned = nvfp4.quantize(
+        columnwise = nvfp4.quantize(
             tokens,
             height=nvfp4.BLOCK,
             width=1,
@@ -182,7 +182,7 @@ class NVFP4Scheme(Scheme):
             amax=self._amax(operand, tokens, groups),
             bits=_bits(numbered, wide, stream=1),
         )
-        return row, turned if operand == "dy" else turned.pack()
+        return row, columnwise if operand == "dy" else columnwise.pack()
 
     def _by_kernels(
         self,
@@ -197,11 +197,11 @@ class NVFP4Scheme(Scheme):
         """Do it in two reads: one for the magnitudes of whole tensors, one that quantizes."""
         is_square = operand == "w" and self.square_weights
         is_transformed = operand != "w" and self.hadamard
-        needs_turned = both and not is_square
+        needs_columnwise = both and not is_square
         amaxes = [
             self._whole(operand, groups.largest(bands, nvfp4.BLOCK))
             for bands in fast.band_magnitudes(
-                filled, turned=needs_turned, transformed=is_transformed
+                filled, columnwise=needs_columnwise, transformed=is_transformed
             )
         ]
         high = filled.shape[0] // nvfp4.BLOCK
@@ -217,7 +217,7 @@ class NVFP4Scheme(Scheme):
         found = fast.nvfp4(
             filled,
             factors[0],
-            factors[-1] if needs_turned else None,
+            factors[-1] if needs_columnwise else None,
             square=is_square,
             transformed=is_transformed,
             seeds=seeds,
@@ -230,10 +230,10 @@ class NVFP4Scheme(Scheme):
                 found, amaxes, heights, widths, strict=False
             )
         ]
-        row, turned = matrices[0], matrices[-1]
+        row, columnwise = matrices[0], matrices[-1]
         if not both:
             return row, None
-        return row, turned if operand == "dy" else turned.pack()
+        return row, columnwise if operand == "dy" else columnwise.pack()
 
 
 def _bits(draw: Draw | None, filled: Tensor, stream: int) -> UInt8[Tensor, "M N"] | None:

@@ -9,7 +9,7 @@ from nemotron.precision.schemes import Operand
 
 
 @dataclass
-class Tally:
+class OperandStatistics:
     """Sums over everything that was observed of one operand of one layer."""
 
     amax: float = 0.0
@@ -55,13 +55,13 @@ class Telemetry:
     """Tallies of the layers and operands that were observed since they were last taken."""
 
     def __init__(self) -> None:
-        self._tallies: dict[tuple[str, str], Tally] = {}
+        self._tallies: dict[tuple[str, str], OperandStatistics] = {}
 
     @torch.no_grad()
     def observe(self, module: str, name: str, tensor: Tensor, operand: Operand) -> None:
         """Add an operand: `x`, `w` or `dy`; an empty one is passed over."""
         if tensor.numel():
-            self._tallies.setdefault((module, name), Tally()).add(tensor, operand)
+            self._tallies.setdefault((module, name), OperandStatistics()).add(tensor, operand)
 
     def take(self) -> dict[str, float]:
         """Return the metrics `precision/LAYER/OPERAND/FIGURE` and forget what they came from."""

@@ -69,7 +69,7 @@ class TransformerEngineLayer:
         with te.autocast(enabled=True, recipe=self._recipe):
             splits = list(groups.filled)
             y = functional_call(self._modules[name], weights, (groups.fill(x), splits))
-        return y[groups.places(x.device)]
+        return y[groups.offsets(x.device)]
 
 
 def _emptied(

@@ -70,10 +70,10 @@ def _idle(config: RunConfig) -> Iterator[Idle]:
     yield Idle(["schedule.min"], schedule.kind == "constant", "schedule.kind = constant")
     ingredients = [f"precision.nvfp4.{name}" for name in type(config.precision.nvfp4).model_fields]
     yield Idle(ingredients, not config.precision.names("nvfp4"), "no layer is in nvfp4")
-    late = [
+    delayed = [
         f"precision.fp8_delayed.{name}" for name in type(config.precision.fp8_delayed).model_fields
     ]
-    yield Idle(late, not config.precision.names("fp8_delayed"), "no layer is in fp8_delayed")
+    yield Idle(delayed, not config.precision.names("fp8_delayed"), "no layer is in fp8_delayed")
     quantized = ["precision.backend", "precision.observe_every_steps"]
     yield Idle(quantized, not config.precision.quantizes, "no layer is quantized")
     trackers = config.logging.trackers

@@ -6,13 +6,11 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import torch
-
 from nemotron.checkpoint.manifest import folder_name
 from nemotron.data.chat.template import TEMPLATE, TURN_END
 from nemotron.data.loader import TrainingData
 from nemotron.model.config import ModelConfig
-from nemotron.model.hybrid import HybridLM
+from nemotron.model.parameters import count_parameters
 from nemotron.ops.describe import choose_backends
 from nemotron.ops.describe import describe as describe_backends
 from nemotron.precision.apply import DTYPES
@@ -21,7 +19,6 @@ from nemotron.run import provenance
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.trackers import TrackedRun
-from nemotron.train.flops import ParameterCount, count_parameters
 from nemotron.train.reliability.faults import describe as describe_fault
 from nemotron.train.trainer import Trainer
 
@@ -33,8 +30,7 @@ def announce(
     config, ranks = trainer.config, trainer.ranks
     if ranks.is_first:
         _write_description(config.model, data, folder)
-    with torch.device("meta"):
-        count = count_parameters(HybridLM(config.model), config.model)
+    count = count_parameters(config.model)
     sizes = {"parameters": count.total, "active": count.active, "mtp": count.mtp}
     facts = provenance.collect(trainer.device)
     facts |= {"recipe": recipe_path, "seed": config.seed, **sizes}
@@ -51,7 +47,7 @@ def announce(
         log.info(f"ranks      {trainer.mesh.describe()}")
     for fault in config.reliability.faults:
         log.info(f"warning    a fault is injected: {describe_fault(fault)}")
-    log.info(model_line(count))
+    log.info(f"model      {count.line}")
     for line in describe_backends(choices):
         log.info(f"operations {line}")
     if config.precision.quantizes:
@@ -75,12 +71,6 @@ def announce(
         step=trainer.state.step,
         config=config.model_dump(mode="json"),
     )
-
-
-def model_line(count: ParameterCount) -> str:
-    """Return the line about a model's size."""
-    mtp = f" + {count.mtp:,} for multi-token prediction" if count.mtp else ""
-    return f"model      {count.total:,} parameters, {count.active:,} active{mtp}"
 
 
 def announce_results(trainer: Trainer, folder: RunFolder, log: RunLog, how: str) -> None:

@@ -7,16 +7,15 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from nemotron.data.loader import rows_of_rank
 from nemotron.errors import Finding, UserError
+from nemotron.model.build import build_on_meta
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.init import STACKED
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.dims import ParallelDims, resolve_dims, violations
 from nemotron.parallel.stages import cut, split_stages
-from nemotron.parallel.tensor import PLACEMENTS, part_of
+from nemotron.parallel.tensor import PLACEMENTS, shard_of
 from nemotron.train.config import PretrainConfig
 from nemotron.train.schedule import TrainingPlan
 
@@ -24,8 +23,13 @@ FEW = 16
 """Ranks up to which each has a line of its own; of more, those of a pipeline stage share one."""
 
 
-def findings(config: PretrainConfig, plan: TrainingPlan, dims: ParallelDims) -> list[Finding]:
-    """Return every rule that the layout breaks in any phase, each once, with what is right."""
+def findings(
+    config: PretrainConfig, plan: TrainingPlan, dims: ParallelDims, micro_batch: int | None = None
+) -> list[Finding]:
+    """Return every rule that the layout breaks in any phase, each once, with what is right.
+
+    `micro_batch` replaces the recipe's.
+    """
     found: list[Finding] = []
     for phase in plan.timeline.phases:
         for length in phase.lengths:
@@ -35,7 +39,7 @@ def findings(config: PretrainConfig, plan: TrainingPlan, dims: ParallelDims) -> 
                 config.parallel,
                 seq_len=length.seq_len,
                 rows_per_step=phase.tokens_per_step // length.seq_len,
-                micro_batch=config.rows_at_once(length.seq_len),
+                micro_batch=config.rows_at_once(length.seq_len, micro_batch),
             )
     return list(dict.fromkeys(found))
 
@@ -138,8 +142,7 @@ def _held_layers(config: PretrainConfig, dims: ParallelDims, pp: int) -> list[ra
 def _models(config: PretrainConfig, dims: ParallelDims, layers: Sequence[range]) -> list[HybridLM]:
     models, last = [], len(config.model.hybrid_override_pattern)
     for stage in layers:
-        with torch.device("meta"):
-            model = HybridLM(config.model)
+        model = build_on_meta(config.model)
         if dims.pp > 1:
             cut(model, stage, is_first=stage.start == 0, is_last=stage.stop == last)
         models.append(model)
@@ -152,7 +155,7 @@ def _num_held(models: Sequence[HybridLM], place: Place) -> int:
 
 def _after_tp(model: HybridLM, place: Place) -> Iterator[tuple[str, list[int]]]:
     """Yield the shapes that tensor parallelism leaves of the parameters."""
-    splits = {
+    placements = {
         parameter: PLACEMENTS[type(module)][name]
         for module in model.modules()
         if type(module) in PLACEMENTS
@@ -160,11 +163,11 @@ def _after_tp(model: HybridLM, place: Place) -> Iterator[tuple[str, list[int]]]:
         if name in PLACEMENTS[type(module)]
     }
     for name, parameter in model.named_parameters():
-        shape, split = list(parameter.shape), splits.get(parameter)
-        if split is not None and place.dims.tp > 1:
-            part = part_of(parameter.shape, split, model.config, place.tp, place.dims.tp)
-            if part is not None:
-                shape[split.dim] //= place.dims.tp
+        shape, placement = list(parameter.shape), placements.get(parameter)
+        if placement is not None and place.dims.tp > 1:
+            shard = shard_of(parameter.shape, placement, model.config, place.tp, place.dims.tp)
+            if shard is not None:
+                shape[placement.dim] //= place.dims.tp
         yield name, shape
 
 

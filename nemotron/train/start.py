@@ -13,25 +13,25 @@ from nemotron.data.prefetch import TextBatches
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
+from nemotron.model.build import build_on_meta, shapes
 from nemotron.model.config import ModelConfig
+from nemotron.model.flops import training_flops_per_token
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.parameters import count_parameters
 from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
 from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Launch, Ranks, start
 from nemotron.precision.apply import DTYPES
-from nemotron.precision.assign import assign, preset_at
-from nemotron.precision.policy import Assignment, summarize
+from nemotron.precision.policy import Assignment, assign, preset_at, summarize
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
 from nemotron.terminal import print_text
-from nemotron.train.announce import model_line
 from nemotron.train.config import PretrainConfig
-from nemotron.train.flops import count_parameters, training_flops_per_token
 from nemotron.train.layout import Place, check_layout, describe_places, least_world
 from nemotron.train.loop import run
 from nemotron.train.loss import PretrainObjective
@@ -103,9 +103,7 @@ def dry_run(config: PretrainConfig) -> int:
     device = find_device(config.device)
     folder = RunFolder(config.run_path, config)
     folder.check(plan.num_steps, resume=True)
-    with torch.device("meta"):
-        model = HybridLM(config.model)
-    count = count_parameters(model, config.model)
+    model = build_on_meta(config.model)
     tokens = plan.timeline.num_tokens
     flops = training_flops_per_token(config.model, config.data.seq_len, config.num_depths) * tokens
     documents = config.data.reset_documents
@@ -115,7 +113,7 @@ def dry_run(config: PretrainConfig) -> int:
     state = "exists, would go on by --resume" if folder.path.exists() else "new"
     for line in (
         f"run        {folder.path} ({state})",
-        model_line(count),
+        f"model      {count_parameters(config.model).line}",
         f"training   {plan.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
         *(f"operations {line}" for line in describe(choices)),
         *(f"precision  {line}" for line in formats),
@@ -132,8 +130,7 @@ def describe_precision(config: PretrainConfig) -> list[str]:
     Raises:
         UserError: when a rule fits no layer, or a named backend is not fit for one.
     """
-    with torch.device("meta"):
-        model = HybridLM(config.model)
+    model = build_on_meta(config.model)
     lines = []
     for step, preset, table in _precision_tables(config, model):
         lines.append(f"from step {step}: preset {preset}")
@@ -192,7 +189,7 @@ def build_trainer(
 def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
     """Start from saved weights; every tensor must be there, with its shape, and no other."""
     saved_config, weights = read(Path(path))
-    own = local.whole_shapes()
+    own = shapes(local.config)
     problems = [f"{name} is absent" for name in own if name not in weights]
     problems += [f"{name} is too many" for name in weights if name not in own]
     problems += [

@@ -15,7 +15,9 @@ from nemotron.data.batch import Batch, Batches
 from nemotron.device import memory_values
 from nemotron.errors import UserError
 from nemotron.model.block import Block
+from nemotron.model.build import build_on_meta
 from nemotron.model.config import LAYER_KINDS
+from nemotron.model.flops import training_flops_per_token
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
 from nemotron.ops.apply import apply as apply_ops
@@ -30,7 +32,6 @@ from nemotron.precision.random_bits import Numbers
 from nemotron.run.metrics import Record
 from nemotron.run.signals import StopRequest
 from nemotron.train.config import RunConfig
-from nemotron.train.flops import training_flops_per_token
 from nemotron.train.loss import Objective, StepSums, compute_sums
 from nemotron.train.optimizer import (
     GradientNorms,
@@ -70,8 +71,7 @@ class Trainer:
         self.progress = Progress()
         self.local = build_model(config, device, self.mesh)
         self.model = self.local.models[0]
-        with torch.device("meta"):
-            whole = HybridLM(config.model)
+        whole = build_on_meta(config.model)
         self.quantization = Quantization(self.local.models, config.precision, config.seed, whole)
         connect(self.quantization, self.local)
         self.optimizer = Optimizer(self.local.parameters(), config.optimizer)
@@ -271,8 +271,7 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
 
     def build() -> HybridLM:
         # on meta first, so that no memory is spent on what other ranks hold
-        with torch.device("meta"):
-            model = HybridLM(config.model)
+        model = build_on_meta(config.model)
         apply_ops(model, config.ops)
         apply_precision(model, config.precision)
         for block in model.modules():

@@ -9,8 +9,10 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nemotron.data.batch import NO_LABEL
+from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.data.loader import TrainingData, ValidationBatch
+from nemotron.model.hybrid import HybridLM
+from nemotron.model.router import RoutingStats
 from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.reliability.progress import Progress
@@ -66,7 +68,7 @@ def evaluate(
             progress.move()
             batch = held_out.batch
             batch = batch if data.config.reset_documents else replace(batch, seq_idx=None)
-            nats = local.loss_sum(batch)
+            nats = _loss_sum(local, batch)
             if local.counts_rows:
                 sums += Sums(0.0, batch.num_loss_tokens, held_out.num_bytes)
             if local.counts_loss:
@@ -76,6 +78,24 @@ def evaluate(
         total += sums
     local.drop_gathered()
     return total.metrics("validation") | values
+
+
+def _loss_sum(local: LocalModel, batch: Batch) -> float:
+    """Return the summed loss of the next token, as far as it is known on this rank."""
+    batch = local.share_rows(batch).to(local.device)
+    if local.pipeline is not None:
+        return sum(loss.item() for loss in local.pipeline.evaluate([batch], _next_token_loss))
+    [model] = local.models
+    hidden = model(batch.input_ids, batch.seq_idx)
+    return model.lm_head.loss(hidden, batch.labels).item()
+
+
+def _next_token_loss(
+    model: HybridLM, hidden: Tensor | None, batch: Batch, routing: list[RoutingStats]
+) -> Tensor:
+    if hidden is None:
+        return torch.zeros((), device=batch.labels.device)
+    return model.lm_head.loss(hidden, batch.labels)
 
 
 def _own(

@@ -248,11 +248,11 @@ def _quantize_rows(sizes: Sizes, draw: Draw) -> Run:
         amax = quantize_fp8.largest(x, plan)
         found = quantize_fp8.quantize(x, E4M3, quantize_fp8.BY_AMAX, given=amax, plan=plan)
         assert found.row is not None
-        assert found.turned is not None
+        assert found.columnwise is not None
         # what is behind the last expert's rows is not written
         used = rows // groups * groups
         across = -(-(rows // groups) // quantize_fp8.TILE) * quantize_fp8.TILE * groups
-        return [amax, found.row.elements[:used], found.turned.elements[:, :across]]
+        return [amax, found.row.elements[:used], found.columnwise.elements[:, :across]]
 
     return run
 
@@ -263,8 +263,10 @@ def _quantize_blocks(sizes: Sizes, draw: Draw) -> Run:
     def run() -> list[Tensor]:
         sides = quantize_fp8.quantize(x, E4M3, quantize_fp8.BY_ROWS)
         assert sides.row is not None
-        assert sides.turned is not None
-        return [t for part in (sides.row, sides.turned) for t in (part.elements, part.scale_inv)]
+        assert sides.columnwise is not None
+        return [
+            t for part in (sides.row, sides.columnwise) for t in (part.elements, part.scale_inv)
+        ]
 
     return run
 
@@ -294,15 +296,17 @@ def _products(sizes: Sizes, draw: Draw, launch: str) -> Run:
     def run() -> list[Tensor]:
         if launch == "by_experts":
             out = weight.new_empty(weight.shape)
-            assert slopes.turned is not None
-            assert sides.turned is not None
-            grouped_fp8.multiply_turned(slopes.turned, sides.turned, plan, out, in_blocks=False)
+            assert slopes.columnwise is not None
+            assert sides.columnwise is not None
+            grouped_fp8.multiply_columnwise(
+                slopes.columnwise, sides.columnwise, plan, out, in_blocks=False
+            )
         elif launch == "by_rows":  # the gradient of the rows
             out = x.new_empty(x.shape)
             assert slopes.row is not None
-            assert matrices.turned is not None
+            assert matrices.columnwise is not None
             grouped_fp8.multiply(
-                slopes.row, matrices.turned, plan, out, in_blocks=False, fast=False
+                slopes.row, matrices.columnwise, plan, out, in_blocks=False, fast=False
             )
         else:
             out = dy.new_empty(dy.shape)

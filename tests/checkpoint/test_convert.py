@@ -20,8 +20,8 @@ from nemotron.checkpoint.write import dump_model_config
 from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
 from tests.support.old_checkpoint import (
-    OldPieces,
     OldReader,
+    OldShardedTensor,
     load_old,
     plant_bytes,
     plant_object,
@@ -38,7 +38,9 @@ WHOLE = torch.randn(3, 7)
 TENSORS = {
     "model.turned": torch.randn(3, 5).t(),
     "model.half": torch.randn(7).bfloat16(),
-    "model.cut": OldPieces((3, 7), WHOLE.dtype, {(0, 0): WHOLE[:, :4], (0, 4): WHOLE[:, 4:]}),
+    "model.cut": OldShardedTensor(
+        (3, 7), WHOLE.dtype, {(0, 0): WHOLE[:, :4], (0, 4): WHOLE[:, 4:]}
+    ),
     "scale": torch.tensor(3.0),
     "empty": torch.zeros(0, 3),
     "byte": torch.arange(6, dtype=torch.uint8),

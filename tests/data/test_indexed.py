@@ -18,9 +18,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from nemotron.data.indexed import Shard
+from nemotron.data.folder import open_tokens
+from nemotron.data.indexed import HEADER, Shard
 from nemotron.data.prepare.writer import ShardWriter, id_type
+from nemotron.data.tokenizer import load_tokenizer
 from nemotron.errors import UserError
+from tests.support.prepared import write_prepared
 
 MEGATRON = Path(__file__).parent / "golden"
 PLAIN = [[5, 9, 2], [65001, 0, 7, 7, 2], [2], [*[300] * 11, 2]]
@@ -243,3 +246,23 @@ def test_a_shard_that_changes_under_way_is_named(tmp_path: Path):
         UserError, match=r"s\.bin was changed while .*\(84 bytes when opened, 88 now"
     ):
         shard.check_unchanged()
+
+
+@pytest.mark.parametrize("name", ["../away/train-00000", "/etc/train-00000", ".hidden"])
+def test_a_manifest_names_files_inside_its_folder_only(tmp_path: Path, name: str):
+    write_prepared(["Some text."], tmp_path / "away")
+    folder = write_prepared(["Other text."], tmp_path / "folder")
+    content = json.loads((folder / "manifest.json").read_text())
+    content["train"][0]["name"] = name
+    (folder / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"manifest.json is not a manifest of prepared data"):
+        open_tokens(folder, load_tokenizer("embedded"), "</s>", 4096)
+
+
+def test_the_whole_index_of_a_prepared_folder_is_checked(tmp_path: Path):
+    folder = write_prepared([f"Text {i}." for i in range(9)], tmp_path / "folder")
+    index = bytearray((folder / "train-00000.idx").read_bytes())
+    index[HEADER.size + 4 * 3] ^= 2  # the length of the fourth document, which no end looks at
+    (folder / "train-00000.idx").write_bytes(index)
+    with pytest.raises(UserError, match="is damaged: sequence 4 with"):
+        open_tokens(folder, load_tokenizer("embedded"), "</s>", 4096)

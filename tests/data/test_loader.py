@@ -84,7 +84,9 @@ def epoch_of(data: TrainingData, name: str, epoch: int) -> Iterator[tuple[int, l
 
 
 @given(st.integers(0, 10**9), st.integers(1, ROWS))
-def test_a_step_is_the_same_in_any_portions_and_from_any_start(data, step: int, micro_batch: int):
+def test_a_step_is_the_same_in_any_micro_batches_and_from_any_start(
+    data, step: int, micro_batch: int
+):
     whole = data.batch(step)
     fresh = make_data(Path(data.config.cache).parent).batch(step)
     assert torch.equal(whole.input_ids, fresh.input_ids)
@@ -367,15 +369,15 @@ def test_changed_settings_are_named_with_old_and_new_value(own: TrainingData, tm
             make_data(tmp_path, **change).check_fingerprint(saved, 1)
 
 
-def test_the_order_is_the_same_for_any_number_of_ranks_and_any_portions(folder: Path):
+def test_the_order_is_the_same_for_any_number_of_ranks_and_any_micro_batches(folder: Path):
     data = open_data(make_config(folder), rows=8)
     digests = set()
     for ranks in (1, 2, 4, 8):
-        for portion in (1, 2, 8):
+        for micro_batch in (1, 2, 8):
             inputs, labels = hashlib.sha256(), hashlib.sha256()
             for step in range(20):
                 for rank in range(ranks):
-                    for part in data.batch(step, rows_of_rank(8, rank, ranks)).split(portion):
+                    for part in data.batch(step, rows_of_rank(8, rank, ranks)).split(micro_batch):
                         inputs.update(part.input_ids.numpy().tobytes())
                         labels.update(part.labels.numpy().tobytes())
             digests.add((inputs.hexdigest(), labels.hexdigest()))

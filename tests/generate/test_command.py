@@ -80,3 +80,23 @@ def test_an_empty_prompt_is_refused(model: HybridLM, tokenizer: Tokenizer) -> No
             stream=True,
             device="cpu",
         )
+
+
+def test_the_answer_ends_before_a_stop_string(
+    model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"max_new_tokens": 30, "stream": True, "device": "cpu"}
+    whole = expected_text(model, tokenizer, "The first", 30)
+    stop = whole[20:23]
+    generate(model, tokenizer, ["The first"], Sampling(1.0, seed=9), stop=[stop], **settings)
+    assert capsys.readouterr().out == whole[: whole.index(stop, len("The first"))] + "\n"
+
+
+def test_the_reasoning_ends_at_its_budget(
+    model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = {"max_new_tokens": 7, "stream": True, "device": "cpu"}
+    six, seven = (expected_text(model, tokenizer, "The first", count) for count in (6, 7))
+    assert six != seven
+    generate(model, tokenizer, ["The first"], Sampling(1.0, seed=9), reasoning_budget=6, **settings)
+    assert capsys.readouterr().out == six + "\n"  # the closing tag is a special token

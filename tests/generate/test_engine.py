@@ -8,7 +8,7 @@ from nemotron.errors import UserError
 from nemotron.generate.engine import Engine
 from nemotron.generate.forward import append, read
 from nemotron.generate.request import Request
-from nemotron.generate.sampling import Sampling
+from nemotron.generate.sampling import Sampling, choose
 from nemotron.model.cache import Cache
 from nemotron.model.hybrid import HybridLM
 
@@ -61,6 +61,16 @@ def test_greedy_tokens_are_the_argmax_of_a_full_pass(model: HybridLM) -> None:
         assert logits[len(prompt) - 1 : -1].argmax(-1).tolist() == new
 
 
+def test_sampled_tokens_are_those_of_a_plain_loop(model: HybridLM) -> None:
+    sampling, [prompt] = Sampling(0.9, top_p=0.95, seed=5), random_prompts(9)
+    uniforms = torch.rand(12, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    text = list(prompt)
+    for uniform in uniforms:
+        logits = full_logits(model, text)[-1:]
+        text.append(choose(logits, sampling, uniform[None]).tokens.item())
+    assert Engine(model).generate([prompt], 12, sampling) == [text[9:]]
+
+
 def test_a_row_is_the_same_alone_and_in_a_batch(model: HybridLM) -> None:
     sampling = Sampling(1.0, top_k=20, top_p=0.95, seed=11)
     prompts = random_prompts(9, 4, 13)
@@ -95,9 +105,9 @@ def test_the_stream_ends_when_every_row_has_ended(model: HybridLM) -> None:
 
 def test_timing_counts_prompt_and_new_tokens(model: HybridLM) -> None:
     engine = Engine(model)
-    engine.generate(random_prompts(9, 4), 5, GREEDY)
+    engine.generate(random_prompts(9, 4, 1), 5, GREEDY)
     # the first token of each row comes out of the prompt's pass
-    assert (engine.timing.prompt_tokens, engine.timing.new_tokens) == (13, 2 * 4)
+    assert (engine.timing.prompt_tokens, engine.timing.new_tokens) == (14, 3 * 4)
     assert engine.timing.prefill_s > 0
     assert engine.timing.decode_s > 0
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from nemotron.errors import UserError
+from nemotron.generate.decode_layers import decode_view
 from nemotron.generate.engine import Engine
 from nemotron.generate.request import Answer, Event, Request, requests_of
 from nemotron.generate.sampling import Sampling
@@ -71,6 +72,7 @@ def collect(events: list[Event]) -> dict[tuple[int, int], Answer]:
 def check_nothing_is_left(engine: Engine) -> None:
     assert engine.is_idle
     assert not engine.step()
+    assert engine.prefixes.num_shared == 0
     engine.prefixes.clear()
     cache = engine.cache
     assert (cache.num_free_slots, cache.blocks.used) == (len(cache.lengths), 0)
@@ -105,6 +107,9 @@ def test_answers_of_many_requests_are_those_of_each_alone(
                 engine.cancel(number)
         events += engine.step()
         step += 1
+        for samples in (engine.scheduler.waiting, engine.scheduler.running):
+            orders = [sample.order for sample in samples]
+            assert orders == sorted(orders)  # so that the oldest gets on
     check_nothing_is_left(engine)
     assert engine.scheduler.num_preempted > 5
     answers = collect(events)
@@ -183,6 +188,22 @@ def test_a_text_that_begins_like_another_is_read_from_there(model: HybridLM) -> 
     check_nothing_is_left(engine)
 
 
+def test_a_prefix_whose_experts_nobody_recorded_is_of_no_use_to_whom_needs_them(
+    model: HybridLM,
+) -> None:
+    engine, text = small_engine(model, prefixes=8), tuple(range(30, 51))
+    list(engine.run([Request(text, 2, GREEDY)]))
+    engine.timing.prompt_tokens = 0
+    [*_, event] = engine.run([Request((*text, 5, 6), 2, GREEDY, experts=True)])
+    assert event.answer.experts is not None
+    assert event.answer.experts.shape[0] == 21 + 2 + 1
+    assert engine.timing.prompt_tokens == 23
+    engine.timing.prompt_tokens = 0
+    [*_, event] = engine.run([Request((*text, 5, 6, 7, 8), 2, GREEDY, experts=True)])
+    assert event.answer.experts.shape[0] == 21 + 4 + 1
+    assert engine.timing.prompt_tokens == 2
+
+
 def engine_tokens(engine: Engine, text: tuple[int, ...]) -> list[int]:
     events = list(engine.run([Request(text, 6, Sampling(seed=1))]))
     return [event.token for event in events if event.token is not None]
@@ -229,3 +250,40 @@ def test_the_cache_of_a_slot_and_a_block_is_as_large_as_said(model: HybridLM) ->
     assert cache.block_bytes == 2 * 4 * 2 * 6 * 8
     held = sum(t.nbytes for layer in cache.layers if layer for t in vars(layer).values())
     assert held == 3 * cache.slot_bytes + 7 * cache.block_bytes
+
+
+def test_run_leaves_other_requests_their_events_and_cancels_what_nobody_asks_for(
+    model: HybridLM,
+) -> None:
+    engine = small_engine(model)
+    request = Request((5, 3, 60), 6, GREEDY)
+    other = engine.submit(replace(request, max_tokens=3))
+    with pytest.raises(UserError, match="prompt 2 has token 61"):
+        list(engine.run([request, Request((61,))]))
+    mine = list(engine.run([request]))
+    theirs = engine.step()
+    assert {event.request for event in mine} & {other} == set()
+    assert [event.token for event in theirs] == [event.token for event in mine[:3]]
+    events = engine.run([request])
+    next(events)
+    events.close()
+    assert [event.finish for event in engine.step()] == ["abort"]
+    check_nothing_is_left(engine)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_row_by_row_an_answer_is_the_same_to_the_bit_in_any_company(dtype: torch.dtype) -> None:
+    model = build(dtype=torch.float32, hybrid_override_pattern="ME*")
+    model.compute_dtype = dtype
+    generator = random.Random(2)
+    requests = [
+        Request(prompt(generator, 40), 8, Sampling(seed=k), logprobs=True, num_samples=1 + k % 2)
+        for k in range(12)
+    ]
+    view = decode_view(model, pack=True)
+    engine = small_engine(view, slots=7, row_by_row=True)
+    together = collect(list(engine.run(requests)))
+    for number, request in enumerate(requests):
+        alone = collect(list(small_engine(view, slots=1, row_by_row=True).run([request])))
+        for sample in range(request.num_samples):
+            assert together[number, sample] == alone[0, sample]

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from nemotron import cli
 from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
@@ -21,6 +22,7 @@ from nemotron.hf.export import export
 from nemotron.hf.formats import MAMBA_FP32
 from nemotron.hf.shards import INDEX
 from nemotron.loading import load
+from nemotron.run.metrics import read_metrics
 
 WIDE = "e_score_correction_bias"
 
@@ -317,3 +319,28 @@ def test_a_tied_head_is_written_and_read_back_tied(tmp_path: Path, make_run):
     model = load(tmp_path / "out")
     assert model.lm_head.weight is model.backbone.embeddings.weight
     assert selfcheck.main(tmp_path / "out", tied) == 0
+
+
+def test_a_tied_model_that_was_trained_resumes_generates_exports_and_begins_another_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    monkeypatch.chdir(tmp_path)
+    smoke = str(Path(__file__).parents[2] / "recipes/tiny/smoke.yaml")
+    recipe = [smoke, "device=cpu", "model.tie_word_embeddings=true"]
+    assert cli.run(["train", *recipe, "name=tied", "--stop-at", "3"]) == 75
+    assert cli.run(["train", *recipe, "name=tied", "--resume"]) == 0
+    _, weights = read_model(tmp_path / "runs/tied")
+    assert weights["lm_head.weight"] is weights["backbone.embeddings.weight"]
+    assert cli.run(["export", "runs/tied", "--out", "out", "--no-check"]) == 0
+    assert selfcheck.main(tmp_path / "out", tmp_path / "runs/tied") == 0
+    texts = []
+    for model in ("runs/tied", "out"):
+        capsys.readouterr()
+        arguments = ["--prompt", "def read(", "--max-new-tokens", "5", "--temperature", "0"]
+        assert cli.run(["generate", model, *arguments]) == 0
+        texts.append(capsys.readouterr().out)
+    assert all(text.startswith("def read(") and len(text) > 12 for text in texts)
+    assert cli.run(["train", *recipe, "name=more", "init_from=runs/tied"]) == 0
+    records = [read_metrics(Path(f"runs/{name}/metrics.jsonl")) for name in ("tied", "more")]
+    first, second = ([r["loss/main"] for r in some if r["kind"] == "train"] for some in records)
+    assert second[0] < first[0] - 0.5  # it goes on from what was learned

@@ -279,6 +279,40 @@ def test_a_run_is_replaced_only_when_told_and_only_if_it_was_imported(
     )
 
 
+@pytest.mark.parametrize(
+    "name",
+    ["chat_template.jinja", "tokenizer.json", "config.json", SINGLE, "generation_config.json"],
+)
+def test_no_file_outside_the_folder_is_read(single: Path, tmp_path: Path, name: str):
+    (tmp_path / "secret").write_text("PRIVATE KEY")
+    (single / name).unlink(missing_ok=True)
+    (single / name).symlink_to(tmp_path / "secret")
+    assert f"{single / name} is a link that leads out" in refusal(single, tmp_path / "run")
+    (single / name).unlink()
+    (single / name).symlink_to("/dev/zero")
+    assert str(single / name) in refusal(single, tmp_path / "run")
+    (single / name).unlink()
+    os.mkfifo(single / name)  # a reader would wait for somebody to write
+    message = refusal(single, tmp_path / "run")
+    assert "not a regular file" in message or f"{name} does not exist" in message
+
+
+def test_a_file_too_large_for_its_kind_is_refused(single: Path, tmp_path: Path):
+    with open(single / "chat_template.jinja", "wb") as file:
+        file.truncate(1 << 40)
+    assert "a file of this kind has at most" in refusal(single, tmp_path / "run")
+
+
+def test_the_links_of_a_hub_cache_are_followed(single: Path, tmp_path: Path):
+    snapshot = tmp_path / "hub" / "snapshots" / "0a1b"
+    (tmp_path / "hub" / "blobs").mkdir(parents=True)
+    snapshot.mkdir(parents=True)
+    for number, path in enumerate(single.iterdir()):
+        shutil.copy(path, tmp_path / "hub" / "blobs" / str(number))
+        (snapshot / path.name).symlink_to(f"../../blobs/{number}")
+    assert import_(snapshot, tmp_path / "run") == 0
+
+
 def test_a_tied_head_may_be_absent_but_not_different(single: Path, tmp_path: Path):
     edit_config(single, tie_word_embeddings=True)
     assert "lm_head.weight differs" in refusal(single, tmp_path / "run")

@@ -85,3 +85,15 @@ def test_generate_uses_the_backends_of_the_recipe(
     assert cli.run(command) == 2
     assert "ops.attention = varlen runs on cuda, not on cpu" in capsys.readouterr().err
     assert cli.run([*command, "--no-recipe-ops"]) == 0
+
+
+def test_generation_gives_a_trained_model_s_probabilities(
+    run: Path, exported: Path, capsys: pytest.CaptureFixture
+):
+    sizes = ["--length", "30", "--rows", "2", "--new-tokens", "8", "--device", "cpu"]
+    for path in (run, exported):
+        assert cli.run(["check-parity", str(path), *sizes]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert [line.split()[:4] for line in lines[1:]] == [
+            ["30", "2", kind, "1.000000"] for kind in ("greedy", "sampled")
+        ]

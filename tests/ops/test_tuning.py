@@ -212,8 +212,8 @@ def test_the_width_of_tiles_changes_no_code():
     def codes() -> list[torch.Tensor]:
         found = quantize_fp8.quantize(x, E4M3, quantize_fp8.BY_SCALE, given=given)
         assert found.row is not None
-        assert found.turned is not None
-        return [part.elements.view(torch.uint8) for part in (found.row, found.turned)]
+        assert found.columnwise is not None
+        return [part.elements.view(torch.uint8) for part in (found.row, found.columnwise)]
 
     default = codes()
     for width in quantize_fp8.QUANTIZE.space["width"]:

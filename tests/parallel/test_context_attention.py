@@ -3,13 +3,13 @@
 import pytest
 import torch
 import torch.distributed as dist
-from test_context_layout import numbers, worst
+from test_context_chunks import numbers, worst
 from torch import Tensor
 
 from nemotron.ops.attention import attention, reference
+from nemotron.parallel.context.apply import SumOverRow
 from nemotron.parallel.context.attention import ContextAttention
-from nemotron.parallel.context.layout import in_row_order, shard
-from nemotron.parallel.context.router import SumOverRow
+from nemotron.parallel.context.chunks import in_row_order, shard
 from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from test_context_layout import numbers, worst
+from test_context_chunks import numbers, worst
 from torch import Tensor
 
 from nemotron.model.config import ModelConfig
@@ -14,7 +14,7 @@ from nemotron.ops.apply import apply
 from nemotron.ops.config import OpsConfig
 from nemotron.parallel.context import state_passing
 from nemotron.parallel.context.apply import CONV_AND_SCAN
-from nemotron.parallel.context.layout import in_row_order, shard
+from nemotron.parallel.context.chunks import in_row_order, shard
 from nemotron.parallel.context.state_passing import StatePassing
 from tests.support.pool import Pool
 

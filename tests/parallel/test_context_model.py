@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 import torch.distributed as dist
-from test_context_layout import numbers
+from test_context_chunks import numbers
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
@@ -14,9 +14,8 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import Router
 from nemotron.parallel.config import ParallelConfig
-from nemotron.parallel.context.apply import apply_context
-from nemotron.parallel.context.layout import shard
-from nemotron.parallel.context.router import SumOverRow
+from nemotron.parallel.context.apply import SumOverRow, apply_context
+from nemotron.parallel.context.chunks import shard
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.pool import Pool

@@ -17,8 +17,8 @@ from nemotron.model.mamba2 import Mamba2
 from nemotron.model.router import Router
 from nemotron.parallel import tensor
 from nemotron.parallel.collectives import Group
-from nemotron.parallel.layout import Part
-from nemotron.parallel.tensor import PLACEMENTS, Split, apply_tensor
+from nemotron.parallel.shards import Shard
+from nemotron.parallel.tensor import PLACEMENTS, Placement, apply_tensor
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, recompute, tokens
@@ -70,7 +70,7 @@ class Result:
     aux: Tensor
     counts: list[Tensor]
     gradients: dict[str, Tensor]
-    parts: dict[str, Part] = field(default_factory=dict)
+    shards: dict[str, Shard] = field(default_factory=dict)
     replicated: frozenset[str] = frozenset()
 
 
@@ -124,7 +124,7 @@ def shared(case: Case, batch: Batch) -> Result:
     parameters = dict(model.named_parameters())
     tensor.sum_partial_gradients(parameters, plan.replicated, group)
     gradients = {n: p.grad for n, p in parameters.items() if p.grad is not None}
-    return Result(*found, gradients, plan.parts, plan.replicated)
+    return Result(*found, gradients, plan.shards, plan.replicated)
 
 
 def worst(results: list[Result], exact: Result, tolerance: float, absolute: float = 0.0) -> str:
@@ -146,9 +146,11 @@ def worst(results: list[Result], exact: Result, tolerance: float, absolute: floa
         compare(f"losses on rank {rank}", result.losses, exact.losses)
         assert result.gradients.keys() == exact.gradients.keys()
         for name, whole in exact.gradients.items():
-            if name in result.parts:
+            if name in result.shards:
                 compare(
-                    f"{name} on rank {rank}", result.gradients[name], result.parts[name].take(whole)
+                    f"{name} on rank {rank}",
+                    result.gradients[name],
+                    result.shards[name].take(whole),
                 )
             elif name in result.replicated:
                 compare(f"{name} on rank {rank}", result.gradients[name], whole)
@@ -200,11 +202,11 @@ def test_bfloat16_loses_only_its_own_digits(four: Pool):
 
 
 def contiguous_in_proj(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(PLACEMENTS[Mamba2], "in_proj.weight", Split(0))
+    patch.setitem(PLACEMENTS[Mamba2], "in_proj.weight", Placement(0))
 
 
 def contiguous_convolution(patch: pytest.MonkeyPatch) -> None:
-    patch.setitem(PLACEMENTS[Mamba2], "conv1d.weight", Split(0))
+    patch.setitem(PLACEMENTS[Mamba2], "conv1d.weight", Placement(0))
 
 
 def heads_dealt_out(patch: pytest.MonkeyPatch) -> None:
@@ -249,7 +251,7 @@ def filled() -> tuple[bool, Tensor]:
     model.to_empty(device="cpu")
     weights = whole.state_dict()
     for name, value in model.state_dict().items():
-        part = plan.parts.get(name) or Part.whole(weights[name].shape)
+        part = plan.shards.get(name) or Shard.whole(weights[name].shape)
         value.copy_(part.take(weights[name]))
     return on_meta, train(model, batch, case)[0]
 
@@ -289,7 +291,7 @@ def sharded(batch: Batch, case: Case) -> Result:
         sums[-1].detach(),
         [s.counts for s in routing],
         gradients,
-        plan.parts,
+        plan.shards,
         plan.replicated,
     )
 

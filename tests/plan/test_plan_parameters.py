@@ -4,23 +4,22 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-import torch
 
+from nemotron.model.build import build_on_meta
 from nemotron.model.config import ModelConfig
-from nemotron.model.hybrid import HybridLM
-from nemotron.plan.parameters import (
+from nemotron.model.flops import linear_flops, training_flops_per_token
+from nemotron.model.parameters import (
     by_kind,
+    count_parameters,
     embedding_split,
     head_split,
     layer_split,
     mtp_split,
-    total_and_active,
 )
 from nemotron.plan.published import LIGHTNING, MODELS, NANO, SUPER
-from nemotron.plan.work import flops_by_format, linear_flops
+from nemotron.plan.work import flops_by_format
 from nemotron.precision.config import PrecisionConfig
 from nemotron.recipe.load import load_recipe
-from nemotron.train.flops import training_flops_per_token
 from nemotron.train.optimizer import kind_of
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -49,8 +48,7 @@ TIED = ODD.model_copy(update={"tie_word_embeddings": True, "moe_latent_size": 17
 
 @pytest.mark.parametrize("model", [*MODELS.values(), ODD, TIED])
 def test_every_kind_has_as_many_parameters_as_the_model_that_is_built(model: ModelConfig):
-    with torch.device("meta"):
-        built = HybridLM(model)
+    built = build_on_meta(model)
     counts: Counter[str] = Counter()
     for name, parameter in built.named_parameters():
         counts[kind_of(name, model)] += parameter.numel()
@@ -58,13 +56,15 @@ def test_every_kind_has_as_many_parameters_as_the_model_that_is_built(model: Mod
 
 
 def test_the_published_sizes_are_reproduced():
-    assert [f"{total_and_active(MODELS[n])[0] / 1e9:.2f}" for n in ("Nano", "Super", "Ultra")] == [
+    assert [
+        f"{count_parameters(MODELS[n]).total / 1e9:.2f}" for n in ("Nano", "Super", "Ultra")
+    ] == [
         "31.58",
         "120.67",
         "549.31",
     ]
-    assert total_and_active(NANO)[1] / 1e9 == pytest.approx(3.580, abs=5e-4)
-    assert total_and_active(SUPER)[1] / 1e9 == pytest.approx(12.770, abs=5e-4)
+    assert count_parameters(NANO).active / 1e9 == pytest.approx(3.580, abs=5e-4)
+    assert count_parameters(SUPER).active / 1e9 == pytest.approx(12.770, abs=5e-4)
     assert by_kind(LIGHTNING)["mtp"] == 1_335_325_824
     assert by_kind(SUPER)["mtp"] == 2_942_324_736
 
@@ -108,9 +108,8 @@ def test_formats_add_up_to_the_work_of_a_token():
 
 
 def test_linear_layers_take_the_work_of_their_matrices():
-    with torch.device("meta"):
-        built = HybridLM(ODD)
-    flops = linear_flops(ODD, depths=1)
+    built = build_on_meta(ODD)
+    flops = linear_flops(ODD, num_mtp_depths=1)
     for name, value in flops.items():
         count = sum(p.numel() for p in built.get_submodule(name).parameters())
         if name.endswith("experts") and "shared" not in name:

@@ -17,6 +17,7 @@ from nemotron.posttrain.environments.base import BadRow, Response, Row, build_ro
 from nemotron.posttrain.environments.registry import find_environment
 from nemotron.posttrain.environments.wire import read_verdict
 from nemotron.posttrain.verify import Verifiers
+from tests.support.namespaces import isolated
 from tests.support.verdicts import calls
 
 LIMIT_S = 20.0
@@ -131,11 +132,11 @@ def test_a_worker_that_hangs_ends_even_if_nobody_is_left_to_kill_it():
     code = f"""
 from nemotron.posttrain.environments.base import Response
 from nemotron.posttrain.verify import Verifiers
-Verifiers(1).verify([{row!r}], [Response({text!r})], [None], 1.5)
+Verifiers(1).verify([{row!r}], [Response({text!r})], [None], 1.2)
 """
     parent = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2])
     worker = until(lambda: next(iter(children(parent.pid)), None))
-    time.sleep(0.8)  # in the middle of the job
+    time.sleep(0.7)  # in the middle of the job
     parent.kill()
     parent.wait()
     assert until(lambda: not Path(f"/proc/{worker}").exists())
@@ -179,3 +180,34 @@ def test_a_reward_that_is_not_a_finite_number_is_a_fault(found: Any):
 def test_a_row_without_an_environment_is_refused(verifiers: Verifiers):
     with pytest.raises(BadRow, match=r"agent_ref\.name is absent"):
         judge(verifiers, {"expected_answer": "7"}, "7")
+
+
+@isolated
+def test_a_program_in_the_sandbox_ends_with_its_verifier():
+    code = "import time\ntime.sleep(500)  # of-a-killed-verifier"
+    tests = {"inputs": [""], "outputs": [""]}
+    row = build_row("code_exec", "?", unit_tests=tests)
+    options = {"code_exec": {"sandbox": {"time_s": 60, "total_s": 60}}}
+    with Verifiers(1, options) as verifiers:
+        started = build_row("code_exec", "?", unit_tests={"inputs": ["7"], "outputs": ["7"]})
+        assert judge(verifiers, started, "```\nprint(input())\n```").reward == 1
+        others = set(sandboxes())
+        seen: set[str] = set()
+        threading.Timer(1.0, lambda: seen.update(sandboxes())).start()
+        verdict = judge(verifiers, row, f"```python\n{code}\n```", 1.5)
+        assert seen - others
+        assert "took longer than 1.5 s" in str(verdict.error)
+        assert until(lambda: not set(sandboxes()) - others)
+
+
+def sandboxes() -> list[str]:
+    """Return the processes that are, or run in, a sandbox."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if words[0].endswith(b"bwrap") or b"solution.py" in words:
+            found.append(path.parent.name)
+    return found

@@ -81,18 +81,18 @@ def test_references_have_the_same_bits(with_kernels, name: str):
         if x.shape[0] % multiple or x.shape[1] % multiple:
             continue
         scheme = MXFP8Scheme() if name.startswith("mxfp8") else NVFP4Scheme(stochastic=False)
-        row, turned = with_kernels(scheme, "dy", x)
+        row, columnwise = with_kernels(scheme, "dy", x)
         signs = "" if name.startswith("mxfp8") else "signs."
-        pairs = ((f"{case}.row", row, False), (f"{case}.{signs}col", turned, True))
-        for key, side, is_turned in pairs:
+        pairs = ((f"{case}.row", row, False), (f"{case}.{signs}col", columnwise, True))
+        for key, side, is_columnwise in pairs:
             codes, scales = parts(side)[:2]
             if name.startswith("nvfp4"):
                 packed = vectors[f"{key}.codes"]
                 expected = torch.stack([packed & 15, packed >> 4], -1).flatten(-2)
             else:
                 expected = vectors[f"{key}.codes"]
-            assert torch.equal(codes.T if is_turned else codes, expected), key
-            assert torch.equal(scales.T if is_turned else scales, vectors[f"{key}.scales"]), key
+            assert torch.equal(codes.T if is_columnwise else codes, expected), key
+            assert torch.equal(scales.T if is_columnwise else scales, vectors[f"{key}.scales"]), key
             compared += 1
     assert compared >= 6
 

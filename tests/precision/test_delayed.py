@@ -77,11 +77,11 @@ def test_scales_and_histories_are_those_of_the_kernel(algorithm, steps, length, 
             assert found[f"layer.{operand}.scale"].tolist() == [kernel.scale]
 
 
-def test_a_nan_leaves_no_trace_and_portions_share_the_largest():
+def test_a_nan_leaves_no_trace_and_micro_batches_share_the_largest():
     histories = Histories({"layer": 1}, DelayedConfig(history_length=2), torch.device("cpu"))
     scheme = DelayedFP8Scheme(histories.slots("layer"))
-    for portion in ([1.0, -7.0], [2.0, 3.0], [math.nan, 9.0]):
-        scheme.remember("x", torch.tensor([portion]))
+    for micro_batch in ([1.0, -7.0], [2.0, 3.0], [math.nan, 9.0]):
+        scheme.remember("x", torch.tensor([micro_batch]))
     histories.roll(lambda amaxes: amaxes)
     assert dict(histories.tensors())["layer.x.scale"].tolist() == [64.0]
     assert dict(histories.tensors())["layer.w.scale"].tolist() == [1.0]
@@ -95,7 +95,7 @@ def build(**changes) -> tuple[HybridLM, Quantization]:
     return model, Quantization(model, PrecisionConfig.model_validate(values | changes), seed=3)
 
 
-def portion(model: HybridLM, first: int = 0) -> tuple[torch.Tensor, ...]:
+def micro_batch(model: HybridLM, first: int = 0) -> tuple[torch.Tensor, ...]:
     model.zero_grad()
     hidden = model(torch.arange(first, first + 64).view(2, 32))
     hidden.float().square().sum().backward()
@@ -121,7 +121,7 @@ def test_every_matrix_has_a_history_and_scale_of_its_operands_from_the_start():
         len(quantization.table) + sum(line.kind == "moe.experts" for line in quantization.table)
     )
     assert all(t.eq(1).all() if n.endswith("scale") else t.eq(0).all() for n, t in found.items())
-    portion(model)
+    micro_batch(model)
     quantization.begin(1, 0)
     after = quantization.tensors()
     assert {n: tuple(t.shape) for n, t in after.items()} == shapes
@@ -133,12 +133,12 @@ def test_every_matrix_has_a_history_and_scale_of_its_operands_from_the_start():
     assert after[f"{name}.dy.scale"].item() > 1
 
 
-def test_a_step_is_scaled_by_the_one_before_and_its_portions_alike():
+def test_a_step_is_scaled_by_the_one_before_and_its_micro_batches_alike():
     model, quantization = build()
-    portion(model)
+    micro_batch(model)
     before = copied(quantization)
     quantization.begin(0, 64)
-    portion(model, first=64)
+    micro_batch(model, first=64)
     both = quantization.tensors()
     names = [name for name in both if name.endswith(".scale")]
     assert all(torch.equal(before[name], both[name]) for name in names)
@@ -151,7 +151,7 @@ def test_a_step_is_scaled_by_the_one_before_and_its_portions_alike():
 
 def test_a_pass_without_gradients_is_scaled_but_leaves_no_trace():
     model, quantization = build()
-    portion(model)
+    micro_batch(model)
     quantization.begin(1, 0)
     before = copied(quantization)
     with torch.no_grad():
@@ -160,7 +160,7 @@ def test_a_pass_without_gradients_is_scaled_but_leaves_no_trace():
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_only_layers_that_are_ever_scaled_late_have_a_state():
+def test_only_layers_that_are_ever_scaled_with_delay_have_a_state():
     assert not build(preset="mxfp8")[1].tensors()
     rules = [{"format": "fp8_delayed", "kind": "mamba.out_proj"}]
     model, quantization = build(preset="bf16", rules=rules)
@@ -171,11 +171,11 @@ def test_only_layers_that_are_ever_scaled_late_have_a_state():
     model, quantization = build(preset="bf16", switches=later)
     names = list(quantization.tensors())
     assert names == list(build()[1].tensors())
-    portion(model)
+    micro_batch(model)
     quantization.begin(1, 0)
     assert not any(t.any() for n, t in quantization.tensors().items() if n.endswith("history"))
     assert quantization.begin(2, 0)
-    portion(model)
+    micro_batch(model)
     assert any(t.any() for n, t in quantization.tensors().items() if n.endswith("history"))
 
 
@@ -183,10 +183,10 @@ def test_a_resumed_run_has_the_scales_of_one_that_never_stopped(tmp_path: Path):
     model, quantization = build()
     for step in range(3):
         quantization.begin(step, 0)
-        portion(model, first=64 * step)
+        micro_batch(model, first=64 * step)
     save(tmp_path, Content(3, copied(quantization), SavedState(), model.config), keep=1)
     quantization.begin(3, 0)
-    expected = portion(model)
+    expected = micro_batch(model)
 
     model, resumed = build()
     info = locate(tmp_path).info
@@ -195,15 +195,15 @@ def test_a_resumed_run_has_the_scales_of_one_that_never_stopped(tmp_path: Path):
     # as a trainer does: the formats of the step that ended last, then the next one
     resumed.begin(2, 0)
     resumed.begin(3, 0)
-    assert all(torch.equal(a, b) for a, b in zip(portion(model), expected, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(micro_batch(model), expected, strict=True))
     fresh = build()[0]
-    assert not torch.equal(portion(fresh)[0], expected[0])
+    assert not torch.equal(micro_batch(fresh)[0], expected[0])
 
 
 def test_ranks_agree_on_the_largest_once_a_step():
     pairs = [build(), build()]
     for rank, (model, _) in enumerate(pairs):
-        portion(model, first=64 * rank)
+        micro_batch(model, first=64 * rank)
     seen: list[torch.Tensor] = []
 
     def collect(amaxes: torch.Tensor) -> torch.Tensor:
@@ -220,7 +220,7 @@ def test_ranks_agree_on_the_largest_once_a_step():
     results = []
     for rank in range(2):
         model, quantization = build()
-        portion(model, first=64 * rank)
+        micro_batch(model, first=64 * rank)
         quantization.reduce_amax = lambda amaxes: both
         quantization.begin(1, 0)
         quantization.begin(1, 64)
@@ -236,7 +236,7 @@ def test_recomputing_a_block_changes_no_history():
         model, quantization = build()
         for block in model.backbone.layers:
             block.recompute = recompute
-        found.append((portion(model), copied(quantization)))
+        found.append((micro_batch(model), copied(quantization)))
     (gradients, state), (again, other) = found
     assert all(torch.equal(a, b) for a, b in zip(gradients, again, strict=True))
     assert all(torch.equal(state[name], other[name]) for name in state)
@@ -247,7 +247,7 @@ def test_experts_held_elsewhere_have_their_places_and_an_idle_one_keeps_its_scal
     experts = model.get_submodule(EXPERTS)
     for name, weight in list(experts.named_parameters()):
         setattr(experts, name, torch.nn.Parameter(weight.detach()[2:5]))
-    quantization.set_part(EXPERTS, first_expert=2)
+    quantization.set_shard(EXPERTS, first_expert=2)
     counts = torch.tensor([3, 0, 4])
     x = torch.ones(7, experts.up_proj.shape[2], dtype=torch.bfloat16)
     y = experts.multiply(x, experts.up_proj, counts, torch.arange(7))

@@ -14,11 +14,10 @@ from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.precision import backends
 from nemotron.precision.apply import Quantization
-from nemotron.precision.assign import assign
 from nemotron.precision.backends import BACKENDS, BY_NAME, FORMATS, FormatCall, choose, format_call
 from nemotron.precision.config import DelayedConfig, NVFP4Config, PrecisionConfig
 from nemotron.precision.delayed import DelayedFP8Scheme, Histories
-from nemotron.precision.policy import summarize
+from nemotron.precision.policy import assign, summarize
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import SCHEMES, Quantized, Scheme
 from nemotron.recipe.load import load_recipe
@@ -67,12 +66,12 @@ def results(format: str, name: str, device: torch.device, wide: bool = True):
     """Output and gradients of a layer, and those of the decoded operands in float64."""
     x, weight, dy = inputs(device)
     scheme = scheme_of(format, device)
-    row, turned = scheme.quantize("w", weight.bfloat16())
-    dy_row, dy_turned = scheme.quantize("dy", dy, draw=DRAW)
+    row, columnwise = scheme.quantize("w", weight.bfloat16())
+    dy_row, dy_columnwise = scheme.quantize("dy", dy, draw=DRAW)
     exact = (
         product(scheme.quantize("x", x)[0], row),
-        product(dy_row, turned),
-        product(dy_turned, scheme.quantize("x", x)[1]),
+        product(dy_row, columnwise),
+        product(dy_columnwise, scheme.quantize("x", x)[1]),
     )
     layer = BY_NAME[name].function({"weight": scheme}, format, NVFP4Config())
     if wide:

@@ -67,10 +67,10 @@ def test_rounding_is_the_emulations_for_any_number(format):
     one = torch.ones(1)
     expected = fp8.quantize_scaled(x, format, one, Groups((x.shape[0],))).codes
     found = kernels.quantize(
-        x.to(DEVICE), format, kernels.BY_SCALE, given=one.to(DEVICE), row=True, turned=True
+        x.to(DEVICE), format, kernels.BY_SCALE, given=one.to(DEVICE), row=True, columnwise=True
     )
     assert torch.equal(bytes_of(found.row), expected)
-    assert torch.equal(bytes_of(found.turned), expected.T)
+    assert torch.equal(bytes_of(found.columnwise), expected.T)
 
 
 def test_a_nan_stays_one():
@@ -94,7 +94,7 @@ def test_tensors_have_the_emulations_codes_along_both_directions(shape, dtype):
         given = kernels.largest(tensor.to(DEVICE))
         expected = fp8.quantize_current(tensor, E5M2)
         found = kernels.quantize(tensor.to(DEVICE), E5M2, kernels.BY_AMAX, given=given, multiple=16)
-        for side, codes in ((found.row, expected.codes), (found.turned, expected.codes.T)):
+        for side, codes in ((found.row, expected.codes), (found.columnwise, expected.codes.T)):
             whole = bytes_of(side)
             assert torch.equal(whole[: codes.shape[0], : codes.shape[1]], codes)
             assert whole.shape == tuple(-(-size // 16) * 16 for size in codes.shape)
@@ -108,11 +108,11 @@ def test_blocks_have_the_emulations_codes_and_scales(shape):
     x = numbers(*shape).bfloat16()
     rows, columns = shape
     found = kernels.quantize(x.to(DEVICE), E4M3, kernels.BY_ROWS)
-    row, turned = fp8.quantize_blocks(x), fp8.quantize_blocks(x, height=128, width=1)
+    row, columnwise = fp8.quantize_blocks(x), fp8.quantize_blocks(x, height=128, width=1)
     assert torch.equal(bytes_of(found.row)[:rows, :columns], row.codes)
-    assert torch.equal(bytes_of(found.turned)[:columns, :rows], turned.codes.T)
+    assert torch.equal(bytes_of(found.columnwise)[:columns, :rows], columnwise.codes.T)
     assert torch.equal(found.row.scale_inv.cpu()[:, :rows], row.scale_inv.T)
-    assert torch.equal(found.turned.scale_inv.cpu()[:, :columns], turned.scale_inv)
+    assert torch.equal(found.columnwise.scale_inv.cpu()[:, :columns], columnwise.scale_inv)
 
 
 def test_squares_of_weights_have_the_emulations_codes_and_scales():
@@ -122,7 +122,7 @@ def test_squares_of_weights_have_the_emulations_codes_and_scales():
         expected = fp8.quantize_blocks(weight[expert].bfloat16(), height=128)
         for side, codes, scales in (
             (found.row, expected.codes, expected.scale_inv),
-            (found.turned, expected.codes.T, expected.scale_inv.T),
+            (found.columnwise, expected.codes.T, expected.scale_inv.T),
         ):
             own = bytes_of(side)[expert]
             assert torch.equal(own[: codes.shape[0], : codes.shape[1]], codes)
@@ -161,7 +161,7 @@ def test_rows_of_experts_begin_at_tiles_once_they_are_transposed():
     assert given[1] == 0
     tile, start = 0, 0
     for count in COUNTS:
-        own = bytes_of(found.turned)[:140, tile * 128 :][:, : -(-count // 128) * 128]
+        own = bytes_of(found.columnwise)[:140, tile * 128 :][:, : -(-count // 128) * 128]
         assert torch.equal(own[:, :count], expected.codes[start : start + count].T)
         assert not own[:, count:].any()
         tile, start = tile - (-count // 128), start + count

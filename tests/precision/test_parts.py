@@ -132,7 +132,7 @@ def gradient(model: HybridLM, x: torch.Tensor, dy: torch.Tensor) -> torch.Tensor
     return leaf.grad
 
 
-def test_a_portion_may_have_any_tokens_of_the_batch():
+def test_a_micro_batch_may_have_any_tokens_of_the_batch():
     model, quantization = build()
     weight = model.get_submodule(IN_PROJ).weight
     g = torch.Generator().manual_seed(2)
@@ -146,13 +146,13 @@ def test_a_portion_may_have_any_tokens_of_the_batch():
     assert near(gradient(model, x[rows], dy[rows]).float(), whole[rows].float())
     quantization.begin(0, 0)
     assert torch.equal(gradient(model, x, dy), whole)
-    # a layer that sees some tokens of its portion only
+    # a layer that sees some tokens of its micro-batch only
     quantization.begin(0, torch.arange(64).view(2, 32))
-    quantization.set_part(IN_PROJ, rows=lambda numbers: numbers[:, 16:])
+    quantization.set_shard(IN_PROJ, rows=lambda numbers: numbers[:, 16:])
     late = torch.cat([torch.arange(16, 32), torch.arange(48, 64)])
     assert near(gradient(model, x[late], dy[late]).float(), whole[late].float())
     quantization.begin(0, 32)
-    with pytest.raises(AssertionError, match="some rows of a portion without numbers"):
+    with pytest.raises(AssertionError, match="some rows of a micro-batch without numbers"):
         gradient(model, x[32:], dy[32:])
 
 
@@ -201,7 +201,7 @@ def test_a_stage_has_the_formats_and_histories_of_the_whole_model():
         assert here is None or ("forward" in vars(here)) == ("forward" in vars(module))
 
 
-def test_copies_that_have_numbers_are_rounded_alike_in_any_portion():
+def test_copies_that_have_numbers_are_rounded_alike_in_any_micro_batch():
     model, quantization = build()
     name = next(line.module for line in quantization.table if line.kind == "moe.experts")
     experts = model.get_submodule(name)
@@ -218,8 +218,8 @@ def test_copies_that_have_numbers_are_rounded_alike_in_any_portion():
     x = torch.randn(5, experts.up_proj.shape[2]).bfloat16().requires_grad_()
     counts = torch.tensor([2, 3] + [0] * (len(experts.up_proj) - 2))
     results = []
-    for portion in (0, 64):
-        quantization.begin(4, portion)
+    for micro_batch in (0, 64):
+        quantization.begin(4, micro_batch)
         x.grad = None
         y = experts.multiply(x, experts.up_proj, counts, numbers)
         y.backward(torch.linspace(-1, 1, y.numel()).view_as(y).bfloat16())

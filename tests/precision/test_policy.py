@@ -11,9 +11,8 @@ from nemotron.cli import run
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.precision.apply import Quantization
-from nemotron.precision.assign import assign, preset_at
 from nemotron.precision.config import PrecisionConfig
-from nemotron.precision.policy import tail_blocks
+from nemotron.precision.policy import assign, preset_at, tail_blocks
 from nemotron.precision.random_bits import Draw
 from nemotron.recipe.load import load_recipe
 
@@ -156,7 +155,7 @@ def test_settings_that_cannot_be_meant_are_refused(values: dict, sentence: str):
         config(**values)
 
 
-def test_every_layer_call_step_and_portion_draws_bits_of_its_own():
+def test_every_layer_call_step_and_micro_batch_draws_bits_of_its_own():
     model = HybridLM(load_recipe(RECIPES / "tiny/smoke.yaml").config.model)
     quantization = Quantization(model, config(preset="nvfp4_all"), seed=3)
     draws = []

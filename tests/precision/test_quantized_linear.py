@@ -44,12 +44,12 @@ def product(left: Quantized, right: Quantized) -> torch.Tensor:
 def test_products_are_those_of_the_decoded_operands_in_float64(name: str):
     x, weight, dy = inputs()
     scheme = SCHEMES[name]
-    row, turned = scheme.quantize("w", weight.bfloat16())
-    dy_row, dy_turned = scheme.quantize("dy", dy, draw=DRAW)
+    row, columnwise = scheme.quantize("w", weight.bfloat16())
+    dy_row, dy_columnwise = scheme.quantize("dy", dy, draw=DRAW)
     expected = {
         "y": product(scheme.quantize("x", x)[0], row),
-        "dx": product(dy_row, turned),
-        "dw": product(dy_turned, scheme.quantize("x", x)[1]),
+        "dx": product(dy_row, columnwise),
+        "dw": product(dy_columnwise, scheme.quantize("x", x)[1]),
     }
     wide = run(quantized_linear, x.float(), weight, dy.float(), scheme, DRAW)
     for found, (_, exact) in zip(wide, expected.items(), strict=True):

@@ -15,8 +15,8 @@ from nemotron.checkpoint.manifest import folder_name
 from nemotron.checkpoint.write import CheckpointNotSaved, Content, save
 from nemotron.data.loader import TrainingData, rows_of_rank
 from nemotron.parallel.apply import local_of
-from nemotron.parallel.pieces import pieces_of
 from nemotron.parallel.runtime import Ranks
+from nemotron.parallel.shards import local_shards
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import check_layout
 from nemotron.train.loop import validate
@@ -130,8 +130,8 @@ def held(trainer: Trainer, *, gradients: bool) -> Held:
         tensor = parameter.grad if gradients else parameter
         if tensor is None:
             continue
-        whole = trainer.local.pieces(name, local_of(tensor).clone())
-        found[name] = whole.shape, pieces_of(whole)
+        whole = trainer.local.sharded(name, local_of(tensor).clone())
+        found[name] = whole.shape, local_shards(whole)
     return found
 
 

@@ -25,10 +25,10 @@ from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, Wri
 
 from nemotron.checkpoint.manifest import folder_name
 from nemotron.files import hash_file
-from nemotron.parallel.pieces import Pieces
+from nemotron.parallel.shards import ShardedTensor
 
 
-class OldPieces(Pieces):
+class OldShardedTensor(ShardedTensor):
     """Tells torch's distributed checkpoint which rectangles are here."""
 
     def __create_write_items__(self, name: str, _: object) -> list[WriteItem]:
@@ -45,11 +45,11 @@ class OldPieces(Pieces):
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
         return [
             ChunkStorageMetadata(offsets=torch.Size(offsets), sizes=piece.shape)
-            for offsets, piece in self.pieces.items()
+            for offsets, piece in self.shards.items()
         ]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return self.pieces[tuple(index.offset)]
+        return self.shards[tuple(index.offset)]
 
 
 def write_old(

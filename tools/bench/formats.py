@@ -28,14 +28,14 @@ from rich.table import Table
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.model.build import build_around, build_on_meta
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.grouped_linear import grouped_linear
 from nemotron.precision.apply import Quantization
-from nemotron.precision.assign import linear_layers
 from nemotron.precision.backends import FormatBackend, Layer, format_call, in_order
 from nemotron.precision.config import NVFP4Config, PrecisionConfig, Preset
-from nemotron.precision.policy import kind_of
+from nemotron.precision.policy import kind_of, linear_layers
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import SCHEMES
 from nemotron.recipe.load import load_recipe
@@ -170,8 +170,7 @@ class Shape:
 
 def shapes_of(config: ModelConfig) -> list[Shape]:
     """Return the distinct matrices of a model."""
-    with torch.device("meta"):
-        model = HybridLM(config)
+    model = build_on_meta(config)
     found = {}
     for name in linear_layers(model):
         kind = kind_of(name) or ""
@@ -282,9 +281,7 @@ def _block(
 
 def twin(model: HybridLM) -> HybridLM:
     """Return a model that shares the weights."""
-    with torch.device("meta"):
-        other = HybridLM(model.config)
-    other.load_state_dict(model.state_dict(), assign=True)
+    other = build_around(model.config, model.state_dict())
     other.compute_dtype = model.compute_dtype
     return other
 

@@ -25,7 +25,7 @@ import torch
 from cases import CASES, DTYPES, PROXIES, Case
 from machine import describe
 
-from nemotron.train.flops import training_flops_per_token
+from nemotron.model.flops import training_flops_per_token
 
 TOLERANCE = 1e-5
 """Largest relative difference of loss, gradients or logits in float32."""

@@ -9,6 +9,7 @@ from stage import ROOT
 from torch import Tensor
 
 from nemotron.data.batch import Batch
+from nemotron.model.build import build_on_meta
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.init import draw
@@ -68,8 +69,7 @@ def build(config: ModelConfig, device: torch.device, dtype: torch.dtype | None) 
 
     The project draws on the CPU, which takes minutes at this size.
     """
-    with torch.device("meta"):
-        model = HybridLM(config)
+    model = build_on_meta(config)
     model.to_empty(device=device)
     generator = torch.Generator(device).manual_seed(0)
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:

@@ -13,6 +13,7 @@ from nemotron.generate.engine import Engine
 from nemotron.generate.forward import append, read
 from nemotron.generate.sampling import Sampling
 from nemotron.model.cache import CachedRows
+from nemotron.model.init import STACKED
 
 PROMPT, NEW, BATCHES = 128, 64, (1, 8)
 
@@ -68,7 +69,7 @@ def _floor(stage: Stage, engine: Engine, rows: int) -> float:
     count = 0.0
     for name, parameter in engine.model.named_parameters():
         if name != "backbone.embeddings.weight":
-            count += parameter.numel() * (chosen if ".experts." in name else 1.0)
+            count += parameter.numel() * (chosen if name.endswith(STACKED) else 1.0)
     _, bandwidth = stage.roofs()
     return 2e3 * count / bandwidth
 

@@ -20,7 +20,7 @@ from nemotron.model.flops import head_flops, layer_flops, training_flops_per_tok
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
 from nemotron.ops.apply import apply
-from nemotron.plan.build import layout_of, main_part, read_setting
+from nemotron.plan.build import layout_of, main_stretch, read_setting
 from nemotron.plan.hardware import find_hardware
 from nemotron.plan.memory import memory
 from nemotron.precision.apply import Quantization
@@ -176,7 +176,7 @@ def planned_memory(config: PretrainConfig) -> tuple[float, dict[str, float]]:
     """Return what `nemotron plan` says of one GPU, in GiB, in all and by term."""
     setting = read_setting(config, find_hardware("h100", 1))
     dims, _ = layout_of(setting, 1)
-    found = memory(setting.job(main_part(list(setting.parts)), dims))
+    found = memory(setting.job(main_stretch(list(setting.stretches)), dims))
     return found.total / 2**30, {k: round(v / 2**30, 2) for k, v in found.terms.items()}
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from nemotron.ops.attention import AttentionOp
 from nemotron.parallel.collectives import Group, all_gather, gather
-from nemotron.parallel.context.layout import chunks_of, in_row_order
+from nemotron.parallel.context.chunks import chunks_of, in_row_order
 
 
 class ContextAttention:

@@ -21,7 +21,7 @@ from torch import Tensor
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.state import MambaState
 from nemotron.parallel.collectives import Group, all_to_all, gather
-from nemotron.parallel.context.layout import in_rank_order, in_row_order
+from nemotron.parallel.context.chunks import in_rank_order, in_row_order
 
 
 class HeadExchange:
@@ -70,7 +70,7 @@ class HeadExchange:
     def _channels_by_rank(
         self, mixer: Mamba2, values: Float[Tensor, "B Tl C"]
     ) -> Float[Tensor, "B Tl cp Cc"]:
-        """Part the channels by the rank that has their heads; a group may go to several."""
+        """Split the channels by the rank that has their heads; a group may go to several."""
         parts = []
         for part in mixer.split(values):
             # fewer groups than ranks: the ranks that share a group lie side by side

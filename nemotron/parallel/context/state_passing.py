@@ -30,7 +30,7 @@ from torch.utils.checkpoint import checkpoint
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.state import MambaState
 from nemotron.parallel.collectives import Group, all_gather, all_to_all
-from nemotron.parallel.context.layout import chunks_of, in_rank_order, in_row_order
+from nemotron.parallel.context.chunks import chunks_of, in_rank_order, in_row_order
 
 GATHERED_BYTES = 1 << 30
 """Of the states of all ranks that exist at a time."""

@@ -66,7 +66,7 @@ class JsonSchema:
         """Return the one tool of mode `tool`."""
         if optional_field(row, "mode", "text") == "text":
             return []
-        schema = strict(json.loads(find_field(row, "schema_str")))
+        schema = strict(json.loads(schema_of(row)))
         return [
             {
                 "type": "function",
@@ -87,7 +87,7 @@ class JsonSchema:
             value = optional_field(row, name, known[0])
             if value not in known:
                 raise BadRow(f"{name} = {value!r} is unknown; give one of {', '.join(known)}")
-        text = find_field(row, "schema_str")
+        text = schema_of(row)
         try:
             schema = json.loads(text)
             self._jsonschema.Draft202012Validator.check_schema(schema)
@@ -122,11 +122,21 @@ class JsonSchema:
         import referencing
 
         validator = self._jsonschema.Draft202012Validator(
-            strict(json.loads(find_field(row, "schema_str"))),
+            strict(json.loads(schema_of(row))),
             registry=referencing.Registry(),  # looks nothing up in the network
             format_checker=self._jsonschema.Draft202012Validator.FORMAT_CHECKER,
         )
         return bool(validator.is_valid(document))
+
+
+def schema_of(row: Row) -> Any:
+    """Return the text of the schema; NVIDIA-NeMo/Gym's older rows call it `schema`.
+
+    Raises:
+        BadRow: when there is none.
+    """
+    older = optional_field(row, "schema", None)
+    return find_field(row, "schema_str") if older is None else older
 
 
 def strict(schema: Any) -> Any:  # Any: a schema is an object or a boolean

@@ -53,7 +53,7 @@ class MathSymbolic(WithoutTools):
         except ImportError:
             raise UserError(
                 "environments: math_symbolic needs the package math-verify; "
-                "install it with: pip install 'math-verify[antlr4-9-3]>=0.9'"
+                "install it with: pip install 'math-verify>=0.9'"
             ) from None
         # says at each call that its own limit of time is off; ours is the pool's
         logging.getLogger("math_verify").setLevel(logging.ERROR)

@@ -17,7 +17,7 @@ from nemotron.posttrain.sandbox.config import SandboxConfig
 from nemotron.posttrain.sandbox.seccomp import find_binding, write_filter
 
 LAUNCHER = Path(__file__).with_name("launcher.py")
-SPARE_S = 3.0
+SPARE_S = 2.0
 """Time beyond `total_s` after which a sandbox is killed from outside."""
 MOST_LINES = 1000
 

@@ -176,7 +176,7 @@ def multiply(
     )  # fmt: skip
 
 
-def multiply_turned(
+def multiply_columnwise(
     left: Codes, right: Codes, plan: Plan, out: Float[Tensor, "G N K"], *, in_blocks: bool
 ) -> None:
     """Write the sum over each expert's rows of their outer products into `out`; 0 without rows."""

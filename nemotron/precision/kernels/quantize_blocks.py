@@ -66,7 +66,7 @@ def _inverse_of_e8m0(byte):
 
 @triton.jit
 def _mxfp8(
-    x, row_codes, row_scales, turned_codes, turned_scales, stride, rows, columns,
+    x, row_codes, row_scales, columnwise_codes, columnwise_scales, stride, rows, columns,
     RECIPROCAL: tl.constexpr, BOTH: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -89,10 +89,10 @@ def _mxfp8(
         below = tl.reshape(data, [BLOCKS, BLOCK, TILE])
         byte = _ceil_to_e8m0(tl.max(_magnitudes(below), 1), RECIPROCAL)
         scaled = tl.reshape(below * _inverse_of_e8m0(byte)[:, None, :], [TILE, TILE])
-        tl.store(turned_codes + at, to_fp8(scaled, True, EXACT), mask=mask)
+        tl.store(columnwise_codes + at, to_fp8(scaled, True, EXACT), mask=mask)
         block = tl.program_id(1) * BLOCKS + tl.arange(0, BLOCKS)
         high = (rows + BLOCK - 1) // BLOCK
-        tl.store(turned_scales + block.to(tl.int64)[:, None] * columns + column[None, :],
+        tl.store(columnwise_scales + block.to(tl.int64)[:, None] * columns + column[None, :],
                  byte.to(tl.uint8),
                  mask=(block < high)[:, None] & (column < columns)[None, :])  # fmt: skip
 
@@ -111,7 +111,7 @@ def _transform(data, matrix, EXACT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.
 
 @triton.jit
 def _bands(
-    x, matrix, row_parts, turned_parts, stride, rows, columns, TURNED: tl.constexpr,
+    x, matrix, row_parts, columnwise_parts, stride, rows, columns, COLUMNWISE: tl.constexpr,
     TRANSFORMED: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = TILE // BLOCK
@@ -121,11 +121,11 @@ def _bands(
     mask = band < (rows + BLOCK - 1) // BLOCK
     largest = tl.max(tl.reshape(_magnitudes(data), [BLOCKS, BLOCK * TILE]), 1)
     tl.store(row_parts + at, largest, mask=mask)
-    if TURNED:
+    if COLUMNWISE:
         if TRANSFORMED:
             mixed = _transform(data, matrix, EXACT, TILE, BLOCK)
             largest = tl.max(tl.reshape(_magnitudes(mixed), [BLOCKS, BLOCK * TILE]), 1)
-        tl.store(turned_parts + at, largest, mask=mask)
+        tl.store(columnwise_parts + at, largest, mask=mask)
 
 
 @triton.jit
@@ -199,10 +199,11 @@ def _draw(seeds, first, rows, TILE: tl.constexpr):
 
 @triton.jit
 def _nvfp4(
-    x, matrix, row_folded, row_decode, turned_folded, turned_decode, row_seeds, turned_seeds,
-    row_elements, row_scales, turned_elements, turned_scales, stride, rows, columns, first,
-    SQUARE: tl.constexpr, TURNED: tl.constexpr, TRANSFORMED: tl.constexpr,
-    STOCHASTIC: tl.constexpr, EXACT: tl.constexpr, TILE: tl.constexpr, BLOCK: tl.constexpr,
+    x, matrix, row_folded, row_decode, columnwise_folded, columnwise_decode,
+    row_seeds, columnwise_seeds, row_elements, row_scales, columnwise_elements, columnwise_scales,
+    stride, rows, columns, first, SQUARE: tl.constexpr, COLUMNWISE: tl.constexpr,
+    TRANSFORMED: tl.constexpr, STOCHASTIC: tl.constexpr, EXACT: tl.constexpr,
+    TILE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     BLOCKS: tl.constexpr = TILE // BLOCK
     data = _load(x, stride, rows, columns, TILE)
@@ -234,18 +235,18 @@ def _nvfp4(
                  mask=(row < rows)[:, None] & (beside < wide)[None, :])  # fmt: skip
         drawn = _draw(row_seeds, first, rows, TILE) if STOCHASTIC else 0
         tl.store(row_elements + at, _round_e2m1(y, drawn, STOCHASTIC), mask=inside)
-    if TURNED:
-        folded = tl.load(turned_folded + band, mask=band < high, other=0.0)
-        decode = tl.load(turned_decode + band, mask=band < high, other=1.0)
+    if COLUMNWISE:
+        folded = tl.load(columnwise_folded + band, mask=band < high, other=0.0)
+        decode = tl.load(columnwise_decode + band, mask=band < high, other=1.0)
         if TRANSFORMED:
             data = _transform(data, matrix, EXACT, TILE, BLOCK)
         blocks = tl.reshape(data, [BLOCKS, BLOCK, TILE])
         code, factor = _factor(tl.max(_magnitudes(blocks), 1), folded[:, None], decode[:, None])
         y = tl.reshape(blocks * factor[:, None, :], [TILE, TILE])
-        tl.store(turned_scales + band.to(tl.int64)[:, None] * columns + column[None, :], code,
+        tl.store(columnwise_scales + band.to(tl.int64)[:, None] * columns + column[None, :], code,
                  mask=(band < high)[:, None] & (column < columns)[None, :])  # fmt: skip
-        drawn = _draw(turned_seeds, first, rows, TILE) if STOCHASTIC else 0
-        tl.store(turned_elements + at, _round_e2m1(y, drawn, STOCHASTIC), mask=inside)
+        drawn = _draw(columnwise_seeds, first, rows, TILE) if STOCHASTIC else 0
+        tl.store(columnwise_elements + at, _round_e2m1(y, drawn, STOCHASTIC), mask=inside)
 
 
 def mxfp8(
@@ -255,19 +256,19 @@ def mxfp8(
     data, rows, columns = _rows_of(x)
     codes = torch.empty(rows, columns, dtype=torch.uint8, device=x.device)
     scales = codes.new_empty(rows, -(-columns // MX_BLOCK))
-    turned = torch.empty_like(codes) if both else codes
-    turned_scales = codes.new_empty(-(-rows // MX_BLOCK), columns) if both else codes
+    columnwise = torch.empty_like(codes) if both else codes
+    columnwise_scales = codes.new_empty(-(-rows // MX_BLOCK), columns) if both else codes
     if rows:
         _mxfp8[_grid(rows, columns, MX_TILE)](
-            data, codes, scales, turned, turned_scales, data.stride(0), rows, columns,
+            data, codes, scales, columnwise, columnwise_scales, data.stride(0), rows, columns,
             MX_RECIPROCAL, both, INTERPRETED, MX_TILE, MX_BLOCK, num_warps=MX_WARPS,
         )  # fmt: skip
     found = codes.view(E4M3.dtype), scales
-    return found, (turned.view(E4M3.dtype), turned_scales) if both else None
+    return found, (columnwise.view(E4M3.dtype), columnwise_scales) if both else None
 
 
 def band_magnitudes(
-    x: Float[Tensor, "M K"], *, turned: bool, transformed: bool
+    x: Float[Tensor, "M K"], *, columnwise: bool, transformed: bool
 ) -> tuple[Float[Tensor, "bands 1"], Float[Tensor, "bands 1"]]:
     """Return the largest magnitude of each 16 rows, as they are and transformed."""
     data, rows, columns = _rows_of(x)
@@ -276,7 +277,7 @@ def band_magnitudes(
     if rows:
         _bands[_grid(rows, columns, NV_TILE)](
             data, _matrix(x.device), parts[0], parts[1], data.stride(0), rows, columns,
-            turned, transformed, INTERPRETED, NV_TILE, NV_BLOCK, num_warps=NV_WARPS,
+            columnwise, transformed, INTERPRETED, NV_TILE, NV_BLOCK, num_warps=NV_WARPS,
         )  # fmt: skip
     largest = parts.amax(2, keepdim=True).view(torch.float32)
     return largest[0], largest[1]
@@ -285,7 +286,7 @@ def band_magnitudes(
 def nvfp4(
     x: Float[Tensor, "M K"],
     row: tuple[Float[Tensor, "bands 1"], Float[Tensor, "bands 1"]],
-    turned: tuple[Float[Tensor, "bands 1"], Float[Tensor, "bands 1"]] | None,
+    columnwise: tuple[Float[Tensor, "bands 1"], Float[Tensor, "bands 1"]] | None,
     *,
     square: bool,
     transformed: bool,
@@ -294,8 +295,8 @@ def nvfp4(
 ) -> list[tuple[Float[Tensor, "M K"], UInt8[Tensor, "m k"]]]:
     """Return elements and scale bytes along the columns, or in squares, and along the rows.
 
-    `row` and `turned` are for each 16 rows the encode scale of their tensor over 6, and its decode
-    scale. `seeds` are those of the rows' random bits, `first` is the first column's number.
+    `row` and `columnwise` are for each 16 rows the encode scale of their tensor over 6, and its
+    decode scale. `seeds` are those of the rows' random bits, `first` is the first column's number.
     """
     data, rows, columns = _rows_of(x)
     elements = torch.empty(rows, columns, device=x.device)
@@ -303,16 +304,16 @@ def nvfp4(
     shape = (high if square else rows, -(-columns // NV_BLOCK))
     scales = torch.empty(shape, dtype=torch.uint8, device=x.device)
     found = [(elements, scales)]
-    if turned is not None:
+    if columnwise is not None:
         found.append((torch.empty_like(elements), scales.new_empty(high, columns)))
-    own, across = row, turned or row
-    row_seeds, turned_seeds = seeds or (scales, scales)
+    own, across = row, columnwise or row
+    row_seeds, columnwise_seeds = seeds or (scales, scales)
     if rows:
         _nvfp4[_grid(rows, columns, NV_TILE)](
-            data, _matrix(x.device), own[0], own[1], across[0], across[1], row_seeds, turned_seeds,
-            *found[0], *found[-1], data.stride(0), rows, columns, first,
-            square, turned is not None, transformed, seeds is not None, INTERPRETED, NV_TILE,
-            NV_BLOCK, num_warps=NV_WARPS,
+            data, _matrix(x.device), own[0], own[1], across[0], across[1],
+            row_seeds, columnwise_seeds, *found[0], *found[-1], data.stride(0), rows, columns,
+            first, square, columnwise is not None, transformed, seeds is not None, INTERPRETED,
+            NV_TILE, NV_BLOCK, num_warps=NV_WARPS,
         )  # fmt: skip
     return found
 

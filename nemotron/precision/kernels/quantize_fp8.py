@@ -62,7 +62,7 @@ class Sides(NamedTuple):
     """An operand along its last dimension and along its first, as far as they were asked for."""
 
     row: Codes | None
-    turned: Codes | None
+    columnwise: Codes | None
 
 
 @triton.jit
@@ -220,12 +220,12 @@ def _largest(parts, out, bounds, tiles, blocks, stride,
 
 @triton.jit
 def _quantize(
-    x, given, row_codes, row_scales, turned_codes, turned_scales, parts, bounds,
-    stride, group_stride, each, columns, rows_out, columns_out, turned_stride, scale_stride,
+    x, given, row_codes, row_scales, columnwise_codes, columnwise_scales, parts, bounds,
+    stride, group_stride, each, columns, rows_out, columns_out, columnwise_stride, scale_stride,
     GROUPS: tl.constexpr, SIZE: tl.constexpr, PLANNED: tl.constexpr, NARROW: tl.constexpr,
     EXACT: tl.constexpr, TILE: tl.constexpr, WIDTH: tl.constexpr, IS_E4M3: tl.constexpr,
-    SCALING: tl.constexpr, HAS_ROW: tl.constexpr, HAS_TURNED: tl.constexpr, MEASURES: tl.constexpr,
-    PARTS: tl.constexpr,
+    SCALING: tl.constexpr, HAS_ROW: tl.constexpr, HAS_COLUMNWISE: tl.constexpr,
+    MEASURES: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     LARGEST: tl.constexpr = 448.0 if IS_E4M3 else 57344.0
     block, tile = tl.program_id(0), tl.program_id(1)
@@ -243,13 +243,13 @@ def _quantize(
     column = column_first + beside
     # rows of experts stay where they are; a matrix is filled up
     if PLANNED:
-        row, row_end, turned_first, turned_end = first, end, tile * TILE, (tile + 1) * TILE
-        turned_base = column_first.to(tl.int64) * turned_stride + turned_first
+        row, row_end, columnwise_first, columnwise_end = first, end, tile * TILE, (tile + 1) * TILE
+        columnwise_base = column_first.to(tl.int64) * columnwise_stride + columnwise_first
     else:
-        turned_first, turned_end = place * TILE, rows_out
-        row, row_end = group * rows_out + turned_first, (group + 1) * rows_out
-        turned_base = (group.to(tl.int64) * columns_out + column_first) * turned_stride
-        turned_base += turned_first
+        columnwise_first, columnwise_end = place * TILE, rows_out
+        row, row_end = group * rows_out + columnwise_first, (group + 1) * rows_out
+        columnwise_base = (group.to(tl.int64) * columns_out + column_first) * columnwise_stride
+        columnwise_base += columnwise_first
     bits = data.to(tl.int32, bitcast=True) & 0x7FFFFFFF
     if MEASURES:
         largest = tl.max(tl.max(bits, 1), 0)
@@ -266,7 +266,7 @@ def _quantize(
         if (place == 0) & (block == 0):
             tl.store(row_scales + group, tl.div_rn(1.0, scale))
         codes = to_fp8(data * scale, IS_E4M3, EXACT)
-        turned = codes
+        columnwise = codes
     elif SCALING == 3:
         scale = _encode_scale(tl.max(tl.max(bits, 1), 0), LARGEST, True)
         decode = tl.div_rn(1.0, scale)
@@ -280,23 +280,23 @@ def _quantize(
             kept = (beyond == 0) | ((block == blocks - 1) & (block + beyond < wide))
             at = (group * high + place) * wide + block + beyond
             tl.store(row_scales + at, stored, mask=kept)
-        if HAS_TURNED:
+        if HAS_COLUMNWISE:
             kept = (beyond == 0) | ((place == high - 1) & (place + beyond < deep))
             at = (group * blocks + block) * deep + place + beyond
-            tl.store(turned_scales + at, stored, mask=kept)
+            tl.store(columnwise_scales + at, stored, mask=kept)
         codes = to_fp8(data * scale, IS_E4M3, EXACT)
-        turned = codes
+        columnwise = codes
     else:
         if HAS_ROW:
             scale = _encode_scale(tl.max(bits, 1), LARGEST, True)
             tl.store(row_scales + block.to(tl.int64) * scale_stride + row + lane,
                      tl.div_rn(1.0, scale), mask=row + lane < row_end)  # fmt: skip
             codes = to_fp8(data * scale[:, None], IS_E4M3, EXACT)
-        if HAS_TURNED:
+        if HAS_COLUMNWISE:
             across = _encode_scale(tl.max(bits, 0), LARGEST, True)
-            tl.store(turned_scales + tile.to(tl.int64) * columns_out + column,
+            tl.store(columnwise_scales + tile.to(tl.int64) * columns_out + column,
                      tl.div_rn(1.0, across), mask=column < columns_out)  # fmt: skip
-            turned = to_fp8(data * across[None, :], IS_E4M3, EXACT)
+            columnwise = to_fp8(data * across[None, :], IS_E4M3, EXACT)
 
     if HAS_ROW:
         start = row.to(tl.int64) * columns_out + column_first
@@ -304,11 +304,11 @@ def _quantize(
         mask = (row + lane < row_end)[:, None] & (column < columns_out)[None, :]
         codes = codes.to(row_codes.dtype.element_ty, bitcast=True)
         tl.store(row_codes + start + at, codes, mask=mask)
-    if HAS_TURNED:
-        at = beside[:, None] * turned_stride + lane[None, :]
-        mask = (column < columns_out)[:, None] & (turned_first + lane < turned_end)[None, :]
-        turned = tl.trans(turned).to(turned_codes.dtype.element_ty, bitcast=True)
-        tl.store(turned_codes + turned_base + at, turned, mask=mask)
+    if HAS_COLUMNWISE:
+        at = beside[:, None] * columnwise_stride + lane[None, :]
+        mask = (column < columns_out)[:, None] & (columnwise_first + lane < columnwise_end)[None, :]
+        columnwise = tl.trans(columnwise).to(columnwise_codes.dtype.element_ty, bitcast=True)
+        tl.store(columnwise_codes + columnwise_base + at, columnwise, mask=mask)
 
 
 _plan_on, _measure_on, _largest_on, _quantize_on = map(
@@ -360,7 +360,7 @@ class Layout(NamedTuple):
     """Rows of each tensor's codes."""
     columns_out: int
     """Columns of each tensor's codes."""
-    turned_rows: int
+    columnwise_rows: int
     """Rows of each tensor's codes, transposed, whose columns these are there."""
     lead: tuple[int, ...]
     """Dimensions of the codes before the last two."""
@@ -379,13 +379,13 @@ def layout(shape: tuple[int, ...], experts: int | None, multiple: int) -> Layout
     each, columns = shape[-2:]
     groups = experts or (shape[0] if len(shape) == 3 else 1)
     tiles, rows_out = -(-each // TILE) * groups, _round_up(each, multiple)
-    turned_rows = rows_out
+    columnwise_rows = rows_out
     if experts is not None:
         tiles, rows_out = most_tiles(each, experts), each
-        turned_rows = tiles * TILE
+        columnwise_rows = tiles * TILE
     return Layout(
         groups, power_of_2(groups + 2), each, columns, tiles, rows_out,
-        _round_up(columns, multiple), turned_rows, tuple(shape[:-2]),
+        _round_up(columns, multiple), columnwise_rows, tuple(shape[:-2]),
     )  # fmt: skip
 
 
@@ -410,7 +410,7 @@ def quantize(
     plan: Plan | None = None,
     multiple: int = TILE,
     row: bool = True,
-    turned: bool = True,
+    columnwise: bool = True,
     newest: Float[Tensor, " G"] | None = None,
     narrow: bool = False,
 ) -> Sides:
@@ -432,21 +432,21 @@ def quantize(
     # a block of scales is as wide as a tile
     width = launch.get("width", TILE)
     blocks = at.blocks(width)
-    row_codes = turned_codes = None
+    row_codes = columnwise_codes = None
     if row:
         row_codes = torch.empty((*lead, high, wide), dtype=format.dtype, device=device)
-    if turned:
-        turned_codes = torch.empty((*lead, wide, long), dtype=format.dtype, device=device)
-    row_scales = turned_scales = None
+    if columnwise:
+        columnwise_codes = torch.empty((*lead, wide, long), dtype=format.dtype, device=device)
+    row_scales = columnwise_scales = None
     if not in_blocks:
-        row_scales = turned_scales = torch.empty(groups, device=device)
+        row_scales = columnwise_scales = torch.empty(groups, device=device)
     elif scaling == BY_SQUARES:
         deep = -(-high // TILE)
         row_scales = torch.empty(groups, deep, _round_up(blocks, 4), device=device)
-        turned_scales = torch.empty(groups, blocks, _round_up(deep, 4), device=device)
+        columnwise_scales = torch.empty(groups, blocks, _round_up(deep, 4), device=device)
     else:
         row_scales = torch.empty(blocks, high, device=device) if row else None
-        turned_scales = torch.empty(tiles, wide, device=device) if turned else None
+        columnwise_scales = torch.empty(tiles, wide, device=device) if columnwise else None
     parts = None
     if newest is not None:
         parts = torch.empty(tiles * blocks, dtype=torch.int32, device=device)
@@ -454,11 +454,11 @@ def quantize(
     _quantize_on(
         (blocks, tiles, 1),
         (data, _or(given, data), _or(row_codes, data), _or(row_scales, data),
-         _or(turned_codes, data), _or(turned_scales, data), _or(parts, data),
+         _or(columnwise_codes, data), _or(columnwise_scales, data), _or(parts, data),
          data if plan is None else plan.bounds),
         (stride, group_stride, each, columns, high, wide, long, high),
         (groups, size, plan is not None, narrow, INTERPRETED, TILE, width, format is E4M3, scaling,
-         row, turned, parts is not None, PARTS),
+         row, columnwise, parts is not None, PARTS),
         num_warps=launch["warps"],
     )  # fmt: skip
     if newest is not None:
@@ -466,7 +466,7 @@ def quantize(
         _reduce(parts, newest, plan, at, blocks, is_late=True)
     return Sides(
         None if row_codes is None else Codes(row_codes, _held(row_scales)),
-        None if turned_codes is None else Codes(turned_codes, _held(turned_scales)),
+        None if columnwise_codes is None else Codes(columnwise_codes, _held(columnwise_scales)),
     )
 
 

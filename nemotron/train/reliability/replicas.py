@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemotron.model.hybrid import HybridLM
+from nemotron.model.build import build_on_meta
 from nemotron.parallel.apply import LocalModel, local_of
 from nemotron.parallel.runtime import Ranks
 from nemotron.parallel.stages import shared_parameters
@@ -121,8 +121,7 @@ def _find(local: LocalModel, optimizer: Optimizer) -> list[Replicas]:
         sets.append(Replicas(mesh.group("dp_replicate"), of(sorted(local.parameters()))))
     if mesh.ends is not None and (shared := shared_parameters(local.config)):
         sets.append(Replicas(mesh.ends, of(list(shared))))
-    with torch.device("meta"):
-        names = [name for name, _ in HybridLM(local.config).named_buffers()]
+    names = [name for name, _ in build_on_meta(local.config).named_buffers()]
     if names:  # those of layers on other stages of a pipeline are not here
         sets.append(Replicas(None, {name: local.buffers().get(name) for name in names}))
     return sets

@@ -8,12 +8,9 @@ import pytest
 from nemotron.errors import UserError
 from nemotron.posttrain.environments.base import BadRow, Row, build_row
 from nemotron.posttrain.environments.code_exec import CodeExec
-from nemotron.posttrain.sandbox.bwrap import find_isolation
 from nemotron.posttrain.sandbox.run import Outcome, Run, Sandbox
+from tests.support.namespaces import isolated
 from tests.support.verdicts import assert_enough, assert_good_rows, judge, rows_elsewhere, rows_here
-
-REASON = find_isolation()
-isolated = pytest.mark.skipif(isinstance(REASON, str), reason=f"no sandbox: {REASON}")
 
 ADD = {"inputs": ["1\n2", "-5\n5"], "outputs": ["3", "0"], "fn_name": "add"}
 SUM = {"inputs": ["1 2\n", "3 4 5\n"], "outputs": ["3", "12\n"]}

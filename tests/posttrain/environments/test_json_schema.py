@@ -148,6 +148,13 @@ def test_the_tables_are_long_enough():
     assert_enough(RIGHT, WRONG, HACKS)
 
 
+def test_older_rows_of_gym_load():
+    older = {"responses_create_params": {"input": "?"}, "schema": json.dumps(SCHEMA)}
+    older |= {"schema_type": "json", "schema_fields_count": "5"}
+    assert judge(JsonSchema(), older, TEXT) == 1
+    assert judge(JsonSchema(), older, without("age")) == 0
+
+
 def test_rows_are_good():
     assert_good_rows(JsonSchema())
     assert rows_elsewhere(["json_schema"]) == rows_here(["json_schema"])

@@ -62,6 +62,7 @@ RIGHT: list[Case] = [
     ([CANCEL, SHIP], "", calls(SHIP, CANCEL)),
     ([SEND, CREATE], "", calls(CREATE, SEND)),
     ([SEND, SEND], "", calls(SEND, SEND)),
+    ([SEND, changed(SEND, body="1")], "", calls(changed(SEND, body="1"), SEND)),
     ([SEND], "", calls(changed(SEND, subject=" Bill "))),
     ([SEND], "", calls(changed(SEND, body="99.50"))),
     ([], "99", calls(FIND, MORE, text="They cost \\boxed{99}.")),

@@ -15,10 +15,9 @@ from nemotron.posttrain.sandbox import bwrap, seccomp
 from nemotron.posttrain.sandbox.bwrap import find_isolation
 from nemotron.posttrain.sandbox.config import SandboxConfig
 from nemotron.posttrain.sandbox.run import Outcome, Run, Sandbox, SandboxFailed
+from tests.support.namespaces import isolated
 
-REASON = find_isolation()
-isolated = pytest.mark.skipif(isinstance(REASON, str), reason=f"no sandbox: {REASON}")
-FAST = SandboxConfig(time_s=2, total_s=4)
+FAST = SandboxConfig(time_s=1.5, total_s=3)
 
 
 def attack(code: str, config: SandboxConfig = FAST) -> Outcome:
@@ -189,7 +188,7 @@ def test_a_program_that_kills_its_parent_harms_only_itself(victim: str):
 def test_a_stopped_launcher_is_ended_from_outside():
     started = time.monotonic()
     code = "import os, signal, time\nos.kill(os.getppid(), signal.SIGSTOP)\ntime.sleep(60)"
-    assert Sandbox(SandboxConfig(time_s=1, total_s=1)).run(code, [Run()]) == [None]
+    assert Sandbox(SandboxConfig(time_s=0.5, total_s=0.5)).run(code, [Run()]) == [None]
     assert time.monotonic() - started < 8
 
 

@@ -9,7 +9,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.precision import groups
 from nemotron.precision.apply import Quantization
 from nemotron.precision.config import PrecisionConfig
-from nemotron.precision.groups import slabs
+from nemotron.precision.groups import expert_chunks
 from nemotron.precision.linear import quantized_grouped_linear
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import NVFP4Scheme
@@ -18,13 +18,15 @@ from nemotron.recipe.load import load_recipe
 ROOT = Path(__file__).parents[2]
 
 
-def test_slabs_are_all_experts_and_their_rows_in_order(monkeypatch):
+def test_chunks_are_all_experts_and_their_rows_in_order(monkeypatch):
     monkeypatch.setitem(groups.AT_ONCE, "cpu", 250)
-    cut = slabs((3, 0, 4, 1, 2), torch.empty(5, 10, 10))
-    assert [slab.sizes for slab in cut] == [(3, 0), (4, 1), (2,)]
-    assert [slab.experts for slab in cut] == [slice(0, 2), slice(2, 4), slice(4, 5)]
-    assert [slab.rows for slab in cut] == [slice(0, 3), slice(3, 8), slice(8, 10)]
-    assert len(slabs((3, 0, 4), torch.empty(3, 10, 100))) == 3, "one at least, however large"
+    cut = expert_chunks((3, 0, 4, 1, 2), torch.empty(5, 10, 10))
+    assert [chunk.sizes for chunk in cut] == [(3, 0), (4, 1), (2,)]
+    assert [chunk.experts for chunk in cut] == [slice(0, 2), slice(2, 4), slice(4, 5)]
+    assert [chunk.rows for chunk in cut] == [slice(0, 3), slice(3, 8), slice(8, 10)]
+    assert len(expert_chunks((3, 0, 4), torch.empty(3, 10, 100))) == 3, (
+        "one at least, however large"
+    )
 
 
 def two_steps(preset: str) -> tuple[list[torch.Tensor], dict[str, float]]:

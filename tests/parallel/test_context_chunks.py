@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nemotron.parallel.context.layout import (
+from nemotron.parallel.context.chunks import (
     chunks_of,
     holder,
     in_rank_order,

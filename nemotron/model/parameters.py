@@ -109,13 +109,29 @@ def head_split(model: ModelConfig) -> Split:
     return Split(cut=model.vocab_size * model.hidden_size, whole=model.hidden_size)
 
 
-def total_and_active(model: ModelConfig) -> tuple[int, int]:
-    """Return all parameters and those that one token meets, both without multi-token prediction."""
+@dataclass(frozen=True)
+class ParameterCount:
+    """Parameters of a model; the multi-token-prediction block is counted apart."""
+
+    total: int
+    active: int
+    """Those that one token meets: of the routed experts only the chosen ones."""
+    mtp: int
+
+    @property
+    def line(self) -> str:
+        """The counts in words."""
+        mtp = f" + {self.mtp:,} for multi-token prediction" if self.mtp else ""
+        return f"{self.total:,} parameters, {self.active:,} active{mtp}"
+
+
+def count_parameters(model: ModelConfig) -> ParameterCount:
+    """Count the parameters of a model."""
     kinds = by_kind(model)
-    total = sum(kinds.values()) - kinds.get("mtp", 0)
-    experts = kinds.get("experts", 0)
+    mtp, experts = kinds.get("mtp", 0), kinds.get("experts", 0)
+    total = sum(kinds.values()) - mtp
     used = experts // model.n_routed_experts * model.num_experts_per_tok
-    return total, total - experts + used
+    return ParameterCount(total, total - experts + used, mtp)
 
 
 def kind_name(letter: str) -> str:

@@ -1,0 +1,50 @@
+"""Files of a folder that may come from anybody: regular ones, inside it, of bounded size."""
+
+from pathlib import Path
+
+from nemotron.errors import UserError
+
+LARGEST_SMALL_FILE = 1 << 28
+"""Bytes of a file that is read whole: configuration, index, tokenizer and its companions."""
+
+
+def inside(path: Path) -> Path:
+    """Return the path of a file after checking that it lies in its folder and is a regular one.
+
+    A link may lead only into the hub cache that the folder belongs to.
+
+    Raises:
+        UserError: when it leads elsewhere, or is a folder, a device or a pipe.
+    """
+    home = path.parent.resolve()
+    allowed = [home]
+    if home.parent.name == "snapshots":
+        allowed.append(home.parent.parent / "blobs")
+    try:
+        real = path.resolve(strict=True)
+    except FileNotFoundError:
+        if not path.is_symlink():
+            raise
+        real = path.resolve()
+    except (OSError, RuntimeError):
+        raise UserError(f"{path} is a link that leads nowhere; copy the file there.") from None
+    if real.parent not in allowed:
+        raise UserError(f"{path} is a link that leads out of the folder; copy the file there.")
+    if not real.is_file():
+        raise UserError(f"{path} is not a regular file; put the file itself there.")
+    return path
+
+
+def read_inside(path: Path) -> bytes:
+    """Return the content of a small file, checked as `inside` does.
+
+    Raises:
+        FileNotFoundError: when there is none.
+        UserError: when it is not a regular file of the folder, or too large to be what it says.
+    """
+    size = inside(path).stat().st_size
+    if size > LARGEST_SMALL_FILE:
+        raise UserError(
+            f"{path} has {size} bytes; a file of this kind has at most {LARGEST_SMALL_FILE}."
+        )
+    return path.read_bytes()
