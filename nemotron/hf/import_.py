@@ -4,7 +4,7 @@ from pathlib import Path
 
 from nemotron.checkpoint.read import MODEL_PREFIX
 from nemotron.checkpoint.state import SavedState
-from nemotron.checkpoint.write import CheckpointNotSaved, save
+from nemotron.checkpoint.write import CheckpointNotSaved, Content, save
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import hash_file, write_bytes
@@ -13,6 +13,7 @@ from nemotron.hf.tokenizer_files import TOKENIZER, check_tokenizer, read_kept_fi
 from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.run.files import RunFiles
 from nemotron.run.provenance import record_import
+from nemotron.terminal import print_text
 
 COMMAND = "import"
 STEP = 0
@@ -40,11 +41,11 @@ def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> 
             notes = write_run(origin, loaded, RunFiles(partial))
             publish(partial, target, COMMAND)
     except CheckpointNotSaved as problem:
-        print(f"failed: {problem}")
+        print_text(f"failed: {problem}")
         return FAILED
     for note in (*loaded.notes, *notes):
-        print(f"note: {note}")
-    print(f"imported {len(loaded.weights):,} tensors to {target}")
+        print_text(f"note: {note}")
+    print_text(f"imported {len(loaded.weights):,} tensors to {target}")
     return DONE
 
 
@@ -64,5 +65,6 @@ def write_run(folder: Path, loaded: LoadedFolder, run: RunFiles) -> list[str]:
     facts = {"from": folder.name, "xxh128": files, "notes": list(loaded.notes)}
     origin = record_import(run.provenance, facts)
     tensors = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in loaded.weights.items()}
-    save(run.checkpoints, STEP, tensors, SavedState(imported=origin), loaded.config, keep=1)
+    state = SavedState(imported=origin)
+    save(run.checkpoints, Content(STEP, tensors, state, loaded.config), keep=1)
     return notes
