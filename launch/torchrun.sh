@@ -78,7 +78,7 @@ fi
 
 checked=$("${nemotron[@]}" recipe check "$recipe" "${overrides[@]}") || exit $?
 run=$(run_folder "$checked")
-read -r -a torchrun <<<"${TORCHRUN:-python -m torch.distributed.run}"
+read -r -a torchrun <<<"${TORCHRUN:-python -P -m torch.distributed.run}"
 
 stopping="" leaving=0 resender=""
 

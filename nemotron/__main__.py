@@ -1,6 +1,12 @@
 """The start of the program: what must be right before anything is imported."""
 
+# ruff: noqa: E402 (the search for modules must be right before the first of them is sought)
+
 import os
+
+from nemotron.children import leave_current_folder
+
+leave_current_folder()
 
 from nemotron.exit_codes import INTERRUPTED
 from nemotron.run.signals import interrupt_safely

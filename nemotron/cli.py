@@ -15,7 +15,7 @@ from typer.core import TyperCommand
 from nemotron import __version__
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, MEANINGS, STOPPED, WRONG_INPUT
-from nemotron.terminal import fault_of, mute, say
+from nemotron.terminal import fault_of, mute, print_text, say
 
 if TYPE_CHECKING:
     from nemotron.data.loader import TrainingData
@@ -153,9 +153,9 @@ def recipe_show(
         from nemotron.train.start import describe_precision
 
         for line in describe_precision(loaded.config):
-            print(line)
+            print_text(line)
         return DONE
-    print(show(loaded))
+    print_text(show(loaded))
     return DONE
 
 
@@ -165,7 +165,7 @@ def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> int:
     from nemotron.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
-    print(f"{recipe}: valid; it creates the run {loaded.config.output}/{loaded.config.name}")
+    print_text(f"{recipe}: valid; it creates the run {loaded.config.output}/{loaded.config.name}")
     return DONE
 
 
@@ -179,7 +179,7 @@ def recipe_diff(first: RecipeFile, second: RecipeFile) -> int:
     from nemotron.recipe.show import diff
 
     for key, a, b in diff(load_recipe(first), load_recipe(second)):
-        print(f"{key}: {a} -> {b}")
+        print_text(f"{key}: {a} -> {b}")
     return DONE
 
 
@@ -208,7 +208,7 @@ def recipe_copy(
 
     files = load_recipe(path_of(name)).files
     for path in copy(files, out, Path("launch") if launch else None):
-        print(path)
+        print_text(str(path))
     return DONE
 
 
@@ -486,24 +486,23 @@ def generate(
 ) -> int:
     """Continue one or more prompts."""
     from nemotron.generate.command import generate as run
+    from nemotron.generate.sampling import Sampling
     from nemotron.loading import load_with_tokenizer
     from nemotron.loading import recipe_ops as read_ops
 
+    sampling = Sampling(
+        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repeat_penalty
+    )
     ops = read_ops(model) if recipe_ops else None
     loaded, tokenizer = load_with_tokenizer(model, ops=ops)
     return run(
         loaded,
         tokenizer,
         prompt,
+        sampling,
         max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        min_p=min_p,
-        repetition_penalty=repeat_penalty,
         stop=stop or (),
         reasoning_budget=think_budget,
-        seed=seed,
         stream=stream,
         device=device,
     )

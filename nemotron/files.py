@@ -62,6 +62,21 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def parse_json(content: bytes | str) -> Any:  # Any: whatever JSON can hold
+    """Return the value of JSON that others wrote.
+
+    Raises:
+        ValueError: when it is none, is nested too deep, or holds halves of letters, which no file
+            or screen takes.
+    """
+    try:
+        value = json.loads(content)
+        json.dumps(value, ensure_ascii=False).encode()
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    return value
+
+
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold `path` as a lock, waiting for whoever holds it; the end of a process frees its locks."""

@@ -6,13 +6,13 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
+from nemotron.checkpoint.manifest import MODEL
 from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.hf.folder import is_exported, read_folder
-from nemotron.hf.import_ import check_tokenizer
-from nemotron.hf.tokenizer_files import TOKENIZER
-from nemotron.model.build import build_around
+from nemotron.hf.tokenizer_files import TOKENIZER, check_tokenizer
+from nemotron.model.build import build_around, shapes
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import apply as apply_ops
@@ -101,4 +101,23 @@ def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if is_exported(path):
         loaded = read_folder(path)
         return loaded.config, loaded.weights
-    return read_model(path)
+    config, weights = read_model(path)
+    check_weights(config, weights, path)
+    return config, weights
+
+
+def check_weights(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> None:
+    """Check that weights are those of the configuration that lies beside them.
+
+    Raises:
+        UserError: with the first tensor that is absent, too many or of another shape.
+    """
+    own = shapes(config)
+    for name in own | weights:
+        wanted = list(own[name]) if name in own else "absent"
+        found = list(weights[name].shape) if name in weights else "absent"
+        if wanted != found:
+            raise UserError(
+                f"{path} is damaged: {name} is {found}, but {MODEL} wants {wanted}; use another "
+                "checkpoint."
+            )

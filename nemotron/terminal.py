@@ -25,6 +25,11 @@ def one_line(text: str) -> str:
     return printable(text).replace("\n", r"\n").replace("\t", r"\t")
 
 
+def print_text(text: str, stream: TextIO | None = None) -> None:
+    """Print printable text and a line end, by default to the output."""
+    print(printable(text), file=stream)
+
+
 def open_streams() -> None:
     """Give the descriptors 0 to 2 a file where the shell closed them, and let any text be written.
 

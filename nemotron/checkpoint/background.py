@@ -11,7 +11,7 @@ from torch import Tensor
 from nemotron.checkpoint.draft import Draft
 from nemotron.checkpoint.manifest import Files
 from nemotron.checkpoint.state import SavedState
-from nemotron.checkpoint.write import Saved, begin, commit, write_tensors
+from nemotron.checkpoint.write import Content, Saved, begin, commit, write_tensors
 from nemotron.model.config import ModelConfig
 from nemotron.parallel.runtime import Ranks
 from nemotron.parallel.shards import ShardedTensor
@@ -45,25 +45,17 @@ class BackgroundSaver:
         """Step of the checkpoint that is on its way."""
         return None if self._underway is None else self._underway.draft.step
 
-    def start(
-        self,
-        folder: Path,
-        step: int,
-        tensors: dict[str, Tensor],
-        state: SavedState,
-        model_config: ModelConfig,
-        keep: int,
-    ) -> None:
+    def start(self, folder: Path, content: Content, keep: int) -> None:
         """Copy the tensors and begin to write them; none other may be on its way.
 
         Raises:
             CheckpointNotSaved: when there is no room for it.
         """
         assert self._underway is None, f"step {self.step} is still being written"
-        draft = begin(folder, step, tensors, self._ranks)
-        copies = self._memory.copy(tensors)
+        draft = begin(folder, content.step, content.tensors, self._ranks)
+        copies = self._memory.copy(content.tensors)
         written = self._threads.submit(write_tensors, draft, copies, self._ranks.rank)
-        self._underway = _Underway(draft, written, state, model_config, keep)
+        self._underway = _Underway(draft, written, content.state, content.model_config, keep)
 
     def finish(self, *, wait: bool) -> Saved | None:
         """Make it a checkpoint if every rank has written its part; `wait` until then.
@@ -77,8 +69,8 @@ class BackgroundSaver:
         if now is None or not (wait or all(self._ranks.gather(now.written.done()))):
             return None
         self._underway = None
-        content = now.state, now.model_config, now.keep
-        return commit(now.draft, now.written.result, *content, self._ranks)
+        write = now.written.result
+        return commit(now.draft, write, now.state, now.model_config, now.keep, self._ranks)
 
 
 class HostMemory:

@@ -37,6 +37,7 @@ from nemotron.checkpoint.tensor_file import write_tensor_file
 from nemotron.checkpoint.write import rename, write_records
 from nemotron.errors import UserError
 from nemotron.section import Section
+from nemotron.terminal import print_text
 
 TORCH_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in NAMES}
 
@@ -98,16 +99,18 @@ def convert(path: Path, out: Path | None) -> int:
         try:
             target = _convert(folder, out or folder.parent)
         except DamagedCheckpoint as damage:
-            print(f"{folder} is damaged: {damage}; it is left as it is")
+            print_text(f"{folder} is damaged: {damage}; it is left as it is")
             code = 1
         except OSError as error:
             raise UserError(
                 f"{folder} cannot be converted: {error.strerror or error}; it is left as it is."
             ) from error
         else:
-            print(f"converted {folder} to {target}")
+            print_text(f"converted {folder} to {target}")
             if out is None:
-                print(f"the old one is {_aside(folder)}; remove it when the new one serves you")
+                print_text(
+                    f"the old one is {_aside(folder)}; remove it when the new one serves you"
+                )
     return code
 
 

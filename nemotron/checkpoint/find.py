@@ -19,11 +19,25 @@ SAVING = ".nemotron-saving-"
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """A checkpoint that cannot be used; as text, one line for the log."""
+
+    step: int
+    damage: str | None
+    """Absent: its save was interrupted."""
+
+    def __str__(self) -> str:
+        if self.damage is None:
+            return f"{folder_name(self.step)} is incomplete (the save was interrupted); skipped"
+        return f"{folder_name(self.step)} is damaged ({self.damage}); skipped"
+
+
+@dataclass(frozen=True)
 class Search:
-    """The newest complete checkpoint of a folder, and one line for each newer one that is not."""
+    """The newest complete checkpoint of a folder, and the newer ones that are not."""
 
     info: CheckpointInfo | None
-    skipped: tuple[str, ...]
+    skipped: tuple[Skipped, ...]
 
 
 def steps(folder: Path) -> list[int]:
@@ -44,11 +58,7 @@ def newest(folder: Path, ranks: Ranks | None = None) -> Search:
     """
     ranks = ranks or Ranks()
     candidates, unfinished = ranks.first(lambda: (steps(folder), _unfinished(folder)))
-    skipped = [
-        f"{folder_name(step)} is incomplete (the save was interrupted); skipped"
-        for step in unfinished
-        if not candidates or step > candidates[0]
-    ]
+    skipped = [Skipped(step, None) for step in unfinished if not candidates or step > candidates[0]]
     share = slice(ranks.rank, None, ranks.world)
     for step in candidates:
         path = folder / folder_name(step)
@@ -57,7 +67,7 @@ def newest(folder: Path, ranks: Ranks | None = None) -> Search:
         except OldCheckpoint as old:
             raise UserError(f"{old}.") from None
         except DamagedCheckpoint as damage:
-            skipped.append(f"{folder_name(step)} is damaged ({damage}); skipped")
+            skipped.append(Skipped(step, str(damage)))
         else:
             return Search(info, tuple(skipped))
     return Search(None, tuple(skipped))
@@ -81,7 +91,7 @@ def locate(path: Path) -> Search:
         raise UserError(f"{path.absolute()} does not exist; give a run or a checkpoint.")
     found = newest(folder)
     if found.info is None:
-        reasons = "".join(f"; {line}" for line in found.skipped)
+        reasons = "".join(f"; {skipped}" for skipped in found.skipped)
         raise UserError(f"{path} contains no complete checkpoint{reasons}.")
     return found
 

@@ -180,8 +180,8 @@ def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         UserError: when there is no whole checkpoint.
     """
     found = locate(path)
-    for line in found.skipped:
-        log.warning("%s", line)
+    for skipped in found.skipped:
+        log.warning("%s", skipped)
     info = found.info
     assert info is not None
     saved = SavedTensors(info)

@@ -3,9 +3,33 @@
 from dataclasses import dataclass
 from typing import Annotated, ClassVar
 
-from pydantic import ConfigDict, Field, JsonValue, NonNegativeInt
+from pydantic import ConfigDict, JsonValue, NonNegativeInt, PlainSerializer, PlainValidator
 
 from nemotron.section import Section
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """Steps that are never computed, after a rollback; in JSON a list of the three numbers."""
+
+    first: int
+    """Index of the first one."""
+    last: int
+    """Index of the last one."""
+    origin: int
+    """The steps done by the weights to which the run was rolled back."""
+
+    def __contains__(self, step: int) -> bool:
+        return self.first <= step <= self.last
+
+
+def _passed_over(value: object) -> PassedOver:
+    if isinstance(value, PassedOver):
+        return value
+    numbers = value if isinstance(value, list) else []
+    if len(numbers) != 3 or not all(type(n) is int and n >= 0 for n in numbers):
+        raise ValueError("must be a list of three whole numbers from 0")
+    return PassedOver(*numbers)
 
 
 @dataclass
@@ -30,9 +54,14 @@ class Counters:
     """Of the same steps."""
     bad_steps: list[NonNegativeInt]
     """Indices of recent steps that were skipped as spikes or for not being finite."""
-    passed_over: list[Annotated[list[NonNegativeInt], Field(min_length=3, max_length=3)]]
-    """Steps that are never computed, after a rollback: first and last index, and the steps done by
-    the weights to which the run was rolled back."""
+    passed_over: list[
+        Annotated[
+            PassedOver,
+            PlainValidator(_passed_over),
+            PlainSerializer(lambda steps: [steps.first, steps.last, steps.origin]),
+        ]
+    ]
+    """In the order of the rollbacks."""
 
 
 class SavedState(Section):

@@ -36,6 +36,16 @@ class CheckpointNotSaved(Exception):
 
 
 @dataclass(frozen=True)
+class Content:
+    """What a checkpoint of a step contains."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: SavedState
+    model_config: ModelConfig
+
+
+@dataclass(frozen=True)
 class Saved:
     """A checkpoint that was committed; `notes` say which older folders could not be removed."""
 
@@ -43,18 +53,10 @@ class Saved:
     notes: tuple[str, ...]
 
 
-def save(
-    folder: Path,
-    step: int,
-    tensors: dict[str, Tensor],
-    state: SavedState,
-    model_config: ModelConfig,
-    keep: int,
-    ranks: Ranks | None = None,
-) -> Saved:
+def save(folder: Path, content: Content, keep: int, ranks: Ranks | None = None) -> Saved:
     """Write `folder/step-XXXXXXXX` so that it is there completely or not at all.
 
-    Each rank writes a safetensors file with what it holds of `tensors`; `state` and the model's
+    Each rank writes a safetensors file with what it holds of the tensors; state and the model's
     configuration become JSON. Afterwards only the newest `keep` whole checkpoints remain.
 
     Raises:
@@ -62,9 +64,9 @@ def save(
             needed and free, or when the step already has a whole checkpoint.
     """
     ranks = ranks or Ranks()
-    draft = begin(folder, step, tensors, ranks)
-    write = lambda: write_tensors(draft, tensors, ranks.rank)  # noqa: E731
-    return commit(draft, write, state, model_config, keep, ranks)
+    draft = begin(folder, content.step, content.tensors, ranks)
+    write = lambda: write_tensors(draft, content.tensors, ranks.rank)  # noqa: E731
+    return commit(draft, write, content.state, content.model_config, keep, ranks)
 
 
 def begin(folder: Path, step: int, tensors: dict[str, Tensor], ranks: Ranks) -> Draft:

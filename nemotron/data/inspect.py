@@ -21,6 +21,7 @@ from nemotron.data.plan import wide_console
 from nemotron.data.timeline import single_phase
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
+from nemotron.terminal import printable
 
 SOURCES_SHOWN = 50
 SOURCES_DRAWN = 20
@@ -160,7 +161,8 @@ def show_row(data: TrainingData, step: int, row: int) -> Text:
     ids, documents = batch.input_ids[0].tolist(), batch.seq_idx[0].tolist()
     learned = [True, *(batch.labels[0] != NO_LABEL).tolist()]
     text = Text(
-        f"\nstep {step} row {row}: {sample.source}, pass {sample.epoch}, sample {sample.sample}, "
+        f"\nstep {step} row {row}: {printable(sample.source)}, "
+        f"pass {sample.epoch}, sample {sample.sample}, "
         f"{documents[-1] + 1} documents, {sum(learned[1:])} of {len(ids)} tokens supervised\n",
         style="bold",
     )
@@ -169,7 +171,7 @@ def show_row(data: TrainingData, step: int, row: int) -> Text:
         same = at < len(ids) and (documents[at], learned[at]) == (documents[start], learned[start])
         if same:
             continue
-        part = _shortened(data.tokenizer.decode(ids[start:at]))
+        part = printable(_shortened(data.tokenizer.decode(ids[start:at])))
         text.append(part, style="" if learned[start] else "bright_black")
         if at < len(ids) and documents[at] != documents[start]:
             text.append(f"\n──── document {documents[at]}\n", style="cyan")

@@ -7,6 +7,7 @@ from itertools import pairwise
 from rich.console import Console
 from rich.table import Table
 
+from nemotron.console import PrintableConsole
 from nemotron.data.loader import TrainingData
 from nemotron.exit_codes import DONE, FAILED
 
@@ -17,7 +18,7 @@ FILE_WIDTH = 200
 def wide_console() -> Console:
     """Return a console whose tables are not squeezed when the output goes to a file."""
     width = None if sys.stdout.isatty() else FILE_WIDTH
-    return Console(highlight=False, width=width, soft_wrap=False)
+    return PrintableConsole(highlight=False, markup=False, width=width, soft_wrap=False)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Text to token ids and back."""
 
 import bisect
+import functools
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -15,29 +16,30 @@ from nemotron.data.corpus import EMBEDDED
 from nemotron.errors import UserError
 from nemotron.files import write_bytes
 
+MOST_TOKENS = 1 << 24
+"""Limit of a vocabulary, of which each id takes memory; a hundred times what is published."""
 WORDS_LEFT = 3
 """Words at the end of a text that more text may change: the last one, and spaces before it."""
 
 
 class Tokenizer:
-    """A `tokenizer.json` and what the trainer must know of it."""
+    """A `tokenizer.json` and what the trainer must know of it; threads may share one."""
 
     def __init__(self, content: bytes) -> None:
         """Read the content of a `tokenizer.json`; raises `ValueError` when it is none."""
         self.content = content
         self.hash = xxhash.xxh128_hexdigest(content)
-        try:
-            self._tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(str(error)) from error
-        # Lengths and padding of a published file must not cut or fill documents.
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
-        layout = json.loads(self._tokenizer.to_str())
+        self._plain = _read(content, specials=False)
+        vocabulary = self._plain.get_vocab(with_added_tokens=True)
+        layout = json.loads(self._plain.to_str())
         self.is_piecewise = _is_piecewise(layout)
-        vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
         self.vocab_size = max(vocabulary.values()) + 1
         self.token_bytes = _count_bytes(vocabulary, layout)
+
+    @functools.cached_property
+    def _with_specials(self) -> tokenizers.Tokenizer:
+        """The tokenizer that reads names of special tokens; made when it is first used."""
+        return _read(self.content, specials=True)
 
     def encode(self, text: str, *, specials: bool = False) -> list[int]:
         """Return the ids of `text`; names like `</s>` in it are plain text unless `specials`."""
@@ -45,8 +47,8 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
         """Encode many texts at once, on all cores."""
-        self._tokenizer.encode_special_tokens = not specials
-        encodings = self._tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        tokenizer = self._with_specials if specials else self._plain
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_start(self, text: str) -> tuple[list[int], int]:
@@ -57,8 +59,7 @@ class Tokenizer:
         """
         if not self.is_piecewise:
             return [], 0
-        self._tokenizer.encode_special_tokens = True
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        encoding = self._plain.encode(text, add_special_tokens=False)
         words = [-1 if word is None else word for word in encoding.word_ids]
         end = bisect.bisect_left(words, words[-1] - WORDS_LEFT + 1) if words else 0
         ids = encoding.ids[:end]
@@ -67,7 +68,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_specials: bool = False) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become replacement characters."""
-        return self._tokenizer.decode(list(ids), skip_special_tokens=skip_specials)
+        return self._plain.decode(list(ids), skip_special_tokens=skip_specials)
 
     def id(self, token: str) -> int:
         """Return the id of a token.
@@ -75,7 +76,7 @@ class Tokenizer:
         Raises:
             UserError: when the vocabulary has no such token.
         """
-        found = self._tokenizer.token_to_id(token)
+        found = self._plain.token_to_id(token)
         if found is None:
             raise UserError(f"the tokenizer has no token {token!r}; name one that it has.")
         return found
@@ -83,6 +84,24 @@ class Tokenizer:
     def save(self, path: Path) -> None:
         """Write the `tokenizer.json`, byte for byte as it was read."""
         write_bytes(path, self.content)
+
+
+def _read(content: bytes, *, specials: bool) -> tokenizers.Tokenizer:
+    """Return a tokenizer that keeps its settings: to change them per call is unsafe in threads."""
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(content.decode())
+        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # a panic of the library, which is in Rust, is no Exception
+        raise ValueError(str(error)) from error
+    if not 0 <= largest < MOST_TOKENS:
+        raise ValueError(f"its largest id is {largest}, it must be from 0 to {MOST_TOKENS - 1}")
+    # Lengths and padding of a published file must not cut or fill documents.
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    tokenizer.encode_special_tokens = not specials
+    return tokenizer
 
 
 def _is_piecewise(layout: dict[str, Any]) -> bool:  # Any: nested JSON

@@ -5,10 +5,10 @@ import os
 import platform
 
 import torch
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from nemotron.console import PrintableConsole
 from nemotron.device import GIB, find_device, host_memory
 from nemotron.exit_codes import DONE
 from nemotron.ops.apply import ALL
@@ -38,7 +38,7 @@ ONLY_CUDA = {"triton", "mamba-ssm", "causal-conv1d", "flash-attn", "transformer-
 
 def doctor() -> int:
     """Print device, versions and every operation's and format's backends; returns the exit code."""
-    console = Console(soft_wrap=True)
+    console = PrintableConsole(soft_wrap=True)
     device = find_device("auto")
     for name, value in machine(device).items():
         console.print(f"{name:10s} {value}", highlight=False)

@@ -13,9 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from rich.box import SIMPLE
-from rich.console import Console
 from rich.table import Table
 
+from nemotron.console import PrintableConsole
 from nemotron.device import synchronize
 from nemotron.doctor.report import RankReport, differences, remarks, report, resolve, spell
 from nemotron.errors import UserError
@@ -255,7 +255,7 @@ def _time_sums(device: torch.device, group: dist.ProcessGroup | None = None) -> 
 def _print_report(
     reports: Sequence[RankReport], times: Sequence[str], found: Sequence[str]
 ) -> None:
-    console = Console(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
+    console = PrintableConsole(width=None if sys.stdout.isatty() else LOG_WIDTH, highlight=False)
     console.print(_table(reports))
     first = reports[0]
     lines = [f"{name:18s} {value}" for name, value in first.versions.items()]

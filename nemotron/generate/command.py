@@ -7,44 +7,39 @@ from dataclasses import replace
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device
 from nemotron.errors import UserError
+from nemotron.exit_codes import DONE
 from nemotron.generate.budget import ReasoningBudget
 from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.engine import SLOTS, Engine
 from nemotron.generate.request import requests_of
 from nemotron.generate.sampling import Sampling
 from nemotron.model.hybrid import HybridLM
+from nemotron.terminal import printable
 
 
 def generate(
     model: HybridLM,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
+    sampling: Sampling,
     *,
-    max_new_tokens: int = 128,
-    temperature: float = 0.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    min_p: float | None = None,
-    repetition_penalty: float = 1.0,
+    max_new_tokens: int,
     stop: Sequence[str] = (),
     reasoning_budget: int | None = None,
-    seed: int | None = None,
-    stream: bool = True,
-    device: str = "auto",
+    stream: bool,
+    device: str,
 ) -> int:
     """Print each prompt with its continuation, and tokens per second to the error stream.
 
     One prompt is printed while it grows if `stream` is on; several are printed when all are
     done. With `reasoning_budget`, `</think>` is put after so many tokens unless the model wrote it.
-    Returns the exit code. The model is moved to `device` and its weights are converted for
+    A terminal gets control characters as escapes, a file or pipe as they are. Returns the exit
+    code. The model is moved to `device` and its weights are converted for
     decoding, so it cannot be trained afterwards.
 
     Raises:
         UserError: when a prompt is empty or a setting is impossible.
     """
-    sampling = Sampling(
-        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repetition_penalty
-    )
     for prompt in prompts:
         if not _is_text(prompt):
             raise UserError(f"prompt = {prompt!r} is not UTF-8 text; give it in that encoding.")
@@ -59,16 +54,17 @@ def generate(
     ends, slots = {model.config.eos_token_id}, min(len(requests), SLOTS)
     engine = Engine(model, ends, tokenizer=tokenizer, slots=slots)
     live, answers = stream and len(requests) == 1, dict.fromkeys(range(len(requests)), "")
+    shown = printable if sys.stdout.isatty() else str
     if live:
-        print(prompts[0], end="", flush=True)
+        print(shown(prompts[0]), end="", flush=True)
     for event in engine.run(requests):
         answers[event.request] = event.answer.text
         if live:
-            print(event.text, end="", flush=True)
+            print(shown(event.text), end="", flush=True)
     whole = [prompt + answer for prompt, answer in zip(prompts, answers.values(), strict=True)]
-    print("" if live else "\n\n".join(whole))
+    print("" if live else shown("\n\n".join(whole)))
     print(engine.timing, file=sys.stderr)
-    return 0
+    return DONE
 
 
 def _is_text(prompt: str) -> bool:

@@ -198,12 +198,14 @@ class _Reader:
     def pattern(self, string_key: str, list_key: str) -> str | None:
         """Return the layer letters from whichever form is there; both must agree."""
         string, kinds = self.values.get(string_key), self.values.get(list_key)
+        if not isinstance(string, str | None):
+            raise self.refuse(string_key, "it must be a text of layer letters")
         if kinds is None:
             return string
         if not isinstance(kinds, list):
             raise self.refuse(list_key, "it must be a list of layer kinds")
         for kind in kinds:
-            if kind not in LETTERS:
+            if not isinstance(kind, str) or kind not in LETTERS:
                 raise UserError(
                     f"{self.where}: {list_key} holds {kind!r}; known are {', '.join(LETTERS)}."
                 )
@@ -242,10 +244,10 @@ class _Reader:
     def epsilon(self) -> float:
         """Return the epsilon of the norms, which has two names."""
         names = ("layer_norm_epsilon", "norm_eps")
-        found = {self.values[name] for name in names if self.values.get(name) is not None}
-        if len(found) > 1:
+        found = [self.values[name] for name in names if self.values.get(name) is not None]
+        if len(found) > 1 and found[0] != found[1]:
             raise self.refuse("norm_eps", f"layer_norm_epsilon = {self.values[names[0]]!r} differs")
-        return found.pop() if found else 1e-5
+        return found[0] if found else 1e-5
 
     def time_step_limit(self) -> tuple[float, float]:
         """Return the clamp on the time step; absent, infinite and huge mean none."""

@@ -1,10 +1,9 @@
 """Writing a checkpoint as a folder in the layout of the released Nemotron 3 checkpoints."""
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
+from nemotron.children import module_command
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import write_json, write_text
@@ -18,6 +17,7 @@ from nemotron.hf.source import CheckpointSource, open_checkpoint
 from nemotron.hf.tokenizer_files import write_tokenizer_files
 from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.run.files import RunFiles
+from nemotron.terminal import print_text
 
 COMMAND = "export"
 MAX_SHARD_BYTES = 5_000_000_000
@@ -42,8 +42,8 @@ def export(
         UserError: when there is no checkpoint or the target may not be written; nothing is.
     """
     source = open_checkpoint(Path(run))
-    for line in source.skipped:
-        print(line)
+    for skipped in source.skipped:
+        print_text(str(skipped))
     if source.run is None:
         raise UserError(
             f"{run} is not inside a run, so its tokenizer is unknown; give a run's folder."
@@ -54,15 +54,15 @@ def export(
         tensors, size = write_folder(
             source, source.run, partial, formats=formats, max_shard_bytes=max_shard_bytes
         )
-        print(f"wrote {tensors:,} tensors, {size:,} bytes, of {source.info.folder}")
+        print_text(f"wrote {tensors:,} tensors, {size:,} bytes, of {source.info.folder}")
         failed = check and not run_selfcheck(partial, source)
         if failed:
             target = failed_beside(target)
         publish(partial, target, COMMAND)
     if failed:
-        print(f"failed: the check did not pass; the files are in {target} for inspection")
+        print_text(f"failed: the check did not pass; the files are in {target} for inspection")
         return FAILED
-    print(f"exported to {target}")
+    print_text(f"exported to {target}")
     return DONE
 
 
@@ -102,10 +102,6 @@ def write_folder(
 
 def run_selfcheck(folder: Path, source: CheckpointSource) -> bool:
     """Check the folder against its checkpoint in a fresh process, which prints what it found."""
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    command = [sys.executable, "-m", "nemotron.hf.selfcheck", str(folder)]
-    finished = subprocess.run(
-        [*command, str(source.info.folder)], env=os.environ | {"PYTHONPATH": path}, check=False
-    )
+    command = [*module_command("nemotron.hf.selfcheck"), str(folder), str(source.info.folder)]
+    finished = subprocess.run(command, check=False)
     return finished.returncode == 0

@@ -4,16 +4,16 @@ from pathlib import Path
 
 from nemotron.checkpoint.read import MODEL_PREFIX
 from nemotron.checkpoint.state import SavedState
-from nemotron.checkpoint.write import CheckpointNotSaved, save
-from nemotron.data.tokenizer import Tokenizer
+from nemotron.checkpoint.write import CheckpointNotSaved, Content, save
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import hash_file, write_bytes
 from nemotron.hf.folder import CONFIG, LoadedFolder, is_exported, read_folder
-from nemotron.hf.tokenizer_files import TOKENIZER, read_kept_files, read_tokenizer
+from nemotron.hf.tokenizer_files import TOKENIZER, check_tokenizer, read_kept_files
 from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.run.files import RunFiles
 from nemotron.run.provenance import record_import
+from nemotron.terminal import print_text
 
 COMMAND = "import"
 STEP = 0
@@ -41,31 +41,12 @@ def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> 
             notes = write_run(origin, loaded, RunFiles(partial))
             publish(partial, target, COMMAND)
     except CheckpointNotSaved as problem:
-        print(f"failed: {problem}")
+        print_text(f"failed: {problem}")
         return FAILED
     for note in (*loaded.notes, *notes):
-        print(f"note: {note}")
-    print(f"imported {len(loaded.weights):,} tensors to {target}")
+        print_text(f"note: {note}")
+    print_text(f"imported {len(loaded.weights):,} tensors to {target}")
     return DONE
-
-
-def check_tokenizer(path: Path, vocab_size: int) -> bytes:
-    """Return the content of a `tokenizer.json` after a look into it.
-
-    Raises:
-        UserError: when it is absent, no tokenizer, or has more tokens than the model.
-    """
-    content = read_tokenizer(path)
-    try:
-        tokenizer = Tokenizer(content)
-    except ValueError as error:
-        raise UserError(f"{path} is not a tokenizer.json: {error}.") from None
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(
-            f"{path} has {tokenizer.vocab_size} tokens, vocab_size in {CONFIG} is "
-            f"{vocab_size}; this is not the tokenizer of the model."
-        )
-    return content
 
 
 def write_run(folder: Path, loaded: LoadedFolder, run: RunFiles) -> list[str]:
@@ -84,5 +65,6 @@ def write_run(folder: Path, loaded: LoadedFolder, run: RunFiles) -> list[str]:
     facts = {"from": folder.name, "xxh128": files, "notes": list(loaded.notes)}
     origin = record_import(run.provenance, facts)
     tensors = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in loaded.weights.items()}
-    save(run.checkpoints, STEP, tensors, SavedState(imported=origin), loaded.config, keep=1)
+    state = SavedState(imported=origin)
+    save(run.checkpoints, Content(STEP, tensors, state, loaded.config), keep=1)
     return notes

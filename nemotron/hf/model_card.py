@@ -1,11 +1,11 @@
 """README.md of an exported model: what it is, and its origin according to the run."""
 
 import hashlib
-import json
+import html
+import re
 from collections import Counter
 from collections.abc import Sequence
 from math import prod
-from typing import Any
 
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import read_state
@@ -15,6 +15,8 @@ from nemotron.hf.source import CheckpointSource
 from nemotron.model.build import build_on_meta
 from nemotron.model.config import LAYER_KINDS, ModelConfig
 from nemotron.run.files import RunFiles
+from nemotron.run.provenance import Provenance, read_provenance
+from nemotron.terminal import one_line
 
 HEADER = """---
 library_name: transformers
@@ -45,7 +47,7 @@ or, with the package that wrote it: `model = nemotron.load(FOLDER)`, then
 def model_card(source: CheckpointSource, parameters: Sequence[DiskParameter]) -> str:
     """Return the text of the model card; `parameters` are those of the folder."""
     sections = [
-        f"# {source.run.path.name if source.run else source.info.folder.name}\n",
+        f"# {_plain(source.run.path.name if source.run else source.info.folder.name)}\n",
         "A language model with the NemotronH architecture, written by `nemotron-train`.\n",
         _table("Architecture", [*_architecture(source.config), _formats(parameters)]),
         _table("Training", _training(source.info, source.run)),
@@ -90,34 +92,35 @@ def _training(info: CheckpointInfo, run: RunFiles | None) -> list[tuple[str, obj
     if recipe.is_file():
         rows.append(("recipe (sha256)", f"`{hashlib.sha256(recipe.read_bytes()).hexdigest()}`"))
     if provenance.is_file():
-        rows += _provenance(json.loads(provenance.read_text()))
+        rows += _provenance(read_provenance(provenance))
     return rows
 
 
 def _data(data: Fingerprint) -> list[tuple[str, object]]:
     rows: list[tuple[str, object]] = [
-        (f"data: {name}", f"{source.tokens:,} tokens, hash `{source.content}`")
+        (f"data: {_plain(name)}", f"{source.tokens:,} tokens, hash {_code(source.content)}")
         for name, source in data.sources.items()
     ]
     for phase in data.phases:
         for length in phase.lengths:
             whole = sum(length.sources.values())
             shares = (f"{name} {share / whole:.1%}" for name, share in length.sources.items())
-            rows.append((f"blend of phase {phase.name}", ", ".join(shares)))
+            rows.append((f"blend of phase {_plain(phase.name)}", _plain(", ".join(shares))))
     named = {"seed": data.seed, "data.tokenizer": data.tokenizer, "data.seq_len": data.seq_len}
-    return [*rows, *named.items()]
+    return [*rows, *((key, _plain(value)) for key, value in named.items())]
 
 
-def _provenance(facts: dict[str, Any]) -> list[tuple[str, object]]:  # Any: JSON
-    rows: list[tuple[str, object]] = [("run", facts["id"])]
-    if "imported" in facts:
-        rows.append(("imported from", facts["imported"]["from"]))
-    if facts["starts"]:
-        last = facts["starts"][-1]
-        rows.append(("last start", last["time"]))
-        rows += [
-            (name, value) for part in ("code", "versions") for name, value in last[part].items()
-        ]
+def _provenance(known: Provenance) -> list[tuple[str, object]]:
+    """Return what is there of the entries; which facts a run noted depends on its version."""
+    rows: list[tuple[str, object]] = [("run", _plain(known.id))]
+    if known.imported is not None:
+        rows.append(("imported from", _plain(known.imported.get("from"))))
+    if known.starts:
+        last = known.starts[-1]
+        rows.append(("last start", _plain(last.get("time"))))
+        for part in (last.get("code"), last.get("versions")):
+            if isinstance(part, dict):
+                rows += [(_plain(name), _plain(value)) for name, value in part.items()]
     return rows
 
 
@@ -129,6 +132,16 @@ def _table(title: str, rows: list[tuple[str, object]]) -> str:
         *(f"| {key} | {_cell(value)} |" for key, value in rows),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _plain(value: object) -> str:
+    """Return a text of the run as one that is shown as it is: neither HTML nor Markdown."""
+    text = re.sub(r"([\\`*\[\]!])", r"\\\1", one_line(str(value)))
+    return html.escape(text, quote=False)
+
+
+def _code(value: object) -> str:
+    return f"`{one_line(str(value)).replace('`', chr(39))}`"
 
 
 def _cell(value: object) -> str:

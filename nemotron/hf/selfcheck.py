@@ -26,6 +26,7 @@ from nemotron.hf.source import CheckpointSource, open_checkpoint
 from nemotron.model.build import build_around, shapes
 from nemotron.model.config import MTP_DEPTHS, ModelConfig
 from nemotron.model.hybrid import HybridLM
+from nemotron.terminal import print_text
 
 TOLERANCE = 2e-5
 """Largest difference of logits, over the largest logit, between two float32 implementations."""
@@ -236,7 +237,7 @@ def main(folder: Path, checkpoint: Path, choices: Sequence[Formats] = CHOICES) -
     check = SelfCheck(folder, open_checkpoint(checkpoint), choices)
     results = check.run()
     for result in results:
-        print(f"  {result.check:22} {result.outcome:8} {result.detail}")
+        print_text(f"  {result.check:22} {result.outcome:8} {result.detail}")
     report = {
         "checkpoint": checkpoint.name,
         "checks": [asdict(result) for result in results],

@@ -1,6 +1,5 @@
 """Folders of safetensors files: written shard by shard, read once every header was checked."""
 
-import json
 import os
 import re
 import struct
@@ -13,7 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from nemotron.errors import UserError
-from nemotron.files import sync, write_json
+from nemotron.files import parse_json, sync, write_json
 from nemotron.hf.inside import inside, read_inside
 from nemotron.hf.names import DiskParameter
 
@@ -22,6 +21,9 @@ SINGLE = "model.safetensors"
 
 HEADER_LIMIT = 100_000_000
 """Longest header that the format allows, in bytes."""
+
+LONGEST_NAME = 255
+"""Bytes of a file's name that file systems take."""
 
 NOT_SAFETENSORS = {
     b"<": "is an HTML page; the download failed",
@@ -149,10 +151,10 @@ def read_json(path: Path) -> dict:
         UserError: when there is none.
     """
     try:
-        content = json.loads(read_inside(path))
+        content = parse_json(read_inside(path))
     except FileNotFoundError:
         raise UserError(f"{path} does not exist.") from None
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path} is not valid JSON: {error}.") from None
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a JSON object.")
@@ -165,12 +167,18 @@ def _inside(folder: Path, name: object) -> Path:
     Raises:
         UserError: when it is missing, or not a regular file of the folder.
     """
-    if not isinstance(name, str) or name != Path(name).name or name in ("", ".", ".."):
-        raise UserError(f"{folder / INDEX}: {name!r} is not a plain file name inside the folder.")
+    if not isinstance(name, str) or not _is_plain(name) or name in ("", ".", ".."):
+        raise UserError(
+            f"{folder / INDEX}: {str(name)[:80]!r} is not a plain file name inside the folder."
+        )
     try:
         return inside(folder / name)
     except FileNotFoundError:
         raise UserError(f"{folder / name} is missing; the index names it.") from None
+
+
+def _is_plain(name: str) -> bool:
+    return name == Path(name).name and "\0" not in name and len(name.encode()) <= LONGEST_NAME
 
 
 def _open(path: Path) -> safe_open:
@@ -199,7 +207,7 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
         file.seek(8)
         header = file.read(length)
     try:
-        entries = json.loads(header)
+        entries = parse_json(header)
         entries.pop("__metadata__", None)
         end = 8 + length + max((entry["data_offsets"][1] for entry in entries.values()), default=0)
         tensors = {

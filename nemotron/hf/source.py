@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemotron.checkpoint.find import locate
+from nemotron.checkpoint.find import Skipped, locate
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import (
     EMBEDDING,
@@ -23,11 +23,11 @@ from nemotron.run.files import RunFiles
 
 @dataclass(frozen=True)
 class CheckpointSource:
-    """A verified checkpoint; `skipped` says which newer ones are damaged."""
+    """A verified checkpoint; `skipped` are newer ones that cannot be used."""
 
     info: CheckpointInfo
     config: ModelConfig
-    skipped: tuple[str, ...] = ()
+    skipped: tuple[Skipped, ...] = ()
 
     @property
     def run(self) -> RunFiles | None:

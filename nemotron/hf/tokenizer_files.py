@@ -6,8 +6,9 @@ from typing import Any
 
 import tokenizers
 
+from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.files import write_bytes, write_json
+from nemotron.files import parse_json, write_bytes, write_json
 from nemotron.hf.inside import read_inside
 from nemotron.model.config import ModelConfig
 from nemotron.run.files import RunFiles
@@ -24,16 +25,10 @@ def write_tokenizer_files(run: RunFiles, target: Path, config: ModelConfig) -> N
     """Write the tokenizer and its companions: those the run was imported with, else our own.
 
     Raises:
-        UserError: when the run has no tokenizer, or one with more tokens than the model.
+        UserError: when the run has no tokenizer that fits the model.
     """
-    content = read_tokenizer(run.tokenizer)
+    content = check_tokenizer(run.tokenizer, config.vocab_size)
     tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-    largest = max(tokenizer.get_vocab(with_added_tokens=True).values())
-    if largest >= config.vocab_size:
-        raise UserError(
-            f"{run.tokenizer} has token id {largest}, vocab_size is {config.vocab_size}; "
-            f"this is not the tokenizer of the model."
-        )
     write_bytes(target / TOKENIZER, content)
     for name, values in _own_files(tokenizer, config).items():
         write_json(target / name, values)
@@ -41,6 +36,25 @@ def write_tokenizer_files(run: RunFiles, target: Path, config: ModelConfig) -> N
         kept = run.companions / name
         if kept.exists() or kept.is_symlink():
             write_bytes(target / name, read_inside(kept))
+
+
+def check_tokenizer(path: Path, vocab_size: int) -> bytes:
+    """Return the content of a `tokenizer.json` after a look into it.
+
+    Raises:
+        UserError: when it is absent, no tokenizer, or has more tokens than the model.
+    """
+    content = read_tokenizer(path)
+    try:
+        tokenizer = Tokenizer(content)
+    except ValueError as error:
+        raise UserError(f"{path} is not a tokenizer.json: {error}.") from None
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            f"{path} has {tokenizer.vocab_size} tokens, vocab_size is {vocab_size}; "
+            "this is not the tokenizer of the model."
+        )
+    return content
 
 
 def read_tokenizer(path: Path) -> bytes:
@@ -70,8 +84,8 @@ def read_kept_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
             continue
         if path.suffix == ".json":
             try:
-                values = json.loads(content)
-            except (ValueError, RecursionError) as error:
+                values = parse_json(content)
+            except ValueError as error:
                 raise UserError(f"{path} is not valid JSON: {error}.") from None
             if isinstance(values, dict) and values.pop("auto_map", None) is not None:
                 notes.append(

@@ -14,11 +14,26 @@ AWARE_OF_DOCUMENTS = {"ssd", "causal_conv1d", "attention"}
 
 @dataclass(frozen=True)
 class Choice:
-    """The backend of one operation, and the reason against each that would come before it."""
+    """The backend of one operation, and those that would come before it."""
 
     operation: str
     backend: str
-    passed_over: dict[str, str]
+    passed_over: tuple["PassedOver", ...]
+
+    def facts(self) -> dict[str, object]:
+        """Return what the provenance of a run holds of it."""
+        reasons = {other.backend: other.reason for other in self.passed_over}
+        return {"operation": self.operation, "backend": self.backend, "passed_over": reasons}
+
+
+@dataclass(frozen=True)
+class PassedOver:
+    """A backend that is not used."""
+
+    backend: str
+    reason: str
+    runs_here: bool
+    """Whether it is for the device of the run at all."""
 
 
 def choose_backends(
@@ -33,12 +48,13 @@ def choose_backends(
     for operation in bind(config).values():
         call = training_call(operation, device, dtype, documents)
         chosen = operation.choose(call)
-        passed_over = {}
+        passed_over: list[PassedOver] = []
         for backend in operation.backends:
             if backend is chosen:
                 break
-            passed_over[backend.name] = backend.unfit(call) or "the recipe names another one"
-        choices.append(Choice(operation.name, chosen.name, passed_over))
+            reason = backend.unfit(call) or "the recipe names another one"
+            passed_over.append(PassedOver(backend.name, reason, backend.runs_on(call.device)))
+        choices.append(Choice(operation.name, chosen.name, tuple(passed_over)))
     return choices
 
 
@@ -50,11 +66,13 @@ def training_call(
     return Call(device.type, dtype, frozenset(needs))
 
 
-def describe(choices: list[Choice], device: torch.device) -> list[str]:
+def describe(choices: list[Choice]) -> list[str]:
     """Return lines for the start of a run; backends for other devices go without saying."""
     lines = [", ".join(f"{choice.operation} {choice.backend}" for choice in choices)]
     for choice in choices:
-        for name, reason in choice.passed_over.items():
-            if f"not on {device.type}" not in reason:
-                lines.append(f"{choice.operation}: {name} is not used: {reason}")
+        lines += [
+            f"{choice.operation}: {other.backend} is not used: {other.reason}"
+            for other in choice.passed_over
+            if other.runs_here
+        ]
     return lines

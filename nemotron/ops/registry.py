@@ -53,9 +53,13 @@ class Backend:
                 return f"{module} cannot be imported ({reason})"
         return None
 
+    def runs_on(self, device: str) -> bool:
+        """Say whether the backend is for this type of device, installed or not."""
+        return device in self.devices
+
     def unfit(self, call: Call) -> str | None:
         """Say why this backend cannot take the call, or return None when it can."""
-        if call.device not in self.devices:
+        if not self.runs_on(call.device):
             return f"runs on {' or '.join(sorted(self.devices))}, not on {call.device}"
         if call.dtype not in self.dtypes:
             return f"does not take {str(call.dtype).removeprefix('torch.')}"

@@ -2,8 +2,7 @@
 
 import json
 
-from rich.console import Console
-
+from nemotron.console import PrintableConsole
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.plan.build import constants_for, layout_of, main_stretch, read_setting
@@ -57,7 +56,7 @@ def plan(
         kept=trace_blocks(config.model, width) if check_memory else None,
     )
     if as_text:
-        show(grids_of(report, constants), Console())
+        show(grids_of(report, constants), PrintableConsole())
     else:
         print(json.dumps(as_json(report), indent=2))
     return DONE if report.fits else FAILED

@@ -11,7 +11,6 @@ import os
 import queue
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from collections import Counter
@@ -19,6 +18,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from nemotron.children import module_command
 from nemotron.posttrain.environments.base import Response, Row, Verdict, environment_of
 from nemotron.posttrain.environments.wire import fault, read_verdict
 
@@ -125,7 +125,7 @@ class _Worker:
             self._said.seek(0)
             self._said.truncate()
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "nemotron.posttrain.verify_worker"],
+                module_command("nemotron.posttrain.verify_worker"),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._said,

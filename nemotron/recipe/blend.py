@@ -1,6 +1,5 @@
 """Blend files that a recipe names: read, and put where the recipe names them."""
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from nemotron.data.config import BlendConfig
 from nemotron.errors import UserError
+from nemotron.files import parse_json
 from nemotron.recipe.budget import Budget
 from nemotron.recipe.read import Document, Path_, read_yaml_values
 
@@ -117,8 +117,8 @@ def _insert(document: Document, values: Any, path: Path_, folder: Path, budget: 
 def _read_json(path: Path, budget: Budget) -> Any:  # Any: nested JSON
     text = budget.read(path)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise UserError(f"{path}: {error}; correct the JSON there.") from None
 
 

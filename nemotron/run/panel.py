@@ -101,9 +101,7 @@ class Progress:
                     _part(train, "rl/reward", "{:.3f}"),
                     _part(validation, "validation/reward", "validation {:.3f}"),
                     _part(train, "rl/answer_tokens", "{:.0f} tokens an answer"),
-                    _part(
-                        train, "rl/groups_without_signal", "{:.0%} of prompts without signal"
-                    ),
+                    _part(train, "rl/groups_without_signal", "{:.0%} of prompts without signal"),
                 ),
             )
         mtp = [_part(train, name, "{:.4f}") for name in train if name.startswith("loss/mtp_")]

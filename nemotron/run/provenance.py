@@ -44,7 +44,8 @@ def record_start(path: Path, step: int, facts: Facts) -> str:
     Raises:
         UserError: when the entries of earlier starts cannot be read.
     """
-    known = _read(path) if path.exists() else Provenance(id=secrets.token_hex(4), starts=[])
+    first = Provenance(id=secrets.token_hex(4), starts=[])
+    known = read_provenance(path) if path.exists() else first
     known.starts.append(redact({"time": _now(), "step": step} | facts))
     write_json(path, known.model_dump(exclude_none=True))
     return known.id
@@ -76,7 +77,12 @@ def collect(device: torch.device) -> Facts:
     }
 
 
-def _read(path: Path) -> Provenance:
+def read_provenance(path: Path) -> Provenance:
+    """Return the entries of a run's starts.
+
+    Raises:
+        UserError: when they cannot be read.
+    """
     try:
         return Provenance.model_validate_json(path.read_bytes())
     except ValidationError as error:

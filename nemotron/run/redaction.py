@@ -7,7 +7,10 @@ from typing import Any
 
 HIDDEN = "***"
 
-_WORDS = r"(?:token|key|secret|password|authorization)"
+_WORDS = (
+    r"(?:token|key|secret|pass|passphrase|pat|authorization|creds?|credentials?"
+    r"|[a-z]*(?:apikey|passw)[a-z]*)"
+)
 _SECRET_NAME = re.compile(rf"(?:^|[^a-z]){_WORDS}(?:$|[^a-z])", re.IGNORECASE)
 _USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")
 

@@ -15,6 +15,7 @@ from rich.live import Live
 from nemotron.run.metrics import Record
 from nemotron.run.panel import Progress
 from nemotron.run.redaction import redact_text
+from nemotron.terminal import printable
 
 
 class Screen:
@@ -30,8 +31,10 @@ class Screen:
         self._progress: Progress | None = None
         self._live: Live | None = None
         self._handler = _Forward(self.info)
-        logging.getLogger("nemotron").addHandler(self._handler)
-        logging.getLogger("nemotron").setLevel(logging.INFO)
+        logger = logging.getLogger("nemotron")
+        self._level_before = logger.level
+        logger.addHandler(self._handler)
+        logger.setLevel(logging.INFO)
 
     def open_log(self, path: Path) -> None:
         """Append everything said so far, and from now on, to a file."""
@@ -42,7 +45,7 @@ class Screen:
 
     def start(self, title: str, num_steps: int) -> None:
         """Begin to show steps: as a panel when the stream is a capable terminal."""
-        self._progress = Progress(title, num_steps)
+        self._progress = Progress(printable(title), num_steps)
         if self._stream is None:
             return
         console = Console(file=self._stream)
@@ -66,8 +69,8 @@ class Screen:
         self._refresh()
 
     def info(self, text: str) -> None:
-        """Print a line and append it to log.txt, without secrets."""
-        text = redact_text(text)
+        """Print a line and append it to log.txt, without secrets and what a terminal would obey."""
+        text = printable(redact_text(text))
         self._to_log(text)
         if self._live is not None and self._progress is not None:
             self._progress.info(text)
@@ -84,7 +87,10 @@ class Screen:
     def close(self) -> None:
         """Stop, and close the log."""
         self.stop()
-        logging.getLogger("nemotron").removeHandler(self._handler)
+        logger = logging.getLogger("nemotron")
+        if self._handler in logger.handlers:
+            logger.removeHandler(self._handler)
+            logger.setLevel(self._level_before)
         if self._log is not None:
             self._log.close()
             self._log = None
@@ -102,8 +108,8 @@ class Screen:
         if self._stream is not None:
             stream = self._stream
             encoding = stream.encoding or "utf-8"
-            printable = text.encode(encoding, errors="replace").decode(encoding)
-            self._guard(lambda: print(printable, file=stream, flush=True))
+            known = text.encode(encoding, errors="replace").decode(encoding)
+            self._guard(lambda: print(known, file=stream, flush=True))
 
     def _guard(self, write: Callable[[], Any]) -> None:  # Any: the result is not used
         """Write; when the reader is gone, never write there again."""

@@ -36,7 +36,7 @@ def announce(setup: Setup, folder: RunFolder, log: RunLog, recipe_path: str) -> 
     facts["matmul_peak_flops"] = trainer.peak_flops
     dtype, documents = DTYPES[config.precision.compute], config.data.reset_documents
     choices = choose_backends(config.ops, trainer.device, dtype, documents)
-    facts["backends"] = {choice.operation: asdict(choice) for choice in choices}
+    facts["backends"] = {choice.operation: choice.facts() for choice in choices}
     facts["ranks"] = ranks.world
     run_id = ""
     if ranks.is_first:
@@ -47,7 +47,7 @@ def announce(setup: Setup, folder: RunFolder, log: RunLog, recipe_path: str) -> 
     for fault in config.reliability.faults:
         log.info(f"warning    a fault is injected: {describe_fault(fault)}")
     log.info(f"model      {count.line}")
-    for line in describe_backends(choices, trainer.device):
+    for line in describe_backends(choices):
         log.info(f"operations {line}")
     if config.precision.quantizes:
         table = trainer.quantization.table

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from contextlib import ExitStack
 
+from nemotron.checkpoint.state import PassedOver
 from nemotron.checkpoint.write import CheckpointNotSaved
 from nemotron.exit_codes import DONE, FAILED, STOPPED
 from nemotron.run.folder import RunFolder
@@ -128,9 +129,9 @@ def due(step: int, every: int | None) -> bool:
     return every is not None and (step + 1) % every == 0
 
 
-def _pass_over(trainer: Trainer, step: int, passed: list[int], log: RunLog) -> None:
+def _pass_over(trainer: Trainer, step: int, passed: PassedOver, log: RunLog) -> None:
     """Count a step of a range before which the run was rolled back."""
-    first, last, origin = passed
+    first, last, origin = passed.first, passed.last, passed.origin
     trainer.state.pass_over(trainer.plan.timeline.tokens_per_step(step))
     if step == max(first, origin):
         text = f"passing over steps {first + 1} to {last + 1}, with the weights of step {origin}"

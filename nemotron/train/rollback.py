@@ -12,6 +12,7 @@ from nemotron.checkpoint.find import steps
 from nemotron.checkpoint.housekeeping import discard
 from nemotron.checkpoint.manifest import CheckpointInfo, folder_name, verify
 from nemotron.checkpoint.records import DamagedCheckpoint
+from nemotron.checkpoint.state import PassedOver
 from nemotron.train.state import Diverged
 from nemotron.train.trainer import Trainer
 
@@ -34,14 +35,14 @@ def roll_back(trainer: Trainer, checkpoints: Path, bad: Sequence[int]) -> Checkp
     if info is None:
         raise Diverged(f"{what}, and there is no whole checkpoint to roll back to")
     origin = _last_computed(info.step, ranges)
-    if sum(step == origin for _, _, step in ranges) >= ROLLBACKS:
+    if sum(steps.origin == origin for steps in ranges) >= ROLLBACKS:
         raise Diverged(f"{what}, and the run was rolled back to step {origin} {ROLLBACKS} times")
     try:
         trainer.ranks.first(lambda: _remove_after(checkpoints, info.step))
     except OSError as error:
         raise Diverged(f"{what}, and a later checkpoint cannot be removed: {error}") from error
     trainer.restore(info)
-    trainer.state.passed_over = [*ranges, [first, last, origin]]
+    trainer.state.passed_over = [*ranges, PassedOver(first, last, origin)]
     trainer.state.bad_steps = []
     return info
 
@@ -59,11 +60,11 @@ def newest_before(checkpoints: Path, step: int) -> CheckpointInfo | None:
     return found
 
 
-def _last_computed(step: int, ranges: Sequence[Sequence[int]]) -> int:
+def _last_computed(step: int, ranges: Sequence[PassedOver]) -> int:
     """Return the step whose weights a checkpoint has: that before what was passed over."""
-    for first, last, _ in reversed(ranges):
-        if first < step <= last + 1:
-            step = first
+    for passed in reversed(ranges):
+        if passed.first < step <= passed.last + 1:
+            step = passed.first
     return step
 
 

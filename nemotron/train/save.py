@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from nemotron.checkpoint.background import BackgroundSaver
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.manifest import folder_name
-from nemotron.checkpoint.write import CheckpointNotSaved, save
+from nemotron.checkpoint.write import CheckpointNotSaved, Content, save
 from nemotron.errors import UserError
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
@@ -32,10 +32,10 @@ class Saver:
             UserError: when there are checkpoints, but none of them is whole or fits.
         """
         found = newest(self._folder, self._trainer.ranks)
-        for line in found.skipped:
-            self._log.info(line)
+        for skipped in found.skipped:
+            self._log.info(str(skipped))
         if found.info is None:
-            if damaged := [line for line in found.skipped if "damaged" in line]:
+            if damaged := [one for one in found.skipped if one.damage is not None]:
                 raise UserError(
                     f"{self._folder} holds no complete checkpoint: {damaged[0]}; "
                     f"remove the damaged ones to start at step 0, or give the run another name."
@@ -61,21 +61,16 @@ class Saver:
         trainer.progress.enter(step - 1, "save")
         self._log.sync()
         start = time.perf_counter()
-        content = (
-            self._folder,
-            step,
-            trainer.tensors(),
-            trainer.saved_state(),
-            trainer.config.model,
-            trainer.config.checkpoint.keep,
-        )
+        state = trainer.saved_state()
+        content = Content(step, trainer.tensors(), state, trainer.config.model)
+        keep = trainer.config.checkpoint.keep
         if self._background is None:
-            saved = save(*content, trainer.ranks)
+            saved = save(self._folder, content, keep, trainer.ranks)
             self.saved_step = step
             self._warn(saved.notes)
             self._log.info(f"saved {folder_name(step)} in {time.perf_counter() - start:.1f} s")
             return
-        self._background.start(*content)
+        self._background.start(self._folder, content, keep)
         seconds = time.perf_counter() - start
         self._log.info(
             f"copied {folder_name(step)} in {seconds:.1f} s; it is written in the background"

@@ -27,6 +27,7 @@ from nemotron.run.log import RunLog
 from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
+from nemotron.terminal import print_text
 from nemotron.train.config import RunConfig
 from nemotron.train.layout import check_layout, describe_ranks, least_world
 from nemotron.train.loop import run
@@ -114,12 +115,12 @@ def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
         f"run        {folder.path} ({state})",
         f"model      {count_parameters(config.model).line}",
         f"training   {plan.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
-        *(f"operations {line}" for line in describe(choices, device)),
+        *(f"operations {line}" for line in describe(choices)),
         *(f"precision  {line}" for line in formats),
         *(describe_ranks(config, plan, dims) if dims.world > 1 else ()),
     ):
         if launch is None or launch.rank == 0:
-            print(line)
+            print_text(line)
     return DONE
 
 

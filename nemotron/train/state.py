@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from nemotron.checkpoint.read import MODEL_PREFIX
-from nemotron.checkpoint.state import Counters
+from nemotron.checkpoint.state import Counters, PassedOver
 from nemotron.parallel.apply import LocalModel, local_of
 from nemotron.precision.apply import Quantization
 from nemotron.train.optimizer import Optimizer
@@ -86,9 +86,9 @@ class TrainerState(Counters):
         self.bad_steps = [step for step in self.bad_steps if step >= self.step - window]
         return self.bad_steps
 
-    def range_over(self, step: int) -> list[int] | None:
+    def range_over(self, step: int) -> PassedOver | None:
         """Return the entry of `passed_over` in which a step lies."""
-        return next((r for r in self.passed_over if r[0] <= step <= r[1]), None)
+        return next((steps for steps in self.passed_over if step in steps), None)
 
 
 def snapshot(

@@ -1,8 +1,8 @@
 """The trainer: one optimizer step, and the objects that it happens to."""
 
+import copy
 import math
 from collections.abc import Iterator
-from dataclasses import asdict
 
 import torch
 from jaxtyping import Float
@@ -198,7 +198,9 @@ class Trainer:
 
     def saved_state(self) -> SavedState:
         """Return a copy of everything else that a resume needs."""
-        return SavedState(trainer=Counters(**asdict(self.state)), data=self.batches.state())
+        return SavedState(
+            trainer=Counters(**copy.deepcopy(vars(self.state))), data=self.batches.state()
+        )
 
     def restore(self, info: CheckpointInfo) -> None:
         """Put every tensor and counter of a checkpoint in place.
@@ -222,7 +224,7 @@ class Trainer:
         stored.load(tensors)
         self.local.drop_gathered()
         torch.set_rng_state(tensors[RNG])
-        self.state = TrainerState(**asdict(saved.trainer))
+        self.state = TrainerState(**copy.deepcopy(vars(saved.trainer)))
         self.quantization.begin(max(0, self.state.step - 1), 0)
 
     def check_replicas(self) -> None:

@@ -29,6 +29,7 @@ from triton.runtime.driver import driver
 from triton.runtime.interpreter import InterpretedFunction
 from triton.runtime.jit import JITFunction
 
+from nemotron.children import module_command
 from nemotron.ops import launch
 from nemotron.ops.tuning import base
 from nemotron.ops.tuning.tunable import Configuration
@@ -50,6 +51,8 @@ class Compiled:
     """What makes them differ from others: the kernel's hash and the grid."""
     fault: str = ""
     """Why it could not be compiled; empty when it could."""
+    is_absent: bool = False
+    """Whether the problem does not launch it at these sizes, with any configuration."""
 
     def unfit(self) -> str:
         """Say why this candidate is not worth a launch; empty when it is."""
@@ -130,7 +133,7 @@ def compile_one(target: Target, configuration: Configuration, architecture: str)
     ):
         target.problem.draw(target.sizes, Draw(torch.device("meta"), 0))()
     if not asked or not found:
-        return Compiled(fault="is not launched at these sizes")
+        return Compiled(fault="is not launched at these sizes", is_absent=True)
     registers, stack, shared = (max(numbers) for numbers in zip(*found, strict=True))
     return Compiled(registers, stack, shared, tuple(names))
 
@@ -206,7 +209,7 @@ class Pool:
         environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
         environment.pop("TRITON_INTERPRET", None)
         return subprocess.Popen(
-            [sys.executable, "-m", "nemotron.tune.compiled", self.architecture],
+            [*module_command("nemotron.tune.compiled"), self.architecture],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -60,6 +60,16 @@ class Device(Protocol):
         """Return the least microseconds, and what binds."""
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a candidate: its time, or why it has none."""
+
+    us: float | None = None
+    fault: str = ""
+    is_repeated: bool = False
+    """Whether another candidate is the same launch."""
+
+
 @dataclass
 class State:
     """What a search knows of one target."""
@@ -68,8 +78,7 @@ class State:
     best: Configuration
     """In the base, or the default; later rounds begin at what was found."""
     known: Sequence[Configuration]
-    tried: dict[tuple[int, ...], str] = field(default_factory=dict)
-    """What came of each candidate, in words."""
+    tried: dict[tuple[int, ...], "Outcome"] = field(default_factory=dict)
     compiled: dict[tuple[int, ...], Compiled] = field(default_factory=dict)
     launches: set[tuple[str, ...]] = field(default_factory=set)
     is_absent: bool = False
@@ -172,13 +181,12 @@ class Search:
     def _is_worth_timing(self, state: State, configuration: Configuration, found: Compiled) -> bool:
         key = _key(state.target.tunable, configuration)
         state.compiled[key] = found
-        state.tried[key] = found.unfit()
-        if found.fault.startswith("is not launched"):
-            state.is_absent = True
+        state.tried[key] = Outcome(fault=found.unfit())
+        state.is_absent = state.is_absent or found.is_absent
         if found.unfit():
             return False
         if found.launches in state.launches and found.launches:
-            state.tried[key] = "is the same launch as another"
+            state.tried[key] = Outcome(fault="is the same launch as another", is_repeated=True)
             return False
         state.launches.add(found.launches)
         return True
@@ -213,16 +221,16 @@ class Search:
             try:
                 candidate = device.capture(configuration)
             except (RuntimeError, triton.OutOfResources) as problem:
-                state.tried[key] = f"cannot be launched ({_one_line(problem)})"
+                state.tried[key] = Outcome(fault=f"cannot be launched ({_one_line(problem)})")
                 if _is_fatal(problem):
                     raise
                 continue
             if candidate.error > TOLERANCE:
-                state.tried[key] = f"gives other results ({candidate.error:.1e})"
+                state.tried[key] = Outcome(fault=f"gives other results ({candidate.error:.1e})")
                 self._say(f"WRONG {tunable.name}: {text(configuration)}: {candidate.error:.1e}")
                 continue
             device.time([candidate], QUICK)
-            state.tried[key] = f"{candidate.us:.1f} us"
+            state.tried[key] = Outcome(us=candidate.us)
             count += 1
             # the launches of the others hold memory
             others = sorted([*others, candidate], key=lambda c: c.us)[:FINALISTS]
@@ -237,7 +245,7 @@ class Search:
         state.best = best.configuration
         state.known = [c.configuration for c in others]
         for finalist in finalists:
-            state.tried[_key(tunable, finalist.configuration)] = f"{finalist.us:.1f} us"
+            state.tried[_key(tunable, finalist.configuration)] = Outcome(us=finalist.us)
         floor, binds = device.floor(default)
         self._say(
             f"{tunable.name} {name_of(dtype)} {_places(axes)}: {text(best.configuration)}: "
@@ -287,15 +295,10 @@ class Search:
         """Write down what was tried for this launch in place of what was written before."""
         tunable = state.target.tunable
         names = list(tunable.space)
-        said = {
-            text(dict(zip(names, key, strict=True))): what
-            for key, what in state.tried.items()
-            if what
-        }
-        slow = [f"{c}: {what}" for c, what in said.items() if what.endswith(" us")]
-        slow.sort(key=lambda line: float(line.rsplit(" ", 2)[-2]))
-        failed = [f"{c} {what}" for c, what in said.items() if not what.endswith(" us")]
-        failed = [line for line in failed if "the same launch" not in line]
+        tried = [(text(dict(zip(names, k, strict=True))), what) for k, what in state.tried.items()]
+        times = sorted((round(w.us, 1), number) for number, (_, w) in enumerate(tried) if w.us)
+        slow = [f"{tried[number][0]}: {us:.1f} us" for us, number in times]
+        failed = [f"{c} {w.fault}" for c, w in tried if w.fault and not w.is_repeated]
         gain = default.us / best.us
         sentences = [
             f"{text(best.configuration)} takes {best.us:.1f} us, {gain:.2f} times as fast as the "

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from nemotron.checkpoint.find import SAVING, locate, newest
+from nemotron.checkpoint.find import SAVING, Skipped, locate, newest
 from nemotron.checkpoint.index import tiles
 from nemotron.checkpoint.manifest import INDEX, MANIFEST, folder_name
 from nemotron.checkpoint.read import load_tensors, read_model, read_model_config, read_state
 from nemotron.checkpoint.state import Counters, SavedState
-from nemotron.checkpoint.write import CheckpointNotSaved, save
+from nemotron.checkpoint.write import CheckpointNotSaved, Content, save
 from nemotron.errors import UserError
 from nemotron.files import hash_file
 from nemotron.model.config import ModelConfig
@@ -45,7 +45,7 @@ def a_state(step: int) -> SavedState:
 
 def fill(folder: Path, *steps: int, keep: int = 9) -> None:
     for step in steps:
-        save(folder, step, some_tensors(step), a_state(step), CONFIG, keep)
+        save(folder, Content(step, some_tensors(step), a_state(step), CONFIG), keep)
 
 
 def rewrite_manifest(checkpoint: Path, name: str) -> None:
@@ -146,7 +146,9 @@ def test_a_damaged_newest_is_named_and_the_one_before_is_taken(tmp_path, damage)
     words = damage(tmp_path / folder_name(20))
     found = newest(tmp_path)
     assert found.info.step == 10
-    (line,) = found.skipped
+    (skipped,) = found.skipped
+    line = str(skipped)
+    assert (skipped.step, skipped.damage is None) == (20, False)
     assert "step-00000020" in line
     assert words in line
     assert "\n" not in line
@@ -157,7 +159,9 @@ def test_a_half_written_newest_is_named(tmp_path):
     (tmp_path / f"{SAVING}step-00000020-0a1b2c3d").mkdir()
     found = newest(tmp_path)
     assert found.info.step == 10
-    assert found.skipped == ("step-00000020 is incomplete (the save was interrupted); skipped",)
+    (skipped,) = found.skipped
+    assert skipped == Skipped(20, None)
+    assert str(skipped) == "step-00000020 is incomplete (the save was interrupted); skipped"
 
 
 def test_with_only_damaged_checkpoints_the_user_is_told_why(tmp_path):
@@ -273,8 +277,8 @@ def test_a_forged_state_is_refused_with_file_and_key(tmp_path, change, words):
 def test_a_forged_manifest_is_a_damaged_checkpoint(tmp_path, change, words):
     fill(tmp_path, 10)
     forge(tmp_path / folder_name(10), MANIFEST, change)
-    [line] = newest(tmp_path).skipped
-    assert re.search(words, line)
+    [skipped] = newest(tmp_path).skipped
+    assert re.search(words, str(skipped))
 
 
 def test_a_link_or_a_pipe_is_no_file_of_a_checkpoint(tmp_path):
@@ -282,10 +286,10 @@ def test_a_link_or_a_pipe_is_no_file_of_a_checkpoint(tmp_path):
     shard = tmp_path / "a" / folder_name(10) / SHARD
     shard.rename(tmp_path / SHARD)
     shard.symlink_to(tmp_path / SHARD)
-    assert f"{SHARD} is not a regular file" in newest(tmp_path / "a").skipped[0]
+    assert f"{SHARD} is not a regular file" in str(newest(tmp_path / "a").skipped[0])
     shard.unlink()
     os.mkfifo(shard)
-    assert f"{SHARD} is not a regular file" in newest(tmp_path / "a").skipped[0]
+    assert f"{SHARD} is not a regular file" in str(newest(tmp_path / "a").skipped[0])
 
 
 def test_a_planted_object_in_a_tensor_file_is_refused_and_not_run(tmp_path):
@@ -341,15 +345,15 @@ from pathlib import Path
 import torch
 from nemotron.checkpoint.state import Counters, SavedState
 from nemotron.checkpoint.state import SavedState
-from nemotron.checkpoint.write import CheckpointNotSaved, save
+from nemotron.checkpoint.write import CheckpointNotSaved, Content, save
 from nemotron.model.config import ModelConfig
 config = ModelConfig(vocab_size=11, hidden_size=5, hybrid_override_pattern="M", n_groups=2)
 folder, tensors = Path(sys.argv[1]), {"model.a": torch.zeros(100, 1000)}
-save(folder, 1, tensors, SavedState(), config, 2)
+save(folder, Content(1, tensors, SavedState(), config), 2)
 # writes past this size fail with an error of the file system, as on a full disk
 resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 try:
-    save(folder, 2, tensors, SavedState(), config, 2)
+    save(folder, Content(2, tensors, SavedState(), config), 2)
 except CheckpointNotSaved as error:
     print(error)
 """
@@ -376,14 +380,15 @@ import os, sys
 from pathlib import Path
 import torch
 from nemotron.checkpoint.state import SavedState
-from nemotron.checkpoint.write import save
+from nemotron.checkpoint.write import Content, save
 from nemotron.model.config import ModelConfig
 if os.geteuid() == 0:
     os.setuid(65534)  # root may remove anything
 config = ModelConfig(vocab_size=11, hidden_size=5, hybrid_override_pattern="M", n_groups=2)
 folder = Path(sys.argv[1])
 for step in (1, 2, 3, 4):
-    saved = save(folder, step, {"model.a": torch.zeros(3)}, SavedState(), config, 2)
+    content = Content(step, {"model.a": torch.zeros(3)}, SavedState(), config)
+    saved = save(folder, content, 2)
     print(*saved.notes, sep="\\n")
     if step == 1:
         (folder / "step-00000001").chmod(0o555)

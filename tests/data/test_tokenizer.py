@@ -1,3 +1,4 @@
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,20 @@ def test_special_tokens_are_read_only_when_asked_for():
     assert (ids[0], ids[-2:]) == (12, [13, 2])
     assert TOKENIZER.decode(ids, skip_specials=True) == "no"
     assert len(TOKENIZER.encode("<think>")) > 1
+
+
+def test_threads_with_different_settings_share_a_tokenizer():
+    text = "a <think> b" * 20
+    expected = {specials: TOKENIZER.encode(text, specials=specials) for specials in (False, True)}
+
+    def encode_often(specials: bool) -> bool:
+        return all(
+            TOKENIZER.encode(text, specials=specials) == expected[specials] for _ in range(300)
+        )
+
+    assert expected[False] != expected[True]
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(encode_often, [False, True, False, True]))
 
 
 def test_transformers_reads_the_file_alike():

@@ -51,9 +51,8 @@ def test_prompt_and_continuation_are_printed(
         model,
         tokenizer,
         ["The first"],
+        Sampling(1.0, seed=9),
         max_new_tokens=30,
-        temperature=1.0,
-        seed=9,
         stream=stream,
         device="cpu",
     )
@@ -68,30 +67,36 @@ def test_several_prompts_are_printed_in_order(
 ) -> None:
     prompts = ["The first", "A second prompt, longer"]
     expected = [expected_text(model, tokenizer, prompt, 12) for prompt in prompts]
-    generate(model, tokenizer, prompts, max_new_tokens=12, temperature=1.0, seed=9, device="cpu")
+    sampling = Sampling(1.0, seed=9)
+    generate(model, tokenizer, prompts, sampling, max_new_tokens=12, stream=True, device="cpu")
     assert capsys.readouterr().out == "\n\n".join(expected) + "\n"
 
 
 def test_an_empty_prompt_is_refused(model: HybridLM, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="prompt 2 is empty; give it at least one token"):
-        generate(model, tokenizer, ["a", ""], device="cpu")
+        generate(
+            *(model, tokenizer, ["a", ""], Sampling(0.0)),
+            max_new_tokens=1,
+            stream=True,
+            device="cpu",
+        )
 
 
 def test_the_answer_ends_before_a_stop_string(
     model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"max_new_tokens": 30, "temperature": 1.0, "seed": 9, "device": "cpu"}
+    settings = {"max_new_tokens": 30, "stream": True, "device": "cpu"}
     whole = expected_text(model, tokenizer, "The first", 30)
     stop = whole[20:23]
-    generate(model, tokenizer, ["The first"], stop=[stop], **settings)
+    generate(model, tokenizer, ["The first"], Sampling(1.0, seed=9), stop=[stop], **settings)
     assert capsys.readouterr().out == whole[: whole.index(stop, len("The first"))] + "\n"
 
 
 def test_the_reasoning_ends_at_its_budget(
     model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"max_new_tokens": 7, "temperature": 1.0, "seed": 9, "device": "cpu"}
+    settings = {"max_new_tokens": 7, "stream": True, "device": "cpu"}
     six, seven = (expected_text(model, tokenizer, "The first", count) for count in (6, 7))
     assert six != seven
-    generate(model, tokenizer, ["The first"], reasoning_budget=6, **settings)
+    generate(model, tokenizer, ["The first"], Sampling(1.0, seed=9), reasoning_budget=6, **settings)
     assert capsys.readouterr().out == six + "\n"  # the closing tag is a special token

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from nemotron.checkpoint.state import SavedState
-from nemotron.checkpoint.write import save
+from nemotron.checkpoint.write import Content, save
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.hf.export import export
 from nemotron.model.config import ModelConfig
@@ -73,7 +73,7 @@ def write_run(run: Path, config: ModelConfig) -> Path:
                 tensor.uniform_(-8, 1, generator=generator)
     run.mkdir()
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
-    save(run / "checkpoints", 10, tensors, STATE, config, keep=2)
+    save(run / "checkpoints", Content(10, tensors, STATE, config), keep=2)
     TOKENIZER.save(run / "tokenizer.json")
     (run / "recipe.yaml").write_text("name: test\n")
     return run

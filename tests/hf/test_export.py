@@ -2,6 +2,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,7 +21,9 @@ from nemotron.files import hash_file
 from nemotron.hf import selfcheck
 from nemotron.hf.export import export
 from nemotron.hf.formats import MAMBA_FP32
+from nemotron.hf.model_card import model_card
 from nemotron.hf.shards import INDEX
+from nemotron.hf.source import open_checkpoint
 from nemotron.loading import load
 from nemotron.run.metrics import read_metrics
 
@@ -154,6 +157,17 @@ def test_the_model_card_says_where_the_model_comes_from(exported: Path):
         "recipe (sha256)", "(0.0, math.inf)", "# license: name one",
     ):  # fmt: skip
         assert words in card
+
+
+def test_the_model_card_shows_names_of_others_as_text(run: Path, tmp_path: Path):
+    hostile = "<img src=x onerror=alert(1)>![a](b)`|\n# c"
+    copy = tmp_path / "<b>run<!--"
+    shutil.copytree(run, copy)
+    facts = {"id": hostile, "starts": [{"time": hostile, "code": {hostile: 1}, "versions": 3}]}
+    (copy / "provenance.json").write_text(json.dumps(facts))
+    card = model_card(open_checkpoint(copy), [])
+    assert "<" not in card
+    assert r"&lt;img src=x onerror=alert(1)&gt;\!\[a\](b)\`\|\\n# c" in card
 
 
 def change(name: str, value: Callable[[Tensor], Tensor]) -> Callable[[dict], None]:

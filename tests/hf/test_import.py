@@ -259,7 +259,7 @@ def test_a_tokenizer_of_another_model_is_refused(exported: Path, single: Path, t
         {n: tensors[n][:400].clone() for n in ("lm_head.weight", "backbone.embeddings.weight")}
     ))  # fmt: skip
     edit_config(single, vocab_size=400)
-    assert "has 4096 tokens, vocab_size in config.json is 400" in refusal(single, tmp_path / "run")
+    assert "has 4096 tokens, vocab_size is 400" in refusal(single, tmp_path / "run")
 
 
 def test_a_run_is_replaced_only_when_told_and_only_if_it_was_imported(

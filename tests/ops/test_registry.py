@@ -96,12 +96,14 @@ def test_the_start_of_a_run_names_what_is_missing():
     choices = choose_backends(OpsConfig(), CPU, torch.float32, documents=True)
     assert {choice.operation for choice in choices} == {operation.name for operation in ALL}
     # a CPU run need not hear of kernels for GPUs
-    assert len(describe(choices, CPU)) == 1
+    assert len(describe(choices)) == 1
     on_cpu = {choice.operation: choice for choice in choices}
     assert on_cpu["ssd"].backend == "chunked"
-    assert "not on cpu" in on_cpu["ssd"].passed_over["mamba_ssm"]
+    passed_over = {other.backend: other for other in on_cpu["ssd"].passed_over}
+    assert "not on cpu" in passed_over["mamba_ssm"].reason
+    assert not passed_over["mamba_ssm"].runs_here
     on_gpu = choose_backends(OpsConfig(), torch.device("cuda"), torch.bfloat16, documents=True)
-    missing = describe(on_gpu, torch.device("cuda"))[1:]
+    missing = describe(on_gpu)[1:]
     chosen = {choice.operation: choice.backend for choice in on_gpu}
     assert chosen["attention"] == "flash_attn" or any(
         "attention: flash_attn is not used: package flash_attn" in line for line in missing
@@ -115,7 +117,9 @@ def test_the_start_of_a_run_says_what_the_recipe_names():
     choices = choose_backends(OpsConfig(ssd="reference"), CPU, torch.float32, documents=True)
     (ssd,) = (choice for choice in choices if choice.operation == "ssd")
     assert ssd.backend == "reference"
-    assert ssd.passed_over["chunked"] == "the recipe names another one"
+    (chunked,) = (other for other in ssd.passed_over if other.backend == "chunked")
+    assert (chunked.reason, chunked.runs_here) == ("the recipe names another one", True)
+    assert "ssd: chunked is not used: the recipe names another one" in describe(choices)
     with pytest.raises(UserError, match=r"ops\.attention = varlen runs on cuda, not on cpu"):
         choose_backends(OpsConfig(attention="varlen"), CPU, torch.bfloat16, documents=True)
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from nemotron.checkpoint.find import locate
 from nemotron.checkpoint.read import load_tensors
 from nemotron.checkpoint.state import SavedState
-from nemotron.checkpoint.write import save
+from nemotron.checkpoint.write import Content, save
 from nemotron.model.hybrid import HybridLM
 from nemotron.precision.apply import Quantization
 from nemotron.precision.config import DelayedConfig, PrecisionConfig
@@ -184,7 +184,7 @@ def test_a_resumed_run_has_the_scales_of_one_that_never_stopped(tmp_path: Path):
     for step in range(3):
         quantization.begin(step, 0)
         micro_batch(model, first=64 * step)
-    save(tmp_path, 3, copied(quantization), SavedState(), model.config, keep=1)
+    save(tmp_path, Content(3, copied(quantization), SavedState(), model.config), keep=1)
     quantization.begin(3, 0)
     expected = micro_batch(model)
 

@@ -25,6 +25,15 @@ def test_words_that_only_contain_one_are_not(name):
     assert not names_a_secret(name)
 
 
+@pytest.mark.parametrize(
+    "name", ["DB_PASS", "PGPASSWORD", "DBPASSWD", "GITHUB_PAT", "OPENAI_APIKEY", "AWS_CREDENTIALS"]
+)
+def test_other_names_of_secrets(name: str):
+    assert names_a_secret(name)
+    assert not names_a_secret("data.path")
+    assert not names_a_secret("num_passes")
+
+
 def test_numbers_are_never_secrets():
     config = {"model": {"pad_token_id": 0, "num_key_value_heads": 2}, "password": "hunter2"}
     assert redact(config) == config | {"password": HIDDEN}

@@ -12,7 +12,7 @@ from torch import Tensor
 from nemotron.checkpoint.background import BackgroundSaver
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.manifest import folder_name
-from nemotron.checkpoint.write import CheckpointNotSaved, save
+from nemotron.checkpoint.write import CheckpointNotSaved, Content, save
 from nemotron.data.loader import TrainingData, rows_of_rank
 from nemotron.parallel.apply import local_of
 from nemotron.parallel.runtime import Ranks
@@ -82,18 +82,23 @@ def forget_groups(trainer: Trainer) -> None:
                 dist.destroy_process_group(group)
 
 
+def content_of(trainer: Trainer) -> Content:
+    state = trainer.saved_state()
+    return Content(trainer.state.step, trainer.tensors(), state, trainer.config.model)
+
+
 def save_after(values: dict[str, Any], num_steps: int, folder: Path, background: bool) -> Held:
     """Train and save; returns what was saved of the model."""
     trainer = build(values)
     for step in range(num_steps):
         do_step(trainer, step)
     saved = held(trainer, gradients=False)
-    content = (folder, num_steps, trainer.tensors(), trainer.saved_state(), trainer.config.model, 3)
+    content = content_of(trainer)
     if not background:
-        save(*content, trainer.ranks)
+        save(folder, content, 3, trainer.ranks)
         return saved
     saver = BackgroundSaver(trainer.ranks)
-    saver.start(*content)
+    saver.start(folder, content, 3)
     do_step(trainer, num_steps)  # changes every tensor while the copies are written
     assert saver.step == num_steps
     done = saver.finish(wait=True)
@@ -151,8 +156,7 @@ def save_where_one_rank_has_no_room(values: dict[str, Any], folder: Path) -> tup
     trainer = build(values)
 
     def write() -> None:
-        content = (folder, trainer.state.step, trainer.tensors(), trainer.saved_state())
-        save(*content, trainer.config.model, 2, trainer.ranks)
+        save(folder, content_of(trainer), 2, trainer.ranks)
 
     do_step(trainer, 0)
     write()
@@ -169,7 +173,7 @@ def save_where_one_rank_has_no_room(values: dict[str, Any], folder: Path) -> tup
     return said, do_step(trainer, 2).loss
 
 
-def find(folder: Path) -> tuple[int | None, tuple[str, ...]]:
+def find(folder: Path) -> tuple[int | None, list[str]]:
     """Return the step of the newest whole checkpoint, and what was passed over."""
     found = newest(folder, Ranks(dist.get_rank(), dist.get_world_size(), grouped=True))
-    return found.info and found.info.step, found.skipped
+    return found.info and found.info.step, [str(skipped) for skipped in found.skipped]

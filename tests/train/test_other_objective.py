@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from nemotron.checkpoint.find import newest
-from nemotron.checkpoint.write import save
+from nemotron.checkpoint.write import Content, save
 from nemotron.errors import UserError
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
@@ -76,8 +76,8 @@ def test_a_step_without_a_chosen_token_is_skipped(config):
 
 
 def write(trainer: Trainer, folder: Path) -> None:
-    content = (trainer.state.step, trainer.tensors(), trainer.saved_state())
-    save(folder, *content, trainer.config.model, 2, Ranks())
+    step, state = trainer.state.step, trainer.saved_state()
+    save(folder, Content(step, trainer.tensors(), state, trainer.config.model), 2, Ranks())
 
 
 def test_the_state_of_a_source_of_batches_survives_a_resume(config, tmp_path):

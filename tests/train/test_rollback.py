@@ -8,6 +8,7 @@ import torch
 
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.read import read_state
+from nemotron.checkpoint.state import PassedOver
 from nemotron.run.metrics import ABANDONED, read_metrics
 from nemotron.train.start import train
 from tests.support.same_run import assert_same_run, final_tensors
@@ -46,9 +47,13 @@ def test_a_run_goes_back_before_the_bad_steps_and_passes_over_them(rolling, caps
     assert events == [(6, "passing over steps 6 to 9, with the weights of step 4")]
     abandoned = read_metrics(run / ABANDONED)
     assert [r["step"] for r in abandoned if r["kind"] == "train"] == [5, 6, 7, 8, 9]
-    state = read_state(newest(run / "checkpoints").info).trainer
+    info = newest(run / "checkpoints").info
+    state = read_state(info).trainer
     assert state is not None
-    assert state.passed_over == [[5, 8, 4]]
+    assert state.passed_over == [PassedOver(first=5, last=8, origin=4)]
+    assert json.loads((info.folder / "state.json").read_text())["trainer"]["passed_over"] == [
+        [5, 8, 4]
+    ]
     assert state.tokens == 12 * 155
     assert state.skipped_steps == 0
 

@@ -23,7 +23,7 @@ from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.manifest import describe_file
 from nemotron.checkpoint.read import SavedTensors
 from nemotron.checkpoint.state import SavedState
-from nemotron.checkpoint.write import save
+from nemotron.checkpoint.write import Content, save
 from nemotron.model.config import ModelConfig
 
 CONFIG = ModelConfig(vocab_size=11, hidden_size=5, hybrid_override_pattern="M", n_groups=2)
@@ -68,7 +68,7 @@ def make_tensors(mib: int) -> dict[str, Tensor]:
 
 
 def write_own(folder: Path, tensors: dict[str, Tensor]) -> None:
-    save(folder, 1, tensors, SavedState(), CONFIG, keep=2)
+    save(folder, Content(1, tensors, SavedState(), CONFIG), keep=2)
 
 
 def read_own(folder: Path, into: dict[str, Tensor]) -> None:

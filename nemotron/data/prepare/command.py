@@ -11,6 +11,7 @@ from nemotron.data.prepare.options import PrepareOptions
 from nemotron.data.prepare.run import prepare as run
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.exit_codes import DONE
+from nemotron.terminal import print_text
 
 
 def prepare(
@@ -33,7 +34,7 @@ def prepare(
         load_tokenizer(tokenizer, "--tokenizer").id(options.eod_token)
         made = plan(sources, options, (out,))
         size = sum(unit.size for unit in made.units)
-        print(
+        print_text(
             f"{len(made.inputs):,} inputs, {size / 1e6:,.1f} MB, would become up to "
             f"{len(made.units):,} shards in {out}"
         )
@@ -48,9 +49,9 @@ def prepare(
         overwrite=overwrite,
     )
     for line in describe(manifest, out):
-        print(line)
+        print_text(line)
     for line in manifest.bad_rows:
-        print(f"left out: {line}", file=sys.stderr)
+        print_text(f"left out: {line}", sys.stderr)
     return DONE
 
 

@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -139,7 +140,7 @@ def architecture_of(device: torch.device) -> str | None:
     """Return the name under which a device is known; None for one without Triton kernels."""
     if device.type == "cuda":
         return _capability(device.index)
-    return _assumed[-1] if _assumed else None
+    return _assumed.get()
 
 
 @functools.cache
@@ -148,17 +149,17 @@ def _capability(index: int | None) -> str:
     return f"sm{major}{minor}"
 
 
-_assumed: list[str] = []
+_assumed: ContextVar[str | None] = ContextVar("assumed architecture", default=None)
 
 
 @contextmanager
 def assume(architecture: str) -> Iterator[None]:
     """Let tensors that are on no GPU be launched as on this architecture: to compile, to test."""
-    _assumed.append(architecture)
+    token = _assumed.set(architecture)
     try:
         yield
     finally:
-        _assumed.pop()
+        _assumed.reset(token)
 
 
 def bucket(size: int) -> int:

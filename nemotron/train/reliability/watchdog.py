@@ -8,7 +8,6 @@ sounds the alarm is seldom the one at fault, so the sentence is made of all answ
 
 import faulthandler
 import json
-import sys
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ from nemotron.files import write_text
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.runtime import Ranks, leave_alone
 from nemotron.run.folder import RunFolder
+from nemotron.terminal import one_line, say
 from nemotron.train.reliability.progress import PHASES, StepProgress
 
 POLL_S = 0.5
@@ -140,9 +140,9 @@ class Watchdog:
             speaker = rank
         text = f"{sentence}; the job ends. See {self._folder.ranks}/rank-*/stacks.txt"
         with open(self._folder.log_of(rank), "a", encoding="utf-8") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n")
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {one_line(text)}\n")
         if rank == speaker and rank < ASKING:
-            print(f"nemotron: {text}", file=sys.stderr, flush=True)
+            say(f"nemotron: {text}")
             self._folder.write_status("failed", max(0, self._progress.current.step), FAILED)
         if self._ranks.is_first:
             time.sleep(POLL_S)  # the store may end with this process

@@ -1,0 +1,37 @@
+"""Some mutations of every kind of input; `tools/fuzz.py` tries thousands by hand."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+MUTATIONS = 12
+
+
+@pytest.fixture(scope="module")
+def targets() -> list[str]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(ROOT / "tools")
+        from fuzz_targets import TARGETS
+
+        return list(TARGETS)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("part", [0, 1])
+def test_no_damage_to_an_input_ends_in_anything_but_an_answer(targets: list[str], part: int):
+    chosen = targets[part::2]
+    ran = subprocess.run(
+        [sys.executable, ROOT / "tools/fuzz.py", str(MUTATIONS), *chosen],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    rows = re.findall(rf"^\| (.+?) \| {MUTATIONS} \| 0 \| 0 \| 0 \| (.+) \|$", ran.stdout, re.M)
+    assert [name for name, _ in rows] == chosen
+    assert "75: " in ran.stdout or "0: " in ran.stdout  # not every command refuses everything
