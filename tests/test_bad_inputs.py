@@ -230,7 +230,7 @@ RECIPE_ROWS = [
     Row("10 empty pattern", edit("pattern: ME*-", "pattern: ''"), CHECK,
         ("hybrid_override_pattern",)),
     Row("10 only dense layers", edit("pattern: ME*-", "pattern: '--'"), CHECK,
-        ("hybrid_override_pattern = '--'", "M or *")),
+        ("hybrid_override_pattern = --", "M or *")),
     Row("11 length", edit("vocab_size: 4096", "vocab_size: 4096\n  num_hidden_layers: 5"), CHECK,
         ("num_hidden_layers = 5", "4")),
     Row("12 too many experts a token", edit("per_tok: 2", "per_tok: 7"), CHECK, ("7", "6")),

@@ -160,24 +160,27 @@ class ModelConfig(Section):
         if set(pattern) == {"-"}:
             raise RuleBroken(
                 "hybrid_override_pattern",
-                f"= {pattern!r} mixes no tokens; add at least one M or * layer",
+                "mixes no tokens; add at least one M or * layer",
+                pattern,
             )
         if self.num_hidden_layers not in (None, len(pattern)):
             raise RuleBroken(
                 "num_hidden_layers",
-                f"= {self.num_hidden_layers} but hybrid_override_pattern has "
-                f"{len(pattern)} letters; make them equal or leave num_hidden_layers out",
+                f"but hybrid_override_pattern has {len(pattern)} letters; make them equal or leave "
+                f"num_hidden_layers out",
+                self.num_hidden_layers,
             )
         if self.num_nextn_predict_layers and not self.mtp_hybrid_override_pattern:
             raise RuleBroken(
                 "num_nextn_predict_layers",
-                "= 1 needs mtp_hybrid_override_pattern, for example '*E'",
+                "needs mtp_hybrid_override_pattern, for example '*E'",
+                self.num_nextn_predict_layers,
             )
         if self.mtp_hybrid_override_pattern and set(self.mtp_hybrid_override_pattern) - set("*E"):
             raise RuleBroken(
                 "mtp_hybrid_override_pattern",
-                f"= {self.mtp_hybrid_override_pattern!r} may hold "
-                f"only * and E, the layers that readers of the checkpoint support",
+                "may hold only * and E, the layers that readers of the checkpoint support",
+                self.mtp_hybrid_override_pattern,
             )
         if "-" in pattern and self.intermediate_size is None:
             raise RuleBroken(
@@ -193,26 +196,25 @@ class ModelConfig(Section):
         if self.num_experts_per_tok > reachable:
             raise RuleBroken(
                 "num_experts_per_tok",
-                f"= {self.num_experts_per_tok} is more than the {reachable} "
-                f"experts that topk_group = {self.topk_group} of n_group = {self.n_group} leave",
+                f"is more than the {reachable} experts that topk_group = {self.topk_group} of "
+                f"n_group = {self.n_group} leave",
+                self.num_experts_per_tok,
             )
         if self.num_experts_per_tok % self.topk_group:
             raise RuleBroken(
                 "topk_group",
-                f"= {self.topk_group} does not divide "
-                f"num_experts_per_tok = {self.num_experts_per_tok}",
+                f"does not divide num_experts_per_tok = {self.num_experts_per_tok}",
+                self.topk_group,
             )
         low, high = self.time_step_limit
         if math.isnan(low) or math.isnan(high) or not 0 <= low < high:
             raise RuleBroken(
-                "time_step_limit", f"= [{low}, {high}] must be two numbers, 0 <= first < second"
+                "time_step_limit", "must be two numbers, 0 <= first < second", [low, high]
             )
         self._at_most("time_step_min", "time_step_max")
         for key in ("pad_token_id", "bos_token_id", "eos_token_id"):
-            if getattr(self, key) >= self.vocab_size:
-                raise RuleBroken(
-                    key, f"= {getattr(self, key)} is outside vocab_size = {self.vocab_size}"
-                )
+            if (value := getattr(self, key)) >= self.vocab_size:
+                raise RuleBroken(key, f"is outside vocab_size = {self.vocab_size}", value)
         return self
 
     def _check_sizes(self) -> None:
@@ -220,26 +222,26 @@ class ModelConfig(Section):
         for key in type(self).model_fields:
             value = getattr(self, key)
             if isinstance(value, int) and value >= MAX_SIZE:
-                raise ValueError(f"{key} = {value} is too large; dimensions stay below 2^31")
+                raise RuleBroken(key, "is too large; dimensions stay below 2^31", value)
         layers = len(self.hybrid_override_pattern)
         if layers > MAX_LAYERS:
-            raise ValueError(f"hybrid_override_pattern has {layers} letters; write at most 100,000")
+            rule = f"has {layers} letters; write at most 100,000"
+            raise RuleBroken("hybrid_override_pattern", rule)
         expert = self.n_routed_experts * self.moe_intermediate_size
         inner = self.mamba_num_heads * self.mamba_head_dim
         heads = self.num_attention_heads * self.head_dim
         width = max(self.vocab_size, expert, inner, heads, self.intermediate_size or 0)
         if self.hidden_size * width > MAX_TENSOR:
-            raise ValueError(
-                f"hidden_size = {self.hidden_size} makes a tensor of over 2^50 numbers; lower it"
-            )
+            rule = "makes a tensor of over 2^50 numbers; lower it"
+            raise RuleBroken("hidden_size", rule, self.hidden_size)
 
     def _divides(self, small: str, large: str) -> None:
         a, b = getattr(self, small), getattr(self, large)
         if b % a:
             near = nearest(a, divisors(b))
-            raise RuleBroken(small, f"= {a} does not divide {large} = {b}; {near} would")
+            raise RuleBroken(small, f"does not divide {large} = {b}; {near} would", a)
 
     def _at_most(self, small: str, large: str) -> None:
         a, b = getattr(self, small), getattr(self, large)
         if a > b:
-            raise RuleBroken(small, f"= {a} is more than {large} = {b}")
+            raise RuleBroken(small, f"is more than {large} = {b}", a)

@@ -117,7 +117,8 @@ class PrecisionConfig(Section):
         if self.quantizes and self.compute != "bf16":
             raise RuleBroken(
                 "compute",
-                f"= {self.compute} cannot be quantized further; use compute: bf16 with a "
-                "preset or rules that quantize",
+                "cannot be quantized further; use compute: bf16 with a preset or rules that "
+                "quantize",
+                self.compute,
             )
         return self

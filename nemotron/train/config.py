@@ -46,7 +46,7 @@ class OptimizerConfig(Section):
     def _check(self) -> "OptimizerConfig":
         for beta in self.betas:
             if not 0 <= beta < 1:
-                raise RuleBroken("betas", f"= {list(self.betas)} must lie in [0, 1)")
+                raise RuleBroken("betas", "must lie in [0, 1)", list(self.betas))
         return self
 
 

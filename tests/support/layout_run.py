@@ -173,7 +173,7 @@ def save_where_one_rank_has_no_room(values: dict[str, Any], folder: Path) -> tup
     return said, do_step(trainer, 2).loss
 
 
-def find(folder: Path) -> tuple[int | None, list[str]]:
+def find(folder: Path) -> tuple[int | None, tuple[str, ...]]:
     """Return the step of the newest whole checkpoint, and what was passed over."""
     found = newest(folder, Ranks(dist.get_rank(), dist.get_world_size(), grouped=True))
-    return found.info and found.info.step, [str(skipped) for skipped in found.skipped]
+    return found.info and found.info.step, tuple(str(skipped) for skipped in found.skipped)

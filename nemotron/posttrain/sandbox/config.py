@@ -4,6 +4,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from nemotron.errors import RuleBroken
 from nemotron.section import Section
 
 
@@ -33,8 +34,10 @@ class SandboxConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "SandboxConfig":
         if self.kind == "none" and not self.allow_unsafe_code:
-            raise ValueError(
-                "kind = none runs code of a model without isolation; set allow_unsafe_code: true "
-                "on a machine that may be damaged, or use kind: bwrap"
+            raise RuleBroken(
+                "kind",
+                "runs code of a model without isolation; set allow_unsafe_code: true on a machine "
+                "that may be damaged, or use kind: bwrap",
+                self.kind,
             )
         return self
