@@ -1,0 +1,173 @@
+"""Commands that prepare data and inspect it."""
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemotron.commands.shared import CommandGroup, Overrides, RecipeFile
+
+if TYPE_CHECKING:
+    from nemotron.data.loader import TrainingData
+
+app = CommandGroup(help="Prepare data and inspect it before a run.", no_args_is_help=True)
+
+
+@app.command(
+    "prepare",
+    epilog="Example: nemotron data prepare texts/ 'more/*.jsonl.gz' --out data/letters",
+)
+def data_prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders or patterns (JSON lines, parquet, text; also .gz and .zst), or "
+            "a data set hf://OWNER/NAME.",
+            metavar="SOURCE...",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    tokenizer: Annotated[
+        str, typer.Option(help="The word embedded, a tokenizer.json, or its folder.")
+    ] = "embedded",
+    eod_token: Annotated[str, typer.Option(help="Token at the end of each document.")] = "</s>",
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    filters: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--filter", help="Keep only rows that pass, such as 'score >= 0.5' or 'lang == en'."
+        ),
+    ] = None,
+    separator: Annotated[
+        str | None,
+        typer.Option(help=r"Text that separates documents in a text file; \n is a line break."),
+    ] = None,
+    hold_out: Annotated[
+        float,
+        typer.Option(
+            min=0, max=0.999, help="Share of documents held out for validation, chosen by hash."
+        ),
+    ] = 0.01,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Read rows as conversations with messages and tools.")
+    ] = False,
+    messages: Annotated[str, typer.Option(help="Column that holds the messages.")] = "messages",
+    tools: Annotated[str, typer.Option(help="Column that holds the tools.")] = "tools",
+    thinking: Annotated[bool, typer.Option(help="Keep the reasoning of conversations.")] = True,
+    all_thinking: Annotated[
+        bool, typer.Option("--all-thinking", help="Keep the reasoning of earlier turns as well.")
+    ] = False,
+    subset: Annotated[str | None, typer.Option(help="Subset of an hf:// data set.")] = None,
+    split: Annotated[str, typer.Option(help="Split of an hf:// data set.")] = "train",
+    revision: Annotated[str | None, typer.Option(help="Revision of an hf:// data set.")] = None,
+    streaming: Annotated[
+        bool, typer.Option("--streaming", help="Read an hf:// data set without storing it.")
+    ] = False,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes; default: one per core.")
+    ] = None,
+    max_bad_rows: Annotated[
+        int, typer.Option(min=0, help="Stop if there are more unreadable rows than this.")
+    ] = 100,
+    max_row_mib: Annotated[
+        int,
+        typer.Option(min=1, help="Longest row of JSON lines; a longer row counts as unreadable."),
+    ] = 256,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Read the list of inputs and write nothing.")
+    ] = False,
+) -> int:
+    """Turn text or conversations into token shards; repeat a stopped command to continue it."""
+    from nemotron.data.prepare.command import prepare
+    from nemotron.data.prepare.options import ChatOptions, HubOptions, PrepareOptions
+
+    chats = ChatOptions(
+        messages_column=messages,
+        tools_column=tools,
+        enable_thinking=thinking,
+        truncate_history_thinking=not all_thinking,
+    )
+    options = PrepareOptions(
+        column=column,
+        filters=tuple(filters or ()),
+        separator=separator and separator.replace(r"\n", "\n").replace(r"\t", "\t"),
+        eod_token=eod_token,
+        validation_fraction=hold_out,
+        max_row_bytes=max_row_mib << 20,
+        hub=HubOptions(subset=subset, split=split, revision=revision, streaming=streaming),
+        chat=chats if chat else None,
+    )
+    return prepare(
+        sources,
+        out,
+        tokenizer=tokenizer,
+        options=options,
+        workers=workers,
+        max_bad_rows=max_bad_rows,
+        overwrite=overwrite,
+        dry_run=dry_run,
+    )
+
+
+@app.command("inspect", epilog="Example: nemotron data inspect recipes/tiny/pretrain.yaml")
+def data_inspect(
+    target: Annotated[
+        Path,
+        typer.Argument(help="Recipe (.yaml), prepared folder, or shard without its file ending."),
+    ],
+    overrides: Overrides = None,
+    step: Annotated[int, typer.Option(min=0, help="Step whose rows to show.")] = 0,
+    rows: Annotated[int, typer.Option(min=0, help="Number of rows to show.")] = 2,
+    documents: Annotated[
+        int, typer.Option(min=1, help="Documents of each source to read for statistics.")
+    ] = 100_000,
+    check: Annotated[
+        bool, typer.Option("--check", help="Read every byte and check checksums, indices and ids.")
+    ] = False,
+    plots: Annotated[Path | None, typer.Option(help="Folder to write plots to.")] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="For a folder or shard: the word embedded, or a tokenizer.json.")
+    ] = "embedded",
+    eod_token: Annotated[
+        str | None, typer.Option(help="For a shard without a manifest; default: </s>.")
+    ] = None,
+    seq_len: Annotated[
+        int, typer.Option(min=2, help="For a folder or shard: tokens in a row.")
+    ] = 512,
+) -> int:
+    """Show the data: sources, document lengths, duplicates, and rows as text."""
+    from nemotron.data.inspect import inspect, open_path
+
+    if target.suffix in (".yaml", ".yml"):
+        data = _recipe_data(target, overrides)
+    else:
+        with tempfile.TemporaryDirectory() as cache:
+            data = open_path(
+                target, tokenizer=tokenizer, eod_token=eod_token, seq_len=seq_len, cache=cache
+            )
+            return inspect(
+                data, step=step, rows=rows, documents=documents, check=check, plots=plots
+            )
+    return inspect(data, step=step, rows=rows, documents=documents, check=check, plots=plots)
+
+
+@app.command("plan", epilog="Example: nemotron data plan recipes/tiny/pretrain.yaml")
+def data_plan(recipe: RecipeFile, overrides: Overrides = None) -> int:
+    """Show how many tokens and passes a run needs of each source.
+
+    The exit code is 1 if a source has too many passes.
+    """
+    from nemotron.data.plan import print_plan
+
+    return print_plan(_recipe_data(recipe, overrides))
+
+
+def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
+    from nemotron.recipe.load import load_recipe
+    from nemotron.train.pretraining import open_data
+    from nemotron.train.schedule import plan_training
+
+    config = load_recipe(recipe, overrides or []).pretraining
+    return open_data(config, plan_training(config))

@@ -1,0 +1,152 @@
+"""Commands that take a trained model: generate, check, convert."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from nemotron.commands.shared import CommandGroup
+
+app = CommandGroup()
+
+checkpoint_app = CommandGroup(help="Work on checkpoints.", no_args_is_help=True)
+app.add_typer(checkpoint_app, name="checkpoint")
+
+
+@app.command(epilog='Example: nemotron generate runs/tiny --prompt "def read("')
+def generate(
+    model: Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder.")],
+    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Largest number of tokens to add.")
+    ] = 128,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample only from this many most likely tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample only from tokens with this total probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample only from tokens with this share of the likeliest one."),
+    ] = None,
+    repeat_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that are in the text already become less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text before which to end; repeatable.")
+    ] = None,
+    think_budget: Annotated[
+        int | None, typer.Option(min=0, help="Tokens after which </think> is put into the answer.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
+    stream: Annotated[bool, typer.Option(help="Print tokens while generating.")] = True,
+    device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
+    recipe_ops: Annotated[
+        bool, typer.Option(help="Use the backends that the run's recipe names.")
+    ] = True,
+) -> int:
+    """Continue one or more prompts."""
+    from nemotron.generate.command import generate as run
+    from nemotron.generate.sampling import Sampling
+    from nemotron.loading import load_with_tokenizer
+    from nemotron.loading import recipe_ops as read_ops
+
+    sampling = Sampling(
+        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repeat_penalty
+    )
+    ops = read_ops(model) if recipe_ops else None
+    loaded, tokenizer = load_with_tokenizer(model, ops=ops)
+    return run(
+        loaded,
+        tokenizer,
+        prompt,
+        sampling,
+        max_new_tokens=max_new_tokens,
+        stop=stop or (),
+        reasoning_budget=think_budget,
+        stream=stream,
+        device=device,
+    )
+
+
+@app.command("check-parity", epilog="Example: nemotron check-parity runs/tiny --length 100")
+def check_parity(
+    model: Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder.")],
+    length: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Tokens of a prompt; repeatable. Default: 100, 1000."),
+    ] = None,
+    rows: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Prompts at a time; repeatable. Default: 1, 8."),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each.")] = 32,
+    device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
+) -> int:
+    """Compare probabilities while generating with those in training.
+
+    The exit code is 1 if they differ by more than 5 % on average.
+    """
+    from nemotron.device import find_device
+    from nemotron.generate.parity import report
+    from nemotron.loading import load, recipe_ops
+
+    loaded = load(model, find_device(device), ops=recipe_ops(model))
+    return report(loaded, length or (100, 1000), rows or (1, 8), new_tokens)
+
+
+@app.command(epilog="Example: nemotron export runs/tiny --out exported/tiny")
+def export(
+    run: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
+    out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN/export.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
+    mamba_fp32: Annotated[
+        bool, typer.Option("--mamba-fp32", help="Write A_log, D and dt_bias in float32.")
+    ] = False,
+    check: Annotated[bool, typer.Option(help="Run the self-check at the end.")] = True,
+    max_shard_gb: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Largest file size, in 10^9 bytes.")
+    ] = 5.0,
+) -> int:
+    """Export a model to a Hugging Face folder, and check it in a fresh process."""
+    from nemotron.hf.export import export as run_export
+    from nemotron.hf.formats import MAMBA_FP32, RELEASED
+
+    return run_export(
+        run,
+        out,
+        overwrite=overwrite,
+        formats=MAMBA_FP32 if mamba_fp32 else RELEASED,
+        check=check,
+        max_shard_bytes=int(max_shard_gb * 1e9),
+    )
+
+
+@app.command("import", epilog="Example: nemotron import exported/tiny --out runs/imported")
+def import_(
+    folder: Annotated[Path, typer.Argument(help="Folder in Hugging Face's layout.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
+) -> int:
+    """Import a Hugging Face folder as a run, to train it further or export it again."""
+    from nemotron.hf.import_ import import_ as run_import
+
+    return run_import(folder, out, overwrite=overwrite)
+
+
+@checkpoint_app.command("convert", epilog="Example: nemotron checkpoint convert runs/tiny")
+def checkpoint_convert(
+    path: Annotated[Path, typer.Argument(help="Run, its checkpoints folder, or one checkpoint.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the new checkpoints; default: in place of the old ones."),
+    ] = None,
+) -> int:
+    """Convert checkpoints of the old format, which held pickles; nothing in them is executed."""
+    from nemotron.checkpoint.convert import convert
+
+    return convert(path, out)
