@@ -28,7 +28,8 @@ def _is_default(section: BaseModel, path: Path_) -> bool:
     value = getattr(section, key)
     if rest and isinstance(value, BaseModel):
         return _is_default(value, tuple(rest))
-    return bool(value == type(section).model_fields[key].default)
+    field = type(section).model_fields[key]
+    return bool(value == field.get_default(call_default_factory=True))
 
 
 def _findings(config: RunConfig, stage: Stage, given: set[str]) -> Iterator[Finding]:

@@ -97,7 +97,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path: Path, updates:
     parts = recipe(f"parts{updates}", rollout=rollout, batch=batch)
     assert run(["train", str(whole)]) == 0
     assert run(["train", str(parts), "--stop-at", "1"]) == 75
-    assert run(["train", str(parts), "--resume"]) == 0
+    own = tmp_path / "runs" / f"parts{updates}" / "recipe.yaml"
+    assert run(["train", str(own), "--resume"]) == 0
     found, expected = (
         weights(tmp_path / "runs" / f"{name}{updates}") for name in ("parts", "whole")
     )

@@ -78,7 +78,7 @@ def test_an_unknown_stage_is_refused_with_the_known_ones(correct):
         "command line: stage = sft is unknown; known are pretrain, rl, correct."
     )
     assert refusal(SMOKE, "stage=corect") == (
-        "command line: stage = corect is unknown; known are pretrain, correct; "
+        "command line: stage = corect is unknown; known are pretrain, rl, correct; "
         "did you mean correct?"
     )
     assert "stage = [1] is unknown" in refusal(SMOKE, "stage=[1]")

@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from nemotron.run.folder import dump_recipe
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import RunConfig
 from tests.support import forked
 
 TIMEOUT_S = 3.0
@@ -16,7 +16,7 @@ TIMEOUT_S = 3.0
 class Job:
     """The processes of one start of a run."""
 
-    def __init__(self, config: PretrainConfig, *arguments: str, world: int = 2) -> None:
+    def __init__(self, config: RunConfig, *arguments: str, world: int = 2) -> None:
         self.run = Path(config.output) / config.name
         self.run.parent.mkdir(exist_ok=True)
         recipe = self.run.with_suffix(".yaml")

@@ -1,0 +1,58 @@
+"""Reinforcement learning on two processes: what one process does, to the rounding of sums."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from nemotron.checkpoint.read import read_model
+from nemotron.posttrain.config import RlConfig
+from tests.support.job import Job
+from tests.support.tiny_run import MODEL
+
+pytestmark = pytest.mark.distributed
+
+
+def build(folder: Path, name: str, **parallel: int) -> RlConfig:
+    return RlConfig.model_validate(
+        {
+            "name": name,
+            "output": str(folder / "runs"),
+            "device": "cpu",
+            "model": MODEL | {"n_routed_experts": 6},
+            "data": {"seq_len": 255},
+            "rollout": {
+                # some constraints are met by any text, so that some rewards are not 0
+                "environments": [{"name": "if_constraints"}],
+                "prompt": "text",
+                "num_prompts_per_step": 12,
+                "num_generations_per_prompt": 3,
+                "max_new_tokens": 12,
+                "evaluation_tasks": 3,
+                "truncated": "keep",
+            },
+            "advantage": {"baseline": "none", "scale": "none"},
+            "batch": {"global_tokens": 36 * 255, "micro_batch": 2},
+            # SGD-like: AdamW's first steps make a whole step of any rounding of a gradient
+            "optimizer": {"eps": 1e-2},
+            "schedule": {"kind": "constant", "peak": 1e-3, "total_steps": 2},
+            "parallel": parallel,
+        }
+    )
+
+
+def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
+    found = {}
+    for name, world, parallel in (("one", 1, {}), ("two", 2, {}), ("experts", 2, {"ep": 2})):
+        job = Job(build(tmp_path, name, **parallel), world=world)
+        assert job.wait() == [0] * world, job.text()
+        found[name] = read_model(job.run)[1]
+        lines = (job.run / "rollouts" / "step-00000000.jsonl").read_text().splitlines()
+        assert any(json.loads(line)["advantage"] for line in lines)
+    for name, weights in found.items():
+        for key, tensor in found["one"].items():
+            # float32 gradients summed in another order
+            torch.testing.assert_close(
+                weights[key], tensor, rtol=1e-4, atol=1e-6, msg=f"{name}: {key}"
+            )
