@@ -69,7 +69,7 @@ class Progress:
             _part(record, "mem/rss_gib", "{:6.2f} GiB"),
         ]
         if columns is None or columns >= NARROW:
-            parts[3:3] = details
+            parts[-1:-1] = details
         return "  ".join(part for part in parts if part)[:columns]
 
     def render(self) -> RenderableType:
