@@ -150,3 +150,9 @@ def test_the_rules_see_what_breaks_them(code: str, rule: Rule):
 )
 def test_the_rules_leave_the_rest_alone(code: str):
     assert not list(code_from_files(ast.parse(code)))
+
+
+def test_every_file_of_tests_has_a_name_of_its_own():
+    """Folders of tests are no packages, so that two files of one name cannot both be collected."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    assert sorted(set(names)) == sorted(names)
