@@ -76,10 +76,10 @@ def requests_of(
     one prompt differ, and another prompt changes nothing.
 
     Raises:
-        UserError: when there is no prompt.
+        UserError: when no prompt is given.
     """
     if not prompts:
-        raise UserError("there is no prompt; give at least one.")
+        raise UserError("no prompt is given; give at least one.")
     first = fresh_seed() if sampling.seed is None else sampling.seed
     copies: Counter[tuple[int, ...]] = Counter()
     requests = []

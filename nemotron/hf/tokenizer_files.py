@@ -73,7 +73,7 @@ def read_kept_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
     """Return the companions that a folder brings, and notes on what was left out of them.
 
     Raises:
-        UserError: when one of them is no JSON, or not a regular file of the folder.
+        UserError: when one of them is not JSON, or not a regular file of the folder.
     """
     kept, notes = {}, []
     for name in KEPT:

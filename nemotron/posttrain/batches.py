@@ -77,6 +77,7 @@ class RolloutBatches:
             )
         self._number = saved["rollout_batch"]
         self._rollouts = [Rollout.of_json(values) for values in saved["rollouts"]]
+        self._metrics = batch_metrics(self._rollouts, self._config) if self._rollouts else {}
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return the figures of the rollout batch at hand."""
@@ -138,10 +139,12 @@ class RolloutBatches:
         rewards = torch.tensor([r.verdict.reward for r in rollouts], dtype=torch.float64)
         lengths = torch.tensor([len(r.tokens) - sum(r.forced) for r in rollouts]).double()
         found = advantages(rewards.view(shape), lengths.view(shape), config.advantage).flatten()
+        # a fault has no reward, so the others to that prompt have nothing to be compared with
+        faulty = {rollout.group for rollout in rollouts if rollout.verdict.error is not None}
         for rollout, value in zip(rollouts, found.tolist(), strict=True):
             rollout.advantage = value
             rollout.is_masked = (
-                rollout.verdict.error is not None
+                rollout.group in faulty
                 or rollout.verdict.mask
                 or (rollout.is_truncated and config.rollout.truncated == "mask")
                 or self._disagrees(rollout)

@@ -157,7 +157,7 @@ def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
     saved_config, weights = read(Path(path))
     own = shapes(local.config)
     problems = [f"{name} is absent" for name in own if name not in weights]
-    problems += [f"{name} is too many" for name in weights if name not in own]
+    problems += [f"{name} is not in the model" for name in weights if name not in own]
     problems += [
         f"{name} has shape {list(weights[name].shape)} instead of {list(shape)}"
         for name, shape in own.items()

@@ -115,7 +115,7 @@ def test_timing_counts_prompt_and_new_tokens(model: HybridLM) -> None:
 @pytest.mark.parametrize(
     ("prompts", "max_new_tokens", "message"),
     [
-        ([], 5, "there is no prompt"),
+        ([], 5, "no prompt is given"),
         ([[1], []], 5, "prompt 2 is empty"),
         ([[1, 61]], 5, "prompt 1 has token 61, but the model's vocabulary has 61 tokens"),
         ([[-1]], 5, "prompt 1 has token -1"),

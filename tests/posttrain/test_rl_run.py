@@ -140,3 +140,12 @@ def test_a_mistake_is_one_sentence(recipe, tmp_path: Path, capsys, changes, said
     assert said in sentence
     assert len(sentence.strip().splitlines()) == 1
     assert not (tmp_path / "runs" / "bad" / "checkpoints").exists()
+
+
+def test_answers_beside_a_verifier_fault_are_left_out(recipe, tmp_path: Path) -> None:
+    """No verifier of a new process answers within a millisecond, so every answer is a fault."""
+    path = recipe("faults", rollout=arithmetic(verify_timeout_s=0.001))
+    assert run(["train", str(path), "--stop-at", "1"]) == 75
+    [line] = metrics(tmp_path / "runs" / "faults", "train")
+    assert line["rl/verifier_faults"] == line["rl/masked"] == 12
+    assert line["skipped_steps"] == 1
