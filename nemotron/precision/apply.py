@@ -271,7 +271,9 @@ class Quantization:
                 sizes = (rows.shape[0],)
                 scheme = schemes["weight"]
                 self._observe(line.module, scheme, rows, weight.unsqueeze(0), sizes, y)
-            return y.view(*x.shape[:-1], -1)
+            # not a view for autograd, as torch's own product: FSDP2 warns of views, which a change
+            # in place would take out of its hooks
+            return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
         def experts(rows: Tensor, weight: Tensor, counts: Tensor, numbers: Tensor | None) -> Tensor:
             (name,) = (name for name in schemes if getattr(module, name) is weight)

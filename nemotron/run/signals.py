@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from types import FrameType, TracebackType
-from typing import Self
 
 from nemotron.exit_codes import INTERRUPTED
 
@@ -51,7 +50,7 @@ class StopRequest:
             return self.signal
         return f"--stop-at {self._after}"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 

@@ -3,7 +3,6 @@
 import enum
 import statistics
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class TrainerState(Counters):
     """The counters of a run, and how a step changes them."""
 
     @classmethod
-    def fresh(cls) -> Self:
+    def fresh(cls) -> "TrainerState":
         """Return the counters before the first step."""
         return cls(
             step=0,
