@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.config import ModelConfig
-from nemotron.ops.wide_linear import wide_linear
+from nemotron.ops.linear import wide_linear
 
 
 @dataclass(frozen=True)

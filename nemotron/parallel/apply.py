@@ -7,6 +7,7 @@ places that the model offers for them, and every name stays that of the whole.
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -100,6 +101,16 @@ class LocalModel:
         if self.mesh is None or self.mesh.dims.cp == 1:
             return values
         return chunks.shard(values, self.mesh.rank("cp"), self.mesh.dims.cp)
+
+    def token_numbers(self, first_row: int, rows: int, length: int) -> Int[Tensor, "B T"] | int:
+        """Return the numbers in the whole batch of the tokens of some rows, if they are here.
+
+        Where no rank shares a row, that of the first says it all.
+        """
+        if self.mesh is None or self.mesh.dims.cp * self.mesh.dims.tp * self.mesh.dims.ep == 1:
+            return first_row * length
+        numbers = torch.arange(rows * length).view(rows, length) + first_row * length
+        return self.share_tokens(numbers)
 
     def sync_gradients(self, on: bool) -> None:
         """Say whether the next backward pass adds gradients up over ranks."""

@@ -18,7 +18,6 @@ from nemotron.precision.policy import (
     assign,
     device_of,
     linear_layers,
-    preset_at,
     with_backend,
 )
 from nemotron.precision.random_bits import Draw, Numbers
@@ -111,7 +110,7 @@ class Quantization:
         self._step = step
         self._rows = rows if isinstance(rows, int) else rows.to(self._device)
         self._calls.clear()
-        if (preset := preset_at(self._config, step)) == self.preset:
+        if (preset := self._config.preset_at(step)) == self.preset:
             return False
         self.preset = preset
         table = assign(self._whole, self._config, preset, self._device)

@@ -126,12 +126,6 @@ def resolve(
     return table
 
 
-def preset_at(config: PrecisionConfig, step: int) -> str:
-    """Return the preset that holds at a step."""
-    presets = [config.preset, *(s.preset for s in config.switches if s.step <= step)]
-    return presets[-1]
-
-
 def assign(
     model: nn.Module, config: PrecisionConfig, preset: str, device: torch.device | None = None
 ) -> list[Assignment]:

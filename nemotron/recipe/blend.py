@@ -8,8 +8,7 @@ from typing import Any
 from nemotron.data.config import BlendConfig
 from nemotron.errors import UserError
 from nemotron.files import parse_json
-from nemotron.recipe.budget import Budget
-from nemotron.recipe.read import Document, Path_, read_yaml_values
+from nemotron.recipe.read import Budget, Document, Path_, read_yaml_values
 
 KEYS = tuple(BlendConfig.model_fields)
 SPLITS = ("train", "valid", "validation", "test")

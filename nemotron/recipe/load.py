@@ -4,17 +4,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from nemotron.errors import UserError
 from nemotron.recipe.blend import insert_blends
-from nemotron.recipe.budget import Budget
 from nemotron.recipe.check import check
 from nemotron.recipe.explain import explain
-from nemotron.recipe.lists import wrap_single_items
-from nemotron.recipe.read import Document, Path_, place_of, read_yaml
+from nemotron.recipe.read import Budget, Document, Path_, place_of, read_yaml
 from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
 from nemotron.recipe.stages import Stage, find_stage
@@ -87,7 +86,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = resolve(document)
     stage = find_stage(values, document.places, str(path))
     try:
-        config = stage.recipe.model_validate(wrap_single_items(values, stage.recipe))
+        config = stage.recipe.model_validate(_wrap_single_items(values, stage.recipe))
     except ValidationError as error:
         raise UserError(explain(error, stage.recipe, document.places, str(path))) from error
     check(config, stage, document.places, str(path))
@@ -200,3 +199,54 @@ def _replaced(below: Any, above: Any, path: Path_) -> bool:
             return False
         above = above[part]
     return True
+
+
+def _wrap_single_items(values: Any, section: type[BaseModel]) -> Any:  # Any: not yet validated
+    """Return the values of a section, with lists of one where it takes a list and has an item.
+
+    So a recipe may say `trackers: wandb`.
+    """
+    if not isinstance(values, dict):
+        return values
+    return {key: _wrap_item(value, section, key) for key, value in values.items()}
+
+
+def _wrap_item(value: Any, section: type[BaseModel], key: str) -> Any:
+    field = section.model_fields.get(key)
+    if field is None or value is None:
+        return value
+    forms = _alternatives(field.annotation)
+    value = _as_list(value, forms)
+    inner = [item for form in forms for item in (form, *get_args(form)) if _is_section(item)]
+    if not inner:
+        return value
+    if isinstance(value, list | tuple):
+        return [_wrap_single_items(item, inner[0]) for item in value]
+    return _wrap_single_items(value, inner[0])
+
+
+def _is_section(form: Any) -> bool:
+    return isinstance(form, type) and issubclass(form, BaseModel)
+
+
+def _as_list(value: Any, forms: list[Any]) -> Any:
+    if isinstance(value, list | tuple):
+        return value
+    items = [get_args(form)[0] for form in forms if _is_list(form)]
+    others = [form for form in forms if not _is_list(form) and form is not type(None)]
+    if others:  # a word such as `recompute: mamba` is wrapped if only an item can be meant
+        return [value] if any(value in get_args(item) for item in items) else value
+    return [value] if items else value
+
+
+def _is_list(form: Any) -> bool:
+    return get_origin(form) is tuple and get_args(form)[-1] is Ellipsis
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """Return the members of a union, without their metadata."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [form for member in get_args(annotation) for form in _alternatives(member)]
+    return [annotation]

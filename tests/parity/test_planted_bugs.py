@@ -21,7 +21,7 @@ from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import Router, Routing
 from nemotron.ops.attention import attention
 from nemotron.ops.causal_conv1d import causal_conv1d
-from nemotron.ops.gated_rms_norm import gated_rms_norm
+from nemotron.ops.rms_norm import gated_rms_norm
 from nemotron.ops.squared_relu import squared_relu
 from nemotron.ops.ssd import ssd
 
