@@ -1,6 +1,7 @@
 """Mistakes of the user as records: which setting, its value, the rule that it breaks, and where."""
 
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 from typing import Any
 
 ABSENT: Any = object()
@@ -58,8 +59,8 @@ class RuleBroken(ValueError):
 
 
 def show_value(value: Any) -> str:
-    """Return a value as a recipe writes it, cut to 60 characters."""
+    """Return a value as a recipe writes it, cut to 60 characters unless it is a path."""
     text = "null" if value is None else str(value)
     if isinstance(value, bool):
         text = text.lower()
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 60 or isinstance(value, PurePath) else text[:57] + "..."

@@ -161,7 +161,7 @@ def pack(rows: Sequence[Row], seq_len: int, eod_id: int, *, mask_eod_loss: bool)
     """Make a batch of rows with `seq_len` inputs.
 
     A shorter row is filled up with ends of documents that have no label. In rows of whole
-    documents the first token of a document is nobody's label.
+    documents the first token of a document is not a label.
     """
     tokens = np.full((len(rows), seq_len + 1), eod_id, np.int64)
     labels = np.full((len(rows), seq_len), NO_LABEL, np.int64)

@@ -27,7 +27,7 @@ class Backbone(nn.Module):
 
 
 class MTP(nn.Module):
-    """The shared block: joins embedding and hidden state, mixes, normalises.
+    """The shared block: joins embedding and hidden state, mixes, normalizes.
 
     Released checkpoints keep the joining layers inside the first inner layer and the last norm
     inside the last one, so the modules live there.

@@ -154,13 +154,13 @@ class LocalModel:
             for name in shared_parameters(self.config):
                 sync_copies(self.parameters()[name], self.mesh.ends)
 
-    def materialise(self, device: torch.device) -> None:
+    def materialize(self, device: torch.device) -> None:
         """Give the tensors memory; what is in it is undefined."""
         for root in self.roots:
             root.to_empty(device=device)
         for model in self.models:
             if model.config.tie_word_embeddings and self.mesh is None:
-                # materialising gave each of the two names a tensor of its own
+                # materializing gave each of the two names a tensor of its own
                 model.lm_head.weight = model.backbone.embeddings.weight
 
     def init_weights(self, seed: int) -> None:

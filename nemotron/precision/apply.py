@@ -40,7 +40,7 @@ class LayerShard:
     """What this rank holds of a layer's tensors, where ranks share them."""
 
     reduce: dict[str, Reduce] = field(default_factory=dict)
-    """How the ranks find the largest magnitude of `x`, `w` or `dy`, where each has a part."""
+    """How the ranks find the largest magnitude of `x`, `w` or `dy`, where each has a shard."""
     columns: Numbers = 0
     """Numbers of the output's columns in the whole layer."""
     rows: Callable[[Tensor], Tensor] | None = None
@@ -135,9 +135,9 @@ class Quantization:
         return self._observed.take()
 
     def set_reduction(self, module: str, operand: str, reduce: Reduce) -> None:
-        """Say how ranks find the largest magnitude of an operand of which each holds a part.
+        """Say how ranks find the largest magnitude of an operand of which each holds a shard.
 
-        Without it a scale for a whole tensor is that of the part held here. Tensors with
+        Without it a scale for a whole tensor is that of the shard held here. Tensors with
         delayed scaling need none: `reduce_amax` serves all of them.
 
         Raises:
@@ -232,7 +232,7 @@ class Quantization:
         """Measure the operands of a product; the gradient's when it comes."""
 
         def observe(operand: str, tensor: Tensor, chunk: ExpertChunk, sizes: Sizes) -> None:
-            row, _ = scheme.part(chunk.experts).quantize(operand, tensor, sizes, both=False)
+            row, _ = scheme.for_experts(chunk.experts).quantize(operand, tensor, sizes, both=False)
             self._observed.observe(name, operand, tensor, row.operand())
 
         def observe_rows(operand: str, tensor: Tensor) -> None:

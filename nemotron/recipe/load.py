@@ -50,10 +50,8 @@ class Recipe:
         """
         if not isinstance(self.config, PretrainConfig):
             place = place_of(self.places, ("stage",), str(self.path))
-            raise UserError(
-                f"{place}: stage = {self.config.stage}; this command takes recipes of stage "
-                "pretrain only."
-            )
+            rule = "is not for this command, which takes recipes of stage pretrain only."
+            raise UserError(rule, key="stage", value=self.config.stage, where=place)
         return self.config
 
     @property
@@ -65,7 +63,8 @@ class Recipe:
         """
         if self.stage.trained is None:
             place = place_of(self.places, ("stage",), str(self.path))
-            raise UserError(f"{place}: stage = {self.config.stage}; nothing trains such recipes.")
+            rule = "can be read and checked, but nothing trains such recipes yet."
+            raise UserError(rule, key="stage", value=self.config.stage, where=place)
         return self.stage.trained()
 
 
@@ -88,7 +87,8 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     try:
         config = stage.recipe.model_validate(_wrap_single_items(values, stage.recipe))
     except ValidationError as error:
-        raise UserError(explain(error, stage.recipe, document.places, str(path))) from error
+        found = explain(error, stage.recipe, document.places, str(path))
+        raise UserError.of(found) from error
     check(config, stage, document.places, str(path))
     return Recipe(config, path, document.places, stage, tuple(dict.fromkeys(budget.paths)))
 
@@ -97,9 +97,11 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...], budget: Budget) -> Doc
     """Read a file on top of those that it extends, the first named at the bottom."""
     links = " -> ".join(str(link) for link in (*chain, path))
     if os.path.realpath(path) in map(os.path.realpath, chain):
-        raise UserError(f"{chain[-1]}: extends forms a cycle: {links}; remove one of them.")
+        rule = f"forms a cycle: {links}; remove one of them."
+        raise UserError(rule, key="extends", where=str(chain[-1]))
     if chain and not os.path.isfile(path):
-        raise UserError(f"{chain[-1]}: extends names a file that does not exist: {links}.")
+        rule = f"names a file that does not exist: {links}."
+        raise UserError(rule, key="extends", where=str(chain[-1]))
     own = read_yaml(path, budget)
     insert_blends(own, path.parent, budget)
     merged = Document()
@@ -116,7 +118,7 @@ def _take_names(document: Document, key: str, what: str, source: str) -> list[st
     names = document.values.pop(key, [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{place}: {key} must be {what} or a list of them.")
+        raise UserError(f"must be {what} or a list of them.", key=key, where=place)
     document.places = {path: line for path, line in document.places.items() if path[0] != key}
     return names
 
@@ -126,8 +128,8 @@ def _read_override(text: str) -> Document:
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):
         raise UserError(
-            f"{COMMAND_LINE}: {text!r} is not a setting; write key=value, "
-            f"for example schedule.peak=3e-4."
+            f"{text!r} is not a setting; write key=value, for example schedule.peak=3e-4.",
+            where=COMMAND_LINE,
         )
     parsed: Any = parse_yaml(value, f"{COMMAND_LINE}: {key.strip()}")
     places = {parts[: depth + 1]: COMMAND_LINE for depth in range(len(parts))}
@@ -172,8 +174,9 @@ def _remove(document: Document, path: Path_, place: str) -> None:
         holder = holder.get(part) if isinstance(holder, dict) else None
     if not isinstance(holder, dict) or path[-1] not in holder:
         raise UserError(
-            f"{place}: remove names {'.'.join(path)}, which no recipe below sets; "
-            "take it off the list."
+            f"names {'.'.join(path)}, which no recipe below sets; take it off the list.",
+            key="remove",
+            where=place,
         )
     del holder[path[-1]]
     kept = {key: line for key, line in document.places.items() if key[: len(path)] != path}

@@ -50,22 +50,21 @@ class Budget:
         self.files -= 1
         self.paths.append(path)
         if self.files < 0:
-            raise UserError(
-                f"{path}: the recipe names more than {MAX_FILES} files; merge some of them."
-            )
+            rule = f"the recipe names more than {MAX_FILES} files; merge some of them."
+            raise UserError(rule, where=str(path))
         content = _read_regular(path, self.size)
         self.size -= len(content)
         if self.size < 0:
             raise UserError(
-                f"{path}: the files of the recipe are larger than {MAX_BYTES >> 20} MiB; "
-                "a recipe holds settings, not data."
+                f"the files of the recipe are larger than {MAX_BYTES >> 20} MiB; "
+                "a recipe holds settings, not data.",
+                where=str(path),
             )
         try:
             return content.decode("utf-8")
         except UnicodeDecodeError as error:
-            raise UserError(
-                f"{path}: byte {error.start} is not UTF-8 text; a recipe is a text file in YAML."
-            ) from error
+            rule = f"byte {error.start} is not UTF-8 text; a recipe is a text file in YAML."
+            raise UserError(rule, where=str(path)) from error
 
 
 def read_yaml(path: Path, budget: Budget | None = None) -> Document:
@@ -80,7 +79,8 @@ def read_yaml(path: Path, budget: Budget | None = None) -> Document:
     if document.values is None:
         raise UserError(f"{path} is empty; a recipe is a YAML mapping such as `name: my-run`.")
     if not isinstance(document.values, dict):
-        raise UserError(f"{path}:1: the top must be a mapping such as `name: my-run`.")
+        rule = "the top must be a mapping such as `name: my-run`."
+        raise UserError(rule, where=f"{path}:1")
     return document
 
 
@@ -113,7 +113,8 @@ def _read_regular(path: Path, size: int) -> bytes:
                 raise UserError(f"{path} is not a regular file; name a recipe file (.yaml).")
             return file.read(size + 1)
     except FileNotFoundError as error:
-        raise UserError(f"{path}: there is no such file; name an existing recipe.") from error
+        rule = "there is no such file; name an existing recipe."
+        raise UserError(rule, where=str(path)) from error
     except IsADirectoryError as error:
         raise UserError(f"{path} is a folder; name a recipe file (.yaml).") from error
     except OSError as error:

@@ -26,7 +26,7 @@ class Lines:
     later: list[bytes]
     """Records after it."""
     damaged: list[bytes]
-    """What is no record, but for a last line that a kill left half written."""
+    """What is not a record, except a last line that a kill left half written."""
 
 
 class MetricsFile:

@@ -45,7 +45,7 @@ class StopRequest:
         return self.reason(steps) is not None
 
     def reason(self, steps: int) -> str | None:
-        """Say who asked to stop, when so many steps are done; None when nobody did."""
+        """Say who asked to stop, when so many steps are done; None when there was no request."""
         if self.signal is not None or self._after is None or steps < self._after:
             return self.signal
         return f"--stop-at {self._after}"

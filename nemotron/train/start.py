@@ -167,8 +167,10 @@ def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
         old, new = saved_config.model_dump(), local.config.model_dump()
         keys = [f"model.{key} = {old[key]} there" for key in old if old[key] != new[key]]
         raise UserError(
-            f"init_from: the weights in {path} do not fit the recipe ({', '.join(keys)}): "
-            f"{'; '.join(problems[:10])}."
+            f"has weights that do not fit the recipe ({', '.join(keys)}): "
+            f"{'; '.join(problems[:10])}.",
+            key="init_from",
+            value=Path(path),
         )
     local.fill(
         lambda name, _, experts: (

@@ -62,7 +62,7 @@ class TrainerState(Counters):
         )
 
     def advance(self, tokens: int, loss: float, grad_norm: float, skip: Skip | None) -> None:
-        """Count a step, whatever became of it."""
+        """Count a step, whether it was done or skipped."""
         if skip is None:
             self.nonfinite_in_a_row = self.spikes_in_a_row = 0
             self.recent_losses = [*self.recent_losses, loss][-SPIKE_WINDOW:]

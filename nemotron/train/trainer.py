@@ -129,7 +129,7 @@ class Trainer:
         others = sums.add_up(self.ranks, others, counts_loss=self.local.counts_loss)
         norms = GradientNorms(others[:-1], self._kinds)
         total = self.objective.combine(sums.terms, counts)
-        # once a step the host waits for three numbers: whether to update hangs on them
+        # once a step the host waits for three numbers: they decide whether to update
         loss, grad_norm, stops = torch.stack([total.double(), norms.total(), others[-1]]).tolist()
         watch.begin("optimizer")
         lr, clip = self.plan.lr(step), clip_coefficient(grad_norm, config.optimizer.clip)
@@ -295,6 +295,6 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
         num_depths=config.num_depths,
         device=device,
     )
-    local.materialise(device)
+    local.materialize(device)
     local.init_weights(config.seed)
     return local

@@ -242,7 +242,7 @@ def test_sizes_and_split_operands_are_told(monkeypatch):
     with pytest.raises(UserError, match="takes multiples of 128, not a weight of 1856 x 2688; use"):
         choose("transformer_engine", on(HOPPER, "fp8_block", shape=(1856, 2688)), "layer")
     split = replace(on(BLACKWELL, "nvfp4"), needs=frozenset({"split_operands"}))
-    with pytest.raises(UserError, match="does not honour split_operands"):
+    with pytest.raises(UserError, match="does not honor split_operands"):
         choose("transformer_engine", split, "layer")
 
 

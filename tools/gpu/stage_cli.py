@@ -19,7 +19,7 @@ WIDE = (
 """Widths that products of 8 bits can take."""
 RESUMED = ("fp8_current", "nvfp4")
 STOPPED = 75
-"""Exit code of a run that was told to stop."""
+"""Exit code of a run that was asked to stop."""
 
 
 def main() -> None:

@@ -100,7 +100,7 @@ class ShardWriter:
 
 
 def _close(file: BinaryIO) -> None:
-    """Close a file that is given up: what a full disk did not take is no second error."""
+    """Close a file that is given up: what a full disk did not take is not a second error."""
     try:
         file.close()
     except OSError:

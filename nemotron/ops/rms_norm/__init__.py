@@ -1,4 +1,4 @@
-"""Root-mean-square normalisation, plain and as the Mamba-2 mixer's gated and grouped one."""
+"""Root-mean-square normalization, plain and as the Mamba-2 mixer's gated and grouped one."""
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +32,7 @@ def reference(
 
 
 class GatedRMSNormOp(Operation):
-    """Multiply by silu(z), then normalise each of `groups` blocks of channels by itself.
+    """Multiply by silu(z), then normalize each of `groups` blocks of channels by itself.
 
     The gate comes before the norm; all is computed in float32, the result has the dtype of `y`.
     Source: state-spaces/mamba: mamba_ssm/ops/triton/layernorm_gated.py (norm_before_gate=False).

@@ -1,4 +1,4 @@
-"""Normalisations in blocks of rows; backward keeps the inputs and one number a row and group."""
+"""Normalizations in blocks of rows; backward keeps the inputs and one number a row and group."""
 
 from typing import Any
 
