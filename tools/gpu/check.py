@@ -50,7 +50,7 @@ PARTS = (
     Part("ops", "ops", 90, packages=True),
     Part("step", "step", 50, ("--variant", "auto")),
     Part("step", "step", 45, ("--variant", "fp8_current")),
-    Part("step", "step", 45, ("--variant", "before")),
+    Part("before", "step", 45, ("--variant", "before")),
     Part("formats", "step", 45, ("--variant", "fp8_block"), usual=False),
     Part("formats", "step", 45, ("--variant", "mxfp8"), usual=False),
     Part("formats", "step", 45, ("--variant", "nvfp4"), usual=False),
