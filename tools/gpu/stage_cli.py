@@ -99,9 +99,11 @@ def _emit(
         code = "no end in time"
     values: dict[str, object] = {"exit_code": code}
     if run is not None and (run / "metrics.jsonl").exists():
-        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        losses = [line["loss/main"] for line in lines if line.get("kind") == "train"]
-        values |= {"steps": len(losses), "loss": losses[-1] if losses else None}
+        lines = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+        lines = [line for line in lines if line.get("kind") == "train"]
+        newest = lines[-1] if lines else {}
+        names = ("loss/main", "rl/reward", "rl/token_mult_prob_error")
+        values |= {"steps": len(lines), **{n: newest[n] for n in names if n in newest}}
     flag = "" if code == expected else "WRONG"
     stage.emit(case, **values, flag=flag)
 
