@@ -50,8 +50,11 @@ TASKS = (
     Task("ops", "ops", 90, packages=True),
     Task("step", "step", 50, ("--variant", "auto")),
     Task("step", "step", 45, ("--variant", "fp8_current")),
-    Task("step", "step", 45, ("--variant", "before")),
-    Task("decode", "decode", 40),
+    Task("before", "step", 45, ("--variant", "before")),
+    Task("formats", "step", 45, ("--variant", "fp8_block"), usual=False),
+    Task("formats", "step", 45, ("--variant", "mxfp8"), usual=False),
+    Task("formats", "step", 45, ("--variant", "nvfp4"), usual=False),
+    Task("decode", "decode", 60),
     Task("peer", "peer", 100, packages=True),
     Task("tune", "tune", 100, usual=False),
 )
