@@ -121,7 +121,8 @@ def _check_phase(
 
 
 def _refuse(what: str, then: object, now: object) -> None:
-    raise UserError(
-        f"{what} was {then} when the checkpoint was written and is {now} now; "
-        "restore it or start a new run."
+    rule = (
+        f"was {then} when the checkpoint was written and is {now} now; restore it or start a new "
+        "run."
     )
+    raise UserError(rule, key=what)

@@ -147,11 +147,11 @@ class TrainingData:
             limit = self.limit_of(name)
             if limit is not None and epochs > limit:
                 raise UserError(
-                    f"{num_steps} steps need {needed[name]} tokens of {name}, which has "
-                    f"{self.tokens[name].train.num_tokens}: {epochs:.2f} passes, where "
+                    f"do not suffice: {num_steps} steps need {needed[name]} tokens of {name}, "
+                    f"which has {self.tokens[name].train.num_tokens}: {epochs:.2f} passes, where "
                     f"max_epochs = {limit:g}; train for fewer steps, lower its weight or raise "
                     "max_epochs.",
-                    where="data.sources",
+                    key="data.sources",
                 )
 
     def describe(self) -> list[str]:
@@ -219,9 +219,9 @@ class TrainingData:
                 known = named_by.setdefault(source.name, source)
                 if (known.path, known.validation) != (source.path, source.validation):
                     raise UserError(
-                        f"{source.name} is {known.path} in one place and {source.path} in "
-                        "another; give different data different names.",
-                        where="phases",
+                        f"name {source.name} with the paths {known.path} and {source.path}; "
+                        "give different data different names.",
+                        key="phases",
                     )
         for name, source in named_by.items():
             if source.path is None:
@@ -262,10 +262,10 @@ class TrainingData:
             documents = f"{stream.num_documents} documents with {stream.num_tokens} tokens"
             if name not in self.tokens:
                 raise UserError(
-                    f"{name} has {documents}, which make no row of data.seq_len = "
-                    f"{self.config.seq_len} (data.packing may drop them); remove it, or give "
-                    "documents that fit.",
-                    where="data.validation",
+                    f"has {documents}, which make no row of data.seq_len = {self.config.seq_len} "
+                    "(data.packing may drop them); remove it, or give documents that fit.",
+                    key="data.validation",
+                    value=name,
                 )
             if self.holds_out(name):
                 log.warning(

@@ -170,9 +170,9 @@ def row_reader(
         packing.kind == "concatenate" or packing.long_documents == "split"
     ):
         raise UserError(
-            f"{name} holds conversations, which rows must not cut; use kind: best_fit or "
-            "sequential, and long_documents: drop or truncate.",
-            where="data.packing",
+            f"must not cut the conversations of {name}; use kind: best_fit or sequential, and "
+            "long_documents: drop or truncate.",
+            key="data.packing",
         )
     if data.objective == "samples" and not stream.is_supervised:
         raise UserError(

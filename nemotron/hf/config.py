@@ -1,12 +1,12 @@
 """`config.json`: written for every reader of NemotronH, read in all its published variants."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from nemotron.errors import UserError, show_value
+from nemotron.errors import RuleBroken, UserError, show_value
 from nemotron.model.config import LAYER_KINDS, ModelConfig
 
 Values = dict[str, Any]  # Any: whatever a config.json holds
@@ -274,8 +274,11 @@ class _Reader:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
-            reason = first.get("ctx", {}).get("error", first["msg"])
-            raise UserError(f"{self.where}: {f'{key}: ' * bool(key)}{reason}.") from None
+            broken = first.get("ctx", {}).get("error")
+            if isinstance(broken, RuleBroken):
+                raise UserError.of(replace(broken.finding, where=self.where), ".") from None
+            rule = first["msg"].replace("Input should", "must") + "."
+            raise UserError(rule, key=key, value=first["input"], where=self.where) from None
 
     def note_unknown_keys(self) -> None:
         """Say which keys mean nothing to us; remote code gets a sentence of its own."""

@@ -238,7 +238,8 @@ def test_a_run_that_needs_too_many_epochs_is_refused(folder: Path):
     rows = sources_of(make_data(folder))["b"].num_rows
     most = int(2.5 * rows / (ROWS / 4))
     make_data(folder, max_epochs=2.5, steps=most // 2).check_length()
-    sentence = r"data.sources: 1000 steps need \d+ tokens of a, which has \d+: \d+\.\d\d passes"
+    sentence = r"data\.sources do not suffice: 1000 steps need \d+ tokens of a, which has \d+: "
+    sentence += r"\d+\.\d\d passes"
     with pytest.raises(UserError, match=sentence + r", where max_epochs = 2.5; train for"):
         make_data(folder, max_epochs=2.5, steps=1000).check_length()
     make_data(folder, steps=10**9).check_length()
@@ -284,7 +285,7 @@ def test_settings_that_do_not_fit_are_refused(folder: Path, tmp_path: Path):
 
 def test_another_end_of_documents_than_that_of_the_shards_is_refused(folder: Path):
     text = refuse(folder, eod_token="<|im_end|>")
-    assert "ends its documents with id 2, but data.eod_token = <|im_end|> is id 11" in text
+    assert "eod_id = 2 is not the id of data.eod_token = <|im_end|>, which is 11" in text
 
 
 def test_foreign_documents_without_the_right_end_are_warned_of(folder: Path, caplog):
@@ -401,7 +402,7 @@ def test_a_set_or_a_source_without_a_row_to_evaluate_is_said(tmp_path: Path, cap
     # documents of 9 tokens and more, which packing drops from rows of 8
     write_ids([[5] * 9, [6] * 11], tmp_path / "long", validation_fraction=0)
     packing = {"kind": "best_fit", "long_documents": "drop"}
-    with pytest.raises(UserError, match=r"data.validation: long has 2 documents .* make no row"):
+    with pytest.raises(UserError, match=r"data\.validation = long has 2 documents .* make no row"):
         make_data(
             tmp_path, packing=packing, validation=[{"name": "long", "path": str(tmp_path / "long")}]
         )

@@ -129,7 +129,7 @@ def test_one_name_cannot_mean_two_paths(folder: Path):
         phase("one", 1, 32, RowLength(8, 1.0, mix(folder, a=1))),
         phase("two", 1, 32, RowLength(8, 1.0, (strange,))),
     ]
-    with pytest.raises(UserError, match=r"phases: a is .*a in one place and .*b in another"):
+    with pytest.raises(UserError, match=r"phases name a with the paths .*a and .*b;"):
         make_data(folder, *phases)
 
 

@@ -203,10 +203,8 @@ def _read_parquet(
                 yield Bad(place(), row) if isinstance(row, str) else (place, row)
                 number += 1
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"{piece.path}: row group {piece.start} (rows {first} on) cannot be read: "
-            f"{_reason(error)}"
-        ) from None
+        rule = f"row group {piece.start} (rows {first} on) cannot be read: {_reason(error)}"
+        raise UserError(rule, where=str(piece.path)) from None
     tick(piece.size)
 
 
