@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -124,6 +124,12 @@ class Ranks:
         if self.grouped:
             for group in list(dist.distributed_c10d._world.pg_map):
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Return how a sentence names some ranks, of which it shows eight at most."""
+    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 
 def start(launch: Launch | None, device: torch.device, config: ParallelConfig) -> Ranks:

@@ -73,7 +73,7 @@ class RunFolder(RunFiles):
         self._check_holder()
         if not holds_run(self):
             return
-        known = _flatten(self._config.model_dump())
+        known = flatten(self._config.model_dump())
         for key in allow_changed:
             if not any(_covers([key], name) for name in known):
                 raise UserError(f"--allow-changed {key}: the recipe has no such key; name one.")
@@ -211,8 +211,8 @@ class RunFolder(RunFiles):
                 f"{self.recipe} is damaged, so the settings of this run are unknown; "
                 f"restore it, or give the new run another name."
             )
-        old = _flatten(read)
-        new = _flatten(_plain(self._config.model_dump()))
+        old = flatten(read)
+        new = flatten(_plain(self._config.model_dump()))
         return [
             (key, f"{key} was {old.get(key)}, is {new.get(key)}")
             for key in dict.fromkeys([*old, *new])
@@ -270,11 +270,12 @@ def _plain(value: Any) -> Any:  # Any: nested JSON
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _flatten(value: dict[str, Any], start: str = "") -> dict[str, Any]:  # Any: nested JSON
+def flatten(value: dict[str, Any], start: str = "") -> dict[str, Any]:  # Any: nested JSON
+    """Return nested values by dotted keys."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict):
-            flat |= _flatten(item, f"{start}{key}.")
+            flat |= flatten(item, f"{start}{key}.")
         else:
             flat[f"{start}{key}"] = item
     return flat

@@ -64,7 +64,7 @@ def collect(device: torch.device) -> Facts:
         "argv": redact_arguments(sys.argv),
         "folder": os.getcwd(),
         "code": {"nemotron-train": code_version(), **_commit()},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -95,8 +95,9 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Return the versions of what can change a result."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
