@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemotron.errors import UserError
+from nemotron.exit_codes import FAILED
 from nemotron.parallel.config import ParallelConfig
+from nemotron.terminal import say
 
 T = TypeVar("T")
 
@@ -157,8 +159,13 @@ def leave(code: int, *, together: bool) -> None:
     if not dist.is_initialized():
         return
     if together:
-        dist.barrier()
-        dist.destroy_process_group()
+        try:
+            dist.barrier()
+            dist.destroy_process_group()
+        except RuntimeError:  # of any backend, for a lost or silent peer
+            rank = f"rank {dist.get_rank()}"
+            say(f"nemotron: {rank} has ended, but another rank has not, and does not answer")
+            code = FAILED
     leave_alone(code)
 
 

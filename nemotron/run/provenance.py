@@ -38,8 +38,8 @@ class Provenance(Section):
     imported: dict[str, JsonValue] | None = None
 
 
-def record_start(path: Path, step: int, facts: Facts) -> str:
-    """Add an entry for this start of the run; returns the run's identifier, drawn once.
+def with_start(path: Path, step: int, facts: Facts) -> Provenance:
+    """Return the entries of a run's starts with one more, for this start.
 
     Raises:
         UserError: when the entries of earlier starts cannot be read.
@@ -47,8 +47,7 @@ def record_start(path: Path, step: int, facts: Facts) -> str:
     first = Provenance(id=secrets.token_hex(4), starts=[])
     known = read_provenance(path) if path.exists() else first
     known.starts.append(redact({"time": _now(), "step": step} | facts))
-    write_json(path, known.model_dump(exclude_none=True))
-    return known.id
+    return known
 
 
 def record_import(path: Path, facts: Facts) -> Facts:

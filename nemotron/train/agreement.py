@@ -76,10 +76,7 @@ def _sentence(everyone: list[Facts]) -> str:
         for key in dict.fromkeys(key for facts in everyone for key in facts)
         if len(holders := _holders(key, everyone)) > 1
     ]
-    clauses = [
-        f"{key} = {' but '.join(f'{show_value(v)} on {name_ranks(some)}' for v, some in by.items())}"
-        for key, by in differing[:NUM_NAMED]
-    ]
+    clauses = [f"{key} = {_sides(holders)}" for key, holders in differing[:NUM_NAMED]]
     more = f", and {len(differing) - NUM_NAMED} more" if len(differing) > NUM_NAMED else ""
     return (
         f"the ranks do not run the same: {'; '.join(clauses)}{more}; "
@@ -93,3 +90,8 @@ def _holders(key: str, everyone: list[Facts]) -> dict[str, list[int]]:
     for rank, facts in enumerate(everyone):
         holders[facts.get(key, "absent")].append(rank)
     return holders
+
+
+def _sides(holders: dict[str, list[int]]) -> str:
+    sides = (f"{show_value(value)} on {name_ranks(ranks)}" for value, ranks in holders.items())
+    return " but ".join(sides)

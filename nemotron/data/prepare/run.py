@@ -24,7 +24,7 @@ from nemotron.data.prepare.progress import PrepareProgress
 from nemotron.data.prepare.unit import Receipt, write_unit
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
-from nemotron.files import hash_file, try_lock, write_json
+from nemotron.files import hash_file, open_regular, try_lock, write_json
 from nemotron.outputs import (
     MARK,
     begin,
@@ -167,8 +167,9 @@ def _workplace(job: PrepareJob, made: Plan, tokenizer: Tokenizer) -> Iterator[No
     plan_file = job.work / "plan.json"
     identity = _identity(made, tokenizer, job.options) | {"stamps": list(made.stamps)}
     _adopt(job.work, WORK_FILE)
-    with open(job.work / "lock", "a") as lock:
-        if not try_lock(lock.fileno()):
+    path = job.work / "lock"
+    with open(open_regular(path, os.O_WRONLY | os.O_CREAT), "a") as lock:
+        if not try_lock(lock.fileno(), path):
             raise UserError(f"{job.work} is in use by another preparation; wait for it to end.")
         if plan_file.exists() and not _holds(plan_file, identity):
             raise UserError(

@@ -6,6 +6,7 @@ each rank's thread answers where it stands, writes down what its process does, a
 sounds the alarm is seldom the one at fault, so the sentence is made of all answers.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -19,11 +20,12 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from nemotron.errors import UserError
+from nemotron.errors import RunFailed, UserError
 from nemotron.exit_codes import FAILED
-from nemotron.files import write_text
+from nemotron.files import open_regular, write_text
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.runtime import Ranks, leave_alone, name_ranks
+from nemotron.run.appended import AppendedFile
 from nemotron.run.folder import RunFolder
 from nemotron.terminal import one_line, say
 from nemotron.train.reliability.progress import PHASES, StepProgress
@@ -100,7 +102,9 @@ class Watchdog:
         self._thread.join(JOIN_S)  # it may wait for the store, and then has nothing more to do
         # mistakes that are found at the start are every rank's, and each says them itself
         if error is not None and not isinstance(error, UserError):
-            self._conclude(" ".join(f"{kind and kind.__name__}: {error}".split())[:500])
+            known = isinstance(error, RunFailed)
+            text = f"{error}" if known else f"{kind and kind.__name__}: {error}"
+            self._conclude(" ".join(text.split())[:500])
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):
@@ -131,7 +135,8 @@ class Watchdog:
         One rank says it to the screen: the first of those that ask and have no `error` themselves.
         """
         rank = self._ranks.rank
-        self._dump()
+        with contextlib.suppress(OSError):  # nothing may keep the job from ending
+            self._dump()
         own = self._own_answer(error)
         try:
             with self._store.patience(STORE_S):
@@ -144,8 +149,7 @@ class Watchdog:
         except (StoreSilent, RuntimeError) as problem:
             sentence, speaker = without_store(own, is_silent=isinstance(problem, StoreSilent)), rank
         text = f"{sentence}; the job ends. See {self._folder.ranks}/rank-*/stacks.txt"
-        with open(self._folder.log_of(rank), "a", encoding="utf-8") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {one_line(text)}\n")
+        self._log(one_line(text))
         if rank == speaker and rank < ASKING:
             say(f"nemotron: {text}")
             self._folder.write_status("failed", max(0, self._progress.current.step), FAILED)
@@ -181,10 +185,18 @@ class Watchdog:
         step, phase = json.loads(self._store.get(_beat(rank)))
         return f"last seen in {_place(step, phase)}"
 
+    def _log(self, text: str) -> None:
+        with contextlib.suppress(OSError, UserError):
+            log = AppendedFile(self._folder.log_of(self._ranks.rank))
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n".encode())
+            log.close()
+
     def _dump(self) -> None:
         folder = self._folder.ranks / f"rank-{self._ranks.rank}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "stacks.txt", "w") as file:
+        folder.parent.mkdir(exist_ok=True)  # not the run's folder, which may have been removed
+        folder.mkdir(exist_ok=True)
+        stacks = folder / "stacks.txt"
+        with open(open_regular(stacks, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         write_text(folder / "flight.json", json.dumps(_flight(), indent=1))
 
