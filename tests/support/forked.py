@@ -87,7 +87,7 @@ def command(
 ) -> Forked:
     """Run `python -m nemotron` with these arguments, in a folder."""
     words = [*map(str, arguments)]
-    return Forked(_run_module, words, folder, output=output, environment=environment)
+    return Forked(run_module, words, folder, output=output, environment=environment)
 
 
 def start(function: Callable[..., Any], *arguments: Any, daemon: bool = False) -> BaseProcess:
@@ -128,7 +128,8 @@ def _call(
     sys.exit(function(*arguments))
 
 
-def _run_module(arguments: list[str], folder: Path | None) -> None:
+def run_module(arguments: list[str], folder: Path | None) -> None:
+    """Become `python -m nemotron` with these arguments, in a folder."""
     if folder is not None:
         os.chdir(folder)
     sys.argv = ["nemotron", *arguments]

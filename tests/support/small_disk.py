@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-MIB = 10
+SIZE = "10m"
 
 
 @contextmanager
-def small_disk(folder: Path, mib: int = MIB) -> Iterator[Path]:
+def small_disk(folder: Path, size: str = SIZE) -> Iterator[Path]:
     """Mount an empty disk at a folder; the test is skipped where that is not allowed."""
     folder.mkdir(exist_ok=True)
-    options = ["-t", "tmpfs", "-o", f"size={mib}m", "tmpfs"]
+    options = ["-t", "tmpfs", "-o", f"size={size}", "tmpfs"]
     mounted = subprocess.run(["mount", *options, folder], capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"no small disk can be mounted here: {mounted.stderr.strip()}")

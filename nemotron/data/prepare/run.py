@@ -256,10 +256,16 @@ def _in_processes(
     todo: Sequence[Unit], job: PrepareJob, workers: int, progress: PrepareProgress
 ) -> Generator[tuple[int, Receipt], None, None]:
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(job, counter)
-    )
+    try:
+        counter = context.Value("q", 0)
+        pool = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_start_worker, initargs=(job, counter)
+        )
+    except OSError as error:
+        raise UserError(
+            f"worker processes cannot share memory: {error.strerror or error} in /dev/shm; use "
+            "--workers 1, or give this machine or container a /dev/shm that can be written."
+        ) from None
     with interrupts.noted() as noted, pool:
         with interrupts.blocked():  # the pool starts its workers here
             running = {pool.submit(_work_here, unit): unit.number for unit in todo}
