@@ -79,9 +79,15 @@ class Forked:
         self.process.join()
 
 
-def command(*arguments: object, output: Path, environment: Mapping[str, str]) -> Forked:
-    """Run `python -m nemotron` with these arguments."""
-    return Forked(_run_module, [*map(str, arguments)], output=output, environment=environment)
+def command(
+    *arguments: object,
+    output: Path,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+) -> Forked:
+    """Run `python -m nemotron` with these arguments, in a folder."""
+    words = [*map(str, arguments)]
+    return Forked(run_module, words, folder, output=output, environment=environment)
 
 
 def start(function: Callable[..., Any], *arguments: Any, daemon: bool = False) -> BaseProcess:
@@ -122,6 +128,9 @@ def _call(
     sys.exit(function(*arguments))
 
 
-def _run_module(arguments: list[str]) -> None:
+def run_module(arguments: list[str], folder: Path | None) -> None:
+    """Become `python -m nemotron` with these arguments, in a folder."""
+    if folder is not None:
+        os.chdir(folder)
     sys.argv = ["nemotron", *arguments]
     runpy.run_module("nemotron", run_name="__main__", alter_sys=True)

@@ -3,6 +3,7 @@
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemotron.run.folder import dump_recipe
@@ -16,8 +17,17 @@ TIMEOUT_S = 3.0
 class Job:
     """The processes of one start of a run."""
 
-    def __init__(self, config: RunConfig, *arguments: str, world: int = 2) -> None:
-        self.run = Path(config.output) / config.name
+    def __init__(
+        self,
+        config: RunConfig,
+        *arguments: str,
+        world: int = 2,
+        of_rank: Mapping[int, Sequence[str]] | None = None,
+        folders: Sequence[Path] | None = None,
+    ) -> None:
+        """Start them; `of_rank` has arguments of one rank, `folders` where each is at home."""
+        home = folders[0] if folders else Path.cwd()
+        self.run = home / config.output / config.name
         self.run.parent.mkdir(exist_ok=True)
         recipe = self.run.with_suffix(".yaml")
         recipe.write_text(dump_recipe(config))
@@ -29,6 +39,8 @@ class Job:
                 "train",
                 recipe,
                 *arguments,
+                *(of_rank or {}).get(rank, ()),
+                folder=folders[rank] if folders else None,
                 output=self.run.parent / f"{config.name}-{rank}.txt",
                 environment=os.environ
                 | {
