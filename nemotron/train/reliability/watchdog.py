@@ -82,7 +82,8 @@ class Watchdog:
             longest = max(config.start_timeout_s, config.timeout_s) + MARGIN_S
             self._ranks.shorten_timeout(longest)
             # a connection of its own: the main thread may block the other one
-            store: Any = dist.distributed_c10d._get_default_store().clone()  # not in its stub
+            default: Any = dist.distributed_c10d._get_default_store()  # its stub lacks `clone`
+            store: dist.Store = default.clone()
             store.set_timeout(timedelta(seconds=STORE_S))
             self._store = PatientStore(store, config.timeout_s)
             self._post()
