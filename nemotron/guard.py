@@ -2,6 +2,7 @@
 
 import os
 import platform
+import re
 import tempfile
 import traceback
 from collections.abc import Sequence
@@ -25,6 +26,7 @@ def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
     if is_out_of_memory(error):
         return f"failed: out of memory ({reason}); use smaller sizes.", FAILED
     if is_of_other_ranks(error):
+        reason = re.sub(r"^\[\S*/gloo/\S*\] |\. .*", "", reason)
         return f"failed: another rank has ended, or does not answer ({reason}).", FAILED
     what = traceback.format_exception_only(error)[-1].strip().partition("\n")[0][:300].rstrip(".")
     report = _write_report(error, arguments)

@@ -35,7 +35,6 @@ class AppendedFile:
             return None
         try:
             if self._descriptor < 0:
-                self.path.parent.mkdir(exist_ok=True)
                 flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
                 self._descriptor = open_regular(self.path, flags)
             size = os.fstat(self._descriptor).st_size

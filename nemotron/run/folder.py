@@ -1,5 +1,6 @@
 """The folder of a run: who may use it, and the files that describe the run."""
 
+import contextlib
 import io
 import json
 import os
@@ -142,6 +143,14 @@ class RunFolder(RunFiles):
                 "to it; put it back and use --resume"
             )
 
+    def open_log(self, rank: int) -> Path:
+        """Return the log of a rank, in a folder that is there if there is room for it."""
+        path = self.log_of(rank)
+        with contextlib.suppress(OSError):
+            if path.parent != self.path:
+                path.parent.mkdir(exist_ok=True)
+        return path
+
     def catch_up(self) -> OSError | None:
         """Write what was refused; returns why it still is, if it is."""
         problems = [self._write(path, content) for path, content in [*self._late.items()]]
@@ -161,17 +170,17 @@ class RunFolder(RunFiles):
         """Say how the newest start of the run stands: running, done, stopped or failed.
 
         Whoever started it may not learn it from an exit code: torchrun has one of its own. On a
-        full disk the old content is overwritten in place, which needs no room.
+        full disk, and in a folder that was renamed, the old content is overwritten in place.
         """
+        content = {"state": state, "step": step, "exit_code": exit_code}
         if self.is_held():
-            self.write(self.status, {"state": state, "step": step, "exit_code": exit_code})
+            self.write(self.status, content)
+        else:
+            _overwrite(self._lock.place / self.status.name, _bytes(content))
 
     def write(self, path: Path, content: Any) -> None:  # Any: whatever JSON can hold
         """Replace a file of the folder by bytes, text or JSON, now or when there is room."""
-        if not isinstance(content, bytes):
-            text = content if isinstance(content, str) else f"{json.dumps(content, indent=2)}\n"
-            content = text.encode()
-        self._write(path, content)
+        self._write(path, content if isinstance(content, bytes) else _bytes(content))
 
     def write_description(self, tokenizer: bytes) -> None:
         """Write the resolved recipe and the tokenizer."""
@@ -196,7 +205,8 @@ class RunFolder(RunFiles):
     def _write(self, path: Path, content: bytes) -> OSError | None:
         self._late.pop(path, None)
         try:
-            path.parent.mkdir(exist_ok=True)
+            if path.parent != self.path:  # which is never made anew
+                path.parent.mkdir(exist_ok=True)
             write_bytes(path, content)
         except OSError as error:
             if path == self.status and error.errno in FULL and _overwrite(path, content):
@@ -225,6 +235,11 @@ class RunFolder(RunFiles):
             for key in dict.fromkeys([*old, *new])
             if old.get(key) != new.get(key)
         ]
+
+
+def _bytes(content: Any) -> bytes:  # Any: text, or whatever JSON can hold
+    text = content if isinstance(content, str) else f"{json.dumps(content, indent=2)}\n"
+    return text.encode()
 
 
 def _overwrite(path: Path, content: bytes) -> bool:

@@ -65,6 +65,11 @@ class FolderLock:
             os.truncate(self._descriptor, 0)
             os.pwrite(self._descriptor, json.dumps(holder).encode(), 0)
 
+    @property
+    def place(self) -> Path:
+        """The folder that was locked, wherever it is now."""
+        return Path(f"/proc/self/fd/{self._folder_descriptor}")
+
     def is_held(self) -> bool:
         """Say whether the folder that was locked still has its name; else, whether there is one."""
         if self._folder_descriptor < 0:

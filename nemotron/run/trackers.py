@@ -93,7 +93,7 @@ class TensorBoard:
     _newest: int
 
     def start(self, run: TrackedRun) -> str:
-        self._folder = run.folder / "tensorboard"
+        self._folder, self._newest = run.folder / "tensorboard", run.step
         self._open(run.step + 1)
         return f"tensorboard --logdir {self._folder}"
 
@@ -112,7 +112,7 @@ class TensorBoard:
         """Begin a file; what older ones have from this step on is void, as in metrics.jsonl."""
         from torch.utils.tensorboard import SummaryWriter
 
-        self._writer, self._newest = SummaryWriter(str(self._folder), purge_step=step), step
+        self._writer = SummaryWriter(str(self._folder), purge_step=step)
 
 
 class Trackio:

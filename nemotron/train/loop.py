@@ -39,7 +39,7 @@ def run(
     if start >= num_steps:
         announce_results(trainer, folder, log, "this run is finished")
         return DONE
-    log.screen.open_log(folder.log_of(ranks.rank))
+    log.screen.open_log(folder.open_log(ranks.rank))
     problem: Exception | None = None
     with ExitStack() as stack:
         tracked = announce(setup, folder, log, recipe_path)

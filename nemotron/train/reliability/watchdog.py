@@ -15,7 +15,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.distributed as dist
@@ -75,14 +75,15 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._posted: tuple[int, int] | None = None
 
-    def __enter__(self) -> "Watchdog":
+    def __enter__(self) -> Self:
         if self._ranks.world > 1:
             config = self._config
             # the last resort: this thread is to end the job before a collective does
             longest = max(config.start_timeout_s, config.timeout_s) + MARGIN_S
             self._ranks.shorten_timeout(longest)
             # a connection of its own: the main thread may block the other one
-            store: Any = dist.distributed_c10d._get_default_store().clone()  # type: ignore[attr-defined]
+            default: Any = dist.distributed_c10d._get_default_store()  # its stub lacks `clone`
+            store: dist.Store = default.clone()
             store.set_timeout(timedelta(seconds=STORE_S))
             self._store = PatientStore(store, config.timeout_s)
             self._post()
