@@ -19,7 +19,7 @@ from nemotron.model.parameters import count_parameters
 from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
 from nemotron.parallel.apply import LocalModel
-from nemotron.parallel.runtime import Launch, start
+from nemotron.parallel.runtime import Launch, Ranks, start
 from nemotron.precision.apply import DTYPES
 from nemotron.precision.policy import Assignment, assign, summarize
 from nemotron.run.folder import RunFolder
@@ -28,6 +28,12 @@ from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
 from nemotron.terminal import print_text
+from nemotron.train.agreement import (
+    check_agreement,
+    facts_of_data,
+    facts_of_start,
+    facts_of_weights,
+)
 from nemotron.train.config import RunConfig
 from nemotron.train.layout import check_layout, describe_ranks, least_world
 from nemotron.train.loop import run
@@ -68,6 +74,7 @@ def train(
     device = find_device(config.device, launch.local_rank if launch else None)
     folder = RunFolder(config.run_path, config)
     ranks = start(launch, device, config.parallel)
+    check_agreement(facts_of_start(config, device, resume=resume), ranks)
     ranks.first(lambda: folder.check(plan.num_steps, resume=resume, allow_changed=allow_changed))
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest(stop_at))
@@ -81,11 +88,12 @@ def train(
         setup = trained.build(config, plan, device, sum(ranks.gather(own_peak)), ranks)
         stack.callback(setup.close)
         trainer = setup.trainer
+        check_agreement(facts_of_data(trainer.batches.state()), ranks)
         stack.enter_context(folder.held(ranks))
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)
         if not (resume and saver.restore()) and config.init_from is not None:
-            load_initial(trainer.local, config.init_from, read_initial)
+            load_initial(trainer.local, config.init_from, read_initial, ranks)
         return run(setup, folder, log, saver, stop, recipe_path)
 
 
@@ -152,9 +160,15 @@ def _precision_tables(
         yield step, preset, assign(model, config.precision, preset, device)
 
 
-def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
-    """Start from saved weights; every tensor must be there, with its shape, and no other."""
+def load_initial(local: LocalModel, path: str, read: ReadModel, ranks: Ranks | None = None) -> None:
+    """Start from saved weights; every tensor must be there, with its shape, and no other.
+
+    Raises:
+        UserError: when they are not those of the recipe, or not those of another rank.
+    """
     saved_config, weights = read(Path(path))
+    if ranks is not None and ranks.world > 1:
+        check_agreement(facts_of_weights(weights), ranks)
     own = shapes(local.config)
     problems = [f"{name} is absent" for name in own if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in own]

@@ -92,6 +92,8 @@ def results(format: str, name: str, device: torch.device, wide: bool = True):
     ],
 )
 def test_products_and_gradients_are_those_of_the_quantized_operands(format: str, name: str):
+    if reason := BY_NAME[name].unfit(format_call(format, CPU, (112, 80))):
+        pytest.skip(f"{name} for {format}: {reason}")
     found, exact = results(format, name, CPU)
     for ours, theirs in zip(found, exact, strict=True):
         # float32 sums of at most 112 terms
@@ -104,6 +106,8 @@ def test_products_and_gradients_are_those_of_the_quantized_operands(format: str,
 
 @pytest.mark.parametrize("format", ["fp8_current", "fp8_delayed"])
 def test_experts_have_each_backends_products(format: str):
+    if reason := BY_NAME["torch"].unfit(format_call(format, CPU, (112, 80))):
+        pytest.skip(reason)
     counts = torch.tensor([20, 0, 15])
     g = torch.Generator().manual_seed(4)
     weight = torch.randn(3, 112, 80, generator=g) / 8
