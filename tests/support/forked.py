@@ -18,7 +18,12 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-IMPORTED = ("nemotron.train.start", "nemotron.cli", "torch.distributed.fsdp")
+IMPORTED = (
+    "nemotron.train.start",
+    "nemotron.cli",
+    "torch.distributed.fsdp",
+    "tests.support.frozen",
+)
 """What the server imports once."""
 
 

@@ -252,7 +252,6 @@ def test_a_mistake_leaves_nothing_behind(
     world: Path, monkeypatch, capsys, arguments: list[str], sentence: str
 ):
     monkeypatch.chdir(world)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Path("empty.jsonl").touch()
     Path("blank.txt").touch()
     before = sorted(os.listdir(world))
@@ -285,7 +284,6 @@ def test_an_unreadable_row_group_ends_with_a_sentence(world: Path, monkeypatch, 
 def test_a_data_set_gives_what_its_files_give(world: Path, monkeypatch, streaming: list[str]):
     # a folder in the place of a name on the hub: the library reads both alike
     monkeypatch.chdir(world)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(world / "hf"))
     rows = [{"text": text, "number": i} for i, text in enumerate(load_documents("docs")[:200])]
     Path("set").mkdir(exist_ok=True)
