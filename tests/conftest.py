@@ -62,7 +62,7 @@ def is_long(item: pytest.Item) -> bool:
     return any(item.get_closest_marker(name) for name in ("distributed", "slow"))
 
 
-SLOW_S = 5.0
+SLOW_S = 2.0
 """Seconds of a core from which on a test must be marked as slow."""
 
 CPU_S = "seconds of a core, not marked slow"
