@@ -73,6 +73,7 @@ def test_the_tokenizer_is_trained_again_to_the_same_bytes(tool):
     assert tool.train_tokenizer(texts) == (EMBEDDED / "tokenizer.json").read_text()
 
 
+@pytest.mark.slow
 def test_code_and_docs_are_made_again_from_the_standard_library(tool):
     library = Path(ast.__file__).parent
     try:
