@@ -92,7 +92,7 @@ def data_prepare(
     options = PrepareOptions(
         column=column,
         filters=tuple(filters or ()),
-        separator=separator and separator.replace(r"\n", "\n").replace(r"\t", "\t"),
+        separator=separator and _unescaped(separator),
         eod_token=eod_token,
         validation_fraction=hold_out,
         max_row_bytes=max_row_mib << 20,
@@ -108,6 +108,44 @@ def data_prepare(
         max_bad_rows=max_bad_rows,
         overwrite=overwrite,
         dry_run=dry_run,
+    )
+
+
+@app.command(
+    "tokenizer",
+    epilog="Example: nemotron data tokenizer texts/ --vocab-size 8192 --out data/tokenizer.json",
+)
+def data_tokenizer(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders, patterns or data sets, as data prepare reads them.",
+            metavar="SOURCE...",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of ids, special tokens included.")],
+    special: Annotated[
+        list[str] | None,
+        typer.Option(help="Special token in addition to those of Nemotron 3; repeatable."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    sample_mib: Annotated[
+        int, typer.Option(min=1, help="Most MiB of input to learn from, spread over all of it.")
+    ] = 1024,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+) -> int:
+    """Train a byte-level BPE tokenizer on text."""
+    from nemotron.data.prepare.learn_tokens import learn_tokenizer
+
+    return learn_tokenizer(
+        sources,
+        out,
+        vocab_size=vocab_size,
+        specials=special or (),
+        column=column,
+        sample_bytes=sample_mib << 20,
+        overwrite=overwrite,
     )
 
 
@@ -162,6 +200,10 @@ def data_plan(recipe: RecipeFile, overrides: Overrides = None) -> int:
     from nemotron.data.plan import print_plan
 
     return print_plan(_recipe_data(recipe, overrides))
+
+
+def _unescaped(separator: str) -> str:
+    return separator.replace(r"\r", "\r").replace(r"\n", "\n").replace(r"\t", "\t")
 
 
 def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
