@@ -153,7 +153,7 @@ def data_tokenizer(
 def data_inspect(
     target: Annotated[
         Path,
-        typer.Argument(help="Recipe (.yaml), prepared folder, or shard without its file ending."),
+        typer.Argument(help="Recipe (.yaml), folder of a run, prepared folder or shard, or text."),
     ],
     overrides: Overrides = None,
     step: Annotated[int, typer.Option(min=0, help="Step whose rows to show.")] = 0,
@@ -178,7 +178,7 @@ def data_inspect(
     """Show the data: sources, document lengths, duplicates, and rows as text."""
     from nemotron.data.inspect import inspect, open_path
 
-    if target.suffix in (".yaml", ".yml"):
+    if target.suffix in (".yaml", ".yml") or (target / "recipe.yaml").is_file():
         data = _recipe_data(target, overrides)
     else:
         with tempfile.TemporaryDirectory() as cache:

@@ -44,6 +44,8 @@ def prepare_embedded(domain: str, config: DataConfig, tokenizer: Tokenizer) -> P
             options = PrepareOptions(eod_token=config.eod_token, validation_fraction=fraction)
             receipt = write_texts(texts, part, tokenizer, options)
             assemble([receipt], part, tokenizer, options, [{"name": f"embedded {domain}"}])
+            if folder.is_symlink():
+                folder.unlink()
             shutil.rmtree(folder, ignore_errors=True)
             part.rename(folder)
             sync_folder(cache)

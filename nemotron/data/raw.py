@@ -79,6 +79,8 @@ class TextSource:
     def _prepare(self) -> None:
         number, size = len(self.plan.inputs), self.num_bytes / 1e6
         log.info("preparing %s: %d inputs, %.1f MB, into %s", self.path, number, size, self.folder)
+        if self.folder.is_symlink():
+            self.folder.unlink()
         shutil.rmtree(self.folder, ignore_errors=True)  # it was damaged
         try:
             manifest = prepare(

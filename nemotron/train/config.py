@@ -62,7 +62,7 @@ class ScheduleConfig(Section):
     total_tokens: float | None = Field(None, gt=0)
     """Length of the run, in tokens."""
     total_steps: int | None = Field(None, gt=0)
-    """Length of the run, in optimizer steps."""
+    """Length of the run, in optimizer steps, whatever their size in each phase."""
     warmup_tokens: float | None = Field(None, ge=0)
     """Length of the linear warm-up from zero, in tokens."""
     warmup_steps: int | None = Field(None, ge=0)
