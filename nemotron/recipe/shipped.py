@@ -38,9 +38,9 @@ def find(path: Path, name: str) -> Path:
     Raises:
         UserError: when there is neither, and the name looks like that of a shipped recipe.
     """
-    if (own := path / RECIPE_OF_A_RUN).is_file():
+    if os.path.isfile(own := path / RECIPE_OF_A_RUN):
         return own
-    if path.is_dir() and name not in names():
+    if os.path.isdir(path) and name not in names():
         raise UserError(
             f"{path} is a folder without {RECIPE_OF_A_RUN}; give a recipe, or the folder of a run."
         )
