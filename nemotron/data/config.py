@@ -11,7 +11,7 @@ from nemotron.errors import RuleBroken
 from nemotron.section import Section
 
 EMBEDDED_DOMAINS = ("code", "docs", "verse")
-"""Labelled domains of the corpus that ships with the package."""
+"""Labeled domains of the corpus that ships with the package."""
 
 
 def name_of(path: str) -> str:
@@ -31,7 +31,7 @@ def _with_name(value: Any) -> Any:  # Any: not yet validated
 
 
 class SourceConfig(Section):
-    """One labelled stream of documents, or a group of them that share a weight.
+    """One labeled stream of documents, or a group of them that share a weight.
 
     A text in place of the keys is the path; one that is the name of an embedded domain means that.
     """
