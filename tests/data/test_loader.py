@@ -83,6 +83,7 @@ def epoch_of(data: TrainingData, name: str, epoch: int) -> Iterator[tuple[int, l
                 yield sample.sample, batch.input_ids[row].tolist()
 
 
+@pytest.mark.slow
 @given(st.integers(0, 10**9), st.integers(1, ROWS))
 def test_a_step_is_the_same_in_any_micro_batches_and_from_any_start(
     data, step: int, micro_batch: int

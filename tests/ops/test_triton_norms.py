@@ -41,6 +41,7 @@ def halved(inputs: list[Tensor]) -> list[Tensor]:
     return [t.bfloat16() for t in inputs[:-1]] + inputs[-1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_norm_is_the_references(shape: tuple[int, ...]):
     inputs = draw(shape, 1)

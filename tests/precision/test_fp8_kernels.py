@@ -132,6 +132,7 @@ def test_squares_of_weights_have_the_emulations_codes_and_scales():
             assert side.scale_inv[expert].count_nonzero() == scales.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 4, 2048])
 def test_magnitudes_of_tiles_give_the_scale_of_the_largest(parts: int, monkeypatch):
     monkeypatch.setattr(kernels, "PARTS", parts)
@@ -219,6 +220,7 @@ def test_a_layer_is_the_emulations(format: str, shape, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HOPPER, reason="the kernels' products are for Hopper")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", FORMATS)

@@ -88,6 +88,7 @@ def test_every_document_is_there_once_in_order_and_some_are_held_out(world: Path
     assert len(read_manifest(world / "whole").train) > 10
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_no_byte(world: Path):
     subprocess.run(
         command(world / "program.py", "in", "--out", "three", "--workers", "3"),
@@ -177,6 +178,7 @@ def test_a_preparation_begun_with_other_options_is_not_mixed_with_this_one(
     assert "mixed.partial was started with other input or options" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_a_sentence_and_what_was_finished_stays(world: Path):
     limited = PREPARE.replace(
         "    inputs", "    import resource\n    resource.setrlimit(resource.RLIMIT_FSIZE, "
@@ -252,7 +254,6 @@ def test_a_mistake_leaves_nothing_behind(
     world: Path, monkeypatch, capsys, arguments: list[str], sentence: str
 ):
     monkeypatch.chdir(world)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Path("empty.jsonl").touch()
     Path("blank.txt").touch()
     before = sorted(os.listdir(world))
@@ -285,7 +286,6 @@ def test_an_unreadable_row_group_ends_with_a_sentence(world: Path, monkeypatch, 
 def test_a_data_set_gives_what_its_files_give(world: Path, monkeypatch, streaming: list[str]):
     # a folder in the place of a name on the hub: the library reads both alike
     monkeypatch.chdir(world)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(world / "hf"))
     rows = [{"text": text, "number": i} for i, text in enumerate(load_documents("docs")[:200])]
     Path("set").mkdir(exist_ok=True)
