@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, uninitialised memory is NaN, no GPU means a named skip."""
+"""What holds for every test: one thread, uninitialized memory is NaN, no GPU means a named skip."""
 
 import contextlib
 import gc
@@ -29,7 +29,7 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # the tensors are tiny, and tests share the cores
     gc.disable()  # until tests are collected: next to nothing of that is garbage
-    # deterministic mode fills uninitialised memory with NaN; on a GPU not every kernel is
+    # deterministic mode fills uninitialized memory with NaN; on a GPU not every kernel is
     # deterministic, and a test there compares with a tolerance anyway
     torch.use_deterministic_algorithms(True, warn_only=HAS_CUDA)
     if HAS_CUDA:
@@ -92,7 +92,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> None:
+def uninitialized_memory_is_nan() -> None:
     """Fail early when something switched the mode off for the tests that follow."""
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory
