@@ -4,6 +4,7 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType, TracebackType
 
 from nemotron.exit_codes import INTERRUPTED
@@ -38,6 +39,8 @@ class StopRequest:
 
     def __init__(self, after: int | None = None) -> None:
         self.signal: str | None = None
+        self.before_leaving: Callable[[], None] = lambda: None
+        """Called before the second Ctrl-C ends the process."""
         self._after = after
 
     def is_due(self, steps: int) -> bool:
@@ -65,6 +68,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal is not None:
+            with contextlib.suppress(Exception):  # nothing may keep the process from ending
+                self.before_leaving()
             if sys.__stdout__ is not None and sys.__stdout__.isatty():
                 os.write(sys.__stdout__.fileno(), b"\x1b[?25h\n")  # the panel hides the cursor
             os._exit(INTERRUPTED)

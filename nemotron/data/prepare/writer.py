@@ -1,5 +1,6 @@
 """Writing Megatron's token shards, as `nemotron.data.indexed` describes and reads them."""
 
+import contextlib
 import os
 from array import array
 from pathlib import Path
@@ -101,7 +102,5 @@ class ShardWriter:
 
 def _close(file: BinaryIO) -> None:
     """Close a file that is given up: what a full disk did not take is not a second error."""
-    try:
+    with contextlib.suppress(OSError):
         file.close()
-    except OSError:
-        os.close(file.fileno())
