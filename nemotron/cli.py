@@ -10,7 +10,7 @@ import typer
 import typer.main
 
 from nemotron import __version__
-from nemotron.commands import data, machine, model, recipe
+from nemotron.commands import data, machine, model, recipe, serve
 from nemotron.commands.shared import DEBUG, CommandGroup, Overrides, RecipeFile
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, MEANINGS, STOPPED, WRONG_INPUT
@@ -85,6 +85,7 @@ app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
 app.add_typer(machine.app)
 app.add_typer(model.app)
+app.add_typer(serve.app)
 
 
 def main(arguments: list[str] | None = None) -> NoReturn:
