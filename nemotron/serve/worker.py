@@ -201,6 +201,6 @@ class Worker:
             stream.put(ended)
         with contextlib.suppress(queue.Empty):
             while True:
-                _, stream = self._orders.get_nowait()
-                if stream is not None:
-                    stream.put(ended)
+                _, waiting = self._orders.get_nowait()
+                if waiting is not None:
+                    waiting.put(ended)
