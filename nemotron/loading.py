@@ -1,5 +1,6 @@
 """Reading a model from wherever one lies: a run, a checkpoint, or an exported folder."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -10,8 +11,10 @@ from nemotron.checkpoint.manifest import MODEL
 from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
+from nemotron.files import parse_json
 from nemotron.hf.folder import is_exported, read_folder
-from nemotron.hf.tokenizer_files import TOKENIZER, check_tokenizer
+from nemotron.hf.inside import read_inside
+from nemotron.hf.tokenizer_files import CHAT_TEMPLATE, GENERATION, TOKENIZER, check_tokenizer
 from nemotron.model.build import build_around, shapes
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
@@ -66,6 +69,44 @@ def load_with_tokenizer(
             f"{path} is not inside a run, so its tokenizer is unknown; give a run's folder."
         )
     return model, Tokenizer(check_tokenizer(home, model.config.vocab_size))
+
+
+@dataclass(frozen=True)
+class ChatFiles:
+    """What lies with a model that has learned conversations."""
+
+    template: str | None = None
+    """None if the model brings no chat template."""
+    stop_ids: frozenset[int] = frozenset()
+    """Tokens at which its generation stops."""
+
+
+def read_chat_files(path: Path) -> ChatFiles:
+    """Return the chat template and the stop tokens that lie with a run or an exported folder.
+
+    Raises:
+        UserError: when one of the files is damaged, or not a regular file of the folder.
+    """
+    run = RunFiles.around(path)
+    folder = path if is_exported(path) or run is None else run.companions
+    template, generation = (
+        read_inside(folder / name) if (folder / name).exists() else None
+        for name in (CHAT_TEMPLATE, GENERATION)
+    )
+    return ChatFiles(
+        None if template is None else template.decode(errors="replace"),
+        frozenset() if generation is None else _stop_ids(generation, folder / GENERATION),
+    )
+
+
+def _stop_ids(content: bytes, path: Path) -> frozenset[int]:
+    try:
+        found = parse_json(content)
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON: {error}.") from None
+    ids = found.get("eos_token_id") if isinstance(found, dict) else None
+    ids = ids if isinstance(ids, list) else [ids]
+    return frozenset(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
 
 
 class _OpsOfRecipe(BaseModel):

@@ -55,6 +55,8 @@ def test_these_are_the_commands():
         "doctor",
         "plan",
         "generate",
+        "serve",
+        "chat",
         "check-parity",
         "export",
         "import",

@@ -16,6 +16,18 @@ def check_messages(messages: object, tools: object = None) -> None:
     Raises:
         ValueError: with a sentence that names message and key, and says what would be right.
     """
+    check_prompt(messages, tools)
+    assert isinstance(messages, list)
+    if all(message["role"] != "assistant" for message in messages):
+        raise ValueError("messages has no assistant message; give at least one to train on.")
+
+
+def check_prompt(messages: object, tools: object = None) -> None:
+    """Check that a conversation can be rendered; it may lack an answer.
+
+    Raises:
+        ValueError: as `check_messages` does.
+    """
     if not isinstance(messages, list) or not messages:
         found = "is empty" if messages == [] else f"is {_kind(messages)}"
         raise ValueError(f"messages {found}; give a list of at least one message.")
@@ -43,8 +55,6 @@ def check_messages(messages: object, tools: object = None) -> None:
                 )
         if message["role"] != "tool":
             results_may_follow = bool(message.get("tool_calls"))
-    if all(message["role"] != "assistant" for message in messages):
-        raise ValueError("messages has no assistant message; give at least one to train on.")
 
 
 def _check_role(role: object, where: str, *, is_first: bool) -> None:

@@ -28,16 +28,21 @@ def render(
     budget: int | None = None,
     effort: Effort | None = None,
     add_generation_prompt: bool = False,
+    template: str = TEMPLATE,
 ) -> Rendered:
     """Write a conversation in Nemotron 3's chat format; all turns of the assistant are supervised.
 
     Messages and tools are OpenAI's, and pass `check_messages` unless they are a prompt, which needs
     no assistant. The prefix of an assistant's turn that inference gives to the model is not
     supervised; its `<|im_end|>` and line break are. `enable_thinking=False` takes all reasoning
-    out, `truncate_history_thinking` that from before the last user message.
+    out, `truncate_history_thinking` that from before the last user message. Another model may bring
+    a `template` of its own, of which only the text is sure to be right.
+
+    Raises:
+        TemplateError: when a template of another model refuses the conversation, or is no template.
     """
     text, spans = fill(
-        load_template(TEMPLATE),
+        load_template(template),
         messages=[_with_parsed_arguments(message, index) for index, message in enumerate(messages)],
         tools=tools,
         enable_thinking=enable_thinking,

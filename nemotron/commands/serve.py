@@ -1,0 +1,174 @@
+"""Commands that answer: an HTTP server, and a conversation in the terminal."""
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemotron.commands.shared import CommandGroup
+
+if TYPE_CHECKING:
+    from nemotron.data.tokenizer import Tokenizer
+    from nemotron.model.hybrid import HybridLM
+    from nemotron.serve.conversation import ChatFormat
+
+app = CommandGroup()
+
+INSTALL = "pip install 'nemotron-train[serve]'"
+
+Model = Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder.")]
+Device = Annotated[str, typer.Option(help="One of auto, cpu and cuda.")]
+Length = Annotated[
+    int | None,
+    typer.Option(min=1, help="Tokens of a prompt and its answer; default: the model's longest."),
+]
+
+
+@app.command(epilog="Example: nemotron serve runs/tiny --port 8000")
+def serve(
+    model: Model,
+    host: Annotated[str, typer.Option(help="Name or address to listen on.")] = "127.0.0.1",
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port; 0 takes one that is free.")
+    ] = 8000,
+    api_key: Annotated[
+        str | None,
+        typer.Option(envvar="NEMOTRON_API_KEY", help="Key that every request must bear."),
+    ] = None,
+    name: Annotated[
+        str | None, typer.Option(help="Name of the model in requests; default: its folder's.")
+    ] = None,
+    slots: Annotated[
+        int, typer.Option(min=1, help="Answers that are written at the same time.")
+    ] = 32,
+    kv_tokens: Annotated[
+        int | None,
+        typer.Option(min=1, help="Tokens whose keys and values are kept; default: as needed."),
+    ] = None,
+    prefixes: Annotated[
+        int, typer.Option(min=0, help="Beginnings of texts whose states are kept.")
+    ] = 16,
+    max_length: Length = None,
+    max_answer: Annotated[
+        int, typer.Option(min=1, help="Tokens of an answer whose request says nothing.")
+    ] = 4096,
+    max_open: Annotated[
+        int, typer.Option(min=1, help="Answers that may be written or wait; more get 429.")
+    ] = 256,
+    max_body_kib: Annotated[
+        int, typer.Option(min=1, help="Size of a request; larger ones get 413.")
+    ] = 4096,
+    grace: Annotated[
+        float, typer.Option(min=0, max=3600, help="Seconds that open answers get at the end.")
+    ] = 10.0,
+    device: Device = "auto",
+) -> int:
+    """Serve a model over HTTP, with OpenAI's interface and a chat page."""
+    from nemotron.errors import UserError
+
+    for package in ("starlette", "uvicorn"):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"serve needs the package {package}; install it with: {INSTALL}.")
+    from nemotron.generate.budget import find_line_ends
+    from nemotron.generate.engine import Engine
+    from nemotron.model.cache import BLOCK_SIZE
+    from nemotron.serve.command import Address
+    from nemotron.serve.command import serve as run
+    from nemotron.serve.limits import Limits
+    from nemotron.serve.translate import Translator
+    from nemotron.serve.worker import Worker
+
+    address = Address(host, port, api_key)
+    loaded, tokenizer, chat_format = _load(model, device)
+    limits = Limits(
+        max_length or loaded.config.max_position_embeddings,
+        answer=max_answer,
+        open_answers=max_open,
+        body_bytes=max_body_kib << 10,
+    )
+    engine = Engine(
+        loaded,
+        {loaded.config.eos_token_id},
+        tokenizer=tokenizer,
+        slots=slots,
+        blocks=None if kv_tokens is None else -(-kv_tokens // BLOCK_SIZE),
+        prefixes=prefixes,
+    )
+    find_line_ends(tokenizer)  # takes a moment, which no request should wait for
+    translator = Translator(tokenizer, loaded.config.vocab_size, chat_format, limits)
+    own_name = name or model.resolve().name
+    return run(Worker(engine), translator, own_name, address, grace_s=grace)
+
+
+@app.command(epilog="Example: nemotron chat runs/tiny --think-budget 200")
+def chat(
+    model: Model,
+    system: Annotated[str, typer.Option(help="System message.")] = "",
+    max_new_tokens: Annotated[
+        int, typer.Option(min=1, help="Largest number of tokens of an answer.")
+    ] = 1024,
+    temperature: Annotated[
+        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(help="Sample only from this many most likely tokens.")
+    ] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Sample only from tokens with this total probability.")
+    ] = None,
+    min_p: Annotated[
+        float | None,
+        typer.Option(help="Sample only from tokens with this share of the likeliest one."),
+    ] = None,
+    repeat_penalty: Annotated[
+        float, typer.Option(help="Above 1, tokens that are in the text already become less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text before which to end; repeatable.")
+    ] = None,
+    think: Annotated[bool, typer.Option(help="Let answers begin with reasoning.")] = True,
+    think_budget: Annotated[
+        int | None, typer.Option(min=0, help="Tokens after which the reasoning is closed.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
+    max_length: Length = None,
+    device: Device = "auto",
+) -> int:
+    """Hold a conversation with a model in the terminal."""
+    from nemotron.errors import UserError
+    from nemotron.generate.budget import ReasoningBudget
+    from nemotron.generate.engine import Engine
+    from nemotron.generate.sampling import Sampling
+    from nemotron.serve.console import Conversation, Manner
+    from nemotron.serve.console import chat as run
+
+    sampling = Sampling(
+        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repeat_penalty
+    )
+    loaded, tokenizer, chat_format = _load(model, device)
+    if chat_format is None:
+        raise UserError(
+            f"{model} has learned no chat format: its tokenizer has no token <|im_end|>, and no "
+            "chat_template.jinja lies with it; use nemotron generate."
+        )
+    budget = None if think_budget is None else ReasoningBudget.of(tokenizer, think_budget)
+    manner = Manner(sampling, max_new_tokens, tuple(stop or ()), system, think, budget)
+    ends = {loaded.config.eos_token_id}
+    engine = Engine(loaded, ends, tokenizer=tokenizer, slots=1, prefixes=4)
+    length = max_length or loaded.config.max_position_embeddings
+    return run(Conversation(engine, chat_format, manner, length))
+
+
+def _load(path: Path, device: str) -> "tuple[HybridLM, Tokenizer, ChatFormat | None]":
+    """Return a model that can only decode, its tokenizer, and its chat format if it has one."""
+    from nemotron.device import find_device
+    from nemotron.generate.decode_layers import prepare_weights
+    from nemotron.loading import load_with_tokenizer, read_chat_files, recipe_ops
+    from nemotron.serve.conversation import ChatFormat
+
+    where = find_device(device)
+    model, tokenizer = load_with_tokenizer(path, ops=recipe_ops(path))
+    files = read_chat_files(path)
+    chat_format = ChatFormat.of(tokenizer, files.template, files.stop_ids)
+    return prepare_weights(model.to(where)), tokenizer, chat_format

@@ -1,0 +1,227 @@
+"""Answers in OpenAI's form: whole, or as the chunks of a stream."""
+
+import json
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from nemotron.data.chat.calls import Call
+from nemotron.data.tokenizer import Tokenizer
+from nemotron.generate.text import REPLACEMENT
+from nemotron.serve.split import Delta, Splitter
+from nemotron.serve.worker import Piece
+
+Json = dict[str, Any]  # Any: JSON
+
+
+@dataclass
+class Written:
+    """What one choice holds so far."""
+
+    text: str = ""
+    reasoning: str = ""
+    calls: list[Json] = field(default_factory=list)
+    tokens: list[tuple[int, float, int]] = field(default_factory=list)
+    """Each token with its log-probability, and where in the text it begins."""
+    finish: str | None = None
+
+
+@dataclass
+class Usage:
+    """Tokens of a request."""
+
+    prompt: int
+    generated: int = 0
+    reasoning: int = 0
+
+    def body(self) -> Json:
+        """Return them in OpenAI's form."""
+        return {
+            "prompt_tokens": self.prompt,
+            "completion_tokens": self.generated,
+            "total_tokens": self.prompt + self.generated,
+            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
+        }
+
+
+class Completion:
+    """The answer to a request for completions."""
+
+    kind = chunk_kind = "text_completion"
+    prefix = "cmpl"
+
+    def __init__(
+        self, model: str, tokenizer: Tokenizer, usage: Usage, samples: int, *, logprobs: bool
+    ) -> None:
+        self.id, self.created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
+        self.model, self.usage = model, usage
+        self._tokenizer, self._samples, self._logprobs = tokenizer, samples, logprobs
+        self._choices: dict[int, Written] = {}
+
+    def begin(self, count: int) -> list[Json]:
+        """Return what a stream of so many choices begins with."""
+        self._choices = {index: Written() for index in range(count)}
+        return []
+
+    def push(self, piece: Piece) -> list[Json]:
+        """Take a piece of an answer; return the chunks that it makes, if any."""
+        index = piece.prompt * self._samples + piece.sample
+        choice = self._choices[index]
+        begin = len(choice.text)
+        self.usage.generated += piece.token is not None
+        choice.text += piece.text
+        choice.finish = piece.finish
+        own = self._token_scores(choice, piece, begin)
+        if not (piece.text or own or piece.finish):
+            return []
+        return [self._chunk(self._text_choice(index, piece.text, own, piece.finish))]
+
+    def whole(self) -> Json:
+        """Return the whole answer."""
+        choices = [
+            self._text_choice(index, choice.text, choice.tokens, choice.finish)
+            for index, choice in self._choices.items()
+        ]
+        return {**self._frame(self.kind), "choices": choices, "usage": self.usage.body()}
+
+    def usage_chunk(self) -> Json:
+        """Return the last chunk of a stream that counts tokens."""
+        return {**self._frame(self.chunk_kind), "choices": [], "usage": self.usage.body()}
+
+    def _token_scores(
+        self, choice: Written, piece: Piece, begin: int
+    ) -> list[tuple[int, float, int]]:
+        if not self._logprobs or piece.token is None or piece.logprob is None:
+            return []
+        own = [(piece.token, piece.logprob, begin)]
+        choice.tokens += own
+        return own
+
+    def _text_choice(
+        self, index: int, text: str, tokens: list[tuple[int, float, int]], finish: str | None
+    ) -> Json:
+        logprobs = None
+        if self._logprobs:
+            logprobs = {
+                "tokens": [self._tokenizer.decode([token]) for token, _, _ in tokens],
+                "token_logprobs": [logprob for _, logprob, _ in tokens],
+                "top_logprobs": None,
+                "text_offset": [begin for _, _, begin in tokens],
+            }
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _frame(self, kind: str) -> Json:
+        return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
+
+    def _chunk(self, choice: Json) -> Json:
+        return {**self._frame(self.chunk_kind), "choices": [choice]}
+
+
+class Chat(Completion):
+    """The answer to a conversation; its texts pass through a `Splitter` for each choice."""
+
+    kind, chunk_kind, prefix = "chat.completion", "chat.completion.chunk", "chatcmpl"
+
+    def __init__(
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        usage: Usage,
+        splitters: list[Splitter],
+        marks: dict[int, str],
+        *,
+        logprobs: bool,
+    ) -> None:
+        super().__init__(model, tokenizer, usage, len(splitters), logprobs=logprobs)
+        self._splitters, self._marks = splitters, marks
+
+    def begin(self, count: int) -> list[Json]:
+        super().begin(count)
+        first = {"role": "assistant", "content": ""}
+        return [self._chunk(self._delta(index, first, [], None)) for index in self._choices]
+
+    def push(self, piece: Piece) -> list[Json]:
+        index, splitter = piece.sample, self._splitters[piece.sample]
+        choice = self._choices[index]
+        self.usage.generated += piece.token is not None
+        self.usage.reasoning += piece.token is not None and splitter.is_reasoning
+        # a special token is no text, but these are marks of the format
+        mark = "" if piece.token is None else self._marks.get(piece.token, "")
+        deltas = [splitter.push(piece.text + mark)]
+        if piece.finish is not None:
+            deltas.append(splitter.close())
+        own = self._token_scores(choice, piece, len(choice.text))
+        calls = [_call_body(call) for delta in deltas for call in delta.calls]
+        new = _new_of(deltas)
+        if calls:
+            numbered = enumerate(calls, len(choice.calls))
+            new["tool_calls"] = [{"index": number, **call} for number, call in numbered]
+        choice.calls += calls
+        choice.reasoning += new.get("reasoning_content", "")
+        choice.text += new.get("content", "")
+        if piece.finish is not None:
+            is_call = piece.finish == "stop" and choice.calls
+            choice.finish = "tool_calls" if is_call else piece.finish
+        if not (new or own or choice.finish):
+            return []
+        return [self._chunk(self._delta(index, new, own, choice.finish))]
+
+    def whole(self) -> Json:
+        choices = [
+            {
+                "index": index,
+                "message": _message(choice),
+                "logprobs": self._scores(choice.tokens),
+                "finish_reason": choice.finish,
+            }
+            for index, choice in self._choices.items()
+        ]
+        return {**self._frame(self.kind), "choices": choices, "usage": self.usage.body()}
+
+    def _delta(
+        self, index: int, delta: Json, tokens: list[tuple[int, float, int]], finish: str | None
+    ) -> Json:
+        scores = self._scores(tokens) if tokens else None
+        return {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}
+
+    def _scores(self, tokens: list[tuple[int, float, int]]) -> Json | None:
+        if not self._logprobs:
+            return None
+        content = []
+        for token, logprob, _ in tokens:
+            text = self._tokenizer.decode([token])
+            is_whole = REPLACEMENT not in text
+            content.append(
+                {
+                    "token": text,
+                    "logprob": logprob,
+                    "bytes": list(text.encode()) if is_whole else None,
+                    "top_logprobs": [],
+                }
+            )
+        return {"content": content, "refusal": None}
+
+
+def _message(choice: Written) -> Json:
+    message: Json = {"role": "assistant", "content": choice.text, "refusal": None}
+    if choice.reasoning:
+        message["reasoning_content"] = choice.reasoning
+    if choice.calls:
+        message |= {"content": choice.text or None, "tool_calls": choice.calls}
+    return message
+
+
+def _new_of(deltas: list[Delta]) -> Json:
+    texts = {
+        "reasoning_content": "".join(delta.reasoning for delta in deltas),
+        "content": "".join(delta.content for delta in deltas),
+    }
+    return {key: text for key, text in texts.items() if text}
+
+
+def _call_body(call: Call) -> Json:
+    arguments = json.dumps(call.arguments, ensure_ascii=False)
+    identity = f"call_{secrets.token_hex(12)}"
+    function = {"name": call.name, "arguments": arguments}
+    return {"id": identity, "type": "function", "function": function}

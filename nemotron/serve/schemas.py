@@ -1,0 +1,169 @@
+"""The requests of OpenAI's interface: which fields there are, and what they may be."""
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+
+SMALLEST_TEMPERATURE = 1e-3
+"""Below it numbers overflow, and the likeliest token is the only one anyway."""
+
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Text = Annotated[str, Field(min_length=1, max_length=1000)]
+Token = Annotated[int, Field(ge=0, lt=2**31)]
+Count = Annotated[int, Field(ge=1, lt=2**31)]
+
+
+class Strict(BaseModel):
+    """An object whose every field is known, and of exactly its type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False, frozen=True)
+
+
+class StreamOptions(Strict):
+    """What a stream brings beside the answer."""
+
+    include_usage: bool = False
+    """Whether the last chunk counts the tokens."""
+
+
+class ResponseFormat(Strict):
+    """The form of the answer, which is always free text."""
+
+    type: Literal["text"]
+
+
+class Common(Strict):
+    """What both kinds of requests have."""
+
+    model: str
+    n: Annotated[int, Field(ge=1)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    seed: Seed | None = None
+    stop: Text | Annotated[list[Text], Field(max_length=16)] | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: (
+        dict[
+            Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100)]
+        ]
+        | None
+    ) = None
+    user: str | None = None
+    """Who asks; it changes nothing."""
+
+    top_k: Count | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    reasoning_budget: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Tokens after which the reasoning is closed."""
+
+    @field_validator("temperature")
+    @classmethod
+    def _is_drawable(cls, value: float | None) -> float | None:
+        if value is not None and 0 < value < SMALLEST_TEMPERATURE:
+            raise ValueError(f"it must be 0 or at least {SMALLEST_TEMPERATURE}")
+        return value
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """The strings before which an answer ends."""
+        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
+
+    @property
+    def wants_usage(self) -> bool:
+        """Whether a stream ends with a count of tokens."""
+        return self.stream_options is not None and self.stream_options.include_usage
+
+
+class CompletionRequest(Common):
+    """A text, or several, to be continued."""
+
+    prompt: (
+        str
+        | Annotated[list[str], Field(min_length=1)]
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
+    )
+    logprobs: Literal[0] | None = None
+    """0 asks for the log-probability of each token; others than the chosen one are not known."""
+    echo: Literal[False] | None = None
+    best_of: Literal[1] | None = None
+    suffix: None = None
+
+    @property
+    def prompts(self) -> Sequence[str | list[int]]:
+        """Each prompt, as text or as tokens."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        tokens = [part for part in self.prompt if isinstance(part, int)]
+        return [tokens] if tokens else [p for p in self.prompt if not isinstance(p, int)]
+
+
+class TemplateOptions(Strict):
+    """Options of the chat template."""
+
+    enable_thinking: bool = True
+    truncate_history_thinking: bool = True
+    reasoning_budget: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Stated in the prompt; the field of that name in the request is what is enforced."""
+
+
+class FunctionName(Strict):
+    """A function by its name."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+
+
+class ToolChoice(Strict):
+    """The function that must be called."""
+
+    type: Literal["function"]
+    function: FunctionName
+
+
+class ChatRequest(Common):
+    """A conversation to be answered."""
+
+    messages: list[dict[str, JsonValue]]
+    tools: list[dict[str, JsonValue]] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
+    """Whether several calls may be returned; without it the first is."""
+    max_completion_tokens: Count | None = None
+    """Newer name of `max_tokens`."""
+    logprobs: bool | None = None
+    top_logprobs: Literal[0] | None = None
+    """Other tokens than the chosen one are not known."""
+    response_format: ResponseFormat | None = None
+    reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
+    chat_template_kwargs: TemplateOptions = TemplateOptions()
+    metadata: dict[str, Any] | None = None  # Any: JSON of the client
+    """The client's own; it changes nothing."""
+    store: Literal[False] | None = None
+    """Nothing is stored."""
+
+    @property
+    def forced_call(self) -> str | None:
+        """The function that must be called; empty for any."""
+        if isinstance(self.tool_choice, ToolChoice):
+            return self.tool_choice.function.name
+        if self.tool_choice != "required":
+            return None
+        return _only_name(self.tools or [])
+
+    @property
+    def thinks(self) -> bool:
+        """Whether the answer begins with reasoning; one that must be a call does not."""
+        wanted = self.chat_template_kwargs.enable_thinking and self.reasoning_effort != "none"
+        return wanted and self.forced_call is None
+
+
+def _only_name(tools: Sequence[dict[str, JsonValue]]) -> str:
+    function = tools[0].get("function", tools[0]) if len(tools) == 1 else None
+    name = function.get("name") if isinstance(function, dict) else None
+    return name if isinstance(name, str) else ""

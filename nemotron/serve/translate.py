@@ -1,0 +1,172 @@
+"""A client's request to those of the engine."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nemotron.data.chat.calls import begin_call
+from nemotron.data.tokenizer import Tokenizer
+from nemotron.errors import UserError
+from nemotron.generate.budget import ReasoningBudget
+from nemotron.generate.request import Request
+from nemotron.generate.sampling import Sampling
+from nemotron.serve.conversation import ChatFormat, Turn
+from nemotron.serve.errors import ApiError
+from nemotron.serve.limits import Limits
+from nemotron.serve.schemas import ChatRequest, Common, CompletionRequest
+
+SHORT_ANSWER = 16
+"""Tokens of a completion whose request says nothing, as OpenAI has it."""
+EFFORTS = {"low": "low", "medium": "efficient"}
+"""OpenAI's names of the efforts that the chat template knows."""
+
+
+@dataclass(frozen=True)
+class Translator:
+    """Knows the model, and what may be asked of it."""
+
+    tokenizer: Tokenizer
+    vocab_size: int
+    chat: ChatFormat | None
+    limits: Limits
+
+    def completion(self, asked: CompletionRequest) -> list[Request]:
+        """Return one request for each prompt.
+
+        Raises:
+            ApiError: when the request asks for something impossible.
+        """
+        prompts = asked.prompts
+        if len(prompts) > self.limits.prompts:
+            raise ApiError(
+                *(400, f"prompt has {len(prompts)} texts; give at most {self.limits.prompts}."),
+                param="prompt",
+            )
+        most = SHORT_ANSWER if asked.max_tokens is None else asked.max_tokens
+        return [
+            self._request(asked, self._tokens(prompt), most, logprobs=asked.logprobs is not None)
+            for prompt in prompts
+        ]
+
+    def answer(self, asked: ChatRequest) -> tuple[Request, bool]:
+        """Return the request for an answer, and whether it begins with reasoning.
+
+        Raises:
+            ApiError: when the request asks for something impossible.
+        """
+        if self.chat is None:
+            raise ApiError(400, "this model has learned no chat format; use /v1/completions.")
+        _check_choice(asked)
+        effort = EFFORTS.get(asked.reasoning_effort or "")
+        options = asked.chat_template_kwargs
+        turn = Turn(
+            asked.thinks,
+            not options.truncate_history_thinking,
+            effort,  # type: ignore[arg-type]  # a value of EFFORTS
+            options.reasoning_budget,
+        )
+        tools = None if asked.tool_choice == "none" else asked.tools
+        try:
+            prompt = self.chat.prompt(asked.messages, tools, turn)
+        except ValueError as error:
+            raise ApiError(400, " ".join(str(error).split()), param="messages") from None
+        forced: Sequence[int] = ()
+        if asked.forced_call is not None:
+            forced = self.tokenizer.encode(begin_call(asked.forced_call or None), specials=True)
+        most = asked.max_tokens or asked.max_completion_tokens
+        if most is None:
+            room = self.limits.length - len(prompt.tokens)
+            most = max(1, min(self.limits.answer, room))
+        request = self._request(
+            asked,
+            prompt.tokens,
+            most,
+            forced=tuple(forced),
+            stop_ids=self.chat.stop_ids,
+            logprobs=bool(asked.logprobs),
+            thinks=prompt.thinks,
+        )
+        return request, prompt.thinks
+
+    def _tokens(self, prompt: str | list[int]) -> Sequence[int]:
+        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+
+    def _request(
+        self,
+        asked: Common,
+        prompt: Sequence[int],
+        most: int,
+        *,
+        forced: tuple[int, ...] = (),
+        stop_ids: frozenset[int] = frozenset(),
+        logprobs: bool,
+        thinks: bool = True,
+    ) -> Request:
+        if (asked.n or 1) > self.limits.samples:
+            raise ApiError(
+                400, f"n = {asked.n} must be at most {self.limits.samples} here.", param="n"
+            )
+        if len(prompt) + most > self.limits.length:
+            raise ApiError(
+                400,
+                f"the prompt has {len(prompt)} tokens and max_tokens is {most}, but the model "
+                f"takes {self.limits.length} together; ask for fewer.",
+                code="context_length_exceeded",
+            )
+        budget = None
+        if asked.reasoning_budget is not None and thinks:
+            budget = ReasoningBudget.of(self.tokenizer, asked.reasoning_budget)
+        try:
+            request = Request(
+                tuple(prompt),
+                most,
+                _sampling(asked),
+                num_samples=asked.n or 1,
+                stop_ids=stop_ids,
+                stop=asked.stops,
+                forced=forced,
+                budget=budget,
+                logprobs=logprobs,
+            )
+            request.check(self.vocab_size)
+        except UserError as error:
+            raise ApiError(400, str(error)) from None
+        return request
+
+
+def _sampling(asked: Common) -> Sampling:
+    bias = {int(token): value for token, value in (asked.logit_bias or {}).items()}
+    return Sampling(
+        temperature=1.0 if asked.temperature is None else asked.temperature,
+        top_k=asked.top_k,
+        top_p=asked.top_p,
+        seed=asked.seed,
+        min_p=asked.min_p,
+        repetition_penalty=asked.repetition_penalty or 1.0,
+        presence_penalty=asked.presence_penalty or 0.0,
+        frequency_penalty=asked.frequency_penalty or 0.0,
+        logit_bias=bias,
+    )
+
+
+def _check_choice(asked: ChatRequest) -> None:
+    if asked.max_tokens and asked.max_completion_tokens:
+        raise ApiError(400, "max_tokens and max_completion_tokens are both given; give one.")
+    if asked.forced_call is None:
+        return
+    names = [_name(tool) for tool in asked.tools or []]
+    if not names:
+        raise ApiError(
+            400, "tool_choice asks for a call, but there are no tools; give some.", param="tools"
+        )
+    if asked.forced_call and asked.forced_call not in names:
+        raise ApiError(
+            400,
+            f"tool_choice names {asked.forced_call}, which is not among the tools; name one that "
+            "is.",
+            param="tool_choice",
+        )
+
+
+def _name(tool: object) -> object:
+    function = tool.get("function", tool) if isinstance(tool, dict) else None
+    return function.get("name") if isinstance(function, dict) else None
