@@ -5,7 +5,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from nemotron.files import write_bytes
 from nemotron.run.appended import AppendedFile
@@ -29,7 +28,7 @@ class Lines:
     later: list[bytes]
     """Records after it."""
     damaged: list[bytes]
-    """What is no record, but for a last line that a kill left half written."""
+    """What is not a record, except a last line that a kill left half written."""
 
 
 class MetricsFile:
@@ -76,7 +75,7 @@ class MetricsFile:
         for file in (self._file, *self._beside.values()):
             file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(

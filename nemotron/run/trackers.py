@@ -90,6 +90,8 @@ class Wandb:
 class TensorBoard:
     """Event files in the run's folder."""
 
+    _newest: int
+
     def start(self, run: TrackedRun) -> str:
         self._folder, self._newest = run.folder / "tensorboard", run.step
         self._open(run.step + 1)
@@ -158,8 +160,9 @@ def check_trackers(names: Sequence[str]) -> None:
         package, line = INSTALL[name]
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"logging.trackers: {name} needs a package that is not installed: {line}; "
-                f"or remove it from the list."
+                f"needs a package that is not installed: {line}; or remove it from the list.",
+                key="logging.trackers",
+                value=name,
             )
 
 

@@ -22,7 +22,12 @@ ROOT = Path(__file__).parents[2]
 CLONE_NEWNET = 0x40000000
 """Of setns(2)."""
 
-IMPORTED = ("nemotron.train.start", "nemotron.cli", "torch.distributed.fsdp")
+IMPORTED = (
+    "nemotron.train.start",
+    "nemotron.cli",
+    "torch.distributed.fsdp",
+    "tests.support.frozen",
+)
 """What the server imports once."""
 
 
