@@ -4,7 +4,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 import typer.main
@@ -15,6 +16,9 @@ from nemotron.commands.shared import DEBUG, CommandGroup, Overrides, RecipeFile
 from nemotron.errors import RunFailed, UserError
 from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, MEANINGS, STOPPED, WRONG_INPUT
 from nemotron.terminal import fault_of, mute, say
+
+if TYPE_CHECKING:
+    from nemotron.recipe.load import Recipe
 
 app = CommandGroup(
     name="nemotron",
@@ -59,14 +63,14 @@ def train(
 
     Launch.of_this_process()  # reports a mistake in the environment before the recipe is read
     loaded = load_recipe(recipe, overrides or [])
-    if resume and not loaded.overrides(("name",), ("output",)):
+    if recipe.is_dir():
+        loaded = _in_its_folder(loaded, recipe, overrides or [])
+    elif resume and not loaded.overrides(("name",), ("output",)):
         from nemotron.run.folder import check_recipe_home
 
         check_recipe_home(recipe, loaded.config.run_path)
     if dry_run:
-        from nemotron.train.start import dry_run as describe
-
-        return describe(loaded.config, loaded.trained)
+        return _dry_run(loaded, resume=resume, allow_changed=allow_changed or [])
     from nemotron.loading import read_weights
     from nemotron.train.start import train as run
 
@@ -78,6 +82,32 @@ def train(
         recipe_path=" ".join([str(recipe), *(overrides or [])]),
         read_initial=read_weights,
         allow_changed=allow_changed or [],
+    )
+
+
+def _in_its_folder(loaded: "Recipe", folder: Path, overrides: list[str]) -> "Recipe":
+    """Return the recipe of a run for the folder that it lies in, which may have been moved."""
+    from nemotron.recipe.load import load_recipe
+
+    home = folder.resolve()
+    named = loaded.overrides(("name",), ("output",))
+    if named or loaded.config.run_path.resolve() == home:
+        return loaded
+    return load_recipe(folder, [*overrides, f"output={home.parent}", f"name={home.name}"])
+
+
+def _dry_run(loaded: "Recipe", *, resume: bool, allow_changed: list[str]) -> int:
+    from nemotron.loading import read_weights
+    from nemotron.plan.command import estimate
+    from nemotron.train.start import dry_run
+
+    return dry_run(
+        loaded.config,
+        loaded.trained,
+        resume=resume,
+        read_initial=read_weights,
+        allow_changed=allow_changed,
+        estimate=estimate,
     )
 
 

@@ -9,7 +9,7 @@ import xxhash
 from nemotron.data.cache import held_cache, new_entry
 from nemotron.data.config import DataConfig
 from nemotron.data.corpus import corpus_hash, load_documents
-from nemotron.data.folder import MANIFEST, Manifest, read_manifest
+from nemotron.data.folder import MANIFEST, FileFacts, Manifest, read_manifest
 from nemotron.data.prepare.assemble import assemble
 from nemotron.data.prepare.options import PrepareOptions
 from nemotron.data.prepare.unit import write_texts
@@ -61,13 +61,25 @@ def _is_whole(folder: Path) -> bool:
 
 def damaged_files(folder: Path, manifest: Manifest) -> list[Path]:
     """Return the files that are missing or have another hash than the manifest says."""
-    files = {
+    return [
+        path
+        for path, facts in _files(folder, manifest).items()
+        if not path.exists() or hash_file(path) != facts.xxh128
+    ]
+
+
+def missing_files(folder: Path, manifest: Manifest) -> list[Path]:
+    """Return the files that are missing or have another size than the manifest says."""
+    return [
+        path
+        for path, facts in _files(folder, manifest).items()
+        if not path.exists() or path.stat().st_size != facts.bytes
+    ]
+
+
+def _files(folder: Path, manifest: Manifest) -> dict[Path, FileFacts]:
+    return {
         folder / name: facts
         for shard in (*manifest.train, *manifest.validation)
         for name, facts in shard.files.items()
     }
-    return [
-        path
-        for path, facts in files.items()
-        if not path.exists() or hash_file(path) != facts.xxh128
-    ]

@@ -103,9 +103,10 @@ def _check_phase(
     then: Mapping[str, Any], now: Mapping[str, Any], number: int, *, is_open: bool
 ) -> None:
     where = f"phases.{number}"
+    keys = {"num_steps": f"{where}: steps", "tokens_per_step": f"{where}: global_tokens"}
     for key in ("num_steps", "tokens_per_step"):
         if then.get(key) != now[key] and not (is_open and key == "num_steps"):
-            _refuse(f"{where}: {key}", then.get(key), now[key])
+            _refuse(keys[key], then.get(key), now[key])
     lengths = [[part["seq_len"] for part in side.get("lengths", [])] for side in (then, now)]
     if lengths[0] != lengths[1]:
         _refuse("data.seq_len", *(", ".join(map(str, side)) for side in lengths))

@@ -207,8 +207,8 @@ def _prefixes(path: Path) -> list[Path]:
     found = sorted(index.with_suffix("") for index in path.glob("*.idx"))
     if not found:
         raise UserError(
-            f"{path.absolute()} contains neither {MANIFEST} nor shards (*.idx); "
-            "give a prepared folder, or a shard without its .bin or .idx ending."
+            f"{path.absolute()} contains neither {MANIFEST} nor shards (*.idx), nor text; "
+            "give a prepared folder, a shard without its .bin or .idx ending, or a folder of text."
         )
     return found
 

@@ -140,7 +140,7 @@ class Shard:
                 beside = f"though {other.name} does" if other.exists() else f"nor does {other.name}"
                 raise UserError(
                     f"{path} does not exist, {beside}; "
-                    "give the path of a shard without its .bin or .idx ending."
+                    "give the path of a shard without its .bin or .idx ending, or of text."
                 ) from None
             found[path] = (status.st_size, status.st_mtime_ns, status.st_ino)
         return found

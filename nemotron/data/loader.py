@@ -13,6 +13,7 @@ from nemotron.data.fingerprint import check_same_data
 from nemotron.data.folder import TokenSet, open_source
 from nemotron.data.indexed import Stream
 from nemotron.data.mixture import Mixtures
+from nemotron.data.raw import tokens_of
 from nemotron.data.source import HeldOut, Source
 from nemotron.data.timeline import RowLength, Timeline
 from nemotron.data.tokenizer import load_tokenizer
@@ -208,7 +209,10 @@ class TrainingData:
         Raises:
             UserError: when they are not, naming the file or the setting that differs.
         """
-        files = {name: tokens.path for name, tokens in self.tokens.items()}
+        files = {
+            name: Path(self._configs[name].path or tokens.path)
+            for name, tokens in self.tokens.items()
+        }
         check_same_data(saved, self.fingerprint(), files, self.timeline.phase_of(max(0, step - 1)))
 
     def _open_sources(self) -> None:
@@ -224,10 +228,20 @@ class TrainingData:
                         where="phases",
                     )
         for name, source in named_by.items():
-            if source.path is None:
-                path = str(prepare_embedded(name, self.config, self.tokenizer))
-                source = source.model_copy(update={"path": path})
-            self.tokens[name] = open_source(source, self.config, self.tokenizer, self._limit)
+            self.tokens[name] = self._open(source, self.config.validation_fraction)
+
+    def _open(self, source: SourceConfig, hold_out: float) -> TokenSet:
+        """Open a source; what is not tokens yet is made so, with this share held out."""
+        config, tokenizer = self.config, self.tokenizer
+        beside = source.validation
+        if source.path is None:
+            path = str(prepare_embedded(source.name, config, tokenizer))
+        else:
+            path = tokens_of(source.path, config, tokenizer, 0.0 if beside else hold_out)
+        if beside is not None:
+            beside = tokens_of(beside, config, tokenizer, 0.0)
+        source = source.model_copy(update={"path": path, "validation": beside})
+        return open_source(source, config, tokenizer, self._limit)
 
     def _rows_of(self, name: str, seq_len: int) -> Source:
         tokens = self.tokens[name]
@@ -240,8 +254,7 @@ class TrainingData:
     def _open_held_out(self) -> dict[str, Stream]:
         streams = {name: tokens.validation for name, tokens in self.tokens.items()}
         for extra in self.config.validation:
-            path = SourceConfig(name=extra.name, path=extra.path)
-            opened = open_source(path, self.config, self.tokenizer, self._limit)
+            opened = self._open(SourceConfig(name=extra.name, path=extra.path), 0.0)
             streams[extra.name] = Stream([*opened.train.shards, *opened.validation.shards])
         return streams
 

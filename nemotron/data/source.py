@@ -97,7 +97,7 @@ class Source:
         self.num_rows = available // seq_len if plan is None else len(plan.row_ends)
         if not self.num_rows or (plan is None and available <= seq_len):
             raise UserError(
-                f"{tokens.path} has {available} tokens to train on; a row of "
+                f"{name} ({tokens.path}) has {available} tokens to train on; a row of "
                 f"data.seq_len = {seq_len} takes {seq_len + 1}."
             )
 

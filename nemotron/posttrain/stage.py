@@ -31,6 +31,17 @@ class Reinforcement:
         phase = Phase("all", schedule.num_steps, tokens, (length,))
         return TrainingPlan(Timeline([phase]), (schedule,), (0,))
 
+    def rehearse(self, config: RlConfig, plan: TrainingPlan) -> list[str]:
+        """Make the environments and their held-out prompts; returns lines about them.
+
+        Raises:
+            UserError: when an environment is unknown, cannot run here or has prompts that are too
+                long.
+        """
+        tasks = Tasks(config)
+        tasks.held_out()
+        return tasks.describe()
+
     def build(
         self,
         config: RlConfig,

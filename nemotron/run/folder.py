@@ -48,6 +48,19 @@ FREE_TO_CHANGE = (
 )
 """Keys that a resumed run may change: they alter place, speed or reports, not what is computed."""
 
+FIXED = (
+    "seed",
+    "batch.global_tokens",
+    "data.seq_len",
+    "data.lengths",
+    "data.packing",
+    "data.objective",
+    "data.mask_eod_loss",
+    "data.tokenizer",
+    "data.eod_token",
+)
+"""Keys that decide which rows the steps so far read, so that no resumed run may change them."""
+
 WRITE_TEST_BYTES = 1 << 16
 
 
@@ -80,13 +93,17 @@ class RunFolder(RunFiles):
                 raise UserError(f"--allow-changed {key}: the recipe has no such key; name one.")
         done = max(steps(self.checkpoints), default=0)
         allowed = (*FREE_TO_CHANGE, *allow_changed)
-        changes = [line for key, line in self._changes() if not _covers(allowed, key)]
+        changed = self._changes()
+        self._refuse_fixed([(key, line) for key, line in changed if _covers(allow_changed, key)])
+        changes = {key: line for key, line in changed if not _covers(allowed, key)}
         if changes:
             more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+            free = [f"--allow-changed {key}" for key in changes if not _covers(FIXED, key)]
+            allow = f"allow the change with {' '.join(free[:5])}, " if free else ""
             raise UserError(
                 f"{self.path} contains a run with a different recipe: "
-                f"{'; '.join(changes[:5])}{more}; "
-                f"restore these keys, or give the new run another name."
+                f"{'; '.join([*changes.values()][:5])}{more}; "
+                f"restore these keys, {allow}or give the new run another name."
             )
         if resume:
             return
@@ -214,6 +231,17 @@ class RunFolder(RunFiles):
             self._late[path] = content
             return error
         return None
+
+    def _refuse_fixed(self, allowed: Sequence[tuple[str, str]]) -> None:
+        """Refuse changes that the user allows but no run survives."""
+        for key, line in allowed:
+            if _covers(FIXED, key):
+                raise UserError(
+                    f"{self.path}: {line}, and decides which rows the steps so far read, so "
+                    f"--allow-changed does not help; restore it, change it for a phase that has "
+                    f"not begun (phases, with --allow-changed phases), or start a new run with "
+                    f"init_from={self.path}."
+                )
 
     def _changes(self) -> list[tuple[str, str]]:
         """Return each key that differs from the folder's recipe, with a clause old/new."""

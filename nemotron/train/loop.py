@@ -1,12 +1,15 @@
 """The training loop, from the restored state to the next exit."""
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 from nemotron.checkpoint.state import PassedOver
 from nemotron.checkpoint.write import CheckpointNotSaved
+from nemotron.device import measure_matmul_peak
 from nemotron.errors import exit_code
 from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
+from nemotron.precision.apply import DTYPES
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.metrics import MetricsFile
@@ -113,7 +116,10 @@ def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest) -> None:
             stragglers.add(result.seconds)
             if is_last or due(step, config.logging.every_steps):
                 across_ranks, slow = stragglers.report()
-                log.record(trainer.record("train", trainer.values(step, result) | across_ranks))
+                values = trainer.values(step, result)
+                log.record(trainer.record("train", values | across_ranks))
+                if values["perf/mfu"] is None:
+                    _correct_peak(trainer, log)
                 saver.finish_or_warn(wait=False)
                 if slow is not None:
                     log.info(f"step {step + 1}: {slow}")  # no metric: it depends on the clock
@@ -137,6 +143,21 @@ def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest) -> None:
 def due(step: int, every: int | None) -> bool:
     """Say whether something that comes every so many steps comes after the step of this index."""
     return every is not None and (step + 1) % every == 0
+
+
+def _correct_peak(trainer: Trainer, log: RunLog) -> None:
+    """Measure the peak again that a step was faster than; of several ranks it stays unknown."""
+    if math.isnan(trainer.peak_flops):
+        return
+    step, before, now = trainer.state.step, trainer.peak_flops, 0.0
+    if trainer.ranks.world == 1:
+        now = measure_matmul_peak(trainer.device, DTYPES[trainer.config.precision.compute])
+    trainer.peak_flops = now if now > before else math.nan
+    known = f"they reach {now / 1e9:,.0f} GFLOP/s now" if now > before else "no MFU is shown"
+    log.info(
+        f"step {step}: faster than matrix products were at the start ({before / 1e9:,.0f} "
+        f"GFLOP/s), when other programs slowed them down; {known}"
+    )
 
 
 def _pass_over(trainer: Trainer, step: int, passed: PassedOver, log: RunLog) -> None:

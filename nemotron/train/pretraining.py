@@ -4,6 +4,7 @@ import torch
 
 from nemotron.data.loader import TrainingData
 from nemotron.data.prefetch import TextBatches
+from nemotron.data.rehearsal import rehearse
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
@@ -25,6 +26,15 @@ class Pretraining:
             UserError: when they contradict each other.
         """
         return plan_training(config)
+
+    def rehearse(self, config: PretrainConfig, plan: TrainingPlan) -> list[str]:
+        """Open the text without writing into the cache; returns lines about it.
+
+        Raises:
+            UserError: when the text is unfit, or too short.
+        """
+        vocab_size = config.model.vocab_size
+        return rehearse(config.data, plan.timeline, seed=config.seed, vocab_size=vocab_size)
 
     def build(
         self,

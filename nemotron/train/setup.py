@@ -53,6 +53,14 @@ class Stage(Protocol):
         """
         ...
 
+    def rehearse(self, config: Any, plan: TrainingPlan) -> list[str]:
+        """Open what a run learns from without writing anything; returns lines about it.
+
+        Raises:
+            UserError: when it is unfit.
+        """
+        ...
+
     def build(
         self,
         config: Any,

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemotron.checkpoint.find import steps
 from nemotron.checkpoint.read import read_model
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
@@ -22,7 +23,7 @@ from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.runtime import Launch, Ranks, start
 from nemotron.precision.apply import DTYPES
 from nemotron.precision.policy import Assignment, assign, summarize
-from nemotron.run.folder import RunFolder
+from nemotron.run.folder import RunFolder, holds_run
 from nemotron.run.log import RunLog
 from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
@@ -97,8 +98,19 @@ def train(
         return run(setup, folder, log, saver, stop, recipe_path)
 
 
-def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
+def dry_run(
+    config: RunConfig,
+    stage: Stage | None = None,
+    *,
+    resume: bool = False,
+    read_initial: ReadModel = read_model,
+    allow_changed: Sequence[str] = (),
+    estimate: Callable[[RunConfig], list[str]] = lambda _: [],
+) -> int:
     """Print what `train` would do, as far as it can be known without writing anything.
+
+    The data, the tokenizer and the weights of `init_from` are read for it. `estimate` returns
+    lines about memory and time.
 
     Raises:
         UserError: as `train` does.
@@ -110,7 +122,7 @@ def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
     check_trackers(config.logging.trackers)
     device = find_device(config.device)
     folder = RunFolder(config.run_path, config)
-    folder.check(plan.num_steps, resume=True)
+    folder.check(plan.num_steps, resume=True, allow_changed=allow_changed)
     model = build_on_meta(config.model)
     tokens = plan.timeline.num_tokens
     flops = training_flops_per_token(config.model, config.data.seq_len, config.num_depths) * tokens
@@ -118,18 +130,38 @@ def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
     choices = choose_backends(config.ops, device, DTYPES[config.precision.compute], documents)
     tables = [table for _, _, table in _precision_tables(config, model, device)]
     formats = summarize(tables[0]) if config.precision.quantizes else []
-    state = "exists, would go on by --resume" if folder.path.exists() else "new"
+    if launch is not None and launch.rank > 0:
+        return DONE
     for line in (
-        f"run        {folder.path} ({state})",
+        f"run        {folder.path} ({_prospect(folder, plan.num_steps, resume=resume)})",
         f"model      {count_parameters(config.model).line}",
         f"training   {plan.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
         *(f"operations {line}" for line in describe(choices)),
         *(f"precision  {line}" for line in formats),
         *(describe_ranks(config, plan, dims) if dims.world > 1 else ()),
+        *estimate(config),
     ):
-        if launch is None or launch.rank == 0:
-            print_text(line)
+        print_text(line)
+    if config.init_from is not None:
+        initial_weights(config.model, config.init_from, read_initial)
+        print_text(f"weights    every tensor of {config.init_from} fits")
+    for line in trained.rehearse(config, plan):
+        print_text(f"data       {line}")
     return DONE
+
+
+def _prospect(folder: RunFolder, num_steps: int, *, resume: bool) -> str:
+    """Say what would become of the run in a folder."""
+    done = max(steps(folder.checkpoints), default=0)
+    if not holds_run(folder):
+        return "new"
+    if done >= num_steps:
+        return f"finished, {done} steps"
+    return (
+        f"would go on at step {done} of {num_steps}"
+        if resume
+        else f"exists, at step {done} of {num_steps}; would go on with --resume"
+    )
 
 
 def describe_precision(config: RunConfig) -> list[str]:
@@ -166,10 +198,24 @@ def load_initial(local: LocalModel, path: str, read: ReadModel, ranks: Ranks | N
     Raises:
         UserError: when they are not those of the recipe, or not those of another rank.
     """
-    saved_config, weights = read(Path(path))
+    weights = initial_weights(local.config, path, read)
     if ranks is not None and ranks.world > 1:
         check_agreement(facts_of_weights(weights), ranks)
-    own = shapes(local.config)
+    local.fill(
+        lambda name, _, experts: (
+            weights[name] if experts is None else weights[name][experts.start : experts.stop]
+        )
+    )
+
+
+def initial_weights(config: ModelConfig, path: str, read: ReadModel) -> dict[str, Tensor]:
+    """Read saved weights, which must be those of a model of this configuration.
+
+    Raises:
+        UserError: when a tensor is absent, has another shape or is not in the model.
+    """
+    saved_config, weights = read(Path(path))
+    own = shapes(config)
     problems = [f"{name} is absent" for name in own if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in own]
     problems += [
@@ -178,7 +224,7 @@ def load_initial(local: LocalModel, path: str, read: ReadModel, ranks: Ranks | N
         if name in weights and weights[name].shape != shape
     ]
     if problems:
-        old, new = saved_config.model_dump(), local.config.model_dump()
+        old, new = saved_config.model_dump(), config.model_dump()
         keys = [f"model.{key} = {old[key]} there" for key in old if old[key] != new[key]]
         raise UserError(
             f"has weights that do not fit the recipe ({', '.join(keys)}): "
@@ -186,8 +232,4 @@ def load_initial(local: LocalModel, path: str, read: ReadModel, ranks: Ranks | N
             key="init_from",
             value=Path(path),
         )
-    local.fill(
-        lambda name, _, experts: (
-            weights[name] if experts is None else weights[name][experts.start : experts.stop]
-        )
-    )
+    return weights

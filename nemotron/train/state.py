@@ -100,10 +100,11 @@ def snapshot(
         for name, parameter in local.parameters().items()
     }
     tensors |= {f"{MODEL_PREFIX}{name}": buffer for name, buffer in local.buffers().items()}
-    for key in ("exp_avg", "exp_avg_sq"):
-        for name, moment in moments[key].items():
+    steps = moments.pop("step")
+    for key, named in moments.items():
+        for name, moment in named.items():
             tensors[f"optimizer.{key}.{name}"] = local.sharded(name, moment)
-    tensors |= {f"optimizer.step.{name}": step for name, step in moments["step"].items()}
+    tensors |= {f"optimizer.step.{name}": step for name, step in steps.items()}
     return tensors | quantization.tensors() | {RNG: torch.get_rng_state()}
 
 

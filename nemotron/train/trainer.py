@@ -26,6 +26,7 @@ from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.mesh import Mesh
 from nemotron.parallel.quantized import connect
 from nemotron.parallel.runtime import Ranks
+from nemotron.parallel.whole import WholeMatrices
 from nemotron.precision.apply import Quantization
 from nemotron.precision.apply import apply as apply_precision
 from nemotron.precision.random_bits import Numbers
@@ -72,7 +73,8 @@ class Trainer:
         whole = build_on_meta(config.model)
         self.quantization = Quantization(self.local.models, config.precision, config.seed, whole)
         connect(self.quantization, self.local)
-        self.optimizer = Optimizer(self.local.parameters(), config.optimizer)
+        matrices = None if local.mesh is None else WholeMatrices(local)
+        self.optimizer = Optimizer(self.local.parameters(), config.optimizer, matrices)
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState.fresh()
         counted = filter(self.local.counts, self.optimizer.parameters)

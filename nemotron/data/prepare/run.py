@@ -87,7 +87,7 @@ def prepare(
     for written in (out, folder, work):
         refuse_inputs_inside(written, read)
     if out.exists() and not overwrite:
-        return _finished(out, work, made, _identity(made, encoder, options))
+        return _finished(out, work, made, identity_of(made, encoder, options))
     check_output(out, COMMAND, read, overwrite=overwrite)
     job = PrepareJob(folder, work, tokenizer, options, max_bad_rows)
     try:
@@ -108,7 +108,7 @@ def prepare(
     return manifest
 
 
-def _identity(made: Plan, tokenizer: Tokenizer, options: PrepareOptions) -> dict[str, Any]:
+def identity_of(made: Plan, tokenizer: Tokenizer, options: PrepareOptions) -> dict[str, Any]:
     """Return everything that the output depends on, as the manifest has it."""
     return {
         "format": FORMAT,
@@ -165,7 +165,7 @@ def _finished(out: Path, work: Path, made: Plan, identity: dict[str, Any]) -> Ma
 def _workplace(job: PrepareJob, made: Plan, tokenizer: Tokenizer) -> Iterator[None]:
     """Hold the folders of an unfinished preparation, new or begun by the same command."""
     plan_file = job.work / "plan.json"
-    identity = _identity(made, tokenizer, job.options) | {"stamps": list(made.stamps)}
+    identity = identity_of(made, tokenizer, job.options) | {"stamps": list(made.stamps)}
     _adopt(job.work, WORK_FILE)
     path = job.work / "lock"
     with open(open_regular(path, os.O_WRONLY | os.O_CREAT), "a") as lock:
