@@ -12,13 +12,16 @@ from nemotron.errors import UserError
 from nemotron.files import hash_file
 from nemotron.hf.config import from_hf
 from nemotron.hf.formats import FORMATS, DiskFormat, DiskTensor
-from nemotron.hf.names import DiskParameter, disk_parameters, disk_tensors
+from nemotron.hf.names import DiskParameter, count_parameters, disk_parameters, disk_tensors
 from nemotron.hf.shards import ShardedFolder, StoredTensor, read_json
 from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
 
 CONFIG = "config.json"
 REPORT = "export_report.json"
+
+MOST_MISSING = 100_000
+"""Tensors that are looked for by name although they cannot all be there."""
 
 PACKED_DTYPES = {"U8": "NVFP4", "F8_E4M3": "FP8", "F8_E5M2": "FP8"}
 SCALES = ("_scale", "_scale_2", "_scale_inv", "_packed")
@@ -53,6 +56,11 @@ def read_folder(folder: Path, formats: Sequence[DiskFormat] = FORMATS) -> Loaded
     """
     read = from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
     stored = ShardedFolder(folder)
+    if (named := count_parameters(read.model)) > MOST_MISSING + len(stored.tensors):
+        raise UserError(
+            f"{folder}: {CONFIG} describes {named:,} tensors, but there are "
+            f"{len(stored.tensors):,}; the tensors must be those of {CONFIG}."
+        )
     parameters = [
         replace(parameter, format=_format_of(parameter, formats, stored))
         for parameter in disk_parameters(read.model)

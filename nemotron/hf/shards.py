@@ -140,6 +140,9 @@ class ShardedFolder:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{path} has no weight_map; it is not an index of safetensors files.")
+        for key, name in weight_map.items():
+            if not isinstance(name, str):
+                raise UserError(f"{path}: weight_map.{key} = {name!r} is not a plain file name.")
         metadata = index.get("metadata")
         if isinstance(metadata, dict):
             self.total_size = metadata.get("total_size")

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -169,6 +170,14 @@ def test_a_config_of_other_dimensions_is_refused(single: Path, tmp_path: Path):
     edit_config(single, ssm_state_size=6)
     message = refusal(single, tmp_path / "run")
     assert "backbone.layers.0.mixer.in_proj.weight has shape" in message
+
+
+def test_a_config_of_far_more_tensors_than_there_are_is_refused_before_they_are_listed(
+    single: Path, tmp_path: Path
+):
+    edit_config(single, n_routed_experts=2**31 - 1)
+    text = refusal(single, tmp_path / "out")
+    assert re.search(r"config\.json describes [\d,]{13,} tensors, but there are [\d,]{2,5};", text)
 
 
 @pytest.mark.parametrize("kind", ["NVFP4", "FP8"])
