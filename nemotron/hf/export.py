@@ -4,6 +4,7 @@ import subprocess
 from pathlib import Path
 
 from nemotron.children import module_command
+from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import write_json, write_text
@@ -14,7 +15,7 @@ from nemotron.hf.model_card import model_card
 from nemotron.hf.names import disk_parameters, disk_tensors
 from nemotron.hf.shards import write_shards
 from nemotron.hf.source import CheckpointSource, open_checkpoint
-from nemotron.hf.tokenizer_files import write_tokenizer_files
+from nemotron.hf.tokenizer_files import read_tokenizer, special_ids, write_tokenizer_files
 from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.run.files import RunFiles
 from nemotron.terminal import print_text
@@ -92,9 +93,12 @@ def write_folder(
     Raises:
         UserError: when the run's tokenizer is missing or does not fit.
     """
-    write_tokenizer_files(run, folder, source.config)
-    write_json(folder / CONFIG, to_hf(source.config))
-    parameters = disk_parameters(source.config, formats)
+    config = source.config
+    for note in write_tokenizer_files(run, folder, config, is_trained=source.is_trained):
+        print_text(f"note: {note}")
+    tokenizer = Tokenizer(read_tokenizer(run.tokenizer))
+    write_json(folder / CONFIG, to_hf(config) | special_ids(tokenizer, config))
+    parameters = disk_parameters(config, formats)
     write_text(folder / "README.md", model_card(source, parameters))
     size = write_shards(folder, parameters, source.reader(), max_shard_bytes)
     return len(disk_tensors(parameters)), size

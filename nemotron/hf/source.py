@@ -14,6 +14,7 @@ from nemotron.checkpoint.read import (
     TIED_HEAD,
     SavedTensors,
     read_model_config,
+    read_state,
 )
 from nemotron.hf.names import DiskParameter
 from nemotron.model.build import shapes
@@ -33,6 +34,11 @@ class CheckpointSource:
     def run(self) -> RunFiles | None:
         """The run's files, when the checkpoint lies among them."""
         return RunFiles.around(self.info.folder)
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether a run of ours trained the model; else it was only imported."""
+        return read_state(self.info).trainer is not None
 
     def reader(self) -> "TensorReader":
         """Return what reads its parameters as they belong on disk."""

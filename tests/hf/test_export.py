@@ -56,6 +56,7 @@ def test_an_export_ends_with_a_check_whose_report_lies_beside_it(checked: Path):
         "names, shapes, dtypes": "ok",
         "values on disk": "ok",
         "nemotron.load": "ok",
+        "tokenizer": "ok",
         "transformers": "ok",
     }
     assert list(report["xxh128"]) == ["model-00001-of-00001.safetensors"]
@@ -206,7 +207,8 @@ def test_the_check_finds(
     damage, failing = FLAWS[flaw]
     damage(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(exported / name, tmp_path)
     index = json.loads((exported / INDEX).read_text())
     index["weight_map"] = dict.fromkeys(tensors, "model.safetensors")
     (tmp_path / INDEX).write_text(json.dumps(index))
