@@ -96,6 +96,15 @@ NO_LIMIT = 1e9
 HUGE = 1e30
 """What we write for an infinite upper limit beside a lower one, because JSON has no infinity."""
 
+OLDER_KEYS = {"attention_head_dim": "head_dim"}
+"""Older names of our keys."""
+
+EPSILONS = ("layer_norm_epsilon", "norm_eps", "rms_norm_eps")
+"""Names of the norms' epsilon, which published configurations use."""
+
+GROUP_EXPERTS = 2
+"""Experts whose scores make that of a group, for every reader of this layout."""
+
 NEWER_NAMES = {"linear_attention": "M", "full_attention": "*"}
 LETTERS = {name: letter for letter, name in LAYER_KINDS.items()} | NEWER_NAMES
 
@@ -103,8 +112,9 @@ LETTERS = {name: letter for letter, name in LAYER_KINDS.items()} | NEWER_NAMES
 def to_hf(config: ModelConfig) -> Values:
     """Return the content of `config.json`.
 
-    Both the pattern string and the list of layer kinds are written, the latter with the older
-    names, because each reader knows only some. `time_step_limit` is left out unless it clamps.
+    Only the pattern strings say which layer is where: every reader knows them, while the lists of
+    layer kinds are read-only properties in NVIDIA's published class and in vLLM up to 0.18, which
+    fail on them. `time_step_limit` is left out unless it clamps.
     """
     pattern, mtp = config.hybrid_override_pattern, config.mtp_pattern
     values: Values = {
@@ -113,7 +123,7 @@ def to_hf(config: ModelConfig) -> Values:
         "torch_dtype": "bfloat16",
         "num_hidden_layers": len(pattern),
         "hybrid_override_pattern": pattern,
-        "layers_block_type": [LAYER_KINDS[letter] for letter in pattern],
+        "mamba_n_groups": config.n_groups,  # SGLang's name of n_groups
         "norm_eps": config.layer_norm_epsilon,
         # the published files hold a width even where no layer uses it
         "intermediate_size": config.intermediate_size or config.moe_intermediate_size,
@@ -126,7 +136,6 @@ def to_hf(config: ModelConfig) -> Values:
         values |= FIXED_EXPERTS | {"moe_shared_expert_overlap": False}
     if mtp:
         values["mtp_hybrid_override_pattern"] = mtp
-        values["mtp_layers_block_type"] = [LAYER_KINDS[letter] for letter in mtp]
     if config.time_step_limit != UNCLAMPED:
         low, high = config.time_step_limit
         values["time_step_limit"] = [low, min(high, HUGE)]
@@ -150,9 +159,9 @@ def from_hf(values: Values, where: str) -> HFConfig:
     read = _Reader(values, where)
     if values.get("model_type") != "nemotron_h":
         raise read.refuse("model_type", "only nemotron_h can be read")
-    if "quantization_config" in values:
+    if packed := {"quantization_config", "quantization"} & set(values):
         raise UserError(
-            f"{where}: quantization_config says that the weights are packed; "
+            f"{where}: {packed.pop()} says that the weights are packed; "
             f"use the bfloat16 checkpoint of this model."
         )
     pattern = read.pattern("hybrid_override_pattern", "layers_block_type")
@@ -181,8 +190,29 @@ def from_hf(values: Values, where: str) -> HFConfig:
         | {"layer_norm_epsilon": read.epsilon(), "time_step_limit": read.time_step_limit()}
         | {"eos_token_id": read.eos_token_id()}
     )
+    check_readable(model, f"{where}: ")
     read.note_unknown_keys()
     return HFConfig(model, tuple(read.notes))
+
+
+def check_readable(config: ModelConfig, where: str = "model.") -> None:
+    """Check that those who read `config.json` compute what this model does.
+
+    They score a group of experts by its two best; Megatron-LM, and the model, by its best
+    `num_experts_per_tok / topk_group`.
+
+    Raises:
+        UserError: when a token could go to other experts.
+    """
+    best = config.num_experts_per_tok // config.topk_group
+    has_experts = "E" in config.hybrid_override_pattern + config.mtp_pattern
+    if has_experts and config.topk_group < config.n_group and best != GROUP_EXPERTS:
+        raise UserError(
+            f"{where}n_group = {config.n_group} is computed in another way by transformers and "
+            f"other readers of this layout: they score a group by its {GROUP_EXPERTS} best "
+            f"experts, this model by num_experts_per_tok / topk_group = {best}; only "
+            f"{GROUP_EXPERTS} gives the same."
+        )
 
 
 class _Reader:
@@ -191,6 +221,11 @@ class _Reader:
     def __init__(self, values: Values, where: str) -> None:
         self.values, self.where = values, where
         self.notes: list[str] = []
+        for older, key in OLDER_KEYS.items():
+            if (value := values.get(older)) is not None:
+                if values.get(key) not in (None, value):
+                    raise self.refuse(older, f"{key} = {values[key]!r} differs")
+                self.values = self.values | {key: value}
 
     def refuse(self, key: str, rule: str) -> UserError:
         return UserError(f"{self.where}: {key} = {self.values.get(key)!r}; {rule}.")
@@ -242,12 +277,12 @@ class _Reader:
         return found
 
     def epsilon(self) -> float:
-        """Return the epsilon of the norms, which has two names."""
-        names = ("layer_norm_epsilon", "norm_eps")
-        found = [self.values[name] for name in names if self.values.get(name) is not None]
-        if len(found) > 1 and found[0] != found[1]:
-            raise self.refuse("norm_eps", f"layer_norm_epsilon = {self.values[names[0]]!r} differs")
-        return found[0] if found else 1e-5
+        """Return the epsilon of the norms, which has several names."""
+        found = [name for name in EPSILONS if self.values.get(name) is not None]
+        for name in found[1:]:
+            if self.values[name] != (value := self.values[found[0]]):
+                raise self.refuse(name, f"{found[0]} = {value!r} differs")
+        return self.values[found[0]] if found else 1e-5
 
     def time_step_limit(self) -> tuple[float, float]:
         """Return the clamp on the time step; absent, infinite and huge mean none."""
@@ -282,7 +317,7 @@ class _Reader:
         """Say which keys mean nothing to us; remote code gets a sentence of its own."""
         if "auto_map" in self.values:
             self.notes.append("auto_map names remote code, which was ignored and not executed")
-        known = {*to_hf_keys(), *UNUSED, "auto_map"}
+        known = {*to_hf_keys(), *UNUSED, *OLDER_KEYS, *EPSILONS, "auto_map"}
         if unknown := sorted(set(self.values) - known):
             self.notes.append(f"keys not used: {', '.join(unknown)}")
 
@@ -291,7 +326,7 @@ def to_hf_keys() -> frozenset[str]:
     """Return every key that `to_hf` may write."""
     pattern = {"hybrid_override_pattern", "layers_block_type", "num_hidden_layers"}
     mtp = {"num_nextn_predict_layers", "mtp_hybrid_override_pattern", "mtp_layers_block_type"}
-    others = {"model_type", "norm_eps", "intermediate_size", "time_step_limit"}
+    others = {"model_type", "norm_eps", "mamba_n_groups", "intermediate_size", "time_step_limit"}
     return frozenset({*COPIED, *FIXED, *FIXED_EXPERTS, *pattern, *mtp, *others})
 
 

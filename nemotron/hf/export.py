@@ -8,9 +8,9 @@ from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import write_json, write_text
-from nemotron.hf.config import to_hf
+from nemotron.hf.config import check_readable, to_hf
 from nemotron.hf.folder import CONFIG
-from nemotron.hf.formats import RELEASED, Formats
+from nemotron.hf.formats import RELEASED, Formats, Plain
 from nemotron.hf.model_card import model_card
 from nemotron.hf.names import disk_parameters, disk_tensors
 from nemotron.hf.shards import write_shards
@@ -50,7 +50,9 @@ def export(
             f"{run} is not inside a run, so its tokenizer is unknown; give a run's folder."
         )
     target = output_folder(out if out is not None else source.run.path / "export")
+    check_readable(source.config)
     check_target(target, source, overwrite=overwrite)
+    formats = source.formats(formats)
     with writing_beside(target, COMMAND) as partial:
         tensors, size = write_folder(
             source, source.run, partial, formats=formats, max_shard_bytes=max_shard_bytes
@@ -97,7 +99,10 @@ def write_folder(
     for note in write_tokenizer_files(run, folder, config, is_trained=source.is_trained):
         print_text(f"note: {note}")
     tokenizer = Tokenizer(read_tokenizer(run.tokenizer))
-    write_json(folder / CONFIG, to_hf(config) | special_ids(tokenizer, config))
+    values = to_hf(config) | special_ids(tokenizer, config)
+    if isinstance(formats.default, Plain):
+        values["torch_dtype"] = str(formats.default.dtype).removeprefix("torch.")
+    write_json(folder / CONFIG, values)
     parameters = disk_parameters(config, formats)
     write_text(folder / "README.md", model_card(source, parameters))
     size = write_shards(folder, parameters, source.reader(), max_shard_bytes)

@@ -12,7 +12,7 @@ from nemotron.hf.folder import CONFIG, LoadedFolder, is_exported, read_folder
 from nemotron.hf.tokenizer_files import TOKENIZER, check_tokenizer, read_kept_files
 from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.run.files import RunFiles
-from nemotron.run.provenance import record_import
+from nemotron.run.provenance import Facts, record_import
 from nemotron.terminal import print_text
 
 COMMAND = "import"
@@ -62,7 +62,8 @@ def write_run(folder: Path, loaded: LoadedFolder, run: RunFiles) -> list[str]:
     for name, content in kept.items():
         write_bytes(run.companions / name, content)
     files = {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
-    facts = {"from": folder.name, "xxh128": files, "notes": list(loaded.notes)}
+    facts: Facts = {"from": folder.name, "xxh128": files, "notes": list(loaded.notes)}
+    facts["formats"] = loaded.formats
     origin = record_import(run.provenance, facts)
     tensors = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in loaded.weights.items()}
     state = SavedState(imported=origin)

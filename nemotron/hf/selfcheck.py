@@ -7,8 +7,10 @@ mistake in the files.
 import importlib.metadata
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
 from types import ModuleType
 
@@ -71,7 +73,7 @@ class SelfCheck:
     ) -> None:
         self._folder, self._source = folder, source
         self._stored = ShardedFolder(folder)
-        candidates = [disk_parameters(source.config, formats) for formats in choices]
+        candidates = [disk_parameters(source.config, source.formats(choice)) for choice in choices]
         # what was chosen is what comes nearest to what is there
         self._parameters = min(candidates, key=lambda parameters: len(self._wrong(parameters)))
 
@@ -101,12 +103,17 @@ class SelfCheck:
 
     def check_values(self) -> str:
         """Compare every bit on disk with the checkpoint's tensor in its format on disk."""
-        read = self._source.reader()
+        read, rounded, total = self._source.reader(), Counter[str](), 0
         for parameter in self._parameters:
             for name, tensor in read(parameter).items():
                 if not _same_bits(self._stored.read(name), tensor):
                     raise Failed(f"{name} differs from the checkpoint")
-        return "every bit is the checkpoint's"
+            total += prod(parameter.shape)
+            rounded[parameter.format.name] += read.num_rounded(parameter)
+        changed = [f"{count:,} to {name}" for name, count in rounded.items() if count]
+        if not changed:
+            return "every bit is the checkpoint's"
+        return f"the checkpoint's; of {total:,} float32 values, {', '.join(changed)} were rounded"
 
     def check_own_loader(self) -> str:
         """Compare logits and multi-token prediction of the loaded folder with the checkpoint's."""

@@ -320,6 +320,23 @@ def test_a_missing_tokenizer_is_named_and_nothing_is_left(run: Path, tmp_path: P
     assert os.listdir(tmp_path) == ["run"]
 
 
+def test_rounding_is_said(run: Path, exported: Path, capsys: pytest.CaptureFixture):
+    rounded = sum(
+        int((tensor != tensor.bfloat16()).sum())
+        for name, tensor in read_model(run)[1].items()
+        if not name.endswith(WIDE)
+    )
+    check = selfcheck.SelfCheck(exported, open_checkpoint(run))
+    assert f"{rounded:,} to BF16 were rounded" in check.check_values()
+
+
+def test_groups_that_readers_score_in_another_way_are_not_exported(tmp_path: Path, make_run):
+    groups = {"n_routed_experts": 6, "n_group": 3, "topk_group": 1, "num_experts_per_tok": 1}
+    grouped = make_run(tmp_path / "run", **groups)
+    assert "model.n_group = 3 is computed in another way" in refusal(grouped, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["run"]
+
+
 def test_a_clamped_time_step_survives_export_and_check(tmp_path: Path, make_run):
     clamped = make_run(tmp_path / "clamped", time_step_limit=(0.02, math.inf))
     assert export(clamped, tmp_path / "out", check=False) == 0
