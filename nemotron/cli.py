@@ -67,7 +67,7 @@ def train(
         from nemotron.train.start import dry_run as describe
 
         return describe(loaded.config, loaded.trained)
-    from nemotron.loading import read_weights
+    from nemotron.loading import read_initial
     from nemotron.train.start import train as run
 
     return run(
@@ -76,7 +76,7 @@ def train(
         resume=resume,
         stop_at=stop_at,
         recipe_path=" ".join([str(recipe), *(overrides or [])]),
-        read_initial=read_weights,
+        read_initial=read_initial,
         allow_changed=allow_changed or [],
     )
 

@@ -87,6 +87,13 @@ class Tokenizer:
         """Return the name of a token; None where the vocabulary has none of this id."""
         return self._plain.id_to_token(index)
 
+    def gives_ids_of(self, other: "Tokenizer") -> bool:
+        """Say whether both give every text the same ids; what is added around it does not count."""
+        contents = [json.loads(tokenizer._plain.to_str()) for tokenizer in (self, other)]
+        for content in contents:
+            content["post_processor"] = None
+        return bool(contents[0] == contents[1])
+
     def save(self, path: Path) -> None:
         """Write the `tokenizer.json`, byte for byte as it was read."""
         write_bytes(path, self.content)

@@ -148,6 +148,8 @@ class HFConfig:
 
     model: ModelConfig
     notes: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    """Every end of text; the model's own is the first."""
 
 
 def from_hf(values: Values, where: str) -> HFConfig:
@@ -192,7 +194,7 @@ def from_hf(values: Values, where: str) -> HFConfig:
     )
     check_readable(model, f"{where}: ")
     read.note_unknown_keys()
-    return HFConfig(model, tuple(read.notes))
+    return HFConfig(model, tuple(read.notes), tuple(read.ends))
 
 
 def check_readable(config: ModelConfig, where: str = "model.") -> None:
@@ -221,6 +223,7 @@ class _Reader:
     def __init__(self, values: Values, where: str) -> None:
         self.values, self.where = values, where
         self.notes: list[str] = []
+        self.ends: list[int] = []
         for older, key in OLDER_KEYS.items():
             if (value := values.get(older)) is not None:
                 if values.get(key) not in (None, value):
@@ -296,12 +299,12 @@ class _Reader:
         return low, math.inf if high >= NO_LIMIT else high
 
     def eos_token_id(self) -> int:
-        """Return the end-of-text token; chat models list several, of which the first counts."""
+        """Return the end-of-text token; chat models list several, of which this is the first."""
         eos = self.values.get("eos_token_id", 2)
-        if isinstance(eos, list) and eos:
-            self.notes.append(f"of eos_token_id = {eos} only {eos[0]} ends a text here")
-            eos = eos[0]
-        return eos
+        self.ends = eos if isinstance(eos, list) and eos else [eos]
+        if not all(type(end) is int for end in self.ends):
+            raise self.refuse("eos_token_id", "it must be a token or a list of them")
+        return self.ends[0]
 
     def build(self, values: Values) -> ModelConfig:
         """Return the validated configuration."""

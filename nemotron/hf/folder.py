@@ -38,6 +38,8 @@ class LoadedFolder:
     config: ModelConfig
     weights: dict[str, Tensor]
     notes: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    """Ends of text that `config.json` names."""
     formats: dict[str, JsonValue]
     """The most common format (`default`), and those of `others` by the name of the parameter."""
 
@@ -71,7 +73,7 @@ def read_folder(folder: Path, formats: Sequence[DiskFormat] = FORMATS) -> Loaded
     weights = _collect(read.model, parameters, stored)
     if read.model.tie_word_embeddings:
         _tie(folder, weights)
-    return LoadedFolder(read.model, weights, read.notes, _note_formats(parameters))
+    return LoadedFolder(read.model, weights, read.notes, read.stop_ids, _note_formats(parameters))
 
 
 def _note_formats(parameters: Sequence[DiskParameter]) -> dict[str, JsonValue]:

@@ -125,6 +125,24 @@ def read_kept_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
     return kept, notes
 
 
+def read_stop_ids(folder: Path) -> frozenset[int]:
+    """Return the tokens at which `generation_config.json` in a folder says that texts end.
+
+    Raises:
+        UserError: when that file is there, but not as it should be.
+    """
+    content = read_kept_files(folder)[0].get(GENERATION)
+    values = parse_json(content) if content is not None else {}
+    found = values.get("eos_token_id") if isinstance(values, dict) else None
+    ids = found if isinstance(found, list) else [found] * (found is not None)
+    if not all(type(i) is int for i in ids):
+        raise UserError(
+            f"{folder / GENERATION}: eos_token_id = {found!r}; it must be a token or a list of "
+            "them."
+        )
+    return frozenset(ids)
+
+
 def special_ids(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, int | None]:
     """Return the tokens that have a role, under the names of `config.json`.
 

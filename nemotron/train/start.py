@@ -1,13 +1,15 @@
 """One run, from its configuration to its exit code: check, build, restore, train."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from nemotron.checkpoint.read import read_model
+from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
@@ -37,7 +39,24 @@ from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
 from nemotron.train.setup import Stage
 
-ReadModel = Callable[[Path], tuple[ModelConfig, dict[str, Tensor]]]
+
+@dataclass(frozen=True)
+class InitialModel:
+    """A model that a run begins with, and what lies beside its weights."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer | None = None
+    companions: Mapping[str, bytes] = field(default_factory=dict)
+    """Small files by name, such as a chat template; an export brings them along."""
+
+
+ReadModel = Callable[[str], InitialModel]
+
+
+def read_checkpoint(place: str) -> InitialModel:
+    """Return the model of a run or a checkpoint."""
+    return InitialModel(*read_model(Path(place)))
 
 
 def train(
@@ -47,7 +66,7 @@ def train(
     resume: bool = False,
     stop_at: int | None = None,
     recipe_path: str = "",
-    read_initial: ReadModel = read_model,
+    read_initial: ReadModel = read_checkpoint,
     allow_changed: Sequence[str] = (),
 ) -> int:
     """Train as the recipe says, or go on from the run's newest whole checkpoint.
@@ -85,7 +104,8 @@ def train(
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)
         if not (resume and saver.restore()) and config.init_from is not None:
-            load_initial(trainer.local, config.init_from, read_initial)
+            initial = load_initial(trainer.local, config.init_from, read_initial)
+            ranks.first(lambda: keep_companions(initial, setup.content.tokenizer, folder, log))
         return run(setup, folder, log, saver, stop, recipe_path)
 
 
@@ -152,9 +172,25 @@ def _precision_tables(
         yield step, preset, assign(model, config.precision, preset, device)
 
 
-def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
+def keep_companions(
+    initial: InitialModel, tokenizer: Tokenizer, folder: RunFolder, log: RunLog
+) -> None:
+    """Let the companions of the first weights travel on, if they are about the same tokens."""
+    if initial.tokenizer is None:
+        return
+    if initial.tokenizer.gives_ids_of(tokenizer):
+        folder.write_companions(initial.companions)
+    else:
+        log.info(
+            "warning: init_from: the tokenizer there is another one than data.tokenizer, so the "
+            "weights know other tokens; its chat template and special tokens are left out"
+        )
+
+
+def load_initial(local: LocalModel, path: str, read: ReadModel) -> InitialModel:
     """Start from saved weights; every tensor must be there, with its shape, and no other."""
-    saved_config, weights = read(Path(path))
+    initial = read(path)
+    saved_config, weights = initial.config, initial.weights
     own = shapes(local.config)
     problems = [f"{name} is absent" for name in own if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in own]
@@ -175,3 +211,4 @@ def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
             weights[name] if experts is None else weights[name][experts.start : experts.stop]
         )
     )
+    return initial

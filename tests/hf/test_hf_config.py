@@ -241,10 +241,11 @@ def test_remote_code_and_unknown_keys_are_named_and_ignored():
     assert result.notes[1] == "keys not used: colour"
 
 
-def test_the_first_of_several_ends_of_text_is_taken_and_said():
+def test_the_first_of_several_ends_of_text_is_the_model_s():
     result = from_hf(changed(eos_token_id=[2, 11]), "config.json")
     assert result.model.eos_token_id == 2
-    assert result.notes == ("of eos_token_id = [2, 11] only 2 ends a text here",)
+    assert result.stop_ids == (2, 11)
+    assert not result.notes
 
 
 @pytest.mark.parametrize(

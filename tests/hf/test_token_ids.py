@@ -11,6 +11,7 @@ from nemotron import cli
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.hf import selfcheck
 from nemotron.hf.export import export
+from nemotron.loading import read_weights, stop_ids
 
 SMOKE = Path(__file__).parents[2] / "recipes/tiny/smoke.yaml"
 END = 300
@@ -124,3 +125,73 @@ def test_an_imported_tokenizer_keeps_what_its_makers_add(exported: Path, tmp_pat
         words = [str(tmp_path / w) if w in {"theirs", "run", "again"} else w for w in command]
         assert cli.run([*words, *(["--no-check"] if command[0] == "export" else [])]) == 0
     assert (tmp_path / "again" / "tokenizer.json").read_bytes() == path.read_bytes()
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.slow
+def test_the_companions_of_a_folder_travel_with_its_weights(
+    trained: Path,
+    recipe: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    monkeypatch.chdir(tmp_path)
+    first = Path("first")
+    assert export(trained, first, check=False) == 0
+    change_json(
+        first / "tokenizer_config.json", model_input_names=["input_ids"], add_bos_token=True
+    )
+    change_json(first / "special_tokens_map.json", additional_special_tokens=["<begin>"])
+    change_json(first / "generation_config.json", eos_token_id=[END, 301], temperature=0.6)
+    (first / "chat_template.jinja").write_text("{{ messages }}")
+    assert cli.run(["import", "first", "--out", "imported"]) == 0
+    model = f"model.eos_token_id={END}"
+    for name, origin in {"further": "imported", "last": str(tmp_path / "runs/further")}.items():
+        settings = [*recipe, f"name={name}", "output=runs", model, f"init_from={origin}"]
+        assert cli.run(["train", *settings]) == 0
+    assert cli.run(["export", "runs/last", "--out", "out", "--no-check"]) == 0
+    settings = json.loads(Path("out/tokenizer_config.json").read_text())
+    assert settings["model_input_names"] == ["input_ids"]
+    assert settings["add_bos_token"] is False  # it was trained without
+    for name in ("special_tokens_map.json", "generation_config.json", "chat_template.jinja"):
+        assert (Path("out") / name).read_bytes() == (first / name).read_bytes()
+    for place in ("runs/last", "out", "imported"):
+        assert stop_ids(place, read_weights(Path(place))[0]) == {END, 301}
+    capsys.readouterr()
+    shutil.copy("first/tokenizer.json", "other.json")
+    layout = json.loads(Path("other.json").read_text())
+    vocabulary = layout["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    Path("imported/tokenizer.json").write_text(json.dumps(layout))
+    settings = [*recipe, "name=other", "output=runs", model, "init_from=imported"]
+    assert cli.run(["train", *settings]) == 0
+    assert "the tokenizer there is another one than data.tokenizer" in " ".join(
+        Path("runs/other/log.txt").read_text().split()
+    )
+    assert not Path("runs/other/hf").exists()
+
+
+def test_several_ends_of_text_of_a_configuration_alone_survive_an_import(
+    exported: Path, tmp_path: Path
+):
+    shutil.copytree(exported, tmp_path / "theirs")
+    (tmp_path / "theirs/generation_config.json").unlink()
+    change_json(tmp_path / "theirs/config.json", eos_token_id=[2, 11])
+    assert cli.run(["import", str(tmp_path / "theirs"), "--out", str(tmp_path / "run")]) == 0
+    assert stop_ids(tmp_path / "run", read_weights(tmp_path / "run")[0]) == {2, 11}
+    assert export(tmp_path / "run", tmp_path / "again", check=False) == 0
+    generation = json.loads((tmp_path / "again/generation_config.json").read_text())
+    assert generation["eos_token_id"] == [2, 11]
+
+
+def test_a_damaged_list_of_ends_is_one_sentence(
+    exported: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    shutil.copytree(exported, tmp_path / "theirs")
+    change_json(tmp_path / "theirs/generation_config.json", eos_token_id=["</s>"])
+    assert cli.run(["generate", str(tmp_path / "theirs"), "--prompt", "a"]) == 2
+    assert "eos_token_id = ['</s>']; it must be a token or a list" in capsys.readouterr().err

@@ -1,0 +1,85 @@
+"""Models by their names on the Hub, through real commands and a server that stands for the Hub."""
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from nemotron.loading import read_weights
+from tests.support import forked
+from tests.support.stand_in_hub import StandInHub
+
+NAME = "someone/tiny-model"
+
+
+@pytest.fixture(scope="module")
+def hub(exported: Path) -> Iterator[StandInHub]:
+    served = StandInHub(NAME, exported)
+    yield served
+    served.close()
+
+
+@pytest.fixture
+def nemotron(hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable:
+    """Return a function that runs a command in an empty folder; it gives exit code and output."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("HF_TOKEN", "hf_test")
+
+    def run(*arguments: object, endpoint: str = hub.url, **environment: str) -> tuple[int, str]:
+        process = forked.command(
+            *arguments,
+            output=tmp_path / "output.txt",
+            environment=os.environ | {"HF_ENDPOINT": endpoint} | environment,
+        )
+        code, text = process.wait(), process.text
+        process.output.unlink()
+        return code, text
+
+    return run
+
+
+@pytest.mark.slow
+def test_a_name_on_the_hub_is_downloaded_once_and_used_from_the_cache(
+    nemotron: Callable, exported: Path, tmp_path: Path
+):
+    code, text = nemotron("import", f"{NAME}@v1", "--out", "run")
+    assert code == 0, text
+    ours, theirs = (read_weights(path)[1] for path in (tmp_path / "run", exported))
+    assert all(ours[name].equal(tensor) for name, tensor in theirs.items())
+    [snapshot] = (tmp_path / "cache/hub/models--someone--tiny-model/snapshots").iterdir()
+    assert not (snapshot / "README.md").exists()  # nothing reads it
+    words = ["generate", f"{NAME}@v1", "--prompt", "a", "--max-new-tokens", "2"]
+    code, text = nemotron(*words, HF_HUB_OFFLINE="1")
+    assert code == 0, text
+    assert "tokens/s" in text
+    smoke = Path(__file__).parents[2] / "recipes/tiny/smoke.yaml"
+    code, text = nemotron("train", smoke, "device=cpu", f"init_from={NAME}@v1", HF_HUB_OFFLINE="1")
+    assert code == 2
+    assert f"the weights in {NAME}@v1 do not fit the recipe (model.hidden_size = 20 there" in text
+
+
+def test_what_is_neither_a_path_nor_on_the_hub_is_one_sentence(nemotron: Callable):
+    for name, words in {
+        "some/other": "the Hub has no model of this name that you may read",
+        f"{NAME}@v9": f"the model {NAME} of the Hub has no revision v9",
+    }.items():
+        code, text = nemotron("generate", name, "--prompt", "a")
+        assert code == 2
+        assert words in text
+        assert "Traceback" not in text
+    for arguments in (["import", NAME, "--out", "run"], ["generate", NAME, "--prompt", "a"]):
+        code, text = nemotron(*arguments, endpoint="http://127.0.0.1:9")
+        assert code == 2
+        assert "http://127.0.0.1:9 cannot be reached, nor is the model in the Hub's cache" in text
+        assert "Traceback" not in text
+    assert not Path("run").exists()
+
+
+def test_a_path_is_never_asked_for_on_the_hub(nemotron: Callable, exported: Path):
+    shutil.copytree(exported, "runs/tiny")
+    words = ["generate", "runs/tiny", "--prompt", "a", "--max-new-tokens", "2"]
+    code, text = nemotron(*words, endpoint="http://127.0.0.1:9")
+    assert code == 0, text
