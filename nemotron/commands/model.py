@@ -114,6 +114,10 @@ def export(
     max_shard_gb: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Largest file size, in 10^9 bytes.")
     ] = 5.0,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hub, with HF_TOKEN."),
+    ] = None,
 ) -> int:
     """Export a model to a Hugging Face folder, and check it in a fresh process."""
     from nemotron.hf.export import export as run_export
@@ -126,6 +130,7 @@ def export(
         formats=MAMBA_FP32 if mamba_fp32 else RELEASED,
         check=check,
         max_shard_bytes=int(max_shard_gb * 1e9),
+        push=push,
     )
 
 

@@ -197,6 +197,13 @@ def from_hf(values: Values, where: str) -> HFConfig:
     return HFConfig(model, tuple(read.notes), tuple(read.ends))
 
 
+def groups_differ(config: ModelConfig) -> bool:
+    """Say whether readers of `config.json` score groups of experts in another way."""
+    best = config.num_experts_per_tok // config.topk_group
+    is_limited = bool(config.moe_layers) and config.topk_group < config.n_group
+    return is_limited and best != GROUP_EXPERTS
+
+
 def check_readable(config: ModelConfig, where: str = "model.") -> None:
     """Check that those who read `config.json` compute what this model does.
 
@@ -206,9 +213,8 @@ def check_readable(config: ModelConfig, where: str = "model.") -> None:
     Raises:
         UserError: when a token could go to other experts.
     """
-    best = config.num_experts_per_tok // config.topk_group
-    has_experts = "E" in config.hybrid_override_pattern + config.mtp_pattern
-    if has_experts and config.topk_group < config.n_group and best != GROUP_EXPERTS:
+    if groups_differ(config):
+        best = config.num_experts_per_tok // config.topk_group
         raise UserError(
             f"{where}n_group = {config.n_group} is computed in another way by transformers and "
             f"other readers of this layout: they score a group by its {GROUP_EXPERTS} best "

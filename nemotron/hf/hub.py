@@ -34,7 +34,7 @@ def find_folder(place: str | Path) -> Path:
         problem = "the Hub has no model of this name that you may read"
     except errors.LocalEntryNotFoundError:
         problem = f"{constants.ENDPOINT} cannot be reached, nor is the model in the Hub's cache"
-    except (errors.HfHubHTTPError, OSError) as error:
+    except _failures() as error:
         problem = f"{constants.ENDPOINT} did not give it: {_first_line(error)}"
     raise UserError(
         f"{path.absolute()} does not exist, and {problem}; give a run, checkpoint or export, or "
@@ -50,7 +50,7 @@ def push_folder(folder: Path, repo: str) -> str:
     Raises:
         UserError: when the Hub does not take it.
     """
-    from huggingface_hub import HfApi, constants, errors
+    from huggingface_hub import HfApi, constants
 
     api = HfApi()
     try:
@@ -61,7 +61,7 @@ def push_folder(folder: Path, repo: str) -> str:
             commit_message="Upload an export of nemotron-train",
             ignore_patterns=[".*"],
         )
-    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+    except _failures() as error:
         raise UserError(
             f"--push {repo}: {constants.ENDPOINT} did not take it: {_first_line(error)}; set "
             f"HF_TOKEN to a token that may write; the export is in {folder}."
@@ -78,6 +78,17 @@ def check_name(repo: str) -> None:
     named = NAME.fullmatch(repo)
     if named is None or named["revision"] is not None:
         raise UserError(f"--push {repo} is not a name on the Hub; give OWNER/NAME.")
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """Return what the Hub's library raises when a request fails, its HTTP client's own included."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    return (
+        *(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception)),
+        OSError,
+        ValueError,
+    )
 
 
 def _first_line(error: Exception) -> str:

@@ -163,6 +163,7 @@ def _own_files(tokenizer: Tokenizer, config: ModelConfig) -> dict[str, Values]:
             "tokenizer_class": "PreTrainedTokenizerFast",
             "add_bos_token": False,
             "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
             "model_max_length": config.max_position_embeddings,
             **special,
         },

@@ -83,3 +83,35 @@ def test_a_path_is_never_asked_for_on_the_hub(nemotron: Callable, exported: Path
     words = ["generate", "runs/tiny", "--prompt", "a", "--max-new-tokens", "2"]
     code, text = nemotron(*words, endpoint="http://127.0.0.1:9")
     assert code == 0, text
+
+
+def test_an_export_is_uploaded_only_when_asked_and_with_the_token_of_the_environment(
+    nemotron: Callable, hub: StandInHub, run: Path
+):
+    code, text = nemotron("export", run, "--out", "quiet", "--no-check")
+    assert code == 0, text
+    assert not hub.created
+    code, text = nemotron("export", run, "--out", "out", "--no-check", "--push", NAME)
+    assert code == 0, text
+    assert f"uploaded to {hub.url}/{NAME}" in text
+    [created] = hub.created
+    assert (created["name"], created["organization"]) == ("tiny-model", "someone")
+    assert created["visibility"] == "private"
+    assert set(hub.tokens) == {"Bearer hf_test"}
+    files = {p.name: p.read_bytes() for p in Path("out").iterdir() if p.name != ".nemotron.json"}
+    assert hub.uploaded.keys() == files.keys()
+    assert all(hub.uploaded[name] == content for name, content in files.items())
+    assert f'name = "{NAME}"' in files["README.md"].decode()
+
+
+def test_an_upload_that_fails_leaves_the_export_and_says_so(nemotron: Callable, run: Path):
+    arguments = ["export", run, "--no-check", "--push"]
+    code, text = nemotron(*arguments, NAME, "--out", "out", endpoint="http://127.0.0.1:9")
+    assert code == 2
+    assert f"--push {NAME}: http://127.0.0.1:9 did not take it" in text
+    assert Path("out/config.json").is_file()
+    assert "Traceback" not in text
+    code, text = nemotron(*arguments, "no-owner", "--out", "other")
+    assert code == 2
+    assert "--push no-owner is not a name on the Hub; give OWNER/NAME" in text
+    assert not Path("other").exists()

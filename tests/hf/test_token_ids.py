@@ -11,7 +11,11 @@ from nemotron import cli
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.hf import selfcheck
 from nemotron.hf.export import export
+from nemotron.hf.model_card import model_card
+from nemotron.hf.source import open_checkpoint
 from nemotron.loading import read_weights, stop_ids
+from nemotron.run.metrics import read_metrics
+from tests.support.pages import FENCE
 
 SMOKE = Path(__file__).parents[2] / "recipes/tiny/smoke.yaml"
 END = 300
@@ -45,7 +49,7 @@ def recipe(foreign: Path, tmp_path_factory: pytest.TempPathFactory) -> list[str]
     folder = tmp_path_factory.mktemp("texts")
     rows = [json.dumps({"text": f"The river runs to the sea {i} times."}) for i in range(40)]
     (folder / "rows.jsonl").write_text("\n".join(rows))
-    ends = ["--tokenizer", str(foreign), "--eod-token", "<end>", "--hold-out", "0.1"]
+    ends = ["--tokenizer", str(foreign), "--eod-token", "<end>", "--hold-out", "0.3"]
     rows_and_shards = [str(folder / "rows.jsonl"), "--out", str(folder / "shards")]
     assert cli.run(["data", "prepare", *rows_and_shards, *ends]) == 0
     places = [
@@ -195,3 +199,41 @@ def test_a_damaged_list_of_ends_is_one_sentence(
     change_json(tmp_path / "theirs/generation_config.json", eos_token_id=["</s>"])
     assert cli.run(["generate", str(tmp_path / "theirs"), "--prompt", "a"]) == 2
     assert "eos_token_id = ['</s>']; it must be a token or a list" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_program_of_the_model_card_runs(
+    trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    pytest.importorskip("transformers")
+    assert export(trained, tmp_path / "out", check=False) == 0
+    card = (tmp_path / "out/README.md").read_text()
+    records = [r for r in read_metrics(trained / "metrics.jsonl") if r["kind"] == "validation"]
+    for words in (
+        "## Intended use\n\n*To be filled in:",
+        "| schedule.peak | 0.003 |",
+        "| batch.global_tokens | 256 |",
+        f"| validation/loss | {records[-1]['validation/loss']:.4f} |",
+        f"| held-out text, at step | {records[-1]['step']} |",
+    ):
+        assert words in card, card
+    assert "base model" not in card
+    [block] = [match[2] for match in FENCE.finditer(card) if match[1] == "python"]
+    monkeypatch.chdir(tmp_path / "out")
+    capsys.readouterr()
+    exec(compile(block, "README.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("def read(")
+
+
+def test_a_model_of_the_hub_is_named_as_the_base_model(trained: Path, tmp_path: Path):
+    copy = tmp_path / "run"
+    shutil.copytree(trained, copy)
+    recipe = (copy / "recipe.yaml").read_text()
+    for origin, metadata in {
+        "someone/base@v2": "base_model: someone/base\n",
+        str(copy): "",
+    }.items():
+        (copy / "recipe.yaml").write_text(recipe.replace("init_from: null", f"init_from: {origin}"))
+        card = model_card(open_checkpoint(copy), [])
+        assert f"| base model | {origin} |" in card
+        assert f"mixture-of-experts]\n{metadata}# license" in card
