@@ -1,7 +1,8 @@
 """Mistakes of the user as records: which setting, its value, the rule that it breaks, and where."""
 
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from pathlib import PurePath
+from typing import Any
 
 ABSENT: Any = object()
 """The value of a finding about a key whose value says nothing, or which is not given."""
@@ -38,13 +39,13 @@ class UserError(Exception):
         return str(self.finding)
 
     @classmethod
-    def of(cls, finding: Finding, more: str = "") -> Self:
+    def of(cls, finding: Finding, more: str = "") -> "UserError":
         """Return the error for a finding; `more` is added at its end."""
         error = cls(finding.rule + more)
         error.finding = replace(finding, rule=finding.rule + more)
         return error
 
-    def at(self, where: str) -> Self:
+    def at(self, where: str) -> "UserError":
         """Return the error with its place."""
         return self.of(replace(self.finding, where=where))
 
@@ -58,8 +59,8 @@ class RuleBroken(ValueError):
 
 
 def show_value(value: Any) -> str:
-    """Return a value as a recipe writes it, cut to 60 characters."""
+    """Return a value as a recipe writes it, cut to 60 characters unless it is a path."""
     text = "null" if value is None else str(value)
     if isinstance(value, bool):
         text = text.lower()
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 60 or isinstance(value, PurePath) else text[:57] + "..."

@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, uninitialised memory is NaN, no GPU means a named skip."""
+"""What holds for every test: one thread, uninitialized memory is NaN, no GPU means a named skip."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ def pytest_configure(config: pytest.Config) -> None:
     # who starts in the background of a shell ignores it, and so would all that tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # the tensors are tiny, and tests share the cores
-    # deterministic mode fills uninitialised memory with NaN; on a GPU not every kernel is
+    # deterministic mode fills uninitialized memory with NaN; on a GPU not every kernel is
     # deterministic, and a test there compares with a tolerance anyway
     torch.use_deterministic_algorithms(True, warn_only=HAS_CUDA)
     if HAS_CUDA:
@@ -81,7 +81,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> None:
+def uninitialized_memory_is_nan() -> None:
     """Fail early when something switched the mode off for the tests that follow."""
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -51,7 +51,7 @@ def steps(folder: Path) -> list[int]:
 def newest(folder: Path, ranks: Ranks | None = None) -> Search:
     """Return the newest checkpoint whose every file has the size and hash of its manifest.
 
-    Ranks share the files among them, and find the same. Nothing is deserialised on the way.
+    Ranks share the files among them, and find the same. Nothing is deserialized on the way.
 
     Raises:
         UserError: when the newest whole one has the old layout.

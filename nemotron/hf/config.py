@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nemotron.errors import UserError
+from nemotron.errors import UserError, show_value
 from nemotron.model.config import LAYER_KINDS, ModelConfig
 
 Values = dict[str, Any]  # Any: whatever a config.json holds
@@ -160,22 +160,23 @@ def from_hf(values: Values, where: str) -> HFConfig:
     """
     read = _Reader(values, where)
     if values.get("model_type") != "nemotron_h":
-        raise read.refuse("model_type", "only nemotron_h can be read")
+        raise read.refuse("model_type", "is another architecture; only nemotron_h can be read")
     if packed := {"quantization_config", "quantization"} & set(values):
-        raise UserError(
-            f"{where}: {packed.pop()} says that the weights are packed; "
-            f"use the bfloat16 checkpoint of this model."
-        )
+        rule = "says that the weights are packed; use the bfloat16 checkpoint of this model."
+        raise UserError(rule, key=packed.pop(), where=where)
     pattern = read.pattern("hybrid_override_pattern", "layers_block_type")
     if pattern is None:
-        raise UserError(f"{where}: hybrid_override_pattern and layers_block_type are both absent.")
+        rule = "is absent, and so is layers_block_type; give one of them."
+        raise UserError(rule, key="hybrid_override_pattern", where=where)
     mtp = None
     if blocks := values.get("num_nextn_predict_layers") or 0:
         mtp = read.pattern("mtp_hybrid_override_pattern", "mtp_layers_block_type")
         if mtp is None:
             raise UserError(
-                f"{where}: num_nextn_predict_layers = {blocks}, but mtp_hybrid_override_pattern "
-                f"and mtp_layers_block_type are both absent."
+                "needs mtp_hybrid_override_pattern or mtp_layers_block_type, which are absent.",
+                key="num_nextn_predict_layers",
+                value=blocks,
+                where=where,
             )
         if blocks != 1:
             read.notes.append(
@@ -192,7 +193,7 @@ def from_hf(values: Values, where: str) -> HFConfig:
         | {"layer_norm_epsilon": read.epsilon(), "time_step_limit": read.time_step_limit()}
         | {"eos_token_id": read.eos_token_id()}
     )
-    check_readable(model, f"{where}: ")
+    check_readable(model, where)
     read.note_unknown_keys()
     return HFConfig(model, tuple(read.notes), tuple(read.ends))
 
@@ -204,7 +205,7 @@ def groups_differ(config: ModelConfig) -> bool:
     return is_limited and best != GROUP_EXPERTS
 
 
-def check_readable(config: ModelConfig, where: str = "model.") -> None:
+def check_readable(config: ModelConfig, where: str = "") -> None:
     """Check that those who read `config.json` compute what this model does.
 
     They score a group of experts by its two best; Megatron-LM, and the model, by its best
@@ -216,10 +217,12 @@ def check_readable(config: ModelConfig, where: str = "model.") -> None:
     if groups_differ(config):
         best = config.num_experts_per_tok // config.topk_group
         raise UserError(
-            f"{where}n_group = {config.n_group} is computed in another way by transformers and "
-            f"other readers of this layout: they score a group by its {GROUP_EXPERTS} best "
-            f"experts, this model by num_experts_per_tok / topk_group = {best}; only "
-            f"{GROUP_EXPERTS} gives the same."
+            f"is computed in another way by transformers and other readers of this layout: they "
+            f"score a group by its {GROUP_EXPERTS} best experts, this model by num_experts_per_tok "
+            f"/ topk_group = {best}; only {GROUP_EXPERTS} gives the same.",
+            key="n_group" if where else "model.n_group",
+            value=config.n_group,
+            where=where,
         )
 
 
@@ -233,38 +236,35 @@ class _Reader:
         for older, key in OLDER_KEYS.items():
             if (value := values.get(older)) is not None:
                 if values.get(key) not in (None, value):
-                    raise self.refuse(older, f"{key} = {values[key]!r} differs")
+                    raise self.refuse(older, f"differs from {key} = {values[key]}")
                 self.values = self.values | {key: value}
 
     def refuse(self, key: str, rule: str) -> UserError:
-        return UserError(f"{self.where}: {key} = {self.values.get(key)!r}; {rule}.")
+        return UserError(f"{rule}.", key=key, value=self.values.get(key), where=self.where)
 
     def pattern(self, string_key: str, list_key: str) -> str | None:
         """Return the layer letters from whichever form is there; both must agree."""
         string, kinds = self.values.get(string_key), self.values.get(list_key)
         if not isinstance(string, str | None):
-            raise self.refuse(string_key, "it must be a text of layer letters")
+            raise self.refuse(string_key, "must be a text of layer letters")
         if kinds is None:
             return string
         if not isinstance(kinds, list):
-            raise self.refuse(list_key, "it must be a list of layer kinds")
+            raise self.refuse(list_key, "must be a list of layer kinds")
         for kind in kinds:
             if not isinstance(kind, str) or kind not in LETTERS:
-                raise UserError(
-                    f"{self.where}: {list_key} holds {kind!r}; known are {', '.join(LETTERS)}."
-                )
+                rule = f"holds {kind!r}; known are {', '.join(LETTERS)}."
+                raise UserError(rule, key=list_key, where=self.where)
         letters = "".join(LETTERS[kind] for kind in kinds)
         if string not in (None, letters):
-            raise UserError(
-                f"{self.where}: {string_key} = {string!r} and {list_key} = {letters!r} differ."
-            )
+            raise self.refuse(string_key, f"differs from {list_key}, which means {letters}")
         return letters
 
     def check_fixed(self, fixed: Values) -> None:
         """Refuse a value that the architecture has no layer for."""
         for key, value in fixed.items():
             if key in self.values and self.values[key] != value:
-                raise self.refuse(key, f"the model supports only {value!r}")
+                raise self.refuse(key, f"is not supported; the model has only {show_value(value)}")
 
     def dimensions(self, kinds: str) -> Values:
         """Return the copied keys; those without a safe default must be there."""
@@ -279,7 +279,8 @@ class _Reader:
         if "-" in kinds:
             needed.append("intermediate_size")
         if absent := [key for key in needed if self.values.get(key) is None]:
-            raise UserError(f"{self.where}: {', '.join(absent)} is absent; the layers need it.")
+            rule = "is absent; the layers need it."
+            raise UserError(rule, key=", ".join(absent), where=self.where)
         found = {k: self.values[k] for k in COPIED if self.values.get(k) is not None}
         if "-" in kinds:
             found["intermediate_size"] = self.values["intermediate_size"]
@@ -290,7 +291,7 @@ class _Reader:
         found = [name for name in EPSILONS if self.values.get(name) is not None]
         for name in found[1:]:
             if self.values[name] != (value := self.values[found[0]]):
-                raise self.refuse(name, f"{found[0]} = {value!r} differs")
+                raise self.refuse(name, f"differs from {found[0]} = {value}")
         return self.values[found[0]] if found else 1e-5
 
     def time_step_limit(self) -> tuple[float, float]:
@@ -301,7 +302,7 @@ class _Reader:
         try:
             low, high = map(_number, limit)
         except (TypeError, ValueError, KeyError):
-            raise self.refuse("time_step_limit", "it must be two numbers") from None
+            raise self.refuse("time_step_limit", "must be two numbers") from None
         return low, math.inf if high >= NO_LIMIT else high
 
     def eos_token_id(self) -> int:
@@ -309,7 +310,7 @@ class _Reader:
         eos = self.values.get("eos_token_id", 2)
         self.ends = eos if isinstance(eos, list) and eos else [eos]
         if not all(type(end) is int for end in self.ends):
-            raise self.refuse("eos_token_id", "it must be a token or a list of them")
+            raise self.refuse("eos_token_id", "must be a token or a list of them")
         return self.ends[0]
 
     def build(self, values: Values) -> ModelConfig:

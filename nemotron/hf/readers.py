@@ -43,11 +43,13 @@ def limits(config: ModelConfig) -> list[Limit]:
 
 def _of_transformers(config: ModelConfig) -> Iterator[Limit]:
     if groups_differ(config):
-        yield Limit("every other program", "routes by groups of experts in another way (n_group)")
+        yield Limit(
+            "every other program", "groups of experts that it scores in another way (n_group)"
+        )
     if not fits_grouped_products(config):
         yield Limit(
             "transformers",
-            f"expert widths that are no multiples of {STRIDE} need experts_implementation=eager",
+            f"experts of a width that {STRIDE} does not divide (but experts_implementation=eager)",
         )
 
 

@@ -37,7 +37,7 @@ class Launch:
         """Read RANK, WORLD_SIZE and LOCAL_RANK; None for a process that was started alone.
 
         Raises:
-            UserError: when they are there in part, or are no numbers.
+            UserError: when they are there in part, or are not numbers.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         values = [os.environ.get(name) for name in names]
@@ -164,7 +164,7 @@ def leave_alone(code: int) -> NoReturn:
 
 
 def leave_word(sentence: str) -> None:
-    """Tell torchrun why this rank ends, so that its own report ends with the sentence.
+    """Report to torchrun why this rank ends, so that its own report ends with the sentence.
 
     Source: pytorch/pytorch: torch/distributed/elastic/multiprocessing/errors/__init__.py,
     ProcessFailure.

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, NoReturn
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
@@ -99,7 +99,7 @@ class RunFolder(RunFiles):
             f"add --resume to continue it, or give the new run another name."
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunFolder":
         """Create the folder, prove that it can be written, and hold its lock.
 
         Raises:

@@ -5,7 +5,6 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from nemotron.files import write_bytes
 
@@ -27,7 +26,7 @@ class Lines:
     later: list[bytes]
     """Records after it."""
     damaged: list[bytes]
-    """What is no record, but for a last line that a kill left half written."""
+    """What is not a record, except a last line that a kill left half written."""
 
 
 class MetricsFile:
@@ -70,7 +69,7 @@ class MetricsFile:
         """Close the file."""
         self._file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(

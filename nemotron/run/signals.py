@@ -5,7 +5,6 @@ import os
 import signal
 import sys
 from types import FrameType, TracebackType
-from typing import Self
 
 from nemotron.exit_codes import INTERRUPTED
 
@@ -46,12 +45,12 @@ class StopRequest:
         return self.reason(steps) is not None
 
     def reason(self, steps: int) -> str | None:
-        """Say who asked to stop, when so many steps are done; None when nobody did."""
+        """Say who asked to stop, when so many steps are done; None when there was no request."""
         if self.signal is not None or self._after is None or steps < self._after:
             return self.signal
         return f"--stop-at {self._after}"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 

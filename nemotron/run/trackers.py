@@ -150,8 +150,9 @@ def check_trackers(names: Sequence[str]) -> None:
         package, line = INSTALL[name]
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"logging.trackers: {name} needs a package that is not installed: {line}; "
-                f"or remove it from the list."
+                f"needs a package that is not installed: {line}; or remove it from the list.",
+                key="logging.trackers",
+                value=name,
             )
 
 

@@ -23,7 +23,7 @@ from nemotron.ops.describe import choose_backends, describe
 from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.runtime import Launch, start
 from nemotron.precision.apply import DTYPES
-from nemotron.precision.policy import Assignment, assign, preset_at, summarize
+from nemotron.precision.policy import Assignment, assign, summarize
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.screen import Screen
@@ -168,7 +168,7 @@ def _precision_tables(
 ) -> Iterator[tuple[int, str, list[Assignment]]]:
     """Yield the table of formats at the start and after each switch, with its step and preset."""
     for step in (0, *(switch.step for switch in config.precision.switches)):
-        preset = preset_at(config.precision, step)
+        preset = config.precision.preset_at(step)
         yield step, preset, assign(model, config.precision, preset, device)
 
 
@@ -203,8 +203,10 @@ def load_initial(local: LocalModel, path: str, read: ReadModel) -> InitialModel:
         old, new = saved_config.model_dump(), local.config.model_dump()
         keys = [f"model.{key} = {old[key]} there" for key in old if old[key] != new[key]]
         raise UserError(
-            f"init_from: the weights in {path} do not fit the recipe ({', '.join(keys)}): "
-            f"{'; '.join(problems[:10])}."
+            f"has weights that do not fit the recipe ({', '.join(keys)}): "
+            f"{'; '.join(problems[:10])}.",
+            key="init_from",
+            value=Path(path),
         )
     local.fill(
         lambda name, _, experts: (

@@ -45,10 +45,10 @@ def test_the_archives_stay_small():
     assert sum(path.stat().st_size for path in EMBEDDED.glob("*.xz")) < 1.3e6
 
 
-def test_every_shipped_file_has_its_licence():
-    licences = (EMBEDDED / "LICENSES.md").read_text()
+def test_every_shipped_file_has_its_license():
+    licenses = (EMBEDDED / "LICENSES.md").read_text()
     for path in EMBEDDED.iterdir():
-        assert path.name == "LICENSES.md" or f"`{path.name}`" in licences
+        assert path.name == "LICENSES.md" or f"`{path.name}`" in licenses
     assert "PSF hereby\ngrants Licensee" in (EMBEDDED / "PSF-LICENSE.txt").read_text()
 
 

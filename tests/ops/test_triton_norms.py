@@ -7,9 +7,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from nemotron.ops.gated_rms_norm import reference as gated_reference
-from nemotron.ops.gated_rms_norm import triton as gated
-from nemotron.ops.rms_norm import reference
+from nemotron.ops.rms_norm import gated_reference, reference
+from nemotron.ops.rms_norm import gated_triton as gated
 from nemotron.ops.rms_norm import triton as plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -59,7 +59,7 @@ def bytes_of(codes: kernels.Codes) -> Tensor:
 
 @pytest.mark.parametrize("format", [E4M3, E5M2], ids=lambda format: format.name)
 def test_rounding_is_the_emulations_for_any_number(format):
-    # every float32 whose last 15 bits are 0, and its neighbours: all ties of both formats
+    # every float32 whose last 15 bits are 0, and its neighbors: all ties of both formats
     bits = torch.arange(-(2**16), 2**16, dtype=torch.int32) << 15
     bits = torch.cat([bits, bits + 1, bits - 1]).view(-1, 1024)
     x = bits.view(torch.float32).nan_to_num(nan=3.0, posinf=torch.inf, neginf=-torch.inf)

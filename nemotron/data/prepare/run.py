@@ -293,7 +293,7 @@ def _start_worker(job: PrepareJob, counter: "Synchronized[int]") -> None:
 
 
 def _end_with_parent() -> None:
-    """Die when the parent does: nobody would clean up after an orphan that still writes."""
+    """Die when the parent does: nothing cleans up after an orphan that still writes."""
     connection.wait([_parent_sentinel()])
     os._exit(1)
 

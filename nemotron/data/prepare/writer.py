@@ -4,7 +4,7 @@ import os
 from array import array
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -66,7 +66,7 @@ class ShardWriter:
         self.lengths.append(self._open_length)
         self._open_length = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(
@@ -100,7 +100,7 @@ class ShardWriter:
 
 
 def _close(file: BinaryIO) -> None:
-    """Close a file that is given up: what a full disk did not take is no second error."""
+    """Close a file that is given up: what a full disk did not take is not a second error."""
     try:
         file.close()
     except OSError:

@@ -13,7 +13,7 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -69,7 +69,7 @@ class Watchdog:
         self._thread: threading.Thread | None = None
         self._posted: tuple[int, int] | None = None
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Watchdog":
         if self._ranks.world > 1:
             config = self._config
             # the last resort: this thread is to end the job before a collective does

@@ -240,7 +240,7 @@ def test_an_interrupt_ends_every_process_without_a_traceback(world: Path, seen: 
         (["empty.jsonl"], "there is no document to train on"),
         (["blank.txt"], "there is no document to train on (rows 1, empty 1)"),
         (["in", "--column", "body"], "has no column body (its columns: text, number)"),
-        (["in", "--tokenizer", "none.json"], "--tokenizer: "),
+        (["in", "--tokenizer", "none.json"], "--tokenizer = "),
         (["in", "--eod-token", "<end>"], "has no token '<end>'"),
         (["in", "--filter", "number"], "--filter 'number' is not a comparison"),
         (["in/a.jsonl", "--filter", "number < 0"], "there is no document to train on"),
@@ -391,7 +391,7 @@ def test_one_bad_row_never_ends_a_preparation(tmp_path: Path, monkeypatch, capsy
     assert texts_of(Path("out"), "train") == ["first", "second", "third", "fourth"]
     bad = read_manifest(Path("out")).bad_rows
     assert bad == (
-        "a.jsonl:2 has a text with a lone surrogate, which is no character",
+        "a.jsonl:2 has a text with a lone surrogate, which is not a character",
         "a.jsonl:4 is not valid JSON (nested too deep)",
         "a.jsonl:5 is not valid JSON (a number is too long)",
         "a.jsonl:6 has no column text (its columns: \\ud800\\x1b[31m)",
@@ -455,7 +455,7 @@ def test_deep_and_broken_conversations_are_bad_rows(tmp_path: Path, monkeypatch)
     assert read_manifest(Path("chats")).bad_rows == (
         "chats.jsonl:1 is nested too deep",
         "chats.jsonl:2 is nested too deep",
-        "chats.jsonl:3 has a text with a lone surrogate, which is no character",
+        "chats.jsonl:3 has a text with a lone surrogate, which is not a character",
     )
 
 
@@ -475,7 +475,7 @@ def test_what_a_message_says_about_learning_is_followed(tmp_path: Path, monkeypa
     assert "messages[1].weight is 0.5; give 0 (not learned) or 1" in bad
 
 
-def test_other_forms_of_conversations_are_recognised_or_refused_by_name(
+def test_other_forms_of_conversations_are_recognized_or_refused_by_name(
     tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
