@@ -71,7 +71,7 @@ def train(
         check_recipe_home(recipe, loaded.config.run_path)
     if dry_run:
         return _dry_run(loaded, resume=resume, allow_changed=allow_changed or [])
-    from nemotron.loading import read_weights
+    from nemotron.loading import read_initial
     from nemotron.train.start import train as run
 
     return run(
@@ -80,7 +80,7 @@ def train(
         resume=resume,
         stop_at=stop_at,
         recipe_path=" ".join([str(recipe), *(overrides or [])]),
-        read_initial=read_weights,
+        read_initial=read_initial,
         allow_changed=allow_changed or [],
     )
 
@@ -97,7 +97,7 @@ def _in_its_folder(loaded: "Recipe", folder: Path, overrides: list[str]) -> "Rec
 
 
 def _dry_run(loaded: "Recipe", *, resume: bool, allow_changed: list[str]) -> int:
-    from nemotron.loading import read_weights
+    from nemotron.loading import read_initial
     from nemotron.plan.command import estimate
     from nemotron.train.start import dry_run
 
@@ -105,7 +105,7 @@ def _dry_run(loaded: "Recipe", *, resume: bool, allow_changed: list[str]) -> int
         loaded.config,
         loaded.trained,
         resume=resume,
-        read_initial=read_weights,
+        read_initial=read_initial,
         allow_changed=allow_changed,
         estimate=estimate,
     )

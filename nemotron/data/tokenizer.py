@@ -35,6 +35,8 @@ class Tokenizer:
         self.is_piecewise = _is_piecewise(layout)
         self.vocab_size = max(vocabulary.values()) + 1
         self.token_bytes = _count_bytes(vocabulary, layout)
+        self.special_ids = frozenset(t["id"] for t in layout["added_tokens"] if t["special"])
+        """Tokens that stand for no text."""
 
     @functools.cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
@@ -80,6 +82,17 @@ class Tokenizer:
         if found is None:
             raise UserError(f"the tokenizer has no token {token!r}; name one that it has.")
         return found
+
+    def token(self, index: int) -> str | None:
+        """Return the name of a token; None where the vocabulary has none of this id."""
+        return self._plain.id_to_token(index)
+
+    def gives_ids_of(self, other: "Tokenizer") -> bool:
+        """Say whether both give every text the same ids; what is added around it does not count."""
+        contents = [json.loads(tokenizer._plain.to_str()) for tokenizer in (self, other)]
+        for content in contents:
+            content["post_processor"] = None
+        return bool(contents[0] == contents[1])
 
     def save(self, path: Path) -> None:
         """Write the `tokenizer.json`, byte for byte as it was read."""

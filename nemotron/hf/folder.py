@@ -1,10 +1,13 @@
 """Reading a folder in Hugging Face's layout: every tensor must be there, and no other."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from nemotron.checkpoint.read import EMBEDDING, TIED_HEAD
@@ -23,8 +26,8 @@ REPORT = "export_report.json"
 MOST_MISSING = 100_000
 """Tensors that are looked for by name although they cannot all be there."""
 
-PACKED_DTYPES = {"U8": "NVFP4", "F8_E4M3": "FP8", "F8_E5M2": "FP8"}
-SCALES = ("_scale", "_scale_2", "_scale_inv", "_packed")
+PACKED_DTYPES = {"U8": "NVFP4", "F8_E4M3": "FP8", "F8_E5M2": "FP8", "U32": "MLX"}
+SCALES = ("_scale", "_scale_2", "_scale_inv", "_packed", ".scales", ".biases")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,10 @@ class LoadedFolder:
     config: ModelConfig
     weights: dict[str, Tensor]
     notes: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    """Ends of text that `config.json` names."""
+    formats: dict[str, JsonValue]
+    """The most common format (`default`), and those of `others` by the name of the parameter."""
 
 
 def is_exported(path: Path) -> bool:
@@ -74,7 +81,17 @@ def read_folder(folder: Path, formats: Sequence[DiskFormat] = FORMATS) -> Loaded
     weights = _collect(read.model, parameters, stored)
     if read.model.tie_word_embeddings:
         _tie(folder, weights)
-    return LoadedFolder(read.model, weights, read.notes)
+    return LoadedFolder(read.model, weights, read.notes, read.stop_ids, _note_formats(parameters))
+
+
+def _note_formats(parameters: Sequence[DiskParameter]) -> dict[str, JsonValue]:
+    """Return what `imported_formats` reads again at an export."""
+    counts: Counter[str] = Counter()
+    for parameter in parameters:
+        counts[parameter.format.name] += prod(parameter.shape)
+    default = counts.most_common(1)[0][0]
+    others = {p.name: p.format.name for p in parameters if p.format.name != default}
+    return {"default": default, "others": dict[str, JsonValue](others)}
 
 
 def _collect(

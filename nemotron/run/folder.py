@@ -5,7 +5,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -203,6 +203,13 @@ class RunFolder(RunFiles):
         """Write the resolved recipe and the tokenizer."""
         self.write(self.recipe, dump_recipe(self._config))
         self.write(self.tokenizer, tokenizer)
+
+    def write_companions(self, files: Mapping[str, bytes]) -> None:
+        """Write small files that take the place of an export's own, if there are any."""
+        if files:
+            self.companions.mkdir(exist_ok=True)
+        for name, content in files.items():
+            write_bytes(self.companions / name, content)
 
     def write_chat_files(self, template: str, eos_ids: list[int], others: dict[str, int]) -> None:
         """Write what an export of a model that learned conversations brings along.

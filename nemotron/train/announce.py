@@ -126,8 +126,11 @@ def announce_failure(log: RunLog, problem: Exception, saved_step: int | None) ->
 def _write_description(model: ModelConfig, content: Content, folder: RunFolder) -> None:
     folder.write_description(content.tokenizer.content)
     if content.has_conversations:
-        ends = dict.fromkeys([model.eos_token_id, content.tokenizer.id(TURN_END)])
-        others = {"bos_token_id": model.bos_token_id, "pad_token_id": model.pad_token_id}
+        tokenizer = content.tokenizer
+        ends = dict.fromkeys([model.eos_token_id, tokenizer.id(TURN_END)])
+        named = {"bos_token_id": model.bos_token_id, "pad_token_id": model.pad_token_id}
+        # with a foreign tokenizer, the configuration's numbers may be those of ordinary tokens
+        others = {key: token for key, token in named.items() if token in tokenizer.special_ids}
         folder.write_chat_files(TEMPLATE, list(ends), others)
 
 

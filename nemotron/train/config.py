@@ -232,7 +232,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a GPU when there is one."""
     init_from: str | None = None
-    """Run, checkpoint or exported folder whose weights the run starts from; absent: fresh ones."""
+    """Run, checkpoint, exported folder or OWNER/NAME[@REVISION] of the Hub to start from."""
     recompute: (
         Literal["none", "block"]
         | Annotated[tuple[LayerKind, ...], Field(strict=False, min_length=1)]

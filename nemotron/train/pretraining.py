@@ -11,7 +11,7 @@ from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.loss import PretrainObjective
 from nemotron.train.schedule import TrainingPlan, plan_training
-from nemotron.train.setup import Setup
+from nemotron.train.setup import Setup, check_end_of_text
 from nemotron.train.trainer import Trainer, build_local
 from nemotron.train.validation import evaluate
 
@@ -62,9 +62,11 @@ def open_data(config: PretrainConfig, plan: TrainingPlan) -> TrainingData:
     Raises:
         UserError: when it is unfit.
     """
-    return TrainingData(
+    data = TrainingData(
         config.data, plan.timeline, seed=config.seed, vocab_size=config.model.vocab_size
     )
+    check_end_of_text(config, data.tokenizer, is_chat=data.has_conversations)
+    return data
 
 
 def build_trainer(

@@ -1,7 +1,8 @@
 """One run, from its configuration to its exit code: check, build, restore, train."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from nemotron.checkpoint.find import steps
 from nemotron.checkpoint.read import read_model
+from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
@@ -44,7 +46,24 @@ from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
 from nemotron.train.setup import Stage
 
-ReadModel = Callable[[Path], tuple[ModelConfig, dict[str, Tensor]]]
+
+@dataclass(frozen=True)
+class InitialModel:
+    """A model that a run begins with, and what lies beside its weights."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer | None = None
+    companions: Mapping[str, bytes] = field(default_factory=dict)
+    """Small files by name, such as a chat template; an export brings them along."""
+
+
+ReadModel = Callable[[str], InitialModel]
+
+
+def read_checkpoint(place: str) -> InitialModel:
+    """Return the model of a run or a checkpoint."""
+    return InitialModel(*read_model(Path(place)))
 
 
 def train(
@@ -54,7 +73,7 @@ def train(
     resume: bool = False,
     stop_at: int | None = None,
     recipe_path: str = "",
-    read_initial: ReadModel = read_model,
+    read_initial: ReadModel = read_checkpoint,
     allow_changed: Sequence[str] = (),
 ) -> int:
     """Train as the recipe says, or go on from the run's newest whole checkpoint.
@@ -94,7 +113,8 @@ def train(
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)
         if not (resume and saver.restore()) and config.init_from is not None:
-            load_initial(trainer.local, config.init_from, read_initial, ranks)
+            initial = load_initial(trainer.local, config.init_from, read_initial, ranks)
+            ranks.first(lambda: keep_companions(initial, setup.content.tokenizer, folder, log))
         return run(setup, folder, log, saver, stop, recipe_path)
 
 
@@ -103,7 +123,7 @@ def dry_run(
     stage: Stage | None = None,
     *,
     resume: bool = False,
-    read_initial: ReadModel = read_model,
+    read_initial: ReadModel = read_checkpoint,
     allow_changed: Sequence[str] = (),
     estimate: Callable[[RunConfig], list[str]] = lambda _: [],
 ) -> int:
@@ -143,7 +163,7 @@ def dry_run(
     ):
         print_text(line)
     if config.init_from is not None:
-        initial_weights(config.model, config.init_from, read_initial)
+        read_fitting(config.model, config.init_from, read_initial)
         print_text(f"weights    every tensor of {config.init_from} fits")
     for line in trained.rehearse(config, plan):
         print_text(f"data       {line}")
@@ -192,13 +212,31 @@ def _precision_tables(
         yield step, preset, assign(model, config.precision, preset, device)
 
 
-def load_initial(local: LocalModel, path: str, read: ReadModel, ranks: Ranks | None = None) -> None:
+def keep_companions(
+    initial: InitialModel, tokenizer: Tokenizer, folder: RunFolder, log: RunLog
+) -> None:
+    """Let the companions of the first weights travel on, if they are about the same tokens."""
+    if initial.tokenizer is None:
+        return
+    if initial.tokenizer.gives_ids_of(tokenizer):
+        folder.write_companions(initial.companions)
+    else:
+        log.info(
+            "warning: init_from: the tokenizer there is another one than data.tokenizer, so the "
+            "weights know other tokens; its chat template and special tokens are left out"
+        )
+
+
+def load_initial(
+    local: LocalModel, path: str, read: ReadModel, ranks: Ranks | None = None
+) -> InitialModel:
     """Start from saved weights; every tensor must be there, with its shape, and no other.
 
     Raises:
         UserError: when they are not those of the recipe, or not those of another rank.
     """
-    weights = initial_weights(local.config, path, read)
+    initial = read_fitting(local.config, path, read)
+    weights = initial.weights
     if ranks is not None and ranks.world > 1:
         check_agreement(facts_of_weights(weights), ranks)
     local.fill(
@@ -206,15 +244,17 @@ def load_initial(local: LocalModel, path: str, read: ReadModel, ranks: Ranks | N
             weights[name] if experts is None else weights[name][experts.start : experts.stop]
         )
     )
+    return initial
 
 
-def initial_weights(config: ModelConfig, path: str, read: ReadModel) -> dict[str, Tensor]:
+def read_fitting(config: ModelConfig, path: str, read: ReadModel) -> InitialModel:
     """Read saved weights, which must be those of a model of this configuration.
 
     Raises:
         UserError: when a tensor is absent, has another shape or is not in the model.
     """
-    saved_config, weights = read(Path(path))
+    initial = read(path)
+    saved_config, weights = initial.config, initial.weights
     own = shapes(config)
     problems = [f"{name} is absent" for name in own if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in own]
@@ -232,4 +272,4 @@ def initial_weights(config: ModelConfig, path: str, read: ReadModel) -> dict[str
             key="init_from",
             value=Path(path),
         )
-    return weights
+    return initial

@@ -56,6 +56,7 @@ def test_an_export_ends_with_a_check_whose_report_lies_beside_it(checked: Path):
         "names, shapes, dtypes": "ok",
         "values on disk": "ok",
         "nemotron.load": "ok",
+        "tokenizer": "ok",
         "transformers": "ok",
     }
     assert list(report["xxh128"]) == ["model-00001-of-00001.safetensors"]
@@ -206,7 +207,8 @@ def test_the_check_finds(
     damage, failing = FLAWS[flaw]
     damage(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(exported / name, tmp_path)
     index = json.loads((exported / INDEX).read_text())
     index["weight_map"] = dict.fromkeys(tensors, "model.safetensors")
     (tmp_path / INDEX).write_text(json.dumps(index))
@@ -316,6 +318,23 @@ def test_a_missing_tokenizer_is_named_and_nothing_is_left(run: Path, tmp_path: P
     copy.mkdir()
     (copy / "checkpoints").symlink_to(run / "checkpoints")
     assert "tokenizer.json does not exist" in refusal(copy, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["run"]
+
+
+def test_rounding_is_said(run: Path, exported: Path, capsys: pytest.CaptureFixture):
+    rounded = sum(
+        int((tensor != tensor.bfloat16()).sum())
+        for name, tensor in read_model(run)[1].items()
+        if not name.endswith(WIDE)
+    )
+    check = selfcheck.SelfCheck(exported, open_checkpoint(run))
+    assert f"{rounded:,} to BF16 were rounded" in check.check_values()
+
+
+def test_groups_that_readers_score_in_another_way_are_not_exported(tmp_path: Path, make_run):
+    groups = {"n_routed_experts": 6, "n_group": 3, "topk_group": 1, "num_experts_per_tok": 1}
+    grouped = make_run(tmp_path / "run", **groups)
+    assert "model.n_group = 3 is computed in another way" in refusal(grouped, tmp_path / "out")
     assert os.listdir(tmp_path) == ["run"]
 
 
