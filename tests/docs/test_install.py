@@ -33,4 +33,6 @@ def test_the_dockerfile_copies_what_exists_and_pins_all_that_it_installs():
     assert all("--constraint constraints.txt" in words for words in installs)
     base = re.search(r"^FROM python:(\d\.\d+)-", text, re.MULTILINE)
     tested = re.search(r"tested with \(Python (\d\.\d+)\)", (ROOT / "constraints.txt").read_text())
-    assert base and tested and base[1] == tested[1]
+    assert base is not None
+    assert tested is not None
+    assert base[1] == tested[1]
