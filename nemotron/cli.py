@@ -53,6 +53,13 @@ def train(
         list[str] | None,
         typer.Option(help="Key that may differ from the resumed run; repeatable."),
     ] = None,
+    panel: Annotated[
+        bool | None,
+        typer.Option(
+            "--panel/--plain",
+            help="Show steps as a panel, or as lines; default: a panel in a terminal.",
+        ),
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check and print what would run; write nothing.")
     ] = False,
@@ -82,6 +89,7 @@ def train(
         recipe_path=" ".join([str(recipe), *(overrides or [])]),
         read_initial=read_initial,
         allow_changed=allow_changed or [],
+        panel=panel,
     )
 
 

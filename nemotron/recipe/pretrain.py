@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 
-from nemotron.data.prepare.inputs import is_text
 from nemotron.divisors import divisors, nearest
 from nemotron.errors import Finding
 from nemotron.recipe.read import Idle
@@ -39,6 +38,13 @@ def impossible(config: PretrainConfig) -> Iterator[Finding]:
         )
 
 
+def _is_text(path: str) -> bool:
+    # numpy comes with it, which a recipe without paths need not wait for
+    from nemotron.data.prepare.inputs import is_text
+
+    return is_text(path)
+
+
 def _row_lengths(config: PretrainConfig) -> Iterator[tuple[str, int]]:
     """Yield every length of row with its key."""
     yield "data.seq_len", config.data.seq_len
@@ -65,7 +71,7 @@ def idle(config: PretrainConfig) -> Iterator[Idle]:
     ahead.append("model.mtp_hybrid_override_pattern")
     yield Idle(ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0")
     data, leaves = config.data, plan.timeline.leaves
-    text = any(leaf.source.path is None or is_text(leaf.source.path) for leaf in leaves)
+    text = any(leaf.source.path is None or _is_text(leaf.source.path) for leaf in leaves)
     yield Idle(["data.validation_fraction"], not text, "no source is text")
     whole = data.packing.kind != "concatenate"
     yield Idle(["data.packing.long_documents"], not whole, "data.packing.kind = concatenate")

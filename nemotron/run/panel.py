@@ -1,9 +1,12 @@
 """The display of a step: one aligned line, or a panel for a terminal."""
 
 import datetime
+import itertools
 import math
+import time
+from collections.abc import Sequence
 
-from rich.console import Group, RenderableType
+from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel as Box
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -18,6 +21,31 @@ NARROW = 60
 """Columns below which a line is shortened to what matters most."""
 
 
+BARS = "▁▂▃▄▅▆▇█"
+CURVE_POINTS = 4096
+"""Losses that the curve remembers; then every second one is left out, again and again."""
+
+
+class Curve:
+    """Values over time as one row of bars, as wide as there is room."""
+
+    def __init__(self, values: Sequence[float]) -> None:
+        self._values = values
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Text(self.bars(options.max_width))
+
+    def bars(self, width: int) -> str:
+        """Return bars for the means of `width` stretches, fewer where values are few."""
+        count, width = len(self._values), min(width, len(self._values))
+        cuts = [i * count // width for i in range(width + 1)] if width else []
+        parts = [self._values[a:b] for a, b in itertools.pairwise(cuts)]
+        means = [sum(part) / len(part) for part in parts]
+        low, high = min(means, default=0.0), max(means, default=0.0)
+        scale = (len(BARS) - 1) / (high - low) if high > low else 0.0
+        return "".join(BARS[round((mean - low) * scale)] for mean in means)
+
+
 class Progress:
     """What the records so far amount to; only for the eye, nothing is computed from it."""
 
@@ -29,6 +57,11 @@ class Progress:
         self.best: float | None = None
         self.eta_s: float | None = None
         self.events: list[str] = []
+        self.saved = ""
+        self.curve: list[float] = []
+        self._every = 1
+        self._num_losses = 0
+        self._begin = time.monotonic()
         self._step_s: float | None = None
 
     def update(self, record: Record) -> None:
@@ -43,6 +76,7 @@ class Progress:
             past = loss if self.smoothed is None else self.smoothed
             self.smoothed = SMOOTHING * past + (1 - SMOOTHING) * loss
             self.best = loss if self.best is None else min(self.best, loss)
+            self._remember(loss)
         if step_s is not None:
             past = step_s if self._step_s is None else self._step_s
             self._step_s = 0.8 * past + 0.2 * step_s
@@ -51,6 +85,16 @@ class Progress:
     def info(self, text: str) -> None:
         """Remember an event."""
         self.events = [*self.events[-(EVENTS_SHOWN - 1) :], text]
+        if text.startswith("saved step-"):
+            self.saved = text.split()[1]
+
+    def _remember(self, loss: float) -> None:
+        """Add a loss to the curve, which stays short however long the run is."""
+        if math.isfinite(loss) and self._num_losses % self._every == 0:
+            self.curve.append(loss)
+        self._num_losses += 1
+        if len(self.curve) > CURVE_POINTS:
+            self.curve, self._every = self.curve[::2], self._every * 2
 
     def line(self, columns: int | None = None) -> str:
         """Return the newest step as one line; `columns` is the width of a terminal."""
@@ -85,6 +129,16 @@ class Progress:
             "step", f"{step:,}/{self.num_steps:,} ({share:.0%})  eta {_duration(self.eta_s)}"
         )
         rows.add_row("", ProgressBar(total=self.num_steps, completed=step))
+        rows.add_row(
+            "run",
+            _join(
+                f"elapsed {_duration(time.monotonic() - self._begin)}",
+                _part(train, "data/tokens", "{:,.0f} tokens"),
+                f"last save {self.saved}" if self.saved else "",
+            ),
+        )
+        if len(self.curve) > 1:
+            rows.add_row("", Curve(self.curve))
         rows.add_row(
             "loss",
             _join(

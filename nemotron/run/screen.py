@@ -22,12 +22,18 @@ from nemotron.terminal import printable
 class Screen:
     """Prints events and steps; a terminal or pipe that closes never stops the run."""
 
-    def __init__(self, stream: TextIO | None = None, *, is_silent: bool = False) -> None:
-        """Print to a stream, by default that of `print`; if silent, only to log.txt."""
+    def __init__(
+        self, stream: TextIO | None = None, *, is_silent: bool = False, panel: bool | None = None
+    ) -> None:
+        """Print to a stream, by default that of `print`; if silent, only to log.txt.
+
+        `panel` says whether steps are shown as a panel; by default, a capable terminal gets one.
+        """
         self._stream: TextIO | None = stream if stream is not None else sys.stdout
         if is_silent:
             self._stream = None
         self.log: AppendedFile | None = None
+        self._panel = panel
         self._early: list[str] = []
         self._progress: Progress | None = None
         self._live: Live | None = None
@@ -53,8 +59,9 @@ class Screen:
         self._progress = Progress(printable(title), num_steps)
         if self._stream is None:
             return
-        console = Console(file=self._stream)
-        if console.is_terminal and not console.is_dumb_terminal:
+        console = Console(file=self._stream, force_terminal=self._panel or None)
+        is_able = console.is_terminal and not console.is_dumb_terminal
+        if is_able if self._panel is None else self._panel:
             # no refresh thread: it would compete with the step for the cores
             self._live = Live(console=console, auto_refresh=False, vertical_overflow="crop")
             self._guard(self._live.start)

@@ -75,12 +75,14 @@ def train(
     recipe_path: str = "",
     read_initial: ReadModel = read_checkpoint,
     allow_changed: Sequence[str] = (),
+    panel: bool | None = None,
 ) -> int:
     """Train as the recipe says, or go on from the run's newest whole checkpoint.
 
     `stage` trains such recipes; pre-training by default. `stop_at` ends the run after that step as
     a signal would. `read_initial` reads the weights that `init_from` names. `allow_changed` lists
-    keys in which a resumed run may differ from its beginning. Returns the exit code: 0 done, 1
+    keys in which a resumed run may differ from its beginning. `panel` says whether steps are shown
+    as a panel or as lines; by default the terminal decides. Returns the exit code: 0 done, 1
     failed, 75 stopped and can be resumed.
 
     Raises:
@@ -98,7 +100,7 @@ def train(
     ranks.first(lambda: folder.check(plan.num_steps, resume=resume, allow_changed=allow_changed))
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest(stop_at))
-        screen = Screen(is_silent=not ranks.is_first)
+        screen = Screen(is_silent=not ranks.is_first, panel=panel)
         stack.callback(screen.close)
         log = RunLog(screen)
         is_on = config.reliability.deterministic

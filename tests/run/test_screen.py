@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from nemotron.run.panel import Progress
+from nemotron.run.panel import Curve, Progress
 from nemotron.run.screen import Screen
 
 TRAIN = {
@@ -83,6 +83,45 @@ def test_the_panel_fits_its_width_and_shows_the_run(width):
     words = " ".join(text.replace("│", " ").split())
     for part in ("5.4321", "2.250", "skipped 2", "12,346", "2.50", "saved step-00000007"):
         assert part in words, part
+
+
+def test_the_panel_has_time_tokens_last_save_and_a_curve_as_wide_as_the_terminal():
+    progress = Progress("run", 1000)
+    for step in range(300):
+        progress.update(TRAIN | {"step": step, "loss/main": 9.0 - step / 50})
+    progress.info("saved step-00000299 in 0.1 s")
+    widths = []
+    for width in (60, 160):
+        out = io.StringIO()
+        console = Console(file=out, width=width, force_terminal=True, color_system=None)
+        console.print(progress.render())
+        words = " ".join(out.getvalue().replace("│", " ").split())
+        assert "elapsed 0:00:0" in words
+        assert "7,000 tokens last save step-00000299" in words
+        widths.append(sum(bar in "▁▂▃▄▅▆▇█" for bar in out.getvalue()))
+    assert widths[0] < 50 < 120 < widths[1]
+    falling = Curve([float(9 - i) for i in range(9)]).bars(4)
+    assert (falling[0], falling[-1]) == ("█", "▁")
+
+
+def test_the_curve_stays_short_and_plain_curves_are_flat():
+    progress = Progress("run", 10**6)
+    for step in range(20_000):
+        progress.update({"kind": "train", "step": step, "loss/main": 1.0})
+    assert len(progress.curve) <= 4097
+    assert set(Curve(progress.curve).bars(10)) == {"▁"}
+    assert Curve([]).bars(10) == ""
+
+
+def test_lines_and_panels_can_be_asked_for(monkeypatch):
+    monkeypatch.setenv("TERM", "xterm-256color")
+    for stream, panel in ((Terminal(), False), (io.StringIO(), True)):
+        screen = Screen(stream, panel=panel)
+        screen.start("run", 10)
+        screen.show(TRAIN)
+        screen.close()
+        assert ("╭" in stream.getvalue()) is panel
+        assert ("step  7/10" in stream.getvalue()) is not panel
 
 
 def test_a_value_that_is_not_finite_is_shown_and_does_not_raise():
