@@ -11,7 +11,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.runtime import Launch, Ranks
 from nemotron.precision.apply import DTYPES
 from nemotron.recipe.load import load_recipe
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import TextConfig
 from nemotron.train.layout import check_layout
 from nemotron.train.pretraining import build_trainer, open_data, validate
 from nemotron.train.record import StepResult
@@ -36,7 +36,7 @@ class Session:
         """
         if Launch.of_this_process() is not None:
             raise UserError("a Session trains in one process; use nemotron train under torchrun.")
-        self.config: PretrainConfig = load_recipe(recipe, overrides).pretraining
+        self.config: TextConfig = load_recipe(recipe, overrides).text
         """The checked recipe."""
         plan = plan_training(self.config)
         check_layout(self.config, plan, 1)

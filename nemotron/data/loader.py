@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron.data.batch import NO_LABEL, Batch, Row, pack
-from nemotron.data.config import DataConfig, SourceConfig
+from nemotron.data.config import ChatDataConfig, DataConfig, SourceConfig
+from nemotron.data.conversations import check_supervised, prepare_conversations
 from nemotron.data.embedded import prepare_embedded
 from nemotron.data.fingerprint import check_same_data
 from nemotron.data.folder import TokenSet, open_source
@@ -225,7 +226,22 @@ class TrainingData:
             if source.path is None:
                 path = str(prepare_embedded(name, self.config, self.tokenizer))
                 source = source.model_copy(update={"path": path})
-            self.tokens[name] = open_source(source, self.config, self.tokenizer, self._limit)
+            self.tokens[name] = self._open(source, self.config.validation_fraction)
+
+    def _open(self, source: SourceConfig, held_out: float) -> TokenSet:
+        """Open a source; conversations are prepared first, and that share of them is held out."""
+        config, tokenizer = self.config, self.tokenizer
+        if not isinstance(config, ChatDataConfig):
+            return open_source(source, config, tokenizer, self._limit)
+        share = 0.0 if source.validation is not None else held_out
+        source = prepare_conversations(source, config, tokenizer, share)
+        if source.validation is not None:
+            beside = SourceConfig(name=source.name, path=source.validation)
+            beside = prepare_conversations(beside, config, tokenizer, 0.0)
+            source = source.model_copy(update={"validation": beside.path})
+        opened = open_source(source, config, tokenizer, self._limit)
+        check_supervised(source.name, opened)
+        return opened
 
     def _rows_of(self, name: str, seq_len: int) -> Source:
         tokens = self.tokens[name]
@@ -239,7 +255,7 @@ class TrainingData:
         streams = {name: tokens.validation for name, tokens in self.tokens.items()}
         for extra in self.config.validation:
             path = SourceConfig(name=extra.name, path=extra.path)
-            opened = open_source(path, self.config, self.tokenizer, self._limit)
+            opened = self._open(path, 0.0)
             streams[extra.name] = Stream([*opened.train.shards, *opened.validation.shards])
         return streams
 

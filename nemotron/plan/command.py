@@ -11,11 +11,11 @@ from nemotron.plan.report import Report, as_json, describe_layout, nearest_publi
 from nemotron.plan.search import search as find_layouts
 from nemotron.plan.tables import grids_of, show
 from nemotron.plan.trace import trace_blocks
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import TextConfig
 
 
 def plan(
-    config: PretrainConfig,
+    config: TextConfig,
     *,
     gpus: int,
     hardware: str,

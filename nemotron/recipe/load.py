@@ -19,7 +19,7 @@ from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
 from nemotron.recipe.stages import Stage, find_stage
 from nemotron.recipe.yaml_text import parse_yaml
-from nemotron.train.config import PretrainConfig, RunConfig
+from nemotron.train.config import RunConfig, TextConfig
 
 if TYPE_CHECKING:
     from nemotron.train.setup import Stage as TrainedStage
@@ -43,17 +43,17 @@ class Recipe:
         return any(self.places.get(key) == COMMAND_LINE for key in keys)
 
     @property
-    def pretraining(self) -> PretrainConfig:
-        """The configuration, for a command that works on pre-training alone.
+    def text(self) -> TextConfig:
+        """The configuration, for a command that works on stages that learn from text.
 
         Raises:
             UserError: when the recipe is for another stage.
         """
-        if not isinstance(self.config, PretrainConfig):
+        if not isinstance(self.config, TextConfig):
             place = place_of(self.places, ("stage",), str(self.path))
             raise UserError(
-                f"{place}: stage = {self.config.stage}; this command takes recipes of stage "
-                "pretrain only."
+                f"{place}: stage = {self.config.stage}; this command takes recipes of the "
+                "stages pretrain and sft only."
             )
         return self.config
 

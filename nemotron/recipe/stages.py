@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron.errors import Finding, UserError
 from nemotron.posttrain.config import RlConfig
-from nemotron.recipe import pretrain, rl
+from nemotron.posttrain.sft_config import SftConfig
+from nemotron.recipe import pretrain, rl, sft
 from nemotron.recipe.read import Idle, Path_, place_of
 from nemotron.train.config import PretrainConfig, RunConfig
 
@@ -37,6 +38,12 @@ def _pretraining() -> "TrainedStage":
     return Pretraining()
 
 
+def _finetuning() -> "TrainedStage":
+    from nemotron.posttrain.sft import Finetuning
+
+    return Finetuning()
+
+
 def _reinforcement() -> "TrainedStage":
     from nemotron.posttrain.stage import Reinforcement
 
@@ -45,6 +52,7 @@ def _reinforcement() -> "TrainedStage":
 
 STAGES = {
     "pretrain": Stage(PretrainConfig, pretrain.impossible, pretrain.idle, _pretraining),
+    "sft": Stage(SftConfig, sft.impossible, sft.idle, _finetuning),
     "rl": Stage(RlConfig, rl.impossible, rl.idle, _reinforcement),
 }
 

@@ -6,7 +6,7 @@ from nemotron.data.loader import TrainingData
 from nemotron.data.prefetch import TextBatches
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import TextConfig
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.loss import PretrainObjective
 from nemotron.train.schedule import TrainingPlan, plan_training
@@ -18,7 +18,7 @@ from nemotron.train.validation import evaluate
 class Pretraining:
     """The stage that learns from text."""
 
-    def plan(self, config: PretrainConfig) -> TrainingPlan:
+    def plan(self, config: TextConfig) -> TrainingPlan:
         """Return the phases of a run and their learning rates.
 
         Raises:
@@ -28,7 +28,7 @@ class Pretraining:
 
     def build(
         self,
-        config: PretrainConfig,
+        config: TextConfig,
         plan: TrainingPlan,
         device: torch.device,
         peak_flops: float,
@@ -46,7 +46,7 @@ class Pretraining:
         return Setup(trainer, data, (lambda: validate(trainer, data)) if has_held_out else None)
 
 
-def open_data(config: PretrainConfig, plan: TrainingPlan) -> TrainingData:
+def open_data(config: TextConfig, plan: TrainingPlan) -> TrainingData:
     """Open the data of a run.
 
     Raises:
@@ -58,7 +58,7 @@ def open_data(config: PretrainConfig, plan: TrainingPlan) -> TrainingData:
 
 
 def build_trainer(
-    config: PretrainConfig,
+    config: TextConfig,
     plan: TrainingPlan,
     data: TrainingData,
     device: torch.device,
