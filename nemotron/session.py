@@ -48,7 +48,8 @@ class Session:
         self.trainer = build_trainer(self.config, plan, self.data, device, peak, Ranks())
         """The trainer, whose `update` does one step on a batch."""
         if self.config.init_from is not None:
-            load_initial(self.trainer.local, self.config.init_from, read_weights)
+            init = self.config.init_from
+            load_initial(self.trainer.local, init, read_weights, self.config.seed)
 
     @property
     def model(self) -> HybridLM:

@@ -16,6 +16,7 @@ from nemotron.checkpoint.read import (
     read_model_config,
 )
 from nemotron.hf.names import DiskParameter
+from nemotron.model.adapter import adapters_of, merged
 from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
 from nemotron.run.files import RunFiles
@@ -57,8 +58,17 @@ class TensorReader:
             self._last = None
             master = torch.empty(self._shapes[source])
             self._saved.load({MODEL_PREFIX + source: master})
-            self._last = (source, master)
+            self._last = (source, self._with_adapter(source, master))
         return parameter.encode(self._last[1])
+
+    def _with_adapter(self, source: str, master: Tensor) -> Tensor:
+        """Return a tensor with its adapter in it, if it has one."""
+        start = MODEL_PREFIX + adapters_of(source)
+        found = self._saved.empty(start)
+        if not found:
+            return master
+        self._saved.load(found)
+        return merged(master, {name.removeprefix(start): t for name, t in found.items()})
 
 
 def open_checkpoint(path: Path) -> CheckpointSource:

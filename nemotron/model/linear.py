@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nemotron.model.adapter import Adapter
 from nemotron.ops.linear import linear
 from nemotron.ops.linear_cross_entropy import linear_cross_entropy
 from nemotron.ops.rms_norm import rms_norm
@@ -17,9 +18,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.linear = linear
+        self.adapter: Adapter | None = None
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        return self.linear(x, self.weight)
+        y = self.linear(x, self.weight)
+        return y if self.adapter is None else self.adapter(x, y, self.weight)
 
 
 class Head(Linear):

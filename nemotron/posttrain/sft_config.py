@@ -31,7 +31,7 @@ class SftConfig(TextConfig):
 
     @property
     def tuning(self) -> TuneConfig:
-        """What `tune` says; a block that is not unrolled is frozen as well."""
+        """What `tune` says; a block for prediction further ahead that is not unrolled is frozen."""
         if self.num_depths or not self.model.mtp_pattern:
             return self.tune
         freeze = dict.fromkeys([*self.tune.freeze, "mtp"])

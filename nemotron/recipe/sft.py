@@ -34,10 +34,50 @@ def untunable(config: SftConfig) -> Iterator[Finding]:
             yield Finding(
                 "tune.freeze", f"is not a part of this model; it has {', '.join(has)}.", part
             )
-    if config.tune.freeze and config.parallel.pp != 1:
-        yield Finding("parallel.pp", "cannot train beside tune.freeze; use 1.", config.parallel.pp)
+    is_partial = config.tuning.freeze and config.tune.adapter is None
+    if is_partial and config.parallel.pp != 1:
+        yield Finding(
+            "parallel.pp", "does not synchronize frozen parts yet; use 1.", config.parallel.pp
+        )
+    if config.tune.adapter is not None:
+        yield from _unadaptable(config)
     if set(has) <= set(config.tuning.freeze):
         yield Finding("tune.freeze", "leaves nothing to train; remove a part of the list.")
+
+
+def _unadaptable(config: SftConfig) -> Iterator[Finding]:
+    """Yield what adapters do not work beside."""
+    adapter, parallel = config.tune.adapter, config.parallel
+    assert adapter is not None
+    if adapter.kind == "dora" and "experts" in adapter.targets:
+        yield Finding(
+            "tune.adapter.targets",
+            "is not adapted by kind: dora; use lora, or leave it out.",
+            "experts",
+        )
+    if config.precision.quantizes:
+        yield Finding(
+            "precision.preset",
+            "quantizes layers that adapters change; use none or bf16.",
+            config.precision.preset,
+        )
+    for axis in ("pp", "tp"):
+        if (size := getattr(parallel, axis)) != 1:
+            yield Finding(
+                f"parallel.{axis}",
+                "does not cut adapters yet; share the weights by dp_shard, and use 1.",
+                size,
+            )
+    if (
+        parallel.ep != 1
+        and adapter.kind == "lora"
+        and (not adapter.targets or "experts" in adapter.targets)
+    ):
+        yield Finding(
+            "parallel.ep",
+            "does not cut adapters of experts yet; use 1, or tune.adapter.targets without experts.",
+            parallel.ep,
+        )
 
 
 def idle(config: SftConfig) -> Iterator[Idle]:

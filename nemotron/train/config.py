@@ -206,11 +206,41 @@ Part = Literal[
 """Parts of a model, as gradient norms are reported by."""
 
 
+Role = Literal[
+    "in_proj",
+    "out_proj",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "mlp",
+    "experts",
+    "shared",
+    "latent",
+]
+"""Roles of the layers of the backbone that an adapter can change; a router has none."""
+
+
+class AdapterConfig(Section):
+    """Low-rank adapters, which are trained in place of the weights."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    """lora: a product of two narrow matrices is added; dora: rows get norms of their own, too."""
+    rank: int = Field(16, gt=0)
+    """Width between the two matrices."""
+    alpha: float = Field(32.0, gt=0)
+    """The product is multiplied by this over `rank`."""
+    targets: Annotated[tuple[Role, ...], Field(strict=False)] = ()
+    """Layers that get one, by their role; absent: all that the model has (dora: but experts)."""
+
+
 class TuneConfig(Section):
     """Which parameters are trained."""
 
     freeze: Annotated[tuple[Part, ...], Field(strict=False)] = ()
     """Parts that stay as they are. A frozen router keeps its bias as well."""
+    adapter: AdapterConfig | None = None
+    """Adapters; with them all other parameters stay as they are."""
 
 
 class RunConfig(Section):

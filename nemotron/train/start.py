@@ -11,6 +11,7 @@ from nemotron.checkpoint.read import read_model
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
+from nemotron.model.adapter import is_adapter
 from nemotron.model.build import build_on_meta, shapes
 from nemotron.model.config import ModelConfig
 from nemotron.model.flops import training_flops_per_token
@@ -36,6 +37,7 @@ from nemotron.train.reliability.deterministic import deterministic
 from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
 from nemotron.train.setup import Stage
+from nemotron.train.tuning import trained_shares
 
 ReadModel = Callable[[Path], tuple[ModelConfig, dict[str, Tensor]]]
 
@@ -85,7 +87,7 @@ def train(
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)
         if not (resume and saver.restore()) and config.init_from is not None:
-            load_initial(trainer.local, config.init_from, read_initial)
+            load_initial(trainer.local, config.init_from, read_initial, config.seed)
         return run(setup, folder, log, saver, stop, recipe_path)
 
 
@@ -115,6 +117,7 @@ def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
         f"run        {folder.path} ({state})",
         f"model      {count_parameters(config.model).line}",
         f"training   {plan.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
+        *(f"tuning     {line}" for line in trained_shares(config.model, config.tuning)),
         *(f"operations {line}" for line in describe(choices)),
         *(f"precision  {line}" for line in formats),
         *(describe_ranks(config, plan, dims) if dims.world > 1 else ()),
@@ -152,8 +155,11 @@ def _precision_tables(
         yield step, preset, assign(model, config.precision, preset, device)
 
 
-def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
-    """Start from saved weights; every tensor must be there, with its shape, and no other."""
+def load_initial(local: LocalModel, path: str, read: ReadModel, seed: int = 0) -> None:
+    """Start from saved weights; every tensor must be there, with its shape, and no other.
+
+    `seed` is that of adapters, which begin anew.
+    """
     saved_config, weights = read(Path(path))
     own = shapes(local.config)
     problems = [f"{name} is absent" for name in own if name not in weights]
@@ -170,8 +176,10 @@ def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
             f"init_from: the weights in {path} do not fit the recipe ({', '.join(keys)}): "
             f"{'; '.join(problems[:10])}."
         )
-    local.fill(
-        lambda name, _, experts: (
-            weights[name] if experts is None else weights[name][experts.start : experts.stop]
-        )
-    )
+
+    def value(name: str, shape: torch.Size, experts: range | None) -> Tensor:
+        if is_adapter(name):
+            return local.first_value(name, shape, seed, weights)
+        return weights[name] if experts is None else weights[name][experts.start : experts.stop]
+
+    local.fill(value)

@@ -5,7 +5,7 @@ import importlib.util
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import typer.main
@@ -165,6 +165,10 @@ def test_python_examples_compile_and_import_what_exists(block: Block):
                 assert hasattr(module, name.name), name.name
 
 
+def is_section(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
 def unknown_keys(values: dict[str, Any], section: type[BaseModel], prefix: str = "") -> list[str]:
     found = []
     for key, value in values.items():
@@ -172,7 +176,8 @@ def unknown_keys(values: dict[str, Any], section: type[BaseModel], prefix: str =
         if field is None:
             found.append(prefix + key)
         elif isinstance(value, dict):
-            found += unknown_keys(value, field.annotation, f"{prefix}{key}.")  # type: ignore[arg-type]
+            inner = [t for t in (*get_args(field.annotation), field.annotation) if is_section(t)]
+            found += unknown_keys(value, inner[0], f"{prefix}{key}.")
     return found
 
 
@@ -195,7 +200,7 @@ def test_recipe_keys_in_sentences_exist(page: Path):
     sections: dict[str, set[str]] = {}
     for stage in STAGES.values():
         for name, field in stage.recipe.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if is_section(field.annotation):
                 sections.setdefault(name, set()).update(field.annotation.model_fields)
     for span in spans(page):
         match = re.fullmatch(r"([a-z]+)\.([a-z_]+)(?:[:=].*)?", span)

@@ -27,3 +27,29 @@ def test_two_ranks_learn_what_one_learns(workplace: Workplace, objective: str) -
     for name, tensor in weights[0].items():
         # float32 gradients summed in another order
         torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("kind", "parallel"), [("lora", {}), ("dora", {"dp_replicate": 2, "dp_shard": 1})]
+)
+def test_adapters_are_sharded_as_weights_are(
+    workplace: Workplace, kind: str, parallel: dict
+) -> None:
+    weights = []
+    for world in (1, 2):
+        values = workplace.values(
+            f"{kind}-{world}",
+            tune={"adapter": {"kind": kind, "rank": 3, "alpha": 6}},
+            schedule={"peak": 1e-2, "total_steps": 2},
+            parallel=parallel if world == 2 else {},
+            reliability={"check_replicas_every_steps": 1},
+        )
+        job = Job(SftConfig.model_validate(values), world=world)
+        assert job.wait() == [0] * world, job.text()
+        weights.append(read_model(job.run)[1])
+    base = read_model(workplace.runs / "base")[1]
+    name = "backbone.layers.0.mixer.in_proj.weight"
+    assert not torch.equal(weights[0][name], base[name])
+    for name, tensor in weights[0].items():
+        # float32 gradients summed in another order
+        torch.testing.assert_close(weights[1][name], tensor, rtol=1e-4, atol=1e-6, msg=name)

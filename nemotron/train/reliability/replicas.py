@@ -110,7 +110,7 @@ def _find(local: LocalModel, optimizer: Optimizer) -> list[Replicas]:
         tensors: dict[str, Tensor | None] = {}
         for name in names:
             tensors[name] = local_of(local.parameters()[name])
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in ("exp_avg", "exp_avg_sq") if name in moments["step"] else ():
                 tensors[f"{key} of {name}"] = moments[key][name]
         return tensors
 
