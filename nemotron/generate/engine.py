@@ -12,6 +12,7 @@ from torch import Tensor
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.generate.forward import PIECE, append, new_cache
+from nemotron.generate.graphs import Steps
 from nemotron.generate.prefixes import Prefix, PrefixStore
 from nemotron.generate.request import Event, Request, requests_of
 from nemotron.generate.routing import RoutingRecord, recorded
@@ -62,7 +63,8 @@ class Engine:
     `prefill_tokens` tokens of prompts. With `prefixes`, so many states after beginnings of texts
     are kept for texts that begin alike. Text and stop strings need the `tokenizer`. With
     `row_by_row` every text passes the model by itself, so that its answer is the same to the bit
-    whatever others there are, as long as none of them takes its blocks; this is slower.
+    whatever others there are, as long as none of them takes its blocks; this is slower. Steps of
+    one token have `fixed_sizes` on a GPU, which captures them as CUDA graphs.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class Engine:
         block_size: int = BLOCK_SIZE,
         prefixes: int = 0,
         row_by_row: bool = False,
+        fixed_sizes: bool | None = None,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.stop = frozenset(stop)
@@ -84,7 +87,12 @@ class Engine:
         self.version = 0
         """Of the weights, as `Answer.versions` names it."""
         self.timing = Timing()
-        self.cache = new_cache(model, slots, blocks, block_size)
+        if fixed_sizes is None:
+            fixed_sizes = model.backbone.embeddings.weight.device.type == "cuda"
+        self._room, more = blocks, int(fixed_sizes)
+        blocks = None if blocks is None else blocks + more
+        self.cache = new_cache(model, slots + more, blocks, block_size)
+        self._steps = Steps(self.cache) if fixed_sizes else None
         self.prefixes = PrefixStore(self.cache, prefixes)
         self.scheduler = Scheduler(self.cache, self.prefixes)
         self._next_number, self._orders = 0, itertools.count()
@@ -194,7 +202,7 @@ class Engine:
         request.check(self.model.config.vocab_size, name)
         if request.stop and self.tokenizer is None:
             raise UserError("stop strings need an engine with a tokenizer; give it one.")
-        limit = self.cache.blocks.limit
+        limit = self._room
         longest = len(request.prompt) + request.max_tokens
         if limit is not None and self.cache.blocks_of(longest) > limit:
             raise UserError(
@@ -242,16 +250,19 @@ class Engine:
         by_slot = {sample.slot: sample for sample in samples if sample.slot is not None}
         slots = sorted(by_slot)  # neighboring slots need no copies of their states
         samples = [by_slot[slot] for slot in slots]
-        if self._rows is None or self._rows.slots != slots:
-            self._rows = self.cache.rows(slots)
         starts = [self.cache.lengths[slot] for slot in slots]
         ids = [s.tokens[at : at + size] for at, s in zip(starts, samples, strict=True)]
-        tokens = torch.tensor(ids, device=self.cache.device)
         has_experts = any(sample.request.experts for sample in samples)
-        with recorded(self.model.backbone, on=has_experts) as record:
-            logits = append(self.model, self._rows, tokens)
-        if record.layers:
-            _keep_experts(record, samples, starts)
+        if self._steps is not None and size == 1 and not has_experts:
+            logits = self._steps.append(self.model, slots, [first for first, *_ in ids])
+        else:
+            if self._rows is None or self._rows.slots != slots:
+                self._rows = self.cache.rows(slots)
+            tokens = torch.tensor(ids, device=self.cache.device)
+            with recorded(self.model.backbone, on=has_experts) as record:
+                logits = append(self.model, self._rows, tokens)
+            if record.layers:
+                _keep_experts(record, samples, starts)
         for slot, sample, row in zip(slots, samples, logits, strict=True):
             length = self.cache.lengths[slot]
             if sample.followers and length == len(sample.tokens):

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from nemotron.model.blocks import Blocks
@@ -94,8 +95,7 @@ class Cache:
         if snapshot is None:
             self._reset(slot)
             return slot
-        for layer, (conv, ssm) in zip(self._mamba_slots, snapshot.states, strict=True):
-            layer.conv[slot], layer.ssm[slot] = conv, ssm
+        self.restore(slice(slot, slot + 1), snapshot.states)
         for block in snapshot.blocks:
             self.blocks.share(block)
         self.tables[slot] = list(snapshot.blocks)
@@ -111,8 +111,7 @@ class Cache:
         blocks = self.tables[slot][: self.blocks_of(length)]
         for block in blocks:
             self.blocks.share(block)
-        states = [(la.conv[slot].clone(), la.ssm[slot].clone()) for la in self._mamba_slots]
-        return Snapshot(length, states, blocks)
+        return Snapshot(length, self.copies(slice(slot, slot + 1)), blocks)
 
     def release(self, snapshot: "Snapshot") -> None:
         """Give the blocks of a snapshot back, which cannot be used any more."""
@@ -151,6 +150,33 @@ class Cache:
         `truncate`. The tokens then pass the Mamba-2 layers one by one.
         """
         return CachedRows(self, list(slots), keep_states)
+
+    def states_of(
+        self, rows: slice | Int[Tensor, " B"], *, keep_states: bool = False
+    ) -> "list[MambaState | AttentionState | None]":
+        """Return what each layer remembers of the slots in `rows`, for a call."""
+        states: list[MambaState | AttentionState | None] = []
+        for layer in self.layers:
+            if isinstance(layer, MambaSlots):
+                states.append(MambaState(layer, rows, keep_states))
+            else:
+                states.append(None if layer is None else AttentionState(layer))
+        return states
+
+    def copies(self, rows: slice | Int[Tensor, " B"]) -> list[tuple[Tensor, Tensor]]:
+        """Return copies of the Mamba-2 states of the slots in `rows`, for `restore`."""
+        return [(la.conv[rows].clone(), la.ssm[rows].clone()) for la in self._mamba_slots]
+
+    def restore(self, rows: slice | Int[Tensor, " B"], copies: list[tuple[Tensor, Tensor]]) -> None:
+        """Give the slots in `rows` these states again."""
+        for layer, (conv, ssm) in zip(self._mamba_slots, copies, strict=True):
+            layer.conv[rows], layer.ssm[rows] = conv, ssm
+
+    def count(self, slots: Sequence[int], num_tokens: int) -> None:
+        """Count the tokens that a call has appended to the texts of these slots."""
+        for slot in slots:
+            self.lengths[slot] += num_tokens
+            self._histories.pop(slot, None)
 
     def blocks_of(self, length: int) -> int:
         """Return how many blocks a text of `length` tokens fills or begins."""
@@ -244,13 +270,7 @@ class CachedRows:
     def __init__(self, cache: Cache, slots: list[int], keep_states: bool = False) -> None:
         assert len(set(slots)) == len(slots) > 0, slots
         self.cache, self.slots = cache, slots
-        chosen = slots_of(slots, cache.device)
-        self.layers: list[MambaState | AttentionState | None] = []
-        for layer in cache.layers:
-            if isinstance(layer, MambaSlots):
-                self.layers.append(MambaState(layer, chosen, keep_states))
-            else:
-                self.layers.append(None if layer is None else AttentionState(layer))
+        self.layers = cache.states_of(slots_of(slots, cache.device), keep_states=keep_states)
         self._has_attention = any(isinstance(layer, KeyValues) for layer in cache.layers)
 
     def begin(self, num_tokens: int) -> None:
@@ -273,11 +293,10 @@ class CachedRows:
             for layer in self.layers
             if isinstance(layer, MambaState) and layer.history is not None
         ]
-        for row, slot in enumerate(self.slots):
-            first = self.cache.lengths[slot]
-            self.cache.lengths[slot] = first + num_tokens
-            self.cache._histories.pop(slot, None)
-            if states:
+        firsts = [self.cache.lengths[slot] for slot in self.slots]
+        self.cache.count(self.slots, num_tokens)
+        if states:
+            for row, (slot, first) in enumerate(zip(self.slots, firsts, strict=True)):
                 self.cache._histories[slot] = _History(states, row, first)
 
     def _places(self, num_tokens: int) -> Places:

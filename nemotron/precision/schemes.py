@@ -7,7 +7,7 @@ Source: NVIDIA/TransformerEngine: transformer_engine/common/recipe/__init__.py.
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import ClassVar
 
@@ -31,6 +31,7 @@ class Operand:
     """A decoded side of a product: `values`, times the `scale` of each tensor."""
 
     values: Float[Tensor, "M K"]
+    """In float32."""
     elements: Tensor
     """[M, K]: what the codes alone stand for."""
     largest: float
@@ -38,6 +39,12 @@ class Operand:
     groups: Groups
     columnwise: bool
     scale: Float[Tensor, " G"] | None = None
+    is_narrow: bool = False
+    """Whether bfloat16 holds the values."""
+
+    def narrow(self) -> "Operand":
+        """Return it with values in bfloat16."""
+        return replace(self, values=self.values.to(torch.bfloat16))
 
     def side(self, group: int) -> Float[Tensor, "rows contracted"]:
         """Return what one tensor brings to its product, before `scale`."""
@@ -61,23 +68,34 @@ class Quantized:
         matrix = self.matrix.unpack() if isinstance(self.matrix, nvfp4.PackedNVFP4) else self.matrix
         if isinstance(matrix, nvfp4.NVFP4):
             values, elements, scale = matrix.unscaled(), matrix.elements, matrix.scales.outer
-            return Operand(values, elements, E2M1_MAX, self.groups, self.columnwise, scale)
+            return Operand(
+                values, elements, E2M1_MAX, self.groups, self.columnwise, scale, is_narrow=True
+            )
         largest = torch.finfo(matrix.elements.dtype).max
         values = matrix.dequantize()
-        return Operand(values, matrix.elements, largest, self.groups, self.columnwise)
+        # 4 bits times a power of two; only below 2^-133 bfloat16 has fewer
+        is_narrow = isinstance(matrix, mxfp8.MXFP8)
+        return Operand(
+            values, matrix.elements, largest, self.groups, self.columnwise, is_narrow=is_narrow
+        )
 
 
 def multiply(left: Quantized, right: Quantized, outs: Sequence[Float[Tensor, "M N"]]) -> None:
     """Write left rightᵀ of each tensor into `outs`.
 
-    Decoded values are multiplied in float32, scaled once and rounded once.
+    Decoded values are multiplied in float32, scaled once and rounded once. On a GPU those that
+    bfloat16 holds are multiplied in it, with sums in float32, which takes a tenth of the time.
     """
     a, b = left.operand(), right.operand()
+    is_narrow = a.is_narrow and b.is_narrow and a.values.device.type == "cuda"
+    if is_narrow:
+        a, b = a.narrow(), b.narrow()
     for group, out in enumerate(outs):
         x, y = a.side(group), b.side(group)
         # what one of them has more is padding, which is zero
         inner = min(x.shape[1], y.shape[1])
-        result = x[:, :inner] @ y[:, :inner].T
+        x, y = x[:, :inner], y[:, :inner].T
+        result = torch.mm(x, y, out_dtype=torch.float32) if is_narrow else x @ y
         if a.scale is not None and b.scale is not None:
             result *= a.scale[group] * b.scale[group]
         out.copy_(result)
@@ -157,7 +175,7 @@ class NVFP4Scheme(Scheme):
         is_square = operand == "w" and self.square_weights
         is_stochastic = operand == "dy" and self.stochastic
         numbered = draw.pad(groups) if is_stochastic and draw is not None else None
-        if (fast := available.of_nvfp4(padded)) and (
+        if (fast := available.of_blocks(padded)) and (
             numbered is None or isinstance(numbered.columns, int)
         ):
             return self._by_kernels(fast, operand, padded, groups, numbered, both=both)

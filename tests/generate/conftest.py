@@ -9,8 +9,8 @@ from nemotron.model.hybrid import HybridLM
 VOCAB = 61
 
 
-def build_model(latent: int | None = None) -> HybridLM:
-    """Return a model whose every parameter and buffer is perturbed."""
+def build_model(latent: int | None = None, width: int = 12) -> HybridLM:
+    """Return a model with experts of this width whose every parameter and buffer is perturbed."""
     config = ModelConfig(
         vocab_size=VOCAB,
         hidden_size=24,
@@ -25,7 +25,7 @@ def build_model(latent: int | None = None) -> HybridLM:
         intermediate_size=40,
         n_routed_experts=5,
         num_experts_per_tok=2,
-        moe_intermediate_size=12,
+        moe_intermediate_size=width,
         moe_shared_expert_intermediate_size=20,
         moe_latent_size=latent,
         routed_scaling_factor=1.7,

@@ -25,7 +25,6 @@ def with_kernels(monkeypatch):
         module = import_module("nemotron.precision.kernels.quantize_blocks")
         with monkeypatch.context() as patched:
             patched.setattr(available, "of_blocks", lambda x: module)
-            patched.setattr(available, "of_nvfp4", lambda x: module)
             return scheme.quantize(operand, x.to(DEVICE), *arguments, **options)
 
     return quantize
@@ -109,4 +108,3 @@ def test_nothing_is_quantized_to_nothing(with_kernels):
 def test_a_gpu_has_the_kernels():
     assert available.of_blocks(torch.empty(1, device="cuda")) is not None
     assert available.of_blocks(torch.empty(1)) is None
-    assert available.of_nvfp4(torch.empty(1, device="cuda")) is None

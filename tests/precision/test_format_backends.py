@@ -135,6 +135,26 @@ def test_a_gpu_has_the_products_of_the_quantized_operands(format: str, name: str
         assert (ours.double() - theirs).norm() <= limit * theirs.norm()
 
 
+@pytest.mark.parametrize("format", ["mxfp8", "nvfp4"])
+def test_bfloat16_holds_the_values_that_a_gpu_multiplies_in_it(format: str):
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(64, 96, generator=g) * 2.0 ** torch.randint(-30, 30, (64, 1), generator=g)
+    for operand in ("x", "w", "dy"):
+        for side in SCHEMES[format].quantize(operand, x, draw=DRAW):
+            decoded_side = side.operand()
+            assert decoded_side.is_narrow
+            assert torch.equal(decoded_side.narrow().values.float(), decoded_side.values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("format", ["mxfp8", "nvfp4"])
+def test_a_gpu_sums_narrow_products_in_float32(format: str):
+    found, exact = results(format, "emulate", CUDA)
+    for ours, theirs in zip(found, exact, strict=True):
+        # sums of at most 112 terms, of which a tensor core keeps a few bits less than float32
+        assert (ours.double() - theirs).norm() <= 1e-5 * theirs.norm()
+
+
 def on(capability: tuple[int, int], format: str, cuda=(13, 0), shape=(256, 128)) -> FormatCall:
     return FormatCall("cuda", torch.bfloat16, frozenset(), format, capability, cuda, shape)
 

@@ -50,8 +50,11 @@ PARTS = (
     Part("ops", "ops", 90, packages=True),
     Part("step", "step", 50, ("--variant", "auto")),
     Part("step", "step", 45, ("--variant", "fp8_current")),
-    Part("step", "step", 45, ("--variant", "before")),
-    Part("decode", "decode", 40),
+    Part("before", "step", 45, ("--variant", "before")),
+    Part("formats", "step", 45, ("--variant", "fp8_block"), usual=False),
+    Part("formats", "step", 45, ("--variant", "mxfp8"), usual=False),
+    Part("formats", "step", 45, ("--variant", "nvfp4"), usual=False),
+    Part("decode", "decode", 60),
     Part("peer", "peer", 100, packages=True),
     Part("tune", "tune", 100, usual=False),
 )

@@ -1,4 +1,4 @@
-"""Stage 8: the command line: the smoke recipe in every format at once, resume, generate."""
+"""Stage 8: the command line: the smoke recipe in every format, resume, generate, parity, RL."""
 
 import json
 import subprocess
@@ -18,6 +18,27 @@ WIDE = (
 )
 """Widths that products of 8 bits can take."""
 RESUMED = ("fp8_current", "nvfp4")
+LEARN = """\
+extends: {root}/recipes/tiny/smoke.yaml
+stage: rl
+name: rl
+output: {runs}
+init_from: {runs}/{first}
+device: {device}
+precision: bf16
+rollout:
+  environments: [{{name: arith_chain, level: 0}}]
+  prompt: text
+  num_prompts_per_step: 4
+  num_generations_per_prompt: 4
+  max_new_tokens: 8
+  truncated: keep
+  evaluation_tasks: 4
+batch: {{global_tokens: 1024, micro_batch: 4}}
+remove: [evaluation.tokens, schedule.warmup_steps, schedule.decay_steps]
+schedule: {{kind: constant, peak: 1.0e-3, total_steps: 4}}
+"""
+"""Reinforcement learning on the first run's weights."""
 STOPPED = 75
 """Exit code of a run that was told to stop."""
 
@@ -37,9 +58,17 @@ def _run(stage: Stage, runs: Path) -> None:
     words = ["generate", str(runs / chosen[0]), "--prompt", "def read(", "--max-new-tokens", "8"]
     words += ["--temperature", "0", "--device", stage.device.type]
     generated = _start(stage, "generate", words)
+    device = stage.device.type
+    words = ["check-parity", str(runs / chosen[0]), "--device", device, "--length", "40"]
+    compared = _start(stage, "parity", words)
+    recipe = runs / "rl.yaml"
+    recipe.write_text(LEARN.format(root=ROOT, runs=runs, first=chosen[0], device=device))
+    learned = _start(stage, "rl", ["train", str(recipe)])
     for name, process in started.items():
         _emit(stage, f"resume {name}", process, 0, runs / name)
     _emit(stage, f"generate {chosen[0]}", generated, 0, None)
+    _emit(stage, f"check-parity {chosen[0]}", compared, 0, None)
+    _emit(stage, "rl", learned, 0, runs / "rl")
 
 
 def _train(stage: Stage, runs: Path, name: str, words: list[str]) -> subprocess.Popen[bytes]:
@@ -70,9 +99,11 @@ def _emit(
         code = "no end in time"
     values: dict[str, object] = {"exit_code": code}
     if run is not None and (run / "metrics.jsonl").exists():
-        lines = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-        losses = [line["loss/main"] for line in lines if line.get("kind") == "train"]
-        values |= {"steps": len(losses), "loss": losses[-1] if losses else None}
+        lines = list(map(json.loads, (run / "metrics.jsonl").read_text().splitlines()))
+        lines = [line for line in lines if line.get("kind") == "train"]
+        newest = lines[-1] if lines else {}
+        names = ("loss/main", "rl/reward", "rl/token_mult_prob_error")
+        values |= {"steps": len(lines), **{n: newest[n] for n in names if n in newest}}
     flag = "" if code == expected else "WRONG"
     stage.emit(case, **values, flag=flag)
 

@@ -1,6 +1,6 @@
 """Stage 6: a training step of one GPU's share of Nano, with the project's model, loss, optimizer.
 
-Variants: `auto`, the backends that the project chooses; `before`, torch's alone; `fp8_current`.
+Variants: `auto`, the backends that the project chooses; `before`, torch's alone; number formats.
 The time of all 52 layers follows from a block of each kind and the head, measured by themselves.
 """
 
@@ -35,7 +35,7 @@ from nemotron.train.optimizer import (
     squares_by_kind,
 )
 
-VARIANTS = ("auto", "before", "fp8_current")
+VARIANTS = ("auto", "before", "fp8_current", "fp8_block", "mxfp8", "nvfp4")
 LR = 1e-4
 
 
