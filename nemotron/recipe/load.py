@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from nemotron.errors import UserError
+from nemotron.posttrain.sft_config import DistillConfig
 from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.budget import Budget
 from nemotron.recipe.check import check
@@ -44,12 +45,12 @@ class Recipe:
 
     @property
     def text(self) -> TextConfig:
-        """The configuration, for a command that works on stages that learn from text.
+        """The configuration, for a command that works on stages that learn from text alone.
 
         Raises:
             UserError: when the recipe is for another stage.
         """
-        if not isinstance(self.config, TextConfig):
+        if not isinstance(self.config, TextConfig) or isinstance(self.config, DistillConfig):
             place = place_of(self.places, ("stage",), str(self.path))
             raise UserError(
                 f"{place}: stage = {self.config.stage}; this command takes recipes of the "

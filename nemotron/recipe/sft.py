@@ -4,19 +4,24 @@ from collections.abc import Iterator
 
 from nemotron.errors import Finding
 from nemotron.model.parameters import by_kind
-from nemotron.posttrain.sft_config import SftConfig
+from nemotron.posttrain.sft_config import ChatRunConfig, SftConfig
 from nemotron.recipe import pretrain
 from nemotron.recipe.read import Idle
 
 
 def impossible(config: SftConfig) -> Iterator[Finding]:
     """Yield the values that contradict each other."""
-    yield from pretrain.impossible(config)
+    yield from impossible_chats(config)
     if config.init_from is None:
         yield Finding(
             "init_from",
             "is absent; name the run, checkpoint or exported folder to fine-tune.",
         )
+
+
+def impossible_chats(config: ChatRunConfig) -> Iterator[Finding]:
+    """Yield those of every stage that learns from conversations."""
+    yield from pretrain.impossible(config)
     if config.data.packing.kind == "concatenate" or config.data.packing.long_documents == "split":
         yield Finding(
             "data.packing",
@@ -26,7 +31,7 @@ def impossible(config: SftConfig) -> Iterator[Finding]:
     yield from untunable(config)
 
 
-def untunable(config: SftConfig) -> Iterator[Finding]:
+def untunable(config: ChatRunConfig) -> Iterator[Finding]:
     """Yield what cannot be frozen."""
     has = by_kind(config.model)
     for part in config.tune.freeze:
@@ -45,7 +50,7 @@ def untunable(config: SftConfig) -> Iterator[Finding]:
         yield Finding("tune.freeze", "leaves nothing to train; remove a part of the list.")
 
 
-def _unadaptable(config: SftConfig) -> Iterator[Finding]:
+def _unadaptable(config: ChatRunConfig) -> Iterator[Finding]:
     """Yield what adapters do not work beside."""
     adapter, parallel = config.tune.adapter, config.parallel
     assert adapter is not None
@@ -80,7 +85,7 @@ def _unadaptable(config: SftConfig) -> Iterator[Finding]:
         )
 
 
-def idle(config: SftConfig) -> Iterator[Idle]:
+def idle(config: ChatRunConfig) -> Iterator[Idle]:
     """Yield keys that nothing reads.
 
     Raises:

@@ -67,18 +67,29 @@ def build_trainer(
 ) -> Trainer:
     """Build what pre-trains: its objective, the rows that this rank reads, and the trainer."""
     objective = PretrainObjective.of(config)
+    batches = text_batches(config, plan, data, device, ranks)
+    local = build_local(config, device, ranks)
+    return Trainer(config, local, objective, batches, plan, device, peak_flops, ranks)
+
+
+def text_batches(
+    config: TextConfig,
+    plan: TrainingPlan,
+    data: TrainingData,
+    device: torch.device,
+    ranks: Ranks,
+) -> TextBatches:
+    """Return the rows that this rank reads."""
     dims = resolve_dims(config.parallel, ranks.world)
-    batches = TextBatches(
+    return TextBatches(
         config.data,
         data,
         reader=MeshCoordinate(ranks.rank, dims).batch,
         num_readers=dims.batch,
         num_steps=plan.num_steps,
-        num_depths=objective.num_depths,
+        num_depths=config.num_depths,
         pin=device.type == "cuda",
     )
-    local = build_local(config, device, ranks)
-    return Trainer(config, local, objective, batches, plan, device, peak_flops, ranks)
 
 
 def validate(trainer: Trainer, data: TrainingData) -> dict[str, float]:
