@@ -12,7 +12,7 @@ import typer.main
 from nemotron import __version__
 from nemotron.commands import data, machine, model, recipe
 from nemotron.commands.shared import DEBUG, CommandGroup, Overrides, RecipeFile
-from nemotron.errors import UserError
+from nemotron.errors import RunFailed, UserError
 from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, MEANINGS, STOPPED, WRONG_INPUT
 from nemotron.terminal import fault_of, mute, say
 
@@ -122,6 +122,8 @@ def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, int]:
     """Return the sentence about an error, empty when there is nothing to say, and the exit code."""
     if isinstance(error, UserError):
         return str(error), WRONG_INPUT
+    if isinstance(error, RunFailed):
+        return f"failed: {error}.", FAILED
     if isinstance(error, typer.TyperException):
         if not (message := _message(error)):
             return "", WRONG_INPUT  # no command was given, and the help has been shown

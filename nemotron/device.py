@@ -42,7 +42,8 @@ def find_device(name: str, local_rank: int | None = None) -> torch.device:
         return torch.device(name)
     known = ["auto", "cpu", *(["cuda"] if count else []), *(f"cuda:{i}" for i in range(count))]
     why = "" if count else " (`nemotron doctor` says why there is no GPU)"
-    raise UserError(f"device = {name} is not on this machine; use {', '.join(known)}{why}.")
+    rule = f"is not on this machine; use {', '.join(known)}{why}."
+    raise UserError(rule, key="device", value=name)
 
 
 def host_memory() -> int:

@@ -87,7 +87,8 @@ def recipe_ops(path: Path) -> OpsConfig:
     try:
         return _OpsOfRecipe.model_validate(document.values).ops
     except ValidationError as error:
-        raise UserError(explain(error, RunConfig, document.places, str(run.recipe))) from error
+        found = explain(error, RunConfig, document.places, str(run.recipe))
+        raise UserError.of(found) from error
 
 
 def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:

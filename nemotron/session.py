@@ -49,7 +49,7 @@ class Session:
         """The trainer, whose `update` does one step on a batch."""
         if self.config.init_from is not None:
             init = self.config.init_from
-            load_initial(self.trainer.local, init, read_weights, self.config.seed)
+            load_initial(self.trainer.local, init, read_weights, seed=self.config.seed)
 
     @property
     def model(self) -> HybridLM:

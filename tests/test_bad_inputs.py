@@ -218,7 +218,7 @@ RECIPE_ROWS = [
     Row("7 circle", both(edit("name: mine", "extends: b.yaml\nname: mine"),
         write("b.yaml", "extends: mine.yaml\n")), CHECK, ("mine.yaml -> b.yaml -> mine.yaml",)),
     Row("8 missing path", nothing, [*CHECK, "schedule.a.b=1"],
-        ("command line", "the key a is unknown under schedule")),
+        ("command line", "schedule.a is unknown")),
     Row("8 no equals sign", nothing, [*CHECK, "schedule.peak"], ("schedule.peak", "key=value")),
     Row("9 unresolved", edit("peak: 1.0e-2", "peak: ${schedule.peek}"), CHECK,
         (f"mine.yaml:{line('peak')}", "schedule.peak", "${schedule.peek}")),

@@ -40,7 +40,7 @@ NOT_USED = re.compile(
 SMALLEST_MODULE, LONGEST_CODE = 1_000, 20_000
 """Bytes: shorter modules are left out, longer ones give their docstrings to `docs`."""
 SHORTEST_DOC = 200
-"""Characters below which a docstring is no document of its own."""
+"""Characters below which a docstring is not a document of its own."""
 
 PLAYS = ("hamlet", "lear", "macbeth", "romeo_and_juliet", "tempest")
 HEADING = {

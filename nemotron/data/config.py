@@ -9,11 +9,11 @@ from nemotron.errors import RuleBroken
 from nemotron.section import Section
 
 EMBEDDED_DOMAINS = ("code", "docs", "verse")
-"""Labelled domains of the corpus that ships with the package."""
+"""Labeled domains of the corpus that ships with the package."""
 
 
 class SourceConfig(Section):
-    """One labelled stream of documents, or a group of them that share a weight."""
+    """One labeled stream of documents, or a group of them that share a weight."""
 
     name: str = Field(min_length=1)
     """Label in metrics. Without `path`, a domain of the embedded corpus: code, docs or verse."""

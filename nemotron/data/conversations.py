@@ -7,6 +7,7 @@ from pathlib import Path
 
 import xxhash
 
+from nemotron.data.cache import held_cache
 from nemotron.data.config import ChatDataConfig, ChatOptions, SourceConfig
 from nemotron.data.embedded import is_whole
 from nemotron.data.folder import MANIFEST, TokenSet
@@ -15,7 +16,7 @@ from nemotron.data.prepare.options import PrepareOptions
 from nemotron.data.prepare.run import prepare
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.files import hash_file, locked
+from nemotron.files import hash_file
 
 log = logging.getLogger(__name__)
 
@@ -45,7 +46,7 @@ def prepare_conversations(
         what = [FORMAT, list(inputs), hashes, tokenizer.hash, options.model_dump(mode="json")]
         digest = xxhash.xxh64_hexdigest(json.dumps(what).encode())
         folder = Path(config.cache).absolute() / f"chat-{_word(source.name)}-{digest}"
-        with locked(folder.parent / ".lock"):
+        with held_cache(folder.parent):
             if not is_whole(folder):
                 prepare(
                     [source.path],

@@ -62,8 +62,9 @@ def read_fingerprint(saved: Mapping[str, Any]) -> Fingerprint:  # Any: JSON
         rules = {"missing": "is missing", "extra_forbidden": "is an unknown key"}
         rule = rules.get(problem["type"], problem["msg"].replace("Input should", "must"))
         raise UserError(
-            f"state.json of the checkpoint: {key} {rule}, so what it was trained on is unknown; "
-            f"start a new run with init_from."
+            f"{rule}, so what it was trained on is unknown; start a new run with init_from.",
+            key=key,
+            where="state.json of the checkpoint",
         ) from None
 
 

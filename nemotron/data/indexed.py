@@ -49,7 +49,7 @@ class Shard:
         """Look at the two files.
 
         Raises:
-            UserError: when one is missing, is no shard, is cut off or does not fit the other.
+            UserError: when one is missing, is not a shard, is cut off or does not fit the other.
         """
         self.prefix = Path(prefix).absolute()
         self.bin = Path(f"{self.prefix}.bin")

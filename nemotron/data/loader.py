@@ -148,10 +148,11 @@ class TrainingData:
             limit = self.limit_of(name)
             if limit is not None and epochs > limit:
                 raise UserError(
-                    f"data.sources: {num_steps} steps need {needed[name]} tokens of {name}, which "
-                    f"has {self.tokens[name].train.num_tokens}: {epochs:.2f} passes, where "
+                    f"{num_steps} steps need {needed[name]} tokens of {name}, which has "
+                    f"{self.tokens[name].train.num_tokens}: {epochs:.2f} passes, where "
                     f"max_epochs = {limit:g}; train for fewer steps, lower its weight or raise "
-                    "max_epochs."
+                    "max_epochs.",
+                    where="data.sources",
                 )
 
     def describe(self) -> list[str]:
@@ -178,7 +179,7 @@ class TrainingData:
         return lines
 
     def fingerprint(self) -> dict[str, Any]:  # Any: nested JSON
-        """Return what the order and content of all rows hang on, to be kept with a checkpoint."""
+        """Return what the order and content of all rows depend on, to be kept with a checkpoint."""
         return {
             "seed": self._seed,
             "data.seq_len": self.config.seq_len,
@@ -219,8 +220,9 @@ class TrainingData:
                 known = named_by.setdefault(source.name, source)
                 if (known.path, known.validation) != (source.path, source.validation):
                     raise UserError(
-                        f"phases: {source.name} is {known.path} in one place and {source.path} in "
-                        "another; give different data different names."
+                        f"{source.name} is {known.path} in one place and {source.path} in "
+                        "another; give different data different names.",
+                        where="phases",
                     )
         for name, source in named_by.items():
             if source.path is None:
@@ -276,9 +278,10 @@ class TrainingData:
             documents = f"{stream.num_documents} documents with {stream.num_tokens} tokens"
             if name not in self.tokens:
                 raise UserError(
-                    f"data.validation: {name} has {documents}, which make no row of data.seq_len = "
+                    f"{name} has {documents}, which make no row of data.seq_len = "
                     f"{self.config.seq_len} (data.packing may drop them); remove it, or give "
-                    "documents that fit."
+                    "documents that fit.",
+                    where="data.validation",
                 )
             if self.holds_out(name):
                 log.warning(
@@ -330,8 +333,9 @@ def rows_of_rank(num_rows: int, rank: int, num_ranks: int) -> slice:
     """
     if num_rows % num_ranks:
         raise UserError(
-            f"batch.global_tokens gives {num_rows} rows a step, which {num_ranks} data-parallel "
-            f"ranks cannot share evenly; use a multiple of {num_ranks} rows."
+            f"gives {num_rows} rows a step, which {num_ranks} data-parallel ranks cannot share "
+            f"evenly; use a multiple of {num_ranks} rows.",
+            key="batch.global_tokens",
         )
     share = num_rows // num_ranks
     return slice(rank * share, (rank + 1) * share)
@@ -347,10 +351,8 @@ def make_writable(cache: Path) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         (cache / ".lock").touch()
     except OSError as error:
-        raise UserError(
-            f"data.cache: {cache.absolute()} cannot be written ({error.strerror}); "
-            "choose a writable folder."
-        ) from error
+        rule = f"cannot be written ({error.strerror}); choose a writable folder."
+        raise UserError(rule, key="data.cache", value=cache.absolute()) from error
 
 
 def _describe_length(length: RowLength) -> dict[str, Any]:  # Any: nested JSON

@@ -105,7 +105,7 @@ def _read(content: bytes, *, specials: bool) -> tokenizers.Tokenizer:
 
 
 def _is_piecewise(layout: dict[str, Any]) -> bool:  # Any: nested JSON
-    """Say whether words do not hang on where a text begins, and ids decode to the very text."""
+    """Say whether words do not depend on where a text begins, and ids decode to the same text."""
     steps = json.dumps(layout["pre_tokenizer"])
     return (
         layout["pre_tokenizer"] is not None
@@ -149,9 +149,8 @@ def load_tokenizer(name_or_path: str, key: str = "data.tokenizer") -> Tokenizer:
     try:
         return Tokenizer(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(
-            f"{key}: {path.resolve()} does not exist; "
-            "give the path of a tokenizer.json, or embedded."
-        ) from None
+        rule = "does not exist; give the path of a tokenizer.json, or embedded."
+        raise UserError(rule, key=key, value=path.resolve()) from None
     except (ValueError, KeyError) as error:
-        raise UserError(f"{key}: {path.resolve()} is not a tokenizer.json: {error}.") from None
+        rule = f"is not a tokenizer.json: {error}."
+        raise UserError(rule, key=key, value=path.resolve()) from None

@@ -198,7 +198,7 @@ def _wait_for_port(seat: Seat, deadline: float, timeout_s: float) -> None:
     """Wait until somebody listens at the meeting point, more quietly than torch does.
 
     Raises:
-        NotMet: when nobody did in time.
+        NotMet: when none did in time.
     """
     while True:
         try:

@@ -42,7 +42,8 @@ def generate(
     """
     for prompt in prompts:
         if not _is_text(prompt):
-            raise UserError(f"prompt = {prompt!r} is not UTF-8 text; give it in that encoding.")
+            rule = "is not UTF-8 text; give it in that encoding."
+            raise UserError(rule, key="prompt", value=repr(prompt))
     budget = None
     if reasoning_budget is not None:
         budget = ReasoningBudget.of(tokenizer, reasoning_budget)

@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from nemotron.errors import UserError
+from nemotron.errors import UserError, show_value
 from nemotron.model.config import LAYER_KINDS, ModelConfig
 
 Values = dict[str, Any]  # Any: whatever a config.json holds
@@ -149,22 +149,23 @@ def from_hf(values: Values, where: str) -> HFConfig:
     """
     read = _Reader(values, where)
     if values.get("model_type") != "nemotron_h":
-        raise read.refuse("model_type", "only nemotron_h can be read")
+        raise read.refuse("model_type", "is another architecture; only nemotron_h can be read")
     if "quantization_config" in values:
-        raise UserError(
-            f"{where}: quantization_config says that the weights are packed; "
-            f"use the bfloat16 checkpoint of this model."
-        )
+        rule = "says that the weights are packed; use the bfloat16 checkpoint of this model."
+        raise UserError(rule, key="quantization_config", where=where)
     pattern = read.pattern("hybrid_override_pattern", "layers_block_type")
     if pattern is None:
-        raise UserError(f"{where}: hybrid_override_pattern and layers_block_type are both absent.")
+        rule = "is absent, and so is layers_block_type; give one of them."
+        raise UserError(rule, key="hybrid_override_pattern", where=where)
     mtp = None
     if blocks := values.get("num_nextn_predict_layers") or 0:
         mtp = read.pattern("mtp_hybrid_override_pattern", "mtp_layers_block_type")
         if mtp is None:
             raise UserError(
-                f"{where}: num_nextn_predict_layers = {blocks}, but mtp_hybrid_override_pattern "
-                f"and mtp_layers_block_type are both absent."
+                "needs mtp_hybrid_override_pattern or mtp_layers_block_type, which are absent.",
+                key="num_nextn_predict_layers",
+                value=blocks,
+                where=where,
             )
         if blocks != 1:
             read.notes.append(
@@ -193,34 +194,31 @@ class _Reader:
         self.notes: list[str] = []
 
     def refuse(self, key: str, rule: str) -> UserError:
-        return UserError(f"{self.where}: {key} = {self.values.get(key)!r}; {rule}.")
+        return UserError(f"{rule}.", key=key, value=self.values.get(key), where=self.where)
 
     def pattern(self, string_key: str, list_key: str) -> str | None:
         """Return the layer letters from whichever form is there; both must agree."""
         string, kinds = self.values.get(string_key), self.values.get(list_key)
         if not isinstance(string, str | None):
-            raise self.refuse(string_key, "it must be a text of layer letters")
+            raise self.refuse(string_key, "must be a text of layer letters")
         if kinds is None:
             return string
         if not isinstance(kinds, list):
-            raise self.refuse(list_key, "it must be a list of layer kinds")
+            raise self.refuse(list_key, "must be a list of layer kinds")
         for kind in kinds:
             if not isinstance(kind, str) or kind not in LETTERS:
-                raise UserError(
-                    f"{self.where}: {list_key} holds {kind!r}; known are {', '.join(LETTERS)}."
-                )
+                rule = f"holds {kind!r}; known are {', '.join(LETTERS)}."
+                raise UserError(rule, key=list_key, where=self.where)
         letters = "".join(LETTERS[kind] for kind in kinds)
         if string not in (None, letters):
-            raise UserError(
-                f"{self.where}: {string_key} = {string!r} and {list_key} = {letters!r} differ."
-            )
+            raise self.refuse(string_key, f"differs from {list_key}, which means {letters}")
         return letters
 
     def check_fixed(self, fixed: Values) -> None:
         """Refuse a value that the architecture has no layer for."""
         for key, value in fixed.items():
             if key in self.values and self.values[key] != value:
-                raise self.refuse(key, f"the model supports only {value!r}")
+                raise self.refuse(key, f"is not supported; the model has only {show_value(value)}")
 
     def dimensions(self, kinds: str) -> Values:
         """Return the copied keys; those without a safe default must be there."""
@@ -235,7 +233,8 @@ class _Reader:
         if "-" in kinds:
             needed.append("intermediate_size")
         if absent := [key for key in needed if self.values.get(key) is None]:
-            raise UserError(f"{self.where}: {', '.join(absent)} is absent; the layers need it.")
+            rule = "is absent; the layers need it."
+            raise UserError(rule, key=", ".join(absent), where=self.where)
         found = {k: self.values[k] for k in COPIED if self.values.get(k) is not None}
         if "-" in kinds:
             found["intermediate_size"] = self.values["intermediate_size"]
@@ -246,7 +245,7 @@ class _Reader:
         names = ("layer_norm_epsilon", "norm_eps")
         found = [self.values[name] for name in names if self.values.get(name) is not None]
         if len(found) > 1 and found[0] != found[1]:
-            raise self.refuse("norm_eps", f"layer_norm_epsilon = {self.values[names[0]]!r} differs")
+            raise self.refuse("norm_eps", f"differs from {names[0]} = {self.values[names[0]]}")
         return found[0] if found else 1e-5
 
     def time_step_limit(self) -> tuple[float, float]:
@@ -257,7 +256,7 @@ class _Reader:
         try:
             low, high = map(_number, limit)
         except (TypeError, ValueError, KeyError):
-            raise self.refuse("time_step_limit", "it must be two numbers") from None
+            raise self.refuse("time_step_limit", "must be two numbers") from None
         return low, math.inf if high >= NO_LIMIT else high
 
     def eos_token_id(self) -> int:

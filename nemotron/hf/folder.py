@@ -86,10 +86,9 @@ def _collect(
 def _tie(folder: Path, weights: dict[str, Tensor]) -> None:
     embedding = weights[EMBEDDING]
     if not torch.equal(weights.setdefault(TIED_HEAD, embedding), embedding):
-        raise UserError(
-            f"{folder}: tie_word_embeddings = true, but {TIED_HEAD} differs from "
-            f"{EMBEDDING}; set it to false in {CONFIG}."
-        )
+        rule = f"is wrong: {TIED_HEAD} differs from {EMBEDDING}; set it to false."
+        where = str(folder / CONFIG)
+        raise UserError(rule, key="tie_word_embeddings", value=True, where=where)
     weights[TIED_HEAD] = embedding
 
 

@@ -97,6 +97,8 @@ class FormatBackend(Backend):
     """GPUs for each format that it has on them."""
     cpu_formats: frozenset[str] = frozenset()
     """Formats that it has on a CPU."""
+    cpu_operation: str | None = None
+    """What torch must have for CPUs; older versions lack it."""
     without: Mapping[str, str] = field(default_factory=dict)
     """Why it cannot be used for a format that it might be thought to have."""
     multiples: Mapping[str, int] = field(default_factory=dict)
@@ -109,8 +111,7 @@ class FormatBackend(Backend):
         if call.format in self.without:
             return self.without[call.format]
         if call.device == "cpu":
-            has = call.format in self.cpu_formats
-            return None if has else f"does not have {call.format} on a CPU"
+            return self._unfit_cpu(call.format)
         if call.format not in self.gpus:
             return f"does not have {call.format}"
         if reason := self.gpus[call.format].lacking(call):
@@ -120,6 +121,14 @@ class FormatBackend(Backend):
             return (
                 f"takes multiples of {multiple}, not a weight of {' x '.join(map(str, call.shape))}"
             )
+        return None
+
+    def _unfit_cpu(self, format: str) -> str | None:
+        if format not in self.cpu_formats:
+            return f"does not have {format} on a CPU"
+        name = self.cpu_operation
+        if name and not torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{name}", "CPU"):
+            return f"needs a torch with {name} on CPUs, which {torch.__version__} lacks"
         return None
 
 
@@ -176,6 +185,7 @@ BACKENDS = (
         _product_layer(scaled_mm.multiply),
         features=frozenset({"split_operands"}),
         cpu_formats=frozenset({"fp8_delayed", "fp8_current"}),
+        cpu_operation="_scaled_mm_v2",
         gpus={
             "fp8_delayed": GPUs((8, 9)),
             "fp8_current": GPUs((8, 9)),
@@ -235,8 +245,9 @@ def choose(name: str, call: FormatCall, module: str) -> FormatBackend:
     if reason := named.unfit(call):
         others = " or ".join(backend.name for backend in fit)
         raise UserError(
-            f"precision.backend = {name} is not fit for {module} in {call.format}: {reason}; "
-            f"use auto or {others}."
+            f"is not fit for {module} in {call.format}: {reason}; use auto or {others}.",
+            key="precision.backend",
+            value=name,
         )
     return named
 

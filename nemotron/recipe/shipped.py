@@ -13,7 +13,7 @@ from nemotron.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
 PARTS = ("model", "blends", "layouts")
-"""Files and folders of parts, which are no recipe by themselves."""
+"""Files and folders of parts, which are not recipes by themselves."""
 SCHEMA = "schema.json"
 
 
@@ -50,7 +50,7 @@ def path_of(name: str) -> Path:
     if name not in (known := names()):
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else "see nemotron recipe list."
-        raise UserError(f"{name}: there is no such recipe; {hint}")
+        raise UserError(f"there is no such recipe; {hint}", where=name)
     return home() / f"{name}.yaml"
 
 

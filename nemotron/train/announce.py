@@ -41,7 +41,9 @@ def announce(setup: Setup, folder: RunFolder, log: RunLog, recipe_path: str) -> 
     facts["ranks"] = ranks.world
     run_id = ""
     if ranks.is_first:
-        run_id = provenance.record_start(folder.provenance, trainer.state.step, facts)
+        entries = provenance.with_start(folder.provenance, trainer.state.step, facts)
+        folder.write(folder.provenance, entries.model_dump(exclude_none=True))
+        run_id = entries.id
     log.info(f"run        {folder.path} ({trainer.device}, {config.precision.compute})")
     if trainer.mesh is not None:
         log.info(f"ranks      {trainer.mesh.describe()}")

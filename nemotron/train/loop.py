@@ -5,7 +5,8 @@ from contextlib import ExitStack
 
 from nemotron.checkpoint.state import PassedOver
 from nemotron.checkpoint.write import CheckpointNotSaved
-from nemotron.exit_codes import DONE, FAILED, STOPPED
+from nemotron.errors import exit_code
+from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.metrics import MetricsFile
@@ -38,19 +39,21 @@ def run(
     if start >= num_steps:
         announce_results(trainer, folder, log, "this run is finished")
         return DONE
-    folder.log_of(ranks.rank).parent.mkdir(exist_ok=True)
-    log.screen.open_log(folder.log_of(ranks.rank))
+    log.screen.open_log(folder.open_log(ranks.rank))
     problem: Exception | None = None
     with ExitStack() as stack:
         tracked = announce(setup, folder, log, recipe_path)
         if ranks.is_first:
             folder.write_status("running", start)
+            stop.before_leaving = lambda: folder.write_status(
+                "failed", trainer.state.step, INTERRUPTED
+            )
             metrics = stack.enter_context(MetricsFile(folder.metrics, last_step=start))
             names: tuple[str, ...] = trainer.config.logging.trackers
             mirrors = Mirrors({name: TRACKERS[name]() for name in names}, log.info)
             mirrors.start(tracked)
             stack.callback(mirrors.finish)
-            log.open(metrics, mirrors)
+            log.open(metrics, mirrors, folder)
             if metrics.num_damaged:
                 log.info(f"warning: {metrics.num_damaged} damaged lines of metrics.jsonl set aside")
         log.screen.start(folder.path.name, num_steps)
@@ -62,6 +65,12 @@ def run(
             saver.finish(wait=True)
         except (Diverged, ReplicasDiffer, CheckpointNotSaved) as error:
             problem = error
+        except BaseException as error:
+            if ranks.is_first:
+                folder.write_status("failed", trainer.state.step, exit_code(error))
+                if isinstance(error, OSError):  # which may be what the loss of the folder led to
+                    folder.check_held()
+            raise
     step = trainer.state.step
     if problem is not None:
         code = FAILED
@@ -74,6 +83,7 @@ def run(
         announce_results(trainer, folder, log, "done")
     if ranks.is_first:
         folder.write_status(STATES[code], step, code)
+        log.catch_up()
     return code
 
 

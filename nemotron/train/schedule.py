@@ -125,7 +125,7 @@ def plan_training(config: TextConfig) -> TrainingPlan:
     """Work out phases and rates.
 
     Raises:
-        UserError: when lengths are missing, do not fit each other or are no whole steps.
+        UserError: when lengths are missing, do not fit each other or are not whole steps.
     """
     tokens_per_step = config.batch.global_tokens
     if not config.phases:
@@ -263,7 +263,7 @@ def _given_steps(config: TextConfig, size_of: Sequence[int]) -> Iterator[int | N
         if phase.tokens % size:
             near = max(1, round(phase.tokens / size))
             raise UserError(
-                f"are no whole steps of {size} tokens; the nearest is {near * size} "
+                f"are not whole steps of {size} tokens; the nearest is {near * size} "
                 f"(steps: {near}).",
                 key=f"phases.{number}.tokens",
                 value=f"{phase.tokens:.0f}",

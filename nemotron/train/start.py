@@ -20,15 +20,21 @@ from nemotron.model.parameters import count_parameters
 from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
 from nemotron.parallel.apply import LocalModel
-from nemotron.parallel.runtime import Launch, start
+from nemotron.parallel.runtime import Launch, Ranks, start
 from nemotron.precision.apply import DTYPES
-from nemotron.precision.policy import Assignment, assign, preset_at, summarize
+from nemotron.precision.policy import Assignment, assign, summarize
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
 from nemotron.terminal import print_text
+from nemotron.train.agreement import (
+    check_agreement,
+    facts_of_data,
+    facts_of_start,
+    facts_of_weights,
+)
 from nemotron.train.config import RunConfig
 from nemotron.train.layout import check_layout, describe_ranks, least_world
 from nemotron.train.loop import run
@@ -70,6 +76,7 @@ def train(
     device = find_device(config.device, launch.local_rank if launch else None)
     folder = RunFolder(config.run_path, config)
     ranks = start(launch, device, config.parallel)
+    check_agreement(facts_of_start(config, device, resume=resume), ranks)
     ranks.first(lambda: folder.check(plan.num_steps, resume=resume, allow_changed=allow_changed))
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest(stop_at))
@@ -83,11 +90,12 @@ def train(
         setup = trained.build(config, plan, device, sum(ranks.gather(own_peak)), ranks)
         stack.callback(setup.close)
         trainer = setup.trainer
+        check_agreement(facts_of_data(trainer.batches.state()), ranks)
         stack.enter_context(folder.held(ranks))
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)
         if not (resume and saver.restore()) and config.init_from is not None:
-            load_initial(trainer.local, config.init_from, read_initial, config.seed)
+            load_initial(trainer.local, config.init_from, read_initial, ranks, seed=config.seed)
         return run(setup, folder, log, saver, stop, recipe_path)
 
 
@@ -151,16 +159,23 @@ def _precision_tables(
 ) -> Iterator[tuple[int, str, list[Assignment]]]:
     """Yield the table of formats at the start and after each switch, with its step and preset."""
     for step in (0, *(switch.step for switch in config.precision.switches)):
-        preset = preset_at(config.precision, step)
+        preset = config.precision.preset_at(step)
         yield step, preset, assign(model, config.precision, preset, device)
 
 
-def load_initial(local: LocalModel, path: str, read: ReadModel, seed: int = 0) -> None:
+def load_initial(
+    local: LocalModel, path: str, read: ReadModel, ranks: Ranks | None = None, *, seed: int = 0
+) -> None:
     """Start from saved weights; every tensor must be there, with its shape, and no other.
 
     `seed` is that of adapters, which begin anew.
+
+    Raises:
+        UserError: when they are not those of the recipe, or not those of another rank.
     """
     saved_config, weights = read(Path(path))
+    if ranks is not None and ranks.world > 1:
+        check_agreement(facts_of_weights(weights), ranks)
     own = shapes(local.config)
     problems = [f"{name} is absent" for name in own if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in own]
@@ -173,8 +188,10 @@ def load_initial(local: LocalModel, path: str, read: ReadModel, seed: int = 0) -
         old, new = saved_config.model_dump(), local.config.model_dump()
         keys = [f"model.{key} = {old[key]} there" for key in old if old[key] != new[key]]
         raise UserError(
-            f"init_from: the weights in {path} do not fit the recipe ({', '.join(keys)}): "
-            f"{'; '.join(problems[:10])}."
+            f"has weights that do not fit the recipe ({', '.join(keys)}): "
+            f"{'; '.join(problems[:10])}.",
+            key="init_from",
+            value=Path(path),
         )
 
     def value(name: str, shape: torch.Size, experts: range | None) -> Tensor:

@@ -3,7 +3,6 @@
 import enum
 import statistics
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class TrainerState(Counters):
     """The counters of a run, and how a step changes them."""
 
     @classmethod
-    def fresh(cls) -> Self:
+    def fresh(cls) -> "TrainerState":
         """Return the counters before the first step."""
         return cls(
             step=0,
@@ -63,7 +62,7 @@ class TrainerState(Counters):
         )
 
     def advance(self, tokens: int, loss: float, grad_norm: float, skip: Skip | None) -> None:
-        """Count a step, whatever became of it."""
+        """Count a step, whether it was done or skipped."""
         if skip is None:
             self.nonfinite_in_a_row = self.spikes_in_a_row = 0
             self.recent_losses = [*self.recent_losses, loss][-SPIKE_WINDOW:]

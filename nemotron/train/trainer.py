@@ -24,7 +24,7 @@ from nemotron.ops.apply import apply as apply_ops
 from nemotron.parallel.apply import LocalModel, distribute
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.mesh import Mesh
-from nemotron.parallel.quantized import connect, token_numbers
+from nemotron.parallel.quantized import connect
 from nemotron.parallel.runtime import Ranks
 from nemotron.precision.apply import Quantization
 from nemotron.precision.apply import apply as apply_precision
@@ -82,7 +82,8 @@ class Trainer:
         self._kinds = kinds(config.model)
         self.peak_flops = peak_flops
         reliability = config.reliability
-        self._faults = Faults(reliability.faults, self.ranks.rank)
+        faults = reliability.faults
+        self._faults = Faults(faults, self.ranks.rank) if faults else None
         every = reliability.check_replicas_every_steps
         self._replicas = ReplicaCheck(self.local, self.optimizer, self.ranks) if every else None
 
@@ -100,7 +101,8 @@ class Trainer:
         goes on measuring what began with the reading of the batch.
         """
         config, watch = self.config, watch or Stopwatch(self.device, self.progress, step)
-        self._faults.strike(step, self.local)
+        if self._faults is not None:
+            self._faults.strike(step, self.local)
         watch.begin("wait")
         counts, num_tokens = self._sum_counts(batch)  # of the whole step, before any backward
 
@@ -129,7 +131,7 @@ class Trainer:
         others = sums.add_up(self.ranks, others, counts_loss=self.local.counts_loss)
         norms = GradientNorms(others[:-1], self._kinds)
         total = self.objective.combine(sums.terms, counts)
-        # once a step the host waits for three numbers: whether to update hangs on them
+        # once a step the host waits for three numbers: they decide whether to update
         loss, grad_norm, stops = torch.stack([total.double(), norms.total(), others[-1]]).tolist()
         watch.begin("optimizer")
         lr, clip = self.plan.lr(step), clip_coefficient(grad_norm, config.optimizer.clip)
@@ -167,7 +169,7 @@ class Trainer:
         first = self.local.batch_rank * num_rows
         for micro in self.local.share_rows(batch).split(at_once):
             rows = micro.input_ids.shape[0]
-            yield token_numbers(first, rows, length, self.local), micro
+            yield self.local.token_numbers(first, rows, length), micro
             first += rows
 
     def _run_stages(
@@ -298,6 +300,6 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
         num_depths=config.num_depths,
         device=device,
     )
-    local.materialise(device)
+    local.materialize(device)
     local.init_weights(config.seed)
     return local

@@ -179,7 +179,7 @@ def test_a_planted_index_beside_good_tensors_is_refused_and_not_run(tmp_path, la
     checkpoint, mark = tmp_path / folder_name(10), tmp_path / "executed"
     plant_object(checkpoint, mark)
     seal(checkpoint, 10, layout)
-    with pytest.raises(UserError, match=r"convert|'.metadata' is no file of a checkpoint"):
+    with pytest.raises(UserError, match=r"convert|'.metadata' is not part of a checkpoint"):
         read_model(tmp_path)
     assert not mark.exists()
 

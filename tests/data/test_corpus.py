@@ -45,10 +45,10 @@ def test_the_archives_stay_small():
     assert sum(path.stat().st_size for path in EMBEDDED.glob("*.xz")) < 1.3e6
 
 
-def test_every_shipped_file_has_its_licence():
-    licences = (EMBEDDED / "LICENSES.md").read_text()
+def test_every_shipped_file_has_its_license():
+    licenses = (EMBEDDED / "LICENSES.md").read_text()
     for path in EMBEDDED.iterdir():
-        assert path.name == "LICENSES.md" or f"`{path.name}`" in licences
+        assert path.name == "LICENSES.md" or f"`{path.name}`" in licenses
     assert "PSF hereby\ngrants Licensee" in (EMBEDDED / "PSF-LICENSE.txt").read_text()
 
 
@@ -73,6 +73,7 @@ def test_the_tokenizer_is_trained_again_to_the_same_bytes(tool):
     assert tool.train_tokenizer(texts) == (EMBEDDED / "tokenizer.json").read_text()
 
 
+@pytest.mark.slow
 def test_code_and_docs_are_made_again_from_the_standard_library(tool):
     library = Path(ast.__file__).parent
     try:

@@ -270,6 +270,7 @@ def test_a_link_is_not_followed_and_the_old_name_of_a_replaced_folder_is_free(
     assert sorted(os.listdir(tmp_path)) == [".out.old", "away", "out"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_an_export_and_an_import_with_a_sentence(run: Path, tmp_path: Path):
     for arguments in (["export", str(run)], ["import", str(tmp_path / "whole")]):
         if arguments[0] == "import":
@@ -335,6 +336,7 @@ def test_a_tied_head_is_written_and_read_back_tied(tmp_path: Path, make_run):
     assert selfcheck.main(tmp_path / "out", tied) == 0
 
 
+@pytest.mark.slow
 def test_a_tied_model_that_was_trained_resumes_generates_exports_and_begins_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

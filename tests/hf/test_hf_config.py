@@ -205,13 +205,13 @@ def test_the_first_of_several_ends_of_text_is_taken_and_said():
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, ["model_type = 'llama'", "nemotron_h"]),
-        ({"attention_bias": True}, ["attention_bias = True", "False"]),
+        ({"model_type": "llama"}, ["model_type = llama", "nemotron_h"]),
+        ({"attention_bias": True}, ["attention_bias = true", "has only false"]),
         ({"mamba_proj_bias": True}, ["mamba_proj_bias"]),
         ({"use_bias": True}, ["use_bias"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
-        ({"mlp_hidden_act": "silu"}, ["mlp_hidden_act = 'silu'", "relu2"]),
-        ({"mamba_hidden_act": "gelu"}, ["mamba_hidden_act = 'gelu'", "silu"]),
+        ({"mlp_hidden_act": "silu"}, ["mlp_hidden_act = silu", "relu2"]),
+        ({"mamba_hidden_act": "gelu"}, ["mamba_hidden_act = gelu", "silu"]),
         ({"n_shared_experts": 2}, ["n_shared_experts = 2", "only 1"]),
         ({"sliding_window": 128}, ["sliding_window = 128"]),
         ({"quantization_config": {"quant_algo": "NVFP4"}}, ["packed", "bfloat16"]),

@@ -172,7 +172,7 @@ def test_a_config_of_other_dimensions_is_refused(single: Path, tmp_path: Path):
 
 
 @pytest.mark.parametrize("kind", ["NVFP4", "FP8"])
-def test_packed_checkpoints_are_recognised_by_their_scales(single: Path, tmp_path: Path, kind: str):
+def test_packed_checkpoints_are_recognized_by_their_scales(single: Path, tmp_path: Path, kind: str):
     name = "backbone.layers.1.mixer.experts.0.up_proj.weight"
     rows, columns = 9, 11
     if kind == "NVFP4":

@@ -44,6 +44,7 @@ def test_a_second_run_in_the_same_folder_is_told_who_holds_it(recipe):
     RunFolder(config.run_path, config).check(STEPS, resume=True)
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_dead_process_is_no_obstacle(recipe):
     config = recipe()
     script = (

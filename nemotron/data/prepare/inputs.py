@@ -188,7 +188,7 @@ def _cut(path: str, size: int, target: int, options: PrepareOptions) -> Iterator
 
 
 def _units(pieces: Sequence[Piece], target: int) -> Iterator[Unit]:
-    """Yield units of neighbouring pieces; each part of a data set is a unit of its own."""
+    """Yield units of neighboring pieces; each part of a data set is a unit of its own."""
     gathered: list[Piece] = []
     number = size = 0
     for piece in pieces:

@@ -24,7 +24,7 @@ from nemotron.data.prepare.progress import PrepareProgress
 from nemotron.data.prepare.unit import Receipt, write_unit
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
-from nemotron.files import hash_file, try_lock, write_json
+from nemotron.files import hash_file, open_regular, try_lock, write_json
 from nemotron.outputs import (
     MARK,
     begin,
@@ -170,8 +170,9 @@ def _workplace(job: PrepareJob, made: Plan, tokenizer: Tokenizer) -> Iterator[No
     plan_file = job.work / "plan.json"
     identity = _identity(made, tokenizer, job.options) | {"stamps": list(made.stamps)}
     _adopt(job.work, WORK_FILE)
-    with open(job.work / "lock", "a") as lock:
-        if not try_lock(lock.fileno()):
+    path = job.work / "lock"
+    with open(open_regular(path, os.O_WRONLY | os.O_CREAT), "a") as lock:
+        if not try_lock(lock.fileno(), path):
             raise UserError(f"{job.work} is in use by another preparation; wait for it to end.")
         if plan_file.exists() and not _holds(plan_file, identity):
             raise UserError(
@@ -258,10 +259,16 @@ def _in_processes(
     todo: Sequence[Unit], job: PrepareJob, workers: int, progress: PrepareProgress
 ) -> Generator[tuple[int, Receipt], None, None]:
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(job, counter)
-    )
+    try:
+        counter = context.Value("q", 0)
+        pool = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_start_worker, initargs=(job, counter)
+        )
+    except OSError as error:
+        raise UserError(
+            f"worker processes cannot share memory: {error.strerror or error} in /dev/shm; use "
+            "--workers 1, or give this machine or container a /dev/shm that can be written."
+        ) from None
     with interrupts.noted() as noted, pool:
         with interrupts.blocked():  # the pool starts its workers here
             running = {pool.submit(_work_here, unit): unit.number for unit in todo}
@@ -296,7 +303,7 @@ def _start_worker(job: PrepareJob, counter: "Synchronized[int]") -> None:
 
 
 def _end_with_parent() -> None:
-    """Die when the parent does: nobody would clean up after an orphan that still writes."""
+    """Die when the parent does: nothing cleans up after an orphan that still writes."""
     connection.wait([_parent_sentinel()])
     os._exit(1)
 
