@@ -11,7 +11,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.runtime import Launch, Ranks
 from nemotron.precision.apply import DTYPES
 from nemotron.recipe.load import load_recipe
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import TextConfig
 from nemotron.train.layout import check_layout
 from nemotron.train.pretraining import build_trainer, open_data, validate
 from nemotron.train.record import StepResult
@@ -36,7 +36,7 @@ class Session:
         """
         if Launch.of_this_process() is not None:
             raise UserError("a Session trains in one process; use nemotron train under torchrun.")
-        self.config: PretrainConfig = load_recipe(recipe, overrides).pretraining
+        self.config: TextConfig = load_recipe(recipe, overrides).text
         """The checked recipe."""
         plan = plan_training(self.config)
         check_layout(self.config, plan, 1)
@@ -48,7 +48,8 @@ class Session:
         self.trainer = build_trainer(self.config, plan, self.data, device, peak, Ranks())
         """The trainer, whose `update` does one step on a batch."""
         if self.config.init_from is not None:
-            load_initial(self.trainer.local, self.config.init_from, read_initial)
+            init, seed = self.config.init_from, self.config.seed
+            load_initial(self.trainer.local, init, read_initial, seed=seed)
 
     @property
     def model(self) -> HybridLM:

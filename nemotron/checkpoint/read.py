@@ -24,6 +24,7 @@ from nemotron.checkpoint.manifest import MODEL, STATE, CheckpointInfo
 from nemotron.checkpoint.records import DamagedCheckpoint, explain, read_record
 from nemotron.checkpoint.state import SavedState
 from nemotron.errors import UserError
+from nemotron.model.adapter import merge_all
 from nemotron.model.config import ModelConfig
 from nemotron.parallel.shards import local_shards
 
@@ -174,7 +175,8 @@ def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return configuration and weights of the newest whole checkpoint at `path`, on the CPU.
 
     `path` is the folder of a run, its `checkpoints` folder, or one checkpoint. Names are those of
-    `HybridLM.state_dict()`. Damaged newer checkpoints are named in the log.
+    `HybridLM.state_dict()`, and adapters are merged. Damaged newer checkpoints
+    are named in the log.
 
     Raises:
         UserError: when there is no whole checkpoint.
@@ -187,7 +189,7 @@ def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     saved = SavedTensors(info)
     weights = saved.empty(MODEL_PREFIX)
     saved.load(weights)
-    named = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in weights.items()}
+    named = merge_all({n.removeprefix(MODEL_PREFIX): tensor for n, tensor in weights.items()})
     config = read_model_config(info)
     if config.tie_word_embeddings and EMBEDDING in named:
         named[TIED_HEAD] = named[EMBEDDING]

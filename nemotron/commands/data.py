@@ -211,5 +211,5 @@ def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":
     from nemotron.train.pretraining import open_data
     from nemotron.train.schedule import plan_training
 
-    config = load_recipe(recipe, overrides or []).pretraining
+    config = load_recipe(recipe, overrides or []).text
     return open_data(config, plan_training(config))

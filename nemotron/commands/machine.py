@@ -47,7 +47,7 @@ def plan(
     from nemotron.recipe.load import load_recipe
 
     return run(
-        load_recipe(recipe, overrides or []).pretraining,
+        load_recipe(recipe, overrides or []).text,
         gpus=gpus,
         hardware=hardware,
         search=search,

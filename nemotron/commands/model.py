@@ -110,6 +110,12 @@ def export(
     mamba_fp32: Annotated[
         bool, typer.Option("--mamba-fp32", help="Write A_log, D and dt_bias in float32.")
     ] = False,
+    adapter: Annotated[
+        bool, typer.Option("--adapter", help="Write the adapters alone, in the layout of PEFT.")
+    ] = False,
+    base: Annotated[
+        str | None, typer.Option(help="Model that PEFT attaches the adapters to (--adapter).")
+    ] = None,
     check: Annotated[bool, typer.Option(help="Run the self-check at the end.")] = True,
     max_shard_gb: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Largest file size, in 10^9 bytes.")
@@ -123,6 +129,10 @@ def export(
     from nemotron.hf.export import export as run_export
     from nemotron.hf.formats import MAMBA_FP32, RELEASED
 
+    if adapter:
+        from nemotron.hf.adapter import export_adapter
+
+        return export_adapter(run, out, base=base, overwrite=overwrite)
     return run_export(
         run,
         out,

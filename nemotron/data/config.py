@@ -238,6 +238,42 @@ class DataConfig(Section):
         return self
 
 
+class ChatOptions(Section):
+    """How conversations are read and rendered."""
+
+    messages_column: str = "messages"
+    """Column with the messages of a row."""
+    tools_column: str = "tools"
+    """Column with the functions that the assistant could call."""
+    enable_thinking: bool = True
+    """Whether reasoning is kept."""
+    truncate_history_thinking: bool = True
+    """Whether reasoning before the last user message is left out."""
+
+
+class ChatSetConfig(ChatOptions):
+    """How sources of conversations are prepared for a run."""
+
+    max_bad_rows: int = Field(0, ge=0)
+    """Rows of each source that may be unfit; they are left out."""
+
+
+class ChatDataConfig(DataConfig):
+    """Conversations: whole ones in each row, which do not see each other."""
+
+    sources: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)]
+    """Files, folders or patterns of JSON lines or parquet, data sets of the hub (hf://OWNER/NAME)
+    or prepared folders, with their weights."""
+    packing: PackingConfig = PackingConfig(kind="best_fit", long_documents="drop")
+    """How conversations are packed into rows; none is cut in two."""
+    reset_documents: bool = True
+    """Whether attention, convolution and state stop at the bounds of conversations."""
+    validation_fraction: float = Field(0.05, ge=0, lt=1)
+    """Share of the conversations to hold out; a hash of each decides."""
+    chat: ChatSetConfig = ChatSetConfig()
+    """How conversations are read and rendered."""
+
+
 def check_lengths(lengths: Sequence[LengthConfig]) -> None:
     """Raise ValueError if a row length is given twice."""
     sizes = [length.seq_len for length in lengths]

@@ -34,7 +34,7 @@ def prepare_embedded(domain: str, config: DataConfig, tokenizer: Tokenizer) -> P
     name = f"{domain}-{xxhash.xxh64_hexdigest(json.dumps(what).encode())}"
     folder = cache.absolute() / name
     with held_cache(cache):
-        if not _is_whole(folder):
+        if not is_whole(folder):
             texts = load_documents(domain)
             # Neighbours in the corpus are scenes of one play: mix them, the same way everywhere.
             texts.sort(key=lambda text: xxhash.xxh64_digest(text.encode()))
@@ -46,7 +46,8 @@ def prepare_embedded(domain: str, config: DataConfig, tokenizer: Tokenizer) -> P
     return folder
 
 
-def _is_whole(folder: Path) -> bool:
+def is_whole(folder: Path) -> bool:
+    """Say whether a prepared folder is there with all its files as its manifest has them."""
     if not (folder / MANIFEST).exists():
         return False
     try:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from nemotron.data.batch import NO_LABEL, Batch, Row, pack
-from nemotron.data.config import DataConfig, SourceConfig
+from nemotron.data.config import ChatDataConfig, DataConfig, SourceConfig
+from nemotron.data.conversations import check_supervised, prepare_conversations
 from nemotron.data.embedded import prepare_embedded
 from nemotron.data.fingerprint import check_same_data
 from nemotron.data.folder import TokenSet, open_source
@@ -233,6 +234,8 @@ class TrainingData:
     def _open(self, source: SourceConfig, hold_out: float) -> TokenSet:
         """Open a source; what is not tokens yet is made so, with this share held out."""
         config, tokenizer = self.config, self.tokenizer
+        if isinstance(config, ChatDataConfig):
+            return self._open_conversations(source, config, hold_out)
         beside = source.validation
         if source.path is None:
             path = str(prepare_embedded(source.name, config, tokenizer))
@@ -242,6 +245,24 @@ class TrainingData:
             beside = tokens_of(beside, config, tokenizer, 0.0)
         source = source.model_copy(update={"path": path, "validation": beside})
         return open_source(source, config, tokenizer, self._limit)
+
+    def _open_conversations(
+        self, source: SourceConfig, config: ChatDataConfig, hold_out: float
+    ) -> TokenSet:
+        """Open conversations, which are prepared first if needed."""
+        tokenizer, beside = self.tokenizer, source.validation
+        if source.path is None:
+            path = str(prepare_embedded(source.name, config, tokenizer))
+            source = source.model_copy(update={"path": path})
+        share = 0.0 if beside is not None else hold_out
+        source = prepare_conversations(source, config, tokenizer, share)
+        if beside is not None:
+            held = SourceConfig(name=source.name, path=beside)
+            held = prepare_conversations(held, config, tokenizer, 0.0)
+            source = source.model_copy(update={"validation": held.path})
+        opened = open_source(source, config, tokenizer, self._limit)
+        check_supervised(source.name, opened)
+        return opened
 
     def _rows_of(self, name: str, seq_len: int) -> Source:
         tokens = self.tokens[name]

@@ -95,6 +95,12 @@ class Source:
         available = tokens.train.num_tokens
         # the window of the last row may end at the first token again
         self.num_rows = available // seq_len if plan is None else len(plan.row_ends)
+        if plan is not None and available and not self.num_rows:
+            raise UserError(
+                f"data.packing drops all {plan.counts.documents} documents of {name}, as none "
+                f"fits into a row of data.seq_len = {seq_len}; use longer rows, or "
+                "long_documents: truncate."
+            )
         if not self.num_rows or (plan is None and available <= seq_len):
             raise UserError(
                 f"{name} ({tokens.path}) has {available} tokens to train on; a row of "

@@ -18,6 +18,7 @@ from nemotron.checkpoint.read import (
 )
 from nemotron.hf.formats import Formats, imported_formats
 from nemotron.hf.names import DiskParameter
+from nemotron.model.adapter import adapters_of, merged
 from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
 from nemotron.run.files import RunFiles
@@ -81,8 +82,17 @@ class TensorReader:
             self._last = None
             master = torch.empty(self._shapes[source])
             self._saved.load({MODEL_PREFIX + source: master})
-            self._last = (source, master)
+            self._last = (source, self._with_adapter(source, master))
         return self._last[1]
+
+    def _with_adapter(self, source: str, master: Tensor) -> Tensor:
+        """Return a tensor with its adapter in it, if it has one."""
+        start = MODEL_PREFIX + adapters_of(source)
+        found = self._saved.empty(start)
+        if not found:
+            return master
+        self._saved.load(found)
+        return merged(master, {name.removeprefix(start): t for name, t in found.items()})
 
 
 def open_checkpoint(path: Path) -> CheckpointSource:

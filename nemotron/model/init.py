@@ -47,15 +47,16 @@ def draw(
     be drawn: a rank need not draw what others hold.
     """
     if not name.endswith(STACKED):
-        return _draw(name, shape, config, _generator(seed, name))
+        return _draw(name, shape, config, generator(seed, name))
     numbers = range(shape[0]) if experts is None else experts
     result = torch.empty(len(numbers), *shape[1:])
     for row, expert in zip(result, numbers, strict=True):
-        row.copy_(_draw(name, row.shape, config, _generator(seed, f"{name}.{expert}")))
+        row.copy_(_draw(name, row.shape, config, generator(seed, f"{name}.{expert}")))
     return result
 
 
-def _generator(seed: int, name: str) -> torch.Generator:
+def generator(seed: int, name: str) -> torch.Generator:
+    """Return the generator of a tensor's first values."""
     digest = hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest, "little") >> 1)
 

@@ -1,13 +1,20 @@
 """Leaves of the model: they keep float32 master weights and compute in the dtype of their input."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
+from nemotron.model.adapter import Adapter
 from nemotron.ops.linear import linear
 from nemotron.ops.linear_cross_entropy import linear_cross_entropy
 from nemotron.ops.rms_norm import rms_norm
+
+ROWS_COMPARED = 512
+"""Tokens of which all logits exist at a time where whole distributions are compared."""
 
 
 class Linear(nn.Module):
@@ -17,9 +24,11 @@ class Linear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_features, in_features))
         self.linear = linear
+        self.adapter: Adapter | None = None
 
     def forward(self, x: Float[Tensor, "*batch I"]) -> Float[Tensor, "*batch O"]:
-        return self.linear(x, self.weight)
+        y = self.linear(x, self.weight)
+        return y if self.adapter is None else self.adapter(x, y, self.weight)
 
 
 class Head(Linear):
@@ -51,6 +60,26 @@ class Head(Linear):
         scaled = (hidden / temperature).flatten(0, 1)
         losses = self.linear_cross_entropy(scaled, self.weight, labels.flatten(), reduction="none")
         return -losses.view(labels.shape)
+
+    def compare(
+        self,
+        hidden: Float[Tensor, "M D"],
+        function: Callable[[Float[Tensor, "m V"], slice], Tensor],
+    ) -> Float[Tensor, ""]:
+        """Return the sum of a function of the logits, which gets some rows of them at a time.
+
+        The logits of all rows never exist at once; backward computes them again.
+        """
+
+        def part(rows: Tensor, weight: Tensor, which: slice) -> Tensor:
+            logits = rows @ weight.to(rows.dtype).T
+            return function(logits, which)
+
+        total = (hidden[:0].sum() + self.weight[:0].sum()).float()
+        for first in range(0, hidden.shape[0], ROWS_COMPARED):
+            which = slice(first, first + ROWS_COMPARED)
+            total = total + checkpoint(part, hidden[which], self.weight, which, use_reentrant=False)
+        return total
 
 
 class RMSNorm(nn.Module):

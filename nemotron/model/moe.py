@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from nemotron.model.adapter import Adapter
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear
 from nemotron.model.mlp import MLP
@@ -112,6 +113,8 @@ class Experts(nn.Module):
     def __init__(self, num_experts: int, input_size: int, intermediate_size: int) -> None:
         super().__init__()
         self.dispatcher = self.number_copies = None
+        self.up_adapter: Adapter | None = None
+        self.down_adapter: Adapter | None = None
         self.grouped_linear, self.squared_relu = grouped_linear, squared_relu
         self.token_copies = token_copies
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, input_size))
@@ -132,7 +135,7 @@ class Experts(nn.Module):
         x = dispatched.receive(dispatched.x)
         if not dispatched.token.shape[0]:
             # there is nothing to multiply, but other ranks wait for this one's gradients
-            parts = (x, dispatched.weights, self.up_proj, self.down_proj)
+            parts = (x, dispatched.weights, *self.parameters())
             return dispatched.combine(torch.zeros_like(x) + sum(part[:0].sum() for part in parts))
         copies, counts = _arrange(dispatched, x.shape[0], row_multiple(x))
         # padding has weight 0, so it changes no gradient
@@ -144,9 +147,13 @@ class Experts(nn.Module):
             numbers = numbers.scatter(0, copies.place, dispatched.numbers)
         rows = self.token_copies.copy(x, *copies)
         hidden = self.multiply(rows, self.up_proj, counts, numbers)
+        if self.up_adapter is not None:
+            hidden = self.up_adapter.add_grouped(rows, hidden, counts, self.grouped_linear)
         # weights before the down projection, as Megatron-LM does in training
         hidden = self.squared_relu(hidden, weights.unsqueeze(-1))
         rows = self.multiply(hidden, self.down_proj, counts, numbers)
+        if self.down_adapter is not None:
+            rows = self.down_adapter.add_grouped(hidden, rows, counts, self.grouped_linear)
         return dispatched.combine(self.token_copies.add(rows, *copies))
 
     def multiply(

@@ -4,7 +4,7 @@ The model's own code knows none of it: parameters take their local shapes, hooks
 places that the model offers for them, and every name stays that of the whole.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from jaxtyping import Int
@@ -14,9 +14,10 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from nemotron.data.batch import Batch
+from nemotron.model.adapter import Adapter, first_value, is_adapter
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.init import STACKED, draw
+from nemotron.model.init import STACKED, draw, generator
 from nemotron.model.router import routers
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.context import chunks
@@ -165,7 +166,21 @@ class LocalModel:
 
     def init_weights(self, seed: int) -> None:
         """Draw this rank's part of the weights: the same whole tensors in any layout."""
-        self.fill(lambda name, shape, experts: draw(name, shape, self.config, seed, experts))
+        self.fill(
+            lambda name, shape, experts: (
+                self.first_value(name, shape, seed)
+                if is_adapter(name)
+                else draw(name, shape, self.config, seed, experts)
+            )
+        )
+
+    def first_value(
+        self, name: str, shape: torch.Size, seed: int, weights: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """Return the first value of a tensor of an adapter, on these weights of the whole model."""
+        adapter = self.module(name.rpartition(".")[0])
+        assert isinstance(adapter, Adapter), name
+        return first_value(name, shape, adapter.scale, generator(seed, name), weights)
 
     @torch.no_grad()
     def fill(self, read: Read) -> None:

@@ -66,7 +66,7 @@ def shard(model: HybridLM, root: nn.Module, mesh: Mesh, config: ParallelConfig) 
     fully_shard(root, mesh=mesh.fsdp, mp_policy=wide, reshard_after_forward=False)
     _gather_ahead(blocks)
     if isinstance(head, FSDPModule):
-        for method in ("loss", "token_logprobs"):
+        for method in ("loss", "token_logprobs", "compare"):
             register_fsdp_forward_method(head, method)
     for unit in units(root):
         unit.set_gradient_divide_factor(1.0)

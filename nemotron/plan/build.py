@@ -10,7 +10,7 @@ from nemotron.plan.hardware import Hardware
 from nemotron.plan.job import Job
 from nemotron.plan.throughput import FITTED, ON_CPU, Constants, predict, stated_efficiency
 from nemotron.plan.work import flops_by_format
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import TextConfig
 from nemotron.train.layout import findings
 from nemotron.train.schedule import TrainingPlan, plan_training
 
@@ -51,7 +51,7 @@ def main_stretch(stretches: list[Stretch]) -> Stretch:
 class Setting:
     """All of a recipe that the cost depends on, but its layout, read once."""
 
-    config: PretrainConfig
+    config: TextConfig
     hardware: Hardware
     training: TrainingPlan
     stretches: tuple[Stretch, ...]
@@ -100,7 +100,7 @@ def _dispatch(parallel: ParallelConfig) -> str:
     return "all_gather" if parallel.expert_dispatch == "all_gather" else "per_rank"
 
 
-def read_setting(config: PretrainConfig, hardware: Hardware) -> Setting:
+def read_setting(config: TextConfig, hardware: Hardware) -> Setting:
     """Read from a recipe what its cost depends on.
 
     Raises:

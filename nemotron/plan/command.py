@@ -16,12 +16,12 @@ from nemotron.plan.report import DAY, Report, as_json, describe_layout, nearest_
 from nemotron.plan.search import search as find_layouts
 from nemotron.plan.tables import grids_of, show
 from nemotron.plan.trace import trace_blocks
-from nemotron.train.config import PretrainConfig, RunConfig
+from nemotron.train.config import RunConfig, TextConfig
 from nemotron.train.layout import least_world
 
 
 def plan(
-    config: PretrainConfig,
+    config: TextConfig,
     *,
     gpus: int,
     hardware: str,
@@ -75,7 +75,7 @@ def estimate(config: RunConfig) -> list[str]:
     """
     launch = Launch.of_this_process()
     name = _name_of_this(find_device(config.device))
-    if name is None or not isinstance(config, PretrainConfig) or (launch and launch.rank):
+    if name is None or not isinstance(config, TextConfig) or (launch and launch.rank):
         return []
     world = launch.world if launch else least_world(config.parallel)
     system = find_hardware(name, world)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from nemotron.errors import UserError
+from nemotron.posttrain.sft_config import DistillConfig
 from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check
 from nemotron.recipe.explain import explain
@@ -18,7 +19,7 @@ from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
 from nemotron.recipe.stages import Stage, find_stage
 from nemotron.recipe.yaml_text import parse_yaml
-from nemotron.train.config import PretrainConfig, RunConfig
+from nemotron.train.config import RunConfig, TextConfig
 
 if TYPE_CHECKING:
     from nemotron.train.setup import Stage as TrainedStage
@@ -42,15 +43,17 @@ class Recipe:
         return any(self.places.get(key) == COMMAND_LINE for key in keys)
 
     @property
-    def pretraining(self) -> PretrainConfig:
-        """The configuration, for a command that works on pre-training alone.
+    def text(self) -> TextConfig:
+        """The configuration, for a command that works on stages that learn from text alone.
 
         Raises:
             UserError: when the recipe is for another stage.
         """
-        if not isinstance(self.config, PretrainConfig):
+        if not isinstance(self.config, TextConfig) or isinstance(self.config, DistillConfig):
             place = place_of(self.places, ("stage",), str(self.path))
-            rule = "is not for this command, which takes recipes of stage pretrain only."
+            rule = (
+                "is not for this command, which takes recipes of the stages pretrain and sft only."
+            )
             raise UserError(rule, key="stage", value=self.config.stage, where=place)
         return self.config
 

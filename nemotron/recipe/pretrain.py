@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from nemotron.divisors import divisors, nearest
 from nemotron.errors import Finding
 from nemotron.recipe.read import Idle
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import TextConfig
 from nemotron.train.schedule import plan_training
 
 
-def impossible(config: PretrainConfig) -> Iterator[Finding]:
+def impossible(config: TextConfig) -> Iterator[Finding]:
     """Yield the values that contradict each other."""
     model, data, batch = config.model, config.data, config.batch
     for key, seq_len in _row_lengths(config):
@@ -45,7 +45,7 @@ def _is_text(path: str) -> bool:
     return is_text(path)
 
 
-def _row_lengths(config: PretrainConfig) -> Iterator[tuple[str, int]]:
+def _row_lengths(config: TextConfig) -> Iterator[tuple[str, int]]:
     """Yield every length of row with its key."""
     yield "data.seq_len", config.data.seq_len
     for index, length in enumerate(config.data.lengths):
@@ -57,7 +57,7 @@ def _row_lengths(config: PretrainConfig) -> Iterator[tuple[str, int]]:
             yield f"phases.{number}.lengths.{index}.seq_len", length.seq_len
 
 
-def idle(config: PretrainConfig) -> Iterator[Idle]:
+def idle(config: TextConfig) -> Iterator[Idle]:
     """Yield keys of the training plan, loss and data that nothing reads.
 
     Raises:

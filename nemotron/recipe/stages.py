@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron.errors import Finding, UserError
 from nemotron.posttrain.config import RlConfig
-from nemotron.recipe import pretrain, rl
+from nemotron.posttrain.sft_config import DistillConfig, SftConfig
+from nemotron.recipe import distill, pretrain, rl, sft
 from nemotron.recipe.read import Idle, Path_, place_of
 from nemotron.train.config import PretrainConfig, RunConfig
 
@@ -37,6 +38,18 @@ def _pretraining() -> "TrainedStage":
     return Pretraining()
 
 
+def _finetuning() -> "TrainedStage":
+    from nemotron.posttrain.sft import Finetuning
+
+    return Finetuning()
+
+
+def _distillation() -> "TrainedStage":
+    from nemotron.posttrain.distill import Distillation
+
+    return Distillation()
+
+
 def _reinforcement() -> "TrainedStage":
     from nemotron.posttrain.stage import Reinforcement
 
@@ -45,6 +58,8 @@ def _reinforcement() -> "TrainedStage":
 
 STAGES = {
     "pretrain": Stage(PretrainConfig, pretrain.impossible, pretrain.idle, _pretraining),
+    "sft": Stage(SftConfig, sft.impossible, sft.idle, _finetuning),
+    "distill": Stage(DistillConfig, distill.impossible, sft.idle, _distillation),
     "rl": Stage(RlConfig, rl.impossible, rl.idle, _reinforcement),
 }
 

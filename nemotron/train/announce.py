@@ -22,6 +22,7 @@ from nemotron.run.trackers import TrackedRun
 from nemotron.train.reliability.faults import describe as describe_fault
 from nemotron.train.setup import Content, Setup
 from nemotron.train.trainer import Trainer
+from nemotron.train.tuning import trained_shares
 
 
 def announce(setup: Setup, folder: RunFolder, log: RunLog, recipe_path: str) -> TrackedRun:
@@ -58,6 +59,8 @@ def announce(setup: Setup, folder: RunFolder, log: RunLog, recipe_path: str) -> 
             folder.write_precision([asdict(line) for line in table])
         for line in summarize(table):
             log.info(f"precision  {line}")
+    for line in trained_shares(config.model, config.tuning):
+        log.info(f"tuning     {line}")
     for line in setup.content.describe():
         log.info(f"data       {line}")
     if ranks.is_first and (jump := _change_of_rate(trainer, folder)) is not None:

@@ -216,6 +216,49 @@ class ReliabilityConfig(Section):
     """Faults to inject; for tests only."""
 
 
+Part = Literal[
+    "embed", "mamba", "attention", "mlp", "router", "experts", "shared", "latent", "head", "mtp"
+]
+"""Parts of a model, as gradient norms are reported by."""
+
+
+Role = Literal[
+    "in_proj",
+    "out_proj",
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "o_proj",
+    "mlp",
+    "experts",
+    "shared",
+    "latent",
+]
+"""Roles of the layers of the backbone that an adapter can change; a router has none."""
+
+
+class AdapterConfig(Section):
+    """Low-rank adapters, which are trained in place of the weights."""
+
+    kind: Literal["lora", "dora"] = "lora"
+    """lora: a product of two narrow matrices is added; dora: rows get norms of their own, too."""
+    rank: int = Field(16, gt=0)
+    """Width between the two matrices."""
+    alpha: float = Field(32.0, gt=0)
+    """The product is multiplied by this over `rank`."""
+    targets: Annotated[tuple[Role, ...], Field(strict=False)] = ()
+    """Layers that get one, by their role; absent: all that the model has (dora: but experts)."""
+
+
+class TuneConfig(Section):
+    """Which parameters are trained."""
+
+    freeze: Annotated[tuple[Part, ...], Field(strict=False)] = ()
+    """Parts that stay as they are. A frozen router keeps its bias as well."""
+    adapter: AdapterConfig | None = None
+    """Adapters; with them all other parameters stay as they are."""
+
+
 class RunConfig(Section):
     """What the recipe of every stage of training has."""
 
@@ -275,6 +318,11 @@ class RunConfig(Section):
         """Depths of multi-token prediction that are trained."""
         return 0
 
+    @property
+    def tuning(self) -> TuneConfig:
+        """Which parameters are trained."""
+        return TuneConfig()
+
     def rows_at_once(self, seq_len: int, micro_batch: int | None = None) -> int:
         """Return the rows of a micro-batch: as many tokens as `micro_batch` of `data.seq_len`."""
         tokens = (micro_batch or self.batch.micro_batch) * self.data.seq_len
@@ -285,11 +333,9 @@ class RunConfig(Section):
         return self.recompute == "block" or kind in self.recompute
 
 
-class PretrainConfig(RunConfig):
-    """Everything that makes one pre-training run."""
+class TextConfig(RunConfig):
+    """What the recipe of every stage has that learns from text, conversations included."""
 
-    stage: Literal["pretrain"] = "pretrain"
-    """Kind of training."""
     phases: Annotated[tuple[PhaseConfig, ...], Field(strict=False)] = ()
     """Stretches with another blend, length of row, batch or schedule; absent: all is one."""
     loss: LossConfig = LossConfig()
@@ -299,3 +345,10 @@ class PretrainConfig(RunConfig):
     def num_depths(self) -> int:
         """Depths of multi-token prediction that are trained: none without such a block."""
         return self.loss.mtp_num_depths if self.model.mtp_pattern else 0
+
+
+class PretrainConfig(TextConfig):
+    """Everything that makes one pre-training run."""
+
+    stage: Literal["pretrain"] = "pretrain"
+    """Kind of training."""

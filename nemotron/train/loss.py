@@ -13,7 +13,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.auxiliary import Auxiliary, total_weight, weighted_means
-from nemotron.train.config import LossConfig, PretrainConfig
+from nemotron.train.config import LossConfig, TextConfig
 
 
 class Objective(Protocol):
@@ -77,7 +77,7 @@ class PretrainObjective:
     has_routers: bool = True
 
     @classmethod
-    def of(cls, config: PretrainConfig) -> "PretrainObjective":
+    def of(cls, config: TextConfig) -> "PretrainObjective":
         """Return the objective of a run, with the terms that its model has."""
         return cls(config.loss, config.num_depths, bool(config.model.moe_layers))
 

@@ -8,17 +8,17 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron.model.config import LAYER_KINDS, ModelConfig
-from nemotron.model.init import STACKED
 from nemotron.parallel.apply import local_of
 from nemotron.train.config import OptimizerConfig
 from nemotron.train.muon import Matrices, Muon, is_matrix
 
 PARTS_OF_MOE = {
+    "mixer.experts.": "experts",
     "mixer.shared_experts.": "shared",
     "mixer.fc1_latent_proj.": "latent",
     "mixer.fc2_latent_proj.": "latent",
 }
-"""Kinds inside a mixture layer beside the routed experts; the rest, norm and gate, is router."""
+"""Kinds inside a mixture layer; the rest, norm and gate, is router."""
 
 
 class Optimizer:
@@ -121,8 +121,6 @@ def kind_of(name: str, config: ModelConfig) -> str:
     kind = LAYER_KINDS[config.hybrid_override_pattern[int(layer[1])]]
     if kind != "moe":
         return kind
-    if name.endswith(STACKED):
-        return "experts"
     parts = (part for start, part in PARTS_OF_MOE.items() if layer[2].startswith(start))
     return next(parts, "router")
 

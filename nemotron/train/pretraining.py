@@ -7,7 +7,7 @@ from nemotron.data.prefetch import TextBatches
 from nemotron.data.rehearsal import rehearse
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import TextConfig
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.loss import PretrainObjective
 from nemotron.train.schedule import TrainingPlan, plan_training
@@ -19,7 +19,7 @@ from nemotron.train.validation import evaluate
 class Pretraining:
     """The stage that learns from text."""
 
-    def plan(self, config: PretrainConfig) -> TrainingPlan:
+    def plan(self, config: TextConfig) -> TrainingPlan:
         """Return the phases of a run and their learning rates.
 
         Raises:
@@ -38,7 +38,7 @@ class Pretraining:
 
     def build(
         self,
-        config: PretrainConfig,
+        config: TextConfig,
         plan: TrainingPlan,
         device: torch.device,
         peak_flops: float,
@@ -56,7 +56,7 @@ class Pretraining:
         return Setup(trainer, data, (lambda: validate(trainer, data)) if has_held_out else None)
 
 
-def open_data(config: PretrainConfig, plan: TrainingPlan) -> TrainingData:
+def open_data(config: TextConfig, plan: TrainingPlan) -> TrainingData:
     """Open the data of a run.
 
     Raises:
@@ -70,7 +70,7 @@ def open_data(config: PretrainConfig, plan: TrainingPlan) -> TrainingData:
 
 
 def build_trainer(
-    config: PretrainConfig,
+    config: TextConfig,
     plan: TrainingPlan,
     data: TrainingData,
     device: torch.device,
@@ -79,18 +79,29 @@ def build_trainer(
 ) -> Trainer:
     """Build what pre-trains: its objective, the rows that this rank reads, and the trainer."""
     objective = PretrainObjective.of(config)
+    batches = text_batches(config, plan, data, device, ranks)
+    local = build_local(config, device, ranks)
+    return Trainer(config, local, objective, batches, plan, device, peak_flops, ranks)
+
+
+def text_batches(
+    config: TextConfig,
+    plan: TrainingPlan,
+    data: TrainingData,
+    device: torch.device,
+    ranks: Ranks,
+) -> TextBatches:
+    """Return the rows that this rank reads."""
     dims = resolve_dims(config.parallel, ranks.world)
-    batches = TextBatches(
+    return TextBatches(
         config.data,
         data,
         reader=MeshCoordinate(ranks.rank, dims).batch,
         num_readers=dims.batch,
         num_steps=plan.num_steps,
-        num_depths=objective.num_depths,
+        num_depths=config.num_depths,
         pin=device.type == "cuda",
     )
-    local = build_local(config, device, ranks)
-    return Trainer(config, local, objective, batches, plan, device, peak_flops, ranks)
 
 
 def validate(trainer: Trainer, data: TrainingData) -> dict[str, float]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nemotron.data.config import BlendConfig, LengthConfig, leaves
 from nemotron.data.timeline import Phase, RowLength, Timeline
 from nemotron.errors import UserError
-from nemotron.train.config import PhaseConfig, PretrainConfig, ScheduleConfig
+from nemotron.train.config import PhaseConfig, ScheduleConfig, TextConfig
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "minus_sqrt": lambda r: 1 - math.sqrt(r),
@@ -133,7 +133,7 @@ class TrainingPlan:
         return self.schedules[phase].lr_at(tokens - self.counted_from[phase])
 
 
-def plan_training(config: PretrainConfig) -> TrainingPlan:
+def plan_training(config: TextConfig) -> TrainingPlan:
     """Work out phases and rates.
 
     Raises:
@@ -224,7 +224,7 @@ def _given(config: ScheduleConfig, name: str) -> list[str]:
     return [key for key in keys if getattr(config, key, None) is not None]
 
 
-def _lengths(config: PretrainConfig, phase: PhaseConfig | None) -> Sequence[LengthConfig]:
+def _lengths(config: TextConfig, phase: PhaseConfig | None) -> Sequence[LengthConfig]:
     """Return the lengths of row of a phase, or of a run without phases."""
     own = phase or PhaseConfig(name="all")
     if own.lengths or (not own.seq_len and config.data.lengths):
@@ -232,7 +232,7 @@ def _lengths(config: PretrainConfig, phase: PhaseConfig | None) -> Sequence[Leng
     return [LengthConfig(seq_len=own.seq_len or config.data.seq_len, share=1.0)]
 
 
-def _row_lengths(config: PretrainConfig, phase: PhaseConfig | None) -> tuple[RowLength, ...]:
+def _row_lengths(config: TextConfig, phase: PhaseConfig | None) -> tuple[RowLength, ...]:
     blend: BlendConfig = (phase and phase.blend) or config.data.blend
     return tuple(
         RowLength(length.seq_len, length.share, tuple(leaves(length.blend or blend)))
@@ -240,7 +240,7 @@ def _row_lengths(config: PretrainConfig, phase: PhaseConfig | None) -> tuple[Row
     )
 
 
-def _main_schedule(config: PretrainConfig) -> tuple[Schedule, list[int]]:
+def _main_schedule(config: TextConfig) -> tuple[Schedule, list[int]]:
     """Return the run's schedule over the phases without one of their own, and all their steps."""
     size_of = [phase.global_tokens or config.batch.global_tokens for phase in config.phases]
     known = list(_given_steps(config, size_of))
@@ -311,7 +311,7 @@ def _check_total(schedule: ScheduleConfig, given: Sequence[Stretch]) -> None:
         )
 
 
-def _given_steps(config: PretrainConfig, size_of: Sequence[int]) -> Iterator[int | None]:
+def _given_steps(config: TextConfig, size_of: Sequence[int]) -> Iterator[int | None]:
     """Yield the steps of each phase, None for one that goes on to the end."""
     for number, (phase, size) in enumerate(zip(config.phases, size_of, strict=True)):
         if phase.tokens is None:

@@ -14,6 +14,7 @@ from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
+from nemotron.model.adapter import is_adapter
 from nemotron.model.build import build_on_meta, shapes
 from nemotron.model.config import ModelConfig
 from nemotron.model.flops import training_flops_per_token
@@ -45,6 +46,7 @@ from nemotron.train.reliability.deterministic import deterministic
 from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
 from nemotron.train.setup import Stage
+from nemotron.train.tuning import trained_shares
 
 
 @dataclass(frozen=True)
@@ -115,7 +117,9 @@ def train(
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)
         if not (resume and saver.restore()) and config.init_from is not None:
-            initial = load_initial(trainer.local, config.init_from, read_initial, ranks)
+            initial = load_initial(
+                trainer.local, config.init_from, read_initial, ranks, seed=config.seed
+            )
             ranks.first(lambda: keep_companions(initial, setup.content.tokenizer, folder, log))
         return run(setup, folder, log, saver, stop, recipe_path)
 
@@ -158,6 +162,7 @@ def dry_run(
         f"run        {folder.path} ({_prospect(folder, plan.num_steps, resume=resume)})",
         f"model      {count_parameters(config.model).line}",
         f"training   {plan.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
+        *(f"tuning     {line}" for line in trained_shares(config.model, config.tuning)),
         *(f"operations {line}" for line in describe(choices)),
         *(f"precision  {line}" for line in formats),
         *(describe_ranks(config, plan, dims) if dims.world > 1 else ()),
@@ -230,9 +235,11 @@ def keep_companions(
 
 
 def load_initial(
-    local: LocalModel, path: str, read: ReadModel, ranks: Ranks | None = None
+    local: LocalModel, path: str, read: ReadModel, ranks: Ranks | None = None, *, seed: int = 0
 ) -> InitialModel:
     """Start from saved weights; every tensor must be there, with its shape, and no other.
+
+    `seed` is that of adapters, which begin anew.
 
     Raises:
         UserError: when they are not those of the recipe, or not those of another rank.
@@ -241,11 +248,13 @@ def load_initial(
     weights = initial.weights
     if ranks is not None and ranks.world > 1:
         check_agreement(facts_of_weights(weights), ranks)
-    local.fill(
-        lambda name, _, experts: (
-            weights[name] if experts is None else weights[name][experts.start : experts.stop]
-        )
-    )
+
+    def value(name: str, shape: torch.Size, experts: range | None) -> Tensor:
+        if is_adapter(name):
+            return local.first_value(name, shape, seed, weights)
+        return weights[name] if experts is None else weights[name][experts.start : experts.stop]
+
+    local.fill(value)
     return initial
 
 

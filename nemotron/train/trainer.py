@@ -48,6 +48,7 @@ from nemotron.train.reliability.progress import StepProgress, Stopwatch
 from nemotron.train.reliability.replicas import ReplicaCheck
 from nemotron.train.schedule import TrainingPlan
 from nemotron.train.state import RNG, Skip, TrainerState, snapshot
+from nemotron.train.tuning import apply_tuning
 
 
 class Trainer:
@@ -74,7 +75,8 @@ class Trainer:
         self.quantization = Quantization(self.local.models, config.precision, config.seed, whole)
         connect(self.quantization, self.local)
         matrices = None if local.mesh is None else WholeMatrices(local)
-        self.optimizer = Optimizer(self.local.parameters(), config.optimizer, matrices)
+        trained = {n: p for n, p in self.local.parameters().items() if p.requires_grad}
+        self.optimizer = Optimizer(trained, config.optimizer, matrices)
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState.fresh()
         counted = filter(self.local.counts, self.optimizer.parameters)
@@ -141,6 +143,8 @@ class Trainer:
         if skip is None:
             self.optimizer.step(lr, clip)
             for name, router in self.routers.items():
+                if not router.weight.requires_grad:
+                    continue  # a frozen router chooses as before
                 router.update_bias(sums.load[name], config.optimizer.router_bias_update_rate)
         self.state.advance(num_tokens, loss, grad_norm, skip)
         watch.begin(None)
@@ -284,6 +288,7 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
         model = build_on_meta(config.model)
         apply_ops(model, config.ops)
         apply_precision(model, config.precision)
+        apply_tuning(model, config.tuning)
         for block in model.modules():
             if isinstance(block, Block):
                 block.recompute = config.recomputes(LAYER_KINDS[block.letter])

@@ -94,7 +94,7 @@ def test_a_validation_set_is_compared_with_what_is_trained_on(folder: Path):
 
 
 def open_recipe(recipe: Path) -> TrainingData:
-    config = load_recipe(recipe, []).pretraining
+    config = load_recipe(recipe, []).text
     return pretraining.open_data(config, plan_training(config))
 
 

@@ -74,11 +74,11 @@ def test_without_a_stage_a_recipe_is_one_of_pretraining():
 
 
 def test_an_unknown_stage_is_refused_with_the_known_ones(correct):
-    assert refusal(SMOKE, "stage=sft") == (
-        "command line: stage = sft is unknown; known are pretrain, rl, correct."
+    assert refusal(SMOKE, "stage=tune") == (
+        "command line: stage = tune is unknown; known are pretrain, sft, distill, rl, correct."
     )
     assert refusal(SMOKE, "stage=corect") == (
-        "command line: stage = corect is unknown; known are pretrain, rl, correct; "
+        "command line: stage = corect is unknown; known are pretrain, sft, distill, rl, correct; "
         "did you mean correct?"
     )
     assert "stage = [1] is unknown" in refusal(SMOKE, "stage=[1]")
@@ -125,8 +125,14 @@ def test_a_command_for_pretraining_refuses_another_stage(recipe, capsys: pytest.
 @pytest.mark.usefixtures("correct")
 def test_the_schema_has_the_keys_of_every_stage():
     document = json.loads(schema())
-    assert document["properties"]["stage"]["enum"] == ["pretrain", "rl", "correct"]
-    first, _, second = document["allOf"]
+    assert document["properties"]["stage"]["enum"] == [
+        "pretrain",
+        "sft",
+        "distill",
+        "rl",
+        "correct",
+    ]
+    first, *_, second = document["allOf"]
     assert "required" not in first["if"]
     assert second["if"] == {"properties": {"stage": {"const": "correct"}}, "required": ["stage"]}
     sections = document["$defs"]

@@ -121,7 +121,7 @@ def _typical(measured: list[tuple[float, float]]) -> tuple[float, float]:
 
 def serve(parent: Connection, recipe: str, preset: str, device: str) -> None:
     """Train a step for every True of the parent's; answer with seconds and peak GiB."""
-    config = load_recipe(recipe, [f"precision={preset}"]).pretraining
+    config = load_recipe(recipe, [f"precision={preset}"]).text
     model = HybridLM(config.model).to(device)
     model.init_weights(config.seed)
     model.compute_dtype = torch.bfloat16

@@ -55,7 +55,7 @@ def share(tiny: bool) -> PretrainConfig:
     ]
     if tiny:
         changes += [f"model.{name}={value}" for name, value in TINY.items()]
-    return load_recipe(ROOT / "recipes/nano/pretrain.yaml", changes).pretraining
+    return load_recipe(ROOT / "recipes/nano/pretrain.yaml", changes).text
 
 
 def tokens_of(tiny: bool) -> int:

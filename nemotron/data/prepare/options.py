@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from nemotron.data.config import ChatOptions
 from nemotron.errors import UserError
 from nemotron.section import Section
 
@@ -21,17 +22,6 @@ COMPARISONS: dict[str, Callable[[Any, Any], bool]] = {
     "<": operator.lt,
     "~": lambda value, pattern: re.search(pattern, value) is not None,
 }
-
-
-class ChatOptions(Section):
-    """How conversations are read and rendered."""
-
-    messages_column: str = "messages"
-    tools_column: str = "tools"
-    enable_thinking: bool = True
-    """Whether reasoning is kept."""
-    truncate_history_thinking: bool = True
-    """Whether reasoning before the last user message is left out."""
 
 
 class HubOptions(Section):

@@ -52,6 +52,8 @@ class PrepareJob:
     tokenizer: str
     options: PrepareOptions
     max_bad_rows: int
+    limit: str
+    """What sets `max_bad_rows`, for messages."""
 
 
 class TooManyBadRows(UserError):
@@ -66,6 +68,7 @@ def prepare(
     options: PrepareOptions,
     workers: int,
     max_bad_rows: int,
+    limit: str = "--max-bad-rows",
     overwrite: bool = False,
 ) -> Manifest:
     """Write `out` with shards and manifest; the same input gives the same bytes.
@@ -89,7 +92,7 @@ def prepare(
     if out.exists() and not overwrite:
         return _finished(out, work, made, identity_of(made, encoder, options))
     check_output(out, COMMAND, read, overwrite=overwrite)
-    job = PrepareJob(folder, work, tokenizer, options, max_bad_rows)
+    job = PrepareJob(folder, work, tokenizer, options, max_bad_rows, limit)
     try:
         with _workplace(job, made, encoder):
             receipts = _write_units(made, job, workers)
@@ -367,7 +370,7 @@ def _check_bad_rows(receipts: dict[int, Receipt], job: PrepareJob) -> None:
 
 def _too_many(first: str, count: int, job: PrepareJob) -> TooManyBadRows:
     return TooManyBadRows(
-        f"{first} ({count} bad rows so far, --max-bad-rows {job.max_bad_rows}); correct the input, "
+        f"{first} ({count} bad rows so far, {job.limit} {job.max_bad_rows}); correct the input, "
         "or allow more and run the command again: finished shards are kept."
     )
 

@@ -1,0 +1,130 @@
+"""Distillation as a stage: conversations, and at each label the distribution of a teacher."""
+
+from dataclasses import dataclass
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.data.rehearsal import rehearse
+from nemotron.data.tokenizer import load_tokenizer
+from nemotron.model.hybrid import HybridLM
+from nemotron.model.linear import Head
+from nemotron.model.router import RoutingStats
+from nemotron.parallel.runtime import Ranks
+from nemotron.posttrain.divergence import divergence
+from nemotron.posttrain.sft_config import DistillationConfig, DistillConfig
+from nemotron.posttrain.teacher import HIDDEN, TaughtBatches, load_teacher
+from nemotron.train.auxiliary import Auxiliary, total_weight, weighted_means
+from nemotron.train.pretraining import open_data, text_batches, validate
+from nemotron.train.schedule import TrainingPlan, plan_training
+from nemotron.train.setup import Setup
+from nemotron.train.trainer import Trainer, build_local
+
+
+@dataclass(frozen=True)
+class DistillObjective:
+    """Divergence from the teacher, cross entropy of the labels if it is weighed, and the rest."""
+
+    config: DistillationConfig
+    auxiliary: Auxiliary
+    head: Head
+    """The teacher's, frozen."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """`kl`, `main` where it is weighed, then those of the auxiliary terms."""
+        return ("kl", *(["main"] if self.config.cross_entropy else []), *self.auxiliary.names)
+
+    @property
+    def local_names(self) -> frozenset[str]:
+        """Those of the auxiliary terms."""
+        return self.auxiliary.local_names
+
+    def counts(self, batch: Batch) -> Float[Tensor, " terms"]:
+        """Return the weight of the labels; both own terms are averaged over the same."""
+        own = [total_weight(batch.labels, batch.loss_weight)] * (
+            1 + bool(self.config.cross_entropy)
+        )
+        return torch.tensor([*own, *self.auxiliary.counts(batch)], dtype=torch.float64)
+
+    def sums(
+        self,
+        model: HybridLM,
+        hidden: Float[Tensor, "B T D"] | None,
+        batch: Batch,
+        routing: list[RoutingStats],
+    ) -> Float[Tensor, " terms"]:
+        """Return sums of nats."""
+        assert hidden is not None, "no stages of a pipeline"
+        own = [self._divergence(model, hidden, batch)]
+        if self.config.cross_entropy:
+            own.append(model.lm_head.loss(hidden, batch.labels, batch.loss_weight))
+        return torch.stack([*own, *self.auxiliary.sums(model, hidden, batch, routing)])
+
+    def _divergence(self, model: HybridLM, hidden: Tensor, batch: Batch) -> Float[Tensor, ""]:
+        counted = batch.labels != NO_LABEL
+        taught = batch.extras[HIDDEN][counted]
+        weights = None if batch.loss_weight is None else batch.loss_weight[counted]
+
+        def of_rows(logits: Tensor, which: slice) -> Tensor:
+            values = divergence(logits, self.head(taught[which]), self.config)
+            return (values if weights is None else values * weights[which]).sum()
+
+        return model.lm_head.compare(hidden[counted], of_rows)
+
+    def combine(
+        self, sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"]
+    ) -> Float[Tensor, ""]:
+        """Return the mean of each term, weighted as the recipe says."""
+        own = [self.config.cross_entropy] if self.config.cross_entropy else []
+        return weighted_means(sums, counts, [1.0, *own, *self.auxiliary.factors])
+
+
+class Distillation:
+    """The stage that learns from another model."""
+
+    def plan(self, config: DistillConfig) -> TrainingPlan:
+        """Return the phases of a run and their learning rates.
+
+        Raises:
+            UserError: when they contradict each other.
+        """
+        return plan_training(config)
+
+    def rehearse(self, config: DistillConfig, plan: TrainingPlan) -> list[str]:
+        """Open the conversations and the teacher without writing; returns lines about them.
+
+        Raises:
+            UserError: when the conversations are unfit, or the teacher has another vocabulary.
+        """
+        vocab_size = config.model.vocab_size
+        lines = rehearse(config.data, plan.timeline, seed=config.seed, vocab_size=vocab_size)
+        load_teacher(config, load_tokenizer(config.data.tokenizer), torch.device("cpu"))
+        return lines
+
+    def build(
+        self,
+        config: DistillConfig,
+        plan: TrainingPlan,
+        device: torch.device,
+        peak_flops: float,
+        ranks: Ranks,
+    ) -> Setup:
+        """Open the conversations, load the teacher, and build the trainer.
+
+        Raises:
+            UserError: when the conversations are unfit, or the teacher has another vocabulary.
+        """
+        data = open_data(config, plan)
+        data.check_length()
+        teacher = load_teacher(config, data.tokenizer, device)
+        batches = text_batches(config, plan, data, device, ranks)
+        taught = TaughtBatches(batches, teacher, config, device)
+        auxiliary = Auxiliary(config.loss, config.num_depths, bool(config.model.moe_layers))
+        objective = DistillObjective(config.distillation, auxiliary, teacher.lm_head)
+        local = build_local(config, device, ranks)
+        trainer = Trainer(config, local, objective, taught, plan, device, peak_flops, ranks)
+        has_held_out = bool(data.validation_domains)
+        return Setup(trainer, data, (lambda: validate(trainer, data)) if has_held_out else None)

@@ -1,0 +1,69 @@
+"""Sections of recipes that learn from conversations: fine-tuning and distillation."""
+
+from typing import Literal
+
+from pydantic import Field
+
+from nemotron.data.config import ChatDataConfig
+from nemotron.model.config import MTP_DEPTHS
+from nemotron.section import Section
+from nemotron.train.config import LossConfig, TextConfig, TuneConfig
+
+
+class SftLossConfig(LossConfig):
+    """Weights of the terms beside cross entropy of the assistant's tokens."""
+
+    mtp_num_depths: int = Field(MTP_DEPTHS, ge=0)
+    """How many tokens ahead the multi-token-prediction block is unrolled in training; 0: the block
+    stays as it is."""
+
+
+class ChatRunConfig(TextConfig):
+    """What the recipe of every stage has that learns from conversations."""
+
+    data: ChatDataConfig
+    """Conversations and rows."""
+    loss: SftLossConfig = SftLossConfig()
+    """Weights of the loss terms."""
+    tune: TuneConfig = TuneConfig()
+    """Which parameters are trained."""
+
+    @property
+    def tuning(self) -> TuneConfig:
+        """What `tune` says; a block for prediction further ahead that is not unrolled is frozen."""
+        if self.num_depths or not self.model.mtp_pattern:
+            return self.tune
+        freeze = dict.fromkeys([*self.tune.freeze, "mtp"])
+        return self.tune.model_copy(update={"freeze": tuple(freeze)})
+
+
+class SftConfig(ChatRunConfig):
+    """Everything that makes one run of supervised fine-tuning."""
+
+    stage: Literal["sft"] = "sft"
+    """Kind of training."""
+
+
+class DistillationConfig(Section):
+    """How the student is compared with the teacher, at every token with a label."""
+
+    kind: Literal["forward", "reverse"] = "forward"
+    """Divergence of the student from the teacher (forward), or of the teacher from the student."""
+    temperature: float = Field(1.0, gt=0)
+    """Both distributions are taken at it, and the divergence is multiplied by its square."""
+    top_k: int | None = Field(None, gt=0)
+    """Likeliest tokens of the teacher that are compared one by one, all others as one; absent: the
+    whole vocabulary."""
+    cross_entropy: float = Field(0.0, ge=0)
+    """Factor of the cross entropy of the labels beside the divergence."""
+
+
+class DistillConfig(ChatRunConfig):
+    """Everything that makes one run of distillation."""
+
+    stage: Literal["distill"] = "distill"
+    """Kind of training."""
+    teacher: str
+    """Run, checkpoint or exported folder to learn from; each rank holds all of it."""
+    distillation: DistillationConfig = DistillationConfig()
+    """Comparison with the teacher."""
