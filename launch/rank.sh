@@ -21,7 +21,7 @@ fi
 child=""
 # shellcheck disable=SC2329
 hand_on() {
-    signalled=1
+    signaled=1
     kill -s "$1" "$child" 2>/dev/null || true
 }
 
@@ -39,6 +39,6 @@ if [ -n "$place" ]; then
     echo "$code" >"$place.exit"
     rm -f "$place.pid"
 fi
-# srun and torchrun kill the other ranks when one fails; a stop is no failure
+# srun and torchrun kill the other ranks when one fails; a stop is not a failure
 [ "$code" -ne 75 ] || code=0
 exit "$code"

@@ -6,12 +6,12 @@ read -r -a nemotron <<<"${NEMOTRON:-python -m nemotron}"
 
 say() { echo "launch: $*" >&2; }
 
-# await PID: wait for it through signals; its exit code is then in $code. A trap sets signalled=1.
+# await PID: wait for it through signals; its exit code is then in $code. A trap sets signaled=1.
 await() {
     while :; do
-        signalled=0
+        signaled=0
         wait "$1" && code=0 || code=$?
-        [ "$signalled" -eq 1 ] || return 0
+        [ "$signaled" -eq 1 ] || return 0
     done
 }
 
@@ -34,7 +34,7 @@ run_folder() {
     echo "$folder"
 }
 
-# stamp RUN: tells one status.json from the next, for each replaces the file.
+# stamp RUN: distinguishes one status.json from the next, for each replaces the file.
 stamp() { stat -c '%i %y' "$1/status.json" 2>/dev/null || echo none; }
 
 # field RUN NAME: a value of the run's status.json, or nothing.

@@ -67,7 +67,7 @@ processes=${processes:-$(count_gpus)}
 [ "$processes" -gt 0 ] || processes=1
 threads=$(($(nproc) / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-# should torchrun itself be told to end, its ranks get this long to save
+# if torchrun itself is asked to end, its ranks get this long to save
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 
 if [ "$dry_run" -eq 1 ]; then
@@ -91,7 +91,7 @@ signal_ranks() {
 
 # The ranks get the signal, not torchrun: it would kill them after a while, or die of it.
 stop() {
-    signalled=1
+    signaled=1
     if [ "$1" = INT ] && [ -n "$stopping" ]; then
         leaving=1
         signal_ranks INT

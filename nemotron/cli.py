@@ -4,7 +4,8 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from typing import Annotated, NoReturn
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 import typer.main
@@ -12,9 +13,12 @@ import typer.main
 from nemotron import __version__
 from nemotron.commands import data, machine, model, recipe, serve
 from nemotron.commands.shared import DEBUG, CommandGroup, Overrides, RecipeFile
-from nemotron.errors import UserError
+from nemotron.errors import RunFailed, UserError
 from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, MEANINGS, STOPPED, WRONG_INPUT
 from nemotron.terminal import fault_of, mute, say
+
+if TYPE_CHECKING:
+    from nemotron.recipe.load import Recipe
 
 app = CommandGroup(
     name="nemotron",
@@ -59,15 +63,15 @@ def train(
 
     Launch.of_this_process()  # reports a mistake in the environment before the recipe is read
     loaded = load_recipe(recipe, overrides or [])
-    if resume and not loaded.overrides(("name",), ("output",)):
+    if recipe.is_dir():
+        loaded = _in_its_folder(loaded, recipe, overrides or [])
+    elif resume and not loaded.overrides(("name",), ("output",)):
         from nemotron.run.folder import check_recipe_home
 
         check_recipe_home(recipe, loaded.config.run_path)
     if dry_run:
-        from nemotron.train.start import dry_run as describe
-
-        return describe(loaded.config, loaded.trained)
-    from nemotron.loading import read_weights
+        return _dry_run(loaded, resume=resume, allow_changed=allow_changed or [])
+    from nemotron.loading import read_initial
     from nemotron.train.start import train as run
 
     return run(
@@ -76,8 +80,34 @@ def train(
         resume=resume,
         stop_at=stop_at,
         recipe_path=" ".join([str(recipe), *(overrides or [])]),
-        read_initial=read_weights,
+        read_initial=read_initial,
         allow_changed=allow_changed or [],
+    )
+
+
+def _in_its_folder(loaded: "Recipe", folder: Path, overrides: list[str]) -> "Recipe":
+    """Return the recipe of a run for the folder that it lies in, which may have been moved."""
+    from nemotron.recipe.load import load_recipe
+
+    home = folder.resolve()
+    named = loaded.overrides(("name",), ("output",))
+    if named or loaded.config.run_path.resolve() == home:
+        return loaded
+    return load_recipe(folder, [*overrides, f"output={home.parent}", f"name={home.name}"])
+
+
+def _dry_run(loaded: "Recipe", *, resume: bool, allow_changed: list[str]) -> int:
+    from nemotron.loading import read_initial
+    from nemotron.plan.command import estimate
+    from nemotron.train.start import dry_run
+
+    return dry_run(
+        loaded.config,
+        loaded.trained,
+        resume=resume,
+        read_initial=read_initial,
+        allow_changed=allow_changed,
+        estimate=estimate,
     )
 
 
@@ -123,6 +153,8 @@ def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, int]:
     """Return the sentence about an error, empty when there is nothing to say, and the exit code."""
     if isinstance(error, UserError):
         return str(error), WRONG_INPUT
+    if isinstance(error, RunFailed):
+        return f"failed: {error}.", FAILED
     if isinstance(error, typer.TyperException):
         if not (message := _message(error)):
             return "", WRONG_INPUT  # no command was given, and the help has been shown

@@ -1,7 +1,27 @@
 """Mistakes of the user as records: which setting, its value, the rule that it breaks, and where."""
 
+import errno
+import sys
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from pathlib import PurePath
+from typing import Any
+
+from nemotron.exit_codes import FAILED, INTERNAL_ERROR, INTERRUPTED, WRONG_INPUT
+
+REFUSALS = {
+    errno.EACCES,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EIO,
+    errno.EMFILE,
+    errno.ENFILE,
+    errno.ENOMEM,
+    errno.ENOSPC,
+    errno.EPERM,
+    errno.EROFS,
+    errno.ESTALE,
+}
+"""Errors of the machine, not of this program."""
 
 ABSENT: Any = object()
 """The value of a finding about a key whose value says nothing, or which is not given."""
@@ -38,15 +58,19 @@ class UserError(Exception):
         return str(self.finding)
 
     @classmethod
-    def of(cls, finding: Finding, more: str = "") -> Self:
+    def of(cls, finding: Finding, more: str = "") -> "UserError":
         """Return the error for a finding; `more` is added at its end."""
         error = cls(finding.rule + more)
         error.finding = replace(finding, rule=finding.rule + more)
         return error
 
-    def at(self, where: str) -> Self:
+    def at(self, where: str) -> "UserError":
         """Return the error with its place."""
         return self.of(replace(self.finding, where=where))
+
+
+class RunFailed(Exception):
+    """The end of a run that nobody's input explains: one sentence, and exit code 1."""
 
 
 class RuleBroken(ValueError):
@@ -58,8 +82,36 @@ class RuleBroken(ValueError):
 
 
 def show_value(value: Any) -> str:
-    """Return a value as a recipe writes it, cut to 60 characters."""
+    """Return a value as a recipe writes it, cut to 60 characters unless it is a path."""
     text = "null" if value is None else str(value)
     if isinstance(value, bool):
         text = text.lower()
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= 60 or isinstance(value, PurePath) else text[:57] + "..."
+
+
+def exit_code(error: BaseException) -> int:
+    """Return the code with which a command ends that this error ends."""
+    if isinstance(error, UserError):
+        return WRONG_INPUT
+    if isinstance(error, KeyboardInterrupt):
+        return INTERRUPTED
+    refused = isinstance(error, OSError) and error.errno in REFUSALS
+    known = isinstance(error, RunFailed) or is_out_of_memory(error) or is_of_other_ranks(error)
+    return FAILED if refused or known else INTERNAL_ERROR
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Say whether this machine or its GPU had too little memory."""
+    # whoever has not imported torch cannot have this error of it
+    torch = sys.modules.get("torch")
+    of_torch = getattr(torch, "OutOfMemoryError", MemoryError)
+    return isinstance(error, MemoryError | of_torch)
+
+
+def is_of_other_ranks(error: BaseException) -> bool:
+    """Say whether the connection to other ranks failed: they ended, or do not answer."""
+    torch = sys.modules.get("torch.distributed")
+    of_torch = getattr(torch, "DistError", ())
+    # gloo raises nothing of its own, but names the file of its source
+    of_gloo = isinstance(error, RuntimeError) and "gloo/" in str(error)
+    return of_gloo or isinstance(error, of_torch)

@@ -1,8 +1,11 @@
 """Writing files so that a reader, or a crash, never sees half of one; hashing and locking them."""
 
+import errno
 import fcntl
 import json
+import logging
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,20 +14,63 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
+"""What a file system answers that does not offer an operation at all."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What a disk, a quota or a limit on the size of files answers when there is no room."""
+
+log = logging.getLogger(__name__)
+
 
 def sync(file: BinaryIO) -> None:
     """Put what was written to an open file onto the disk."""
     file.flush()
-    os.fsync(file.fileno())
+    sync_descriptor(file.fileno())
+
+
+def sync_descriptor(descriptor: int) -> None:
+    """Put an open file or folder onto the disk, on a file system that can promise it."""
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    """Make renames inside `folder` survive a power cut, on a file system that can promise it."""
     try:
-        os.fsync(descriptor)
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except PermissionError:  # of a folder that may be written to, but not listed
+        return
+    try:
+        sync_descriptor(descriptor)
+    except PermissionError:  # some network file systems
+        return
     finally:
         os.close(descriptor)
+
+
+def open_regular(path: Path, flags: int) -> int:
+    """Open a file of our own, which is neither a link nor a pipe nor a device, or create it.
+
+    Raises:
+        OSError: with ELOOP when it is a link, with ENODEV when it is no file.
+    """
+    # a pipe that nobody reads would block the call
+    flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        descriptor = os.open(path, flags, 0o666)
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            os.close(descriptor)
+            raise OSError(errno.ENXIO, "", str(path))
+    except OSError as error:
+        if error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "it is a link", str(path)) from None
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENODEV, "it is not a regular file", str(path)) from None
+        raise
+    return descriptor
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -80,18 +126,38 @@ def parse_json(content: bytes | str) -> Any:  # Any: whatever JSON can hold
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
     """Hold `path` as a lock, waiting for whoever holds it; the end of a process frees its locks."""
-    with open(path, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
-def try_lock(descriptor: int) -> bool:
-    """Lock an open file unless somebody else holds it; says whether it is ours now."""
+    descriptor = open_regular(path, os.O_WRONLY | os.O_CREAT)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(descriptor, path, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(descriptor: int, path: Path) -> bool:
+    """Lock an open file unless somebody else holds it; says whether it is ours now.
+
+    It is, after a warning, where the file system has no locks.
+    """
+    try:
+        _lock(descriptor, path, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True
+
+
+def _lock(descriptor: int, path: Path, how: int) -> None:
+    try:
+        fcntl.flock(descriptor, how)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:
+            raise
+        log.warning(
+            "warning: %s cannot be locked (%s): make sure yourself that no other process uses %s",
+            path,
+            error.strerror,
+            path.parent,
+        )
 
 
 def _umask() -> int:

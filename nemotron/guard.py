@@ -1,31 +1,16 @@
 """What the outermost guard says of an error that nothing else has handled."""
 
-import errno
 import os
 import platform
-import sys
+import re
 import tempfile
 import traceback
 from collections.abc import Sequence
 
 from nemotron import __version__
+from nemotron.errors import REFUSALS, is_of_other_ranks, is_out_of_memory
 from nemotron.exit_codes import FAILED, INTERNAL_ERROR
 from nemotron.run.redaction import redact_arguments, redact_text
-
-REFUSALS = {
-    errno.EACCES,
-    errno.EDQUOT,
-    errno.EFBIG,
-    errno.EIO,
-    errno.EMFILE,
-    errno.ENFILE,
-    errno.ENOMEM,
-    errno.ENOSPC,
-    errno.EPERM,
-    errno.EROFS,
-    errno.ESTALE,
-}
-"""Errors of the machine, not of this program."""
 
 
 def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
@@ -37,20 +22,16 @@ def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
     if isinstance(error, OSError) and error.errno in REFUSALS:
         place = "standard output, or a file" if error.filename is None else error.filename
         return f"failed: {place}: {error.strerror}.", FAILED
-    if _is_out_of_memory(error):
-        reason = str(error).partition("\n")[0].rstrip(".")
+    reason = str(error).partition("\n")[0].rstrip(".")
+    if is_out_of_memory(error):
         return f"failed: out of memory ({reason}); use smaller sizes.", FAILED
+    if is_of_other_ranks(error):
+        reason = re.sub(r"^\[\S*/gloo/\S*\] |\. .*", "", reason)
+        return f"failed: another rank has ended, or does not answer ({reason}).", FAILED
     what = traceback.format_exception_only(error)[-1].strip().partition("\n")[0][:300].rstrip(".")
     report = _write_report(error, arguments)
     file = f" with the file {report}" if report else ""
     return f"internal error: {redact_text(what)}; please report it{file}.", INTERNAL_ERROR
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # whoever has not imported torch cannot have this error of it
-    torch = sys.modules.get("torch")
-    of_torch = getattr(torch, "OutOfMemoryError", MemoryError)
-    return isinstance(error, MemoryError | of_torch)
 
 
 def _write_report(error: BaseException, arguments: Sequence[str]) -> str | None:

@@ -11,10 +11,15 @@ from nemotron.checkpoint.manifest import MODEL
 from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.files import parse_json
 from nemotron.hf.folder import is_exported, read_folder
-from nemotron.hf.inside import read_inside
-from nemotron.hf.tokenizer_files import CHAT_TEMPLATE, GENERATION, TOKENIZER, check_tokenizer
+from nemotron.hf.hub import find_folder
+from nemotron.hf.tokenizer_files import (
+    CHAT_TEMPLATE,
+    TOKENIZER,
+    check_tokenizer,
+    read_kept_files,
+    read_stop_ids,
+)
 from nemotron.model.build import build_around, shapes
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
@@ -24,6 +29,7 @@ from nemotron.recipe.explain import explain
 from nemotron.recipe.read import read_yaml
 from nemotron.run.files import RunFiles
 from nemotron.train.config import RunConfig
+from nemotron.train.start import InitialModel
 
 
 def load(
@@ -32,7 +38,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     ops: OpsConfig | None = None,
 ) -> HybridLM:
-    """Return the model of a run, a checkpoint or an exported folder.
+    """Return the model of a run, a checkpoint, an exported folder, or a name on the Hub.
 
     `dtype` is that of activations and matrix products; the weights themselves stay float32. `ops`
     names the backends of the operations; by default the fastest are used. Use the model as
@@ -41,7 +47,7 @@ def load(
     Raises:
         UserError: when there is no model, its files are damaged, or a backend is missing.
     """
-    config, weights = read_weights(Path(path))
+    config, weights = read_weights(find_folder(path))
     model = build_around(config, weights)
     apply_ops(model, ops or OpsConfig())
     model.compute_dtype = dtype
@@ -59,7 +65,8 @@ def load_with_tokenizer(
     Raises:
         UserError: when one of them is absent or damaged, or a backend is missing.
     """
-    model, path = load(path, device, dtype, ops), Path(path)
+    path = find_folder(path)
+    model = load(path, device, dtype, ops)
     if is_exported(path):
         home = path / TOKENIZER
     elif (run := RunFiles.around(path)) is not None:
@@ -87,26 +94,28 @@ def read_chat_files(path: Path) -> ChatFiles:
     Raises:
         UserError: when one of the files is damaged, or not a regular file of the folder.
     """
-    run = RunFiles.around(path)
-    folder = path if is_exported(path) or run is None else run.companions
-    template, generation = (
-        read_inside(folder / name) if (folder / name).exists() else None
-        for name in (CHAT_TEMPLATE, GENERATION)
-    )
+    path = find_folder(path)
+    run = None if is_exported(path) else RunFiles.around(path)
+    folder = path if run is None else run.companions
+    template = read_kept_files(folder)[0].get(CHAT_TEMPLATE)
     return ChatFiles(
         None if template is None else template.decode(errors="replace"),
-        frozenset() if generation is None else _stop_ids(generation, folder / GENERATION),
+        frozenset(i for i in read_stop_ids(folder) if i >= 0),
     )
 
 
-def _stop_ids(content: bytes, path: Path) -> frozenset[int]:
-    try:
-        found = parse_json(content)
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from None
-    ids = found.get("eos_token_id") if isinstance(found, dict) else None
-    ids = ids if isinstance(ids, list) else [ids]
-    return frozenset(i for i in ids if isinstance(i, int) and not isinstance(i, bool) and i >= 0)
+def stop_ids(path: str | Path, config: ModelConfig) -> frozenset[int]:
+    """Return the tokens that end a text of the model at `path`, whose configuration is given.
+
+    A chat model has several: the end of a text, and that of a turn.
+
+    Raises:
+        UserError: when the files beside the model are damaged.
+    """
+    path = find_folder(path)
+    run = None if is_exported(path) else RunFiles.around(path)
+    found = read_stop_ids(path if run is None else run.companions)
+    return frozenset({config.eos_token_id, *(i for i in found if 0 <= i < config.vocab_size)})
 
 
 class _OpsOfRecipe(BaseModel):
@@ -121,6 +130,7 @@ def recipe_ops(path: Path) -> OpsConfig:
     Raises:
         UserError: when the recipe cannot be read.
     """
+    path = find_folder(path)
     run = RunFiles.around(path)
     if is_exported(path) or run is None or not run.recipe.is_file():
         return OpsConfig()
@@ -128,7 +138,8 @@ def recipe_ops(path: Path) -> OpsConfig:
     try:
         return _OpsOfRecipe.model_validate(document.values).ops
     except ValidationError as error:
-        raise UserError(explain(error, RunConfig, document.places, str(run.recipe))) from error
+        found = explain(error, RunConfig, document.places, str(run.recipe))
+        raise UserError.of(found) from error
 
 
 def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
@@ -145,6 +156,23 @@ def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     config, weights = read_model(path)
     check_weights(config, weights, path)
     return config, weights
+
+
+def read_initial(place: str) -> InitialModel:
+    """Return what `init_from` names: weights, and the small files that lie beside them.
+
+    Raises:
+        UserError: when there is no model, or its files are damaged.
+    """
+    path = find_folder(place)
+    config, weights = read_weights(path)
+    run = None if is_exported(path) else RunFiles.around(path)
+    tokenizer = path / TOKENIZER if run is None else run.tokenizer
+    if not tokenizer.exists():
+        return InitialModel(config, weights)
+    companions, _ = read_kept_files(path if run is None else run.companions)
+    own = Tokenizer(check_tokenizer(tokenizer, config.vocab_size))
+    return InitialModel(config, weights, own, companions)
 
 
 def check_weights(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> None:

@@ -4,7 +4,6 @@ A mark inside the folder names the command and every file that it wrote. The rul
 folders, for what a killed command left behind, and for every clean-up.
 """
 
-import errno
 import glob
 import logging
 import os
@@ -15,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemotron.errors import UserError
-from nemotron.files import sync_folder, write_json
+from nemotron.files import FULL, sync_folder, write_json
 from nemotron.section import Section
 
 log = logging.getLogger(__name__)
@@ -23,7 +22,6 @@ log = logging.getLogger(__name__)
 MARK = ".nemotron.json"
 LARGEST_MARK = 1 << 26
 """Bytes; a larger file of that name is not ours."""
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Mark(Section):

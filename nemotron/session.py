@@ -6,7 +6,7 @@ from pathlib import Path
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
-from nemotron.loading import read_weights
+from nemotron.loading import read_initial
 from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.runtime import Launch, Ranks
 from nemotron.precision.apply import DTYPES
@@ -48,7 +48,7 @@ class Session:
         self.trainer = build_trainer(self.config, plan, self.data, device, peak, Ranks())
         """The trainer, whose `update` does one step on a batch."""
         if self.config.init_from is not None:
-            load_initial(self.trainer.local, self.config.init_from, read_weights)
+            load_initial(self.trainer.local, self.config.init_from, read_initial)
 
     @property
     def model(self) -> HybridLM:

@@ -1,6 +1,7 @@
-"""What holds for every test: one thread, uninitialised memory is NaN, no GPU means a named skip."""
+"""What holds for every test: one thread, uninitialized memory is NaN, no GPU means a named skip."""
 
 import contextlib
+import gc
 import os
 import resource
 import signal
@@ -10,6 +11,8 @@ from collections.abc import Callable, Generator, Iterator
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 # read by torch when it is imported: processes that tests start share the cores, too
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# read when the hub's package is imported: what a test does not find must not be waited for
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
@@ -25,7 +28,8 @@ def pytest_configure(config: pytest.Config) -> None:
     # who starts in the background of a shell ignores it, and so would all that tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
     torch.set_num_threads(1)  # the tensors are tiny, and tests share the cores
-    # deterministic mode fills uninitialised memory with NaN; on a GPU not every kernel is
+    gc.disable()  # until tests are collected: next to nothing of that is garbage
+    # deterministic mode fills uninitialized memory with NaN; on a GPU not every kernel is
     # deterministic, and a test there compares with a tolerance anyway
     torch.use_deterministic_algorithms(True, warn_only=HAS_CUDA)
     if HAS_CUDA:
@@ -46,12 +50,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="torch finds no CUDA device"))
 
 
+def pytest_collection_finish() -> None:
+    # modules and tests stay; a collection of garbage need not visit their million objects
+    gc.collect()
+    gc.freeze()
+    gc.enable()
+
+
 def is_long(item: pytest.Item) -> bool:
     """Say whether daily work leaves a test out."""
     return any(item.get_closest_marker(name) for name in ("distributed", "slow"))
 
 
-SLOW_S = 5.0
+SLOW_S = 2.0
 """Seconds of a core from which on a test must be marked as slow."""
 
 CPU_S = "seconds of a core, not marked slow"
@@ -81,7 +92,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(autouse=True)
-def uninitialised_memory_is_nan() -> None:
+def uninitialized_memory_is_nan() -> None:
     """Fail early when something switched the mode off for the tests that follow."""
     assert torch.are_deterministic_algorithms_enabled()
     assert torch.utils.deterministic.fill_uninitialized_memory

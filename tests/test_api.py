@@ -52,6 +52,7 @@ def test_the_page_is_what_the_docstrings_say():
     assert tool.page(current) == current, "run: python tools/api_page.py"
 
 
+@pytest.mark.slow
 def test_the_notebook_of_the_page_trains_evaluates_and_writes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
@@ -120,6 +121,7 @@ def test_a_command_imports_what_it_uses(words: list[str], seconds: float, module
     assert not packages & {"torch", "numpy", "sympy", "triton", "tokenizers"}
 
 
+@pytest.mark.slow
 def test_a_run_imports_no_tracker_and_no_data_set_reader(tmp_path: Path):
     words = ["train", "tiny/smoke", f"output={tmp_path}", "batch.global_tokens=128"]
     _, loaded = probe(*words)
@@ -156,6 +158,7 @@ def declared(requirements: list[str]) -> set[str]:
     return {OTHER_NAMES.get(name, name.replace("-", "_")) for name in found}
 
 
+@pytest.mark.slow
 def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
     ours = {"nemotron"} | set(sys.stdlib_module_names)
     at_once, later = set[str](), set[str]()

@@ -48,6 +48,7 @@ def test_these_are_the_commands():
         "recipe copy",
         "recipe schema",
         "data prepare",
+        "data tokenizer",
         "data inspect",
         "data plan",
         "checkpoint convert",

@@ -23,7 +23,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import tokenizers
-from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from nemotron.data.bpe import train_bpe
 
 SHIPPED = Path(__file__).parents[1] / "nemotron" / "data" / "embedded"
 
@@ -40,7 +41,7 @@ NOT_USED = re.compile(
 SMALLEST_MODULE, LONGEST_CODE = 1_000, 20_000
 """Bytes: shorter modules are left out, longer ones give their docstrings to `docs`."""
 SHORTEST_DOC = 200
-"""Characters below which a docstring is no document of its own."""
+"""Characters below which a docstring is not a document of its own."""
 
 PLAYS = ("hamlet", "lear", "macbeth", "romeo_and_juliet", "tempest")
 HEADING = {
@@ -53,32 +54,6 @@ SHORTEST_SCENE = 400
 """Characters below which a part (an act's heading, a list of persons) joins the next."""
 
 VOCAB_SIZE = 4096
-NAMED_SPECIALS = {
-    0: "<unk>",
-    1: "<s>",
-    2: "</s>",
-    10: "<|im_start|>",
-    11: "<|im_end|>",
-    12: "<think>",
-    13: "</think>",
-    14: "<tool_call>",
-    15: "</tool_call>",
-    16: "<tool_response>",
-    17: "</tool_response>",
-}
-"""Where the tokenizer of Nemotron 3 has them."""
-NUM_SPECIALS = 32
-WORDS = "|".join(
-    [
-        r"[^\r\n\p{L}\p{N}]?\p{L}+",  # a word with the space or sign before it
-        r"\p{N}",  # one digit
-        r" ?[^\s\p{L}\p{N}]+(?:\n+[ \t]*)?",  # signs, a line end and the next indentation
-        r"\s*\n+[ \t]*",
-        r"\s+(?!\S)",  # spaces less the one that belongs to the next word
-        r"\s+",
-    ]
-)
-"""What no token crosses."""
 
 Document = tuple[str, str]
 """Name and text."""
@@ -164,26 +139,6 @@ def verse(archive: Path) -> list[Document]:
     return documents
 
 
-def train_tokenizer(texts: list[str]) -> str:
-    """Train the byte-level BPE and return its `tokenizer.json`."""
-    tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(WORDS), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=VOCAB_SIZE,
-        special_tokens=[NAMED_SPECIALS.get(i, f"<SPECIAL_{i}>") for i in range(NUM_SPECIALS)],
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer.to_str(pretty=False)
-
-
 def jsonl(documents: list[Document]) -> bytes:
     """Write documents as one JSON object a line."""
     lines = [json.dumps({"name": n, "text": t}, ensure_ascii=False) + "\n" for n, t in documents]
@@ -218,7 +173,7 @@ def build(lib: Path, archive: Path) -> dict[str, bytes]:
     domains = {"code": code, "docs": docs, "verse": verse(archive)}
     files = {f"{domain}.jsonl": jsonl(documents) for domain, documents in domains.items()}
     texts = [text for documents in domains.values() for _, text in documents]
-    files["tokenizer.json"] = train_tokenizer(texts).encode()
+    files["tokenizer.json"] = train_bpe(texts, VOCAB_SIZE).encode()
     manifest = {
         "inputs": {
             "CPython 3.11.7 Lib": LIBRARY_SHA256,

@@ -140,7 +140,8 @@ def gated_norms(sizes: Sizes, dtype: torch.dtype) -> None:
     y = empty(2, TOKENS // 2, sizes.inner, dtype=dtype)
     projected = empty(2, TOKENS // 2, sizes.inner + sizes.channels, dtype=dtype)
     z = projected[..., : sizes.inner]
-    call("gated_rms_norm", "gated_rms_norm", y, z, empty(sizes.inner), sizes.groups, 1e-5)
+    inputs = y, z, empty(sizes.inner), sizes.groups, 1e-5
+    call("rms_norm", "gated_rms_norm", *inputs, module="gated_triton")
 
 
 def activation(sizes: Sizes, dtype: torch.dtype) -> None:

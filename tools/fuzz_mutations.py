@@ -108,8 +108,8 @@ def of_header(content: bytes, draw: random.Random) -> bytes:
     if draw.random() < 0.15:
         return of_integers(content[: 8 + length], draw) + data
     changed = of_json(header, draw)
-    told = draw.choice((len(changed),) * 6 + NUMBERS) & (2**64 - 1)
-    return struct.pack("<Q", told) + changed + data
+    length = draw.choice((len(changed),) * 6 + NUMBERS) & (2**64 - 1)
+    return struct.pack("<Q", length) + changed + data
 
 
 def _changed(value: Any, draw: random.Random) -> Any:

@@ -45,7 +45,7 @@ FAULTS = (
     ),
     Fault(
         "model: further prediction joins hidden state and embedding the wrong way round",
-        "nemotron/model/mtp.py",
+        "nemotron/model/hybrid.py",
         'torch.cat([part("enorm")(embedding), part("hnorm")(hidden)], dim=-1)',
         'torch.cat([part("hnorm")(hidden), part("enorm")(embedding)], dim=-1)',
         "tests/model/test_mtp.py",

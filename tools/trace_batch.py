@@ -171,7 +171,7 @@ def trace(recipe: Path, overrides: list[str]) -> Trace:
         SystemExit: when the step could not be made, with what the command line said.
     """
     recorder = Recorder()
-    told = io.StringIO()
+    printed = io.StringIO()
     with tempfile.TemporaryDirectory() as folder:
         own = [
             f"output={folder}/runs",
@@ -181,8 +181,8 @@ def trace(recipe: Path, overrides: list[str]) -> Trace:
         ]
         words = ["train", str(recipe), *overrides, *own, "--stop-at", "1"]
         with (
-            contextlib.redirect_stdout(told),
-            contextlib.redirect_stderr(told),
+            contextlib.redirect_stdout(printed),
+            contextlib.redirect_stderr(printed),
             ProductSpy(recorder.trace.chains),
         ):
             sys.setprofile(recorder)
@@ -191,7 +191,7 @@ def trace(recipe: Path, overrides: list[str]) -> Trace:
             finally:
                 sys.setprofile(None)
     if code not in (0, 75):
-        raise SystemExit(told.getvalue())
+        raise SystemExit(printed.getvalue())
     return recorder.trace
 
 

@@ -51,10 +51,10 @@ def steps(folder: Path) -> list[int]:
 def newest(folder: Path, ranks: Ranks | None = None) -> Search:
     """Return the newest checkpoint whose every file has the size and hash of its manifest.
 
-    Ranks share the files among them, and find the same. Nothing is deserialised on the way.
+    Ranks share the files among them, and find the same. Nothing is deserialized on the way.
 
     Raises:
-        UserError: when the newest whole one has the old layout.
+        UserError: when the newest whole one has the old layout, or is not the same for all ranks.
     """
     ranks = ranks or Ranks()
     candidates, unfinished = ranks.first(lambda: (steps(folder), _unfinished(folder)))
@@ -63,13 +63,14 @@ def newest(folder: Path, ranks: Ranks | None = None) -> Search:
     for step in candidates:
         path = folder / folder_name(step)
         try:
-            info = ranks.each(lambda path=path: verify(path, share=share))[0]  # type: ignore[misc]
+            infos = ranks.each(lambda path=path: verify(path, share=share))  # type: ignore[misc]
         except OldCheckpoint as old:
             raise UserError(f"{old}.") from None
         except DamagedCheckpoint as damage:
             skipped.append(Skipped(step, str(damage)))
         else:
-            return Search(info, tuple(skipped))
+            _refuse_unlike(path, infos)
+            return Search(infos[0], tuple(skipped))
     return Search(None, tuple(skipped))
 
 
@@ -94,6 +95,16 @@ def locate(path: Path) -> Search:
         reasons = "".join(f"; {skipped}" for skipped in found.skipped)
         raise UserError(f"{path} contains no complete checkpoint{reasons}.")
     return found
+
+
+def _refuse_unlike(path: Path, infos: list[CheckpointInfo]) -> None:
+    """Raise UserError when ranks found different checkpoints under the same name."""
+    others = [rank for rank, info in enumerate(infos) if info != infos[0]]
+    if others:
+        raise UserError(
+            f"{path} is another checkpoint on rank {others[0]} than on rank 0; "
+            "give the run a folder that all machines share."
+        )
 
 
 def _unfinished(folder: Path) -> list[int]:

@@ -1,6 +1,6 @@
 """The folder of checkpoints: temporary names, what a killed save left, and the newest few.
 
-Nothing is removed but checkpoints and folders with these temporary names, which nobody else would
+Nothing is removed but checkpoints and folders with these temporary names, which nothing else would
 choose. What cannot be removed stays, and a note says so.
 """
 

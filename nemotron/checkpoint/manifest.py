@@ -141,7 +141,7 @@ def verify(folder: Path, *, content: bool = True, share: slice = slice(None)) ->
     manifest = read_manifest(folder)
     for name in manifest.files:
         if name not in RECORDS and not TENSOR_FILE.fullmatch(name):
-            raise DamagedCheckpoint(f"{MANIFEST}: files.{name[:80]!r} is no file of a checkpoint")
+            raise DamagedCheckpoint(f"{MANIFEST}: files.{name[:80]!r} is not part of a checkpoint")
     for name in RECORDS:
         if name not in manifest.files:
             raise DamagedCheckpoint(f"{MANIFEST} does not list {name}")

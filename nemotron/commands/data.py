@@ -92,7 +92,7 @@ def data_prepare(
     options = PrepareOptions(
         column=column,
         filters=tuple(filters or ()),
-        separator=separator and separator.replace(r"\n", "\n").replace(r"\t", "\t"),
+        separator=separator and _unescaped(separator),
         eod_token=eod_token,
         validation_fraction=hold_out,
         max_row_bytes=max_row_mib << 20,
@@ -111,11 +111,49 @@ def data_prepare(
     )
 
 
+@app.command(
+    "tokenizer",
+    epilog="Example: nemotron data tokenizer texts/ --vocab-size 8192 --out data/tokenizer.json",
+)
+def data_tokenizer(
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            help="Files, folders, patterns or data sets, as data prepare reads them.",
+            metavar="SOURCE...",
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
+    vocab_size: Annotated[int, typer.Option(help="Number of ids, special tokens included.")],
+    special: Annotated[
+        list[str] | None,
+        typer.Option(help="Special token in addition to those of Nemotron 3; repeatable."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    sample_mib: Annotated[
+        int, typer.Option(min=1, help="Most MiB of input to learn from, spread over all of it.")
+    ] = 1024,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+) -> int:
+    """Train a byte-level BPE tokenizer on text."""
+    from nemotron.data.prepare.learn_tokens import learn_tokenizer
+
+    return learn_tokenizer(
+        sources,
+        out,
+        vocab_size=vocab_size,
+        specials=special or (),
+        column=column,
+        sample_bytes=sample_mib << 20,
+        overwrite=overwrite,
+    )
+
+
 @app.command("inspect", epilog="Example: nemotron data inspect recipes/tiny/pretrain.yaml")
 def data_inspect(
     target: Annotated[
         Path,
-        typer.Argument(help="Recipe (.yaml), prepared folder, or shard without its file ending."),
+        typer.Argument(help="Recipe (.yaml), folder of a run, prepared folder or shard, or text."),
     ],
     overrides: Overrides = None,
     step: Annotated[int, typer.Option(min=0, help="Step whose rows to show.")] = 0,
@@ -140,7 +178,7 @@ def data_inspect(
     """Show the data: sources, document lengths, duplicates, and rows as text."""
     from nemotron.data.inspect import inspect, open_path
 
-    if target.suffix in (".yaml", ".yml"):
+    if target.suffix in (".yaml", ".yml") or (target / "recipe.yaml").is_file():
         data = _recipe_data(target, overrides)
     else:
         with tempfile.TemporaryDirectory() as cache:
@@ -162,6 +200,10 @@ def data_plan(recipe: RecipeFile, overrides: Overrides = None) -> int:
     from nemotron.data.plan import print_plan
 
     return print_plan(_recipe_data(recipe, overrides))
+
+
+def _unescaped(separator: str) -> str:
+    return separator.replace(r"\r", "\r").replace(r"\n", "\n").replace(r"\t", "\t")
 
 
 def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":

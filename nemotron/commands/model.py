@@ -7,6 +7,8 @@ import typer
 
 from nemotron.commands.shared import CommandGroup
 
+MODEL = "Run, checkpoint, exported folder, or OWNER/NAME[@REVISION] of a model on the Hub."
+
 app = CommandGroup()
 
 checkpoint_app = CommandGroup(help="Work on checkpoints.", no_args_is_help=True)
@@ -15,7 +17,7 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 @app.command(epilog='Example: nemotron generate runs/tiny --prompt "def read("')
 def generate(
-    model: Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder.")],
+    model: Annotated[Path, typer.Argument(help=MODEL)],
     prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Largest number of tokens to add.")
@@ -52,7 +54,7 @@ def generate(
     """Continue one or more prompts."""
     from nemotron.generate.command import generate as run
     from nemotron.generate.sampling import Sampling
-    from nemotron.loading import load_with_tokenizer
+    from nemotron.loading import load_with_tokenizer, stop_ids
     from nemotron.loading import recipe_ops as read_ops
 
     sampling = Sampling(
@@ -67,6 +69,7 @@ def generate(
         sampling,
         max_new_tokens=max_new_tokens,
         stop=stop or (),
+        stop_ids=stop_ids(model, loaded.config),
         reasoning_budget=think_budget,
         stream=stream,
         device=device,
@@ -75,7 +78,7 @@ def generate(
 
 @app.command("check-parity", epilog="Example: nemotron check-parity runs/tiny --length 100")
 def check_parity(
-    model: Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder.")],
+    model: Annotated[Path, typer.Argument(help=MODEL)],
     length: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Tokens of a prompt; repeatable. Default: 100, 1000."),
@@ -111,6 +114,10 @@ def export(
     max_shard_gb: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Largest file size, in 10^9 bytes.")
     ] = 5.0,
+    push: Annotated[
+        str | None,
+        typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hub, with HF_TOKEN."),
+    ] = None,
 ) -> int:
     """Export a model to a Hugging Face folder, and check it in a fresh process."""
     from nemotron.hf.export import export as run_export
@@ -123,12 +130,15 @@ def export(
         formats=MAMBA_FP32 if mamba_fp32 else RELEASED,
         check=check,
         max_shard_bytes=int(max_shard_gb * 1e9),
+        push=push,
     )
 
 
 @app.command("import", epilog="Example: nemotron import exported/tiny --out runs/imported")
 def import_(
-    folder: Annotated[Path, typer.Argument(help="Folder in Hugging Face's layout.")],
+    folder: Annotated[
+        Path, typer.Argument(help="Folder in Hugging Face's layout, or OWNER/NAME[@REVISION].")
+    ],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
 ) -> int:

@@ -37,11 +37,14 @@ def recipe_show(
 
 @app.command("check", epilog="Example: nemotron recipe check recipes/nano/pretrain.yaml")
 def recipe_check(recipe: RecipeFile, overrides: Overrides = None) -> int:
-    """Check a recipe and print the result in one line."""
+    """Check a recipe; print the result, and which programs an export would not be for."""
+    from nemotron.hf.readers import limits
     from nemotron.recipe.load import load_recipe
 
     loaded = load_recipe(recipe, overrides or [])
     print_text(f"{recipe}: valid; it creates the run {loaded.config.output}/{loaded.config.name}")
+    for limit in limits(loaded.config.model):
+        print_text(f"note: an export is not for {limit}")
     return DONE
 
 

@@ -40,7 +40,8 @@ class CommandGroup(typer.Typer):
 RecipeFile = Annotated[
     Path,
     typer.Argument(
-        help="Recipe file (.yaml), or a shipped recipe such as tiny/pretrain.", metavar="RECIPE"
+        help="Recipe file (.yaml), a shipped recipe such as tiny/pretrain, or the folder of a run.",
+        metavar="RECIPE",
     ),
 ]
 Overrides = Annotated[

@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, Self
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -47,12 +47,12 @@ class Batch:
         """Labels that count; ask before the batch is moved to a GPU, which would have to wait."""
         return int((self.labels != NO_LABEL).sum())
 
-    def split(self, micro_batch: int) -> Iterator[Self]:
+    def split(self, micro_batch: int) -> "Iterator[Batch]":
         """Yield the rows in order, `micro_batch` at a time, without copying."""
         for start in range(0, self.input_ids.shape[0], micro_batch):
             yield self.map(operator.itemgetter(slice(start, start + micro_batch)))
 
-    def look_ahead(self, num_depths: int) -> Self:
+    def look_ahead(self, num_depths: int) -> "Batch":
         """Return the batch with inputs and targets for predicting 2, 3, … tokens ahead."""
         input_ids, labels, weight = self.input_ids, self.labels, self.loss_weight
         ahead = []
@@ -63,15 +63,15 @@ class Batch:
             ahead.append(Ahead(input_ids, labels, weight))
         return replace(self, ahead=tuple(ahead))
 
-    def to(self, device: torch.device | str) -> Self:
+    def to(self, device: torch.device | str) -> "Batch":
         """Return the batch on another device; from pinned memory the copy goes on beside work."""
         return self.map(operator.methodcaller("to", device, non_blocking=True))
 
-    def pin(self) -> Self:
+    def pin(self) -> "Batch":
         """Return the batch in memory from which a GPU copies without waiting."""
         return self.map(operator.methodcaller("pin_memory"))
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Batch":
         """Return the batch with the function applied to every tensor of [B, T] or [B, T, …]."""
         return replace(
             self,
@@ -94,7 +94,7 @@ class Ahead:
     labels: Int[Tensor, "B T"]
     loss_weight: Float[Tensor, "B T"] | None
 
-    def map(self, function: Callable[[Tensor], Tensor]) -> Self:
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Ahead":
         """Apply a function to every tensor."""
         weight = None if self.loss_weight is None else function(self.loss_weight)
         return replace(
@@ -161,7 +161,7 @@ def pack(rows: Sequence[Row], seq_len: int, eod_id: int, *, mask_eod_loss: bool)
     """Make a batch of rows with `seq_len` inputs.
 
     A shorter row is filled up with ends of documents that have no label. In rows of whole
-    documents the first token of a document is nobody's label.
+    documents the first token of a document is not a label.
     """
     tokens = np.full((len(rows), seq_len + 1), eod_id, np.int64)
     labels = np.full((len(rows), seq_len), NO_LABEL, np.int64)

@@ -1,7 +1,9 @@
 """Where the text comes from, how it is blended and how it becomes rows."""
 
+import re
 from collections.abc import Iterator, Sequence
-from typing import Annotated, Literal
+from pathlib import PurePath
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,18 +11,39 @@ from nemotron.errors import RuleBroken
 from nemotron.section import Section
 
 EMBEDDED_DOMAINS = ("code", "docs", "verse")
-"""Labelled domains of the corpus that ships with the package."""
+"""Labeled domains of the corpus that ships with the package."""
+
+
+def name_of(path: str) -> str:
+    """Return the label of a path whose source has no name: its last part without endings."""
+    plain = [part for part in PurePath(path).parts if not re.search(r"[*?\[]", part)]
+    name = plain[-1].split(".")[0] if plain and plain[-1] != ".." else ""
+    return name or "text"
+
+
+def _with_name(value: Any) -> Any:  # Any: not yet validated
+    """Return the keys of a source or set that is given as a path alone, or without a name."""
+    if isinstance(value, str) and value:
+        return {"name": value} if value in EMBEDDED_DOMAINS else _with_name({"path": value})
+    if isinstance(value, dict) and "name" not in value and isinstance(value.get("path"), str):
+        return {"name": name_of(value["path"]), **value}
+    return value
 
 
 class SourceConfig(Section):
-    """One labelled stream of documents, or a group of them that share a weight."""
+    """One labeled stream of documents, or a group of them that share a weight.
+
+    A text in place of the keys is the path; one that is the name of an embedded domain means that.
+    """
 
     name: str = Field(min_length=1)
-    """Label in metrics. Without `path`, a domain of the embedded corpus: code, docs or verse."""
+    """Label in metrics; absent: the last part of `path`. Without `path`, a domain of the embedded
+    corpus: code, docs or verse."""
     weight: float = Field(1.0, gt=0)
     """Share of the training tokens, relative to the other sources of its group."""
     path: str | None = None
-    """Folder from `nemotron data prepare`, folder of Megatron shards, or one shard."""
+    """Folder from `nemotron data prepare`, folder of Megatron shards, or one shard; or text, as
+    that command reads it, which is prepared into `cache` on first use."""
     validation: str | None = None
     """Held-out tokens for a source whose `path` has none; a path of the same kinds."""
     tier: str | None = None
@@ -30,6 +53,11 @@ class SourceConfig(Section):
     sources: Annotated[tuple["SourceConfig", ...], Field(strict=False)] = ()
     """Members of a group. A group has no `path`."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        return _with_name(value)
+
 
 class ValidationConfig(Section):
     """A set of documents that is only evaluated."""
@@ -37,7 +65,12 @@ class ValidationConfig(Section):
     name: str = Field(min_length=1)
     """Label in metrics."""
     path: str
-    """Prepared folder, folder of Megatron shards, or one shard; all its tokens are held out."""
+    """A path as that of a source; all its tokens are held out."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, value: Any) -> Any:
+        return _with_name(value)
 
 
 class MissingConfig(Section):
@@ -166,7 +199,8 @@ class DataConfig(Section):
     eod_token: str = Field("</s>", min_length=1)
     """Token that ends each document in the shards."""
     cache: str = "runs/.cache"
-    """Folder for the tokenized embedded corpus, and for plans of packed rows."""
+    """Folder for the tokenized embedded corpus, for sources that are text, and for plans of packed
+    rows."""
     seq_len: int = Field(512, gt=1)
     """Tokens in a row. Validation uses this length in every phase."""
     lengths: Annotated[tuple[LengthConfig, ...], Field(strict=False)] = ()
@@ -180,7 +214,8 @@ class DataConfig(Section):
     objective: Literal["tokens", "samples"] = "tokens"
     """What has equal weight in the loss: each supervised token, or each sample (conversation)."""
     validation_fraction: float = Field(0.05, ge=0, lt=1)
-    """Share of the embedded corpus to hold out; a hash of each document decides."""
+    """Share of the embedded corpus, and of sources that are text, to hold out; a hash of each
+    document decides."""
     max_epochs: float | None = Field(None, gt=0)
     """Largest number of passes over any source; absent: no limit."""
     prefetch_steps: int = Field(2, ge=0)

@@ -8,7 +8,7 @@ from pathlib import Path
 from nemotron.errors import UserError
 
 EMBEDDED = Path(__file__).parent / "embedded"
-"""Folder of the archives, the tokenizer, their manifest and their licences."""
+"""Folder of the archives, the tokenizer, their manifest and their licenses."""
 
 
 def corpus_hash(domain: str) -> str:

@@ -2,20 +2,20 @@
 
 import json
 import logging
-import shutil
 from pathlib import Path
 
 import xxhash
 
+from nemotron.data.cache import held_cache, new_entry
 from nemotron.data.config import DataConfig
 from nemotron.data.corpus import corpus_hash, load_documents
-from nemotron.data.folder import MANIFEST, Manifest, read_manifest
+from nemotron.data.folder import MANIFEST, FileFacts, Manifest, read_manifest
 from nemotron.data.prepare.assemble import assemble
 from nemotron.data.prepare.options import PrepareOptions
 from nemotron.data.prepare.unit import write_texts
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.files import hash_file, locked, sync_folder
+from nemotron.files import hash_file
 
 log = logging.getLogger(__name__)
 
@@ -33,20 +33,15 @@ def prepare_embedded(domain: str, config: DataConfig, tokenizer: Tokenizer) -> P
     what = (FORMAT, corpus_hash(domain), tokenizer.hash, config.eod_token, fraction)
     name = f"{domain}-{xxhash.xxh64_hexdigest(json.dumps(what).encode())}"
     folder = cache.absolute() / name
-    with locked(cache / ".lock"):
+    with held_cache(cache):
         if not _is_whole(folder):
             texts = load_documents(domain)
             # Neighbours in the corpus are scenes of one play: mix them, the same way everywhere.
             texts.sort(key=lambda text: xxhash.xxh64_digest(text.encode()))
-            part = folder.with_suffix(".tmp")
-            shutil.rmtree(part, ignore_errors=True)
-            part.mkdir()
             options = PrepareOptions(eod_token=config.eod_token, validation_fraction=fraction)
-            receipt = write_texts(texts, part, tokenizer, options)
-            assemble([receipt], part, tokenizer, options, [{"name": f"embedded {domain}"}])
-            shutil.rmtree(folder, ignore_errors=True)
-            part.rename(folder)
-            sync_folder(cache)
+            with new_entry(folder) as part:
+                receipt = write_texts(texts, part, tokenizer, options)
+                assemble([receipt], part, tokenizer, options, [{"name": f"embedded {domain}"}])
             log.info("tokenized %s: %d documents into %s", domain, len(texts), folder)
     return folder
 
@@ -66,13 +61,25 @@ def _is_whole(folder: Path) -> bool:
 
 def damaged_files(folder: Path, manifest: Manifest) -> list[Path]:
     """Return the files that are missing or have another hash than the manifest says."""
-    files = {
+    return [
+        path
+        for path, facts in _files(folder, manifest).items()
+        if not path.exists() or hash_file(path) != facts.xxh128
+    ]
+
+
+def missing_files(folder: Path, manifest: Manifest) -> list[Path]:
+    """Return the files that are missing or have another size than the manifest says."""
+    return [
+        path
+        for path, facts in _files(folder, manifest).items()
+        if not path.exists() or path.stat().st_size != facts.bytes
+    ]
+
+
+def _files(folder: Path, manifest: Manifest) -> dict[Path, FileFacts]:
+    return {
         folder / name: facts
         for shard in (*manifest.train, *manifest.validation)
         for name, facts in shard.files.items()
     }
-    return [
-        path
-        for path, facts in files.items()
-        if not path.exists() or hash_file(path) != facts.xxh128
-    ]

@@ -62,8 +62,9 @@ def read_fingerprint(saved: Mapping[str, Any]) -> Fingerprint:  # Any: JSON
         rules = {"missing": "is missing", "extra_forbidden": "is an unknown key"}
         rule = rules.get(problem["type"], problem["msg"].replace("Input should", "must"))
         raise UserError(
-            f"state.json of the checkpoint: {key} {rule}, so what it was trained on is unknown; "
-            f"start a new run with init_from."
+            f"{rule}, so what it was trained on is unknown; start a new run with init_from.",
+            key=key,
+            where="state.json of the checkpoint",
         ) from None
 
 
@@ -102,9 +103,10 @@ def _check_phase(
     then: Mapping[str, Any], now: Mapping[str, Any], number: int, *, is_open: bool
 ) -> None:
     where = f"phases.{number}"
+    keys = {"num_steps": f"{where}: steps", "tokens_per_step": f"{where}: global_tokens"}
     for key in ("num_steps", "tokens_per_step"):
         if then.get(key) != now[key] and not (is_open and key == "num_steps"):
-            _refuse(f"{where}: {key}", then.get(key), now[key])
+            _refuse(keys[key], then.get(key), now[key])
     lengths = [[part["seq_len"] for part in side.get("lengths", [])] for side in (then, now)]
     if lengths[0] != lengths[1]:
         _refuse("data.seq_len", *(", ".join(map(str, side)) for side in lengths))
@@ -120,7 +122,8 @@ def _check_phase(
 
 
 def _refuse(what: str, then: object, now: object) -> None:
-    raise UserError(
-        f"{what} was {then} when the checkpoint was written and is {now} now; "
-        "restore it or start a new run."
+    rule = (
+        f"was {then} when the checkpoint was written and is {now} now; restore it or start a new "
+        "run."
     )
+    raise UserError(rule, key=what)

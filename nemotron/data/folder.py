@@ -133,9 +133,8 @@ def read_manifest(folder: Path) -> Manifest | None:
     try:
         content = json.loads(path.read_bytes())
         if isinstance(content, dict) and content.get("format") != FORMAT:
-            raise UserError(
-                f"{path} has format {content.get('format')}; this version reads format {FORMAT}."
-            )
+            rule, value = f"is unknown; this version reads {FORMAT}.", content.get("format")
+            raise UserError(rule, key="format", value=value, where=str(path))
         return Manifest.model_validate(content)
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -207,8 +206,8 @@ def _prefixes(path: Path) -> list[Path]:
     found = sorted(index.with_suffix("") for index in path.glob("*.idx"))
     if not found:
         raise UserError(
-            f"{path.absolute()} contains neither {MANIFEST} nor shards (*.idx); "
-            "give a prepared folder, or a shard without its .bin or .idx ending."
+            f"{path.absolute()} contains neither {MANIFEST} nor shards (*.idx), nor text; "
+            "give a prepared folder, a shard without its .bin or .idx ending, or a folder of text."
         )
     return found
 
@@ -230,23 +229,25 @@ def _shards(folder: Path, facts: tuple[ShardFacts, ...]) -> list[Shard]:
 def _check_manifest(
     path: Path, manifest: Manifest, tokenizer: Tokenizer, eod_token: str, limit: int
 ) -> None:
-    if manifest.tokenizer != tokenizer.hash:
-        raise UserError(
-            f"{path.absolute()} was made with the tokenizer {manifest.tokenizer}, but "
-            f"data.tokenizer is {tokenizer.hash}; name the tokenizer.json of these shards."
-        )
-    if manifest.eod_id != tokenizer.id(eod_token):
-        raise UserError(
-            f"{path.absolute()} ends its documents with id {manifest.eod_id}, but data.eod_token = "
-            f"{eod_token} is id {tokenizer.id(eod_token)}; set data.eod_token to the token of the "
+    where = str(path.absolute() / MANIFEST)
+    if (known := manifest.tokenizer) != tokenizer.hash:
+        rule = (
+            f"is not that of data.tokenizer, {tokenizer.hash}; name the tokenizer.json of these "
             "shards."
         )
-    if manifest.counts.largest_id >= limit:
-        raise UserError(
-            f"{path.absolute()} contains the id {manifest.counts.largest_id}, but the vocabulary "
-            "ends "
-            f"at {limit - 1}; use a larger model.vocab_size."
+        raise UserError(rule, key="tokenizer", value=known, where=where)
+    if (end := manifest.eod_id) != (own := tokenizer.id(eod_token)):
+        rule = (
+            f"is not the id of data.eod_token = {eod_token}, which is {own}; set data.eod_token to "
+            "the token of the shards."
         )
+        raise UserError(rule, key="eod_id", value=end, where=where)
+    if (largest := manifest.counts.largest_id) >= limit:
+        rule = (
+            f"lies outside the vocabulary, which ends at {limit - 1}; use a larger "
+            "model.vocab_size."
+        )
+        raise UserError(rule, key="counts.largest_id", value=largest, where=where)
 
 
 def _check_first_tokens(stream: Stream, limit: int) -> None:

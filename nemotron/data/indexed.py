@@ -49,7 +49,7 @@ class Shard:
         """Look at the two files.
 
         Raises:
-            UserError: when one is missing, is no shard, is cut off or does not fit the other.
+            UserError: when one is missing, is not a shard, is cut off or does not fit the other.
         """
         self.prefix = Path(prefix).absolute()
         self.bin = Path(f"{self.prefix}.bin")
@@ -140,7 +140,7 @@ class Shard:
                 beside = f"though {other.name} does" if other.exists() else f"nor does {other.name}"
                 raise UserError(
                     f"{path} does not exist, {beside}; "
-                    "give the path of a shard without its .bin or .idx ending."
+                    "give the path of a shard without its .bin or .idx ending, or of text."
                 ) from None
             found[path] = (status.st_size, status.st_mtime_ns, status.st_ino)
         return found

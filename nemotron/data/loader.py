@@ -13,6 +13,7 @@ from nemotron.data.fingerprint import check_same_data
 from nemotron.data.folder import TokenSet, open_source
 from nemotron.data.indexed import Stream
 from nemotron.data.mixture import Mixtures
+from nemotron.data.raw import tokens_of
 from nemotron.data.source import HeldOut, Source
 from nemotron.data.timeline import RowLength, Timeline
 from nemotron.data.tokenizer import load_tokenizer
@@ -147,10 +148,11 @@ class TrainingData:
             limit = self.limit_of(name)
             if limit is not None and epochs > limit:
                 raise UserError(
-                    f"data.sources: {num_steps} steps need {needed[name]} tokens of {name}, which "
-                    f"has {self.tokens[name].train.num_tokens}: {epochs:.2f} passes, where "
+                    f"do not suffice: {num_steps} steps need {needed[name]} tokens of {name}, "
+                    f"which has {self.tokens[name].train.num_tokens}: {epochs:.2f} passes, where "
                     f"max_epochs = {limit:g}; train for fewer steps, lower its weight or raise "
-                    "max_epochs."
+                    "max_epochs.",
+                    key="data.sources",
                 )
 
     def describe(self) -> list[str]:
@@ -177,7 +179,7 @@ class TrainingData:
         return lines
 
     def fingerprint(self) -> dict[str, Any]:  # Any: nested JSON
-        """Return what the order and content of all rows hang on, to be kept with a checkpoint."""
+        """Return what the order and content of all rows depend on, to be kept with a checkpoint."""
         return {
             "seed": self._seed,
             "data.seq_len": self.config.seq_len,
@@ -207,7 +209,10 @@ class TrainingData:
         Raises:
             UserError: when they are not, naming the file or the setting that differs.
         """
-        files = {name: tokens.path for name, tokens in self.tokens.items()}
+        files = {
+            name: Path(self._configs[name].path or tokens.path)
+            for name, tokens in self.tokens.items()
+        }
         check_same_data(saved, self.fingerprint(), files, self.timeline.phase_of(max(0, step - 1)))
 
     def _open_sources(self) -> None:
@@ -218,14 +223,25 @@ class TrainingData:
                 known = named_by.setdefault(source.name, source)
                 if (known.path, known.validation) != (source.path, source.validation):
                     raise UserError(
-                        f"phases: {source.name} is {known.path} in one place and {source.path} in "
-                        "another; give different data different names."
+                        f"name {source.name} with the paths {known.path} and {source.path}; "
+                        "give different data different names.",
+                        key="phases",
                     )
         for name, source in named_by.items():
-            if source.path is None:
-                path = str(prepare_embedded(name, self.config, self.tokenizer))
-                source = source.model_copy(update={"path": path})
-            self.tokens[name] = open_source(source, self.config, self.tokenizer, self._limit)
+            self.tokens[name] = self._open(source, self.config.validation_fraction)
+
+    def _open(self, source: SourceConfig, hold_out: float) -> TokenSet:
+        """Open a source; what is not tokens yet is made so, with this share held out."""
+        config, tokenizer = self.config, self.tokenizer
+        beside = source.validation
+        if source.path is None:
+            path = str(prepare_embedded(source.name, config, tokenizer))
+        else:
+            path = tokens_of(source.path, config, tokenizer, 0.0 if beside else hold_out)
+        if beside is not None:
+            beside = tokens_of(beside, config, tokenizer, 0.0)
+        source = source.model_copy(update={"path": path, "validation": beside})
+        return open_source(source, config, tokenizer, self._limit)
 
     def _rows_of(self, name: str, seq_len: int) -> Source:
         tokens = self.tokens[name]
@@ -238,8 +254,7 @@ class TrainingData:
     def _open_held_out(self) -> dict[str, Stream]:
         streams = {name: tokens.validation for name, tokens in self.tokens.items()}
         for extra in self.config.validation:
-            path = SourceConfig(name=extra.name, path=extra.path)
-            opened = open_source(path, self.config, self.tokenizer, self._limit)
+            opened = self._open(SourceConfig(name=extra.name, path=extra.path), 0.0)
             streams[extra.name] = Stream([*opened.train.shards, *opened.validation.shards])
         return streams
 
@@ -260,9 +275,10 @@ class TrainingData:
             documents = f"{stream.num_documents} documents with {stream.num_tokens} tokens"
             if name not in self.tokens:
                 raise UserError(
-                    f"data.validation: {name} has {documents}, which make no row of data.seq_len = "
-                    f"{self.config.seq_len} (data.packing may drop them); remove it, or give "
-                    "documents that fit."
+                    f"has {documents}, which make no row of data.seq_len = {self.config.seq_len} "
+                    "(data.packing may drop them); remove it, or give documents that fit.",
+                    key="data.validation",
+                    value=name,
                 )
             if self.holds_out(name):
                 log.warning(
@@ -314,8 +330,9 @@ def rows_of_rank(num_rows: int, rank: int, num_ranks: int) -> slice:
     """
     if num_rows % num_ranks:
         raise UserError(
-            f"batch.global_tokens gives {num_rows} rows a step, which {num_ranks} data-parallel "
-            f"ranks cannot share evenly; use a multiple of {num_ranks} rows."
+            f"gives {num_rows} rows a step, which {num_ranks} data-parallel ranks cannot share "
+            f"evenly; use a multiple of {num_ranks} rows.",
+            key="batch.global_tokens",
         )
     share = num_rows // num_ranks
     return slice(rank * share, (rank + 1) * share)
@@ -331,10 +348,8 @@ def make_writable(cache: Path) -> None:
         cache.mkdir(parents=True, exist_ok=True)
         (cache / ".lock").touch()
     except OSError as error:
-        raise UserError(
-            f"data.cache: {cache.absolute()} cannot be written ({error.strerror}); "
-            "choose a writable folder."
-        ) from error
+        rule = f"cannot be written ({error.strerror}); choose a writable folder."
+        raise UserError(rule, key="data.cache", value=cache.absolute()) from error
 
 
 def _describe_length(length: RowLength) -> dict[str, Any]:  # Any: nested JSON

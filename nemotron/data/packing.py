@@ -3,7 +3,6 @@
 import bisect
 import json
 import logging
-import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,9 +11,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
+from nemotron.data.cache import held_cache, new_entry
 from nemotron.data.config import PackingConfig
 from nemotron.data.indexed import Stream
-from nemotron.files import locked, sync, sync_folder, write_json
+from nemotron.files import sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def plan_rows(
     """Return the rows of up to `capacity` tokens of a stream, made now or found in `cache`."""
     what = [FORMAT, identity, capacity, config.kind, config.long_documents]
     folder = cache / f"rows-{xxhash.xxh64_hexdigest(json.dumps(what).encode())}"
-    with locked(cache / ".lock"):
+    with held_cache(cache):
         if not folder.exists():
             _store(pack_stream(stream, capacity, config), folder)
     counts = PackingCounts(**json.loads((folder / "counts.json").read_text()))
@@ -184,14 +184,10 @@ def _cut(
 
 
 def _store(plan: RowPlan, folder: Path) -> None:
-    """Write a plan aside and rename it; the caller holds the lock."""
-    part = folder.with_suffix(".tmp")
-    shutil.rmtree(part, ignore_errors=True)
-    part.mkdir()
-    for name in ARRAYS:
-        with open(part / f"{name}.npy", "wb") as file:
-            np.save(file, getattr(plan, name))
-            sync(file)
-    write_json(part / "counts.json", asdict(plan.counts))
-    part.rename(folder)
-    sync_folder(folder.parent)
+    """Write a plan as an entry of the cache, which the caller holds."""
+    with new_entry(folder) as part:
+        for name in ARRAYS:
+            with open(part / f"{name}.npy", "wb") as file:
+                np.save(file, getattr(plan, name))
+                sync(file)
+        write_json(part / "counts.json", asdict(plan.counts))

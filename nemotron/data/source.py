@@ -57,7 +57,7 @@ class RowReader:
 
     def _weights(self, start: int, length: int) -> NDArray[np.float32]:
         weights = self.stream.read_learned(start, length).astype(np.float32)
-        weights[0] = 0  # the first token of a document is nobody's label
+        weights[0] = 0  # the first token of a document is not a label
         return weights / max(1.0, float(weights.sum())) if self.per_sample else weights
 
     def _checked(self, tokens: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -76,7 +76,7 @@ class Source:
     """The rows of one length of one source.
 
     Of documents end to end, each pass is cut every `seq_len` tokens, from a place that only the
-    seed, the source's name and the pass decide; neighbouring rows share one token.
+    seed, the source's name and the pass decide; neighboring rows share one token.
     """
 
     def __init__(
@@ -97,7 +97,7 @@ class Source:
         self.num_rows = available // seq_len if plan is None else len(plan.row_ends)
         if not self.num_rows or (plan is None and available <= seq_len):
             raise UserError(
-                f"{tokens.path} has {available} tokens to train on; a row of "
+                f"{name} ({tokens.path}) has {available} tokens to train on; a row of "
                 f"data.seq_len = {seq_len} takes {seq_len + 1}."
             )
 
@@ -170,13 +170,16 @@ def row_reader(
         packing.kind == "concatenate" or packing.long_documents == "split"
     ):
         raise UserError(
-            f"data.packing: {name} holds conversations, which rows must not cut; use kind: "
-            "best_fit or sequential, and long_documents: drop or truncate."
+            f"must not cut the conversations of {name}; use kind: best_fit or sequential, and "
+            "long_documents: drop or truncate.",
+            key="data.packing",
         )
     if data.objective == "samples" and not stream.is_supervised:
         raise UserError(
-            f"data.objective = samples counts conversations, and {name} has none; use objective: "
-            "tokens, or prepare the source with --chat."
+            f"counts conversations, and {name} has none; use objective: tokens, or prepare the "
+            "source with --chat.",
+            key="data.objective",
+            value=data.objective,
         )
     plan = None
     if packing.kind != "concatenate":

@@ -35,6 +35,8 @@ class Tokenizer:
         self.is_piecewise = _is_piecewise(layout)
         self.vocab_size = max(vocabulary.values()) + 1
         self.token_bytes = _count_bytes(vocabulary, layout)
+        self.special_ids = frozenset(t["id"] for t in layout["added_tokens"] if t["special"])
+        """Tokens that stand for no text."""
 
     @functools.cached_property
     def _with_specials(self) -> tokenizers.Tokenizer:
@@ -81,6 +83,17 @@ class Tokenizer:
             raise UserError(f"the tokenizer has no token {token!r}; name one that it has.")
         return found
 
+    def token(self, index: int) -> str | None:
+        """Return the name of a token; None where the vocabulary has none of this id."""
+        return self._plain.id_to_token(index)
+
+    def gives_ids_of(self, other: "Tokenizer") -> bool:
+        """Say whether both give every text the same ids; what is added around it does not count."""
+        contents = [json.loads(tokenizer._plain.to_str()) for tokenizer in (self, other)]
+        for content in contents:
+            content["post_processor"] = None
+        return bool(contents[0] == contents[1])
+
     def save(self, path: Path) -> None:
         """Write the `tokenizer.json`, byte for byte as it was read."""
         write_bytes(path, self.content)
@@ -105,7 +118,7 @@ def _read(content: bytes, *, specials: bool) -> tokenizers.Tokenizer:
 
 
 def _is_piecewise(layout: dict[str, Any]) -> bool:  # Any: nested JSON
-    """Say whether words do not hang on where a text begins, and ids decode to the very text."""
+    """Say whether words do not depend on where a text begins, and ids decode to the same text."""
     steps = json.dumps(layout["pre_tokenizer"])
     return (
         layout["pre_tokenizer"] is not None
@@ -149,9 +162,8 @@ def load_tokenizer(name_or_path: str, key: str = "data.tokenizer") -> Tokenizer:
     try:
         return Tokenizer(path.read_bytes())
     except FileNotFoundError:
-        raise UserError(
-            f"{key}: {path.resolve()} does not exist; "
-            "give the path of a tokenizer.json, or embedded."
-        ) from None
+        rule = "does not exist; give the path of a tokenizer.json, or embedded."
+        raise UserError(rule, key=key, value=path.resolve()) from None
     except (ValueError, KeyError) as error:
-        raise UserError(f"{key}: {path.resolve()} is not a tokenizer.json: {error}.") from None
+        rule = f"is not a tokenizer.json: {error}."
+        raise UserError(rule, key=key, value=path.resolve()) from None

@@ -89,7 +89,8 @@ def _seat() -> Seat | None:
     if launch is None:
         return None
     if launch.rank >= launch.world:
-        raise UserError(f"environment: RANK={launch.rank} is not below WORLD_SIZE={launch.world}.")
+        rule = f"is not below WORLD_SIZE = {launch.world}."
+        raise UserError(rule, key="RANK", value=launch.rank, where="environment")
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal():
         raise UserError(
@@ -198,7 +199,7 @@ def _wait_for_port(seat: Seat, deadline: float, timeout_s: float) -> None:
     """Wait until somebody listens at the meeting point, more quietly than torch does.
 
     Raises:
-        NotMet: when nobody did in time.
+        NotMet: when none did in time.
     """
     while True:
         try:

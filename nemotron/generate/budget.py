@@ -26,10 +26,10 @@ class ReasoningBudget:
 
     def __post_init__(self) -> None:
         for name in ("tokens", "grace"):
-            if getattr(self, name) < 0:
-                raise UserError(f"budget: {name} = {getattr(self, name)} must be at least 0.")
+            if (value := getattr(self, name)) < 0:
+                raise UserError("must be at least 0.", key=name, value=value, where="budget")
         if not self.end:
-            raise UserError("budget: the closing tag has no token; give it at least one.")
+            raise UserError("the closing tag has no token; give it at least one.", where="budget")
 
     @classmethod
     def of(

@@ -1,7 +1,7 @@
 """What `nemotron generate` does once the model is loaded."""
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from nemotron.data.tokenizer import Tokenizer
@@ -25,6 +25,7 @@ def generate(
     *,
     max_new_tokens: int,
     stop: Sequence[str] = (),
+    stop_ids: Collection[int] = (),
     reasoning_budget: int | None = None,
     stream: bool,
     device: str,
@@ -32,26 +33,28 @@ def generate(
     """Print each prompt with its continuation, and tokens per second to the error stream.
 
     One prompt is printed while it grows if `stream` is on; several are printed when all are
-    done. With `reasoning_budget`, `</think>` is put after so many tokens unless the model wrote it.
-    A terminal gets control characters as escapes, a file or pipe as they are. Returns the exit
-    code. The model is moved to `device` and its weights are converted for
-    decoding, so it cannot be trained afterwards.
+    done. Names of special tokens in a prompt, such as `<|im_start|>`, are these tokens. A text
+    ends at the model's end of text and at `stop_ids`. With `reasoning_budget`, `</think>` is put
+    after so many tokens unless the model wrote it. A terminal gets control characters as escapes,
+    a file or pipe as they are. Returns the exit code. The model is moved to `device` and its
+    weights are converted for decoding, so it cannot be trained afterwards.
 
     Raises:
         UserError: when a prompt is empty or a setting is impossible.
     """
     for prompt in prompts:
         if not _is_text(prompt):
-            raise UserError(f"prompt = {prompt!r} is not UTF-8 text; give it in that encoding.")
+            rule = "is not UTF-8 text; give it in that encoding."
+            raise UserError(rule, key="prompt", value=repr(prompt))
     budget = None
     if reasoning_budget is not None:
         budget = ReasoningBudget.of(tokenizer, reasoning_budget)
-    requests = requests_of(list(map(tokenizer.encode, prompts)), max_new_tokens, sampling)
+    requests = requests_of(tokenizer.encode_batch(prompts, specials=True), max_new_tokens, sampling)
     requests = [replace(request, stop=tuple(stop), budget=budget) for request in requests]
     for number, request in enumerate(requests, 1):
         request.check(model.config.vocab_size, f"prompt {number}")
     model = prepare_weights(model.to(find_device(device)))
-    ends, slots = {model.config.eos_token_id}, min(len(requests), SLOTS)
+    ends, slots = {model.config.eos_token_id, *stop_ids}, min(len(requests), SLOTS)
     engine = Engine(model, ends, tokenizer=tokenizer, slots=slots)
     live, answers = stream and len(requests) == 1, dict.fromkeys(range(len(requests)), "")
     shown = printable if sys.stdout.isatty() else str

@@ -45,9 +45,9 @@ class Request:
             UserError: when the request is impossible.
         """
         if self.max_tokens < 1:
-            raise UserError(f"max_new_tokens = {self.max_tokens} must be at least 1.")
+            raise UserError("must be at least 1.", key="max_new_tokens", value=self.max_tokens)
         if self.num_samples < 1:
-            raise UserError(f"num_samples = {self.num_samples} must be at least 1.")
+            raise UserError("must be at least 1.", key="num_samples", value=self.num_samples)
         if not all(self.stop):
             raise UserError("a stop string is empty; give it at least one character.")
         named = {
@@ -60,11 +60,12 @@ class Request:
             for token in tokens:
                 if not 0 <= token < vocab_size:
                     raise UserError(
-                        f"{key} has token {token}, but the model's vocabulary has {vocab_size} "
-                        f"tokens; use the tokenizer that the model was trained with."
+                        f"has token {token}, but the model's vocabulary has {vocab_size} "
+                        f"tokens; use the tokenizer that the model was trained with.",
+                        key=key,
                     )
         if not self.prompt:
-            raise UserError(f"{name} is empty; give it at least one token.")
+            raise UserError("is empty; give it at least one token.", key=name)
 
 
 def requests_of(
@@ -98,7 +99,7 @@ class Answer:
     text: str = ""
     """Empty if the engine has no tokenizer."""
     forced: list[bool] = field(default_factory=list)
-    """Whether the model was not asked about a token; such tokens are no action of a policy."""
+    """Whether the model was not asked about a token; such tokens are not actions of a policy."""
     logprobs: list[float] = field(default_factory=list)
     """Of each token in nats, under the distribution that it was drawn from; 0 if forced."""
     raw_logprobs: list[float] = field(default_factory=list)

@@ -17,7 +17,7 @@ from nemotron.generate.text import StopStrings, TextStream
 
 @dataclass(frozen=True)
 class Selected:
-    """The next token of a sample; the log-probabilities are 0 where nobody asked for them."""
+    """The next token of a sample; the log-probabilities are 0 unless they were asked for."""
 
     token: int
     is_forced: bool

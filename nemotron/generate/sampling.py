@@ -37,29 +37,29 @@ class Sampling:
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf:
-            raise UserError(
-                f"temperature = {self.temperature} must be a finite number of at least 0; "
-                f"0 always takes the likeliest token."
-            )
+            rule = "must be a finite number of at least 0; 0 always takes the likeliest token."
+            raise UserError(rule, key="temperature", value=self.temperature)
         if self.top_k is not None and self.top_k < 1:
-            raise UserError(f"top_k = {self.top_k} must be at least 1; leave it out to keep all.")
+            rule = "must be at least 1; leave it out to keep all."
+            raise UserError(rule, key="top_k", value=self.top_k)
         if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise UserError(f"top_p = {self.top_p} must lie in (0, 1]; leave it out to keep all.")
+            rule = "must lie in (0, 1]; leave it out to keep all."
+            raise UserError(rule, key="top_p", value=self.top_p)
         if self.min_p is not None and not 0 <= self.min_p <= 1:
-            raise UserError(f"min_p = {self.min_p} must lie in [0, 1]; leave it out to keep all.")
+            rule = "must lie in [0, 1]; leave it out to keep all."
+            raise UserError(rule, key="min_p", value=self.min_p)
         if self.seed is not None and not 0 <= self.seed < 2**63:
-            raise UserError(f"seed = {self.seed} must lie in 0 … 2^63 - 1.")
+            raise UserError("must lie in 0 … 2^63 - 1.", key="seed", value=self.seed)
         if not 0 < self.repetition_penalty < math.inf:
-            raise UserError(
-                f"repetition_penalty = {self.repetition_penalty} must be a finite number above 0; "
-                f"1 changes nothing."
-            )
+            rule = "must be a finite number above 0; 1 changes nothing."
+            raise UserError(rule, key="repetition_penalty", value=self.repetition_penalty)
         for name in ("presence_penalty", "frequency_penalty"):
-            if not math.isfinite(getattr(self, name)):
-                raise UserError(f"{name} = {getattr(self, name)} must be a finite number.")
+            if not math.isfinite(value := getattr(self, name)):
+                raise UserError("must be a finite number.", key=name, value=value)
         for token, bias in self.logit_bias.items():
             if math.isnan(bias) or bias == math.inf:
-                raise UserError(f"logit_bias of token {token} = {bias} must be a number below inf.")
+                key = f"logit_bias of token {token}"
+                raise UserError("must be a number below inf.", key=key, value=bias)
 
     @property
     def changes_logits(self) -> bool:
@@ -159,5 +159,5 @@ class Uniforms:
 
 
 def fresh_seed() -> int:
-    """Return a seed that nobody chose."""
+    """Return a random seed."""
     return torch.Generator().seed() % 2**63

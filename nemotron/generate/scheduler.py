@@ -73,7 +73,7 @@ class Scheduler:
         """Say whether a waiting sample fits, dropping stored prefixes where that helps."""
         blocks = self._cache.blocks
         while blocks.num_free is not None and self._needed(sample) > blocks.num_free:
-            # without a running sample nobody else would ever make room
+            # without a running sample nothing would ever make room
             if not self._prefixes.make_room(also_shared=not self.running):
                 return False
         return True

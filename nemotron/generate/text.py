@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from nemotron.data.tokenizer import Tokenizer
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
-"""What a decoder writes for bytes that are no character, or not yet one."""
+"""What a decoder writes for bytes that are not a character, or not yet one."""
 
 
 class TextStream:
@@ -28,7 +28,7 @@ class TextStream:
         text = self._new()
         if text.endswith(REPLACEMENT):
             return ""
-        if text:  # a special token is no text, so it cannot be the one that new ones follow
+        if text:  # a special token is not text, so it cannot be the one that new ones follow
             self._context = self._shown
         self._shown = len(self._ids)
         return text

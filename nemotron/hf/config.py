@@ -1,12 +1,12 @@
 """`config.json`: written for every reader of NemotronH, read in all its published variants."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pydantic import ValidationError
 
-from nemotron.errors import UserError
+from nemotron.errors import RuleBroken, UserError, show_value
 from nemotron.model.config import LAYER_KINDS, ModelConfig
 
 Values = dict[str, Any]  # Any: whatever a config.json holds
@@ -96,6 +96,15 @@ NO_LIMIT = 1e9
 HUGE = 1e30
 """What we write for an infinite upper limit beside a lower one, because JSON has no infinity."""
 
+OLDER_KEYS = {"attention_head_dim": "head_dim"}
+"""Older names of our keys."""
+
+EPSILONS = ("layer_norm_epsilon", "norm_eps", "rms_norm_eps")
+"""Names of the norms' epsilon, which published configurations use."""
+
+GROUP_EXPERTS = 2
+"""Experts whose scores make that of a group, for every reader of this layout."""
+
 NEWER_NAMES = {"linear_attention": "M", "full_attention": "*"}
 LETTERS = {name: letter for letter, name in LAYER_KINDS.items()} | NEWER_NAMES
 
@@ -103,8 +112,9 @@ LETTERS = {name: letter for letter, name in LAYER_KINDS.items()} | NEWER_NAMES
 def to_hf(config: ModelConfig) -> Values:
     """Return the content of `config.json`.
 
-    Both the pattern string and the list of layer kinds are written, the latter with the older
-    names, because each reader knows only some. `time_step_limit` is left out unless it clamps.
+    Only the pattern strings say which layer is where: every reader knows them, while the lists of
+    layer kinds are read-only properties in NVIDIA's published class and in vLLM up to 0.18, which
+    fail on them. `time_step_limit` is left out unless it clamps.
     """
     pattern, mtp = config.hybrid_override_pattern, config.mtp_pattern
     values: Values = {
@@ -113,7 +123,7 @@ def to_hf(config: ModelConfig) -> Values:
         "torch_dtype": "bfloat16",
         "num_hidden_layers": len(pattern),
         "hybrid_override_pattern": pattern,
-        "layers_block_type": [LAYER_KINDS[letter] for letter in pattern],
+        "mamba_n_groups": config.n_groups,  # SGLang's name of n_groups
         "norm_eps": config.layer_norm_epsilon,
         # the published files hold a width even where no layer uses it
         "intermediate_size": config.intermediate_size or config.moe_intermediate_size,
@@ -126,7 +136,6 @@ def to_hf(config: ModelConfig) -> Values:
         values |= FIXED_EXPERTS | {"moe_shared_expert_overlap": False}
     if mtp:
         values["mtp_hybrid_override_pattern"] = mtp
-        values["mtp_layers_block_type"] = [LAYER_KINDS[letter] for letter in mtp]
     if config.time_step_limit != UNCLAMPED:
         low, high = config.time_step_limit
         values["time_step_limit"] = [low, min(high, HUGE)]
@@ -139,6 +148,8 @@ class HFConfig:
 
     model: ModelConfig
     notes: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    """Every end of text; the model's own is the first."""
 
 
 def from_hf(values: Values, where: str) -> HFConfig:
@@ -149,22 +160,23 @@ def from_hf(values: Values, where: str) -> HFConfig:
     """
     read = _Reader(values, where)
     if values.get("model_type") != "nemotron_h":
-        raise read.refuse("model_type", "only nemotron_h can be read")
-    if "quantization_config" in values:
-        raise UserError(
-            f"{where}: quantization_config says that the weights are packed; "
-            f"use the bfloat16 checkpoint of this model."
-        )
+        raise read.refuse("model_type", "is another architecture; only nemotron_h can be read")
+    if packed := {"quantization_config", "quantization"} & set(values):
+        rule = "says that the weights are packed; use the bfloat16 checkpoint of this model."
+        raise UserError(rule, key=packed.pop(), where=where)
     pattern = read.pattern("hybrid_override_pattern", "layers_block_type")
     if pattern is None:
-        raise UserError(f"{where}: hybrid_override_pattern and layers_block_type are both absent.")
+        rule = "is absent, and so is layers_block_type; give one of them."
+        raise UserError(rule, key="hybrid_override_pattern", where=where)
     mtp = None
     if blocks := values.get("num_nextn_predict_layers") or 0:
         mtp = read.pattern("mtp_hybrid_override_pattern", "mtp_layers_block_type")
         if mtp is None:
             raise UserError(
-                f"{where}: num_nextn_predict_layers = {blocks}, but mtp_hybrid_override_pattern "
-                f"and mtp_layers_block_type are both absent."
+                "needs mtp_hybrid_override_pattern or mtp_layers_block_type, which are absent.",
+                key="num_nextn_predict_layers",
+                value=blocks,
+                where=where,
             )
         if blocks != 1:
             read.notes.append(
@@ -181,8 +193,37 @@ def from_hf(values: Values, where: str) -> HFConfig:
         | {"layer_norm_epsilon": read.epsilon(), "time_step_limit": read.time_step_limit()}
         | {"eos_token_id": read.eos_token_id()}
     )
+    check_readable(model, where)
     read.note_unknown_keys()
-    return HFConfig(model, tuple(read.notes))
+    return HFConfig(model, tuple(read.notes), tuple(read.ends))
+
+
+def groups_differ(config: ModelConfig) -> bool:
+    """Say whether readers of `config.json` score groups of experts in another way."""
+    best = config.num_experts_per_tok // config.topk_group
+    is_limited = bool(config.moe_layers) and config.topk_group < config.n_group
+    return is_limited and best != GROUP_EXPERTS
+
+
+def check_readable(config: ModelConfig, where: str = "") -> None:
+    """Check that those who read `config.json` compute what this model does.
+
+    They score a group of experts by its two best; Megatron-LM, and the model, by its best
+    `num_experts_per_tok / topk_group`.
+
+    Raises:
+        UserError: when a token could go to other experts.
+    """
+    if groups_differ(config):
+        best = config.num_experts_per_tok // config.topk_group
+        raise UserError(
+            f"is computed in another way by transformers and other readers of this layout: they "
+            f"score a group by its {GROUP_EXPERTS} best experts, this model by num_experts_per_tok "
+            f"/ topk_group = {best}; only {GROUP_EXPERTS} gives the same.",
+            key="n_group" if where else "model.n_group",
+            value=config.n_group,
+            where=where,
+        )
 
 
 class _Reader:
@@ -191,36 +232,39 @@ class _Reader:
     def __init__(self, values: Values, where: str) -> None:
         self.values, self.where = values, where
         self.notes: list[str] = []
+        self.ends: list[int] = []
+        for older, key in OLDER_KEYS.items():
+            if (value := values.get(older)) is not None:
+                if values.get(key) not in (None, value):
+                    raise self.refuse(older, f"differs from {key} = {values[key]}")
+                self.values = self.values | {key: value}
 
     def refuse(self, key: str, rule: str) -> UserError:
-        return UserError(f"{self.where}: {key} = {self.values.get(key)!r}; {rule}.")
+        return UserError(f"{rule}.", key=key, value=self.values.get(key), where=self.where)
 
     def pattern(self, string_key: str, list_key: str) -> str | None:
         """Return the layer letters from whichever form is there; both must agree."""
         string, kinds = self.values.get(string_key), self.values.get(list_key)
         if not isinstance(string, str | None):
-            raise self.refuse(string_key, "it must be a text of layer letters")
+            raise self.refuse(string_key, "must be a text of layer letters")
         if kinds is None:
             return string
         if not isinstance(kinds, list):
-            raise self.refuse(list_key, "it must be a list of layer kinds")
+            raise self.refuse(list_key, "must be a list of layer kinds")
         for kind in kinds:
             if not isinstance(kind, str) or kind not in LETTERS:
-                raise UserError(
-                    f"{self.where}: {list_key} holds {kind!r}; known are {', '.join(LETTERS)}."
-                )
+                rule = f"holds {kind!r}; known are {', '.join(LETTERS)}."
+                raise UserError(rule, key=list_key, where=self.where)
         letters = "".join(LETTERS[kind] for kind in kinds)
         if string not in (None, letters):
-            raise UserError(
-                f"{self.where}: {string_key} = {string!r} and {list_key} = {letters!r} differ."
-            )
+            raise self.refuse(string_key, f"differs from {list_key}, which means {letters}")
         return letters
 
     def check_fixed(self, fixed: Values) -> None:
         """Refuse a value that the architecture has no layer for."""
         for key, value in fixed.items():
             if key in self.values and self.values[key] != value:
-                raise self.refuse(key, f"the model supports only {value!r}")
+                raise self.refuse(key, f"is not supported; the model has only {show_value(value)}")
 
     def dimensions(self, kinds: str) -> Values:
         """Return the copied keys; those without a safe default must be there."""
@@ -235,19 +279,20 @@ class _Reader:
         if "-" in kinds:
             needed.append("intermediate_size")
         if absent := [key for key in needed if self.values.get(key) is None]:
-            raise UserError(f"{self.where}: {', '.join(absent)} is absent; the layers need it.")
+            rule = "is absent; the layers need it."
+            raise UserError(rule, key=", ".join(absent), where=self.where)
         found = {k: self.values[k] for k in COPIED if self.values.get(k) is not None}
         if "-" in kinds:
             found["intermediate_size"] = self.values["intermediate_size"]
         return found
 
     def epsilon(self) -> float:
-        """Return the epsilon of the norms, which has two names."""
-        names = ("layer_norm_epsilon", "norm_eps")
-        found = [self.values[name] for name in names if self.values.get(name) is not None]
-        if len(found) > 1 and found[0] != found[1]:
-            raise self.refuse("norm_eps", f"layer_norm_epsilon = {self.values[names[0]]!r} differs")
-        return found[0] if found else 1e-5
+        """Return the epsilon of the norms, which has several names."""
+        found = [name for name in EPSILONS if self.values.get(name) is not None]
+        for name in found[1:]:
+            if self.values[name] != (value := self.values[found[0]]):
+                raise self.refuse(name, f"differs from {found[0]} = {value}")
+        return self.values[found[0]] if found else 1e-5
 
     def time_step_limit(self) -> tuple[float, float]:
         """Return the clamp on the time step; absent, infinite and huge mean none."""
@@ -257,16 +302,16 @@ class _Reader:
         try:
             low, high = map(_number, limit)
         except (TypeError, ValueError, KeyError):
-            raise self.refuse("time_step_limit", "it must be two numbers") from None
+            raise self.refuse("time_step_limit", "must be two numbers") from None
         return low, math.inf if high >= NO_LIMIT else high
 
     def eos_token_id(self) -> int:
-        """Return the end-of-text token; chat models list several, of which the first counts."""
+        """Return the end-of-text token; chat models list several, of which this is the first."""
         eos = self.values.get("eos_token_id", 2)
-        if isinstance(eos, list) and eos:
-            self.notes.append(f"of eos_token_id = {eos} only {eos[0]} ends a text here")
-            eos = eos[0]
-        return eos
+        self.ends = eos if isinstance(eos, list) and eos else [eos]
+        if not all(type(end) is int for end in self.ends):
+            raise self.refuse("eos_token_id", "must be a token or a list of them")
+        return self.ends[0]
 
     def build(self, values: Values) -> ModelConfig:
         """Return the validated configuration."""
@@ -275,14 +320,17 @@ class _Reader:
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             key = ".".join(map(str, first["loc"]))
-            reason = first.get("ctx", {}).get("error", first["msg"])
-            raise UserError(f"{self.where}: {f'{key}: ' * bool(key)}{reason}.") from None
+            broken = first.get("ctx", {}).get("error")
+            if isinstance(broken, RuleBroken):
+                raise UserError.of(replace(broken.finding, where=self.where), ".") from None
+            rule = first["msg"].replace("Input should", "must") + "."
+            raise UserError(rule, key=key, value=first["input"], where=self.where) from None
 
     def note_unknown_keys(self) -> None:
         """Say which keys mean nothing to us; remote code gets a sentence of its own."""
         if "auto_map" in self.values:
             self.notes.append("auto_map names remote code, which was ignored and not executed")
-        known = {*to_hf_keys(), *UNUSED, "auto_map"}
+        known = {*to_hf_keys(), *UNUSED, *OLDER_KEYS, *EPSILONS, "auto_map"}
         if unknown := sorted(set(self.values) - known):
             self.notes.append(f"keys not used: {', '.join(unknown)}")
 
@@ -291,7 +339,7 @@ def to_hf_keys() -> frozenset[str]:
     """Return every key that `to_hf` may write."""
     pattern = {"hybrid_override_pattern", "layers_block_type", "num_hidden_layers"}
     mtp = {"num_nextn_predict_layers", "mtp_hybrid_override_pattern", "mtp_layers_block_type"}
-    others = {"model_type", "norm_eps", "intermediate_size", "time_step_limit"}
+    others = {"model_type", "norm_eps", "mamba_n_groups", "intermediate_size", "time_step_limit"}
     return frozenset({*COPIED, *FIXED, *FIXED_EXPERTS, *pattern, *mtp, *others})
 
 

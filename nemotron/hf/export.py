@@ -4,17 +4,20 @@ import subprocess
 from pathlib import Path
 
 from nemotron.children import module_command
+from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import write_json, write_text
-from nemotron.hf.config import to_hf
+from nemotron.hf.config import check_readable, to_hf
 from nemotron.hf.folder import CONFIG
-from nemotron.hf.formats import RELEASED, Formats
-from nemotron.hf.model_card import model_card
+from nemotron.hf.formats import RELEASED, Formats, Plain
+from nemotron.hf.hub import check_name, push_folder
+from nemotron.hf.model_card import HERE, model_card
 from nemotron.hf.names import disk_parameters, disk_tensors
+from nemotron.hf.readers import limits
 from nemotron.hf.shards import write_shards
 from nemotron.hf.source import CheckpointSource, open_checkpoint
-from nemotron.hf.tokenizer_files import write_tokenizer_files
+from nemotron.hf.tokenizer_files import read_tokenizer, special_ids, write_tokenizer_files
 from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.run.files import RunFiles
 from nemotron.terminal import print_text
@@ -32,15 +35,19 @@ def export(
     formats: Formats = RELEASED,
     check: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    push: str | None = None,
 ) -> int:
     """Write the newest complete checkpoint of a run in the layout of released checkpoints.
 
     `out` is the run's folder `export` when absent. All is written beside it and takes its place
-    once the check, in a process of its own, has passed. Returns the exit code: 1 if it has not.
+    once the check, in a process of its own, has passed. `push` is a name on the Hub, to which the
+    folder is then uploaded. Returns the exit code: 1 if the check has not passed.
 
     Raises:
         UserError: when there is no checkpoint or the target may not be written; nothing is.
     """
+    if push is not None:
+        check_name(push)
     source = open_checkpoint(Path(run))
     for skipped in source.skipped:
         print_text(str(skipped))
@@ -49,10 +56,17 @@ def export(
             f"{run} is not inside a run, so its tokenizer is unknown; give a run's folder."
         )
     target = output_folder(out if out is not None else source.run.path / "export")
+    check_readable(source.config)
     check_target(target, source, overwrite=overwrite)
+    formats = source.formats(formats)
     with writing_beside(target, COMMAND) as partial:
         tensors, size = write_folder(
-            source, source.run, partial, formats=formats, max_shard_bytes=max_shard_bytes
+            source,
+            source.run,
+            partial,
+            formats=formats,
+            max_shard_bytes=max_shard_bytes,
+            name=push or HERE,
         )
         print_text(f"wrote {tensors:,} tensors, {size:,} bytes, of {source.info.folder}")
         failed = check and not run_selfcheck(partial, source)
@@ -63,6 +77,10 @@ def export(
         print_text(f"failed: the check did not pass; the files are in {target} for inspection")
         return FAILED
     print_text(f"exported to {target}")
+    for limit in limits(source.config):
+        print_text(f"note: {limit}")
+    if push is not None:
+        print_text(f"uploaded to {push_folder(target, push)}")
     return DONE
 
 
@@ -85,17 +103,29 @@ def failed_beside(target: Path) -> Path:
 
 
 def write_folder(
-    source: CheckpointSource, run: RunFiles, folder: Path, *, formats: Formats, max_shard_bytes: int
+    source: CheckpointSource,
+    run: RunFiles,
+    folder: Path,
+    *,
+    formats: Formats,
+    max_shard_bytes: int,
+    name: str = HERE,
 ) -> tuple[int, int]:
     """Write every file of the export into an existing folder; returns tensors and their bytes.
 
     Raises:
         UserError: when the run's tokenizer is missing or does not fit.
     """
-    write_tokenizer_files(run, folder, source.config)
-    write_json(folder / CONFIG, to_hf(source.config))
-    parameters = disk_parameters(source.config, formats)
-    write_text(folder / "README.md", model_card(source, parameters))
+    config = source.config
+    for note in write_tokenizer_files(run, folder, config, is_trained=source.is_trained):
+        print_text(f"note: {note}")
+    tokenizer = Tokenizer(read_tokenizer(run.tokenizer))
+    values = to_hf(config) | special_ids(tokenizer, config)
+    if isinstance(formats.default, Plain):
+        values["torch_dtype"] = str(formats.default.dtype).removeprefix("torch.")
+    write_json(folder / CONFIG, values)
+    parameters = disk_parameters(config, formats)
+    write_text(folder / "README.md", model_card(source, parameters, name))
     size = write_shards(folder, parameters, source.reader(), max_shard_bytes)
     return len(disk_tensors(parameters)), size
 

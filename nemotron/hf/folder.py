@@ -1,10 +1,13 @@
 """Reading a folder in Hugging Face's layout: every tensor must be there, and no other."""
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 from nemotron.checkpoint.read import EMBEDDING, TIED_HEAD
@@ -12,7 +15,7 @@ from nemotron.errors import UserError
 from nemotron.files import hash_file
 from nemotron.hf.config import from_hf
 from nemotron.hf.formats import FORMATS, DiskFormat, DiskTensor
-from nemotron.hf.names import DiskParameter, disk_parameters, disk_tensors
+from nemotron.hf.names import DiskParameter, count_parameters, disk_parameters, disk_tensors
 from nemotron.hf.shards import ShardedFolder, StoredTensor, read_json
 from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
@@ -20,8 +23,11 @@ from nemotron.model.config import ModelConfig
 CONFIG = "config.json"
 REPORT = "export_report.json"
 
-PACKED_DTYPES = {"U8": "NVFP4", "F8_E4M3": "FP8", "F8_E5M2": "FP8"}
-SCALES = ("_scale", "_scale_2", "_scale_inv", "_packed")
+MOST_MISSING = 100_000
+"""Tensors that are looked for by name although they cannot all be there."""
+
+PACKED_DTYPES = {"U8": "NVFP4", "F8_E4M3": "FP8", "F8_E5M2": "FP8", "U32": "MLX"}
+SCALES = ("_scale", "_scale_2", "_scale_inv", "_packed", ".scales", ".biases")
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,10 @@ class LoadedFolder:
     config: ModelConfig
     weights: dict[str, Tensor]
     notes: tuple[str, ...]
+    stop_ids: tuple[int, ...]
+    """Ends of text that `config.json` names."""
+    formats: dict[str, JsonValue]
+    """The most common format (`default`), and those of `others` by the name of the parameter."""
 
 
 def is_exported(path: Path) -> bool:
@@ -53,6 +63,11 @@ def read_folder(folder: Path, formats: Sequence[DiskFormat] = FORMATS) -> Loaded
     """
     read = from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
     stored = ShardedFolder(folder)
+    if (named := count_parameters(read.model)) > MOST_MISSING + len(stored.tensors):
+        raise UserError(
+            f"{folder}: {CONFIG} describes {named:,} tensors, but there are "
+            f"{len(stored.tensors):,}; the tensors must be those of {CONFIG}."
+        )
     parameters = [
         replace(parameter, format=_format_of(parameter, formats, stored))
         for parameter in disk_parameters(read.model)
@@ -66,7 +81,17 @@ def read_folder(folder: Path, formats: Sequence[DiskFormat] = FORMATS) -> Loaded
     weights = _collect(read.model, parameters, stored)
     if read.model.tie_word_embeddings:
         _tie(folder, weights)
-    return LoadedFolder(read.model, weights, read.notes)
+    return LoadedFolder(read.model, weights, read.notes, read.stop_ids, _note_formats(parameters))
+
+
+def _note_formats(parameters: Sequence[DiskParameter]) -> dict[str, JsonValue]:
+    """Return what `imported_formats` reads again at an export."""
+    counts: Counter[str] = Counter()
+    for parameter in parameters:
+        counts[parameter.format.name] += prod(parameter.shape)
+    default = counts.most_common(1)[0][0]
+    others = {p.name: p.format.name for p in parameters if p.format.name != default}
+    return {"default": default, "others": dict[str, JsonValue](others)}
 
 
 def _collect(
@@ -86,10 +111,9 @@ def _collect(
 def _tie(folder: Path, weights: dict[str, Tensor]) -> None:
     embedding = weights[EMBEDDING]
     if not torch.equal(weights.setdefault(TIED_HEAD, embedding), embedding):
-        raise UserError(
-            f"{folder}: tie_word_embeddings = true, but {TIED_HEAD} differs from "
-            f"{EMBEDDING}; set it to false in {CONFIG}."
-        )
+        rule = f"is wrong: {TIED_HEAD} differs from {EMBEDDING}; set it to false."
+        where = str(folder / CONFIG)
+        raise UserError(rule, key="tie_word_embeddings", value=True, where=where)
     weights[TIED_HEAD] = embedding
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
+from pydantic import JsonValue
 from torch import Tensor
 
 Shape = tuple[int, ...]
@@ -109,6 +110,18 @@ RELEASED = Formats((("e_score_correction_bias", F32),))
 
 MAMBA_FP32 = Formats((*RELEASED.rules, (".A_log", F32), (".D", F32), (".dt_bias", F32)))
 """Keeps the per-head vectors of Mamba-2 mixers, which released checkpoints round to bfloat16."""
+
+
+def imported_formats(stored: Mapping[str, JsonValue], choice: Formats) -> Formats:
+    """Return an export's choice for a model that was imported in these formats.
+
+    `stored` is what the import noted: the most common format, and those of other parameters.
+    """
+    known, others = {form.name: form for form in FORMATS}, stored["others"]
+    assert isinstance(others, dict)
+    rules = [(name, known[str(form)]) for name, form in others.items() if form in known]
+    return Formats((*choice.rules, *rules), known.get(str(stored["default"]), choice.default))
+
 
 CHOICES = (RELEASED, MAMBA_FP32)
 """Every choice that `nemotron export` offers."""

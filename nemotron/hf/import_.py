@@ -1,5 +1,6 @@
 """Making a run out of a folder in Hugging Face's layout."""
 
+import json
 from pathlib import Path
 
 from nemotron.checkpoint.read import MODEL_PREFIX
@@ -9,10 +10,11 @@ from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import hash_file, write_bytes
 from nemotron.hf.folder import CONFIG, LoadedFolder, is_exported, read_folder
-from nemotron.hf.tokenizer_files import TOKENIZER, check_tokenizer, read_kept_files
+from nemotron.hf.hub import find_folder
+from nemotron.hf.tokenizer_files import GENERATION, TOKENIZER, check_tokenizer, read_kept_files
 from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.run.files import RunFiles
-from nemotron.run.provenance import record_import
+from nemotron.run.provenance import Facts, record_import
 from nemotron.terminal import print_text
 
 COMMAND = "import"
@@ -29,7 +31,7 @@ def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> 
         UserError: when the folder is not exactly what its `config.json` says, or `out` is taken;
             nothing is written.
     """
-    origin, target = Path(folder), output_folder(out)
+    origin, target = find_folder(folder), output_folder(out)
     if not is_exported(origin):
         raise UserError(
             f"{origin / CONFIG} does not exist; give a folder in Hugging Face's layout."
@@ -58,11 +60,14 @@ def write_run(folder: Path, loaded: LoadedFolder, run: RunFiles) -> list[str]:
     tokenizer = check_tokenizer(folder / TOKENIZER, loaded.config.vocab_size)
     kept, notes = read_kept_files(folder)
     write_bytes(run.tokenizer, tokenizer)
+    if GENERATION not in kept and len(loaded.stop_ids) > 1:
+        kept[GENERATION] = json.dumps({"eos_token_id": list(loaded.stop_ids)}).encode()
     run.companions.mkdir()
     for name, content in kept.items():
         write_bytes(run.companions / name, content)
     files = {path.name: hash_file(path) for path in sorted(folder.glob("*.safetensors"))}
-    facts = {"from": folder.name, "xxh128": files, "notes": list(loaded.notes)}
+    facts: Facts = {"from": folder.name, "xxh128": files, "notes": list(loaded.notes)}
+    facts["formats"] = loaded.formats
     origin = record_import(run.provenance, facts)
     tensors = {f"{MODEL_PREFIX}{name}": tensor for name, tensor in loaded.weights.items()}
     state = SavedState(imported=origin)

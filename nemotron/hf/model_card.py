@@ -4,26 +4,42 @@ import hashlib
 import html
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
+from pathlib import Path
+
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import read_state
 from nemotron.data.fingerprint import Fingerprint, read_fingerprint
+from nemotron.errors import UserError
+from nemotron.hf.hub import NAME as HUB_NAME
 from nemotron.hf.names import DiskParameter
+from nemotron.hf.readers import EAGER, fits_grouped_products
 from nemotron.hf.source import CheckpointSource
+from nemotron.hf.tokenizer_files import CHAT_TEMPLATE
 from nemotron.model.build import build_on_meta
 from nemotron.model.config import LAYER_KINDS, ModelConfig
 from nemotron.run.files import RunFiles
+from nemotron.run.metrics import read_metrics
 from nemotron.run.provenance import Provenance, read_provenance
 from nemotron.terminal import one_line
+
+Rows = list[tuple[str, object]]
 
 HEADER = """---
 library_name: transformers
 pipeline_tag: text-generation
 tags: [nemotron_h, mamba-2, mixture-of-experts]
-# license: name one before you publish this model
+{base}# license: name one before you publish this model
 ---
+"""
+
+INTENDED = """## Intended use
+
+*To be filled in: what the model is for, what it is not for, and what it was not tested on.*
 """
 
 USE = """## Use
@@ -32,36 +48,138 @@ USE = """## Use
 import math
 import transformers
 
-model = transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype="auto")
-tokenizer = transformers.AutoTokenizer.from_pretrained(FOLDER)
+name = {name}
+tokenizer = transformers.AutoTokenizer.from_pretrained(name)
+model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype="auto"{experts})
 for module in model.modules():  # up to 5.23, transformers raises small time steps to 0.001
     if hasattr(module, "time_step_limit"):
         module.time_step_limit = {limit}
+{prompt}
+output = model.generate(**inputs, max_new_tokens=32)
+print(tokenizer.decode(output[0]))
 ```
 
-or, with the package that wrote it: `model = nemotron.load(FOLDER)`, then
-`model.logits(model(input_ids))`.
+or, with the package that wrote it: `nemotron generate {shell} --prompt "def read("`.
 """
 
+TEXT_PROMPT = 'inputs = tokenizer("def read(", return_tensors="pt")'
+CHAT_PROMPT = """messages = [{"role": "user", "content": "Who wrote this?"}]
+inputs = tokenizer.apply_chat_template(
+    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+)"""
 
-def model_card(source: CheckpointSource, parameters: Sequence[DiskParameter]) -> str:
-    """Return the text of the model card; `parameters` are those of the folder."""
+HERE = "."
+"""The folder of the card, as a name of the model."""
+
+HYPER_PARAMETERS = ("data.seq_len", "batch", "schedule", "optimizer", "loss", "precision.preset")
+"""Keys of a recipe, and sections, that the card lists."""
+
+
+def model_card(
+    source: CheckpointSource, parameters: Sequence[DiskParameter], name: str = HERE
+) -> str:
+    """Return the text of the model card; `parameters` are those of the folder.
+
+    `name` is what the card's program calls the model: its name on the Hub, or its own folder.
+    """
+    run = source.run
+    recipe = _recipe(run)
     sections = [
-        f"# {_plain(source.run.path.name if source.run else source.info.folder.name)}\n",
+        f"# {_plain(run.path.name if run else source.info.folder.name)}\n",
         "A language model with the NemotronH architecture, written by `nemotron-train`.\n",
-        _table("Architecture", [*_architecture(source.config), _formats(parameters)]),
-        _table("Training", _training(source.info, source.run)),
-        USE.replace("{limit}", _python(source.config.time_step_limit)),
+        INTENDED,
+        _table("Architecture", [*_architecture(source.config), *_formats(parameters)]),
+        _table("Training", [*_base(recipe), *_training(source.info, run)]),
+        _table("Hyper-parameters", _hyper_parameters(recipe)),
+        _table("Results", _results(source.info, run)),
+        _use(source, name),
     ]
-    return HEADER + "\n" + "\n".join(sections)
+    return _header(recipe) + "\n" + "\n".join(section for section in sections if section)
 
 
-def _architecture(config: ModelConfig) -> list[tuple[str, object]]:
+def _header(recipe: Mapping[str, object]) -> str:
+    """Return the card's metadata; only a model of the Hub is a base model that readers can find."""
+    origin = str(recipe.get("init_from") or "")
+    named = HUB_NAME.fullmatch(origin) if not Path(origin).exists() else None
+    return HEADER.replace("{base}", f"base_model: {named['repo']}\n" if named else "")
+
+
+def _use(source: CheckpointSource, name: str) -> str:
+    is_chat = source.run is not None and (source.run.companions / CHAT_TEMPLATE).is_file()
+    comment = "  # the folder of this file" if name == HERE else ""
+    values = {
+        "name": f'"{name}"{comment}',
+        "shell": name,
+        "limit": _python(source.config.time_step_limit),
+        "prompt": CHAT_PROMPT if is_chat else TEXT_PROMPT,
+        "experts": "" if fits_grouped_products(source.config) else EAGER,
+    }
+    text = USE
+    for key, value in values.items():
+        text = text.replace(f"{{{key}}}", value)
+    return text
+
+
+def _recipe(run: RunFiles | None) -> Mapping[str, object]:
+    """Return the values of a run's recipe; none where an import left no recipe."""
+    if run is None or not run.recipe.is_file():
+        return {}
+    try:
+        read = YAML(typ="safe", pure=True).load(run.recipe.read_bytes().decode())
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{run.recipe} is damaged: {str(error).splitlines()[0]}.") from None
+    return read if isinstance(read, Mapping) else {}
+
+
+def _base(recipe: Mapping[str, object]) -> Rows:
+    origin = recipe.get("init_from")
+    return [("base model", _plain(origin))] if origin else []
+
+
+def _hyper_parameters(recipe: Mapping[str, object]) -> Rows:
+    """Return each key of the sections with its value; what is absent or null is left out."""
+    flat = dict(_flat(recipe, ""))
+    return [
+        (key, _plain(value))
+        for wanted in HYPER_PARAMETERS
+        for key, value in flat.items()
+        if (key == wanted or key.startswith(f"{wanted}.")) and value not in (None, [])
+    ]
+
+
+def _flat(values: Mapping[str, object], start: str) -> Iterator[tuple[str, object]]:
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{start}{key}.")
+        else:
+            yield f"{start}{key}", value
+
+
+def _results(info: CheckpointInfo, run: RunFiles | None) -> Rows:
+    """Return the run's own validation at the step of the checkpoint, or before it."""
+    if run is None or not run.metrics.is_file():
+        return []
+    records = [
+        record
+        for record in read_metrics(run.metrics)
+        if record["kind"] == "validation" and int(record["step"] or 0) <= info.step
+    ]
+    if not records:
+        return []
+    values = [
+        (f"{_plain(key)}", f"{value:.4f}")
+        for key, value in records[-1].items()
+        if key.startswith("validation/") and isinstance(value, float)
+    ]
+    return [("held-out text, at step", records[-1]["step"]), *values] if values else []
+
+
+def _architecture(config: ModelConfig) -> Rows:
     kinds = {LAYER_KINDS[k]: config.hybrid_override_pattern.count(k) for k in LAYER_KINDS}
     layers = ", ".join(f"{count} {kind}" for kind, count in kinds.items() if count)
     meta = build_on_meta(config)
     mtp = sum(p.numel() for p in meta.mtp.parameters()) if meta.mtp else 0
-    rows: list[tuple[str, object]] = [
+    rows: Rows = [
         ("layers", f"`{config.hybrid_override_pattern}` ({layers})"),
         ("parameters", f"{sum(p.numel() for p in meta.parameters()) - mtp:,}"),
     ]
@@ -70,17 +188,17 @@ def _architecture(config: ModelConfig) -> list[tuple[str, object]]:
     return [*rows, ("vocabulary", f"{config.vocab_size:,}"), ("hidden size", config.hidden_size)]
 
 
-def _formats(parameters: Sequence[DiskParameter]) -> tuple[str, object]:
+def _formats(parameters: Sequence[DiskParameter]) -> Rows:
     """Say how many values lie on disk in each format."""
     counts: Counter[str] = Counter()
     for parameter in parameters:
         counts[parameter.format.name] += prod(parameter.shape)
     listed = ", ".join(f"{name} ({count:,} values)" for name, count in counts.most_common())
-    return "stored as", listed
+    return [("stored as", listed)]
 
 
-def _training(info: CheckpointInfo, run: RunFiles | None) -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = [("step", f"{info.step:,}")]
+def _training(info: CheckpointInfo, run: RunFiles | None) -> Rows:
+    rows: Rows = [("step", f"{info.step:,}")]
     state = read_state(info)
     if state.trainer is not None:
         rows.append(("tokens seen", f"{state.trainer.tokens:,}"))
@@ -96,8 +214,8 @@ def _training(info: CheckpointInfo, run: RunFiles | None) -> list[tuple[str, obj
     return rows
 
 
-def _data(data: Fingerprint) -> list[tuple[str, object]]:
-    rows: list[tuple[str, object]] = [
+def _data(data: Fingerprint) -> Rows:
+    rows: Rows = [
         (f"data: {_plain(name)}", f"{source.tokens:,} tokens, hash {_code(source.content)}")
         for name, source in data.sources.items()
     ]
@@ -110,9 +228,9 @@ def _data(data: Fingerprint) -> list[tuple[str, object]]:
     return [*rows, *((key, _plain(value)) for key, value in named.items())]
 
 
-def _provenance(known: Provenance) -> list[tuple[str, object]]:
+def _provenance(known: Provenance) -> Rows:
     """Return what is there of the entries; which facts a run noted depends on its version."""
-    rows: list[tuple[str, object]] = [("run", _plain(known.id))]
+    rows: Rows = [("run", _plain(known.id))]
     if known.imported is not None:
         rows.append(("imported from", _plain(known.imported.get("from"))))
     if known.starts:
@@ -124,7 +242,10 @@ def _provenance(known: Provenance) -> list[tuple[str, object]]:
     return rows
 
 
-def _table(title: str, rows: list[tuple[str, object]]) -> str:
+def _table(title: str, rows: Rows) -> str:
+    """Return a section with a table; nothing without rows."""
+    if not rows:
+        return ""
     lines = [
         f"## {title}\n",
         "| | |",

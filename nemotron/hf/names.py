@@ -65,6 +65,13 @@ def disk_parameters(config: ModelConfig, formats: Formats = RELEASED) -> list[Di
     return found
 
 
+def count_parameters(config: ModelConfig) -> int:
+    """Return the number of `disk_parameters`, without listing them."""
+    return sum(
+        shape[0] if source.endswith(STACKED) else 1 for source, shape in shapes(config).items()
+    )
+
+
 def disk_tensors(parameters: Sequence[DiskParameter]) -> list[DiskTensor]:
     """Return the tensors of the parameters, in their order."""
     return [tensor for parameter in parameters for tensor in parameter.tensors]

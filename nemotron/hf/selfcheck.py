@@ -7,14 +7,18 @@ mistake in the files.
 import importlib.metadata
 import importlib.util
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from math import prod
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor, nn
 
 from nemotron.data.batch import Batch
+from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import hash_file, write_json
@@ -23,6 +27,7 @@ from nemotron.hf.formats import CHOICES, FORMATS, Formats, Plain
 from nemotron.hf.names import DiskParameter, disk_parameters, disk_tensors
 from nemotron.hf.shards import INDEX, ShardedFolder
 from nemotron.hf.source import CheckpointSource, open_checkpoint
+from nemotron.hf.tokenizer_files import read_tokenizer
 from nemotron.model.build import build_around, shapes
 from nemotron.model.config import MTP_DEPTHS, ModelConfig
 from nemotron.model.hybrid import HybridLM
@@ -30,6 +35,17 @@ from nemotron.terminal import print_text
 
 TOLERANCE = 2e-5
 """Largest difference of logits, over the largest logit, between two float32 implementations."""
+
+
+TEXTS = (
+    "def read(path):\n    return open(path).read()  # not yet\n",
+    " It's 1,024 tokens; don't count them.",
+    "\tTo be,  or not to be:\r\n\n   that is the question",
+    "naïve Köln, Привет, 日本語, 👩‍🌾 \u200b\u00a0!",
+    '"quoted" <tags> & {braces} [0]',
+    "",
+)
+"""Texts that tokenizers split in different ways; none has the name of a special token."""
 
 
 class Failed(Exception):
@@ -57,7 +73,7 @@ class SelfCheck:
     ) -> None:
         self._folder, self._source = folder, source
         self._stored = ShardedFolder(folder)
-        candidates = [disk_parameters(source.config, formats) for formats in choices]
+        candidates = [disk_parameters(source.config, source.formats(choice)) for choice in choices]
         # what was chosen is what comes nearest to what is there
         self._parameters = min(candidates, key=lambda parameters: len(self._wrong(parameters)))
 
@@ -67,6 +83,7 @@ class SelfCheck:
             _result("names, shapes, dtypes", self.check_schema),
             _result("values on disk", self.check_values),
             _result("nemotron.load", self.check_own_loader),
+            _result("tokenizer", self.check_tokenizer),
             _result("transformers", self.check_transformers),
         ]
 
@@ -86,12 +103,17 @@ class SelfCheck:
 
     def check_values(self) -> str:
         """Compare every bit on disk with the checkpoint's tensor in its format on disk."""
-        read = self._source.reader()
+        read, rounded, total = self._source.reader(), Counter[str](), 0
         for parameter in self._parameters:
             for name, tensor in read(parameter).items():
                 if not _same_bits(self._stored.read(name), tensor):
                     raise Failed(f"{name} differs from the checkpoint")
-        return "every bit is the checkpoint's"
+            total += prod(parameter.shape)
+            rounded[parameter.format.name] += read.num_rounded(parameter)
+        changed = [f"{count:,} to {name}" for name, count in rounded.items() if count]
+        if not changed:
+            return "every bit is the checkpoint's"
+        return f"the checkpoint's; of {total:,} float32 values, {', '.join(changed)} were rounded"
 
     def check_own_loader(self) -> str:
         """Compare logits and multi-token prediction of the loaded folder with the checkpoint's."""
@@ -125,6 +147,21 @@ class SelfCheck:
             raise Failed(f"logits differ by {difference:.1e} of the largest, limit {TOLERANCE:.0e}")
         return f"{version}: tensors equal, logits within {difference:.1e} (limit {TOLERANCE:.0e})"
 
+    def check_tokenizer(self) -> str:
+        """Compare the ids that transformers gives texts with those that training gives them."""
+        if self._source.run is None:
+            raise NotComparable("the checkpoint lies in no run, so its tokenizer is unknown")
+        transformers = _transformers()
+        theirs = transformers.AutoTokenizer.from_pretrained(self._folder, local_files_only=True)
+        ours = Tokenizer(read_tokenizer(self._source.run.tokenizer))
+        # an imported model may have been trained elsewhere with tokens around its texts
+        added = {} if self._source.is_trained else {"add_special_tokens": False}
+        for text, expected in zip(TEXTS, ours.encode_batch(TEXTS), strict=True):
+            found = theirs(text, **added)["input_ids"]
+            if found != expected:
+                raise Failed(f"{text!r} is {found} for transformers, {expected} in training")
+        return f"{len(TEXTS)} texts have the ids of training"
+
     def _wrong(self, parameters: Sequence[DiskParameter]) -> list[str]:
         """Return the names of tensors that are not in the folder as these parameters ask for."""
         expected = {t.name: (t.shape, t.stored_dtype) for t in disk_tensors(parameters)}
@@ -154,12 +191,7 @@ def load_with_transformers(folder: Path, config: ModelConfig) -> tuple[nn.Module
         NotComparable: when transformers is not installed.
         UserError: when transformers finds a tensor missing, unexpected or of another shape.
     """
-    if importlib.util.find_spec("transformers") is None:
-        raise NotComparable("transformers is not installed: pip install 'nemotron-train[hf]'")
-    import transformers  # 1 s, and only here
-
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    transformers = _transformers()
     model, found = transformers.NemotronHForCausalLM.from_pretrained(
         folder,
         dtype=torch.float32,
@@ -175,6 +207,17 @@ def load_with_transformers(folder: Path, config: ModelConfig) -> tuple[nn.Module
         if hasattr(module, "time_step_limit"):
             module.time_step_limit = config.time_step_limit
     return model.eval(), f"transformers {importlib.metadata.version('transformers')}"
+
+
+def _transformers() -> ModuleType:
+    """Return the library; raises NotComparable where it is not installed."""
+    if importlib.util.find_spec("transformers") is None:
+        raise NotComparable("transformers is not installed: pip install 'nemotron-train[hf]'")
+    import transformers  # 1 s, and only here
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
 
 
 def lack_of_memory(config: ModelConfig, *, copies: int) -> None:

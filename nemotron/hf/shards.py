@@ -111,11 +111,13 @@ class ShardedFolder:
         for name in dict.fromkeys(weight_map.values()) if weight_map else [SINGLE]:
             for key, stored in _read_header(_inside(folder, name)).items():
                 if key in self.tensors:
-                    raise UserError(f"{folder}: {key} is in {self.tensors[key].file} and {name}.")
+                    rule = f"is in {self.tensors[key].file} and {name}."
+                    raise UserError(rule, key=key, where=str(folder))
                 self.tensors[key] = stored
         for key, name in weight_map.items():
             if key not in self.tensors or self.tensors[key].file != name:
-                raise UserError(f"{folder / INDEX}: {key} is not in {name}, where it should be.")
+                rule = f"is not in {name}, where it should be."
+                raise UserError(rule, key=key, where=str(folder / INDEX))
         self._files = {
             name: _open(folder / name) for name in {stored.file for stored in self.tensors.values()}
         }
@@ -126,7 +128,7 @@ class ShardedFolder:
             return self._files[self.tensors[name].file].get_tensor(name)
         except SafetensorError as error:
             file = self.folder / self.tensors[name].file
-            raise UserError(f"{file}: {name} cannot be read: {error}.") from None
+            raise UserError(f"cannot be read: {error}.", key=name, where=str(file)) from None
 
     def _read_index(self) -> dict[str, str]:
         path = self.folder / INDEX
@@ -138,6 +140,9 @@ class ShardedFolder:
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise UserError(f"{path} has no weight_map; it is not an index of safetensors files.")
+        for key, name in weight_map.items():
+            if not isinstance(name, str):
+                raise UserError(f"{path}: weight_map.{key} = {name!r} is not a plain file name.")
         metadata = index.get("metadata")
         if isinstance(metadata, dict):
             self.total_size = metadata.get("total_size")

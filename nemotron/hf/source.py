@@ -14,7 +14,9 @@ from nemotron.checkpoint.read import (
     TIED_HEAD,
     SavedTensors,
     read_model_config,
+    read_state,
 )
+from nemotron.hf.formats import Formats, imported_formats
 from nemotron.hf.names import DiskParameter
 from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
@@ -34,6 +36,17 @@ class CheckpointSource:
         """The run's files, when the checkpoint lies among them."""
         return RunFiles.around(self.info.folder)
 
+    @property
+    def is_trained(self) -> bool:
+        """Whether a run of ours trained the model; else it was only imported."""
+        return read_state(self.info).trainer is not None
+
+    def formats(self, choice: Formats) -> Formats:
+        """Return the formats of an export: the choice, but an imported model keeps its own."""
+        imported = read_state(self.info).imported
+        stored = imported.get("formats") if imported is not None else None
+        return imported_formats(stored, choice) if isinstance(stored, dict) else choice
+
     def reader(self) -> "TensorReader":
         """Return what reads its parameters as they belong on disk."""
         return TensorReader(self)
@@ -49,6 +62,17 @@ class TensorReader:
         self._last: tuple[str, Tensor] | None = None
 
     def __call__(self, parameter: DiskParameter) -> dict[str, Tensor]:
+        """Return the tensors of a parameter by their names on disk."""
+        return parameter.encode(self._master(parameter))
+
+    def num_rounded(self, parameter: DiskParameter) -> int:
+        """Return how many values of a parameter its format on disk changes."""
+        master = self._master(parameter)
+        decoded = parameter.decode(parameter.encode(master))
+        return int((decoded != parameter.part_of(master)).sum())
+
+    def _master(self, parameter: DiskParameter) -> Tensor:
+        """Return the model's float32 tensor that the parameter is a part of."""
         source = parameter.source
         if self._is_tied and source == TIED_HEAD:
             source = EMBEDDING
@@ -58,7 +82,7 @@ class TensorReader:
             master = torch.empty(self._shapes[source])
             self._saved.load({MODEL_PREFIX + source: master})
             self._last = (source, master)
-        return parameter.encode(self._last[1])
+        return self._last[1]
 
 
 def open_checkpoint(path: Path) -> CheckpointSource:

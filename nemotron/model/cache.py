@@ -315,7 +315,7 @@ class CachedRows:
             for position in range(length - num_tokens, length)
         ]
         count = -(-longest // size)
-        # shorter rows are filled up with any block; nobody reads it
+        # shorter rows are filled up with any block, which is never read
         read = [block for table in tables for block in (table + [0] * count)[:count]]
         return Places(
             self._tensor(written),

@@ -34,7 +34,7 @@ class ModelConfig(Section):
     max_position_embeddings: int = Field(262144, gt=0)
     """Longest row that the model is meant for, in tokens."""
     layer_norm_epsilon: float = Field(1e-5, gt=0)
-    """Added to the mean square in every normalisation."""
+    """Added to the mean square in every normalization."""
     initializer_range: float = Field(0.02, gt=0)
     """Standard deviation of initial weights; those into the residual have it over sqrt(layers)."""
     tie_word_embeddings: bool = False
@@ -55,16 +55,16 @@ class ModelConfig(Section):
     chunk_size: int = Field(128, gt=0)
     """Chunk length of the scan as published; kernels may choose another, only rounding changes."""
     time_step_min: float = Field(1e-3, gt=0)
-    """Smallest time step at initialisation."""
+    """Smallest time step at initialization."""
     time_step_max: float = Field(0.1, gt=0)
-    """Largest time step at initialisation."""
+    """Largest time step at initialization."""
     time_step_floor: float = Field(1e-4, gt=0)
-    """Floor of the time step at initialisation."""
+    """Floor of the time step at initialization."""
     time_step_limit: Annotated[
         tuple[Annotated[float, AllowInfNan(True)], Annotated[float, AllowInfNan(True)]],
         Field(strict=False),
     ] = (0.0, math.inf)
-    """Range to which the time step is clamped while running; (0, inf) is no clamp."""
+    """Range to which the time step is clamped while running; (0, inf) does not clamp."""
 
     num_attention_heads: int = Field(32, gt=0)
     """Query heads."""

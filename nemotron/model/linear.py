@@ -54,7 +54,7 @@ class Head(Linear):
 
 
 class RMSNorm(nn.Module):
-    """Root-mean-square normalisation with a plain gain."""
+    """Root-mean-square normalization with a plain gain."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()

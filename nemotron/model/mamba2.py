@@ -12,7 +12,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear, RMSNorm
 from nemotron.model.state import MambaState
 from nemotron.ops.causal_conv1d import causal_conv1d
-from nemotron.ops.gated_rms_norm import gated_rms_norm
+from nemotron.ops.rms_norm import gated_rms_norm
 from nemotron.ops.ssd import ssd
 
 

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.config import ModelConfig
-from nemotron.ops.wide_linear import wide_linear
+from nemotron.ops.linear import wide_linear
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Router(nn.Module):
         super().__init__()
         self.num_experts, self.top_k = config.n_routed_experts, config.num_experts_per_tok
         self.num_groups, self.top_groups = config.n_group, config.topk_group
-        self.normalise = config.norm_topk_prob
+        self.normalize = config.norm_topk_prob
         self.scaling = config.routed_scaling_factor
         self.sum_over_row = self.own_tokens = None
         self.wide_linear = wide_linear
@@ -82,7 +82,7 @@ class Router(nn.Module):
         scores = self.wide_linear(x, self.weight).sigmoid()  # never rounded to bfloat16
         experts = self._choose(scores.detach() + self.e_score_correction_bias)
         weights = scores.gather(1, experts)
-        if self.normalise:
+        if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         return Routing(scores, experts, weights * self.scaling)
 
@@ -101,7 +101,7 @@ class Router(nn.Module):
     ) -> RoutingStats:
         """Compute the sequence-level balance loss, beside the tokens per expert.
 
-        The loss looks at the unbiased top-k of scores normalised over all experts, not at the
+        The loss looks at the unbiased top-k of scores normalized over all experts, not at the
         routing used: per row, E * sum_e f_e * P_e with f_e the share of the row's assignments and
         P_e its mean score (Switch Transformer, eq. 4; Megatron-LM's `seq_aux_loss`). Tokens that
         are `padding` belong to no row.

@@ -5,16 +5,14 @@ from torch import nn
 from nemotron.ops.attention import attention
 from nemotron.ops.causal_conv1d import causal_conv1d
 from nemotron.ops.config import OpsConfig
-from nemotron.ops.gated_rms_norm import gated_rms_norm
 from nemotron.ops.grouped_linear import grouped_linear
-from nemotron.ops.linear import linear
+from nemotron.ops.linear import linear, wide_linear
 from nemotron.ops.linear_cross_entropy import linear_cross_entropy
 from nemotron.ops.registry import Operation
-from nemotron.ops.rms_norm import rms_norm
+from nemotron.ops.rms_norm import gated_rms_norm, rms_norm
 from nemotron.ops.squared_relu import squared_relu
 from nemotron.ops.ssd import ssd
 from nemotron.ops.token_copies import token_copies
-from nemotron.ops.wide_linear import wide_linear
 
 ALL: tuple[Operation, ...] = (
     attention,

@@ -27,7 +27,7 @@ class Call:
 class Backend:
     """One implementation of an operation.
 
-    `features` names what it honours beyond the plain call (`documents`, `initial_state`,
+    `features` names what it honors beyond the plain call (`documents`, `initial_state`,
     `final_state`, `cache`, ...); a call that needs a feature outside this set makes it unfit.
     """
 
@@ -64,7 +64,7 @@ class Backend:
         if call.dtype not in self.dtypes:
             return f"does not take {str(call.dtype).removeprefix('torch.')}"
         if lacking := call.needs - self.features:
-            return f"does not honour {', '.join(sorted(lacking))}"
+            return f"does not honor {', '.join(sorted(lacking))}"
         if self.limit is not None and call.sizes and (reason := self.limit(*call.sizes)):
             return reason
         return self.missing()
@@ -120,7 +120,8 @@ class Operation:
             if backend.name == name:
                 return backend
         known = ", ".join(backend.name for backend in self.backends)
-        raise UserError(f"ops.{self.name} = {name} is unknown; use auto or one of {known}.")
+        rule = f"is unknown; use auto or one of {known}."
+        raise UserError(rule, key=f"ops.{self.name}", value=name)
 
     def bind(self, name: str) -> "Operation":
         """Return the operation with the named backend, or with the fittest one for `auto`.
@@ -131,7 +132,8 @@ class Operation:
         if name == "auto":
             return replace(self, pinned=None)
         if reason := self.backend(name).missing():
-            raise UserError(f"ops.{self.name} = {name}: {reason}; or remove the key.")
+            rule = f"cannot be used: {reason}; or remove the key."
+            raise UserError(rule, key=f"ops.{self.name}", value=name)
         return replace(self, pinned=name)
 
     def choose(self, call: Call) -> Backend:
@@ -143,7 +145,8 @@ class Operation:
         if self.pinned is not None:
             backend = self.backend(self.pinned)
             if reason := backend.unfit(call):
-                raise UserError(f"ops.{self.name} = {self.pinned} {reason}; or remove the key.")
+                rule = f"{reason}; or remove the key."
+                raise UserError(rule, key=f"ops.{self.name}", value=self.pinned)
             return backend
         for backend in self.backends:
             if backend.unfit(call) is None:

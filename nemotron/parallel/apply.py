@@ -7,6 +7,7 @@ places that the model offers for them, and every name stays that of the whole.
 from collections.abc import Callable
 
 import torch
+from jaxtyping import Int
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -101,6 +102,16 @@ class LocalModel:
             return values
         return chunks.shard(values, self.mesh.rank("cp"), self.mesh.dims.cp)
 
+    def token_numbers(self, first_row: int, rows: int, length: int) -> Int[Tensor, "B T"] | int:
+        """Return the numbers in the whole batch of the tokens of some rows, if they are here.
+
+        Where no rank shares a row, that of the first says it all.
+        """
+        if self.mesh is None or self.mesh.dims.cp * self.mesh.dims.tp * self.mesh.dims.ep == 1:
+            return first_row * length
+        numbers = torch.arange(rows * length).view(rows, length) + first_row * length
+        return self.share_tokens(numbers)
+
     def sync_gradients(self, on: bool) -> None:
         """Say whether the next backward pass adds gradients up over ranks."""
         if self.mesh is not None and self.pipeline is None:  # which does so at its end
@@ -143,13 +154,13 @@ class LocalModel:
             for name in shared_parameters(self.config):
                 sync_copies(self.parameters()[name], self.mesh.ends)
 
-    def materialise(self, device: torch.device) -> None:
+    def materialize(self, device: torch.device) -> None:
         """Give the tensors memory; what is in it is undefined."""
         for root in self.roots:
             root.to_empty(device=device)
         for model in self.models:
             if model.config.tie_word_embeddings and self.mesh is None:
-                # materialising gave each of the two names a tensor of its own
+                # materializing gave each of the two names a tensor of its own
                 model.lm_head.weight = model.backbone.embeddings.weight
 
     def init_weights(self, seed: int) -> None:

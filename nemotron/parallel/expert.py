@@ -275,5 +275,5 @@ class _Finish(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         ctx.collective.launch(ctx.collective.backward, grad)
-        # stands for the gradient on its way; a single value, since nobody reads it
+        # stands for the gradient on its way; a single value, since it is never read
         return grad.new_zeros(()).expand(ctx.shape), None

@@ -4,7 +4,6 @@ Gradients are added up, never averaged: the loss is divided by the tokens of all
 """
 
 import itertools
-import warnings
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -32,8 +31,6 @@ def shard(model: HybridLM, root: nn.Module, mesh: Mesh, config: ParallelConfig) 
     root. In bfloat16, matrices are gathered in bfloat16 as units of their own: decay, time step,
     norms, router and embedding compute in float32, so they are never rounded.
     """
-    # it warns lest somebody change them in place; nobody does
-    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view", UserWarning)
     narrow = None if model.compute_dtype in (None, torch.float32) else model.compute_dtype
     reduce = torch.bfloat16 if config.reduce_dtype == "bf16" else torch.float32
     wide = MixedPrecisionPolicy(cast_forward_inputs=False)

@@ -11,7 +11,7 @@ class Mesh:
 
     Ranks are numbered with `tp` fastest, then cp, dp_shard, dp_replicate and pp. Weights outside
     experts are sharded over `fsdp` = dp_shard x cp; experts are cut out of dp_shard x cp x tp into
-    `ep` neighbours and sharded over the `efsdp` others.
+    `ep` neighbors and sharded over the `efsdp` others.
     Source: pytorch/torchtitan: torchtitan/distributed/parallel_dims.py.
     """
 

@@ -79,7 +79,7 @@ class Pipeline:
         return kind(self._stage(stage, shape), shape[2], _loss, scale_grads=False)
 
     def _stage(self, stage: Stage, shape: Shape) -> PipelineStage:
-        """Tell torch every shape, so that it does not run the model to find out."""
+        """Give torch every shape, so that it does not run the model to find out."""
         rows, tokens, _ = shape
         config, dtype = stage.model.config, _residual_dtype(stage)
         hidden = torch.empty(

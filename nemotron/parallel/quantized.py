@@ -50,19 +50,6 @@ def connect(quantization: Quantization, local: LocalModel) -> None:
                 quantization.set_shard(name, rows=own_tokens)
 
 
-def token_numbers(
-    first_row: int, rows: int, length: int, local: LocalModel
-) -> Int[Tensor, "B T"] | int:
-    """Return the numbers in the whole batch of the tokens of some rows, as far as they are here.
-
-    Where no rank shares a row, that of the first says it all.
-    """
-    if local.mesh is None or local.mesh.dims.cp * local.mesh.dims.tp * local.mesh.dims.ep == 1:
-        return first_row * length
-    numbers = torch.arange(rows * length).view(rows, length) + first_row * length
-    return local.share_tokens(numbers)
-
-
 def _columns(shard: Shard) -> Int[Tensor, " n"] | int:
     """Return the numbers of a shard's outputs in the whole; those of inputs are all there."""
     if shard.dim != 0:

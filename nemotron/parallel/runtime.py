@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemotron.errors import UserError
+from nemotron.exit_codes import FAILED
 from nemotron.parallel.config import ParallelConfig
+from nemotron.terminal import say
 
 T = TypeVar("T")
 
@@ -37,7 +39,7 @@ class Launch:
         """Read RANK, WORLD_SIZE and LOCAL_RANK; None for a process that was started alone.
 
         Raises:
-            UserError: when they are there in part, or are no numbers.
+            UserError: when they are there in part, or are not numbers.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         values = [os.environ.get(name) for name in names]
@@ -126,6 +128,12 @@ class Ranks:
                 dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
 
 
+def name_ranks(ranks: Sequence[int]) -> str:
+    """Return how a sentence names some ranks, of which it shows eight at most."""
+    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
+    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
+
+
 def start(launch: Launch | None, device: torch.device, config: ParallelConfig) -> Ranks:
     """Join the other processes, if there are any."""
     if launch is None:
@@ -151,8 +159,13 @@ def leave(code: int, *, together: bool) -> None:
     if not dist.is_initialized():
         return
     if together:
-        dist.barrier()
-        dist.destroy_process_group()
+        try:
+            dist.barrier()
+            dist.destroy_process_group()
+        except RuntimeError:  # of any backend, for a lost or silent peer
+            rank = f"rank {dist.get_rank()}"
+            say(f"nemotron: {rank} has ended, but another rank has not, and does not answer")
+            code = FAILED
     leave_alone(code)
 
 
@@ -164,7 +177,7 @@ def leave_alone(code: int) -> NoReturn:
 
 
 def leave_word(sentence: str) -> None:
-    """Tell torchrun why this rank ends, so that its own report ends with the sentence.
+    """Report to torchrun why this rank ends, so that its own report ends with the sentence.
 
     Source: pytorch/pytorch: torch/distributed/elastic/multiprocessing/errors/__init__.py,
     ProcessFailure.

@@ -1,17 +1,23 @@
 """The command `nemotron plan`."""
 
 import json
+import math
+
+import torch
 
 from nemotron.console import PrintableConsole
+from nemotron.device import GIB, find_device
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
+from nemotron.parallel.runtime import Launch
 from nemotron.plan.build import constants_for, layout_of, main_stretch, read_setting
-from nemotron.plan.hardware import find_hardware
-from nemotron.plan.report import Report, as_json, describe_layout, nearest_published
+from nemotron.plan.hardware import SYSTEMS, find_hardware
+from nemotron.plan.report import DAY, Report, as_json, describe_layout, nearest_published
 from nemotron.plan.search import search as find_layouts
 from nemotron.plan.tables import grids_of, show
 from nemotron.plan.trace import trace_blocks
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import PretrainConfig, RunConfig
+from nemotron.train.layout import least_world
 
 
 def plan(
@@ -60,3 +66,48 @@ def plan(
     else:
         print(json.dumps(as_json(report), indent=2))
     return DONE if report.fits else FAILED
+
+
+def estimate(config: RunConfig) -> list[str]:
+    """Return lines that predict memory and time on this machine; none where it is not known.
+
+    On GPUs without a row in `SYSTEMS`, and for stages other than pre-training, nothing is known.
+    """
+    launch = Launch.of_this_process()
+    name = _name_of_this(find_device(config.device))
+    if name is None or not isinstance(config, PretrainConfig) or (launch and launch.rank):
+        return []
+    world = launch.world if launch else least_world(config.parallel)
+    system = find_hardware(name, world)
+    setting = read_setting(config, system)
+    dims, violations = layout_of(setting, world)
+    if violations:
+        return []
+    constants = constants_for(system, None)
+    layout = describe_layout(setting, dims, constants, None)
+    need, there = layout.memory.total / GIB, system.memory / GIB
+    enough = "of the" if need <= there else "more than the"
+    days = sum(cost.days for cost in layout.costs)
+    tokens_s = layout.prediction.tokens_per_second
+    ranks = f" on each of {world} ranks" if world > 1 else ""
+    return [
+        f"memory     about {need:,.1f} GiB{ranks}, {enough} {there:,.1f} GiB here",
+        f"time       about {_duration(days)}, {tokens_s:,.0f} tokens/s: predicted by nemotron plan "
+        f"for {'this processor' if name == 'cpu' else name}",
+    ]
+
+
+def _name_of_this(device: torch.device) -> str | None:
+    """Return the name of this machine's system."""
+    if device.type == "cpu":
+        return "cpu"
+    words = torch.cuda.get_device_name(device).lower().split()
+    return next((word for word in words if word in SYSTEMS), None)
+
+
+def _duration(days: float) -> str:
+    """Return a time in the unit that fits it."""
+    for unit, length in (("days", 1.0), ("hours", 24.0), ("minutes", 24 * 60.0)):
+        if days * length >= 1.5:
+            return f"{days * length:,.1f} {unit}"
+    return f"{math.ceil(days * DAY):,} seconds"

@@ -35,7 +35,7 @@ def traffic(job: Job) -> list[Traffic]:
     return [item for item in found if item.received]
 
 
-def _neighbours(job: Job, stride: int, size: int) -> int:
+def _neighbors(job: Job, stride: int, size: int) -> int:
     """Return how many ranks of a group with this stride lie in one domain of the fast link."""
     return max(1, min(size, job.hardware.domain // stride))
 
@@ -45,7 +45,7 @@ def _gather(job: Job, whole: float, stride: int, size: int) -> tuple[float, floa
 
     What comes from other domains enters each domain once, shared by the links of its ranks.
     """
-    near = _neighbours(job, stride, size)
+    near = _neighbors(job, stride, size)
     return whole * (size - 1) / size, whole * (1 - near / size) / near
 
 
@@ -77,7 +77,7 @@ def _dispatched(job: Job) -> tuple[float, float]:
     """
     model, ep = job.model, job.dims.ep
     row = job.tokens / job.dims.tp * model.expert_input_size * job.compute_bytes
-    near = _neighbours(job, 1, ep)
+    near = _neighbors(job, 1, ep)
     far = ep - near
     per_rank = model.n_routed_experts / ep
     miss = 1 - model.num_experts_per_tok / model.n_routed_experts
@@ -129,7 +129,7 @@ def _context(job: Job) -> list[Traffic]:
         groups = max(1.0, model.n_groups / ranks)
         own = 3 * model.mamba_head_dim * heads + 2 * model.ssm_state_size * groups + heads
         whole = rows * job.compute_bytes * own
-        far = dims.cp - _neighbours(job, dims.tp, dims.cp)
+        far = dims.cp - _neighbors(job, dims.tp, dims.cp)
         received, slow = whole * (dims.cp - 1) / dims.cp, whole * far / dims.cp
     return [*found, Traffic("Mamba context", received * times, slow * times, hidden=False)]
 
@@ -142,7 +142,7 @@ def _pipeline(job: Job) -> list[Traffic]:
     # from the stage before and, backward, from the stage after
     received = 2 * boundary * job.pipeline.stages_per_rank * job.micro_batches
     stride = dims.world // dims.pp
-    is_far = _neighbours(job, stride, dims.pp) < dims.pp
+    is_far = _neighbors(job, stride, dims.pp) < dims.pp
     return [Traffic("pipeline", received, received if is_far else 0.0, hidden=True)]
 
 

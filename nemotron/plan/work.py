@@ -5,7 +5,7 @@ from collections import defaultdict
 from nemotron.model.config import ModelConfig
 from nemotron.model.flops import linear_flops, training_flops_per_token
 from nemotron.precision.config import PrecisionConfig
-from nemotron.precision.policy import preset_at, resolve
+from nemotron.precision.policy import resolve
 
 
 def flops_by_format(
@@ -24,7 +24,7 @@ def flops_by_format(
     rest = "fp32" if precision.compute == "fp32" else "bf16"
     found: defaultdict[str, float] = defaultdict(float, {rest: total - sum(linears.values())})
     table = resolve(
-        list(linears), len(model.hybrid_override_pattern), precision, preset_at(precision, 0)
+        list(linears), len(model.hybrid_override_pattern), precision, precision.preset_at(0)
     )
     for line in table:
         times = load if line.kind == "moe.experts" else 1.0

@@ -21,12 +21,12 @@ def advantages(
 
     Source: NVIDIA-NeMo/RL: nemo_rl/algorithms/utils.py, calculate_baseline_and_std_per_prompt.
     """
-    centred = rewards - _baseline(rewards, config.baseline)
+    centered = rewards - _baseline(rewards, config.baseline)
     if config.scale == "batch":
-        scaled = _whiten(centred, lengths)
+        scaled = _whiten(centered, lengths)
     else:
         scale = _scale(rewards, config.scale)
-        scaled = torch.where(scale > 0, centred / (scale + EPSILON), centred)
+        scaled = torch.where(scale > 0, centered / (scale + EPSILON), centered)
     return scaled if config.clamp is None else scaled.clamp(-config.clamp, config.clamp)
 
 

@@ -41,7 +41,7 @@ class CorrectionConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "CorrectionConfig":
         if self.max is not None and (self.min or 0) > self.max:
-            raise ValueError(f"min = {self.min} is above max = {self.max}; lower it")
+            raise RuleBroken("min", f"is above max = {self.max}; lower it", self.min)
         return self
 
 
@@ -71,9 +71,10 @@ class PolicyConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> "PolicyConfig":
         if self.kind == "gspo" and self.average != "sequence":
-            raise ValueError("kind = gspo has one ratio for each answer; use average: sequence")
+            rule = "has one ratio for each answer; use average: sequence"
+            raise RuleBroken("kind", rule, self.kind)
         if self.kind == "cispo" and self.average != "token":
-            raise ValueError("kind = cispo weighs tokens; use average: token")
+            raise RuleBroken("kind", "weighs tokens; use average: token", self.kind)
         return self
 
 

@@ -1,4 +1,4 @@
-"""What reinforcement learning minimises: the policy loss of sampled answers."""
+"""What reinforcement learning minimizes: the policy loss of sampled answers."""
 
 from dataclasses import dataclass
 

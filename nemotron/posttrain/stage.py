@@ -12,7 +12,7 @@ from nemotron.posttrain.tasks import Tasks
 from nemotron.posttrain.verify import Verifiers
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.schedule import TrainingPlan, build_schedule
-from nemotron.train.setup import Setup
+from nemotron.train.setup import Setup, check_end_of_text
 from nemotron.train.trainer import Trainer, build_local
 
 
@@ -31,6 +31,17 @@ class Reinforcement:
         phase = Phase("all", schedule.num_steps, tokens, (length,))
         return TrainingPlan(Timeline([phase]), (schedule,), (0,))
 
+    def rehearse(self, config: RlConfig, plan: TrainingPlan) -> list[str]:
+        """Make the environments and their held-out prompts; returns lines about them.
+
+        Raises:
+            UserError: when an environment is unknown, cannot run here or has prompts that are too
+                long.
+        """
+        tasks = Tasks(config)
+        tasks.held_out()
+        return tasks.describe()
+
     def build(
         self,
         config: RlConfig,
@@ -43,9 +54,10 @@ class Reinforcement:
 
         Raises:
             UserError: when an environment is unknown, cannot run here or has prompts that are too
-                long.
+                long, or when the model's end of text is not that of the answers.
         """
         tasks = Tasks(config)
+        check_end_of_text(config, tasks.tokenizer, is_chat=tasks.is_chat)
         tasks.held_out()  # prompts that do not fit are found before anything is computed
         verifiers = Verifiers(config.rollout.verify_workers, tasks.options)
         sampler = Sampler(config.rollout, tasks, verifiers)

@@ -25,7 +25,7 @@ def main() -> None:
     environments: dict[str, Environment] = {}
     for line in sys.stdin:
         job = json.loads(line)
-        # ends this process in the middle of a job when nobody is left to kill it
+        # ends this process in the middle of a job when no process is left to kill it
         signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + SPARE_S)
         answers.write(json.dumps(_judge(job, environments)) + "\n")
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -18,7 +18,6 @@ from nemotron.precision.policy import (
     assign,
     device_of,
     linear_layers,
-    preset_at,
     with_backend,
 )
 from nemotron.precision.random_bits import Draw, Numbers
@@ -41,7 +40,7 @@ class LayerShard:
     """What this rank holds of a layer's tensors, where ranks share them."""
 
     reduce: dict[str, Reduce] = field(default_factory=dict)
-    """How the ranks find the largest magnitude of `x`, `w` or `dy`, where each has a part."""
+    """How the ranks find the largest magnitude of `x`, `w` or `dy`, where each has a shard."""
     columns: Numbers = 0
     """Numbers of the output's columns in the whole layer."""
     rows: Callable[[Tensor], Tensor] | None = None
@@ -111,7 +110,7 @@ class Quantization:
         self._step = step
         self._rows = rows if isinstance(rows, int) else rows.to(self._device)
         self._calls.clear()
-        if (preset := preset_at(self._config, step)) == self.preset:
+        if (preset := self._config.preset_at(step)) == self.preset:
             return False
         self.preset = preset
         table = assign(self._whole, self._config, preset, self._device)
@@ -136,9 +135,9 @@ class Quantization:
         return self._observed.take()
 
     def set_reduction(self, module: str, operand: str, reduce: Reduce) -> None:
-        """Say how ranks find the largest magnitude of an operand of which each holds a part.
+        """Say how ranks find the largest magnitude of an operand of which each holds a shard.
 
-        Without it a scale for a whole tensor is that of the part held here. Tensors with
+        Without it a scale for a whole tensor is that of the shard held here. Tensors with
         delayed scaling need none: `reduce_amax` serves all of them.
 
         Raises:
@@ -233,7 +232,7 @@ class Quantization:
         """Measure the operands of a product; the gradient's when it comes."""
 
         def observe(operand: str, tensor: Tensor, chunk: ExpertChunk, sizes: Sizes) -> None:
-            row, _ = scheme.part(chunk.experts).quantize(operand, tensor, sizes, both=False)
+            row, _ = scheme.for_experts(chunk.experts).quantize(operand, tensor, sizes, both=False)
             self._observed.observe(name, operand, tensor, row.operand())
 
         def observe_rows(operand: str, tensor: Tensor) -> None:
@@ -271,7 +270,9 @@ class Quantization:
                 sizes = (rows.shape[0],)
                 scheme = schemes["weight"]
                 self._observe(line.module, scheme, rows, weight.unsqueeze(0), sizes, y)
-            return y.view(*x.shape[:-1], -1)
+            # not a view for autograd, as torch's own product: FSDP2 warns of views, which a change
+            # in place would take out of its hooks
+            return torch.ops.aten._unsafe_view(y, [*x.shape[:-1], y.shape[-1]])
 
         def experts(rows: Tensor, weight: Tensor, counts: Tensor, numbers: Tensor | None) -> Tensor:
             (name,) = (name for name in schemes if getattr(module, name) is weight)

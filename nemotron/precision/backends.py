@@ -245,8 +245,9 @@ def choose(name: str, call: FormatCall, module: str) -> FormatBackend:
     if reason := named.unfit(call):
         others = " or ".join(backend.name for backend in fit)
         raise UserError(
-            f"precision.backend = {name} is not fit for {module} in {call.format}: {reason}; "
-            f"use auto or {others}."
+            f"is not fit for {module} in {call.format}: {reason}; use auto or {others}.",
+            key="precision.backend",
+            value=name,
         )
     return named
 

@@ -105,6 +105,11 @@ class PrecisionConfig(Section):
         """Say whether a preset or rule of that name, or beginning with it, is given."""
         return any(name.startswith(start) for name in self._named())
 
+    def preset_at(self, step: int) -> str:
+        """Return the preset that holds at a step."""
+        presets = [self.preset, *(s.preset for s in self.switches if s.step <= step)]
+        return presets[-1]
+
     def _named(self) -> list[str]:
         presets = [self.preset, *(switch.preset for switch in self.switches)]
         return [*presets, *(rule.format for rule in self.rules)]

@@ -94,7 +94,7 @@ class DelayedFP8Scheme(Scheme):
 
     slots: Mapping[str, Slot]
 
-    def part(self, experts: slice) -> "DelayedFP8Scheme":
+    def for_experts(self, experts: slice) -> "DelayedFP8Scheme":
         """Return the scheme of some of the experts, which lie in the same slots."""
         slots = {
             operand: Slot(slot.newest[experts], slot.scale[experts])

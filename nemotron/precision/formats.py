@@ -69,7 +69,7 @@ def round_e2m1(y: Float[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 def round_e2m1_stochastically(
     y: Float[Tensor, "*shape"], bits: UInt8[Tensor, "*shape"]
 ) -> Float[Tensor, "*shape"]:
-    """Round to one of the two neighbours, up with the probability of the distance from below.
+    """Round to one of the two neighbors, up with the probability of the distance from below.
 
     `bits` holds 8 random bits for each element. A representable value is kept; the probability
     is rounded down to a multiple of 1/256. NaN becomes 6.
@@ -131,7 +131,7 @@ def decode_e8m0(bytes_: UInt8[Tensor, "*shape"]) -> Float[Tensor, "*shape"]:
 
 
 def _step(y: Tensor) -> Tensor:
-    """Return the distance of neighbours at each magnitude: 0.5 below 2, 1 below 4, then 2.
+    """Return the distance of neighbors at each magnitude: 0.5 below 2, 1 below 4, then 2.
 
     That is half of the power of two in the magnitude, but at least 0.5.
     """

@@ -42,7 +42,7 @@ class _Linear(torch.autograd.Function):
         kept: list[tuple[Quantized | None, Quantized | None]] = []
         saved: list[Tensor] = []
         for chunk in ctx.chunks:
-            own, rows = scheme.part(chunk.experts), x[chunk.rows]
+            own, rows = scheme.for_experts(chunk.experts), x[chunk.rows]
             narrow = weight[chunk.experts].to(torch.bfloat16).flatten(0, 1)
             outputs = (weight.shape[1],) * len(chunk.sizes)
             if is_training:
@@ -67,8 +67,8 @@ class _Linear(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             dw = dy.new_empty(ctx.shape, dtype=ctx.weight_dtype)
         for chunk, (activation, weight) in zip(ctx.chunks, ctx.kept, strict=True):
-            own, rows = ctx.scheme.part(chunk.experts), dy[chunk.rows]
-            draw = ctx.draw and ctx.draw.part(chunk.rows)
+            own, rows = ctx.scheme.for_experts(chunk.experts), dy[chunk.rows]
+            draw = ctx.draw and ctx.draw.for_rows(chunk.rows)
             own.remember("dy", rows, chunk.sizes)
             row, columnwise = own.quantize("dy", rows, chunk.sizes, draw=draw)
             if dx is not None:

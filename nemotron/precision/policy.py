@@ -29,7 +29,7 @@ KINDS = {
     "down_proj": "mlp",
 }
 """Kind of a layer by its name inside a mixer. Router, embedding, head, norms, convolution and scan
-are no linear layers of this table and are never quantized."""
+are not linear layers of this table and are never quantized."""
 SUPER_TAIL = 14 / 88
 """Share of the last blocks that Super keeps in bfloat16."""
 
@@ -120,16 +120,11 @@ def resolve(
     for number, rule in enumerate(config.rules):
         if id(rule) not in used:
             raise UserError(
-                f"precision.rules.{number} decides no layer ({_why(rule, num_blocks)}); remove it, "
-                "or correct its conditions or its place among the rules."
+                f"decides no layer ({_why(rule, num_blocks)}); remove it, or correct its "
+                "conditions or its place among the rules.",
+                key=f"precision.rules.{number}",
             )
     return table
-
-
-def preset_at(config: PrecisionConfig, step: int) -> str:
-    """Return the preset that holds at a step."""
-    presets = [config.preset, *(s.preset for s in config.switches if s.step <= step)]
-    return presets[-1]
 
 
 def assign(

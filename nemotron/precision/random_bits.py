@@ -46,7 +46,7 @@ class Draw:
     columns: Numbers = 0
     """Number of each column in the whole matrix, of which a rank may hold some."""
 
-    def part(self, rows: slice) -> "Draw":
+    def for_rows(self, rows: slice) -> "Draw":
         """Return what the bits of some of the rows depend on."""
         own = self.rows + rows.start if isinstance(self.rows, int) else self.rows[rows]
         return replace(self, rows=own)

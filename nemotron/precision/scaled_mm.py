@@ -58,7 +58,7 @@ def multiply(left: Quantized, right: Quantized, outs: Sequence[Float[Tensor, "M 
 def _sides(left: Quantized, right: Quantized, group: int) -> tuple[Side, Side]:
     a, b = left.matrix, right.matrix
     if isinstance(a, ScaledFP8) and isinstance(b, ScaledFP8):
-        parts = _FP8Part.of(a, left, group), _FP8Part.of(b, right, group)
+        parts = _FP8Operand.of(a, left, group), _FP8Operand.of(b, right, group)
         # blocks of 128 may be one scale, too: cuBLAS takes that for both sides or for none
         has_one = all(part.scale_inv.numel() == 1 for part in parts)
         first, second = (part.side(has_one=has_one) for part in parts)
@@ -67,7 +67,7 @@ def _sides(left: Quantized, right: Quantized, group: int) -> tuple[Side, Side]:
 
 
 @dataclass(frozen=True)
-class _FP8Part:
+class _FP8Operand:
     """One tensor's part of a matrix in FP8, contracted along its last dimension."""
 
     elements: Tensor
@@ -75,7 +75,7 @@ class _FP8Part:
     height: int
 
     @classmethod
-    def of(cls, matrix: ScaledFP8, side: Quantized, group: int) -> "_FP8Part":
+    def of(cls, matrix: ScaledFP8, side: Quantized, group: int) -> "_FP8Operand":
         rows = side.groups.padded_rows(group)
         elements = _lying(matrix.elements[rows], side.columnwise)
         if matrix.per_tensor:

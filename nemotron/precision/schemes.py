@@ -108,7 +108,7 @@ class Scheme(ABC):
     multiple: ClassVar[int] = 1
     """Rows of a block: a tensor's are padded to a multiple of it."""
     reduce: Mapping[str, Reduce] = field(default_factory=dict, kw_only=True)
-    """For each operand of which this process holds a part, how to know the whole's magnitude."""
+    """For each operand of which this process holds a shard, how to know the whole's magnitude."""
 
     def quantize(
         self,
@@ -131,7 +131,7 @@ class Scheme(ABC):
             return Quantized(row, groups), None
         return Quantized(row, groups), Quantized(columnwise, groups, columnwise=True)
 
-    def part(self, experts: slice) -> "Scheme":
+    def for_experts(self, experts: slice) -> "Scheme":
         """Return how some of the experts are treated; only delayed scaling knows one by one."""
         return self
 

@@ -8,8 +8,7 @@ from typing import Any
 from nemotron.data.config import BlendConfig
 from nemotron.errors import UserError
 from nemotron.files import parse_json
-from nemotron.recipe.budget import Budget
-from nemotron.recipe.read import Document, Path_, read_yaml_values
+from nemotron.recipe.read import Budget, Document, Path_, read_yaml_values
 
 KEYS = tuple(BlendConfig.model_fields)
 SPLITS = ("train", "valid", "validation", "test")
@@ -45,8 +44,9 @@ def read_blend(path: Path, budget: Budget | None = None) -> Document:
         )
     if unknown := [key for key in content if key not in KEYS]:
         raise UserError(
-            f"{document.places.get((unknown[0],), path)}: the key {unknown[0]} is unknown in a "
-            f"blend; known are {', '.join(KEYS)}."
+            f"is unknown in a blend; known are {', '.join(KEYS)}.",
+            key=unknown[0],
+            where=document.places.get((unknown[0],), str(path)),
         )
     return document
 
@@ -65,11 +65,12 @@ def read_megatron_blend(content: Any, place: str) -> dict[str, Any]:  # Any: nes
     Source: NVIDIA/Megatron-LM: megatron/core/datasets/utils.py, get_blend_from_list.
 
     Raises:
-        UserError: when it is no such list.
+        UserError: when it is not such a list.
     """
     splits = content if isinstance(content, Mapping) else {"train": content}
     if unknown := [name for name in splits if name not in SPLITS]:
-        raise UserError(f"{place}: {unknown[0]!r} is not a split; known are {', '.join(SPLITS)}.")
+        rule = f"is not a split; known are {', '.join(SPLITS)}."
+        raise UserError(rule, key=str(unknown[0]), where=place)
     names: dict[str, str] = {}
     sources = [
         {"name": _name(prefix, names), "weight": weight, "path": prefix}
@@ -81,7 +82,7 @@ def read_megatron_blend(content: Any, place: str) -> dict[str, Any]:  # Any: nes
         for _, prefix in _pairs(splits.get(split) or [], f"{place}: {split}")
     ]
     if not sources:
-        raise UserError(f"{place}: train is empty; list weights and prefixes.")
+        raise UserError("is empty; list weights and prefixes.", key="train", where=place)
     return {"sources": sources, "validation": held_out}
 
 
@@ -96,7 +97,9 @@ def _insert(document: Document, values: Any, path: Path_, folder: Path, budget: 
     if isinstance(named, str):
         place = document.places.get((*path, "blend"), "recipe")
         if both := [key for key in KEYS if key in values]:
-            raise UserError(f"{place}: blend and {both[0]} are both given; keep one of them.")
+            rule = f"is given together with {both[0]}; keep one of them."
+            key = ".".join((*path, "blend"))
+            raise UserError(rule, key=key, value=Path(named), where=place)
         found = read_blend(Path(os.path.normpath(folder / named)), budget)
         if path == ("data",):
             del values["blend"]
@@ -119,7 +122,7 @@ def _read_json(path: Path, budget: Budget) -> Any:  # Any: nested JSON
     try:
         return parse_json(text)
     except ValueError as error:
-        raise UserError(f"{path}: {error}; correct the JSON there.") from None
+        raise UserError(f"{error}; correct the JSON there.", where=str(path)) from None
 
 
 def _pairs(items: Sequence[Any], place: str) -> list[tuple[float, str]]:

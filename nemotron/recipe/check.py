@@ -51,6 +51,8 @@ def _idle(config: RunConfig) -> Iterator[Idle]:
     def starting(*prefixes: str) -> list[str]:
         return [f"model.{name}" for name in fields if name.startswith(prefixes)]
 
+    muon = [f"optimizer.muon.{name}" for name in type(config.optimizer.muon).model_fields]
+    yield Idle(muon, config.optimizer.name != "muon", f"optimizer.name = {config.optimizer.name}")
     mamba = starting("mamba_", "n_groups", "ssm_", "conv_", "use_conv", "chunk_", "time_step")
     yield Idle(mamba, "M" not in layers, "the pattern has no M layer")
     attention = starting("num_attention_heads", "num_key_value_heads", "head_dim")

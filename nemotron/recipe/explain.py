@@ -1,11 +1,11 @@
-"""A validation error as one sentence: where, what is wrong, what would be right."""
+"""A validation error as a finding: where, what is wrong, what would be right."""
 
 import difflib
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
 
-from nemotron.errors import RuleBroken, show_value
+from nemotron.errors import Finding, RuleBroken
 from nemotron.recipe import synonyms
 from nemotron.recipe.read import Path_, place_of
 from nemotron.train.config import RunConfig
@@ -28,8 +28,8 @@ EXPECTED = {
 
 def explain(
     invalid: ValidationError, recipe: type[RunConfig], places: dict[Path_, str], source: str
-) -> str:
-    """Return the sentence for the first problem of a recipe of this class.
+) -> Finding:
+    """Return the first problem of a recipe of this class.
 
     `places` says where each key stands.
     """
@@ -39,16 +39,16 @@ def explain(
     key, value = ".".join(path), problem["input"]
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
-        return f"{place_of(places, path, source)}: {_unknown(recipe, path)}"
+        return Finding(key, _unknown(recipe, path), where=place_of(places, path, source))
     if kind == "missing":
-        text = _description(recipe, path)
-        return f"{place_of(places, path, source)}: {key} is missing; add it ({text})."
+        rule = f"is missing; add it ({_description(recipe, path)})."
+        return Finding(key, rule, where=place_of(places, path, source))
     if kind == "value_error":
         error = context["error"]
-        if isinstance(error, RuleBroken):
-            path = (*path, error.finding.key)
-        dot = f"{key}." if key else ""
-        return f"{place_of(places, path, source)}: {dot}{error}."
+        own = error.finding if isinstance(error, RuleBroken) else Finding("", str(error))
+        path = (*path, own.key)
+        place = place_of(places, path, source)
+        return Finding(".".join(filter(None, path)), f"{own.rule}.", own.value, place)
     if kind in EXPECTED:
         rule = EXPECTED[kind]
     elif kind == "literal_error":
@@ -59,11 +59,8 @@ def explain(
     else:
         rule = problem["msg"].replace("Input should", "must").replace("Value should", "must")
         rule = rule.replace("String should", "must").replace("Tuple should", "must")
-    return f"{place_of(places, path, source)}: {key} = {show_value(value)} {rule}{_end(rule)}"
-
-
-def _end(rule: str) -> str:
-    return "" if rule.endswith("?") else "."
+    end = "" if rule.endswith("?") else "."
+    return Finding(key, f"{rule}{end}", value, place_of(places, path, source))
 
 
 def _words(recipe: type[RunConfig], path: Path_) -> list[str]:
@@ -82,20 +79,19 @@ def _literals(annotation: Any) -> list[Any]:
 def _unknown(recipe: type[RunConfig], path: Path_) -> str:
     *section_path, key = path
     section = _section(recipe, tuple(section_path)) or recipe
-    where = f" under {'.'.join(section_path)}" if section_path else ""
     homes = [
         ".".join(home) for home in _homes(recipe) if home[-1] == key and home[:-1] != path[:-1]
     ]
     if homes:
         holder = homes[0].rpartition(".")[0]
         right = f"it belongs under `{holder}`" if holder else "it belongs at the top"
-        return f"the key {key} is unknown{where}; {right} ({homes[0]})."
+        return f"is unknown; {right} ({homes[0]})."
     if ours := synonyms.hint(key):
-        return f"the key {key} is unknown{where}; {ours}."
+        return f"is unknown; {ours}."
     near = difflib.get_close_matches(key, list(section.model_fields), 1, 0.5)
     if near:
-        return f"the key {key} is unknown{where}; the nearest known one is `{near[0]}`."
-    return f"the key {key} is unknown{where}; known are {', '.join(section.model_fields)}."
+        return f"is unknown; the nearest known one is `{near[0]}`."
+    return f"is unknown; known are {', '.join(section.model_fields)}."
 
 
 def _section(recipe: type[RunConfig], path: Path_) -> type[BaseModel] | None:

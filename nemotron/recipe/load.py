@@ -4,17 +4,16 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from nemotron.errors import UserError
 from nemotron.recipe.blend import insert_blends
-from nemotron.recipe.budget import Budget
 from nemotron.recipe.check import check
 from nemotron.recipe.explain import explain
-from nemotron.recipe.lists import wrap_single_items
-from nemotron.recipe.read import Document, Path_, place_of, read_yaml
+from nemotron.recipe.read import Budget, Document, Path_, place_of, read_yaml
 from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
 from nemotron.recipe.stages import Stage, find_stage
@@ -51,10 +50,8 @@ class Recipe:
         """
         if not isinstance(self.config, PretrainConfig):
             place = place_of(self.places, ("stage",), str(self.path))
-            raise UserError(
-                f"{place}: stage = {self.config.stage}; this command takes recipes of stage "
-                "pretrain only."
-            )
+            rule = "is not for this command, which takes recipes of stage pretrain only."
+            raise UserError(rule, key="stage", value=self.config.stage, where=place)
         return self.config
 
     @property
@@ -66,7 +63,8 @@ class Recipe:
         """
         if self.stage.trained is None:
             place = place_of(self.places, ("stage",), str(self.path))
-            raise UserError(f"{place}: stage = {self.config.stage}; nothing trains such recipes.")
+            rule = "can be read and checked, but nothing trains such recipes yet."
+            raise UserError(rule, key="stage", value=self.config.stage, where=place)
         return self.stage.trained()
 
 
@@ -87,9 +85,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     values = resolve(document)
     stage = find_stage(values, document.places, str(path))
     try:
-        config = stage.recipe.model_validate(wrap_single_items(values, stage.recipe))
+        config = stage.recipe.model_validate(_wrap_single_items(values, stage.recipe))
     except ValidationError as error:
-        raise UserError(explain(error, stage.recipe, document.places, str(path))) from error
+        found = explain(error, stage.recipe, document.places, str(path))
+        raise UserError.of(found) from error
     check(config, stage, document.places, str(path))
     return Recipe(config, path, document.places, stage, tuple(dict.fromkeys(budget.paths)))
 
@@ -98,9 +97,11 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...], budget: Budget) -> Doc
     """Read a file on top of those that it extends, the first named at the bottom."""
     links = " -> ".join(str(link) for link in (*chain, path))
     if os.path.realpath(path) in map(os.path.realpath, chain):
-        raise UserError(f"{chain[-1]}: extends forms a cycle: {links}; remove one of them.")
+        rule = f"forms a cycle: {links}; remove one of them."
+        raise UserError(rule, key="extends", where=str(chain[-1]))
     if chain and not os.path.isfile(path):
-        raise UserError(f"{chain[-1]}: extends names a file that does not exist: {links}.")
+        rule = f"names a file that does not exist: {links}."
+        raise UserError(rule, key="extends", where=str(chain[-1]))
     own = read_yaml(path, budget)
     insert_blends(own, path.parent, budget)
     merged = Document()
@@ -117,7 +118,7 @@ def _take_names(document: Document, key: str, what: str, source: str) -> list[st
     names = document.values.pop(key, [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise UserError(f"{place}: {key} must be {what} or a list of them.")
+        raise UserError(f"must be {what} or a list of them.", key=key, where=place)
     document.places = {path: line for path, line in document.places.items() if path[0] != key}
     return names
 
@@ -127,8 +128,8 @@ def _read_override(text: str) -> Document:
     parts = tuple(key.strip().split("."))
     if not equals or not all(parts):
         raise UserError(
-            f"{COMMAND_LINE}: {text!r} is not a setting; write key=value, "
-            f"for example schedule.peak=3e-4."
+            f"{text!r} is not a setting; write key=value, for example schedule.peak=3e-4.",
+            where=COMMAND_LINE,
         )
     parsed: Any = parse_yaml(value, f"{COMMAND_LINE}: {key.strip()}")
     places = {parts[: depth + 1]: COMMAND_LINE for depth in range(len(parts))}
@@ -173,8 +174,9 @@ def _remove(document: Document, path: Path_, place: str) -> None:
         holder = holder.get(part) if isinstance(holder, dict) else None
     if not isinstance(holder, dict) or path[-1] not in holder:
         raise UserError(
-            f"{place}: remove names {'.'.join(path)}, which no recipe below sets; "
-            "take it off the list."
+            f"names {'.'.join(path)}, which no recipe below sets; take it off the list.",
+            key="remove",
+            where=place,
         )
     del holder[path[-1]]
     kept = {key: line for key, line in document.places.items() if key[: len(path)] != path}
@@ -200,3 +202,54 @@ def _replaced(below: Any, above: Any, path: Path_) -> bool:
             return False
         above = above[part]
     return True
+
+
+def _wrap_single_items(values: Any, section: type[BaseModel]) -> Any:  # Any: not yet validated
+    """Return the values of a section, with lists of one where it takes a list and has an item.
+
+    So a recipe may say `trackers: wandb`.
+    """
+    if not isinstance(values, dict):
+        return values
+    return {key: _wrap_item(value, section, key) for key, value in values.items()}
+
+
+def _wrap_item(value: Any, section: type[BaseModel], key: str) -> Any:
+    field = section.model_fields.get(key)
+    if field is None or value is None:
+        return value
+    forms = _alternatives(field.annotation)
+    value = _as_list(value, forms)
+    inner = [item for form in forms for item in (form, *get_args(form)) if _is_section(item)]
+    if not inner:
+        return value
+    if isinstance(value, list | tuple):
+        return [_wrap_single_items(item, inner[0]) for item in value]
+    return _wrap_single_items(value, inner[0])
+
+
+def _is_section(form: Any) -> bool:
+    return isinstance(form, type) and issubclass(form, BaseModel)
+
+
+def _as_list(value: Any, forms: list[Any]) -> Any:
+    if isinstance(value, list | tuple):
+        return value
+    items = [get_args(form)[0] for form in forms if _is_list(form)]
+    others = [form for form in forms if not _is_list(form) and form is not type(None)]
+    if others:  # a word such as `recompute: mamba` is wrapped if only an item can be meant
+        return [value] if any(value in get_args(item) for item in items) else value
+    return [value] if items else value
+
+
+def _is_list(form: Any) -> bool:
+    return get_origin(form) is tuple and get_args(form)[-1] is Ellipsis
+
+
+def _alternatives(annotation: Any) -> list[Any]:
+    """Return the members of a union, without their metadata."""
+    if get_origin(annotation) is Annotated:
+        return _alternatives(get_args(annotation)[0])
+    if get_origin(annotation) in (Union, UnionType):
+        return [form for member in get_args(annotation) for form in _alternatives(member)]
+    return [annotation]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 
+from nemotron.data.prepare.inputs import is_text
 from nemotron.divisors import divisors, nearest
 from nemotron.errors import Finding
 from nemotron.recipe.read import Idle
@@ -63,9 +64,9 @@ def idle(config: PretrainConfig) -> Iterator[Idle]:
     ahead = [f"loss.{name}" for name in type(config.loss).model_fields if name.startswith("mtp_")]
     ahead.append("model.mtp_hybrid_override_pattern")
     yield Idle(ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0")
-    data = config.data
-    embedded = any(leaf.source.path is None for leaf in plan.timeline.leaves)
-    yield Idle(["data.validation_fraction"], not embedded, "no source is embedded text")
+    data, leaves = config.data, plan.timeline.leaves
+    text = any(leaf.source.path is None or is_text(leaf.source.path) for leaf in leaves)
+    yield Idle(["data.validation_fraction"], not text, "no source is text")
     whole = data.packing.kind != "concatenate"
     yield Idle(["data.packing.long_documents"], not whole, "data.packing.kind = concatenate")
     yield Idle(["data.mask_eod_loss"], whole, f"data.packing.kind = {data.packing.kind}")

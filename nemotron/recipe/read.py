@@ -1,12 +1,18 @@
-"""One YAML file as plain values, with the line of every key."""
+"""Files of one recipe as plain values, with the line of every key, read within limits."""
 
+import os
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nemotron.errors import UserError
-from nemotron.recipe.budget import Budget
 from nemotron.recipe.yaml_text import Path_, parse_yaml
+
+MAX_FILES = 64
+"""Files that one recipe may consist of, a file counted as often as it is named."""
+MAX_BYTES = 1 << 20
+"""Size of these files together; a slow machine parses less than 100 kB of YAML a second."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,41 @@ class Document:
     places: dict[Path_, str] = field(default_factory=dict)
 
 
+@dataclass
+class Budget:
+    """What one recipe may still read."""
+
+    files: int = MAX_FILES
+    size: int = MAX_BYTES
+    paths: list[Path] = field(default_factory=list)
+    """What was read."""
+
+    def read(self, path: Path) -> str:
+        """Return the text of a regular file.
+
+        Raises:
+            UserError: when it cannot be read, is not UTF-8, or the recipe becomes too large.
+        """
+        self.files -= 1
+        self.paths.append(path)
+        if self.files < 0:
+            rule = f"the recipe names more than {MAX_FILES} files; merge some of them."
+            raise UserError(rule, where=str(path))
+        content = _read_regular(path, self.size)
+        self.size -= len(content)
+        if self.size < 0:
+            raise UserError(
+                f"the files of the recipe are larger than {MAX_BYTES >> 20} MiB; "
+                "a recipe holds settings, not data.",
+                where=str(path),
+            )
+        try:
+            return content.decode("utf-8")
+        except UnicodeDecodeError as error:
+            rule = f"byte {error.start} is not UTF-8 text; a recipe is a text file in YAML."
+            raise UserError(rule, where=str(path)) from error
+
+
 def read_yaml(path: Path, budget: Budget | None = None) -> Document:
     """Read a YAML 1.2 file whose top is a mapping; duplicate keys are refused.
 
@@ -38,7 +79,8 @@ def read_yaml(path: Path, budget: Budget | None = None) -> Document:
     if document.values is None:
         raise UserError(f"{path} is empty; a recipe is a YAML mapping such as `name: my-run`.")
     if not isinstance(document.values, dict):
-        raise UserError(f"{path}:1: the top must be a mapping such as `name: my-run`.")
+        rule = "the top must be a mapping such as `name: my-run`."
+        raise UserError(rule, where=f"{path}:1")
     return document
 
 
@@ -60,3 +102,23 @@ def place_of(places: dict[Path_, str], path: Path_, source: str) -> str:
         if path[:length] in places:
             return places[path[:length]]
     return source
+
+
+def _read_regular(path: Path, size: int) -> bytes:
+    """Read a regular file, at most one byte more than `size`; never waits for a pipe or device."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        with open(descriptor, "rb") as file:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise UserError(f"{path} is not a regular file; name a recipe file (.yaml).")
+            return file.read(size + 1)
+    except FileNotFoundError as error:
+        rule = "there is no such file; name an existing recipe."
+        raise UserError(rule, where=str(path)) from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path} is a folder; name a recipe file (.yaml).") from error
+    except OSError as error:
+        shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
+        raise UserError(f"{shown} cannot be read: {error.strerror}.") from error
+    except ValueError as error:
+        raise UserError(f"{str(path)!r} is not a path; remove the null character.") from error

@@ -25,10 +25,11 @@ def check_references(document: Document) -> None:
     """
     for path, text in _texts(document.values):
         if "${" in REFERENCE.sub("", text):
-            raise UserError(
-                f"{_where(document, path, text)} may only name another key, as in "
-                "${data.seq_len}; functions and environment variables are not read."
+            rule = (
+                "may only name another key, as in ${data.seq_len}; functions and environment "
+                "variables are not read."
             )
+            raise _mistake(document, path, text, rule)
 
 
 def resolve(document: Document) -> dict[str, Any]:
@@ -40,7 +41,7 @@ def resolve(document: Document) -> dict[str, Any]:
     """
     for path, text in _texts(document.values):
         if text == "???":
-            raise UserError(f"{_where(document, path, text)} has no value yet; give it one.")
+            raise _mistake(document, path, text, "has no value yet; give it one.")
     resolved = _Resolver(document).of(document.values, ())
     assert isinstance(resolved, dict)
     return resolved
@@ -74,37 +75,36 @@ class _Resolver:
     def _replace(self, path: Path_, text: str, chain: tuple[Path_, ...]) -> Scalar:
         whole = REFERENCE.fullmatch(text)
         if whole:
-            return self._named(path, text, whole[1], chain)
-        result = REFERENCE.sub(lambda m: _shown(self._named(path, text, m[1], chain)), text)
+            return self._named(path, whole[1], chain)
+        result = REFERENCE.sub(lambda m: _shown(self._named(path, m[1], chain)), text)
         if len(result) > MAX_TEXT:
-            raise UserError(
-                f"{_where(self.document, path, text)} becomes longer than {MAX_TEXT} characters; "
-                "shorten it."
-            )
+            raise self._mistake(path, f"becomes longer than {MAX_TEXT} characters; shorten it.")
         return result
 
-    def _named(self, path: Path_, text: str, name: str, chain: tuple[Path_, ...]) -> Scalar:
+    def _named(self, path: Path_, name: str, chain: tuple[Path_, ...]) -> Scalar:
         target = tuple(name.split("."))
-        where = _where(self.document, path, text)
         if target in chain:
             cycle = (*chain[chain.index(target) :], target)
             links = " -> ".join(".".join(key) for key in cycle)
-            begin = _where(self.document, target, self.texts[target])
-            raise UserError(f"{begin} refers back to itself ({links}); give one of them a value.")
+            rule = f"refers back to itself ({links}); give one of them a value."
+            raise self._mistake(target, rule)
         if len(chain) > MAX_CHAIN:
-            raise UserError(f"{where} ends a chain of over {MAX_CHAIN} references; shorten it.")
+            raise self._mistake(path, f"ends a chain of over {MAX_CHAIN} references; shorten it.")
         if target in self.scalars:
             return self.scalar(target, chain)
         if any(key[: len(target)] == target for key in self.scalars):
-            raise UserError(f"{where} names a section or list; name a single value in it.")
+            raise self._mistake(path, "names a section or list; name a single value in it.")
         near = difflib.get_close_matches(name, [".".join(key) for key in self.scalars], 1)
         hint = f"; the nearest is {near[0]}." if near else "; name a key that it sets."
-        raise UserError(f"{where} names a key that the recipe does not set{hint}")
+        raise self._mistake(path, f"names a key that the recipe does not set{hint}")
+
+    def _mistake(self, path: Path_, rule: str) -> UserError:
+        return _mistake(self.document, path, self.texts[path], rule)
 
 
-def _where(document: Document, path: Path_, text: str) -> str:
-    place = place_of(document.places, path, "recipe")
-    return f"{place}: {'.'.join(path)} = {text if len(text) <= 60 else text[:57] + '...'}"
+def _mistake(document: Document, path: Path_, text: str, rule: str) -> UserError:
+    where = place_of(document.places, path, "recipe")
+    return UserError(rule, key=".".join(path), value=text, where=where)
 
 
 def _shown(value: Scalar) -> str:

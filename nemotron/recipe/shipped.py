@@ -13,8 +13,9 @@ from nemotron.errors import UserError
 
 PACKAGE = Path(__file__).parents[1]
 PARTS = ("model", "blends", "layouts")
-"""Files and folders of parts, which are no recipe by themselves."""
+"""Files and folders of parts, which are not recipes by themselves."""
 SCHEMA = "schema.json"
+RECIPE_OF_A_RUN = "recipe.yaml"
 
 
 def home(folder: str = "recipes") -> Path:
@@ -32,9 +33,17 @@ def names() -> list[str]:
 def find(path: Path, name: str) -> Path:
     """Return the path, or if there is no such file, that of the shipped recipe of this name.
 
+    The folder of a run stands for the recipe in it.
+
     Raises:
         UserError: when there is neither, and the name looks like that of a shipped recipe.
     """
+    if os.path.isfile(own := path / RECIPE_OF_A_RUN):
+        return own
+    if os.path.isdir(path) and name not in names():
+        raise UserError(
+            f"{path} is a folder without {RECIPE_OF_A_RUN}; give a recipe, or the folder of a run."
+        )
     if os.path.isfile(path) or path.suffix:
         return path
     is_near = name in (known := names()) or difflib.get_close_matches(name, known, 1)
@@ -50,7 +59,7 @@ def path_of(name: str) -> Path:
     if name not in (known := names()):
         near = difflib.get_close_matches(name, known, 1)
         hint = f"did you mean {near[0]}?" if near else "see nemotron recipe list."
-        raise UserError(f"{name}: there is no such recipe; {hint}")
+        raise UserError(f"there is no such recipe; {hint}", where=name)
     return home() / f"{name}.yaml"
 
 

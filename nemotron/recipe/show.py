@@ -47,6 +47,9 @@ def schema() -> str:
         inline = properties.get("blend", {}).get("anyOf", [])
         file = {"type": "string", "description": "Path of a blend file, relative to this file."}
         properties["blend"] = {"anyOf": [file, *inline]}
+    for section in ("SourceConfig", "ValidationConfig"):
+        path = {"type": "string", "description": "The path alone, or an embedded domain."}
+        sections[section] = {"anyOf": [path, sections[section]]}
     _loosen(document)
     document |= {"title": "nemotron recipe", "type": "object"}
     document["properties"] = {"stage": {"enum": list(STAGES), "default": DEFAULT}}

@@ -61,4 +61,5 @@ def find_stage(values: Mapping[str, Any], places: dict[Path_, str], source: str)
     near = difflib.get_close_matches(str(name), list(STAGES), 1)
     hint = f"; did you mean {near[0]}?" if near else "."
     place = place_of(places, ("stage",), source)
-    raise UserError(f"{place}: stage = {name} is unknown; known are {', '.join(STAGES)}{hint}")
+    rule = f"is unknown; known are {', '.join(STAGES)}{hint}"
+    raise UserError(rule, key="stage", value=name, where=place)

@@ -59,10 +59,10 @@ def parse_yaml(
         mark = error.problem_mark or error.context_mark
         where = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = " ".join(str(error.problem or error.context or "is not valid YAML").split())
-        raise UserError(f"{source}{where}: {problem}; correct the YAML there.") from error
+        raise UserError(f"{problem}; correct the YAML there.", where=f"{source}{where}") from error
     except (YAMLError, ValueError) as error:
         problem = " ".join(str(error).split())
-        raise UserError(f"{source}: {problem[:200]}; correct the YAML there.") from error
+        raise UserError(f"{problem[:200]}; correct the YAML there.", where=source) from error
 
 
 @dataclass
@@ -201,7 +201,7 @@ class _Builder:
 
     def _mistake(self, event: Event, problem: str) -> UserError:
         line = "" if self.places is None else f":{event.start_mark.line + 1}"
-        return UserError(f"{self.source}{line}: {problem}.")
+        return UserError(f"{problem}.", where=f"{self.source}{line}")
 
     def _locate(self, path: Path_, event: Event) -> None:
         if self.places is not None:

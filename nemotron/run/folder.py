@@ -1,26 +1,26 @@
 """The folder of a run: who may use it, and the files that describe the run."""
 
-import datetime
+import contextlib
 import io
 import json
 import os
-import platform
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from nemotron.checkpoint.find import steps
-from nemotron.errors import UserError
-from nemotron.files import try_lock, write_bytes, write_json, write_text
+from nemotron.errors import RunFailed, UserError
+from nemotron.files import FULL, open_regular, write_bytes
 from nemotron.parallel.runtime import Ranks
 from nemotron.run.files import RunFiles
+from nemotron.run.lock import LOCK, FolderLock
 from nemotron.section import Section
 
 FREE_TO_CHANGE = (
@@ -48,6 +48,19 @@ FREE_TO_CHANGE = (
 )
 """Keys that a resumed run may change: they alter place, speed or reports, not what is computed."""
 
+FIXED = (
+    "seed",
+    "batch.global_tokens",
+    "data.seq_len",
+    "data.lengths",
+    "data.packing",
+    "data.objective",
+    "data.mask_eod_loss",
+    "data.tokenizer",
+    "data.eod_token",
+)
+"""Keys that decide which rows the steps so far read, so that no resumed run may change them."""
+
 WRITE_TEST_BYTES = 1 << 16
 
 
@@ -57,7 +70,8 @@ class RunFolder(RunFiles):
     def __init__(self, path: Path, config: Section) -> None:
         super().__init__(path)
         self._config = config
-        self._lock = -1
+        self._lock = FolderLock(path)
+        self._late: dict[Path, bytes] = {}
 
     def check(self, num_steps: int, *, resume: bool, allow_changed: Sequence[str] = ()) -> None:
         """Check, without writing anything, that this run may use the folder.
@@ -70,22 +84,26 @@ class RunFolder(RunFiles):
             return
         if not self.path.is_dir():
             raise UserError(f"{self.path} is a file; give the run another name.")
-        self._check_holder()
+        self._lock.check()
         if not holds_run(self):
             return
-        known = _flatten(self._config.model_dump())
+        known = flatten(self._config.model_dump())
         for key in allow_changed:
             if not any(_covers([key], name) for name in known):
                 raise UserError(f"--allow-changed {key}: the recipe has no such key; name one.")
         done = max(steps(self.checkpoints), default=0)
         allowed = (*FREE_TO_CHANGE, *allow_changed)
-        changes = [line for key, line in self._changes() if not _covers(allowed, key)]
+        changed = self._changes()
+        self._refuse_fixed([(key, line) for key, line in changed if _covers(allow_changed, key)])
+        changes = {key: line for key, line in changed if not _covers(allowed, key)}
         if changes:
             more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
+            free = [f"--allow-changed {key}" for key in changes if not _covers(FIXED, key)]
+            allow = f"allow the change with {' '.join(free[:5])}, " if free else ""
             raise UserError(
                 f"{self.path} contains a run with a different recipe: "
-                f"{'; '.join(changes[:5])}{more}; "
-                f"restore these keys, or give the new run another name."
+                f"{'; '.join([*changes.values()][:5])}{more}; "
+                f"restore these keys, {allow}or give the new run another name."
             )
         if resume:
             return
@@ -99,7 +117,7 @@ class RunFolder(RunFiles):
             f"add --resume to continue it, or give the new run another name."
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "RunFolder":
         """Create the folder, prove that it can be written, and hold its lock.
 
         Raises:
@@ -110,19 +128,14 @@ class RunFolder(RunFiles):
             self.path.mkdir(parents=True, exist_ok=True)
             write_bytes(test, b"\0" * WRITE_TEST_BYTES)
             test.unlink()
-            self._lock = os.open(self._lock_path, os.O_RDWR | os.O_CREAT, 0o644)
+            self._lock.acquire()
         except OSError as error:
+            full = error.errno in FULL
+            advice = "make room there, or " if full else ""
             raise UserError(
                 f"{self.path} cannot be written: {error.strerror or error}; "
-                f"set `output` to a writable folder."
+                f"{advice}set `output` to a {'larger' if full else 'writable'} folder."
             ) from error
-        if not try_lock(self._lock):
-            os.close(self._lock)
-            self._refuse_holder()
-        now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
-        holder = {"host": platform.node(), "pid": os.getpid(), "since": now}
-        os.truncate(self._lock, 0)
-        os.pwrite(self._lock, json.dumps(holder).encode(), 0)
         return self
 
     def __exit__(
@@ -131,9 +144,34 @@ class RunFolder(RunFiles):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if [path.name for path in self.path.iterdir()] == [self._lock_path.name]:
+        if self.is_held() and [path.name for path in self.path.iterdir()] == [LOCK]:
             shutil.rmtree(self.path)  # it never became a run
-        os.close(self._lock)  # the lock goes with it, as it does when the process dies
+        self._lock.release()
+
+    def is_held(self) -> bool:
+        """Say whether the folder that was entered, here or on another rank, has its name."""
+        return self._lock.is_held()
+
+    def check_held(self) -> None:
+        """Raise RunFailed when the folder was removed or renamed since it was entered."""
+        if not self.is_held():
+            raise RunFailed(
+                f"the folder of this run, {self.path}, was removed or renamed while the run wrote "
+                "to it; put it back and use --resume"
+            )
+
+    def open_log(self, rank: int) -> Path:
+        """Return the log of a rank, in a folder that is there if there is room for it."""
+        path = self.log_of(rank)
+        with contextlib.suppress(OSError):
+            if path.parent != self.path:
+                path.parent.mkdir(exist_ok=True)
+        return path
+
+    def catch_up(self) -> OSError | None:
+        """Write what was refused; returns why it still is, if it is."""
+        problems = [self._write(path, content) for path, content in [*self._late.items()]]
+        return next((problem for problem in problems if problem is not None), None)
 
     @contextmanager
     def held(self, ranks: Ranks) -> Iterator[None]:
@@ -148,14 +186,30 @@ class RunFolder(RunFiles):
     def write_status(self, state: str, step: int, exit_code: int | None = None) -> None:
         """Say how the newest start of the run stands: running, done, stopped or failed.
 
-        Whoever started it may not learn it from an exit code: torchrun has one of its own.
+        Whoever started it may not learn it from an exit code: torchrun has one of its own. On a
+        full disk, and in a folder that was renamed, the old content is overwritten in place.
         """
-        write_json(self.status, {"state": state, "step": step, "exit_code": exit_code})
+        content = {"state": state, "step": step, "exit_code": exit_code}
+        if self.is_held():
+            self.write(self.status, content)
+        else:
+            _overwrite(self._lock.place / self.status.name, _bytes(content))
+
+    def write(self, path: Path, content: Any) -> None:  # Any: whatever JSON can hold
+        """Replace a file of the folder by bytes, text or JSON, now or when there is room."""
+        self._write(path, content if isinstance(content, bytes) else _bytes(content))
 
     def write_description(self, tokenizer: bytes) -> None:
         """Write the resolved recipe and the tokenizer."""
-        write_text(self.recipe, dump_recipe(self._config))
-        write_bytes(self.tokenizer, tokenizer)
+        self.write(self.recipe, dump_recipe(self._config))
+        self.write(self.tokenizer, tokenizer)
+
+    def write_companions(self, files: Mapping[str, bytes]) -> None:
+        """Write small files that take the place of an export's own, if there are any."""
+        if files:
+            self.companions.mkdir(exist_ok=True)
+        for name, content in files.items():
+            write_bytes(self.companions / name, content)
 
     def write_chat_files(self, template: str, eos_ids: list[int], others: dict[str, int]) -> None:
         """Write what an export of a model that learned conversations brings along.
@@ -163,40 +217,38 @@ class RunFolder(RunFiles):
         `hf/` holds companions that take the place of an export's own: the chat template, and the
         tokens at which generation stops.
         """
-        self.companions.mkdir(exist_ok=True)
-        write_text(self.companions / "chat_template.jinja", template)
+        self.write(self.companions / "chat_template.jinja", template)
         sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
         ids = {"eos_token_id": eos_ids, **others}
-        write_json(self.companions / "generation_config.json", ids | sampling)
+        self.write(self.companions / "generation_config.json", ids | sampling)
 
     def write_precision(self, table: list[dict[str, str]]) -> None:
         """Write which format each linear layer computes in, and why."""
-        write_json(self.precision, table)
+        self.write(self.precision, table)
 
-    @property
-    def _lock_path(self) -> Path:
-        return self.path / "lock"
+    def _write(self, path: Path, content: bytes) -> OSError | None:
+        self._late.pop(path, None)
+        try:
+            if path.parent != self.path:  # which is never made anew
+                path.parent.mkdir(exist_ok=True)
+            write_bytes(path, content)
+        except OSError as error:
+            if path == self.status and error.errno in FULL and _overwrite(path, content):
+                return None
+            self._late[path] = content
+            return error
+        return None
 
-    def _check_holder(self) -> None:
-        try:
-            descriptor = os.open(self._lock_path, os.O_RDONLY)
-        except FileNotFoundError:
-            return
-        try:
-            if not try_lock(descriptor):
-                self._refuse_holder()
-        finally:
-            os.close(descriptor)
-
-    def _refuse_holder(self) -> NoReturn:
-        try:
-            holder = json.loads(self._lock_path.read_text())
-            who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-        except (OSError, ValueError, KeyError):
-            who = "another process"
-        raise UserError(
-            f"{self.path} is in use by {who}; wait for it, stop it, or give this run another name."
-        )
+    def _refuse_fixed(self, allowed: Sequence[tuple[str, str]]) -> None:
+        """Refuse changes that the user allows but no run survives."""
+        for key, line in allowed:
+            if _covers(FIXED, key):
+                raise UserError(
+                    f"{self.path}: {line}, and decides which rows the steps so far read, so "
+                    f"--allow-changed does not help; restore it, change it for a phase that has "
+                    f"not begun (phases, with --allow-changed phases), or start a new run with "
+                    f"init_from={self.path}."
+                )
 
     def _changes(self) -> list[tuple[str, str]]:
         """Return each key that differs from the folder's recipe, with a clause old/new."""
@@ -211,13 +263,33 @@ class RunFolder(RunFiles):
                 f"{self.recipe} is damaged, so the settings of this run are unknown; "
                 f"restore it, or give the new run another name."
             )
-        old = _flatten(read)
-        new = _flatten(_plain(self._config.model_dump()))
+        old = flatten(read)
+        new = flatten(_plain(self._config.model_dump()))
         return [
             (key, f"{key} was {old.get(key)}, is {new.get(key)}")
             for key in dict.fromkeys([*old, *new])
             if old.get(key) != new.get(key)
         ]
+
+
+def _bytes(content: Any) -> bytes:  # Any: text, or whatever JSON can hold
+    text = content if isinstance(content, str) else f"{json.dumps(content, indent=2)}\n"
+    return text.encode()
+
+
+def _overwrite(path: Path, content: bytes) -> bool:
+    """Write over a small file, in the place that it has on the disk; says whether that worked."""
+    try:
+        descriptor = open_regular(path, os.O_WRONLY)
+    except OSError:
+        return False
+    try:
+        size = os.fstat(descriptor).st_size
+        return os.pwrite(descriptor, content.ljust(size), 0) >= len(content)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
 
 
 def holds_run(files: RunFiles) -> bool:
@@ -270,11 +342,12 @@ def _plain(value: Any) -> Any:  # Any: nested JSON
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def _flatten(value: dict[str, Any], start: str = "") -> dict[str, Any]:  # Any: nested JSON
+def flatten(value: dict[str, Any], start: str = "") -> dict[str, Any]:  # Any: nested JSON
+    """Return nested values by dotted keys."""
     flat: dict[str, Any] = {}
     for key, item in value.items():
         if isinstance(item, dict):
-            flat |= _flatten(item, f"{start}{key}.")
+            flat |= flatten(item, f"{start}{key}.")
         else:
             flat[f"{start}{key}"] = item
     return flat

@@ -5,9 +5,9 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
 
 from nemotron.files import write_bytes
+from nemotron.run.appended import AppendedFile
 
 Record = dict[str, float | int | str | None]
 """One line: `kind` (train, validation or event), `step` (updates done), and the values."""
@@ -16,6 +16,7 @@ ABANDONED = "metrics.abandoned.jsonl"
 """Lines of steps that a rollback undid; they no longer belong to the run."""
 DAMAGED = "metrics.damaged.jsonl"
 """Lines that were no records when the file was opened."""
+BESIDE = (ABANDONED, DAMAGED)
 
 
 @dataclass(frozen=True)
@@ -27,50 +28,54 @@ class Lines:
     later: list[bytes]
     """Records after it."""
     damaged: list[bytes]
-    """What is no record, but for a last line that a kill left half written."""
+    """What is not a record, except a last line that a kill left half written."""
 
 
 class MetricsFile:
-    """Appends records; a line is complete in the file when `write` returns."""
+    """Appends records; a line is complete in the file when `write` returns, or kept for later."""
 
     def __init__(self, path: Path, last_step: int) -> None:
         """Open the file and cut off what comes after `last_step`, as if it had never been.
 
         Damaged lines go to the end of a file beside this one.
+
+        Raises:
+            UserError: when one of the files is a link, a pipe or a device.
         """
         self.path = path
         self.num_damaged = 0
+        self._file = AppendedFile(path)
+        self._beside = {name: AppendedFile(path.with_name(name)) for name in BESIDE}
         if path.exists():
-            lines = _sort_out(path, last_step)
+            lines = _sort_out(path.read_bytes(), last_step)
             self.num_damaged = len(lines.damaged)
-            _append(path.with_name(DAMAGED), lines.damaged)
-            _keep(path, lines.kept)
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
+            self._keep(lines, abandon=False)
 
     def write(self, record: Record) -> None:
         """Append one line; NaN and infinity, which JSON lacks, become null."""
         finite = {key: _json_value(value) for key, value in record.items()}
-        self._file.write(json.dumps(finite, allow_nan=False) + "\n")
-        self._file.flush()
+        self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
 
     def roll_back(self, last_step: int) -> None:
         """Take out what comes after `last_step`; it goes to the end of a file beside this one."""
-        self._file.close()
-        lines = _sort_out(self.path, last_step)
-        _append(self.path.with_name(DAMAGED), lines.damaged)
-        _append(self.path.with_name(ABANDONED), lines.later)
-        _keep(self.path, lines.kept)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
+        content = self.path.read_bytes() + b"".join(self._file.take_kept())
+        self._keep(_sort_out(content, last_step), abandon=True)
+
+    def catch_up(self) -> OSError | None:
+        """Write what was refused; returns why it still is, if it is."""
+        problems = [file.catch_up() for file in (self._file, *self._beside.values())]
+        return next((problem for problem in problems if problem is not None), None)
 
     def sync(self) -> None:
-        """Force the lines to the disk, before a checkpoint that builds on them."""
-        os.fsync(self._file.fileno())
+        """Force the lines to the disk, as far as it takes them, before a checkpoint."""
+        self._file.sync()
 
     def close(self) -> None:
-        """Close the file."""
-        self._file.close()
+        """Close the file, after a last attempt to write what was refused."""
+        for file in (self._file, *self._beside.values()):
+            file.close()
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "MetricsFile":
         return self
 
     def __exit__(
@@ -80,6 +85,25 @@ class MetricsFile:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+    def _keep(self, lines: Lines, *, abandon: bool) -> None:
+        """Leave the lines that are kept: by one system call if they are the file's beginning."""
+        self._set_aside(DAMAGED, lines.damaged)
+        if abandon:
+            self._set_aside(ABANDONED, lines.later)
+        content, current = b"".join(lines.kept), self.path.read_bytes()
+        if current.startswith(content):
+            os.truncate(self.path, len(content))
+        elif content.startswith(current):
+            self._file.write(content[len(current) :])
+        else:
+            self._file.close()
+            write_bytes(self.path, content)
+            self._file = AppendedFile(self.path)
+
+    def _set_aside(self, name: str, lines: list[bytes]) -> None:
+        if lines:
+            self._beside[name].write(b"".join(lines))
 
 
 def read_metrics(path: Path) -> list[Record]:
@@ -92,32 +116,15 @@ def read_metrics(path: Path) -> list[Record]:
     return records
 
 
-def _sort_out(path: Path, last_step: int) -> Lines:
+def _sort_out(content: bytes, last_step: int) -> Lines:
     lines = Lines([], [], [])
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in content.splitlines(keepends=True):
         if (record := _parse(line)) is not None:
             is_kept = int(record["step"] or 0) <= last_step
             (lines.kept if is_kept else lines.later).append(line)
         elif line.endswith(b"\n"):
             lines.damaged.append(line)
     return lines
-
-
-def _keep(path: Path, lines: list[bytes]) -> None:
-    """Leave only these lines: by one system call if they are the beginning of the file."""
-    content = b"".join(lines)
-    with open(path, "rb") as file:
-        is_beginning = file.read(len(content)) == content
-    if is_beginning:
-        os.truncate(path, len(content))
-    else:
-        write_bytes(path, content)
-
-
-def _append(path: Path, lines: list[bytes]) -> None:
-    if lines:
-        with open(path, "ab") as file:
-            file.write(b"".join(lines))
 
 
 def _parse(line: bytes) -> Record | None:

@@ -1,6 +1,7 @@
 """The display of a step: one aligned line, or a panel for a terminal."""
 
 import datetime
+import math
 
 from rich.console import Group, RenderableType
 from rich.panel import Panel as Box
@@ -64,7 +65,7 @@ class Progress:
         details = [
             _part(record, "grad_norm/total", "grad {:8.3f}"),
             _part(record, "perf/tokens_per_s", "{:>9,.0f} tok/s"),
-            _part(record, "perf/mfu", "mfu {:5.1%}"),
+            _part(record, "perf/mfu", "mfu {:5.1%}", unknown="mfu     ?"),
             _part(record, "perf/step_s", "{:7.2f} s"),
             _part(record, "mem/rss_gib", "{:6.2f} GiB"),
         ]
@@ -123,7 +124,7 @@ class Progress:
             "speed",
             _join(
                 _part(train, "perf/tokens_per_s", "{:,.0f} tokens/s"),
-                _part(train, "perf/mfu", "MFU {:.1%}"),
+                _part(train, "perf/mfu", "MFU {:.1%}", unknown="MFU ?"),
                 _part(train, "perf/step_s", "{:.2f} s a step:"),
                 _part(train, "perf/data_s", "data {:.2f}"),
                 _part(train, "perf/forward_backward_s", "forward+backward {:.2f}"),
@@ -171,11 +172,13 @@ def _number(record: Record, name: str) -> float | None:
     return float(value) if isinstance(value, int | float) else None
 
 
-def _part(record: Record, name: str, form: str) -> str:
-    """Format one value; absent is empty, null (not finite) is said."""
+def _part(record: Record, name: str, form: str, unknown: str | None = None) -> str:
+    """Format one value; absent is empty, null (not finite) is said, or shown as `unknown`."""
     if name not in record:
         return ""
     value = _number(record, name)
+    if unknown is not None and (value is None or not math.isfinite(value)):
+        return unknown
     return form.format(float("nan") if value is None else value)
 
 

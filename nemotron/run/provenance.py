@@ -38,8 +38,8 @@ class Provenance(Section):
     imported: dict[str, JsonValue] | None = None
 
 
-def record_start(path: Path, step: int, facts: Facts) -> str:
-    """Add an entry for this start of the run; returns the run's identifier, drawn once.
+def with_start(path: Path, step: int, facts: Facts) -> Provenance:
+    """Return the entries of a run's starts with one more, for this start.
 
     Raises:
         UserError: when the entries of earlier starts cannot be read.
@@ -47,8 +47,7 @@ def record_start(path: Path, step: int, facts: Facts) -> str:
     first = Provenance(id=secrets.token_hex(4), starts=[])
     known = read_provenance(path) if path.exists() else first
     known.starts.append(redact({"time": _now(), "step": step} | facts))
-    write_json(path, known.model_dump(exclude_none=True))
-    return known.id
+    return known
 
 
 def record_import(path: Path, facts: Facts) -> Facts:
@@ -64,7 +63,7 @@ def collect(device: torch.device) -> Facts:
         "argv": redact_arguments(sys.argv),
         "folder": os.getcwd(),
         "code": {"nemotron-train": code_version(), **_commit()},
-        "versions": {"python": platform.python_version(), **_versions()},
+        "versions": versions(),
         "machine": {
             "host": platform.node(),
             "system": platform.platform(),
@@ -95,8 +94,9 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
-def _versions() -> dict[str, str]:
-    found = {}
+def versions() -> dict[str, str]:
+    """Return the versions of what can change a result."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)

@@ -12,6 +12,7 @@ from typing import Any, TextIO
 from rich.console import Console
 from rich.live import Live
 
+from nemotron.run.appended import AppendedFile
 from nemotron.run.metrics import Record
 from nemotron.run.panel import Progress
 from nemotron.run.redaction import redact_text
@@ -26,7 +27,7 @@ class Screen:
         self._stream: TextIO | None = stream if stream is not None else sys.stdout
         if is_silent:
             self._stream = None
-        self._log: TextIO | None = None
+        self.log: AppendedFile | None = None
         self._early: list[str] = []
         self._progress: Progress | None = None
         self._live: Live | None = None
@@ -37,8 +38,12 @@ class Screen:
         logger.setLevel(logging.INFO)
 
     def open_log(self, path: Path) -> None:
-        """Append everything said so far, and from now on, to a file."""
-        self._log = open(path, "a", encoding="utf-8")  # noqa: SIM115 (see close)
+        """Append everything said so far, and from now on, to a file.
+
+        Raises:
+            UserError: when it is a link, a pipe or a device.
+        """
+        self.log = AppendedFile(path)
         for line in self._early:
             self._to_log(line)
         self._early.clear()
@@ -91,9 +96,9 @@ class Screen:
         if self._handler in logger.handlers:
             logger.removeHandler(self._handler)
             logger.setLevel(self._level_before)
-        if self._log is not None:
-            self._log.close()
-            self._log = None
+        if self.log is not None:
+            self.log.close()
+            self.log = None
 
     def _columns(self) -> int | None:
         is_terminal = self._stream is not None and self._stream.isatty()
@@ -122,15 +127,11 @@ class Screen:
                 sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (open until exit)
 
     def _to_log(self, text: str) -> None:
-        if self._log is None:
+        if self.log is None:
             self._early.append(text)
             return
         stamp = time.strftime("%Y-%m-%d %H:%M:%S")
-        try:
-            self._log.write(f"{stamp}  {text}\n")
-            self._log.flush()
-        except OSError:  # a full disk must not stop a run whose metrics are elsewhere
-            self._log = None
+        self.log.write(f"{stamp}  {text}\n".encode(errors="backslashreplace"))
 
 
 class _Forward(logging.Handler):

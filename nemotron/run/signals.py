@@ -4,8 +4,8 @@ import contextlib
 import os
 import signal
 import sys
+from collections.abc import Callable
 from types import FrameType, TracebackType
-from typing import Self
 
 from nemotron.exit_codes import INTERRUPTED
 
@@ -39,6 +39,8 @@ class StopRequest:
 
     def __init__(self, after: int | None = None) -> None:
         self.signal: str | None = None
+        self.before_leaving: Callable[[], None] = lambda: None
+        """Called before the second Ctrl-C ends the process."""
         self._after = after
 
     def is_due(self, steps: int) -> bool:
@@ -46,12 +48,12 @@ class StopRequest:
         return self.reason(steps) is not None
 
     def reason(self, steps: int) -> str | None:
-        """Say who asked to stop, when so many steps are done; None when nobody did."""
+        """Say who asked to stop, when so many steps are done; None when there was no request."""
         if self.signal is not None or self._after is None or steps < self._after:
             return self.signal
         return f"--stop-at {self._after}"
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
@@ -66,6 +68,8 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.signal is not None:
+            with contextlib.suppress(Exception):  # nothing may keep the process from ending
+                self.before_leaving()
             if sys.__stdout__ is not None and sys.__stdout__.isatty():
                 os.write(sys.__stdout__.fileno(), b"\x1b[?25h\n")  # the panel hides the cursor
             os._exit(INTERRUPTED)

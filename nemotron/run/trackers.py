@@ -90,19 +90,29 @@ class Wandb:
 class TensorBoard:
     """Event files in the run's folder."""
 
-    def start(self, run: TrackedRun) -> str:
-        from torch.utils.tensorboard import SummaryWriter
+    _newest: int
 
-        folder = run.folder / "tensorboard"
-        self._writer = SummaryWriter(str(folder), purge_step=run.step + 1 if run.step else None)
-        return f"tensorboard --logdir {folder}"
+    def start(self, run: TrackedRun) -> str:
+        self._folder, self._newest = run.folder / "tensorboard", run.step
+        self._open(run.step + 1)
+        return f"tensorboard --logdir {self._folder}"
 
     def log(self, step: int, values: dict[str, float]) -> None:
+        if step < self._newest:  # the run was rolled back
+            self._writer.close()
+            self._open(step)
+        self._newest = step
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
     def finish(self) -> None:
         self._writer.close()
+
+    def _open(self, step: int) -> None:
+        """Begin a file; what older ones have from this step on is void, as in metrics.jsonl."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=step)
 
 
 class Trackio:
@@ -150,8 +160,9 @@ def check_trackers(names: Sequence[str]) -> None:
         package, line = INSTALL[name]
         if importlib.util.find_spec(package) is None:
             raise UserError(
-                f"logging.trackers: {name} needs a package that is not installed: {line}; "
-                f"or remove it from the list."
+                f"needs a package that is not installed: {line}; or remove it from the list.",
+                key="logging.trackers",
+                value=name,
             )
 
 

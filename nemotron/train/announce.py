@@ -17,6 +17,7 @@ from nemotron.precision.policy import summarize
 from nemotron.run import provenance
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
+from nemotron.run.metrics import read_metrics
 from nemotron.run.trackers import TrackedRun
 from nemotron.train.reliability.faults import describe as describe_fault
 from nemotron.train.setup import Content, Setup
@@ -40,7 +41,9 @@ def announce(setup: Setup, folder: RunFolder, log: RunLog, recipe_path: str) -> 
     facts["ranks"] = ranks.world
     run_id = ""
     if ranks.is_first:
-        run_id = provenance.record_start(folder.provenance, trainer.state.step, facts)
+        entries = provenance.with_start(folder.provenance, trainer.state.step, facts)
+        folder.write(folder.provenance, entries.model_dump(exclude_none=True))
+        run_id = entries.id
     log.info(f"run        {folder.path} ({trainer.device}, {config.precision.compute})")
     if trainer.mesh is not None:
         log.info(f"ranks      {trainer.mesh.describe()}")
@@ -57,6 +60,8 @@ def announce(setup: Setup, folder: RunFolder, log: RunLog, recipe_path: str) -> 
             log.info(f"precision  {line}")
     for line in setup.content.describe():
         log.info(f"data       {line}")
+    if ranks.is_first and (jump := _change_of_rate(trainer, folder)) is not None:
+        log.info(f"warning    {jump}")
     log.info(
         f"training   {trainer.plan.num_steps:,} steps, "
         f"{trainer.plan.timeline.num_tokens:,} tokens; matrix products reach "
@@ -69,6 +74,22 @@ def announce(setup: Setup, folder: RunFolder, log: RunLog, recipe_path: str) -> 
         folder=folder.path,
         step=trainer.state.step,
         config=config.model_dump(mode="json"),
+    )
+
+
+def _change_of_rate(trainer: Trainer, folder: RunFolder) -> str | None:
+    """Say where the learning rate does not go on as the schedule of the steps so far would."""
+    plan, start = trainer.plan, trainer.state.step
+    if not start or not folder.metrics.exists():
+        return None
+    records = (record for record in read_metrics(folder.metrics) if record.get("kind") == "train")
+    done = [r for r in records if isinstance(r.get("lr"), float) and int(r["step"] or 0) <= start]
+    if not done or done[-1]["lr"] == plan.lr(int(done[-1]["step"] or 0) - 1):
+        return None
+    return (
+        f"the schedule is not that of the steps so far: the learning rate was "
+        f"{done[-1]['lr']:.2e} at step {done[-1]['step']}, and goes on with {plan.lr(start):.2e} "
+        f"at step {start + 1}"
     )
 
 
@@ -105,8 +126,11 @@ def announce_failure(log: RunLog, problem: Exception, saved_step: int | None) ->
 def _write_description(model: ModelConfig, content: Content, folder: RunFolder) -> None:
     folder.write_description(content.tokenizer.content)
     if content.has_conversations:
-        ends = dict.fromkeys([model.eos_token_id, content.tokenizer.id(TURN_END)])
-        others = {"bos_token_id": model.bos_token_id, "pad_token_id": model.pad_token_id}
+        tokenizer = content.tokenizer
+        ends = dict.fromkeys([model.eos_token_id, tokenizer.id(TURN_END)])
+        named = {"bos_token_id": model.bos_token_id, "pad_token_id": model.pad_token_id}
+        # with a foreign tokenizer, the configuration's numbers may be those of ordinary tokens
+        others = {key: token for key, token in named.items() if token in tokenizer.special_ids}
         folder.write_chat_files(TEMPLATE, list(ends), others)
 
 

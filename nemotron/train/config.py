@@ -26,13 +26,29 @@ class BatchConfig(Section):
     """Rows computed at a time; changes memory and speed, not which rows a step sees."""
 
 
-class OptimizerConfig(Section):
-    """AdamW, gradient clipping and the router's bias."""
+class MuonConfig(Section):
+    """How Muon updates matrices."""
 
-    name: Literal["adamw"] = "adamw"
-    """Update rule."""
+    momentum: float = Field(0.95, ge=0, lt=1)
+    """Decay rate of the average of the gradients."""
+    nesterov: bool = True
+    """Whether the newest gradient counts once more."""
+    steps: int = Field(5, gt=0, lt=100)
+    """Newton-Schulz iterations that make the update orthogonal."""
+    scale: Literal["match_rms_adamw", "original"] = "match_rms_adamw"
+    """Size of an update: as AdamW's, so that both have one learning rate, or as first published."""
+
+
+class OptimizerConfig(Section):
+    """Update rule, gradient clipping and the router's bias."""
+
+    name: Literal["adamw", "muon"] = "adamw"
+    """Update rule. muon: the matrices inside layers, each expert's by itself, are updated by Muon,
+    and embedding, head, convolutions and vectors by AdamW."""
+    muon: MuonConfig = MuonConfig()
+    """Settings of Muon."""
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
-    """Decay rates of the two moments."""
+    """Decay rates of the two moments of AdamW."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of the second moment."""
     weight_decay: float = Field(0.1, ge=0)
@@ -62,7 +78,7 @@ class ScheduleConfig(Section):
     total_tokens: float | None = Field(None, gt=0)
     """Length of the run, in tokens."""
     total_steps: int | None = Field(None, gt=0)
-    """Length of the run, in optimizer steps."""
+    """Length of the run, in optimizer steps, whatever their size in each phase."""
     warmup_tokens: float | None = Field(None, ge=0)
     """Length of the linear warm-up from zero, in tokens."""
     warmup_steps: int | None = Field(None, ge=0)
@@ -216,7 +232,7 @@ class RunConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; `auto` takes a GPU when there is one."""
     init_from: str | None = None
-    """Run, checkpoint or exported folder whose weights the run starts from; absent: fresh ones."""
+    """Run, checkpoint, exported folder or OWNER/NAME[@REVISION] of the Hub to start from."""
     recompute: (
         Literal["none", "block"]
         | Annotated[tuple[LayerKind, ...], Field(strict=False, min_length=1)]

@@ -1,11 +1,15 @@
 """The training loop, from the restored state to the next exit."""
 
+import math
 from collections.abc import Sequence
 from contextlib import ExitStack
 
 from nemotron.checkpoint.state import PassedOver
 from nemotron.checkpoint.write import CheckpointNotSaved
-from nemotron.exit_codes import DONE, FAILED, STOPPED
+from nemotron.device import measure_matmul_peak
+from nemotron.errors import exit_code
+from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, STOPPED
+from nemotron.precision.apply import DTYPES
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.metrics import MetricsFile
@@ -38,19 +42,21 @@ def run(
     if start >= num_steps:
         announce_results(trainer, folder, log, "this run is finished")
         return DONE
-    folder.log_of(ranks.rank).parent.mkdir(exist_ok=True)
-    log.screen.open_log(folder.log_of(ranks.rank))
+    log.screen.open_log(folder.open_log(ranks.rank))
     problem: Exception | None = None
     with ExitStack() as stack:
         tracked = announce(setup, folder, log, recipe_path)
         if ranks.is_first:
             folder.write_status("running", start)
+            stop.before_leaving = lambda: folder.write_status(
+                "failed", trainer.state.step, INTERRUPTED
+            )
             metrics = stack.enter_context(MetricsFile(folder.metrics, last_step=start))
             names: tuple[str, ...] = trainer.config.logging.trackers
             mirrors = Mirrors({name: TRACKERS[name]() for name in names}, log.info)
             mirrors.start(tracked)
             stack.callback(mirrors.finish)
-            log.open(metrics, mirrors)
+            log.open(metrics, mirrors, folder)
             if metrics.num_damaged:
                 log.info(f"warning: {metrics.num_damaged} damaged lines of metrics.jsonl set aside")
         log.screen.start(folder.path.name, num_steps)
@@ -62,6 +68,12 @@ def run(
             saver.finish(wait=True)
         except (Diverged, ReplicasDiffer, CheckpointNotSaved) as error:
             problem = error
+        except BaseException as error:
+            if ranks.is_first:
+                folder.write_status("failed", trainer.state.step, exit_code(error))
+                if isinstance(error, OSError):  # which may be what the loss of the folder led to
+                    folder.check_held()
+            raise
     step = trainer.state.step
     if problem is not None:
         code = FAILED
@@ -74,6 +86,7 @@ def run(
         announce_results(trainer, folder, log, "done")
     if ranks.is_first:
         folder.write_status(STATES[code], step, code)
+        log.catch_up()
     return code
 
 
@@ -103,7 +116,10 @@ def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest) -> None:
             stragglers.add(result.seconds)
             if is_last or due(step, config.logging.every_steps):
                 across_ranks, slow = stragglers.report()
-                log.record(trainer.record("train", trainer.values(step, result) | across_ranks))
+                values = trainer.values(step, result)
+                log.record(trainer.record("train", values | across_ranks))
+                if values["perf/mfu"] is None:
+                    _correct_peak(trainer, log)
                 saver.finish_or_warn(wait=False)
                 if slow is not None:
                     log.info(f"step {step + 1}: {slow}")  # no metric: it depends on the clock
@@ -127,6 +143,21 @@ def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest) -> None:
 def due(step: int, every: int | None) -> bool:
     """Say whether something that comes every so many steps comes after the step of this index."""
     return every is not None and (step + 1) % every == 0
+
+
+def _correct_peak(trainer: Trainer, log: RunLog) -> None:
+    """Measure the peak again that a step was faster than; of several ranks it stays unknown."""
+    if math.isnan(trainer.peak_flops):
+        return
+    step, before, now = trainer.state.step, trainer.peak_flops, 0.0
+    if trainer.ranks.world == 1:
+        now = measure_matmul_peak(trainer.device, DTYPES[trainer.config.precision.compute])
+    trainer.peak_flops = now if now > before else math.nan
+    known = f"they reach {now / 1e9:,.0f} GFLOP/s now" if now > before else "no MFU is shown"
+    log.info(
+        f"step {step}: faster than matrix products were at the start ({before / 1e9:,.0f} "
+        f"GFLOP/s), when other programs slowed them down; {known}"
+    )
 
 
 def _pass_over(trainer: Trainer, step: int, passed: PassedOver, log: RunLog) -> None:

@@ -1,4 +1,4 @@
-"""What a step minimises: terms as sums over tokens, which only an objective's `combine` divides."""
+"""What a step minimizes: terms as sums over tokens, which only an objective's `combine` divides."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

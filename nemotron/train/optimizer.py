@@ -1,4 +1,4 @@
-"""AdamW with decayed and undecayed parameters, gradient norms by kind, and the skip decision."""
+"""AdamW, and Muon for matrices, with decayed and undecayed parameters; gradient norms by kind."""
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,6 +11,7 @@ from nemotron.model.config import LAYER_KINDS, ModelConfig
 from nemotron.model.init import STACKED
 from nemotron.parallel.apply import local_of
 from nemotron.train.config import OptimizerConfig
+from nemotron.train.muon import Matrices, Muon, is_matrix
 
 PARTS_OF_MOE = {
     "mixer.shared_experts.": "shared",
@@ -21,16 +22,26 @@ PARTS_OF_MOE = {
 
 
 class Optimizer:
-    """torch's fused AdamW on named float32 parameters, on what of each is here.
+    """torch's fused AdamW on named float32 parameters, on what of each is here; Muon for matrices.
 
     The moments exist from the start, so that a checkpoint has the same tensors at every step.
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], config: OptimizerConfig) -> None:
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        config: OptimizerConfig,
+        matrices: Matrices | None = None,
+    ) -> None:
+        """Take the parameters; `matrices` puts together what ranks hold of them, for Muon."""
         self.config = config
         self.parameters = dict(parameters)
         # a sharded parameter computes nothing with others here, and AdamW works on each element
-        self._local = {name: local_of(p) for name, p in self.parameters.items()}
+        every = {name: local_of(p) for name, p in self.parameters.items()}
+        is_on = config.name == "muon"
+        own = {name: p for name, p in every.items() if is_on and is_matrix(name, p)}
+        self._muon = Muon(own, config.muon, config.weight_decay, matrices)
+        self._local = {name: p for name, p in every.items() if name not in own}
         named = self._local.items()
         groups = [
             {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
@@ -57,6 +68,8 @@ class Optimizer:
     def step(self, lr: float, clip_coefficient: float = 1.0) -> None:
         """Scale the gradients by the coefficient and update the parameters."""
         gradients = self.gradients()
+        self._muon.step(gradients, lr, clip_coefficient)
+        gradients = {name: gradients[name] for name in self._local if name in gradients}
         self._scale(gradients, clip_coefficient)
         for name, parameter in self._local.items():
             parameter.grad = gradients.get(name)
@@ -80,10 +93,11 @@ class Optimizer:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the optimizer's state as it is, by key and parameter, for saving or loading."""
-        return {
+        found = {
             key: {name: self._adamw.state[local][key] for name, local in self._local.items()}
             for key in ("step", "exp_avg", "exp_avg_sq")
         }
+        return found | ({"momentum": self._muon.momentum} if self._muon.momentum else {})
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -4,13 +4,14 @@ import torch
 
 from nemotron.data.loader import TrainingData
 from nemotron.data.prefetch import TextBatches
+from nemotron.data.rehearsal import rehearse
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.loss import PretrainObjective
 from nemotron.train.schedule import TrainingPlan, plan_training
-from nemotron.train.setup import Setup
+from nemotron.train.setup import Setup, check_end_of_text
 from nemotron.train.trainer import Trainer, build_local
 from nemotron.train.validation import evaluate
 
@@ -25,6 +26,15 @@ class Pretraining:
             UserError: when they contradict each other.
         """
         return plan_training(config)
+
+    def rehearse(self, config: PretrainConfig, plan: TrainingPlan) -> list[str]:
+        """Open the text without writing into the cache; returns lines about it.
+
+        Raises:
+            UserError: when the text is unfit, or too short.
+        """
+        vocab_size = config.model.vocab_size
+        return rehearse(config.data, plan.timeline, seed=config.seed, vocab_size=vocab_size)
 
     def build(
         self,
@@ -52,9 +62,11 @@ def open_data(config: PretrainConfig, plan: TrainingPlan) -> TrainingData:
     Raises:
         UserError: when it is unfit.
     """
-    return TrainingData(
+    data = TrainingData(
         config.data, plan.timeline, seed=config.seed, vocab_size=config.model.vocab_size
     )
+    check_end_of_text(config, data.tokenizer, is_chat=data.has_conversations)
+    return data
 
 
 def build_trainer(

@@ -37,9 +37,14 @@ class StepResult:
     seconds: dict[str, float]
 
     def values(self, routers: Mapping[str, Router], peak_tokens_per_s: float) -> Record:
-        """Return the step's metrics; reading them waits for the device."""
+        """Return the step's metrics; reading them waits for the device.
+
+        A utilization above 1 is not true, so it is None: the peak was measured while other programs
+        slowed the device down.
+        """
         step_s = sum(self.seconds.values())
         speed = self.tokens / step_s
+        utilization = speed / peak_tokens_per_s
         return {
             "loss/total": self.loss,
             **self.sums.values(self.counts),
@@ -49,7 +54,7 @@ class StepResult:
             "clip_coef": self.clip,
             **expert_values(routers, self.sums.load),
             "perf/tokens_per_s": speed,
-            "perf/mfu": speed / peak_tokens_per_s,
+            "perf/mfu": utilization if utilization <= 1 else None,
             "perf/step_s": step_s,
             **{f"perf/{part}_s": seconds for part, seconds in self.seconds.items()},
         }

@@ -55,17 +55,29 @@ class Schedule:
         return self.min + (self.peak - self.min) * DECAYS[self.shape](done)
 
 
-def build_schedule(config: ScheduleConfig, tokens_per_step: int) -> Schedule:
-    """Turn the recipe's section into tokens.
+@dataclass(frozen=True)
+class Stretch:
+    """Steps of one size, one after the other."""
+
+    steps: int
+    tokens_per_step: int
+
+
+def build_schedule(
+    config: ScheduleConfig, tokens_per_step: int, stretches: Sequence[Stretch] = ()
+) -> Schedule:
+    """Turn the recipe's section into tokens; `stretches` are the steps that the schedule covers.
+
+    Without them, all steps have the same size.
 
     Raises:
         UserError: when a length is missing, given twice or longer than the run.
     """
-    total = _length(config, "total", tokens_per_step, None)
+    total = _length(config, "total", tokens_per_step, None, stretches)
     if total is None:
         raise UserError("has no length; give schedule.total_tokens or total_steps.", key="schedule")
-    warmup = _length(config, "warmup", tokens_per_step, total) or 0.0
-    decay = _length(config, "decay", tokens_per_step, total)
+    warmup = _length(config, "warmup", tokens_per_step, total, stretches) or 0.0
+    decay = _length(config, "decay", tokens_per_step, total, stretches[::-1])
     if config.kind == "wsd":
         if decay is None:
             raise UserError(
@@ -125,7 +137,7 @@ def plan_training(config: PretrainConfig) -> TrainingPlan:
     """Work out phases and rates.
 
     Raises:
-        UserError: when lengths are missing, do not fit each other or are no whole steps.
+        UserError: when lengths are missing, do not fit each other or are not whole steps.
     """
     tokens_per_step = config.batch.global_tokens
     if not config.phases:
@@ -171,9 +183,13 @@ def check_rows(key: str, tokens_per_step: int, lengths: Sequence[LengthConfig]) 
 
 
 def _length(
-    config: ScheduleConfig, name: str, tokens_per_step: int, total: float | None
+    config: ScheduleConfig,
+    name: str,
+    tokens_per_step: int,
+    total: float | None,
+    stretches: Sequence[Stretch],
 ) -> float | None:
-    """Return a length in tokens; fractions are of `total`."""
+    """Return a length in tokens; fractions are of `total`, steps those of the stretches in turn."""
     given = _given(config, name)
     if len(given) > 1:
         raise UserError(
@@ -185,12 +201,21 @@ def _length(
         return None
     value = float(getattr(config, given[0]))
     if given[0].endswith("_steps"):
-        return value * tokens_per_step
+        return _tokens_of(int(value), stretches, tokens_per_step)
     if given[0].endswith("_fraction"):
         assert total is not None
         # whole steps, so that the same fraction means the same in every unit of length
         return round(value * total / tokens_per_step) * float(tokens_per_step)
     return value
+
+
+def _tokens_of(steps: int, stretches: Sequence[Stretch], tokens_per_step: int) -> float:
+    """Return the tokens of the first steps; those after all stretches have the usual size."""
+    tokens, left = 0, steps
+    for stretch in stretches:
+        taken = min(left, stretch.steps)
+        tokens, left = tokens + taken * stretch.tokens_per_step, left - taken
+    return float(tokens + left * tokens_per_step)
 
 
 def _given(config: ScheduleConfig, name: str) -> list[str]:
@@ -228,28 +253,62 @@ def _main_schedule(config: PretrainConfig) -> tuple[Schedule, list[int]]:
                 "its own may go on to the end of the run's schedule).",
                 key=f"phases.{number}",
             )
-    given = sum((known[i] or 0) * size_of[i] for i in covered)
+    given = [Stretch(known[i] or 0, size_of[i]) for i in covered]
     is_open = bool(covered) and known[covered[-1]] is None
-    has_total = schedule.total_tokens is not None or schedule.total_steps is not None
-    if not has_total and not is_open:
-        schedule = schedule.model_copy(update={"total_tokens": float(max(given, 1))})
-    main = build_schedule(schedule, config.batch.global_tokens)
     if is_open:
-        left = math.ceil((main.total - given) / size_of[covered[-1]])
-        if left < 1:
-            raise UserError(
-                f"has nothing left: the phases before it take {given} of the "
-                f"schedule's {main.total:.0f} tokens; shorten them or lengthen the schedule.",
-                key=f"phases.{covered[-1]}",
-            )
-        known[covered[-1]] = left
-    elif has_total and round(main.total) != given:
+        known[covered[-1]] = _left_over(schedule, given, f"phases.{covered[-1]}")
+        given[-1] = Stretch(known[covered[-1]] or 0, given[-1].tokens_per_step)
+    else:
+        _check_total(schedule, given)
+    if schedule.total_tokens is None:
+        tokens = sum(stretch.steps * stretch.tokens_per_step for stretch in given)
+        whole = {"total_tokens": float(max(tokens, 1)), "total_steps": None}
+        schedule = schedule.model_copy(update=whole)
+    main = build_schedule(schedule, config.batch.global_tokens, given)
+    return main, [steps or 0 for steps in known]
+
+
+def _left_over(schedule: ScheduleConfig, given: Sequence[Stretch], key: str) -> int:
+    """Return the steps of the last stretch, which goes on to the end of the schedule.
+
+    Raises:
+        UserError: when the schedule has no length, or nothing of it is left.
+    """
+    steps = sum(stretch.steps for stretch in given)
+    tokens = sum(stretch.steps * stretch.tokens_per_step for stretch in given)
+    lengths = _given(schedule, "total")
+    if len(lengths) != 1:
+        build_schedule(schedule, given[-1].tokens_per_step)  # refuses two lengths, or none
+    if schedule.total_steps is not None:
+        left, whole = schedule.total_steps - steps, f"{steps} of the {schedule.total_steps} steps"
+    else:
+        total = schedule.total_tokens or 0.0
+        left = math.ceil((total - tokens) / given[-1].tokens_per_step)
+        whole = f"{tokens} of the {total:.0f} tokens"
+    if left < 1:
         raise UserError(
-            f"has {main.total:.0f} tokens, which are not the {given} of the phases that follow "
-            "it; remove schedule.total_tokens and total_steps, or the length of the last phase.",
+            f"has nothing left: the phases before it take {whole} of the schedule; shorten them "
+            "or lengthen the schedule.",
+            key=key,
+        )
+    return left
+
+
+def _check_total(schedule: ScheduleConfig, given: Sequence[Stretch]) -> None:
+    """Refuse a length of the schedule that is not the length of the phases that follow it."""
+    steps = sum(stretch.steps for stretch in given)
+    tokens = sum(stretch.steps * stretch.tokens_per_step for stretch in given)
+    wrong = None
+    if schedule.total_steps not in (None, steps):
+        wrong = f"{schedule.total_steps} steps, which are not the {steps}"
+    elif schedule.total_tokens is not None and round(schedule.total_tokens) != tokens:
+        wrong = f"{schedule.total_tokens:.0f} tokens, which are not the {tokens}"
+    if wrong is not None:
+        raise UserError(
+            f"has {wrong} of the phases that follow it; remove schedule.total_tokens and "
+            "total_steps, or the length of the last phase.",
             key="schedule",
         )
-    return main, [steps or 0 for steps in known]
 
 
 def _given_steps(config: PretrainConfig, size_of: Sequence[int]) -> Iterator[int | None]:
@@ -263,7 +322,7 @@ def _given_steps(config: PretrainConfig, size_of: Sequence[int]) -> Iterator[int
         if phase.tokens % size:
             near = max(1, round(phase.tokens / size))
             raise UserError(
-                f"are no whole steps of {size} tokens; the nearest is {near * size} "
+                f"are not whole steps of {size} tokens; the nearest is {near * size} "
                 f"(steps: {near}).",
                 key=f"phases.{number}.tokens",
                 value=f"{phase.tokens:.0f}",

@@ -6,8 +6,11 @@ from typing import Any, Protocol
 
 import torch
 
+from nemotron.data.chat.template import TURN_END
 from nemotron.data.tokenizer import Tokenizer
+from nemotron.errors import UserError
 from nemotron.parallel.runtime import Ranks
+from nemotron.train.config import RunConfig
 from nemotron.train.schedule import TrainingPlan
 from nemotron.train.trainer import Trainer
 
@@ -42,6 +45,24 @@ class Setup:
     """Ends what the stage started, such as processes."""
 
 
+def check_end_of_text(config: RunConfig, tokenizer: Tokenizer, *, is_chat: bool) -> None:
+    """Check that generation will stop at a token that the model learns to end with.
+
+    Raises:
+        UserError: when the model's end of text is another token than that of the data.
+    """
+    eos, end = config.model.eos_token_id, config.data.eod_token
+    ends = [end, *([TURN_END] if is_chat else [])]
+    if eos in map(tokenizer.id, ends):
+        return
+    raise UserError(
+        f"is {tokenizer.token(eos)!r} in data.tokenizer, but documents end with data.eod_token = "
+        f"{end}; set model.eos_token_id = {tokenizer.id(end)}.",
+        key="model.eos_token_id",
+        value=eos,
+    )
+
+
 class Stage(Protocol):
     """A stage of training: how long its runs are, and what they are made of."""
 
@@ -50,6 +71,14 @@ class Stage(Protocol):
 
         Raises:
             UserError: when they contradict each other.
+        """
+        ...
+
+    def rehearse(self, config: Any, plan: TrainingPlan) -> list[str]:
+        """Open what a run learns from without writing anything; returns lines about it.
+
+        Raises:
+            UserError: when it is unfit.
         """
         ...
 

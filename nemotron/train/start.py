@@ -1,13 +1,16 @@
 """One run, from its configuration to its exit code: check, build, restore, train."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from nemotron.checkpoint.find import steps
 from nemotron.checkpoint.read import read_model
+from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
@@ -19,15 +22,21 @@ from nemotron.model.parameters import count_parameters
 from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
 from nemotron.parallel.apply import LocalModel
-from nemotron.parallel.runtime import Launch, start
+from nemotron.parallel.runtime import Launch, Ranks, start
 from nemotron.precision.apply import DTYPES
-from nemotron.precision.policy import Assignment, assign, preset_at, summarize
-from nemotron.run.folder import RunFolder
+from nemotron.precision.policy import Assignment, assign, summarize
+from nemotron.run.folder import RunFolder, holds_run
 from nemotron.run.log import RunLog
 from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
 from nemotron.terminal import print_text
+from nemotron.train.agreement import (
+    check_agreement,
+    facts_of_data,
+    facts_of_start,
+    facts_of_weights,
+)
 from nemotron.train.config import RunConfig
 from nemotron.train.layout import check_layout, describe_ranks, least_world
 from nemotron.train.loop import run
@@ -37,7 +46,24 @@ from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
 from nemotron.train.setup import Stage
 
-ReadModel = Callable[[Path], tuple[ModelConfig, dict[str, Tensor]]]
+
+@dataclass(frozen=True)
+class InitialModel:
+    """A model that a run begins with, and what lies beside its weights."""
+
+    config: ModelConfig
+    weights: dict[str, Tensor]
+    tokenizer: Tokenizer | None = None
+    companions: Mapping[str, bytes] = field(default_factory=dict)
+    """Small files by name, such as a chat template; an export brings them along."""
+
+
+ReadModel = Callable[[str], InitialModel]
+
+
+def read_checkpoint(place: str) -> InitialModel:
+    """Return the model of a run or a checkpoint."""
+    return InitialModel(*read_model(Path(place)))
 
 
 def train(
@@ -47,7 +73,7 @@ def train(
     resume: bool = False,
     stop_at: int | None = None,
     recipe_path: str = "",
-    read_initial: ReadModel = read_model,
+    read_initial: ReadModel = read_checkpoint,
     allow_changed: Sequence[str] = (),
 ) -> int:
     """Train as the recipe says, or go on from the run's newest whole checkpoint.
@@ -68,6 +94,7 @@ def train(
     device = find_device(config.device, launch.local_rank if launch else None)
     folder = RunFolder(config.run_path, config)
     ranks = start(launch, device, config.parallel)
+    check_agreement(facts_of_start(config, device, resume=resume), ranks)
     ranks.first(lambda: folder.check(plan.num_steps, resume=resume, allow_changed=allow_changed))
     with ExitStack() as stack:
         stop = stack.enter_context(StopRequest(stop_at))
@@ -81,16 +108,29 @@ def train(
         setup = trained.build(config, plan, device, sum(ranks.gather(own_peak)), ranks)
         stack.callback(setup.close)
         trainer = setup.trainer
+        check_agreement(facts_of_data(trainer.batches.state()), ranks)
         stack.enter_context(folder.held(ranks))
         stack.enter_context(Watchdog(ranks, config.parallel, folder, trainer.progress))
         saver = Saver(trainer, folder, log)
         if not (resume and saver.restore()) and config.init_from is not None:
-            load_initial(trainer.local, config.init_from, read_initial)
+            initial = load_initial(trainer.local, config.init_from, read_initial, ranks)
+            ranks.first(lambda: keep_companions(initial, setup.content.tokenizer, folder, log))
         return run(setup, folder, log, saver, stop, recipe_path)
 
 
-def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
+def dry_run(
+    config: RunConfig,
+    stage: Stage | None = None,
+    *,
+    resume: bool = False,
+    read_initial: ReadModel = read_checkpoint,
+    allow_changed: Sequence[str] = (),
+    estimate: Callable[[RunConfig], list[str]] = lambda _: [],
+) -> int:
     """Print what `train` would do, as far as it can be known without writing anything.
+
+    The data, the tokenizer and the weights of `init_from` are read for it. `estimate` returns
+    lines about memory and time.
 
     Raises:
         UserError: as `train` does.
@@ -102,7 +142,7 @@ def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
     check_trackers(config.logging.trackers)
     device = find_device(config.device)
     folder = RunFolder(config.run_path, config)
-    folder.check(plan.num_steps, resume=True)
+    folder.check(plan.num_steps, resume=True, allow_changed=allow_changed)
     model = build_on_meta(config.model)
     tokens = plan.timeline.num_tokens
     flops = training_flops_per_token(config.model, config.data.seq_len, config.num_depths) * tokens
@@ -110,18 +150,38 @@ def dry_run(config: RunConfig, stage: Stage | None = None) -> int:
     choices = choose_backends(config.ops, device, DTYPES[config.precision.compute], documents)
     tables = [table for _, _, table in _precision_tables(config, model, device)]
     formats = summarize(tables[0]) if config.precision.quantizes else []
-    state = "exists, would go on by --resume" if folder.path.exists() else "new"
+    if launch is not None and launch.rank > 0:
+        return DONE
     for line in (
-        f"run        {folder.path} ({state})",
+        f"run        {folder.path} ({_prospect(folder, plan.num_steps, resume=resume)})",
         f"model      {count_parameters(config.model).line}",
         f"training   {plan.num_steps:,} steps, {tokens:,} tokens, {flops:.3g} FLOPs",
         *(f"operations {line}" for line in describe(choices)),
         *(f"precision  {line}" for line in formats),
         *(describe_ranks(config, plan, dims) if dims.world > 1 else ()),
+        *estimate(config),
     ):
-        if launch is None or launch.rank == 0:
-            print_text(line)
+        print_text(line)
+    if config.init_from is not None:
+        read_fitting(config.model, config.init_from, read_initial)
+        print_text(f"weights    every tensor of {config.init_from} fits")
+    for line in trained.rehearse(config, plan):
+        print_text(f"data       {line}")
     return DONE
+
+
+def _prospect(folder: RunFolder, num_steps: int, *, resume: bool) -> str:
+    """Say what would become of the run in a folder."""
+    done = max(steps(folder.checkpoints), default=0)
+    if not holds_run(folder):
+        return "new"
+    if done >= num_steps:
+        return f"finished, {done} steps"
+    return (
+        f"would go on at step {done} of {num_steps}"
+        if resume
+        else f"exists, at step {done} of {num_steps}; would go on with --resume"
+    )
 
 
 def describe_precision(config: RunConfig) -> list[str]:
@@ -148,14 +208,54 @@ def _precision_tables(
 ) -> Iterator[tuple[int, str, list[Assignment]]]:
     """Yield the table of formats at the start and after each switch, with its step and preset."""
     for step in (0, *(switch.step for switch in config.precision.switches)):
-        preset = preset_at(config.precision, step)
+        preset = config.precision.preset_at(step)
         yield step, preset, assign(model, config.precision, preset, device)
 
 
-def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
-    """Start from saved weights; every tensor must be there, with its shape, and no other."""
-    saved_config, weights = read(Path(path))
-    own = shapes(local.config)
+def keep_companions(
+    initial: InitialModel, tokenizer: Tokenizer, folder: RunFolder, log: RunLog
+) -> None:
+    """Let the companions of the first weights travel on, if they are about the same tokens."""
+    if initial.tokenizer is None:
+        return
+    if initial.tokenizer.gives_ids_of(tokenizer):
+        folder.write_companions(initial.companions)
+    else:
+        log.info(
+            "warning: init_from: the tokenizer there is another one than data.tokenizer, so the "
+            "weights know other tokens; its chat template and special tokens are left out"
+        )
+
+
+def load_initial(
+    local: LocalModel, path: str, read: ReadModel, ranks: Ranks | None = None
+) -> InitialModel:
+    """Start from saved weights; every tensor must be there, with its shape, and no other.
+
+    Raises:
+        UserError: when they are not those of the recipe, or not those of another rank.
+    """
+    initial = read_fitting(local.config, path, read)
+    weights = initial.weights
+    if ranks is not None and ranks.world > 1:
+        check_agreement(facts_of_weights(weights), ranks)
+    local.fill(
+        lambda name, _, experts: (
+            weights[name] if experts is None else weights[name][experts.start : experts.stop]
+        )
+    )
+    return initial
+
+
+def read_fitting(config: ModelConfig, path: str, read: ReadModel) -> InitialModel:
+    """Read saved weights, which must be those of a model of this configuration.
+
+    Raises:
+        UserError: when a tensor is absent, has another shape or is not in the model.
+    """
+    initial = read(path)
+    saved_config, weights = initial.config, initial.weights
+    own = shapes(config)
     problems = [f"{name} is absent" for name in own if name not in weights]
     problems += [f"{name} is not in the model" for name in weights if name not in own]
     problems += [
@@ -164,14 +264,12 @@ def load_initial(local: LocalModel, path: str, read: ReadModel) -> None:
         if name in weights and weights[name].shape != shape
     ]
     if problems:
-        old, new = saved_config.model_dump(), local.config.model_dump()
+        old, new = saved_config.model_dump(), config.model_dump()
         keys = [f"model.{key} = {old[key]} there" for key in old if old[key] != new[key]]
         raise UserError(
-            f"init_from: the weights in {path} do not fit the recipe ({', '.join(keys)}): "
-            f"{'; '.join(problems[:10])}."
+            f"has weights that do not fit the recipe ({', '.join(keys)}): "
+            f"{'; '.join(problems[:10])}.",
+            key="init_from",
+            value=Path(path),
         )
-    local.fill(
-        lambda name, _, experts: (
-            weights[name] if experts is None else weights[name][experts.start : experts.stop]
-        )
-    )
+    return initial

@@ -3,7 +3,6 @@
 import enum
 import statistics
 from collections.abc import Sequence
-from typing import Self
 
 import torch
 from torch import Tensor
@@ -40,7 +39,7 @@ class TrainerState(Counters):
     """The counters of a run, and how a step changes them."""
 
     @classmethod
-    def fresh(cls) -> Self:
+    def fresh(cls) -> "TrainerState":
         """Return the counters before the first step."""
         return cls(
             step=0,
@@ -63,7 +62,7 @@ class TrainerState(Counters):
         )
 
     def advance(self, tokens: int, loss: float, grad_norm: float, skip: Skip | None) -> None:
-        """Count a step, whatever became of it."""
+        """Count a step, whether it was done or skipped."""
         if skip is None:
             self.nonfinite_in_a_row = self.spikes_in_a_row = 0
             self.recent_losses = [*self.recent_losses, loss][-SPIKE_WINDOW:]
@@ -101,10 +100,11 @@ def snapshot(
         for name, parameter in local.parameters().items()
     }
     tensors |= {f"{MODEL_PREFIX}{name}": buffer for name, buffer in local.buffers().items()}
-    for key in ("exp_avg", "exp_avg_sq"):
-        for name, moment in moments[key].items():
+    steps = moments.pop("step")
+    for key, named in moments.items():
+        for name, moment in named.items():
             tensors[f"optimizer.{key}.{name}"] = local.sharded(name, moment)
-    tensors |= {f"optimizer.step.{name}": step for name, step in moments["step"].items()}
+    tensors |= {f"optimizer.step.{name}": step for name, step in steps.items()}
     return tensors | quantization.tensors() | {RNG: torch.get_rng_state()}
 
 

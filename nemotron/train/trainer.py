@@ -24,8 +24,9 @@ from nemotron.ops.apply import apply as apply_ops
 from nemotron.parallel.apply import LocalModel, distribute
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.mesh import Mesh
-from nemotron.parallel.quantized import connect, token_numbers
+from nemotron.parallel.quantized import connect
 from nemotron.parallel.runtime import Ranks
+from nemotron.parallel.whole import WholeMatrices
 from nemotron.precision.apply import Quantization
 from nemotron.precision.apply import apply as apply_precision
 from nemotron.precision.random_bits import Numbers
@@ -72,7 +73,8 @@ class Trainer:
         whole = build_on_meta(config.model)
         self.quantization = Quantization(self.local.models, config.precision, config.seed, whole)
         connect(self.quantization, self.local)
-        self.optimizer = Optimizer(self.local.parameters(), config.optimizer)
+        matrices = None if local.mesh is None else WholeMatrices(local)
+        self.optimizer = Optimizer(self.local.parameters(), config.optimizer, matrices)
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState.fresh()
         counted = filter(self.local.counts, self.optimizer.parameters)
@@ -80,7 +82,8 @@ class Trainer:
         self._kinds = kinds(config.model)
         self.peak_flops = peak_flops
         reliability = config.reliability
-        self._faults = Faults(reliability.faults, self.ranks.rank)
+        faults = reliability.faults
+        self._faults = Faults(faults, self.ranks.rank) if faults else None
         every = reliability.check_replicas_every_steps
         self._replicas = ReplicaCheck(self.local, self.optimizer, self.ranks) if every else None
 
@@ -98,7 +101,8 @@ class Trainer:
         goes on measuring what began with the reading of the batch.
         """
         config, watch = self.config, watch or Stopwatch(self.device, self.progress, step)
-        self._faults.strike(step, self.local)
+        if self._faults is not None:
+            self._faults.strike(step, self.local)
         watch.begin("wait")
         counts, num_tokens = self._sum_counts(batch)  # of the whole step, before any backward
 
@@ -127,7 +131,7 @@ class Trainer:
         others = sums.add_up(self.ranks, others, counts_loss=self.local.counts_loss)
         norms = GradientNorms(others[:-1], self._kinds)
         total = self.objective.combine(sums.terms, counts)
-        # once a step the host waits for three numbers: whether to update hangs on them
+        # once a step the host waits for three numbers: they decide whether to update
         loss, grad_norm, stops = torch.stack([total.double(), norms.total(), others[-1]]).tolist()
         watch.begin("optimizer")
         lr, clip = self.plan.lr(step), clip_coefficient(grad_norm, config.optimizer.clip)
@@ -163,7 +167,7 @@ class Trainer:
         first = self.local.batch_rank * num_rows
         for micro in self.local.share_rows(batch).split(at_once):
             rows = micro.input_ids.shape[0]
-            yield token_numbers(first, rows, length, self.local), micro
+            yield self.local.token_numbers(first, rows, length), micro
             first += rows
 
     def _run_stages(
@@ -293,6 +297,6 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
         num_depths=config.num_depths,
         device=device,
     )
-    local.materialise(device)
+    local.materialize(device)
     local.init_weights(config.seed)
     return local

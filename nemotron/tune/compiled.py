@@ -97,7 +97,7 @@ def launches_replaced(run: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
 def used(kernel: Any) -> tuple[int, int, int]:
     """Return registers, bytes of stack and of shared memory of a compiled kernel.
 
-    The first two are 0 where Triton came without cuobjdump; only times then tell what spills.
+    The first two are 0 where Triton came without cuobjdump; then only times show what spills.
     """
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     if not tool.exists():
@@ -244,7 +244,7 @@ def main() -> None:
     architecture = sys.argv[1]
     pretend(int(architecture.removeprefix("sm")))
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what others print is no answer
+    os.dup2(2, 1)  # what others print is not an answer
     for line in sys.stdin:
         job = json.loads(line)
         target = next(

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from nemotron.ops.causal_conv1d import triton as causal_conv1d
-from nemotron.ops.gated_rms_norm import triton as gated_rms_norm
 from nemotron.ops.linear_cross_entropy import triton as linear_cross_entropy
+from nemotron.ops.rms_norm import gated_triton as gated_rms_norm
 from nemotron.ops.rms_norm import triton as rms_norm
 from nemotron.ops.squared_relu import triton as squared_relu
 from nemotron.ops.ssd import triton as ssd

@@ -124,7 +124,7 @@ def raise_the_format(checkpoint: Path) -> str:
 def point_outside(checkpoint: Path) -> str:
     path = checkpoint / MANIFEST
     path.write_text(path.read_text().replace('"state.json"', '"../state.json"'))
-    return "no file of a checkpoint"
+    return "not part of a checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -179,7 +179,7 @@ def test_a_planted_index_beside_good_tensors_is_refused_and_not_run(tmp_path, la
     checkpoint, mark = tmp_path / folder_name(10), tmp_path / "executed"
     plant_object(checkpoint, mark)
     seal(checkpoint, 10, layout)
-    with pytest.raises(UserError, match=r"convert|'.metadata' is no file of a checkpoint"):
+    with pytest.raises(UserError, match=r"convert|'.metadata' is not part of a checkpoint"):
         read_model(tmp_path)
     assert not mark.exists()
 
@@ -269,7 +269,7 @@ def test_a_forged_state_is_refused_with_file_and_key(tmp_path, change, words):
         (lambda c: c.update(files=nested(90)), "manifest.json: files = a list of 1 must be"),
         (lambda c: c["files"][SHARD].pop("xxh128"), "xxh128 is missing"),
         (lambda c: c["files"][SHARD].update(bytes=1e300), "bytes = 1e\\+300 must be"),
-        (lambda c: c["files"].update({"\0": c["files"][SHARD]}), "no file of a checkpoint"),
+        (lambda c: c["files"].update({"\0": c["files"][SHARD]}), "not part of a checkpoint"),
         (lambda c: c["files"].pop(INDEX), "does not list index.json"),
         (lambda c: c.update(note="x"), "manifest.json: note is an unknown key"),
     ],

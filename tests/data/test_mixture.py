@@ -73,7 +73,7 @@ def test_every_place_is_equally_likely():
         assert chi_squared < 27.9, counts
 
 
-def test_neighbours_do_not_stay_together():
+def test_neighbors_do_not_stay_together():
     size = 10_000
     apart = [abs(permute(i, size, 5) - permute(i + 1, size, 5)) for i in range(size - 1)]
     # Two random places are size / 3 apart on average, with standard deviation size / sqrt(18).

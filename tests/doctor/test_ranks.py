@@ -3,69 +3,101 @@
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from nemotron import cli
-from tests.support.cluster import PATIENCE_S, clean_environment, free_port
+from nemotron.parallel import runtime
+from tests.support import forked
+from tests.support.cluster import (
+    PATIENCE_S,
+    ROOT,
+    Launched,
+    clean_environment,
+    free_port,
+)
 
 pytestmark = pytest.mark.distributed
 
-DOCTOR = [sys.executable, "-m", "nemotron", "doctor", "--ranks"]
+DOCTOR = ["-m", "nemotron", "doctor", "--ranks"]
 
 
-def together(ranks: list[int], world: int, timeout_s: int, **second: str) -> list[tuple[int, str]]:
-    """Start these ranks; the last with more in its environment. Returns exit codes and output."""
-    port, processes = free_port(), []
-    for rank in ranks:
-        place = {
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
+class Together:
+    """Starts ranks that are to meet, and waits for them; the last has more in its environment."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def forked(
+        self, ranks: list[int], world: int, timeout_s: int, **second: str
+    ) -> list[tuple[int, str]]:
+        """Return exit codes and output of processes that have imported torch already."""
+        words = ["doctor", "--ranks", "--timeout", timeout_s]
+        processes = [
+            forked.command(*words, output=self.folder / f"rank-{number}.txt", environment=env)
+            for number, env in enumerate(self._environments(ranks, world, second))
+        ]
+        return [(process.wait(PATIENCE_S), process.text) for process in processes]
+
+    def anew(self, ranks: list[int], world: int, **second: str) -> list[tuple[int, str]]:
+        """Return those of processes that import torch in their environment."""
+        command = [sys.executable, *DOCTOR, "--timeout", "40"]
+        processes = [
+            Launched(command, env, self.folder) for env in self._environments(ranks, world, second)
+        ]
+        return [(process.wait(), process.text) for process in processes]
+
+    def _environments(
+        self, ranks: list[int], world: int, second: dict[str, str]
+    ) -> list[dict[str, str]]:
+        common = {
+            "PYTHONPATH": str(ROOT),
             "WORLD_SIZE": str(world),
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
+            "MASTER_PORT": str(free_port()),
             "OMP_NUM_THREADS": "1",
         }
-        env = clean_environment() | place | (second if rank == ranks[-1] else {})
-        processes.append(
-            subprocess.Popen(
-                [*DOCTOR, "--timeout", str(timeout_s)],
-                env=env,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-            )
-        )
-    texts = [process.communicate(timeout=PATIENCE_S)[0] for process in processes]
-    return [(process.returncode, text) for process, text in zip(processes, texts, strict=True)]
+        return [
+            clean_environment()
+            | common
+            | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            | (second if rank == ranks[-1] else {})
+            for rank in ranks
+        ]
 
 
-def test_a_difference_is_named_and_every_rank_leaves_with_1():
-    (code, text), (other_code, _) = together([0, 1], 2, 40, OMP_NUM_THREADS="2")
+@pytest.fixture
+def together(tmp_path: Path) -> Together:
+    return Together(tmp_path)
+
+
+def test_a_difference_is_named_and_every_rank_leaves_with_1(together: Together):
+    (code, text), (other_code, _) = together.anew([0, 1], 2, OMP_NUM_THREADS="2")
     assert (code, other_code) == (1, 1), text
     wanted = "difference: The number of threads differs: 1 on rank 0; 2 on rank 1."
     assert wanted in text.splitlines()
     assert "ranks 2, machines 1: 1 difference" in text
 
 
-def test_a_rank_that_does_not_arrive_is_named_with_those_that_did():
-    (code, text), (other_code, other_text) = together([0, 2], 4, 12)
+def test_a_rank_that_does_not_arrive_is_named_with_those_that_did(together: Together):
+    (code, text), (other_code, other_text) = together.forked([0, 2], 4, 4)
     assert (code, other_code) == (1, 1)
-    assert "ranks 1, 3 of 4 did not arrive within 12 s; those that did: 0, 2 on " in text
+    assert "ranks 1, 3 of 4 did not arrive within 4 s; those that did: 0, 2 on " in text
     assert other_text == ""
 
 
-def test_without_rank_0_the_others_name_the_place_they_tried():
-    [(code, text)] = together([1], 2, 1)
+def test_without_rank_0_the_others_name_the_place_they_tried(together: Together):
+    [(code, text)] = together.forked([1], 2, 1)
     assert code == 1
     assert "rank 1 on " in text
     assert "did not reach 127.0.0.1:" in text
     assert "Traceback" not in text
 
 
-def test_a_port_in_use_is_told():
+def test_a_port_in_use_is_told(together: Together):
     with socket.create_server(("127.0.0.1", 0)) as other:
-        [(code, text)] = together([0], 2, 5, MASTER_PORT=str(other.getsockname()[1]))
+        [(code, text)] = together.forked([0], 2, 5, MASTER_PORT=str(other.getsockname()[1]))
     assert code == 1
     assert "which is in use; choose another MASTER_PORT, or look for a second process" in text
     assert "Traceback" not in text
@@ -73,7 +105,7 @@ def test_a_port_in_use_is_told():
 
 def test_equal_ranks_of_torchrun_are_fine_and_told_once_in_a_table():
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command = [*torchrun, "--nproc-per-node", "2", *DOCTOR[1:]]
+    command = [*torchrun, "--nproc-per-node", "2", *DOCTOR]
     done = subprocess.run(
         command,
         env=clean_environment(),
@@ -110,7 +142,7 @@ REST = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT":
     [
         ({"RANK": "0"}, "RANK=0, WORLD_SIZE=None, LOCAL_RANK=None; torchrun sets all three"),
         (REST | {"RANK": "one"}, "RANK=one, WORLD_SIZE=2, LOCAL_RANK=0; torchrun sets all three"),
-        (REST | {"RANK": "2"}, "RANK=2 is not below WORLD_SIZE=2."),
+        (REST | {"RANK": "2"}, "RANK = 2 is not below WORLD_SIZE = 2."),
         (REST | {"RANK": "1", "MASTER_ADDR": ""}, "MASTER_ADDR=, MASTER_PORT=1; they say where"),
         (REST | {"RANK": "1", "MASTER_PORT": "x"}, "MASTER_ADDR=x, MASTER_PORT=x; they say where"),
     ],
@@ -120,5 +152,6 @@ def test_half_an_environment_is_a_mistake(
 ):
     for name, value in given.items():
         no_rank.setenv(name, value)
+    no_rank.setattr(runtime, "ECHO_S", 0.0)  # there is no other rank that says it first
     assert cli.run(["doctor", "--ranks"]) == 2
     assert sentence in capsys.readouterr().err

@@ -38,7 +38,8 @@ def model(tokenizer: Tokenizer) -> HybridLM:
 
 def expected_text(model: HybridLM, tokenizer: Tokenizer, prompt: str, count: int) -> str:
     engine = Engine(model, {model.config.eos_token_id})
-    new = engine.generate([tokenizer.encode(prompt)], count, Sampling(1.0, seed=9))[0]
+    ids = tokenizer.encode(prompt, specials=True)
+    new = engine.generate([ids], count, Sampling(1.0, seed=9))[0]
     return prompt + tokenizer.decode(new, skip_specials=True)
 
 
@@ -100,3 +101,32 @@ def test_the_reasoning_ends_at_its_budget(
     assert six != seven
     generate(model, tokenizer, ["The first"], Sampling(1.0, seed=9), reasoning_budget=6, **settings)
     assert capsys.readouterr().out == six + "\n"  # the closing tag is a special token
+
+
+def test_names_of_special_tokens_in_a_prompt_are_these_tokens(
+    model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    prompt = "<|im_start|>user\nThe first<|im_end|>\n"
+    assert len(tokenizer.encode(prompt, specials=True)) < len(tokenizer.encode(prompt))
+    expected = expected_text(model, tokenizer, prompt, 12)
+    code = generate(
+        model, tokenizer, [prompt], Sampling(1.0, seed=9), max_new_tokens=12, stream=False,
+        device="cpu",
+    )  # fmt: skip
+    assert code == 0
+    assert capsys.readouterr().out == expected + "\n"
+
+
+def test_a_text_ends_at_each_of_the_stop_tokens(
+    model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    engine = Engine(model, {model.config.eos_token_id})
+    prompt = tokenizer.encode("The first")
+    new = engine.generate([prompt], 12, Sampling(1.0, seed=9))[0]
+    assert new[5] not in new[:5]
+    code = generate(
+        model, tokenizer, ["The first"], Sampling(1.0, seed=9), max_new_tokens=12, stream=False,
+        stop_ids=[new[5]], device="cpu",
+    )  # fmt: skip
+    assert code == 0
+    assert capsys.readouterr().out == "The first" + tokenizer.decode(new[:6]) + "\n"

@@ -82,6 +82,7 @@ def check_nothing_is_left(engine: Engine) -> None:
     assert not engine.scheduler.running
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("count", "prefixes"), [(64, 0), (20, 3), (20, 4)])
 def test_answers_of_many_requests_are_those_of_each_alone(
     model: HybridLM, count: int, prefixes: int

@@ -120,7 +120,7 @@ def test_the_check_compares_packed_values_with_the_checkpoint(
 ):
     assert selfcheck.main(packed, run, (PACKED,)) == 0
     out = capsys.readouterr().out
-    assert out.count(" ok ") == 3
+    assert out.count(" ok ") == 4
     assert "skipped  transformers does not read NVFP4" in out
     with pytest.raises(selfcheck.Failed, match="not as expected"):
         selfcheck.SelfCheck(packed, open_checkpoint(run)).check_schema()

@@ -56,6 +56,7 @@ def test_an_export_ends_with_a_check_whose_report_lies_beside_it(checked: Path):
         "names, shapes, dtypes": "ok",
         "values on disk": "ok",
         "nemotron.load": "ok",
+        "tokenizer": "ok",
         "transformers": "ok",
     }
     assert list(report["xxh128"]) == ["model-00001-of-00001.safetensors"]
@@ -206,7 +207,8 @@ def test_the_check_finds(
     damage, failing = FLAWS[flaw]
     damage(tensors)
     save_file(tensors, tmp_path / "model.safetensors")
-    (tmp_path / "config.json").write_bytes((exported / "config.json").read_bytes())
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(exported / name, tmp_path)
     index = json.loads((exported / INDEX).read_text())
     index["weight_map"] = dict.fromkeys(tensors, "model.safetensors")
     (tmp_path / INDEX).write_text(json.dumps(index))
@@ -270,6 +272,7 @@ def test_a_link_is_not_followed_and_the_old_name_of_a_replaced_folder_is_free(
     assert sorted(os.listdir(tmp_path)) == [".out.old", "away", "out"]
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_an_export_and_an_import_with_a_sentence(run: Path, tmp_path: Path):
     for arguments in (["export", str(run)], ["import", str(tmp_path / "whole")]):
         if arguments[0] == "import":
@@ -318,6 +321,23 @@ def test_a_missing_tokenizer_is_named_and_nothing_is_left(run: Path, tmp_path: P
     assert os.listdir(tmp_path) == ["run"]
 
 
+def test_rounding_is_said(run: Path, exported: Path, capsys: pytest.CaptureFixture):
+    rounded = sum(
+        int((tensor != tensor.bfloat16()).sum())
+        for name, tensor in read_model(run)[1].items()
+        if not name.endswith(WIDE)
+    )
+    check = selfcheck.SelfCheck(exported, open_checkpoint(run))
+    assert f"{rounded:,} to BF16 were rounded" in check.check_values()
+
+
+def test_groups_that_readers_score_in_another_way_are_not_exported(tmp_path: Path, make_run):
+    groups = {"n_routed_experts": 6, "n_group": 3, "topk_group": 1, "num_experts_per_tok": 1}
+    grouped = make_run(tmp_path / "run", **groups)
+    assert "model.n_group = 3 is computed in another way" in refusal(grouped, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["run"]
+
+
 def test_a_clamped_time_step_survives_export_and_check(tmp_path: Path, make_run):
     clamped = make_run(tmp_path / "clamped", time_step_limit=(0.02, math.inf))
     assert export(clamped, tmp_path / "out", check=False) == 0
@@ -335,6 +355,7 @@ def test_a_tied_head_is_written_and_read_back_tied(tmp_path: Path, make_run):
     assert selfcheck.main(tmp_path / "out", tied) == 0
 
 
+@pytest.mark.slow
 def test_a_tied_model_that_was_trained_resumes_generates_exports_and_begins_another_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

@@ -38,6 +38,7 @@ MODEL = {
 }
 CONFIG = ModelConfig(**MODEL)
 KINDS = {"M": "mamba", "*": "attention", "E": "moe", "-": "mlp"}
+LIST = [KINDS[letter] for letter in "MEM*E-M"]
 NEWER = {"mamba": "linear_attention", "attention": "full_attention"}
 
 
@@ -85,13 +86,12 @@ def test_what_is_written_is_read_back(model: dict):
     assert read.model.model_dump(exclude=unused) == config.model_dump(exclude=unused)
 
 
-def test_both_forms_of_the_pattern_are_written_with_the_older_names():
+def test_the_pattern_is_written_as_every_reader_knows_it():
     values = to_hf(CONFIG)
     assert values["hybrid_override_pattern"] == "MEM*E-M"
-    assert values["layers_block_type"] == [KINDS[letter] for letter in "MEM*E-M"]
+    assert not [key for key in values if key.endswith("layers_block_type")]
     assert values["num_hidden_layers"] == 7
     assert values["mtp_hybrid_override_pattern"] == "*E"
-    assert values["mtp_layers_block_type"] == ["attention", "moe"]
     assert values["num_nextn_predict_layers"] == 1
 
 
@@ -127,7 +127,7 @@ def test_transformers_understands_what_is_written(tmp_path):
 @pytest.mark.parametrize(
     "key",
     [
-        "architectures", "hybrid_override_pattern", "layers_block_type", "num_hidden_layers",
+        "architectures", "hybrid_override_pattern", "num_hidden_layers", "mamba_n_groups",
         "hidden_size", "vocab_size", "intermediate_size", "num_attention_heads", "head_dim",
         "num_key_value_heads", "max_position_embeddings", "layer_norm_epsilon",
         "tie_word_embeddings", "mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size",
@@ -180,6 +180,51 @@ def test_either_name_of_the_epsilon_is_read():
     assert read(norm_eps=..., layer_norm_epsilon=...).layer_norm_epsilon == 1e-5
 
 
+@pytest.mark.parametrize("key", ["norm_eps", "rms_norm_eps"])
+def test_other_names_of_the_epsilon_must_agree(key: str):
+    found = {key: 3e-6, "layer_norm_epsilon": ..., "norm_eps": ...} | {key: 3e-6}
+    assert read(**found).layer_norm_epsilon == 3e-6
+    assert f"{key} = 3e-06 differs from layer_norm_epsilon = 1e-06" in refusal(**{key: 3e-6})
+
+
+def test_the_older_name_of_the_head_dimension_is_read():
+    assert read(head_dim=..., attention_head_dim=8) == read()
+    assert "attention_head_dim = 9 differs from head_dim = 8" in refusal(attention_head_dim=9)
+    result = from_hf(changed(head_dim=..., attention_head_dim=8, rms_norm_eps=1e-6), "config.json")
+    assert not result.notes
+
+
+class ReadOnly:
+    """A configuration class like NVIDIA's, in which the list of layer kinds has no setter."""
+
+    def __init__(self, **values: Any) -> None:
+        for key, value in values.items():
+            setattr(self, key, value)
+
+    @property
+    def layers_block_type(self) -> list[str]:
+        return [KINDS[letter] for letter in self.hybrid_override_pattern]
+
+    mtp_layers_block_type = layers_block_type
+
+
+def test_a_class_that_sets_every_key_as_an_attribute_takes_the_file():
+    theirs = ReadOnly(**to_hf(CONFIG))
+    assert theirs.layers_block_type == [KINDS[letter] for letter in "MEM*E-M"]
+    assert theirs.mamba_n_groups == theirs.n_groups == 3
+
+
+GROUPS = {"n_group": 3, "topk_group": 1, "num_experts_per_tok": 1}
+
+
+def test_groups_of_experts_that_readers_score_in_another_way_are_refused():
+    message = refusal(**GROUPS)
+    assert "n_group = 3 is computed in another way by transformers" in message
+    assert "num_experts_per_tok / topk_group = 1; only 2 gives the same" in message
+    assert read(**GROUPS | {"num_experts_per_tok": 2}).n_group == 3  # each group by its two best
+    assert read(**GROUPS | {"topk_group": 3, "num_experts_per_tok": 3}).n_group == 3  # all of them
+
+
 def test_a_multi_token_prediction_block_that_is_not_stored_is_not_expected():
     config = read(num_nextn_predict_layers=0)
     assert config.mtp_pattern == ""
@@ -196,26 +241,31 @@ def test_remote_code_and_unknown_keys_are_named_and_ignored():
     assert result.notes[1] == "keys not used: colour"
 
 
-def test_the_first_of_several_ends_of_text_is_taken_and_said():
+def test_the_first_of_several_ends_of_text_is_the_model_s():
     result = from_hf(changed(eos_token_id=[2, 11]), "config.json")
     assert result.model.eos_token_id == 2
-    assert result.notes == ("of eos_token_id = [2, 11] only 2 ends a text here",)
+    assert result.stop_ids == (2, 11)
+    assert not result.notes
 
 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model_type": "llama"}, ["model_type = 'llama'", "nemotron_h"]),
-        ({"attention_bias": True}, ["attention_bias = True", "False"]),
+        ({"model_type": "llama"}, ["model_type = llama", "nemotron_h"]),
+        ({"attention_bias": True}, ["attention_bias = true", "has only false"]),
         ({"mamba_proj_bias": True}, ["mamba_proj_bias"]),
         ({"use_bias": True}, ["use_bias"]),
         ({"mlp_bias": True}, ["mlp_bias"]),
-        ({"mlp_hidden_act": "silu"}, ["mlp_hidden_act = 'silu'", "relu2"]),
-        ({"mamba_hidden_act": "gelu"}, ["mamba_hidden_act = 'gelu'", "silu"]),
+        ({"mlp_hidden_act": "silu"}, ["mlp_hidden_act = silu", "relu2"]),
+        ({"mamba_hidden_act": "gelu"}, ["mamba_hidden_act = gelu", "silu"]),
         ({"n_shared_experts": 2}, ["n_shared_experts = 2", "only 1"]),
         ({"sliding_window": 128}, ["sliding_window = 128"]),
         ({"quantization_config": {"quant_algo": "NVFP4"}}, ["packed", "bfloat16"]),
-        ({"hybrid_override_pattern": "MEM*E-E"}, ["differ", "MEM*E-E", "MEM*E-M"]),
+        ({"quantization": {"group_size": 64, "bits": 4}}, ["quantization says", "packed"]),
+        (
+            {"hybrid_override_pattern": "MEM*E-E", "layers_block_type": LIST},
+            ["differ", "MEM*E-E", "MEM*E-M"],
+        ),
         ({"hybrid_override_pattern": ..., "layers_block_type": ...}, ["absent"]),
         ({"layers_block_type": ["mamba", "rwkv"]}, ["'rwkv'", "linear_attention"]),
         ({"layers_block_type": "mamba"}, ["layers_block_type", "list"]),

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from nemotron.checkpoint.find import locate
 from nemotron.checkpoint.read import read_model
 from nemotron.errors import UserError
 from nemotron.files import hash_file
+from nemotron.hf import selfcheck
 from nemotron.hf.export import export
 from nemotron.hf.import_ import import_
 from nemotron.hf.shards import INDEX
@@ -171,8 +173,16 @@ def test_a_config_of_other_dimensions_is_refused(single: Path, tmp_path: Path):
     assert "backbone.layers.0.mixer.in_proj.weight has shape" in message
 
 
+def test_a_config_of_far_more_tensors_than_there_are_is_refused_before_they_are_listed(
+    single: Path, tmp_path: Path
+):
+    edit_config(single, n_routed_experts=2**31 - 1)
+    text = refusal(single, tmp_path / "out")
+    assert re.search(r"config\.json describes [\d,]{13,} tensors, but there are [\d,]{2,5};", text)
+
+
 @pytest.mark.parametrize("kind", ["NVFP4", "FP8"])
-def test_packed_checkpoints_are_recognised_by_their_scales(single: Path, tmp_path: Path, kind: str):
+def test_packed_checkpoints_are_recognized_by_their_scales(single: Path, tmp_path: Path, kind: str):
     name = "backbone.layers.1.mixer.experts.0.up_proj.weight"
     rows, columns = 9, 11
     if kind == "NVFP4":
@@ -320,3 +330,45 @@ def test_a_tied_head_may_be_absent_but_not_different(single: Path, tmp_path: Pat
     assert import_(single, tmp_path / "run") == 0
     model = load(tmp_path / "run")
     assert model.lm_head.weight is model.backbone.embeddings.weight
+
+
+def test_each_parameter_keeps_the_format_that_it_was_imported_with(
+    single: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    def widen(tensors: dict[str, Tensor]) -> None:
+        for name in tensors:
+            if name.endswith("gate.weight"):  # of a router
+                tensors[name] = tensors[name].float() * 1.001
+
+    edit(single, widen)
+    wanted = load_file(single / SINGLE)
+    assert import_(single, tmp_path / "run") == 0
+    assert export(tmp_path / "run", tmp_path / "again", check=False) == 0
+    [path] = (tmp_path / "again").glob("*.safetensors")
+    found = load_file(path)
+    assert {name: t.dtype for name, t in found.items()} == {n: t.dtype for n, t in wanted.items()}
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    capsys.readouterr()
+    assert selfcheck.main(tmp_path / "again", tmp_path / "run") == 0
+    assert "every bit is the checkpoint's" in capsys.readouterr().out
+    assert json.loads((tmp_path / "again/config.json").read_text())["torch_dtype"] == "bfloat16"
+
+
+def test_a_float32_folder_stays_float32(single: Path, tmp_path: Path):
+    edit(single, lambda tensors: tensors.update({n: t.float() for n, t in tensors.items()}))
+    assert import_(single, tmp_path / "run") == 0
+    assert export(tmp_path / "run", tmp_path / "again", check=False) == 0
+    [path] = (tmp_path / "again").glob("*.safetensors")
+    assert {tensor.dtype for tensor in load_file(path).values()} == {torch.float32}
+    assert json.loads((tmp_path / "again/config.json").read_text())["torch_dtype"] == "float32"
+
+
+def test_a_folder_packed_by_mlx_is_called_packed(single: Path, tmp_path: Path):
+    def pack(tensors: dict[str, Tensor]) -> None:
+        name = "backbone.layers.0.mixer.in_proj"
+        shape = tensors[f"{name}.weight"].shape
+        tensors[f"{name}.weight"] = torch.zeros(shape[0], 4, dtype=torch.uint32)
+        tensors |= {f"{name}.{part}": torch.ones(shape[0], 1) for part in ("scales", "biases")}
+
+    edit(single, pack)
+    assert "is a packed MLX checkpoint" in refusal(single, tmp_path / "run")

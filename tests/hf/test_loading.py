@@ -73,7 +73,7 @@ def test_the_backends_of_a_recipe_are_read_from_anywhere_in_its_run(run: Path, t
     model = nemotron.load(copied, ops=recipe_ops(copied))
     assert {m.ssd.pinned for m in model.modules() if isinstance(m, Mamba2)} == {"reference"}
     wrong = run_with_ops(run, tmp_path / "wrong", sdd="reference")
-    with pytest.raises(UserError, match=r"recipe\.yaml:\d+: the key sdd is unknown under ops"):
+    with pytest.raises(UserError, match=r"recipe\.yaml:\d+: ops\.sdd is unknown"):
         recipe_ops(wrong)
 
 

@@ -105,7 +105,8 @@ def test_a_damaged_file_is_named(folder: Path, damage: str):
 
 
 @pytest.mark.parametrize(
-    "name", ["../model-00001-of-00001.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", 3]
+    "name",
+    ["../model-00001-of-00001.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", 3, []],
 )
 def test_a_path_in_the_index_stays_inside_the_folder(folder: Path, name: object):
     rename(folder, {"a": FIRST, "b": name})

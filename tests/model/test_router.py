@@ -27,19 +27,19 @@ def draw(count: int) -> torch.Tensor:
     return torch.randn(count, 24, generator=generator, dtype=torch.float64)
 
 
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(
     ("experts", "top_k", "groups", "top_groups"), [(7, 3, 1, 1), (12, 4, 3, 2), (12, 4, 4, 4)]
 )
 def test_every_choice_and_weight_follows_the_formulas(
-    experts: int, top_k: int, groups: int, top_groups: int, normalise: bool
+    experts: int, top_k: int, groups: int, top_groups: int, normalize: bool
 ):
     router = build_router(
         n_routed_experts=experts,
         num_experts_per_tok=top_k,
         n_group=groups,
         topk_group=top_groups,
-        norm_topk_prob=normalise,
+        norm_topk_prob=normalize,
     )
     x = draw(20)
     routing = router(x)
@@ -57,7 +57,7 @@ def test_every_choice_and_weight_follows_the_formulas(
         allowed = sorted(range(groups), key=best.__getitem__)[-top_groups:]
         candidates = [e for e in range(experts) if e // size in allowed]
         chosen = sorted(candidates, key=biased.__getitem__)[-top_k:]
-        total = sum(scores[e] for e in chosen) if normalise else 1.0
+        total = sum(scores[e] for e in chosen) if normalize else 1.0
         expected = {e: 2.5 * scores[e] / total for e in chosen}
         found = dict(zip(routing.experts[t].tolist(), routing.weights[t].tolist(), strict=True))
         assert set(found) == set(expected)

@@ -41,7 +41,7 @@ def test_the_first_fit_backend_is_taken(operation: Operation):
 def test_a_backend_without_documents_is_never_used_for_them(operation: Operation):
     assert operation.select(torch.zeros(1), documents=True)() == "plain"
     assert operation.select(torch.zeros(1), documents=False)() == "quick"
-    with pytest.raises(UserError, match=r"ops\.toy = quick does not honour documents"):
+    with pytest.raises(UserError, match=r"ops\.toy = quick does not honor documents"):
         operation.bind("quick").select(torch.zeros(1), documents=True)
 
 

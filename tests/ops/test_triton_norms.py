@@ -7,9 +7,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from nemotron.ops.gated_rms_norm import reference as gated_reference
-from nemotron.ops.gated_rms_norm import triton as gated
-from nemotron.ops.rms_norm import reference
+from nemotron.ops.rms_norm import gated_reference, reference
+from nemotron.ops.rms_norm import gated_triton as gated
 from nemotron.ops.rms_norm import triton as plain
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -42,6 +41,7 @@ def halved(inputs: list[Tensor]) -> list[Tensor]:
     return [t.bfloat16() for t in inputs[:-1]] + inputs[-1:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_the_norm_is_the_references(shape: tuple[int, ...]):
     inputs = draw(shape, 1)

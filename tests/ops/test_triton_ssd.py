@@ -67,6 +67,7 @@ def segments(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("segments")
 @pytest.mark.parametrize("with_documents", [False, True])
 def test_float32_is_the_recurrence_to_rounding(with_documents: bool):
@@ -93,11 +94,13 @@ def test_any_length_of_a_row_agrees(length: int, dtype: torch.dtype):
     assert error(inputs, None) <= (5e-6 if dtype == torch.float32 else 2e-2)
 
 
+@pytest.mark.slow
 def test_several_groups_and_heads_keep_to_themselves():
     inputs = draw(1, 40, heads=6, groups=3, state_size=16)
     assert error(inputs, documents(1, 40)) <= 5e-6
 
 
+@pytest.mark.slow
 def test_heads_of_a_group_may_be_parted_among_programs():
     inputs = draw(1, 20, heads=6, groups=3, state_size=16)
     with kernels.GRADIENTS_OF_HEADS.forced({"warps": 8, "stages": 1, "parts": 4}):
@@ -176,6 +179,7 @@ def test_no_gradient_of_x_B_or_C_crosses_into_another_document():
     assert not inputs[6].grad.any()
 
 
+@pytest.mark.slow
 def test_two_calls_give_the_same_bits():
     inputs = draw(1, 40)
     moved = [t.to(DEVICE) for t in inputs]

@@ -204,6 +204,7 @@ def test_removing_the_files_changes_speed_only(own_cache: Path):
         assert torch.allclose(a, b, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.slow
 @interpreted
 def test_the_width_of_tiles_changes_no_code():
     x = torch.randn(3, 130, 200, generator=torch.Generator().manual_seed(0))
@@ -331,6 +332,7 @@ def test_verify_finds_slower_and_wrong_entries():
     assert verify(chosen, wrong, Clock(), print) == []
 
 
+@pytest.mark.slow
 @interpreted
 def test_a_launch_is_taken_out_of_its_operation_and_compared():
     timer = Timer(torch.device("cpu"))
@@ -373,6 +375,7 @@ def test_every_problem_asks_for_its_launches(problem):
             assert asked, tunable.name
 
 
+@pytest.mark.slow
 def test_candidates_are_compiled_without_a_gpu(capsys: pytest.CaptureFixture[str]):
     words = ["rms_norm forward", "--compile-only", "--candidates", "2", "--processes", "1"]
     assert command.main(words) == 0

@@ -21,7 +21,7 @@ from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import Router, Routing
 from nemotron.ops.attention import attention
 from nemotron.ops.causal_conv1d import causal_conv1d
-from nemotron.ops.gated_rms_norm import gated_rms_norm
+from nemotron.ops.rms_norm import gated_rms_norm
 from nemotron.ops.squared_relu import squared_relu
 from nemotron.ops.ssd import ssd
 
@@ -100,7 +100,7 @@ def biased_scores_as_weights(_: HybridLM, patch: Patch) -> None:
     def wrong(self: Router, x: Tensor) -> Routing:
         routing = right(self, x)
         weights = (routing.scores + self.e_score_correction_bias).gather(1, routing.experts)
-        if self.normalise:
+        if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
         return Routing(routing.scores, routing.experts, weights * self.scaling)
 
@@ -118,9 +118,9 @@ def softmax_instead_of_sigmoid(_: HybridLM, patch: Patch) -> None:
     patch.setattr(Router, "forward", wrong)
 
 
-def normalisation_flipped(model: HybridLM, _: Patch) -> None:
+def normalization_flipped(model: HybridLM, _: Patch) -> None:
     for router in every(model, Router):
-        router.normalise = not router.normalise
+        router.normalize = not router.normalize
 
 
 def no_shared_expert(model: HybridLM, _: Patch) -> None:
@@ -208,7 +208,7 @@ def default_epsilon(model: HybridLM, _: Patch) -> None:
             module.eps = 1e-5
 
 
-# "every block" has an epsilon of its own and no normalisation; the others have groups of experts
+# "every block" has an epsilon of its own and no normalization; the others have groups of experts
 MUTATIONS: dict[Mutation, str] = {
     floor_of_the_time_step: "nano",
     norm_over_one_group: "nano",
@@ -220,7 +220,7 @@ MUTATIONS: dict[Mutation, str] = {
     bias_stored_in_bfloat16: "nano",
     biased_scores_as_weights: "super",
     softmax_instead_of_sigmoid: "nano",
-    normalisation_flipped: "nano",
+    normalization_flipped: "nano",
     no_shared_expert: "super",
     relu_not_squared: "every block",
     weights_inside_the_square: "nano",

@@ -153,6 +153,7 @@ def test_the_search_finds_layouts_that_are_legal_and_fit(recipe: str, gpus: int,
         assert candidate.bytes <= SYSTEMS[system].memory
 
 
+@pytest.mark.slow
 def test_a_layout_of_the_search_can_be_put_behind_the_recipe(capsys: pytest.CaptureFixture[str]):
     words = ("--gpus", "64", "--hardware", "h100")
     _, tree = facts(capsys, SUPER, *words, "--search")

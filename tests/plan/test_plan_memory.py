@@ -108,6 +108,7 @@ def test_a_stage_with_head_and_further_depths_gets_fewer_layers():
     assert first["M"] + last["M"] == 40
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "width"),
     [(load_recipe(TINY).config.model, 2), (load_recipe(TINY).config.model, 4), (NANO, 2)],

@@ -85,9 +85,9 @@ def test_batch_scale_weighs_answers_by_their_tokens() -> None:
     rewards = torch.tensor([[1.0, 0.0], [0.0, 0.5]], dtype=torch.float64)
     lengths = torch.tensor([[3.0, 1.0], [2.0, 4.0]], dtype=torch.float64)
     found = advantages(rewards, lengths, AdvantageConfig(baseline="group", scale="batch"))
-    centred = (rewards - rewards.mean(1, keepdim=True)).flatten()
-    tokens = centred.repeat_interleave(lengths.flatten().long())
-    expected = (centred - tokens.mean()) / tokens.std(correction=0)
+    centered = (rewards - rewards.mean(1, keepdim=True)).flatten()
+    tokens = centered.repeat_interleave(lengths.flatten().long())
+    expected = (centered - tokens.mean()) / tokens.std(correction=0)
     torch.testing.assert_close(found.flatten(), expected, rtol=1e-12, atol=0)
 
 

@@ -88,6 +88,7 @@ def test_a_run_writes_its_rollouts_and_their_figures(recipe, tmp_path: Path) -> 
     assert "validation/arith_chain/reward" in metrics(folder, "validation")[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path: Path, updates: int) -> None:
     """With two updates for each rollout batch the stop lies between them."""

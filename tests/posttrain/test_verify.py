@@ -106,6 +106,7 @@ def test_a_killed_process_is_a_fault_that_names_its_status():
         assert judge(verifiers, chain(), "7").reward == 1
 
 
+@pytest.mark.slow
 def test_a_process_that_ended_between_two_jobs_is_replaced():
     others = children()
     with Verifiers(1) as verifiers:

@@ -49,6 +49,7 @@ def two_steps(preset: str) -> tuple[list[torch.Tensor], dict[str, float]]:
     return found, quantization.metrics()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", ["nvfp4_all", "fp8_delayed", "mxfp8"])
 def test_a_model_computes_the_same_with_one_expert_at_a_time(monkeypatch, preset: str):
     whole, figures = two_steps(preset)

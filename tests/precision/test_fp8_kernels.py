@@ -59,7 +59,7 @@ def bytes_of(codes: kernels.Codes) -> Tensor:
 
 @pytest.mark.parametrize("format", [E4M3, E5M2], ids=lambda format: format.name)
 def test_rounding_is_the_emulations_for_any_number(format):
-    # every float32 whose last 15 bits are 0, and its neighbours: all ties of both formats
+    # every float32 whose last 15 bits are 0, and its neighbors: all ties of both formats
     bits = torch.arange(-(2**16), 2**16, dtype=torch.int32) << 15
     bits = torch.cat([bits, bits + 1, bits - 1]).view(-1, 1024)
     x = bits.view(torch.float32).nan_to_num(nan=3.0, posinf=torch.inf, neginf=-torch.inf)
@@ -132,6 +132,7 @@ def test_squares_of_weights_have_the_emulations_codes_and_scales():
             assert side.scale_inv[expert].count_nonzero() == scales.numel()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("parts", [1, 4, 2048])
 def test_magnitudes_of_tiles_give_the_scale_of_the_largest(parts: int, monkeypatch):
     monkeypatch.setattr(kernels, "PARTS", parts)
@@ -219,6 +220,7 @@ def test_a_layer_is_the_emulations(format: str, shape, dtype):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not HOPPER, reason="the kernels' products are for Hopper")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("format", FORMATS)

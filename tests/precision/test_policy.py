@@ -12,7 +12,7 @@ from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
 from nemotron.precision.apply import Quantization
 from nemotron.precision.config import PrecisionConfig
-from nemotron.precision.policy import assign, preset_at, tail_blocks
+from nemotron.precision.policy import assign, tail_blocks
 from nemotron.precision.random_bits import Draw
 from nemotron.recipe.load import load_recipe
 
@@ -116,7 +116,7 @@ def test_switches_change_the_preset_at_their_step():
         preset="nvfp4_super",
         switches=[{"step": 5, "preset": "mxfp8"}, {"step": 9, "preset": "bf16"}],
     )
-    presets = [preset_at(changing, step) for step in (0, 4, 5, 8, 9, 100)]
+    presets = [changing.preset_at(step) for step in (0, 4, 5, 8, 9, 100)]
     assert presets == ["nvfp4_super"] * 2 + ["mxfp8"] * 2 + ["bf16"] * 2
 
 

@@ -67,10 +67,10 @@ def test_rows_keep_their_bits_when_zeros_fill_up_each_experts():
     assert torch.equal(bits(Draw(12, 20).pad(Groups((6,), 8)), 8, 30), whole)
 
 
-def test_every_bit_is_drawn_evenly_and_apart_from_its_neighbours():
+def test_every_bit_is_drawn_evenly_and_apart_from_its_neighbors():
     drawn = bits(Draw(3), 1024, 1024)
     planes = torch.stack([(drawn >> place) & 1 for place in range(8)]).double() - 0.5
-    # means of a million fair bits, and of products with neighbours along either direction and
+    # means of a million fair bits, and of products with neighbors along either direction and
     # with the other stream: each within five standard errors of nothing
     other = ((bits(Draw(3), 1024, 1024, stream=1) >> 3) & 1).double() - 0.5
     for plane in planes:

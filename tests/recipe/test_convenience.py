@@ -25,9 +25,12 @@ def refusal(path: Path | str, *overrides: str) -> str:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("lr=1e-3", "the key lr is unknown; it is `schedule.peak` here."),
-        ("schedule.learning_rate=1", "unknown under schedule; it is `schedule.peak` here."),
-        ("optimizer.lr=1", "unknown under optimizer; it is `schedule.peak` here."),
+        ("lr=1e-3", ": lr is unknown; it is `schedule.peak` here."),
+        (
+            "schedule.learning_rate=1",
+            "learning_rate is unknown; it is `schedule.peak` here.",
+        ),
+        ("optimizer.lr=1", "optimizer.lr is unknown; it is `schedule.peak` here."),
         ("batch_size=8", "it is `batch.global_tokens` here (in tokens: rows times data.seq_len)."),
         ("max-steps=10", "it is `schedule.total_steps` here."),
         ("fp8=true", "it is `precision` here (one word, such as precision: bf16)."),

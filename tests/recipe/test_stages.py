@@ -103,8 +103,8 @@ def test_a_second_stage_is_loaded_shown_and_checked(recipe, capsys: pytest.Captu
 @pytest.mark.usefixtures("correct")
 def test_mistakes_are_explained_by_the_keys_and_rules_of_the_stage(recipe):
     assert "the nearest known one is `rate`" in refusal(recipe("  rat: 1"))
-    assert "the key rate is unknown; it belongs under `repair`" in refusal(recipe("rate: 1"))
-    assert "the key loss is unknown" in refusal(recipe("loss: {}"))
+    assert ": rate is unknown; it belongs under `repair`" in refusal(recipe("rate: 1"))
+    assert ": loss is unknown" in refusal(recipe("loss: {}"))
     assert "correct.yaml:5: repair.rate = -1 must be" in refusal(recipe(rate="-1"))
     assert "correct.yaml:6: repair.rows = 300 is over" in refusal(recipe("  rows: 300"))
     # rules of every stage
@@ -116,10 +116,10 @@ def test_mistakes_are_explained_by_the_keys_and_rules_of_the_stage(recipe):
 def test_a_command_for_pretraining_refuses_another_stage(recipe, capsys: pytest.CaptureFixture):
     assert run(["train", recipe(), "--dry-run"]) == 2
     said = capsys.readouterr().err
-    assert "correct.yaml:2: stage = correct; nothing trains such recipes" in said
+    assert "correct.yaml:2: stage = correct can be read and checked, but nothing trains" in said
     assert run(["plan", recipe()]) == 2
     said = capsys.readouterr().err
-    assert "correct.yaml:2: stage = correct; this command takes recipes of stage pretrain" in said
+    assert "correct.yaml:2: stage = correct is not for this command, which takes" in said
 
 
 @pytest.mark.usefixtures("correct")

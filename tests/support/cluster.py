@@ -172,7 +172,7 @@ def records(run: Path, start: int) -> list[dict]:
 
 
 def both_run(run: Path, start: int = 0) -> Callable[[], bool]:
-    """Return a condition: both ranks of the stand-in can be signalled."""
+    """Return a condition: both ranks of the stand-in can be signaled."""
     return lambda: all((run / f"start-{start}-rank-{rank}.json").exists() for rank in (0, 1))
 
 

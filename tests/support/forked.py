@@ -5,6 +5,7 @@ each of them. They share no state with the tests, as if each had been started by
 """
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
 import runpy
@@ -18,7 +19,15 @@ from typing import Any
 
 ROOT = Path(__file__).parents[2]
 
-IMPORTED = ("nemotron.train.start", "nemotron.cli", "torch.distributed.fsdp")
+CLONE_NEWNET = 0x40000000
+"""Of setns(2)."""
+
+IMPORTED = (
+    "nemotron.train.start",
+    "nemotron.cli",
+    "torch.distributed.fsdp",
+    "tests.support.frozen",
+)
 """What the server imports once."""
 
 
@@ -79,9 +88,16 @@ class Forked:
         self.process.join()
 
 
-def command(*arguments: object, output: Path, environment: Mapping[str, str]) -> Forked:
-    """Run `python -m nemotron` with these arguments."""
-    return Forked(_run_module, [*map(str, arguments)], output=output, environment=environment)
+def command(
+    *arguments: object,
+    output: Path,
+    environment: Mapping[str, str] | None = None,
+    folder: Path | None = None,
+    namespace: str | None = None,
+) -> Forked:
+    """Run `python -m nemotron` with these arguments, in a folder and a network namespace."""
+    words = [*map(str, arguments)]
+    return Forked(run_module, words, folder, namespace, output=output, environment=environment)
 
 
 def start(function: Callable[..., Any], *arguments: Any, daemon: bool = False) -> BaseProcess:
@@ -122,6 +138,14 @@ def _call(
     sys.exit(function(*arguments))
 
 
-def _run_module(arguments: list[str]) -> None:
+def run_module(
+    arguments: list[str], folder: Path | None = None, namespace: str | None = None
+) -> None:
+    """Become `python -m nemotron` with these arguments, in a folder and a network namespace."""
+    if namespace is not None:
+        with open(f"/run/netns/{namespace}") as file:
+            assert ctypes.CDLL(None).setns(file.fileno(), CLONE_NEWNET) == 0, namespace
+    if folder is not None:
+        os.chdir(folder)
     sys.argv = ["nemotron", *arguments]
     runpy.run_module("nemotron", run_name="__main__", alter_sys=True)

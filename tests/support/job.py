@@ -3,11 +3,13 @@
 import os
 import socket
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from nemotron.run.folder import dump_recipe
 from nemotron.train.config import RunConfig
 from tests.support import forked
+from tests.support.hosts import Host
 
 TIMEOUT_S = 3.0
 """Of any step but the first."""
@@ -16,8 +18,21 @@ TIMEOUT_S = 3.0
 class Job:
     """The processes of one start of a run."""
 
-    def __init__(self, config: RunConfig, *arguments: str, world: int = 2) -> None:
-        self.run = Path(config.output) / config.name
+    def __init__(
+        self,
+        config: RunConfig,
+        *arguments: str,
+        world: int = 2,
+        of_rank: Mapping[int, Sequence[str]] | None = None,
+        folders: Sequence[Path] | None = None,
+        hosts: Sequence[Host] | None = None,
+    ) -> None:
+        """Start them; `of_rank` has arguments of one rank, `folders` where each is at home.
+
+        With `hosts`, each rank runs on a host of its own.
+        """
+        home = folders[0] if folders else Path.cwd()
+        self.run = home / config.output / config.name
         self.run.parent.mkdir(exist_ok=True)
         recipe = self.run.with_suffix(".yaml")
         recipe.write_text(dump_recipe(config))
@@ -29,11 +44,15 @@ class Job:
                 "train",
                 recipe,
                 *arguments,
+                *(of_rank or {}).get(rank, ()),
+                folder=folders[rank] if folders else None,
+                namespace=hosts[rank].name if hosts else None,
                 output=self.run.parent / f"{config.name}-{rank}.txt",
                 environment=os.environ
                 | {
                     "OMP_NUM_THREADS": "1",
-                    "MASTER_ADDR": "127.0.0.1",
+                    "MASTER_ADDR": hosts[0].address if hosts else "127.0.0.1",
+                    **({"GLOO_SOCKET_IFNAME": hosts[rank].device} if hosts else {}),
                     "MASTER_PORT": str(port),
                     "WORLD_SIZE": str(world),
                     "RANK": str(rank),

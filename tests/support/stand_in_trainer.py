@@ -46,7 +46,7 @@ def main() -> int:
         signal.signal(number, lambda number, frame: asked.append(number))
     if rank == 0:
         write_status(run, "running", 1)
-    # this says, too, that the rank can be signalled
+    # this says, too, that the rank can be signaled
     (run / f"start-{start}-rank-{rank}.json").write_text(json.dumps(record))
     return act(action, run, rank, start, asked)
 

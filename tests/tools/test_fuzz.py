@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MUTATIONS = 12
+MUTATIONS = 8
 
 
 @pytest.fixture(scope="module")
@@ -21,11 +21,9 @@ def targets() -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", [0, 1])
-def test_no_damage_to_an_input_ends_in_anything_but_an_answer(targets: list[str], part: int):
-    chosen = targets[part::2]
+def test_no_damage_to_an_input_ends_in_anything_but_an_answer(targets: list[str]):
     ran = subprocess.run(
-        [sys.executable, ROOT / "tools/fuzz.py", str(MUTATIONS), *chosen],
+        [sys.executable, ROOT / "tools/fuzz.py", str(MUTATIONS), *targets],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -33,5 +31,5 @@ def test_no_damage_to_an_input_ends_in_anything_but_an_answer(targets: list[str]
     )
     assert ran.returncode == 0, ran.stdout + ran.stderr
     rows = re.findall(rf"^\| (.+?) \| {MUTATIONS} \| 0 \| 0 \| 0 \| (.+) \|$", ran.stdout, re.M)
-    assert [name for name, _ in rows] == chosen
+    assert [name for name, _ in rows] == targets
     assert "75: " in ran.stdout or "0: " in ran.stdout  # not every command refuses everything

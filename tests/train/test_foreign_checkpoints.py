@@ -103,6 +103,7 @@ except AssertionError:
 """
 
 
+@pytest.mark.slow
 def test_reading_a_checkpoint_unpickles_nothing(recipe, tmp_path):
     from nemotron.train.start import train
 

@@ -44,6 +44,24 @@ def test_a_rank_that_does_not_answer_is_named_with_its_last_place(on_two):
     assert "nemotron: rank 1 does not answer, last seen in" in job.text()
 
 
+def test_a_first_rank_that_is_frozen_with_the_store_is_noticed_by_the_others(on_two):
+    job = Job(on_two("frozen_store", steps=4000, checkpoint={}))
+    job.wait_for_step(2)
+    job.processes[0].send_signal(signal.SIGSTOP)
+    start = time.monotonic()
+    assert job.processes[1].wait(60) == 1
+    assert time.monotonic() - start < 2 * TIMEOUT_S + 8.0
+    said = " ".join(job.processes[1].text.split())
+    assert "nemotron: rank 0, which holds the store of the ranks at 127.0.0.1:" in said
+    assert "does not answer; this rank waits in gloo:" in said
+    assert json.loads((job.run / "status.json").read_text())["state"] == "failed"
+    # whoever lets it go on gets a sentence from it, too
+    job.processes[0].send_signal(signal.SIGCONT)
+    assert job.wait() == [1, 1], job.text()
+    assert "nemotron: " in job.processes[0].text
+    assert "Traceback" not in job.text()
+
+
 def test_a_rank_that_fails_ends_the_job_at_once_with_its_error(on_two):
     parallel = {"timeout_s": 60.0, "start_timeout_s": 60.0}
     faults = ({"kind": "raise", "step": 3, "rank": 1},)

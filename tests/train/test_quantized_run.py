@@ -14,6 +14,7 @@ def precision(preset: str, **changes: object) -> dict:
     return {"compute": "bf16", "preset": preset, **changes}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "preset", ["nvfp4_super", "mxfp8", "fp8_current", "fp8_block", "fp8_delayed"]
 )
@@ -56,6 +57,7 @@ def test_a_resumed_run_draws_the_same_bits_across_a_change_of_format(recipe, cap
     assert losses[0][5:] != losses[1][5:]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
     [("nvfp4_all", "bf16"), ("mxfp8", "fp8_delayed"), ("fp8_delayed", "mxfp8")],

@@ -5,6 +5,8 @@ import signal
 import time
 from pathlib import Path
 
+import pytest
+
 from nemotron.train.config import PretrainConfig
 from nemotron.train.start import train
 from tests.support.forked import Forked
@@ -28,6 +30,7 @@ def long(steps: int = 400) -> dict:
     return {"peak": 1e-2, "total_steps": steps, "warmup_steps": 2, "decay_steps": 3}
 
 
+@pytest.mark.slow
 def test_stopping_and_resuming_changes_no_bit(recipe, undisturbed, capsys):
     config = recipe("stopped")
     run = Path(config.output) / config.name
@@ -38,6 +41,7 @@ def test_stopping_and_resuming_changes_no_bit(recipe, undisturbed, capsys):
     assert_same_run(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_killed_run_resumes_to_the_same_bits(recipe, undisturbed):
     config = recipe("killed")
     process = start(config)
@@ -50,6 +54,7 @@ def test_a_killed_run_resumes_to_the_same_bits(recipe, undisturbed):
     assert_same_run(run, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_starts_again(recipe, undisturbed):
     config = recipe("early")
     process = start(config)
@@ -73,6 +78,7 @@ def test_sigterm_saves_and_says_how_to_go_on(recipe):
     assert f"step-{done:08d}" in output
 
 
+@pytest.mark.slow
 def test_a_second_interrupt_leaves_at_once(recipe):
     # steps long enough that the second signal arrives within the first one's step
     batch = {"global_tokens": 31 * 60, "micro_batch": 2}
@@ -87,6 +93,7 @@ def test_a_second_interrupt_leaves_at_once(recipe):
     assert not (run / "checkpoints").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_newest_checkpoint_is_passed_over_and_the_end_is_the_same(
     recipe, undisturbed, capsys
 ):

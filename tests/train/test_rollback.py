@@ -58,6 +58,7 @@ def test_a_run_goes_back_before_the_bad_steps_and_passes_over_them(rolling, caps
     assert state.skipped_steps == 0
 
 
+@pytest.mark.slow
 def test_after_going_back_every_bit_is_that_of_a_run_that_never_met_those_steps(rolling):
     # stopped at the checkpoint, told to pass over, and resumed
     other = rolling("told", faults=[])
@@ -76,6 +77,7 @@ def test_after_going_back_every_bit_is_that_of_a_run_that_never_met_those_steps(
     assert all(torch.equal(tensors[name], others[name]) for name in others)
 
 
+@pytest.mark.slow
 def test_going_back_is_the_same_when_checkpoints_are_written_beside_training(rolling):
     runs = [rolling("beside", SAVED | {"background": True}), rolling("between")]
     for config in runs:
@@ -109,6 +111,7 @@ def test_without_a_checkpoint_there_is_nothing_to_go_back_to(recipe, capsys):
     assert "there is no whole checkpoint to roll back to" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_spike_is_skipped_and_the_run_goes_on(recipe):
     schedule = {"kind": "constant", "peak": 1e-4, "total_steps": 36}
     batch = {"global_tokens": 31, "micro_batch": 1}

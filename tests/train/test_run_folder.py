@@ -44,6 +44,7 @@ def test_a_second_run_in_the_same_folder_is_told_who_holds_it(recipe):
     RunFolder(config.run_path, config).check(STEPS, resume=True)
 
 
+@pytest.mark.slow
 def test_the_lock_of_a_dead_process_is_no_obstacle(recipe):
     config = recipe()
     script = (
@@ -81,8 +82,12 @@ def test_a_resume_with_another_recipe_lists_the_changed_keys(recipe):
     with pytest.raises(UserError) as error:
         train(changed, resume=True)
     assert "seed was 1234, is 7; schedule.peak was 0.01, is 0.03" in str(error.value)
+    assert "allow the change with --allow-changed schedule.peak, or" in str(error.value)
+    with pytest.raises(UserError, match=r"seed was 1234, is 7, and decides which rows"):
+        train(changed, resume=True, allow_changed=["seed", "schedule.peak"])
+    changed = recipe(schedule=schedule)
     folder = RunFolder(changed.run_path, changed)
-    folder.check(STEPS, resume=True, allow_changed=["seed", "schedule.peak"])
+    folder.check(STEPS, resume=True, allow_changed=["schedule.peak"])
 
 
 def test_what_changes_no_result_may_change_on_resume(recipe):
@@ -160,6 +165,7 @@ def test_a_dry_run_says_what_would_run_and_writes_nothing(recipe, capsys, tmp_pa
     assert "8 steps, 1,240 tokens" in out
     assert "ssd" in out
     assert "(new)" in out
+    assert "data       prose: 60.0% of the tokens" in out
     assert listing(tmp_path) == before
 
 

@@ -86,6 +86,7 @@ def test_tensorboard_has_every_number_once_also_after_a_resume(recipe, monkeypat
     assert logged == pytest.approx(truth)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the tracker's own dependencies
 def test_wandb_without_a_key_writes_into_the_run_and_sends_nothing(recipe, monkeypatch, capsys):
     pytest.importorskip("wandb")

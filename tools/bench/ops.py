@@ -26,7 +26,6 @@ from torch import Tensor
 from nemotron.ops import (
     attention,
     causal_conv1d,
-    gated_rms_norm,
     grouped_linear,
     linear_cross_entropy,
     rms_norm,
@@ -135,7 +134,7 @@ WORKLOADS = [
     ),
     Workload(rms_norm.rms_norm, _normal((TOKENS, HIDDEN), (HIDDEN,)), (EPS,), 0.0, wide=(1,)),
     Workload(
-        gated_rms_norm.gated_rms_norm,
+        rms_norm.gated_rms_norm,
         _normal((TOKENS, INNER), (TOKENS, INNER), (INNER,)),
         (GROUPS, EPS),
         0.0,

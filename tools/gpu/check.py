@@ -26,7 +26,7 @@ USUAL = 420.0
 
 
 @dataclass(frozen=True)
-class Part:
+class Task:
     """A process of a stage: `seconds` is its limit, `together` names what may run beside it."""
 
     stage: str
@@ -40,49 +40,49 @@ class Part:
     """Whether it runs where no stages are named."""
 
 
-PARTS = (
-    Part("versions", "versions", 40),
-    Part("roofs", "roofs", 40),
-    Part("tests", "tests", 140, together="checks"),
-    Part("tests", "warm", 110, together="checks", packages=True),
-    Part("model", "model", 80, together="checks"),
-    Part("cli", "cli", 110, together="checks"),
-    Part("ops", "ops", 90, packages=True),
-    Part("step", "step", 50, ("--variant", "auto")),
-    Part("step", "step", 45, ("--variant", "fp8_current")),
-    Part("before", "step", 45, ("--variant", "before")),
-    Part("formats", "step", 45, ("--variant", "fp8_block"), usual=False),
-    Part("formats", "step", 45, ("--variant", "mxfp8"), usual=False),
-    Part("formats", "step", 45, ("--variant", "nvfp4"), usual=False),
-    Part("decode", "decode", 60),
-    Part("peer", "peer", 100, packages=True),
-    Part("tune", "tune", 100, usual=False),
+TASKS = (
+    Task("versions", "versions", 40),
+    Task("roofs", "roofs", 40),
+    Task("tests", "tests", 140, together="checks"),
+    Task("tests", "warm", 110, together="checks", packages=True),
+    Task("model", "model", 80, together="checks"),
+    Task("cli", "cli", 110, together="checks"),
+    Task("ops", "ops", 90, packages=True),
+    Task("step", "step", 50, ("--variant", "auto")),
+    Task("step", "step", 45, ("--variant", "fp8_current")),
+    Task("before", "step", 45, ("--variant", "before")),
+    Task("formats", "step", 45, ("--variant", "fp8_block"), usual=False),
+    Task("formats", "step", 45, ("--variant", "mxfp8"), usual=False),
+    Task("formats", "step", 45, ("--variant", "nvfp4"), usual=False),
+    Task("decode", "decode", 60),
+    Task("peer", "peer", 100, packages=True),
+    Task("tune", "tune", 100, usual=False),
 )
-"""In the order in which they run; a group of parts side by side ends before the next one begins."""
+"""In the order in which they run; a group of tasks side by side ends before the next one begins."""
 
-STAGES = tuple(dict.fromkeys(part.stage for part in PARTS))
+STAGES = tuple(dict.fromkeys(task.stage for task in TASKS))
 SPARE = 8.0
 """Seconds that a stage has to end by itself after its limit."""
 
 
 def main() -> int:
     options = _options()
-    usual = [part.stage for part in PARTS if part.usual]
+    usual = [task.stage for task in TASKS if task.usual]
     chosen = options.stages.split(",") if options.stages else usual
     unknown = sorted(set(chosen) - set(STAGES) - {"warm"})
     if unknown:
         print(f"unknown stages: {', '.join(unknown)}; there are {', '.join(STAGES)}, warm")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    parts = [p for p in PARTS if p.stage in chosen or p.module in chosen]
+    tasks = [p for p in TASKS if p.stage in chosen or p.module in chosen]
     scale, begin = options.seconds / USUAL, time.monotonic()
     seconds: dict[str, dict[str, object]] = {}
-    while parts:
-        group = [parts.pop(0)]
-        while parts and group[0].together and parts[0].together == group[0].together:
-            group.append(parts.pop(0))
-        for part, (took, code) in zip(group, _run(group, scale, options), strict=True):
-            key = " ".join([part.module, *part.words[1:]])
+    while tasks:
+        group = [tasks.pop(0)]
+        while tasks and group[0].together and tasks[0].together == group[0].together:
+            group.append(tasks.pop(0))
+        for task, (took, code) in zip(group, _run(group, scale, options), strict=True):
+            key = " ".join([task.module, *task.words[1:]])
             seconds[key] = {"seconds": round(took, 1), "exit_code": code}
             print(f"{key}: {took:.1f} s, exit code {code}", flush=True)
         _pack(options, seconds)
@@ -123,20 +123,20 @@ def _pack(options: argparse.Namespace, seconds: dict[str, dict[str, object]]) ->
 
 
 def _run(
-    group: list[Part], scale: float, options: argparse.Namespace
+    group: list[Task], scale: float, options: argparse.Namespace
 ) -> list[tuple[float, int | str]]:
-    """Run parts beside each other; return each one's seconds and exit code."""
+    """Run tasks beside each other; return each one's seconds and exit code."""
     begin = time.monotonic()
-    running = [_start(part, part.seconds * scale, options) for part in group]
+    running = [_start(task, task.seconds * scale, options) for task in group]
     found: list[tuple[float, int | str] | None] = [None] * len(group)
     while None in found:
-        for number, (part, process) in enumerate(zip(group, running, strict=True)):
+        for number, (task, process) in enumerate(zip(group, running, strict=True)):
             if found[number] is not None:
                 continue
             took = time.monotonic() - begin
             if (code := process.poll()) is not None:
                 found[number] = took, code
-            elif took > part.seconds * scale + SPARE:
+            elif took > task.seconds * scale + SPARE:
                 # its own children, too
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
@@ -145,19 +145,19 @@ def _run(
     return [result for result in found if result is not None]
 
 
-def _start(part: Part, seconds: float, options: argparse.Namespace) -> subprocess.Popen[bytes]:
+def _start(task: Task, seconds: float, options: argparse.Namespace) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
-    if part.packages and options.packages is not None:
+    if task.packages and options.packages is not None:
         paths = [environment.get("PYTHONPATH", ""), str(options.packages.resolve())]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         environment["TRITON_CACHE_AUTOTUNING"] = "1"
-    words = ["--out", str(options.out), "--seconds", f"{seconds:.0f}", *part.words]
+    words = ["--out", str(options.out), "--seconds", f"{seconds:.0f}", *task.words]
     if options.tiny:
         environment["TRITON_INTERPRET"] = "1"
         words.append("--tiny")
-    name = "_".join([part.module, *part.words[1:]])
+    name = "_".join([task.module, *task.words[1:]])
     return subprocess.Popen(
-        [sys.executable, str(HERE / f"stage_{part.module}.py"), *words],
+        [sys.executable, str(HERE / f"stage_{task.module}.py"), *words],
         stdout=(options.out / f"log_{name}.txt").open("w"),
         stderr=subprocess.STDOUT,
         env=environment,

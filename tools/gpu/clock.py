@@ -15,7 +15,7 @@ CYCLES_PER_MS = 1_700_000
 
 
 class Clock:
-    """Marks points in the work of one device and tells the time between them."""
+    """Marks points in the work of one device and measures the time between them."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -37,7 +37,7 @@ class Clock:
             torch.cuda.synchronize()
 
     def milliseconds(self, marks: Sequence[Any]) -> list[float]:
-        """Return the times between neighbouring marks; waits for the last one."""
+        """Return the times between neighboring marks; waits for the last one."""
         self.wait()
         pairs = pairwise(marks)
         if self.is_gpu:

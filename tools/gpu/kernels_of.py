@@ -16,7 +16,7 @@ OWN = ("nemotron", "tools")
 WAITS = "called a synchronizing CUDA operation"
 """What torch says where the host waits."""
 LABELS = ("Optimizer.", "ProfilerStep", "## ")
-"""Starts of names of stretches of time that are no kernels."""
+"""Starts of names of stretches of time that are not kernels."""
 
 
 def profile(run: Callable[[], object], clock: Clock, out: Path, top: int = 12) -> dict[str, Any]:

@@ -22,13 +22,13 @@ def searches() -> list[Any]:  # Any: triton may be absent
     return list(found.values())
 
 
-def shorten_search(tell: Callable[[], object] = lambda: None) -> None:
-    """Time each configuration for a few milliseconds; `tell` is called with each."""
+def shorten_search(on_each: Callable[[], object] = lambda: None) -> None:
+    """Time each configuration for a few milliseconds; `on_each` is called for each."""
 
     def do_bench(call: Any, quantiles: Any) -> Any:
         import triton
 
-        tell()
+        on_each()
         return triton.testing.do_bench(call, warmup=WARM_UP_MS, rep=REPEAT_MS, quantiles=quantiles)
 
     for search in searches():

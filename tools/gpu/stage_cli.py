@@ -40,7 +40,7 @@ schedule: {{kind: constant, peak: 1.0e-3, total_steps: 4}}
 """
 """Reinforcement learning on the first run's weights."""
 STOPPED = 75
-"""Exit code of a run that was told to stop."""
+"""Exit code of a run that was asked to stop."""
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 Loss and every gradient, as the error in norm, relative. In bfloat16 experts are given in turn on
 both sides, since another choice by one rounding is not an error. With torch's backends alone beside
-it, so that a wrong kernel can be told from a wrong model.
+it, so that a wrong kernel can be distinguished from a wrong model.
 """
 
 from contextlib import nullcontext

@@ -11,7 +11,7 @@ from nemotron.data.prepare.options import ChatOptions
 from nemotron.data.prepare.read import no_column
 from nemotron.data.tokenizer import Tokenizer
 
-HALF_CHARACTER = "a lone surrogate, which is no character"
+HALF_CHARACTER = "a lone surrogate, which is not a character"
 
 
 def encode_conversation(
@@ -22,7 +22,7 @@ def encode_conversation(
     """Return the training sequences of a row with messages and perhaps tools.
 
     Raises:
-        ValueError: when the row is no conversation, in one sentence.
+        ValueError: when the row is not a conversation, in one sentence.
         RecursionError: when it is nested too deep.
     """
     messages, tools = row.get(options.messages_column), row.get(options.tools_column)

@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from nemotron.data.folder import MANIFEST
 from nemotron.data.prepare.hub import HUB, describe_hub
 from nemotron.data.prepare.options import PrepareOptions
 from nemotron.errors import UserError
+from nemotron.outputs import MARK
 
 COMPRESSED = (".gz", ".zst", ".bz2", ".xz")
 KINDS = {
@@ -22,6 +24,8 @@ KINDS = {
     ".text": "text",
 }
 """How a file is read, by its ending; a file named by itself with another ending is text."""
+FILES_OF_A_RUN = ("recipe.yaml", "metrics.jsonl")
+"""By which the folder of a run is known."""
 SMALLEST_UNIT = 8 << 20
 """Bytes of input that one process turns into one shard, if there is so much."""
 MOST_UNITS = 4096
@@ -101,6 +105,20 @@ def plan(sources: Sequence[str], options: PrepareOptions, outputs: Sequence[Path
     return Plan(tuple(_units(pieces, target)), tuple(inputs), tuple(stamps), read)
 
 
+def is_text(path: str) -> bool:
+    """Say whether a path names text to prepare, not tokens: neither a manifest nor a shard."""
+    if path.startswith(HUB):
+        return True
+    if os.path.splitext(path)[1] in (".bin", ".idx") or os.path.exists(f"{path}.idx"):
+        return False
+    if not os.path.isdir(path):
+        return os.path.isfile(path) or bool(glob.glob(path, recursive=True))
+    folder = Path(path)
+    if (folder / MANIFEST).exists() or any(folder.glob("*.idx")):
+        return False
+    return any(kind_of(str(found)) for found in _walk(folder, ()))
+
+
 def kind_of(path: str) -> str | None:
     """Return how a file is read, or None when its ending says nothing."""
     name = path.lower()
@@ -150,14 +168,21 @@ def _files(source: str, outputs: Sequence[Path]) -> Iterator[str]:
 
 
 def _walk(folder: Path, outputs: Collection[Path]) -> Iterator[Path]:
-    """Yield the files below a folder, but those of outputs and of what begins with a dot."""
+    """Yield the files below a folder, but those of outputs and of what begins with a dot.
+
+    Nor are other folders read that this program wrote: prepared data, exports and runs.
+    """
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
         if path.is_file():
             yield path
-        elif path.is_dir() and not path.is_symlink() and path.resolve() not in outputs:
-            yield from _walk(path, outputs)
+        elif path.is_dir() and not (path.is_symlink() or path.resolve() in outputs):
+            yield from () if _is_ours(path) else _walk(path, outputs)
+
+
+def _is_ours(folder: Path) -> bool:
+    return (folder / MARK).exists() or all((folder / name).exists() for name in FILES_OF_A_RUN)
 
 
 def _size(path: str) -> int:
@@ -188,7 +213,7 @@ def _cut(path: str, size: int, target: int, options: PrepareOptions) -> Iterator
 
 
 def _units(pieces: Sequence[Piece], target: int) -> Iterator[Unit]:
-    """Yield units of neighbouring pieces; each part of a data set is a unit of its own."""
+    """Yield units of neighboring pieces; each part of a data set is a unit of its own."""
     gathered: list[Piece] = []
     number = size = 0
     for piece in pieces:

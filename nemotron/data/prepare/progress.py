@@ -3,7 +3,6 @@
 import sys
 import time
 from types import TracebackType
-from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, TimeRemainingColumn, TransferSpeedColumn
@@ -31,7 +30,7 @@ class PrepareProgress:
         )
         self._task = self._bar.add_task("", total=total, completed=done)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "PrepareProgress":
         self._bar.start()
         return self
 

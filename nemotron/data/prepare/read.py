@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import lzma
+import re
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
@@ -44,6 +45,19 @@ class Chunk:
     is_last: bool
 
 
+class _Separator:
+    """Text between two documents; each of its line ends may be one of Windows in the file."""
+
+    def __init__(self, text: str) -> None:
+        plain = text.replace("\r\n", "\n")
+        self.longest = len(plain) + plain.count("\n")
+        self._pattern = re.compile(re.escape(plain).replace("\\\n", "\r?\n"))
+
+    def split(self, text: str) -> list[str]:
+        """Return what stands between the separators of a text."""
+        return self._pattern.split(text)
+
+
 def read_rows(
     piece: Piece, options: PrepareOptions, tick: Tick
 ) -> Iterator[tuple[Place, Mapping[str, Any]] | Bad]:
@@ -65,7 +79,8 @@ def read_rows(
 
 def read_text(piece: Piece, separator: str | None, tick: Tick) -> Iterator[Chunk | Bad]:
     """Yield the documents of a text file in chunks; bytes that are no UTF-8 make the file bad."""
-    decoder = codecs.getincrementaldecoder("utf-8")()
+    decoder = codecs.getincrementaldecoder("utf-8-sig")()  # without the mark of byte order
+    between = None if separator is None else _Separator(separator)
     rest, done = "", 0
     compressed = piece.path.lower().endswith(COMPRESSED)
     with _open(piece.path) as file:
@@ -74,14 +89,14 @@ def read_text(piece: Piece, separator: str | None, tick: Tick) -> Iterator[Chunk
                 rest += decoder.decode(block)
                 done += len(block)
                 tick(0 if compressed else len(block))
-                if separator is None:
+                if between is None:
                     yield Chunk(rest, is_last=False)
                     rest = ""
                     continue
-                *whole, rest = rest.split(separator)
+                *whole, rest = between.split(rest)
                 for text in whole:
                     yield Chunk(text, is_last=True)
-                keep = len(separator) - 1  # what may be the beginning of a separator
+                keep = between.longest - 1  # what may be the beginning of a separator
                 if len(rest) > max(BLOCK, keep):
                     yield Chunk(rest[: len(rest) - keep], is_last=False)
                     rest = rest[len(rest) - keep :]
@@ -203,10 +218,8 @@ def _read_parquet(
                 yield Bad(place(), row) if isinstance(row, str) else (place, row)
                 number += 1
     except (OSError, pyarrow.ArrowException) as error:
-        raise UserError(
-            f"{piece.path}: row group {piece.start} (rows {first} on) cannot be read: "
-            f"{_reason(error)}"
-        ) from None
+        rule = f"row group {piece.start} (rows {first} on) cannot be read: {_reason(error)}"
+        raise UserError(rule, where=str(piece.path)) from None
     tick(piece.size)
 
 
@@ -234,6 +247,8 @@ def no_column(column: str, names: Collection[str]) -> str:
     hint = ""
     if "conversations" in names:
         hint = "; for rows of the ShareGPT form use --messages conversations"
+    elif "messages" in names:
+        hint = "; for conversations use nemotron data prepare --chat"
     elif {"instruction", "output"} <= set(names):
         hint = "; rows of the Alpaca form must be converted to messages first"
     return f"has no column {column} (its columns: {', '.join(names) or 'none'}){hint}"

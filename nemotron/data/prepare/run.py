@@ -24,7 +24,7 @@ from nemotron.data.prepare.progress import PrepareProgress
 from nemotron.data.prepare.unit import Receipt, write_unit
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
-from nemotron.files import hash_file, try_lock, write_json
+from nemotron.files import hash_file, open_regular, try_lock, write_json
 from nemotron.outputs import (
     MARK,
     begin,
@@ -87,7 +87,7 @@ def prepare(
     for written in (out, folder, work):
         refuse_inputs_inside(written, read)
     if out.exists() and not overwrite:
-        return _finished(out, work, made, _identity(made, encoder, options))
+        return _finished(out, work, made, identity_of(made, encoder, options))
     check_output(out, COMMAND, read, overwrite=overwrite)
     job = PrepareJob(folder, work, tokenizer, options, max_bad_rows)
     try:
@@ -108,7 +108,7 @@ def prepare(
     return manifest
 
 
-def _identity(made: Plan, tokenizer: Tokenizer, options: PrepareOptions) -> dict[str, Any]:
+def identity_of(made: Plan, tokenizer: Tokenizer, options: PrepareOptions) -> dict[str, Any]:
     """Return everything that the output depends on, as the manifest has it."""
     return {
         "format": FORMAT,
@@ -165,10 +165,11 @@ def _finished(out: Path, work: Path, made: Plan, identity: dict[str, Any]) -> Ma
 def _workplace(job: PrepareJob, made: Plan, tokenizer: Tokenizer) -> Iterator[None]:
     """Hold the folders of an unfinished preparation, new or begun by the same command."""
     plan_file = job.work / "plan.json"
-    identity = _identity(made, tokenizer, job.options) | {"stamps": list(made.stamps)}
+    identity = identity_of(made, tokenizer, job.options) | {"stamps": list(made.stamps)}
     _adopt(job.work, WORK_FILE)
-    with open(job.work / "lock", "a") as lock:
-        if not try_lock(lock.fileno()):
+    path = job.work / "lock"
+    with open(open_regular(path, os.O_WRONLY | os.O_CREAT), "a") as lock:
+        if not try_lock(lock.fileno(), path):
             raise UserError(f"{job.work} is in use by another preparation; wait for it to end.")
         if plan_file.exists() and not _holds(plan_file, identity):
             raise UserError(
@@ -255,10 +256,16 @@ def _in_processes(
     todo: Sequence[Unit], job: PrepareJob, workers: int, progress: PrepareProgress
 ) -> Generator[tuple[int, Receipt], None, None]:
     context = multiprocessing.get_context("spawn")
-    counter = context.Value("q", 0)
-    pool = ProcessPoolExecutor(
-        workers, mp_context=context, initializer=_start_worker, initargs=(job, counter)
-    )
+    try:
+        counter = context.Value("q", 0)
+        pool = ProcessPoolExecutor(
+            workers, mp_context=context, initializer=_start_worker, initargs=(job, counter)
+        )
+    except OSError as error:
+        raise UserError(
+            f"worker processes cannot share memory: {error.strerror or error} in /dev/shm; use "
+            "--workers 1, or give this machine or container a /dev/shm that can be written."
+        ) from None
     with interrupts.noted() as noted, pool:
         with interrupts.blocked():  # the pool starts its workers here
             running = {pool.submit(_work_here, unit): unit.number for unit in todo}
@@ -293,7 +300,7 @@ def _start_worker(job: PrepareJob, counter: "Synchronized[int]") -> None:
 
 
 def _end_with_parent() -> None:
-    """Die when the parent does: nobody would clean up after an orphan that still writes."""
+    """Die when the parent does: nothing cleans up after an orphan that still writes."""
     connection.wait([_parent_sentinel()])
     os._exit(1)
 

@@ -78,7 +78,7 @@ def write_unit(
     if options.chat is not None:
         documents = _conversations(unit, tokenizer, options, tick, tally)
         return write_documents(documents, folder, unit.number, tokenizer, options, tally)
-    chunks = (chunk for piece in unit.pieces for chunk in _texts(piece, options, tick, tally))
+    chunks = (chunk for piece in unit.pieces for chunk in read_chunks(piece, options, tick, tally))
     encoded = _good(encode_documents(chunks, tokenizer), tally)
     return write_documents(encoded, folder, unit.number, tokenizer, options, tally)
 
@@ -169,7 +169,7 @@ def _facts(writer: ShardWriter) -> ShardFacts | None:
     )
 
 
-def _texts(
+def read_chunks(
     piece: Piece, options: PrepareOptions, tick: Tick, tally: Tally
 ) -> Iterator[Chunk | Bad]:
     """Yield the texts of a piece; rows that a filter leaves out are counted."""

@@ -1,10 +1,11 @@
 """Writing Megatron's token shards, as `nemotron.data.indexed` describes and reads them."""
 
+import contextlib
 import os
 from array import array
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike
@@ -66,7 +67,7 @@ class ShardWriter:
         self.lengths.append(self._open_length)
         self._open_length = 0
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ShardWriter":
         return self
 
     def __exit__(
@@ -100,8 +101,6 @@ class ShardWriter:
 
 
 def _close(file: BinaryIO) -> None:
-    """Close a file that is given up: what a full disk did not take is no second error."""
-    try:
+    """Close a file that is given up: what a full disk did not take is not a second error."""
+    with contextlib.suppress(OSError):
         file.close()
-    except OSError:
-        os.close(file.fileno())

@@ -1,10 +1,11 @@
-"""Matrix product with a master weight that is wider than the activations."""
+"""Matrix products with a master weight that is wider than the activations."""
 
+import torch
 import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron.ops.linear import float32_gradient
+from nemotron.ops.linear import float32_gradient, split
 from nemotron.ops.registry import Backend, Operation
 
 
@@ -24,7 +25,27 @@ def reference(
     return F.linear(x, weight.to(x.dtype))
 
 
+class WideLinearOp(Operation):
+    """Return x weightᵀ in float32, or in float64 where the weight is; neither is rounded."""
+
+    def __call__(
+        self, x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]
+    ) -> Float[Tensor, "M N"]:
+        return self.select(x, float64=weight.dtype == torch.float64)(x, weight)
+
+
+def wide_reference(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "M N"]:
+    """The product in float32 or wider, as torch takes and differentiates it."""
+    dtype = torch.promote_types(weight.dtype, torch.float32)
+    return F.linear(x.to(dtype), weight.to(dtype))
+
+
 linear = LinearOp(
     "linear",
     [float32_gradient.backend, Backend("reference", reference, features=frozenset({"same_dtype"}))],
+)
+
+wide_linear = WideLinearOp(
+    "wide_linear",
+    [split.backend, Backend("reference", wide_reference, features=frozenset({"float64"}))],
 )

@@ -131,11 +131,11 @@ Chunk = tuple[Rows, Int[Tensor, " rows"], Float[Tensor, " rows"] | None]
 
 def _chunks(labels: Tensor, weights: Tensor | None, size: int) -> Iterator[Chunk]:
     # to find the rows that have a label, the host would have to wait for a GPU
-    find = labelled_rows if labels.device.type == "cpu" else all_rows
+    find = labeled_rows if labels.device.type == "cpu" else all_rows
     return find(labels, weights, size)
 
 
-def labelled_rows(
+def labeled_rows(
     labels: Int[Tensor, " M"], weights: Float[Tensor, " M"] | None, size: int
 ) -> Iterator[Chunk]:
     """Yield the rows that have a label, `size` at a time."""

@@ -1,4 +1,4 @@
-"""Normalisation by Triton kernels; backward is one pass and keeps one number a row."""
+"""Normalization by Triton kernels; backward is one pass and keeps one number a row."""
 
 import functools
 from typing import Any

@@ -28,7 +28,7 @@ LARGEST_EXPONENT = tl.constexpr(32.0)
 SHORTEST_STEP = tl.constexpr(2.0**-60)
 """Stands for 0, whose logarithm is taken and by which is divided; float32 sums do not see it."""
 
-# lengths that vary from call to call; a value of 1 or a multiple of 16 is no reason to compile anew
+# lengths that vary from call to call; 1 and multiples of 16 need no compilation of their own
 _LENGTHS = ("T", "num_chunks", "segment_chunks", "num_segments")
 
 

@@ -108,7 +108,7 @@ def read(path: Path, architecture: str) -> Base:
     except FileNotFoundError:
         return Base(architecture=architecture)
     except (OSError, UnicodeDecodeError) as problem:
-        raise UserError(f"{path}: cannot be read ({problem}); delete it.") from None
+        raise UserError(f"cannot be read ({problem}); delete it.", where=str(path)) from None
     try:
         found = Base.model_validate_json(text)
     except ValidationError as problem:
@@ -118,9 +118,8 @@ def read(path: Path, architecture: str) -> Base:
             f"{path}: {where}: {first['msg']}; delete the file, or tune again."
         ) from None
     if found.architecture != architecture:
-        raise UserError(
-            f"{path}: architecture = {found.architecture} is not {architecture}; delete the file."
-        )
+        rule, value = f"is not {architecture}; delete the file.", found.architecture
+        raise UserError(rule, key="architecture", value=value, where=str(path))
     return found
 
 

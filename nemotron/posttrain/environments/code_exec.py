@@ -54,7 +54,8 @@ class CodeExec(WithoutTools):
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, ("sandbox", *first["loc"])))
-            raise UserError(f"environments: code_exec: {place}: {first['msg']}.") from None
+            rule = first["msg"].replace("Input should", "must")
+            raise UserError(f"{rule}.", key=place, where="environments: code_exec") from None
 
     def describe(self) -> str:
         """Return one line that says what isolates the programs."""

@@ -64,8 +64,10 @@ class ReasoningGym(WithoutTools):
         for name in self._datasets:
             if name not in factory.DATASETS:
                 raise UserError(
-                    f"environments: reasoning_gym: datasets contains {name!r}, which is unknown; "
-                    f"known are {', '.join(sorted(factory.DATASETS))}."
+                    f"contains {name!r}, which is unknown; known are "
+                    f"{', '.join(sorted(factory.DATASETS))}.",
+                    key="datasets",
+                    where="environments: reasoning_gym",
                 )
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:

@@ -46,4 +46,4 @@ def find_environment(name: str, options: Mapping[str, Any] | None = None) -> Env
         return ENVIRONMENTS[name](**(options or {}))
     near = difflib.get_close_matches(name, list(ENVIRONMENTS), 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ENVIRONMENTS)}."
-    raise UserError(f"environments: name = {name!r} is unknown; {hint}")
+    raise UserError(f"is unknown; {hint}", key="name", value=name, where="environments")

@@ -41,10 +41,8 @@ class HttpEnv:
         self._timeout_s = timeout_s
         self._data = data
         if self._url.scheme not in ("http", "https") or not self._url.hostname:
-            raise UserError(
-                f"environments: {name}: url = {url!r} is not an address; "
-                "give one such as http://127.0.0.1:8000"
-            )
+            rule = "is not an address; give one such as http://127.0.0.1:8000."
+            raise UserError(rule, key="url", value=url, where=f"environments: {name}")
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
         """Yield rows of `data` in an order that depends on `seed`, again from the start if needed.
@@ -150,19 +148,18 @@ class HttpEnv:
         return _Answer(answer.status, content, _cookies(answer.headers.get_all("Set-Cookie", [])))
 
     def _load(self) -> list[Row]:
+        where = f"environments: {self.name}"
         if self._data is None:
-            raise UserError(
-                f"environments: {self.name}: data is absent; give the path of a JSONL file of rows"
-            )
+            rule = "is absent; give the path of a JSONL file of rows."
+            raise UserError(rule, key="data", where=where)
         try:
             lines = Path(self._data).read_text(encoding="utf-8").splitlines()
             rows = [json.loads(line) for line in lines if line.strip()]
         except (OSError, ValueError) as error:
-            raise UserError(
-                f"environments: {self.name}: data = {self._data} cannot be read: {error}."
-            ) from None
+            rule = f"cannot be read: {error}."
+            raise UserError(rule, key="data", value=Path(self._data), where=where) from None
         if not rows or not all(isinstance(row, dict) for row in rows):
-            raise UserError(f"environments: {self.name}: data = {self._data} has no rows.")
+            raise UserError("has no rows.", key="data", value=self._data, where=where)
         return [{**row, "agent_ref": {**_reference(row), "name": self.name}} for row in rows]
 
 

@@ -59,7 +59,8 @@ class Sandbox:
         if self.config.kind == "bwrap":
             found = find_isolation()
             if isinstance(found, str):
-                raise UserError(f"sandbox: kind = bwrap does not work here: {found}.")
+                rule = f"does not work here: {found}."
+                raise UserError(rule, key="kind", value="bwrap", where="sandbox")
             self._isolation = found
         self._binding = find_binding()
 
@@ -93,7 +94,7 @@ class Sandbox:
         lines = output.split("\n")[:MOST_LINES]
         if not lines or _read(lines[0]) != {"is_ready": True}:
             raise SandboxFailed(f"the sandbox did not start: {errors.strip()[-500:]}")
-        # a program may end the launcher or write in its place; such lines are no outcomes
+        # a program may end the launcher or write in its place; such lines are not outcomes
         outcomes = [_outcome(_read(line)) for line in lines[1 : len(runs) + 1]]
         return outcomes + [None] * (len(runs) - len(outcomes))
 

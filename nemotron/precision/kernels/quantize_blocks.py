@@ -154,7 +154,7 @@ def _factor(bits, folded, decode):
 
 @triton.jit
 def _half_power(magnitude):
-    """Return the distance of neighbours in E2M1: half a magnitude's power of two, at least 0.5."""
+    """Return the distance of neighbors in E2M1: half a magnitude's power of two, at least 0.5."""
     power = (magnitude.to(tl.int32, bitcast=True) & 0x7F800000).to(tl.float32, bitcast=True)
     return tl.maximum(power, 1.0) * 0.5
 

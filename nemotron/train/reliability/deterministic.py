@@ -27,8 +27,9 @@ def deterministic(device: torch.device, *, on: bool) -> Iterator[None]:
         return
     if device.type == "cuda" and os.environ.get(WORKSPACE) not in SIZES:
         raise UserError(
-            f"reliability.deterministic = true needs {WORKSPACE}={SIZES[0]} in the environment; "
-            "set it before the start."
+            f"needs {WORKSPACE}={SIZES[0]} in the environment; set it before the start.",
+            key="reliability.deterministic",
+            value=True,
         )
     with ExitStack() as stack:
         was_on = torch.are_deterministic_algorithms_enabled()

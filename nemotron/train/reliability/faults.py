@@ -94,5 +94,6 @@ def _tensor(fault: FaultConfig, local: LocalModel) -> Tensor:
     tensors: dict[str, Tensor] = {**local.parameters(), **local.buffers()}
     name = fault.tensor or next(iter(tensors))
     if name not in tensors:
-        raise UserError(f"reliability.faults: tensor = {name} is not held by rank {fault.rank}.")
+        rule = f"is not held by rank {fault.rank}."
+        raise UserError(rule, key="tensor", value=name, where="reliability.faults")
     return tensors[name]

@@ -110,8 +110,9 @@ def _find(local: LocalModel, optimizer: Optimizer) -> list[Replicas]:
         tensors: dict[str, Tensor | None] = {}
         for name in names:
             tensors[name] = local_of(local.parameters()[name])
-            for key in ("exp_avg", "exp_avg_sq"):
-                tensors[f"{key} of {name}"] = moments[key][name]
+            for key, named in moments.items():
+                if key != "step" and name in named:
+                    tensors[f"{key} of {name}"] = named[name]
         return tensors
 
     sets = []

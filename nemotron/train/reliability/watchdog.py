@@ -6,8 +6,10 @@ each rank's thread answers where it stands, writes down what its process does, a
 sounds the alarm is seldom the one at fault, so the sentence is made of all answers.
 """
 
+import contextlib
 import faulthandler
 import json
+import os
 import threading
 import time
 from dataclasses import asdict, dataclass
@@ -18,14 +20,16 @@ from typing import Any, Self
 import torch
 import torch.distributed as dist
 
-from nemotron.errors import UserError
+from nemotron.errors import RunFailed, UserError
 from nemotron.exit_codes import FAILED
-from nemotron.files import write_text
+from nemotron.files import open_regular, write_text
 from nemotron.parallel.config import ParallelConfig
-from nemotron.parallel.runtime import Ranks, leave_alone
+from nemotron.parallel.runtime import Ranks, leave_alone, name_ranks
+from nemotron.run.appended import AppendedFile
 from nemotron.run.folder import RunFolder
 from nemotron.terminal import one_line, say
 from nemotron.train.reliability.progress import PHASES, StepProgress
+from nemotron.train.reliability.store import PatientStore, StoreSilent
 
 POLL_S = 0.5
 """Seconds between two looks."""
@@ -35,8 +39,10 @@ MARGIN_S = 30.0
 """Seconds by which a collective waits longer than the watchdog: that one says more."""
 ASKING = 8
 """Ranks that ask all others after an alarm; the rest only answer."""
-STORE_S = 1.0
-"""Seconds that the store may take for an answer."""
+STORE_S = 2.0
+"""Seconds that the store may take for an answer after an alarm."""
+JOIN_S = 5.0
+"""Seconds in which the thread ends when training has ended."""
 
 ALARM = "watchdog/alarm"
 
@@ -76,9 +82,10 @@ class Watchdog:
             longest = max(config.start_timeout_s, config.timeout_s) + MARGIN_S
             self._ranks.shorten_timeout(longest)
             # a connection of its own: the main thread may block the other one
-            store: Any = dist.distributed_c10d._get_default_store()  # its stub lacks `clone`
-            self._store: dist.Store = store.clone()
-            self._store.set_timeout(timedelta(seconds=STORE_S))
+            default: Any = dist.distributed_c10d._get_default_store()  # its stub lacks `clone`
+            store: dist.Store = default.clone()
+            store.set_timeout(timedelta(seconds=STORE_S))
+            self._store = PatientStore(store, config.timeout_s)
             self._post()
             self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
             self._thread.start()
@@ -93,19 +100,21 @@ class Watchdog:
         if self._thread is None:
             return
         self._stopped.set()
-        self._thread.join()
+        self._thread.join(JOIN_S)  # it may wait for the store, and then has nothing more to do
         # mistakes that are found at the start are every rank's, and each says them itself
         if error is not None and not isinstance(error, UserError):
-            self._conclude(" ".join(f"{kind and kind.__name__}: {error}".split())[:500])
+            known = isinstance(error, RunFailed)
+            text = f"{error}" if known else f"{kind and kind.__name__}: {error}"
+            self._conclude(" ".join(text.split())[:500])
 
     def _watch(self) -> None:
         while not self._stopped.wait(POLL_S):
             try:
                 self._post()
-                is_over = self._is_late() or self._store.check([ALARM])
-            except RuntimeError:  # of the store, whose errors are all of this type
+                is_over = self._is_late() or self._store.has(ALARM)
+            except (StoreSilent, RuntimeError):  # the store's own errors are all of this type
                 is_over = True
-            if is_over:
+            if is_over and not self._stopped.is_set():
                 self._conclude()
                 leave_alone(FAILED)
 
@@ -127,32 +136,31 @@ class Watchdog:
         One rank says it to the screen: the first of those that ask and have no `error` themselves.
         """
         rank = self._ranks.rank
-        self._dump()
+        with contextlib.suppress(OSError):  # nothing may keep the job from ending
+            self._dump()
+        own = self._own_answer(error)
         try:
-            own = self._answer(error)
-            self._store.set(ALARM, "")
-            answers = self._collect() | {rank: own}
-            lost = {r: self._last_seen(r) for r in self._asked() if r not in answers}
+            with self._store.patience(STORE_S):
+                self._store.set(_answer_of(rank), json.dumps(asdict(own)))
+                self._store.set(ALARM, "")
+                answers = self._collect() | {rank: own}
+                lost = {r: self._last_seen(r) for r in self._asked() if r not in answers}
             sentence = verdict(answers, lost) if rank < ASKING else "the first rank's log says why"
             speaker = min(answers, key=lambda r: (answers[r].error is not None, r))
-        except RuntimeError:
-            sentence = "the store of the ranks is gone: the first rank, or its launcher, has ended"
-            speaker = rank
+        except (StoreSilent, RuntimeError) as problem:
+            sentence, speaker = without_store(own, is_silent=isinstance(problem, StoreSilent)), rank
         text = f"{sentence}; the job ends. See {self._folder.ranks}/rank-*/stacks.txt"
-        with open(self._folder.log_of(rank), "a", encoding="utf-8") as log:
-            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {one_line(text)}\n")
+        self._log(one_line(text))
         if rank == speaker and rank < ASKING:
             say(f"nemotron: {text}")
             self._folder.write_status("failed", max(0, self._progress.current.step), FAILED)
         if self._ranks.is_first:
             time.sleep(POLL_S)  # the store may end with this process
 
-    def _answer(self, error: str | None) -> Answer:
+    def _own_answer(self, error: str | None) -> Answer:
         current = self._progress.current
         seconds = time.monotonic() - current.since
-        own = Answer(current.step, current.phase, seconds, pending_collective(_flight()), error)
-        self._store.set(_answer_of(self._ranks.rank), json.dumps(asdict(own)))
-        return own
+        return Answer(current.step, current.phase, seconds, pending_collective(_flight()), error)
 
     def _asked(self) -> range:
         """Return the ranks that this one waits for; else a thousand would ask each other."""
@@ -166,22 +174,30 @@ class Watchdog:
         while time.monotonic() < deadline and missing:
             for rank in list(missing):
                 key = _answer_of(rank)
-                if self._store.check([key]):
+                if self._store.has(key):
                     answers[rank] = Answer(**json.loads(self._store.get(key)))
                     missing.remove(rank)
             time.sleep(0.1)
         return answers
 
     def _last_seen(self, rank: int) -> str:
-        if not self._store.check([_beat(rank)]):
+        if not self._store.has(_beat(rank)):
             return "never seen"
         step, phase = json.loads(self._store.get(_beat(rank)))
         return f"last seen in {_place(step, phase)}"
 
+    def _log(self, text: str) -> None:
+        with contextlib.suppress(OSError, UserError):
+            log = AppendedFile(self._folder.log_of(self._ranks.rank))
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')}  {text}\n".encode())
+            log.close()
+
     def _dump(self) -> None:
         folder = self._folder.ranks / f"rank-{self._ranks.rank}"
-        folder.mkdir(parents=True, exist_ok=True)
-        with open(folder / "stacks.txt", "w") as file:
+        folder.parent.mkdir(exist_ok=True)  # not the run's folder, which may have been removed
+        folder.mkdir(exist_ok=True)
+        stacks = folder / "stacks.txt"
+        with open(open_regular(stacks, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as file:
             faulthandler.dump_traceback(file, all_threads=True)
         write_text(folder / "flight.json", json.dumps(_flight(), indent=1))
 
@@ -199,7 +215,7 @@ def verdict(answers: dict[int, Answer], lost: dict[int, str]) -> str:
     waiting = {rank: a for rank, a in answers.items() if rank not in behind}
     where = next(iter(behind.values()))
     verb = "does not answer" if lost else "is behind"
-    text = f"{_ranks(list(behind))} {verb if len(behind) == 1 else _plural(verb)}, {where}"
+    text = f"{name_ranks(list(behind))} {verb if len(behind) == 1 else _plural(verb)}, {where}"
     if not waiting:
         waiting = answers
         text = f"no rank moves, {_seconds(next(iter(answers.values())))}"
@@ -207,9 +223,23 @@ def verdict(answers: dict[int, Answer], lost: dict[int, str]) -> str:
     if collectives:
         name, answer = next(iter(collectives.items()))
         those = [rank for rank, a in waiting.items() if a.collective == name]
-        text += f"; {_ranks(those)} wait{'s' * (len(those) == 1)} in {name} "
+        text += f"; {name_ranks(those)} wait{'s' * (len(those) == 1)} in {name} "
         text += f"({_place(answer.step, answer.phase)})"
     return text
+
+
+def without_store(own: Answer, *, is_silent: bool) -> str:
+    """Say why a rank ends that can ask no other one, and where it stands."""
+    hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    host = "the launcher of the first machine" if hosted else "rank 0"
+    address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+    what = (
+        f"{host}, which holds the store of the ranks at {address}, does not answer"
+        if is_silent
+        else f"the store of the ranks at {address} is gone: {host} has ended"
+    )
+    where = f"in {own.collective} ({_place(own.step, own.phase)})" if own.collective else ""
+    return f"{what}; this rank waits {where or _seconds(own)}"
 
 
 def _behind(answers: dict[int, Answer]) -> list[int]:
@@ -250,11 +280,6 @@ def _place(step: int, phase: str) -> str:
 
 def _seconds(answer: Answer) -> str:
     return f"in {_place(answer.step, answer.phase)} for {answer.seconds:.0f} s"
-
-
-def _ranks(ranks: list[int]) -> str:
-    shown = ", ".join(map(str, ranks[:8])) + (", …" if len(ranks) > 8 else "")
-    return f"rank {shown}" if len(ranks) == 1 else f"ranks {shown}"
 
 
 def _plural(verb: str) -> str:

@@ -158,7 +158,7 @@ def test_the_two_objectives_have_the_published_values(
     ],
 )
 def test_rows_that_would_cut_conversations_are_refused(folder: Path, packing: dict):
-    with pytest.raises(UserError, match="chats holds conversations, which rows must not cut"):
+    with pytest.raises(UserError, match="must not cut the conversations of chats"):
         make_data(folder, packing=packing)
 
 

@@ -340,6 +340,7 @@ TEXT = st.text(alphabet=st.characters(codec="utf-8") | st.sampled_from("\n Ã©ðŸ™
 )
 
 
+@pytest.mark.slow
 @given(TEXT, TEXT, TEXT, TEXT, TEXT)
 def test_no_text_moves_a_span(system: str, user: str, reasoning: str, answer: str, value: str):
     messages = [

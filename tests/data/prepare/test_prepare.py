@@ -88,6 +88,7 @@ def test_every_document_is_there_once_in_order_and_some_are_held_out(world: Path
     assert len(read_manifest(world / "whole").train) > 10
 
 
+@pytest.mark.slow
 def test_the_number_of_processes_changes_no_byte(world: Path):
     subprocess.run(
         command(world / "program.py", "in", "--out", "three", "--workers", "3"),
@@ -177,6 +178,7 @@ def test_a_preparation_begun_with_other_options_is_not_mixed_with_this_one(
     assert "mixed.partial was started with other input or options" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_full_disk_ends_with_a_sentence_and_what_was_finished_stays(world: Path):
     limited = PREPARE.replace(
         "    inputs", "    import resource\n    resource.setrlimit(resource.RLIMIT_FSIZE, "
@@ -240,7 +242,7 @@ def test_an_interrupt_ends_every_process_without_a_traceback(world: Path, seen: 
         (["empty.jsonl"], "there is no document to train on"),
         (["blank.txt"], "there is no document to train on (rows 1, empty 1)"),
         (["in", "--column", "body"], "has no column body (its columns: text, number)"),
-        (["in", "--tokenizer", "none.json"], "--tokenizer: "),
+        (["in", "--tokenizer", "none.json"], "--tokenizer = "),
         (["in", "--eod-token", "<end>"], "has no token '<end>'"),
         (["in", "--filter", "number"], "--filter 'number' is not a comparison"),
         (["in/a.jsonl", "--filter", "number < 0"], "there is no document to train on"),
@@ -252,7 +254,6 @@ def test_a_mistake_leaves_nothing_behind(
     world: Path, monkeypatch, capsys, arguments: list[str], sentence: str
 ):
     monkeypatch.chdir(world)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     Path("empty.jsonl").touch()
     Path("blank.txt").touch()
     before = sorted(os.listdir(world))
@@ -285,7 +286,6 @@ def test_an_unreadable_row_group_ends_with_a_sentence(world: Path, monkeypatch, 
 def test_a_data_set_gives_what_its_files_give(world: Path, monkeypatch, streaming: list[str]):
     # a folder in the place of a name on the hub: the library reads both alike
     monkeypatch.chdir(world)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(world / "hf"))
     rows = [{"text": text, "number": i} for i, text in enumerate(load_documents("docs")[:200])]
     Path("set").mkdir(exist_ok=True)
@@ -391,7 +391,7 @@ def test_one_bad_row_never_ends_a_preparation(tmp_path: Path, monkeypatch, capsy
     assert texts_of(Path("out"), "train") == ["first", "second", "third", "fourth"]
     bad = read_manifest(Path("out")).bad_rows
     assert bad == (
-        "a.jsonl:2 has a text with a lone surrogate, which is no character",
+        "a.jsonl:2 has a text with a lone surrogate, which is not a character",
         "a.jsonl:4 is not valid JSON (nested too deep)",
         "a.jsonl:5 is not valid JSON (a number is too long)",
         "a.jsonl:6 has no column text (its columns: \\ud800\\x1b[31m)",
@@ -455,7 +455,7 @@ def test_deep_and_broken_conversations_are_bad_rows(tmp_path: Path, monkeypatch)
     assert read_manifest(Path("chats")).bad_rows == (
         "chats.jsonl:1 is nested too deep",
         "chats.jsonl:2 is nested too deep",
-        "chats.jsonl:3 has a text with a lone surrogate, which is no character",
+        "chats.jsonl:3 has a text with a lone surrogate, which is not a character",
     )
 
 
@@ -475,7 +475,7 @@ def test_what_a_message_says_about_learning_is_followed(tmp_path: Path, monkeypa
     assert "messages[1].weight is 0.5; give 0 (not learned) or 1" in bad
 
 
-def test_other_forms_of_conversations_are_recognised_or_refused_by_name(
+def test_other_forms_of_conversations_are_recognized_or_refused_by_name(
     tmp_path: Path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)

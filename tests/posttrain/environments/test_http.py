@@ -265,7 +265,7 @@ def test_rows_of_a_file_come_in_an_order_of_the_seed(tmp_path: Path):
 
 
 def test_wrong_settings_are_named(tmp_path: Path):
-    with pytest.raises(UserError, match="url = 'localhost:80' is not an address"):
+    with pytest.raises(UserError, match="url = localhost:80 is not an address"):
         HttpEnv("theirs", "localhost:80")
     with pytest.raises(UserError, match="data is absent"):
         next(HttpEnv("theirs", "http://x").rows(1, 0, 0))

@@ -101,6 +101,7 @@ def test_a_fraction_is_the_share_of_what_was_found():
     assert judge(LongContext(), row(TWO, "fraction"), "stone") == 0.5
 
 
+@pytest.mark.slow
 def test_rows_are_good():
     assert_good_rows(LongContext())
 

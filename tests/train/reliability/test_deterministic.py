@@ -41,6 +41,7 @@ def test_on_a_gpu_it_says_what_cublas_needs(monkeypatch):
     assert settings() == before
 
 
+@pytest.mark.slow
 def test_two_deterministic_runs_have_the_same_bits(recipe):
     runs = []
     for name in ("first", "second"):

@@ -1,0 +1,84 @@
+"""Two hosts whose link is cut or slowed: every rank ends with a sentence, and the rest resumes."""
+
+import json
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+
+from nemotron.checkpoint.find import SAVING
+from tests.support.hosts import Host, two_hosts
+from tests.support.job import TIMEOUT_S, Job
+from tests.support.same_run import assert_same_run
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+
+PARALLEL = {"timeout_s": TIMEOUT_S, "start_timeout_s": 20.0}
+"""The second limit is that of a save, too."""
+BOUND_S = 20.0 + 3 * TIMEOUT_S + 15.0
+"""The longest of them, that of the store, and of the answers to an alarm; the rest is load."""
+
+
+@pytest.fixture
+def hosts() -> Iterator[tuple[Host, Host]]:
+    with two_hosts() as hosts:
+        yield hosts
+
+
+def wait_for_save(job: Job) -> None:
+    """Wait until a checkpoint is being written."""
+    folder = job.run / "checkpoints"
+    while not [*folder.glob(f"{SAVING}*")]:
+        assert all(process.poll() is None for process in job.processes), job.text()
+        time.sleep(0.0005)
+
+
+@pytest.mark.parametrize("moment", ["step", "save"])
+def test_a_link_that_is_cut_ends_both_hosts_and_the_one_that_is_left_resumes(on_two, hosts, moment):
+    config = on_two("cut", steps=400, checkpoint={"every_steps": 3, "keep": 2}, parallel=PARALLEL)
+    job = Job(config, hosts=hosts)
+    job.wait_for_step(4)
+    if moment == "save":
+        wait_for_save(job)
+    start = time.monotonic()
+    hosts[1].unplug()
+    assert job.wait(BOUND_S) == [1, 1], job.text()
+    assert time.monotonic() - start < BOUND_S
+    said = [" ".join(process.text.split()) for process in job.processes]
+    assert "nemotron: rank 1 does not answer, last seen in step" in said[0]
+    assert f"rank 0, which holds the store of the ranks at {hosts[0].address}:" in said[1]
+    assert json.loads((job.run / "status.json").read_text())["state"] == "failed"
+    left = Job(config, "--resume", "--stop-at", "20", world=1, hosts=hosts[:1])
+    assert left.wait() == [75], left.text()
+    assert "resumed at step " in left.text()
+
+
+def test_a_host_that_is_lost_in_a_save_ends_the_other_and_costs_no_checkpoint(on_two, hosts):
+    config = on_two("lost", steps=400, checkpoint={"every_steps": 3, "keep": 2}, parallel=PARALLEL)
+    job = Job(config, hosts=hosts)
+    job.wait_for_step(4)
+    wait_for_save(job)
+    hosts[1].unplug()  # a host without power says no farewell
+    job.processes[1].send_signal(signal.SIGKILL)
+    assert job.processes[0].wait(BOUND_S) == 1
+    assert "nemotron: rank 1 does not answer, last seen in step" in job.processes[0].text
+    left = Job(config, "--resume", "--stop-at", "20", world=1, hosts=hosts[:1])
+    assert left.wait() == [75], left.text()
+    assert "resumed at step " in left.text()
+
+
+def test_a_slow_link_costs_time_and_no_bit_and_a_far_too_slow_one_ends_the_job(on_two, hosts):
+    whole = Job(on_two("whole"))
+    assert whole.wait() == [0, 0], whole.text()
+    hosts[0].slow_down("40mbit")
+    slow = Job(on_two("slow"), hosts=hosts)
+    assert slow.wait() == [0, 0], slow.text()
+    assert_same_run(slow.run, whole.run)
+    hosts[0].speed_up()
+    crawling = Job(on_two("crawling", steps=400, parallel=PARALLEL), hosts=hosts)
+    crawling.wait_for_step(2)
+    hosts[0].slow_down("40kbit")
+    assert crawling.wait(2 * BOUND_S) == [1, 1], crawling.text()
+    assert "nemotron: " in crawling.processes[0].text
+    assert "nemotron: " in crawling.processes[1].text or "wait" in crawling.processes[0].text
