@@ -95,7 +95,7 @@ def test_the_server_streams_what_generate_prints_and_ends_when_asked(
     assert "river" in streamed
 
     # a stream that would go on for minutes ends with a sentence after the grace
-    endless = {**body, "max_tokens": 100_000, "logit_bias": {"3": -100}}
+    endless = {**body, "max_tokens": 100_000, "logit_bias": {str(k): -100 for k in range(20)}}
     with client.stream("POST", "/v1/completions", json=endless) as response:
         parts = response.iter_text()
         next(parts)
@@ -107,7 +107,18 @@ def test_the_server_streams_what_generate_prints_and_ends_when_asked(
 
 
 def test_a_conversation_in_the_terminal(trained: Path):
-    words = ["chat", str(trained), "--max-new-tokens", "9", "--think-budget", "2", "--seed", "1"]
+    words = [
+        "chat",
+        str(trained),
+        "--max-new-tokens",
+        "9",
+        "--think-budget",
+        "2",
+        "--seed",
+        "1",
+        "--temperature",
+        "3",
+    ]
     done = subprocess.run(
         [sys.executable, "-m", "nemotron", *words],
         input="Text 1\n/new\nText 1\nText 1\n<|im_end|>\n/quit\nText 1\n",
