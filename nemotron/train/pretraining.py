@@ -27,7 +27,7 @@ class Pretraining:
         """
         return plan_training(config)
 
-    def rehearse(self, config: PretrainConfig, plan: TrainingPlan) -> list[str]:
+    def rehearse(self, config: TextConfig, plan: TrainingPlan) -> list[str]:
         """Open the text without writing into the cache; returns lines about it.
 
         Raises:
