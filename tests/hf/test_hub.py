@@ -33,7 +33,7 @@ def nemotron(hub: StandInHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         process = forked.command(
             *arguments,
             output=tmp_path / "output.txt",
-            environment=os.environ | {"HF_ENDPOINT": endpoint} | environment,
+            environment=os.environ | {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"} | environment,
         )
         code, text = process.wait(), process.text
         process.output.unlink()
