@@ -413,7 +413,7 @@ FOLDER_ROWS = [
         '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'), IMPORT, ("llama",)),
     Row("no configuration", remove("exported/config.json"), IMPORT, ("config.json",)),
     Row("34 name of the hub", nothing, ["import", "nvidia/model", "--out", "imported"],
-        ("nvidia/model/config.json", "does not exist")),
+        ("nvidia/model does not exist", "of a model on the Hub")),
     Row("62 import onto a file", write("imported", ""), IMPORT, ("imported", "file")),
     Row("62 import below a file", write("imported", ""), [*IMPORT[:-1], "imported/run"],
         ("imported/run", "File exists")),

@@ -49,7 +49,8 @@ def test_a_killed_rank_is_requeued_and_goes_on_from_a_checkpoint(cluster: Cluste
     [trainer] = Path(f"/proc/{wrapper}/task/{wrapper}/children").read_text().split()
     os.kill(int(trainer), signal.SIGKILL)
     assert job.wait() == 1, job.text
-    assert state(run) == "running"
+    # the first rank notices that it lost the other, unless it is ended before
+    assert state(run) in ("failed", "running")
     assert cluster.requeues == 1
     again = start(cluster, restart=1)
     assert again.wait() == 0, again.text

@@ -50,10 +50,13 @@ def test_it_says_what_would_happen_with_memory_and_time(world: Path, capfd):
     ("words", "sentence"),
     [
         (["data.sources=[nowhere]"], "nowhere.bin does not exist"),
-        (["data.tokenizer=none.json"], "data.tokenizer: "),
+        (
+            ["data.tokenizer=none.json"],
+            "none.json does not exist; give the path of a tokenizer.json",
+        ),
         (["data.eod_token=<end>"], "the tokenizer has no token '<end>'"),
         (["data.max_epochs=0.001"], "passes, where max_epochs = 0.001"),
-        (["init_from=runs/none"], "does not exist; give a run, checkpoint or export"),
+        (["init_from=runs/none"], "give a run, checkpoint or export"),
         (["init_from=runs/smoke", "model.moe_latent_size=16"], "do not fit the recipe"),
     ],
 )
