@@ -137,8 +137,10 @@ def open_parquet(path: str) -> Any:  # Any: pyarrow has no types
     import pyarrow.parquet
 
     try:
-        return pyarrow.parquet.ParquetFile(path, memory_map=True)
-    except (OSError, pyarrow.ArrowException) as error:
+        file = pyarrow.parquet.ParquetFile(path, memory_map=True)
+        _ = file.schema_arrow.names, file.schema.names  # decoded only now
+        return file
+    except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise UserError(
             f"{path} is not a readable parquet file: {' '.join(str(error).split())[:200]}"
         ) from None

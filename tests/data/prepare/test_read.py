@@ -13,7 +13,7 @@ import pytest
 import zstandard
 
 from nemotron.data.prepare import inputs, read
-from nemotron.data.prepare.inputs import Piece, kind_of, plan
+from nemotron.data.prepare.inputs import Piece, kind_of, open_parquet, plan
 from nemotron.data.prepare.options import PrepareOptions, parse_filter
 from nemotron.data.prepare.read import Bad, read_rows, read_text
 from nemotron.errors import UserError
@@ -212,3 +212,12 @@ def test_filters_compare_a_column(text: str, row: dict, passes: bool):
 def test_what_is_no_filter_is_refused(text: str):
     with pytest.raises(UserError, match="--filter"):
         parse_filter(text)
+
+
+def test_a_column_whose_name_is_not_text_is_one_sentence(tmp_path: Path):
+    path = tmp_path / "d.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"], "lang": ["b"]}), path)
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"lang", b"\xff\xfeng"))
+    with pytest.raises(UserError, match="is not a readable parquet file"):
+        open_parquet(str(path))
