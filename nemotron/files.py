@@ -55,7 +55,7 @@ def open_regular(path: Path, flags: int) -> int:
     """Open a file of our own, which is neither a link nor a pipe nor a device, or create it.
 
     Raises:
-        OSError: with ELOOP when it is a link, with ENODEV when it is no file.
+        OSError: with ELOOP when it is a link, with ENODEV when it is not a regular file.
     """
     # a pipe that nobody reads would block the call
     flags |= os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC

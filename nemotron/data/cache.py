@@ -38,6 +38,8 @@ def new_entry(folder: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)  # of a full disk it would take the room
         raise
+    if folder.is_symlink():  # a rehearsal sees entries of another cache by links
+        folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     sync_folder(folder.parent)

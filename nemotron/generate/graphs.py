@@ -159,7 +159,8 @@ class _Step:
         except RuntimeError as error:
             if "synchronizing" not in str(error):
                 raise
-            log.warning("steps of %d rows are not captured as CUDA graphs: %s", *self._why(error))
+            reason = str(error).splitlines()[0]
+            log.warning("steps run without CUDA graphs, which cannot wait: %s", reason)
         else:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
@@ -167,9 +168,6 @@ class _Step:
             self._graph = graph
         finally:
             self.rows.cache.restore(self.rows.chosen, kept)
-
-    def _why(self, error: RuntimeError) -> tuple[int, str]:
-        return self.rows.size.rows, str(error).splitlines()[0]
 
 
 @contextmanager

@@ -45,7 +45,7 @@ class FolderLock:
         """Hold the folder, which exists.
 
         Raises:
-            UserError: when another process was faster, or the lock is no file of ours.
+            UserError: when another process was faster, or the lock is not a regular file.
             OSError: when it cannot be written.
         """
         self._folder_descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)

@@ -146,7 +146,7 @@ class Chat(Completion):
         choice = self._choices[index]
         self.usage.generated += piece.token is not None
         self.usage.reasoning += piece.token is not None and splitter.is_reasoning
-        # a special token is no text, but these are marks of the format
+        # special tokens are not decoded as text, but these belong to the format
         mark = "" if piece.token is None else self._marks.get(piece.token, "")
         deltas = [splitter.push(piece.text + mark)]
         if piece.finish is not None:

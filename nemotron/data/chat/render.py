@@ -39,7 +39,7 @@ def render(
     a `template` of its own, of which only the text is sure to be right.
 
     Raises:
-        TemplateError: when a template of another model refuses the conversation, or is no template.
+        TemplateError: when a template of another model refuses the conversation, or is damaged.
     """
     text, spans = fill(
         load_template(template),

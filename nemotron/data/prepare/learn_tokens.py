@@ -33,7 +33,7 @@ def learn_tokenizer(
     """Train a tokenizer on the sources, write its `tokenizer.json`, and say how to use it.
 
     Raises:
-        UserError: when there is no text, the size is impossible, or the file is there already.
+        UserError: when the sources hold no text, the size is impossible, or the file exists.
     """
     least = len(SPECIALS) + len(specials) + NUM_BYTES
     if not least <= vocab_size <= MOST_TOKENS:
