@@ -27,7 +27,7 @@ MOST_BAD_ROWS = 100
 class TextSource:
     """A path that names text, and the folder of the cache in which its tokens are kept.
 
-    The folder's name follows from everything that decides its content: the files with their sizes and
+    The folder is named after everything that decides its content: the files with their sizes and
     times of change, the tokenizer and the options.
     """
 
