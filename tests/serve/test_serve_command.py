@@ -82,28 +82,44 @@ def test_the_server_streams_what_generate_prints_and_ends_when_asked(
     served: tuple[subprocess.Popen[str], str], trained: Path, capsys: pytest.CaptureFixture[str]
 ):
     process, url = served
-    client = httpx.Client(base_url=url, headers={"Authorization": "Bearer secret"}, timeout=60)
-    assert httpx.get(url + "/v1/models").status_code == 401
-    body = {"model": "mine", "prompt": PROMPT, "temperature": 0, "max_tokens": 24, "stream": True}
-    lines = client.post("/v1/completions", json=body).text.split("\n\n")
-    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
-    streamed = "".join(chunk["choices"][0]["text"] for chunk in chunks)
-    words = ["--prompt", PROMPT, "--max-new-tokens", "24", "--temperature", "0", "--device", "cpu"]
-    capsys.readouterr()
-    assert run(["generate", str(trained), *words]) == 0
-    assert capsys.readouterr().out == PROMPT + streamed + "\n"
-    assert "river" in streamed
+    headers = {"Authorization": "Bearer secret"}
+    with httpx.Client(base_url=url, headers=headers, timeout=60) as client:
+        assert httpx.get(url + "/v1/models").status_code == 401
+        body = {
+            "model": "mine",
+            "prompt": PROMPT,
+            "temperature": 0,
+            "max_tokens": 24,
+            "stream": True,
+        }
+        lines = client.post("/v1/completions", json=body).text.split("\n\n")
+        chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+        streamed = "".join(chunk["choices"][0]["text"] for chunk in chunks)
+        words = [
+            "--prompt",
+            PROMPT,
+            "--max-new-tokens",
+            "24",
+            "--temperature",
+            "0",
+            "--device",
+            "cpu",
+        ]
+        capsys.readouterr()
+        assert run(["generate", str(trained), *words]) == 0
+        assert capsys.readouterr().out == PROMPT + streamed + "\n"
+        assert "river" in streamed
 
-    # a stream that would go on for minutes ends with a sentence after the grace
-    endless = {**body, "max_tokens": 100_000, "logit_bias": {str(k): -100 for k in range(20)}}
-    with client.stream("POST", "/v1/completions", json=endless) as response:
-        parts = response.iter_text()
-        next(parts)
-        process.send_signal(signal.SIGTERM)
-        rest = "".join(parts)
-    assert "shutting down" in rest
-    assert rest.endswith("data: [DONE]\n\n")
-    assert process.wait(20) == 0
+        # a stream that would go on for minutes ends with a sentence after the grace
+        endless = {**body, "max_tokens": 100_000, "logit_bias": {str(k): -100 for k in range(20)}}
+        with client.stream("POST", "/v1/completions", json=endless) as response:
+            parts = response.iter_text()
+            next(parts)
+            process.send_signal(signal.SIGTERM)
+            rest = "".join(parts)
+        assert "shutting down" in rest
+        assert rest.endswith("data: [DONE]\n\n")
+        assert process.wait(20) == 0
 
 
 def test_a_conversation_in_the_terminal(trained: Path):

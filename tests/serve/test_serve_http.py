@@ -379,21 +379,25 @@ def test_a_plain_answer_ends_with_its_client(running: Running):
 
 def test_the_openai_client_understands_all(running: Running, dictated):
     openai = pytest.importorskip("openai")
-    client = openai.OpenAI(base_url=running.url + "/v1", api_key="none")
-    assert [model.id for model in client.models.list()] == ["tiny"]
-    text = client.completions.create(model="tiny", prompt="The first", max_tokens=5).choices[0].text
-    assert text
-    dictated(CALL)
-    asked = {"model": "tiny", "messages": HELLO, "tools": TOOLS}
-    message = client.chat.completions.create(**asked).choices[0].message
-    assert message.reasoning_content == "Which?"
-    assert json.loads(message.tool_calls[0].function.arguments)["city"] == ARGUMENTS["city"]
-    parts = list(client.chat.completions.create(**asked, stream=True))
-    assert "".join(part.choices[0].delta.content or "" for part in parts) == "I look."
-    with pytest.raises(openai.BadRequestError, match="must be at most 4"):
-        client.chat.completions.create(model="tiny", messages=HELLO, n=9)
-    with pytest.raises(openai.NotFoundError):
-        client.completions.create(model="other", prompt="a")
+    with openai.OpenAI(base_url=running.url + "/v1", api_key="none") as client:
+        assert [model.id for model in client.models.list()] == ["tiny"]
+        text = (
+            client.completions.create(model="tiny", prompt="The first", max_tokens=5)
+            .choices[0]
+            .text
+        )
+        assert text
+        dictated(CALL)
+        asked = {"model": "tiny", "messages": HELLO, "tools": TOOLS}
+        message = client.chat.completions.create(**asked).choices[0].message
+        assert message.reasoning_content == "Which?"
+        assert json.loads(message.tool_calls[0].function.arguments)["city"] == ARGUMENTS["city"]
+        parts = list(client.chat.completions.create(**asked, stream=True))
+        assert "".join(part.choices[0].delta.content or "" for part in parts) == "I look."
+        with pytest.raises(openai.BadRequestError, match="must be at most 4"):
+            client.chat.completions.create(model="tiny", messages=HELLO, n=9)
+        with pytest.raises(openai.NotFoundError):
+            client.completions.create(model="other", prompt="a")
 
 
 def test_curl_reads_a_stream(running: Running):
