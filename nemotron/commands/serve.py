@@ -75,6 +75,7 @@ def serve(
     from nemotron.model.cache import BLOCK_SIZE
     from nemotron.serve.command import Address
     from nemotron.serve.command import serve as run
+    from nemotron.serve.grammar import JsonForms
     from nemotron.serve.limits import Limits
     from nemotron.serve.translate import Translator
     from nemotron.serve.worker import Worker
@@ -96,7 +97,9 @@ def serve(
         prefixes=prefixes,
     )
     find_line_ends(tokenizer)  # takes a moment, which no request should wait for
-    translator = Translator(tokenizer, loaded.config.vocab_size, chat_format, limits)
+    ends = {loaded.config.eos_token_id} | (chat_format.stop_ids if chat_format else set())
+    forms = JsonForms(tokenizer, loaded.config.vocab_size, frozenset(ends))
+    translator = Translator(tokenizer, loaded.config.vocab_size, chat_format, limits, forms)
     own_name = name or model.resolve().name
     return run(Worker(engine), translator, own_name, address, grace_s=grace)
 
