@@ -74,7 +74,7 @@ class Server:
             except Ended as error:
                 response = JSONResponse(ApiError(503, str(error)).body(), 503)
             except ClientDisconnect:
-                self.metrics.canceled += 1
+                self.metrics.count_leave()
                 response = Response(status_code=CLIENT_GONE)
             self.metrics.requests[path, response.status_code] += 1
             return response
@@ -168,7 +168,9 @@ class Server:
         if asked.stream:
             # the first item says that the engine has taken the request
             await while_connected(request, anext(events))
-            return EventStream(_sent(events, answer, asked.wants_usage))
+            chunks = _sent(events, answer, asked.wants_usage)
+            stall_s = self.translator.limits.stall_s
+            return EventStream(chunks, self.metrics.count_leave, stall_s)
         await while_connected(request, _exhaust(events))
         return JSONResponse(answer.whole())
 

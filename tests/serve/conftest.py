@@ -59,6 +59,8 @@ def start(model: HybridLM, tokenizer: Tokenizer) -> Iterator[Start]:
         translator = Dictated(tokenizer, tokenizer.vocab_size, chat, limits, forms, [])
         app = Server("tiny", worker, translator, Access(key, is_local=True)).app()
         listener = socket.create_server(("127.0.0.1", 0))
+        # so that a client that does not read is soon waited for
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
