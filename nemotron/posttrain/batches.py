@@ -13,7 +13,7 @@ import torch
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.errors import UserError
 from nemotron.files import write_text
-from nemotron.parallel.apply import LocalModel
+from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.advantages import advantages
 from nemotron.posttrain.config import RlConfig

@@ -5,7 +5,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.data.batch import Batch
-from nemotron.parallel.apply import LocalModel
+from nemotron.parallel.local import LocalModel
 from nemotron.posttrain.config import RlConfig
 
 
