@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from nemotron.posttrain.rollout import Rollout, Sampler, rollout_lines
 from nemotron.posttrain.rows import Rows, pack_answers
 from nemotron.posttrain.scoring import score
 from nemotron.posttrain.tasks import Tasks
+from nemotron.run.files import RunFiles
 
 
 class RolloutBatches:
@@ -38,7 +38,7 @@ class RolloutBatches:
     ) -> None:
         self._config, self._tasks, self._sampler = config, tasks, sampler
         self._local, self._ranks = local, ranks
-        self._folder = Path(config.run_path) / "rollouts"
+        self._folder = RunFiles(config.run_path).rollouts
         self._number = -1
         """Number of the rollout batch at hand."""
         self._rollouts: list[Rollout] = []
