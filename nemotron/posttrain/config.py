@@ -112,6 +112,11 @@ class RolloutConfig(Section):
     """How a prompt is written: in the chat format, or as the text of its last message alone."""
     enable_thinking: bool = True
     """Whether the chat format asks for reasoning."""
+    reasoning_budget: int | None = Field(None, ge=0)
+    """Tokens after which reasoning is closed at the next end of a line; the closing tag is then not
+    an action of the policy, and has no loss. Absent: only `max_new_tokens` ends it."""
+    reasoning_grace: int = Field(0, ge=0)
+    """Tokens beyond the budget after which it is closed in the middle of a line."""
     stop: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Strings that end an answer, beside the end of text or of the turn."""
     slots: int = Field(64, gt=0)
