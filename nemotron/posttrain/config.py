@@ -62,7 +62,8 @@ class PolicyConfig(Section):
     average: Literal["token", "sequence"] = "token"
     """What has equal weight: every token of the batch (DAPO), or every answer (GRPO's paper)."""
     kl_coefficient: float = Field(0.0, ge=0)
-    """Factor of the divergence from the weights that the run began with."""
+    """Factor of the divergence from the weights that the run began with, those of `init_from`; each
+    rank then holds all of them once more."""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that divergence (Schulman 2020)."""
     correction: CorrectionConfig = CorrectionConfig()

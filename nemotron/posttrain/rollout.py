@@ -41,6 +41,8 @@ class Rollout:
     advantage: float = 0.0
     old_logprobs: list[float] = dataclasses.field(default_factory=list)
     """Of each token under the trainer's weights before the first update on this batch."""
+    reference_logprobs: list[float] = dataclasses.field(default_factory=list)
+    """Of each token under the weights that the run began with; empty if nothing needs them."""
     is_masked: bool = False
     """Whether the answer is left out of the loss."""
 

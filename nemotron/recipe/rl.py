@@ -41,11 +41,10 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
             f"{rollout.updates_per_step}; remove one of them.",
             policy.on_policy,
         )
-    if policy.kl_coefficient:
+    if policy.kl_coefficient and config.init_from is None:
         yield Finding(
             "policy.kl_coefficient",
-            "needs the log-probabilities of a reference, which this stage does not compute yet; "
-            "use 0.",
+            "compares with the weights of init_from, which is absent; name a model, or use 0.",
             policy.kl_coefficient,
         )
     closed = (rollout.reasoning_budget or 0) + rollout.reasoning_grace
@@ -88,6 +87,7 @@ def idle(config: RlConfig) -> Iterator[Idle]:
     thinking = ["rollout.enable_thinking", *budget]
     yield Idle(thinking, rollout.prompt == "text", "rollout.prompt = text")
     yield Idle(budget, not rollout.enable_thinking, "rollout.enable_thinking = false")
+    yield Idle(["policy.kl_kind"], not config.policy.kl_coefficient, "policy.kl_coefficient = 0")
     unlimited = rollout.reasoning_budget is None
     yield Idle(["rollout.reasoning_grace"], unlimited, "rollout.reasoning_budget is absent")
     yield Idle(["evaluation.tokens"], True, "rollout.evaluation_tasks says how much is evaluated")

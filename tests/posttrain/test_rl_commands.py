@@ -1,7 +1,9 @@
 """Commands around reinforcement learning: chats, evaluation, verdicts of stored rollouts."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -164,6 +166,32 @@ def test_verdicts_that_changed_are_counted(folder: Path, tmp_path: Path, capsys)
     assert run(["rl", "reverify", str(home)]) == 2
     assert f"{path}:1 is not a rollout" in capsys.readouterr().err
     path.write_text(stored)
+
+
+@pytest.mark.slow
+def test_a_reference_stays_as_it_was_when_the_run_goes_on(folder: Path) -> None:
+    """The decay of weights moves the policy even where no answer has a reward."""
+    start = f"init_from={folder / 'runs' / 'two'}"
+    given = [start, "policy.kl_coefficient=0.5", "schedule.peak=0.1", "optimizer.weight_decay=0.5"]
+    command = ["train", str(folder / "two.yaml"), *given]
+    assert run([*command, "name=whole"]) == 0
+    assert run([*command, "name=parts", "--stop-at", "1"]) == 75
+    assert run(["train", str(folder / "runs" / "parts"), "--resume"]) == 0
+    whole, parts = ([*rollouts(folder / "runs" / name)] for name in ("whole", "parts"))
+    assert parts == whole
+    first, second = whole[:4], whole[4:]
+    for answer in first:
+        assert answer["reference_logprobs"] == pytest.approx(answer["old_logprobs"], abs=1e-6)
+    for answer in second:
+        assert answer["reference_logprobs"] != pytest.approx(answer["old_logprobs"], abs=1e-3)
+    lines = (folder / "runs" / "whole" / "metrics.jsonl").read_text().splitlines()
+    losses = [line["loss/kl"] for line in map(json.loads, lines) if line["kind"] == "train"]
+    assert abs(losses[0]) < 1e-6 < losses[1]
+
+
+def rollouts(run: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted((run / "rollouts").glob("*.jsonl")):
+        yield from map(json.loads, path.read_text().splitlines())
 
 
 def test_the_recipe_of_a_run_without_further_prediction_can_be_read_again(folder: Path) -> None:
