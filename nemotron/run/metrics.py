@@ -2,11 +2,12 @@
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from nemotron.files import write_bytes
+from nemotron.files import read_regular, write_bytes
 from nemotron.run.appended import AppendedFile
 
 Record = dict[str, float | int | str | None]
@@ -47,7 +48,7 @@ class MetricsFile:
         self._file = AppendedFile(path)
         self._beside = {name: AppendedFile(path.with_name(name)) for name in BESIDE}
         if path.exists():
-            lines = _sort_out(path.read_bytes(), last_step)
+            lines = _sort_out(read_regular(path, sys.maxsize), last_step)
             self.num_damaged = len(lines.damaged)
             self._keep(lines, abandon=False)
 
@@ -109,7 +110,7 @@ class MetricsFile:
 def read_metrics(path: Path) -> list[Record]:
     """Return the records of a file; lines that are none are left out."""
     records = []
-    for line in path.read_bytes().splitlines(keepends=True):
+    for line in read_regular(path, sys.maxsize).splitlines(keepends=True):
         record = _parse(line)
         if record is not None:
             records.append(record)

@@ -42,6 +42,9 @@ class LongContext(WithoutTools):
 
     def __init__(self, tokenizer: str = "embedded") -> None:
         """`tokenizer` counts the length: `embedded`, or the path of a `tokenizer.json`."""
+        if not isinstance(tokenizer, str):
+            rule, where = "is not a path; give one, or embedded.", f"environments: {self.name}"
+            raise UserError(rule, key="tokenizer", value=tokenizer, where=where)
         self._tokenizer = tokenizer
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
