@@ -69,7 +69,7 @@ TUNE = {
         "sources": [{"name": "chats", "path": "chats"}],
     },
     "batch": {"global_tokens": 512, "micro_batch": 1},
-    "tune": {"adapter": {"rank": 2}},
+    "tune": {"adapter": {"rank": 2, "targets": ["in_proj", "q_proj", "experts"]}},
     "evaluation": {"tokens": 256},
 }
 DISTILL = {
@@ -105,9 +105,21 @@ TASK = {
     "expected_answer": "2",
 }
 ASKED = {
-    **{"model": "mine", "max_tokens": 3, "temperature": 0.5, "top_p": 0.9, "top_k": 5, "n": 2},
-    **{"stop": ["."], "seed": 1, "logit_bias": {"5": -1.0}, "stream": False, "user": "me"},
-    **{"presence_penalty": 0.5, "min_p": 0.1, "repetition_penalty": 1.1, "reasoning_budget": 4},
+    "model": "mine",
+    "max_tokens": 3,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 5,
+    "n": 2,
+    "stop": ["."],
+    "seed": 1,
+    "logit_bias": {"5": -1.0},
+    "stream": False,
+    "user": "me",
+    "presence_penalty": 0.5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "reasoning_budget": 4,
 }
 ASKED_CHAT = {
     **ASKED,
@@ -270,9 +282,9 @@ TARGETS: dict[str, Target] = {
         "judged.jsonl", mutate.of_lines, [["judged.jsonl"]], reader=read.judge
     ),
     "sft rows": Target(
-        "chat.jsonl",
+        "talks.jsonl",
         mutate.of_lines,
-        [["train", "sft.yaml", "name=new", "data.sources=[{name: chats, path: chat.jsonl}]",
+        [["train", "sft.yaml", "name=new", "data.sources=[{name: chats, path: talks.jsonl}]",
           "--dry-run"]],
         ("sft.yaml", "runs/mine"),
     ),
@@ -315,6 +327,11 @@ def build_world(folder: Path) -> None:
     Path("rows.jsonl").write_text(lines[: lines.index("Text 9")].rpartition("\n")[0] + "\n")
     Path("all.jsonl").write_text(lines)
     Path("chat.jsonl").write_text((json.dumps(CHAT) + "\n") * 3)
+    talks = [
+        {"messages": [{"role": "user", "content": f"{i} and {i}?"}, CHAT["messages"][-1]]}
+        for i in range(12)
+    ]
+    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
     blend = {"sources": [{"name": "text", "weight": 1.0, "path": "shards"}]}
     Path("blend.json").write_text(json.dumps(blend))
     recipes = {"mine": RECIPE, "sft": TUNE, "distill": DISTILL, "rl": REINFORCE}
@@ -333,8 +350,8 @@ def build_world(folder: Path) -> None:
         (0, ["train", "mine.yaml"]),
         (75, ["train", "mine.yaml", "name=half", "--stop-at", "2"]),
         (0, ["export", "runs/mine", "--out", "exported", "--no-check"]),
-        (0, ["data", "prepare", "chat.jsonl", "--out", "chats", "--workers", "1", "--chat",
-             "--hold-out", "0.1"]),
+        (0, ["data", "prepare", "talks.jsonl", "--out", "chats", "--workers", "1", "--chat",
+             "--hold-out", "0.3"]),
         (75, ["train", "sft.yaml", "--stop-at", "1"]),
     ):  # fmt: skip
         if (found := cli.run(words)) != code:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nemotron.data.tokenizer import load_tokenizer
+from nemotron.errors import UserError
 from nemotron.posttrain.environments.answer import BOX, last_boxed
 from nemotron.posttrain.environments.base import (
     BadRow,

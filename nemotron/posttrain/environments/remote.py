@@ -14,7 +14,14 @@ from typing import Any
 
 from nemotron.errors import UserError
 from nemotron.files import parse_json, read_regular
-from nemotron.posttrain.environments.base import BadRow, Response, Row, Verdict, messages_of
+from nemotron.posttrain.environments.base import (
+    BadRow,
+    Response,
+    Row,
+    Verdict,
+    messages_of,
+    params_of,
+)
 from nemotron.posttrain.environments.wire import fault, read_gym_verdict, write_response
 
 LONGEST_S = 3600.0
