@@ -15,7 +15,7 @@ from pydantic import JsonValue, ValidationError
 
 from nemotron.checkpoint.manifest import code_version
 from nemotron.errors import UserError
-from nemotron.files import write_json
+from nemotron.files import read_regular, write_json
 from nemotron.run.redaction import redact, redact_arguments
 from nemotron.section import Section
 
@@ -97,7 +97,7 @@ def read_provenance(path: Path) -> Provenance:
         UserError: when they cannot be read.
     """
     try:
-        return Provenance.model_validate_json(path.read_bytes())
+        return Provenance.model_validate_json(read_regular(path))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, problem["loc"])) or "the content"
