@@ -6,7 +6,6 @@ from torch import Tensor
 
 from nemotron.data.batch import Batch
 from nemotron.model.hybrid import HybridLM
-from nemotron.parallel.local import LocalModel
 from nemotron.posttrain.config import RlConfig
 
 

@@ -73,9 +73,9 @@ def downsample(series: Series, bins: int = BINS) -> Binned:
     np.minimum.at(low, place, y)
     np.maximum.at(high, place, y)
     known = count > 0
-    x_mean = np.bincount(place, x, bins)[known] / count[known]
+    x_mean = np.bincount(place, x.astype(np.float64), bins)[known] / count[known]
     # divided first: the sum of a stretch could be too large
-    mean = np.bincount(place, y / count[place], bins)[known]
+    mean = np.bincount(place, y / count[place], bins)[known].astype(np.float64)
     return Binned(x_mean, mean, low[known], high[known])
 
 
