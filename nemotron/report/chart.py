@@ -73,7 +73,7 @@ def downsample(series: Series, bins: int = BINS) -> Binned:
     np.minimum.at(low, place, y)
     np.maximum.at(high, place, y)
     known = count > 0
-    x_mean = np.bincount(place, x, bins)[known] / count[known]
+    x_mean = np.bincount(place, x / count[place], bins)[known]
     # divided first: the sum of a stretch could be too large
     mean = np.bincount(place, y / count[place], bins)[known]
     return Binned(x_mean, mean, low[known], high[known])
