@@ -17,7 +17,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from nemotron.checkpoint.manifest import steps
 from nemotron.errors import RunFailed, UserError
-from nemotron.files import FULL, open_regular, write_bytes
+from nemotron.files import FULL, open_regular, read_regular, write_bytes
 from nemotron.parallel.runtime import Ranks
 from nemotron.run.files import RunFiles
 from nemotron.run.lock import LOCK, FolderLock
@@ -259,7 +259,7 @@ class RunFolder(RunFiles):
         if not self.recipe.exists():
             return []
         try:
-            read = YAML(typ="safe", pure=True).load(self.recipe.read_bytes().decode())
+            read = YAML(typ="safe", pure=True).load(read_regular(self.recipe).decode())
         except (YAMLError, UnicodeDecodeError):
             read = None
         if not isinstance(read, dict):

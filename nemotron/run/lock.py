@@ -98,7 +98,7 @@ class FolderLock:
         try:
             holder = json.loads(self.path.read_text())
             who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             who = "another process"
         raise UserError(
             f"{self.folder} is in use by {who}; wait for it, stop it, or give this run another "

@@ -48,7 +48,7 @@ class MetricsFile:
         self._file = AppendedFile(path)
         self._beside = {name: AppendedFile(path.with_name(name)) for name in BESIDE}
         if path.exists():
-            lines = _sort_out(path.read_bytes(), last_step)
+            lines = _sort_out(read_regular(path, sys.maxsize), last_step)
             self.num_damaged = len(lines.damaged)
             self._keep(lines, abandon=False)
 

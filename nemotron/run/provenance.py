@@ -15,7 +15,7 @@ from pydantic import JsonValue, ValidationError
 
 from nemotron.checkpoint.manifest import code_version
 from nemotron.errors import UserError
-from nemotron.files import write_json
+from nemotron.files import read_regular, write_json
 from nemotron.run.redaction import redact, redact_arguments
 from nemotron.section import Section
 
@@ -38,6 +38,7 @@ class Provenance(Section):
     """Of the run, drawn once."""
     starts: list[dict[str, JsonValue]]
     imported: dict[str, JsonValue] | None = None
+    merged: dict[str, JsonValue] | None = None
 
 
 def with_start(path: Path, step: int, facts: Facts) -> Provenance:
@@ -54,8 +55,17 @@ def with_start(path: Path, step: int, facts: Facts) -> Provenance:
 
 def record_import(path: Path, facts: Facts) -> Facts:
     """Write where a run that was never started comes from; returns that, with the time."""
+    return _record_origin(path, "imported", facts)
+
+
+def record_merge(path: Path, facts: Facts) -> Facts:
+    """Write which checkpoints a run is an average of; returns that, with the time."""
+    return _record_origin(path, "merged", facts)
+
+
+def _record_origin(path: Path, kind: str, facts: Facts) -> Facts:
     origin = {"time": _now()} | facts
-    write_json(path, {"id": secrets.token_hex(4), "starts": [], "imported": origin})
+    write_json(path, {"id": secrets.token_hex(4), "starts": [], kind: origin})
     return origin
 
 
@@ -87,7 +97,7 @@ def read_provenance(path: Path) -> Provenance:
         UserError: when they cannot be read.
     """
     try:
-        return Provenance.model_validate_json(path.read_bytes())
+        return Provenance.model_validate_json(read_regular(path))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, problem["loc"])) or "the content"

@@ -22,7 +22,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.parameters import count_parameters
 from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
-from nemotron.parallel.apply import LocalModel
+from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Launch, Ranks, start
 from nemotron.precision.apply import DTYPES
 from nemotron.precision.policy import Assignment, assign, summarize
