@@ -2,12 +2,13 @@
 
 import json
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from nemotron.files import open_regular, write_bytes
+from nemotron.files import open_regular, read_regular, write_bytes
 from nemotron.run.appended import AppendedFile
 
 Record = dict[str, float | int | str | None]
