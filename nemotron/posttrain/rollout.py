@@ -61,7 +61,7 @@ class Rollout:
 
     def as_line(self) -> str:
         """Return the rollout as JSON, a line of a rollout file."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        return json.dumps(self, default=vars, ensure_ascii=False)
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> "Rollout":
