@@ -243,7 +243,8 @@ class MambaStep(Mamba2):
         state: MambaState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """As `Mamba2.forward`; the states change in place."""
-        if state is None or not (u.shape[1] == 1 or state.history is not None):
+        is_stepwise = state is not None and (u.shape[1] == 1 or state.history is not None)
+        if state is None or state.keeps_inputs or not is_stepwise:
             return super().forward(u, seq_idx, state)
         z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
         dt = self._time_step(dt)

@@ -1,10 +1,20 @@
 """What one layer remembers: of every slot of a cache, and of the rows of one call."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
+
+from nemotron.model.few_tokens import Inputs
+
+Keep = Literal["states", "inputs"]
+"""What of a call is kept so that its last tokens can be forgotten.
+
+`states`: the states after every token. `inputs`: only what changes the state, which stays as it is
+until it is known how many tokens are kept.
+"""
 
 
 @dataclass
@@ -29,11 +39,16 @@ class MambaState:
     conv: Float[Tensor, "B W C"]
     ssm: Float[Tensor, "B H P N"]
     history: list[tuple[Tensor, Tensor]] | None
-    """With states after every token asked for: the state before the call, then after each token."""
+    """If `states` are kept: the state before the call, then after each token."""
+    inputs: Inputs | None
+    """If `inputs` are kept: those of the newest call."""
 
-    def __init__(self, slots: MambaSlots, rows: slice | Int[Tensor, " B"], has_history: bool):
+    def __init__(
+        self, slots: MambaSlots, rows: slice | Int[Tensor, " B"], keep: Keep | None = None
+    ) -> None:
         self._slots, self._rows = slots, rows
-        self.history = [] if has_history else None
+        self.history = [] if keep == "states" else None
+        self.keeps_inputs, self.inputs = keep == "inputs", None
         if isinstance(rows, slice):
             self.conv, self.ssm = slots.conv[rows], slots.ssm[rows]
 
@@ -44,6 +59,13 @@ class MambaState:
             self.ssm = self._slots.ssm.index_select(0, self._rows)
         if self.history is not None:
             self.history = [(self.conv.clone(), self.ssm.clone())]
+
+    def advance(self, counts: Int[Tensor, " B"]) -> None:
+        """Change the state by the first `counts` tokens of each row of the newest call."""
+        inputs, self.inputs = self.inputs, None
+        assert inputs is not None, "the inputs of a call are used once"
+        inputs.advance(self.ssm, counts)
+        self.store(inputs.conv(counts), self.ssm)
 
     def store(self, conv: Float[Tensor, "B W C"], ssm: Float[Tensor, "B H P N"]) -> None:
         """Replace the state by that after the newest token; `ssm` may be changed in place."""
@@ -86,6 +108,9 @@ class Places:
     longest: int
     lengths: Int[Tensor, " B"] | None
     """Tokens of each row, the new ones included; absent: all have `longest`."""
+    skipped: int = 0
+    """Places at the beginning of each row that hold nothing; not counted in `longest`, `lengths`,
+    nor in a `read` of positions."""
 
 
 @dataclass
@@ -114,8 +139,35 @@ class AttentionState:
             else:
                 blocks = pool.index_select(0, places.read)
                 rows = blocks.view(k.shape[0], -1, *k.shape[2:])
-                results.append(rows[:, : places.longest])
+                first = places.skipped
+                results.append(rows[:, first : first + places.longest])
         return results[0], results[1], places.lengths
+
+
+@dataclass
+class Ahead:
+    """What the multi-token-prediction block remembers of every slot.
+
+    It reads the hidden state of a token with the token after it; what it remembers of both lies
+    where the second one's keys and values lie in the backbone, so place 0 holds nothing.
+    """
+
+    layers: list[KeyValues | None]
+    hidden: Float[Tensor, "slots W D"]
+    """The backbone's newest hidden states, which the block has not read, or read its own
+    predictions of."""
+    counts: list[int]
+    """How many of them a slot has."""
+
+    def put(self, slot: int, hidden: Float[Tensor, "T D"]) -> None:
+        """Replace the hidden states of a slot."""
+        count = hidden.shape[0]
+        self.hidden[slot, :count] = hidden
+        self.counts[slot] = count
+
+    def of(self, slot: int) -> Float[Tensor, "T D"]:
+        """Return the hidden states of a slot."""
+        return self.hidden[slot, : self.counts[slot]]
 
 
 def slots_of(slots: list[int], device: torch.device) -> slice | Int[Tensor, " B"]:

@@ -185,7 +185,7 @@ class Worker:
         if request is None:  # nobody wants it any more
             return
         wanted = request.stream.requests[request.place].logprobs and event.token is not None
-        logprob = event.answer.raw_logprobs[-1] if wanted else None
+        logprob = event.answer.raw_logprobs[event.place] if wanted else None
         if event.finish is not None:
             request.num_left -= 1
             if not request.num_left:
