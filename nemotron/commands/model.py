@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from nemotron.commands.shared import CommandGroup
+from nemotron.commands.speculation import DraftMethod, DraftTokens, Speculate, find_speculation
 
 MODEL = "Run, checkpoint, exported folder, or OWNER/NAME[@REVISION] of a model on the Hub."
 
@@ -45,6 +46,9 @@ def generate(
         int | None, typer.Option(min=0, help="Tokens after which </think> is put into the answer.")
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
+    speculate: Speculate = None,
+    draft_tokens: DraftTokens = None,
+    draft_method: DraftMethod = None,
     stream: Annotated[bool, typer.Option(help="Print tokens while generating.")] = True,
     device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
     recipe_ops: Annotated[
@@ -60,6 +64,7 @@ def generate(
     sampling = Sampling(
         temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repeat_penalty
     )
+    speculation = find_speculation(speculate, draft_tokens, draft_method)
     ops = read_ops(model) if recipe_ops else None
     loaded, tokenizer = load_with_tokenizer(model, ops=ops)
     return run(
@@ -71,6 +76,7 @@ def generate(
         stop=stop or (),
         stop_ids=stop_ids(model, loaded.config),
         reasoning_budget=think_budget,
+        speculation=speculation,
         stream=stream,
         device=device,
     )

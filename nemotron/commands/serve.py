@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemotron.commands.shared import CommandGroup
+from nemotron.commands.speculation import DraftMethod, DraftTokens, Speculate, find_speculation
 
 if TYPE_CHECKING:
     from nemotron.data.tokenizer import Tokenizer
@@ -62,6 +63,9 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=0, max=3600, help="Seconds that open answers get at the end.")
     ] = 10.0,
+    speculate: Speculate = None,
+    draft_tokens: DraftTokens = None,
+    draft_method: DraftMethod = None,
     device: Device = "auto",
 ) -> int:
     """Serve a model over HTTP, with OpenAI's interface and a chat page."""
@@ -80,6 +84,7 @@ def serve(
     from nemotron.serve.worker import Worker
 
     address = Address(host, port, api_key)
+    speculation = find_speculation(speculate, draft_tokens, draft_method)
     loaded, tokenizer, chat_format = _load(model, device)
     limits = Limits(
         max_length or loaded.config.max_position_embeddings,
@@ -94,6 +99,7 @@ def serve(
         slots=slots,
         blocks=None if kv_tokens is None else -(-kv_tokens // BLOCK_SIZE),
         prefixes=prefixes,
+        speculation=speculation,
     )
     find_line_ends(tokenizer)  # takes a moment, which no request should wait for
     translator = Translator(tokenizer, loaded.config.vocab_size, chat_format, limits)
@@ -133,6 +139,9 @@ def chat(
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
     max_length: Length = None,
+    speculate: Speculate = None,
+    draft_tokens: DraftTokens = None,
+    draft_method: DraftMethod = None,
     device: Device = "auto",
 ) -> int:
     """Hold a conversation with a model in the terminal."""
@@ -146,6 +155,7 @@ def chat(
     sampling = Sampling(
         temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repeat_penalty
     )
+    speculation = find_speculation(speculate, draft_tokens, draft_method)
     loaded, tokenizer, chat_format = _load(model, device)
     if chat_format is None:
         raise UserError(
@@ -155,7 +165,7 @@ def chat(
     budget = None if think_budget is None else ReasoningBudget.of(tokenizer, think_budget)
     manner = Manner(sampling, max_new_tokens, tuple(stop or ()), system, think, budget)
     ends = {loaded.config.eos_token_id}
-    engine = Engine(loaded, ends, tokenizer=tokenizer, slots=1, prefixes=4)
+    engine = Engine(loaded, ends, tokenizer=tokenizer, slots=1, prefixes=4, speculation=speculation)
     length = max_length or loaded.config.max_position_embeddings
     return run(Conversation(engine, chat_format, manner, length))
 

@@ -13,6 +13,7 @@ from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.engine import SLOTS, Engine
 from nemotron.generate.request import requests_of
 from nemotron.generate.sampling import Sampling
+from nemotron.generate.speculate import Speculation
 from nemotron.model.hybrid import HybridLM
 from nemotron.terminal import printable
 
@@ -27,6 +28,7 @@ def generate(
     stop: Sequence[str] = (),
     stop_ids: Collection[int] = (),
     reasoning_budget: int | None = None,
+    speculation: Speculation | None = None,
     stream: bool,
     device: str,
 ) -> int:
@@ -53,9 +55,11 @@ def generate(
     requests = [replace(request, stop=tuple(stop), budget=budget) for request in requests]
     for number, request in enumerate(requests, 1):
         request.check(model.config.vocab_size, f"prompt {number}")
+    if speculation is not None:
+        speculation.check(model.config)
     model = prepare_weights(model.to(find_device(device)))
     ends, slots = {model.config.eos_token_id, *stop_ids}, min(len(requests), SLOTS)
-    engine = Engine(model, ends, tokenizer=tokenizer, slots=slots)
+    engine = Engine(model, ends, tokenizer=tokenizer, slots=slots, speculation=speculation)
     live, answers = stream and len(requests) == 1, dict.fromkeys(range(len(requests)), "")
     shown = printable if sys.stdout.isatty() else str
     if live:
@@ -67,6 +71,8 @@ def generate(
     whole = [prompt + answer for prompt, answer in zip(prompts, answers.values(), strict=True)]
     print("" if live else shown("\n\n".join(whole)))
     print(engine.timing, file=sys.stderr)
+    if engine.speculator is not None:
+        print(engine.speculator.acceptance, file=sys.stderr)
     return DONE
 
 

@@ -68,18 +68,11 @@ class Speculation:
         """Refuse a model that cannot draft in this way.
 
         Raises:
-            UserError: when it has no multi-token-prediction block, or one with Mamba-2 layers.
+            UserError: when it has no multi-token-prediction block.
         """
-        if self.source == "lookup":
-            return
-        if not config.mtp_pattern:
+        if self.source == "mtp" and not config.mtp_pattern:
             raise UserError(
                 "the model has no multi-token-prediction block to draft with; use lookup."
-            )
-        if "M" in config.mtp_pattern:
-            raise UserError(
-                f"the multi-token-prediction block {config.mtp_pattern} has a Mamba-2 layer, whose "
-                "state drafts would spoil; use lookup."
             )
 
 

@@ -61,7 +61,6 @@ class Cache:
         self._mamba_slots = [la for la in self.layers if isinstance(la, MambaSlots)]
         self.ahead: Ahead | None = None
         if drafts:
-            assert "M" not in config.mtp_pattern, "its states would have to be rolled back as well"
             pools = [
                 self._attention(config, dtype) if letter == "*" else None
                 for letter in config.mtp_pattern

@@ -8,9 +8,12 @@ import torch
 from torch import Tensor
 
 from nemotron.data.batch import shift_left
+from nemotron.errors import UserError
+from nemotron.generate.acceptance import Acceptance
 from nemotron.generate.decode_layers import decode_view
+from nemotron.generate.drafts import LookupDrafter
 from nemotron.generate.engine import Engine
-from nemotron.generate.request import Request
+from nemotron.generate.request import DraftedPass, Request
 from nemotron.generate.rollback import Way
 from nemotron.generate.sampling import (
     Choice,
@@ -20,7 +23,7 @@ from nemotron.generate.sampling import (
     distribution,
 )
 from nemotron.generate.selection import Draft
-from nemotron.generate.speculate import Speculation
+from nemotron.generate.speculate import Speculation, next_length
 from nemotron.model.cache import Cache
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import KeyValues, MambaSlots
@@ -266,3 +269,60 @@ def test_accepted_and_redrawn_tokens_have_the_distribution_of_choose(sampling: S
 
     assert probability(test) > 1e-3
     assert probability(0.8 * test) < 1e-6  # a bias: too many drafts are accepted
+
+
+def test_a_repeated_text_is_looked_up(model: HybridLM) -> None:
+    engine = small_engine(model, speculation=Speculation("lookup", 4))
+    engine.submit(Request((7, 8, 9, 10, 11, 5, 7, 8), 30, GREEDY))
+    engine.step()
+    [sample] = engine.scheduler.running
+    drafter = LookupDrafter()
+    sample.tokens = [7, 8, 9, 10, 11, 5, 7, 8]
+    assert [d.token for d in drafter.draft(model, [sample], [3])[0]] == [9, 10, 11]
+    sample.tokens += [9, 1, 7, 8, 9]
+    # the longest end that is known goes first: 7 8 9 went on with 1 last
+    assert [d.token for d in drafter.draft(model, [sample], [2])[0]] == [1, 7]
+    sample.tokens += [60]
+    assert drafter.draft(model, [sample], [2]) == [[]]
+    sample.forced.extend([4, 4, 2])
+    assert [d.token for d in drafter.draft(model, [sample], [2])[0]] == [4, 4]
+
+
+def test_acceptance_is_given_in_both_published_forms() -> None:
+    acceptance = Acceptance()
+    answers = [[(3, 3), (3, 1), (0, 0)], [(2, 0)]]
+    for answer in answers:
+        passes = [DraftedPass(*numbers) for numbers in answer]
+        for done in passes:
+            acceptance.count(done)
+        acceptance.end(passes)
+    assert acceptance.length == 1 + 4 / 3
+    assert acceptance.mean_answer_length == ((4 + 2 + 1) / 3 + 1) / 2
+    assert acceptance.rate == 4 / 8
+    assert acceptance.joint == [2 / 3, 1 / 3, 1 / 3]
+    assert acceptance.conditional == [2 / 3, 1 / 2, 1]
+    assert acceptance.histogram == {4: 1, 2: 1, 1: 2}
+    assert "50.0% accepted; 2.33 tokens a pass, 1.67 as the mean" in str(acceptance)
+
+
+def test_drafts_are_as_long_as_they_pay() -> None:
+    right, wrong = DraftedPass(5, 5), DraftedPass(1, 0)
+    assert next_length([], 5) == 5
+    assert next_length([right] * 4, 5) == 5
+    assert next_length([right] * 4 + [wrong] * 20, 5) == 1
+    assert 1 < next_length([DraftedPass(5, 2)] * 20, 5) < 5
+
+
+def test_impossible_speculation_is_refused(model: HybridLM) -> None:
+    with pytest.raises(UserError, match=r"draft_tokens = 0 must lie in 1 … 16\."):
+        Speculation(length=0)
+    with pytest.raises(UserError, match="source = guess is not known; use one of mtp, lookup"):
+        Speculation("guess")
+    without = build(
+        hybrid_override_pattern="M", num_nextn_predict_layers=0, mtp_hybrid_override_pattern=None
+    )
+    with pytest.raises(UserError, match="has no multi-token-prediction block to draft with; use"):
+        Engine(without, speculation=Speculation())
+    engine = small_engine(model, blocks=5, speculation=Speculation(length=3))
+    with pytest.raises(UserError, match="are 22 tokens with drafts, but the cache has room for 20"):
+        engine.submit(Request(tuple(range(11)), 8))
