@@ -5,8 +5,16 @@ from typing import Annotated
 
 import typer
 
+from nemotron.commands.decoding import (
+    DraftMethod,
+    DraftTokens,
+    KVDtype,
+    Speculate,
+    StateDtype,
+    find_formats,
+    find_speculation,
+)
 from nemotron.commands.shared import CommandGroup
-from nemotron.commands.speculation import DraftMethod, DraftTokens, Speculate, find_speculation
 
 MODEL = "Run, checkpoint, exported folder, or OWNER/NAME[@REVISION] of a model on the Hub."
 
@@ -49,6 +57,8 @@ def generate(
     speculate: Speculate = None,
     draft_tokens: DraftTokens = None,
     draft_method: DraftMethod = None,
+    state_dtype: StateDtype = "fp32",
+    kv_dtype: KVDtype = "model",
     stream: Annotated[bool, typer.Option(help="Print tokens while generating.")] = True,
     device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
     recipe_ops: Annotated[
@@ -65,6 +75,7 @@ def generate(
         temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repeat_penalty
     )
     speculation = find_speculation(speculate, draft_tokens, draft_method)
+    formats = find_formats(state_dtype, kv_dtype)
     ops = read_ops(model) if recipe_ops else None
     loaded, tokenizer = load_with_tokenizer(model, ops=ops)
     return run(
@@ -77,6 +88,7 @@ def generate(
         stop_ids=stop_ids(model, loaded.config),
         reasoning_budget=think_budget,
         speculation=speculation,
+        formats=formats,
         stream=stream,
         device=device,
     )

@@ -6,8 +6,16 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nemotron.commands.decoding import (
+    DraftMethod,
+    DraftTokens,
+    KVDtype,
+    Speculate,
+    StateDtype,
+    find_formats,
+    find_speculation,
+)
 from nemotron.commands.shared import CommandGroup
-from nemotron.commands.speculation import DraftMethod, DraftTokens, Speculate, find_speculation
 
 if TYPE_CHECKING:
     from nemotron.data.tokenizer import Tokenizer
@@ -66,6 +74,8 @@ def serve(
     speculate: Speculate = None,
     draft_tokens: DraftTokens = None,
     draft_method: DraftMethod = None,
+    state_dtype: StateDtype = "fp32",
+    kv_dtype: KVDtype = "model",
     device: Device = "auto",
 ) -> int:
     """Serve a model over HTTP, with OpenAI's interface and a chat page."""
@@ -85,6 +95,7 @@ def serve(
 
     address = Address(host, port, api_key)
     speculation = find_speculation(speculate, draft_tokens, draft_method)
+    formats = find_formats(state_dtype, kv_dtype)
     loaded, tokenizer, chat_format = _load(model, device)
     limits = Limits(
         max_length or loaded.config.max_position_embeddings,
@@ -100,6 +111,7 @@ def serve(
         blocks=None if kv_tokens is None else -(-kv_tokens // BLOCK_SIZE),
         prefixes=prefixes,
         speculation=speculation,
+        formats=formats,
     )
     find_line_ends(tokenizer)  # takes a moment, which no request should wait for
     translator = Translator(tokenizer, loaded.config.vocab_size, chat_format, limits)
@@ -142,6 +154,8 @@ def chat(
     speculate: Speculate = None,
     draft_tokens: DraftTokens = None,
     draft_method: DraftMethod = None,
+    state_dtype: StateDtype = "fp32",
+    kv_dtype: KVDtype = "model",
     device: Device = "auto",
 ) -> int:
     """Hold a conversation with a model in the terminal."""
@@ -156,6 +170,7 @@ def chat(
         temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repeat_penalty
     )
     speculation = find_speculation(speculate, draft_tokens, draft_method)
+    formats = find_formats(state_dtype, kv_dtype)
     loaded, tokenizer, chat_format = _load(model, device)
     if chat_format is None:
         raise UserError(
@@ -165,7 +180,15 @@ def chat(
     budget = None if think_budget is None else ReasoningBudget.of(tokenizer, think_budget)
     manner = Manner(sampling, max_new_tokens, tuple(stop or ()), system, think, budget)
     ends = {loaded.config.eos_token_id}
-    engine = Engine(loaded, ends, tokenizer=tokenizer, slots=1, prefixes=4, speculation=speculation)
+    engine = Engine(
+        loaded,
+        ends,
+        tokenizer=tokenizer,
+        slots=1,
+        prefixes=4,
+        speculation=speculation,
+        formats=formats,
+    )
     length = max_length or loaded.config.max_position_embeddings
     return run(Conversation(engine, chat_format, manner, length))
 

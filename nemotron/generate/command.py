@@ -14,6 +14,7 @@ from nemotron.generate.engine import SLOTS, Engine
 from nemotron.generate.request import requests_of
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.speculate import Speculation
+from nemotron.model.cache_formats import UNCHANGED, CacheFormats
 from nemotron.model.hybrid import HybridLM
 from nemotron.terminal import printable
 
@@ -29,6 +30,7 @@ def generate(
     stop_ids: Collection[int] = (),
     reasoning_budget: int | None = None,
     speculation: Speculation | None = None,
+    formats: CacheFormats = UNCHANGED,
     stream: bool,
     device: str,
 ) -> int:
@@ -59,7 +61,9 @@ def generate(
         speculation.check(model.config)
     model = prepare_weights(model.to(find_device(device)))
     ends, slots = {model.config.eos_token_id, *stop_ids}, min(len(requests), SLOTS)
-    engine = Engine(model, ends, tokenizer=tokenizer, slots=slots, speculation=speculation)
+    engine = Engine(
+        model, ends, tokenizer=tokenizer, slots=slots, speculation=speculation, formats=formats
+    )
     live, answers = stream and len(requests) == 1, dict.fromkeys(range(len(requests)), "")
     shown = printable if sys.stdout.isatty() else str
     if live:

@@ -22,6 +22,7 @@ from nemotron.generate.scheduler import Scheduler
 from nemotron.generate.selection import select
 from nemotron.generate.speculate import Speculation, Speculator
 from nemotron.model.cache import BLOCK_SIZE, CachedRows
+from nemotron.model.cache_formats import UNCHANGED, CacheFormats
 from nemotron.model.hybrid import HybridLM
 
 SLOTS = 32
@@ -66,7 +67,7 @@ class Engine:
     `row_by_row` every text passes the model by itself, so that its answer is the same to the bit
     whatever others there are, as long as none of them takes its blocks; this is slower. Steps of
     one token have `fixed_sizes` on a GPU, which captures them as CUDA graphs. With `speculation`
-    a step may bring several tokens of an answer.
+    a step may bring several tokens of an answer. `formats` are those of the cache.
     """
 
     def __init__(
@@ -83,6 +84,7 @@ class Engine:
         row_by_row: bool = False,
         fixed_sizes: bool | None = None,
         speculation: Speculation | None = None,
+        formats: CacheFormats = UNCHANGED,
     ) -> None:
         self.model, self.tokenizer = model, tokenizer
         self.stop = frozenset(stop)
@@ -92,7 +94,8 @@ class Engine:
         self.timing = Timing()
         if fixed_sizes is None:
             is_cuda = model.backbone.embeddings.weight.device.type == "cuda"
-            fixed_sizes = is_cuda and speculation is None
+            fixed_sizes = is_cuda and speculation is None and formats.state != "fp16_sr"
+        assert not fixed_sizes or formats.state != "fp16_sr", "a graph does not know the step"
         assert not (fixed_sizes and speculation), "passes over drafts have many sizes"
         self._room, more = blocks, int(fixed_sizes)
         blocks = None if blocks is None else blocks + more
@@ -100,7 +103,9 @@ class Engine:
         if speculation is not None:
             speculation.check(model.config)
             drafts = speculation.num_unread
-        self.cache = new_cache(model, slots + more, blocks, block_size, drafts=drafts)
+        self.cache = new_cache(
+            model, slots + more, blocks, block_size, drafts=drafts, formats=formats
+        )
         self.speculator = Speculator(self.cache, speculation) if speculation is not None else None
         self._steps = Steps(self.cache) if fixed_sizes else None
         self.prefixes = PrefixStore(self.cache, prefixes)

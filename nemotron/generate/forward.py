@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.model.cache import BLOCK_SIZE, Cache, CachedRows
+from nemotron.model.cache_formats import UNCHANGED, CacheFormats
 from nemotron.model.hybrid import HybridLM
 
 PIECE = 512
@@ -20,6 +21,7 @@ def new_cache(
     block_size: int = BLOCK_SIZE,
     *,
     drafts: int = 0,
+    formats: CacheFormats = UNCHANGED,
 ) -> Cache:
     """Return a cache in the dtype and on the device of the model."""
     table = model.backbone.embeddings.weight
@@ -31,6 +33,7 @@ def new_cache(
         blocks=blocks,
         block_size=block_size,
         drafts=drafts,
+        formats=formats,
         dtype=dtype,
         device=device,
     )

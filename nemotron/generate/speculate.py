@@ -53,11 +53,15 @@ class Speculation:
         if not 1 <= self.length <= MAX_LENGTH:
             rule = f"must lie in 1 … {MAX_LENGTH}."
             raise UserError(rule, key="draft_tokens", value=self.length)
-        choices = {"source": Source, "method": Method, "rollback": Way}
-        for name, kinds in choices.items():
-            if (value := getattr(self, name)) not in get_args(kinds):
-                known = ", ".join(get_args(kinds))
-                raise UserError(f"is not known; use one of {known}.", key=name, value=value)
+        choices = {
+            "speculate": (self.source, Source),
+            "draft_method": (self.method, Method),
+            "rollback": (self.rollback, Way),
+        }
+        for name, (value, known) in choices.items():
+            if value not in get_args(known):
+                rule = f"is not known; use one of {', '.join(get_args(known))}."
+                raise UserError(rule, key=name, value=value)
 
     @property
     def num_unread(self) -> int:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.model.blocks import Blocks
+from nemotron.model.cache_formats import UNCHANGED, CacheFormats
 from nemotron.model.config import ModelConfig
 from nemotron.model.state import (
     Ahead,
@@ -42,10 +43,11 @@ class Cache:
         blocks: int | None = None,
         block_size: int = BLOCK_SIZE,
         drafts: int = 0,
+        formats: CacheFormats = UNCHANGED,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.lengths = [0] * slots
+        self.lengths, self.formats = [0] * slots, formats
         self.block_size, self.device = block_size, torch.device(device)
         self.blocks = Blocks(blocks)
         self.tables: list[list[int]] = [[] for _ in range(slots)]
@@ -71,15 +73,17 @@ class Cache:
     def _mamba(self, config: ModelConfig, slots: int, dtype: torch.dtype) -> MambaSlots:
         conv = (slots, config.conv_kernel - 1, config.conv_channels)
         ssm = (slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
-        wide = torch.promote_types(dtype, torch.float32)
         return MambaSlots(
             torch.zeros(conv, dtype=dtype, device=self.device),
-            torch.zeros(ssm, dtype=wide, device=self.device),
+            torch.zeros(ssm, dtype=self.formats.state_dtype(dtype), device=self.device),
+            # a seed for each layer
+            len(self.layers) if self.formats.state == "fp16_sr" else None,
         )
 
     def _attention(self, config: ModelConfig, dtype: torch.dtype) -> KeyValues:
         heads = (config.num_key_value_heads, config.head_dim)
         size = (self.blocks.count, self.block_size, *heads)
+        dtype = self.formats.keys_values_dtype(dtype)
         return KeyValues(*(torch.zeros(size, dtype=dtype, device=self.device) for _ in range(2)))
 
     @property
@@ -303,9 +307,13 @@ class CachedRows:
             OutOfBlocks: when their keys and values do not fit; no text has changed then.
         """
         places = self._places(num_tokens) if self._has_attention else None
+        steps = None
+        if self.cache.formats.state == "fp16_sr":
+            steps = self._tensor([self.cache.lengths[slot] for slot in self.slots])
         for layer in self.layers:
             if isinstance(layer, MambaState):
                 layer.load()
+                layer.steps = steps
             elif isinstance(layer, AttentionState):
                 layer.places = places
 

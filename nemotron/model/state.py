@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron.model.cache_formats import load_values, round_by_chance, store_values
 from nemotron.model.few_tokens import Inputs
 
 Keep = Literal["states", "inputs"]
@@ -22,11 +23,18 @@ class MambaSlots:
     """The states of one Mamba-2 layer, one for each slot.
 
     `conv` holds the last W-1 inputs of the convolution, before the activation; `ssm` is float32
-    even in a bf16 model, as serving engines keep it.
+    even in a bf16 model, as serving engines keep it, unless asked for otherwise.
     """
 
     conv: Float[Tensor, "slots W C"]
     ssm: Float[Tensor, "slots H P N"]
+    seed: int | None = None
+    """Of stochastic rounding to the dtype of `ssm`; absent: to nearest."""
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether states are computed in more bits than they are stored in."""
+        return self.ssm.dtype == torch.float16
 
 
 class MambaState:
@@ -49,6 +57,8 @@ class MambaState:
         self._slots, self._rows = slots, rows
         self.history = [] if keep == "states" else None
         self.keeps_inputs, self.inputs = keep == "inputs", None
+        self.steps: Int[Tensor, " B"] | None = None
+        """Lengths of the texts before the call, for stochastic rounding."""
         if isinstance(rows, slice):
             self.conv, self.ssm = slots.conv[rows], slots.ssm[rows]
 
@@ -57,6 +67,8 @@ class MambaState:
         if not isinstance(self._rows, slice):
             self.conv = self._slots.conv.index_select(0, self._rows)
             self.ssm = self._slots.ssm.index_select(0, self._rows)
+        if self._slots.is_rounded:
+            self.ssm = self._slots.ssm[self._rows].float()
         if self.history is not None:
             self.history = [(self.conv.clone(), self.ssm.clone())]
 
@@ -69,7 +81,11 @@ class MambaState:
 
     def store(self, conv: Float[Tensor, "B W C"], ssm: Float[Tensor, "B H P N"]) -> None:
         """Replace the state by that after the newest token; `ssm` may be changed in place."""
-        if isinstance(self._rows, slice):
+        if self._slots.is_rounded:
+            rounded = self._round(ssm)
+            self._slots.conv[self._rows], self._slots.ssm[self._rows] = conv, rounded
+            self.conv, self.ssm = conv, rounded.float()
+        elif isinstance(self._rows, slice):
             self.conv.copy_(conv)
             if ssm is not self.ssm:
                 self.ssm.copy_(ssm)
@@ -79,6 +95,14 @@ class MambaState:
             self._slots.ssm.index_copy_(0, self._rows, ssm)
         if self.history is not None:
             self.history.append((self.conv.clone(), self.ssm.clone()))
+
+    def _round(self, ssm: Float[Tensor, "B H P N"]) -> Float[Tensor, "B H P N"]:
+        if self._slots.seed is None:
+            return ssm.to(torch.float16)
+        assert self.steps is not None, "the rows must be begun first"
+        rounded = round_by_chance(ssm, self._slots.seed, self.steps)
+        self.steps = self.steps + 1
+        return rounded
 
 
 @dataclass
@@ -130,17 +154,19 @@ class AttentionState:
         results = []
         for pool, new in ((self.pool.keys, k), (self.pool.values, v)):
             flat = pool.flatten(0, 1)
+            stored = store_values(new, flat.dtype)
             if isinstance(places.written, slice):
-                flat[places.written] = new[0]
+                flat[places.written] = stored[0]
             else:
-                flat.index_copy_(0, places.written, new.flatten(0, 1).to(flat.dtype))
+                flat.index_copy_(0, places.written, stored.flatten(0, 1))
             if isinstance(places.read, slice):
-                results.append(flat[places.read].unsqueeze(0))
+                results.append(load_values(flat[places.read].unsqueeze(0), new.dtype))
             else:
                 blocks = pool.index_select(0, places.read)
                 rows = blocks.view(k.shape[0], -1, *k.shape[2:])
                 first = places.skipped
-                results.append(rows[:, first : first + places.longest])
+                rows = rows[:, first : first + places.longest]
+                results.append(load_values(rows, new.dtype))
         return results[0], results[1], places.lengths
 
 

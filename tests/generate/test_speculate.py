@@ -316,7 +316,7 @@ def test_drafts_are_as_long_as_they_pay() -> None:
 def test_impossible_speculation_is_refused(model: HybridLM) -> None:
     with pytest.raises(UserError, match=r"draft_tokens = 0 must lie in 1 … 16\."):
         Speculation(length=0)
-    with pytest.raises(UserError, match="source = guess is not known; use one of mtp, lookup"):
+    with pytest.raises(UserError, match="speculate = guess is not known; use one of mtp, lookup"):
         Speculation("guess")
     without = build(
         hybrid_override_pattern="M", num_nextn_predict_layers=0, mtp_hybrid_override_pattern=None

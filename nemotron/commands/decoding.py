@@ -1,4 +1,4 @@
-"""The options of speculative decoding, which all commands that generate have."""
+"""The options that all commands that generate have: speculative decoding, and the cache."""
 
 from typing import TYPE_CHECKING, Annotated
 
@@ -6,6 +6,7 @@ import typer
 
 if TYPE_CHECKING:
     from nemotron.generate.speculate import Speculation
+    from nemotron.model.cache_formats import CacheFormats
 
 Speculate = Annotated[
     str | None,
@@ -24,6 +25,25 @@ DraftMethod = Annotated[
         "guesses (--speculate mtp). Default: rejection."
     ),
 ]
+
+
+StateDtype = Annotated[
+    str, typer.Option(help="Format of Mamba-2 states: fp32, fp16, or fp16_sr (rounded by chance).")
+]
+KVDtype = Annotated[
+    str, typer.Option(help="Format of keys and values: model (its own), bf16 or fp8.")
+]
+
+
+def find_formats(state_dtype: str, kv_dtype: str) -> "CacheFormats":
+    """Return the formats of the cache.
+
+    Raises:
+        UserError: when one is not known.
+    """
+    from nemotron.model.cache_formats import CacheFormats
+
+    return CacheFormats(state_dtype, kv_dtype)  # type: ignore[arg-type]  # it checks the words
 
 
 def find_speculation(
