@@ -176,6 +176,47 @@ def import_(
     return run_import(folder, out, overwrite=overwrite)
 
 
+@app.command(epilog="Example: nemotron merge runs/tiny --last-tokens 400e3 --out runs/merged")
+def merge(
+    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
+    out: Annotated[Path, typer.Option(help="Run folder to write.")],
+    last_tokens: Annotated[
+        list[float] | None,
+        typer.Option(help="Average over this many last tokens; repeatable with --search."),
+    ] = None,
+    last: Annotated[
+        list[int] | None,
+        typer.Option(min=2, help="Average this many last checkpoints; repeatable with --search."),
+    ] = None,
+    step: Annotated[
+        list[int] | None, typer.Option(help="Step of a checkpoint to average; repeatable.")
+    ] = None,
+    shape: Annotated[
+        str | None,
+        typer.Option(
+            help="minus_sqrt, linear (as if the learning rate decayed), uniform or ema; "
+            "default: minus_sqrt, with --search all."
+        ),
+    ] = None,
+    ema_decay: Annotated[
+        float, typer.Option(help="Factor from a checkpoint to the one before it (shape ema).")
+    ] = 0.8,
+    search: Annotated[
+        bool, typer.Option("--search", help="Choose the window and shape by validation loss.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
+    device: Annotated[str, typer.Option(help="One of auto, cpu and cuda (--search).")] = "auto",
+) -> int:
+    """Average checkpoints of a run into a new run; default: all that it kept."""
+    from nemotron.merge.command import Choice, check_shape
+    from nemotron.merge.command import merge as run_merge
+
+    choice = Choice(
+        last_tokens or (), last or (), step or (), check_shape(shape), ema_decay, search
+    )
+    return run_merge(run, out, choice, device=device, overwrite=overwrite)
+
+
 @checkpoint_app.command("convert", epilog="Example: nemotron checkpoint convert runs/tiny")
 def checkpoint_convert(
     path: Annotated[Path, typer.Argument(help="Run, its checkpoints folder, or one checkpoint.")],

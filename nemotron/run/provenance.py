@@ -36,6 +36,7 @@ class Provenance(Section):
     """Of the run, drawn once."""
     starts: list[dict[str, JsonValue]]
     imported: dict[str, JsonValue] | None = None
+    merged: dict[str, JsonValue] | None = None
 
 
 def with_start(path: Path, step: int, facts: Facts) -> Provenance:
@@ -52,8 +53,17 @@ def with_start(path: Path, step: int, facts: Facts) -> Provenance:
 
 def record_import(path: Path, facts: Facts) -> Facts:
     """Write where a run that was never started comes from; returns that, with the time."""
+    return _record_origin(path, "imported", facts)
+
+
+def record_merge(path: Path, facts: Facts) -> Facts:
+    """Write which checkpoints a run is an average of; returns that, with the time."""
+    return _record_origin(path, "merged", facts)
+
+
+def _record_origin(path: Path, kind: str, facts: Facts) -> Facts:
     origin = {"time": _now()} | facts
-    write_json(path, {"id": secrets.token_hex(4), "starts": [], "imported": origin})
+    write_json(path, {"id": secrets.token_hex(4), "starts": [], kind: origin})
     return origin
 
 
