@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
+from nemotron.generate.exact import exact_view
 from nemotron.generate.forward import PIECE, extend, new_cache, score
 from nemotron.generate.graphs import Steps
 from nemotron.generate.prefixes import Prefix, PrefixStore
@@ -24,6 +26,8 @@ from nemotron.generate.speculate import Speculation, Speculator
 from nemotron.model.cache import BLOCK_SIZE, CachedRows
 from nemotron.model.cache_formats import UNCHANGED, CacheFormats
 from nemotron.model.hybrid import HybridLM
+
+MambaDecode = Literal["recurrent", "replay"]
 
 SLOTS = 32
 """Answers that are written at the same time, unless another number is given."""
@@ -67,7 +71,10 @@ class Engine:
     `row_by_row` every text passes the model by itself, so that its answer is the same to the bit
     whatever others there are, as long as none of them takes its blocks; this is slower. Steps of
     one token have `fixed_sizes` on a GPU, which captures them as CUDA graphs. With `speculation`
-    a step may bring several tokens of an answer. `formats` are those of the cache.
+    a step may bring several tokens of an answer. `formats` are those of the cache. With
+    `mamba_decode` "replay" the engine computes by the operations of `exact_view`, and scans the
+    newest chunk of a text again for each token: its probabilities are to the bit those of one pass
+    of `exact_view(model)` over the text. The model's weights must not be packed.
     """
 
     def __init__(
@@ -85,8 +92,11 @@ class Engine:
         fixed_sizes: bool | None = None,
         speculation: Speculation | None = None,
         formats: CacheFormats = UNCHANGED,
+        mamba_decode: MambaDecode = "recurrent",
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        is_exact = mamba_decode == "replay"
+        self._prepare = exact_view if is_exact else _as_it_is
+        self.model, self.tokenizer = self._prepare(model), tokenizer
         self.stop = frozenset(stop)
         self.prefill_tokens, self._row_by_row = prefill_tokens, row_by_row
         self.version = 0
@@ -94,7 +104,13 @@ class Engine:
         self.timing = Timing()
         if fixed_sizes is None:
             is_cuda = model.backbone.embeddings.weight.device.type == "cuda"
-            fixed_sizes = is_cuda and speculation is None and formats.state != "fp16_sr"
+            is_plain = speculation is None and formats.state != "fp16_sr" and not is_exact
+            fixed_sizes = is_cuda and is_plain
+        if is_exact and (speculation is not None or formats != UNCHANGED):
+            raise UserError(
+                "mamba_decode = replay goes with neither speculation nor other formats of the "
+                "cache; leave them out."
+            )
         assert not fixed_sizes or formats.state != "fp16_sr", "a graph does not know the step"
         assert not (fixed_sizes and speculation), "passes over drafts have many sizes"
         self._room, more = blocks, int(fixed_sizes)
@@ -104,7 +120,13 @@ class Engine:
             speculation.check(model.config)
             drafts = speculation.num_unread
         self.cache = new_cache(
-            model, slots + more, blocks, block_size, drafts=drafts, formats=formats
+            model,
+            slots + more,
+            blocks,
+            block_size,
+            drafts=drafts,
+            formats=formats,
+            replay=is_exact,
         )
         self.speculator = Speculator(self.cache, speculation) if speculation is not None else None
         self._steps = Steps(self.cache) if fixed_sizes else None
@@ -211,7 +233,7 @@ class Engine:
         """
         assert version > self.version, f"version {version} does not follow {self.version}"
         assert model.config == self.model.config, "the cache is made for another model"
-        self.model, self.version = model, version
+        self.model, self.version = self._prepare(model), version
         self.prefixes.clear()
         for sample in [] if keep_states else self.scheduler.running[:]:
             self.scheduler.preempt(sample)
@@ -371,3 +393,7 @@ class Engine:
         if self.speculator is not None:  # also again: drafts follow the same token as before
             return left - bool(sample.answer.tokens)
         return left if left > 1 else 0
+
+
+def _as_it_is(model: HybridLM) -> HybridLM:
+    return model

@@ -21,6 +21,7 @@ def new_cache(
     block_size: int = BLOCK_SIZE,
     *,
     drafts: int = 0,
+    replay: bool = False,
     formats: CacheFormats = UNCHANGED,
 ) -> Cache:
     """Return a cache in the dtype and on the device of the model."""
@@ -33,6 +34,7 @@ def new_cache(
         blocks=blocks,
         block_size=block_size,
         drafts=drafts,
+        replay=replay,
         formats=formats,
         dtype=dtype,
         device=device,

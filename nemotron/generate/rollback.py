@@ -60,7 +60,7 @@ class Copy:
     """`snapshot`: memory of one more state, and a second pass wherever a token is forgotten."""
 
     def __init__(self) -> None:
-        self._copies: list[tuple[Tensor, Tensor]] = []
+        self._copies: list[list[Tensor]] = []
 
     def rows(self, cache: Cache, slots: Sequence[int]) -> CachedRows:
         """As `Rollback.rows`."""
@@ -75,7 +75,7 @@ class Copy:
         for row, (slot, count) in enumerate(zip(rows.slots, counts, strict=True)):
             if count == num_tokens:
                 continue
-            before = [(conv[row : row + 1], ssm[row : row + 1]) for conv, ssm in self._copies]
+            before = [[kept[row : row + 1] for kept in layer] for layer in self._copies]
             cache.restore(slice(slot, slot + 1), before)
             cache.cut(slot, cache.lengths[slot] - num_tokens)
             model(tokens[row : row + 1, :count], cache=cache.rows([slot]))

@@ -12,12 +12,14 @@ from nemotron.model.blocks import Blocks
 from nemotron.model.cache_formats import UNCHANGED, CacheFormats
 from nemotron.model.config import ModelConfig
 from nemotron.model.state import (
+    CHUNK,
     Ahead,
     AttentionState,
     Keep,
     KeyValues,
     MambaSlots,
     MambaState,
+    Partial,
     Places,
     slots_of,
 )
@@ -32,7 +34,8 @@ class Cache:
     Mamba-2 layers keep a state of fixed size for each slot; attention layers share `blocks` blocks
     of `block_size` tokens, so that memory follows the texts' lengths. Without `blocks` the memory
     grows as needed. With `drafts`, there is also what the multi-token-prediction block remembers,
-    which then reads up to so many hidden states at once that it has not read.
+    which then reads up to so many hidden states at once that it has not read. With `replay`,
+    Mamba-2 layers keep their inputs since the last end of a chunk.
     """
 
     def __init__(
@@ -43,11 +46,13 @@ class Cache:
         blocks: int | None = None,
         block_size: int = BLOCK_SIZE,
         drafts: int = 0,
+        replay: bool = False,
         formats: CacheFormats = UNCHANGED,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str = "cpu",
     ) -> None:
-        self.lengths, self.formats = [0] * slots, formats
+        assert not replay or formats.state == "fp32", "a rounded state is not that of training"
+        self.lengths, self.formats, self.replays = [0] * slots, formats, replay
         self.block_size, self.device = block_size, torch.device(device)
         self.blocks = Blocks(blocks)
         self.tables: list[list[int]] = [[] for _ in range(slots)]
@@ -73,11 +78,18 @@ class Cache:
     def _mamba(self, config: ModelConfig, slots: int, dtype: torch.dtype) -> MambaSlots:
         conv = (slots, config.conv_kernel - 1, config.conv_channels)
         ssm = (slots, config.mamba_num_heads, config.mamba_head_dim, config.ssm_state_size)
+        wide, partial = self.formats.state_dtype(dtype), None
+        if self.replays:
+            partial = Partial(
+                torch.zeros(slots, CHUNK, config.conv_channels, dtype=dtype, device=self.device),
+                torch.zeros(slots, CHUNK, config.mamba_num_heads, dtype=wide, device=self.device),
+            )
         return MambaSlots(
             torch.zeros(conv, dtype=dtype, device=self.device),
-            torch.zeros(ssm, dtype=self.formats.state_dtype(dtype), device=self.device),
+            torch.zeros(ssm, dtype=wide, device=self.device),
             # a seed for each layer
             len(self.layers) if self.formats.state == "fp16_sr" else None,
+            partial,
         )
 
     def _attention(self, config: ModelConfig, dtype: torch.dtype) -> KeyValues:
@@ -89,7 +101,7 @@ class Cache:
     @property
     def slot_bytes(self) -> int:
         """Memory of the states of one text, whatever its length."""
-        states = sum(la.conv[0].nbytes + la.ssm[0].nbytes for la in self._mamba_slots)
+        states = sum(t[0].nbytes for layer in self._mamba_slots for t in layer.tensors())
         return states + (0 if self.ahead is None else self.ahead.hidden[0].nbytes)
 
     @property
@@ -186,14 +198,15 @@ class Cache:
                 states.append(None if layer is None else AttentionState(layer))
         return states
 
-    def copies(self, rows: slice | Int[Tensor, " B"]) -> list[tuple[Tensor, Tensor]]:
+    def copies(self, rows: slice | Int[Tensor, " B"]) -> list[list[Tensor]]:
         """Return copies of the Mamba-2 states of the slots in `rows`, for `restore`."""
-        return [(la.conv[rows].clone(), la.ssm[rows].clone()) for la in self._mamba_slots]
+        return [[t[rows].clone() for t in layer.tensors()] for layer in self._mamba_slots]
 
-    def restore(self, rows: slice | Int[Tensor, " B"], copies: list[tuple[Tensor, Tensor]]) -> None:
+    def restore(self, rows: slice | Int[Tensor, " B"], copies: list[list[Tensor]]) -> None:
         """Give the slots in `rows` these states again."""
-        for layer, (conv, ssm) in zip(self._mamba_slots, copies, strict=True):
-            layer.conv[rows], layer.ssm[rows] = conv, ssm
+        for layer, kept in zip(self._mamba_slots, copies, strict=True):
+            for tensor, before in zip(layer.tensors(), kept, strict=True):
+                tensor[rows] = before
 
     def count(self, slots: Sequence[int], num_tokens: int) -> None:
         """Count the tokens that a call has appended to the texts of these slots."""
@@ -245,8 +258,8 @@ class Cache:
     def _reset(self, slot: int) -> None:
         self._histories.pop(slot, None)
         for layer in self._mamba_slots:
-            layer.conv[slot].zero_()
-            layer.ssm[slot].zero_()
+            for tensor in layer.tensors():
+                tensor[slot].zero_()
         if self.ahead is not None:
             self.ahead.counts[slot] = 0
 
@@ -263,8 +276,8 @@ class Snapshot:
     """What a cache remembers of one text at one length."""
 
     length: int
-    states: list[tuple[Tensor, Tensor]]
-    """For each Mamba-2 layer: convolution inputs and state."""
+    states: list[list[Tensor]]
+    """For each Mamba-2 layer: convolution inputs, state, and what else belongs to a slot."""
     blocks: list[int]
     hidden: Float[Tensor, "T D"] | None = None
     """Those that the prediction block has not read, where it has a place in the cache."""
@@ -308,7 +321,7 @@ class CachedRows:
         """
         places = self._places(num_tokens) if self._has_attention else None
         steps = None
-        if self.cache.formats.state == "fp16_sr":
+        if self.cache.formats.state == "fp16_sr" or self.cache.replays:
             steps = self._tensor([self.cache.lengths[slot] for slot in self.slots])
         for layer in self.layers:
             if isinstance(layer, MambaState):

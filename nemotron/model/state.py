@@ -18,6 +18,22 @@ until it is known how many tokens are kept.
 """
 
 
+CHUNK = 64
+"""Tokens of a text that are scanned together where the scan is replayed."""
+
+
+@dataclass
+class Partial:
+    """Inputs of the scan since the last end of a chunk; more of them may be there, of no meaning.
+
+    With them every token is scanned as in a pass over the whole text, from the state at that end.
+    """
+
+    mixed: Float[Tensor, "slots Q C"]
+    """After the convolution."""
+    dt: Float[Tensor, "slots Q H"]
+
+
 @dataclass
 class MambaSlots:
     """The states of one Mamba-2 layer, one for each slot.
@@ -30,6 +46,13 @@ class MambaSlots:
     ssm: Float[Tensor, "slots H P N"]
     seed: int | None = None
     """Of stochastic rounding to the dtype of `ssm`; absent: to nearest."""
+    partial: Partial | None = None
+    """If the scan is replayed; `ssm` is then the state at the last end of a chunk."""
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that belongs to a slot."""
+        more = [] if self.partial is None else [self.partial.mixed, self.partial.dt]
+        return [self.conv, self.ssm, *more]
 
     @property
     def is_rounded(self) -> bool:
@@ -58,7 +81,8 @@ class MambaState:
         self.history = [] if keep == "states" else None
         self.keeps_inputs, self.inputs = keep == "inputs", None
         self.steps: Int[Tensor, " B"] | None = None
-        """Lengths of the texts before the call, for stochastic rounding."""
+        """Lengths of the texts before the call, for stochastic rounding and replay."""
+        self.partial: Partial | None = None
         if isinstance(rows, slice):
             self.conv, self.ssm = slots.conv[rows], slots.ssm[rows]
 
@@ -69,6 +93,8 @@ class MambaState:
             self.ssm = self._slots.ssm.index_select(0, self._rows)
         if self._slots.is_rounded:
             self.ssm = self._slots.ssm[self._rows].float()
+        if (partial := self._slots.partial) is not None:
+            self.partial = Partial(partial.mixed[self._rows], partial.dt[self._rows])
         if self.history is not None:
             self.history = [(self.conv.clone(), self.ssm.clone())]
 
@@ -93,6 +119,9 @@ class MambaState:
             self.conv, self.ssm = conv, ssm
             self._slots.conv.index_copy_(0, self._rows, conv)
             self._slots.ssm.index_copy_(0, self._rows, ssm)
+            if self._slots.partial is not None and self.partial is not None:
+                self._slots.partial.mixed[self._rows] = self.partial.mixed
+                self._slots.partial.dt[self._rows] = self.partial.dt
         if self.history is not None:
             self.history.append((self.conv.clone(), self.ssm.clone()))
 
