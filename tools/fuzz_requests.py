@@ -55,8 +55,8 @@ def judge(words: list[str]) -> int:
         server = _environment_server(environment)
         connection = http.client.HTTPConnection(*server, timeout=30)
         try:
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", "/" + urllib.parse.quote(path), body, headers)
+            address = "/" + urllib.parse.quote(path, errors="replace")
+            connection.request("POST", address, body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             codes.append(_code(answer.status, answer.read()))
         except http.client.HTTPException as error:
