@@ -60,6 +60,7 @@ def test_these_are_the_commands():
         "check-parity",
         "export",
         "import",
+        "merge",
     }
 
 

@@ -72,3 +72,5 @@ class SavedState(Section):
     """Result of `Batches.state`."""
     imported: dict[str, JsonValue] | None = None
     """Where weights come from that were not trained here."""
+    merged: dict[str, JsonValue] | None = None
+    """Which checkpoints the weights are an average of."""

@@ -40,8 +40,9 @@ class CheckpointSource:
 
     @property
     def is_trained(self) -> bool:
-        """Whether a run of ours trained the model; else it was only imported."""
-        return read_state(self.info).trainer is not None
+        """Whether runs of ours trained the model; else it was only imported."""
+        state = read_state(self.info)
+        return state.trainer is not None or state.merged is not None
 
     def formats(self, choice: Formats) -> Formats:
         """Return the formats of an export: the choice, but an imported model keeps its own."""
@@ -74,17 +75,20 @@ class TensorReader:
         decoded = parameter.decode(parameter.encode(master))
         return int((decoded != parameter.part_of(master)).sum())
 
-    def _master(self, parameter: DiskParameter) -> Tensor:
-        """Return the model's float32 tensor that the parameter is a part of."""
-        source = parameter.source
+    def read(self, source: str) -> Tensor:
+        """Return a parameter or buffer of the model in float32, with its adapter in it."""
         if self._is_tied and source == TIED_HEAD:
             source = EMBEDDING
-        if self._last is None or self._last[0] != source:
+        master = torch.empty(self._shapes[source])
+        self._saved.load({MODEL_PREFIX + source: master})
+        return self._with_adapter(source, master)
+
+    def _master(self, parameter: DiskParameter) -> Tensor:
+        """Return the model's float32 tensor that the parameter is a part of."""
+        if self._last is None or self._last[0] != parameter.source:
             # the old one is let go before memory for the next is taken
             self._last = None
-            master = torch.empty(self._shapes[source])
-            self._saved.load({MODEL_PREFIX + source: master})
-            self._last = (source, self._with_adapter(source, master))
+            self._last = (parameter.source, self.read(parameter.source))
         return self._last[1]
 
     def _with_adapter(self, source: str, master: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nemotron.generate.budget import ReasoningBudget
 from nemotron.generate.decode_layers import decode_view
 from nemotron.generate.engine import Engine
 from nemotron.generate.request import Answer, Request
@@ -40,6 +41,8 @@ class Rollout:
     advantage: float = 0.0
     old_logprobs: list[float] = dataclasses.field(default_factory=list)
     """Of each token under the trainer's weights before the first update on this batch."""
+    reference_logprobs: list[float] = dataclasses.field(default_factory=list)
+    """Of each token under the weights that the run began with; empty if nothing needs them."""
     is_masked: bool = False
     """Whether the answer is left out of the loss."""
 
@@ -66,6 +69,10 @@ class Sampler:
 
     def __init__(self, config: RolloutConfig, tasks: Tasks, verifiers: Verifiers) -> None:
         self._config, self._tasks, self._verifiers = config, tasks, verifiers
+        tokens, grace = config.reasoning_budget, config.reasoning_grace
+        self._budget = (
+            None if tokens is None else ReasoningBudget.of(tasks.tokenizer, tokens, grace)
+        )
 
     def roll_out(
         self, model: HybridLM, tasks: Sequence[tuple[int, Task]], seed: str, version: int
@@ -96,6 +103,7 @@ class Sampler:
             num_samples,
             stop_ids=self._tasks.stop_ids,
             stop=self._config.stop,
+            budget=self._budget,
             logprobs=True,
         )
 

@@ -9,6 +9,7 @@ from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.objective import PolicyObjective
 from nemotron.posttrain.rollout import Sampler
 from nemotron.posttrain.tasks import Tasks
+from nemotron.posttrain.teacher import load_reference
 from nemotron.posttrain.verify import Verifiers
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.schedule import TrainingPlan, build_schedule
@@ -62,7 +63,8 @@ class Reinforcement:
         verifiers = Verifiers(config.rollout.verify_workers, tasks.options)
         sampler = Sampler(config.rollout, tasks, verifiers)
         local = build_local(config, device, ranks)
-        batches = RolloutBatches(config, tasks, sampler, local, ranks)
+        reference = load_reference(config, device)
+        batches = RolloutBatches(config, tasks, sampler, local, reference, ranks)
         auxiliary = Auxiliary(config.loss, config.num_depths, bool(config.model.moe_layers))
         objective = PolicyObjective(config.policy, auxiliary, config.rollout.temperature)
         trainer = Trainer(config, local, objective, batches, plan, device, peak_flops, ranks)

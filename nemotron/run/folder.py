@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from nemotron.checkpoint.find import steps
+from nemotron.checkpoint.manifest import steps
 from nemotron.errors import RunFailed, UserError
 from nemotron.files import FULL, open_regular, read_regular, write_bytes
 from nemotron.parallel.runtime import Ranks
@@ -225,6 +225,10 @@ class RunFolder(RunFiles):
     def write_precision(self, table: list[dict[str, str]]) -> None:
         """Write which format each linear layer computes in, and why."""
         self.write(self.precision, table)
+
+    def write_experts(self, step: int, layers: Mapping[str, Any]) -> None:  # Any: nested JSON
+        """Write load and bias of every expert, by layer, as they are after a step."""
+        self.write(self.experts, json.dumps({"step": step, "layers": layers}) + "\n")
 
     def _write(self, path: Path, content: bytes) -> OSError | None:
         self._late.pop(path, None)

@@ -29,6 +29,11 @@ class FolderLock:
 
     def check(self) -> None:
         """Raise UserError when another process holds the folder; nothing is written."""
+        if self.is_held_elsewhere():
+            self._refuse()
+
+    def is_held_elsewhere(self) -> bool:
+        """Say whether another process holds the folder; nothing is written."""
         own = os.O_NOFOLLOW | os.O_NONBLOCK
         for path, flags in ((self.folder, os.O_DIRECTORY), (self.path, own)):
             try:
@@ -37,9 +42,10 @@ class FolderLock:
                 continue
             try:
                 if not _is_free(descriptor):
-                    self._refuse()
+                    return True
             finally:
                 os.close(descriptor)
+        return False
 
     def acquire(self) -> None:
         """Hold the folder, which exists.

@@ -9,9 +9,8 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import JsonValue, ValidationError
 
 from nemotron.checkpoint.manifest import code_version
@@ -19,6 +18,9 @@ from nemotron.errors import UserError
 from nemotron.files import read_regular, write_json
 from nemotron.run.redaction import redact, redact_arguments
 from nemotron.section import Section
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "numpy", "tokenizers", "pydantic", "mamba-ssm", "causal-conv1d", "flash-attn")
 """Packages whose versions can change a result."""
@@ -36,6 +38,7 @@ class Provenance(Section):
     """Of the run, drawn once."""
     starts: list[dict[str, JsonValue]]
     imported: dict[str, JsonValue] | None = None
+    merged: dict[str, JsonValue] | None = None
 
 
 def with_start(path: Path, step: int, facts: Facts) -> Provenance:
@@ -52,13 +55,24 @@ def with_start(path: Path, step: int, facts: Facts) -> Provenance:
 
 def record_import(path: Path, facts: Facts) -> Facts:
     """Write where a run that was never started comes from; returns that, with the time."""
+    return _record_origin(path, "imported", facts)
+
+
+def record_merge(path: Path, facts: Facts) -> Facts:
+    """Write which checkpoints a run is an average of; returns that, with the time."""
+    return _record_origin(path, "merged", facts)
+
+
+def _record_origin(path: Path, kind: str, facts: Facts) -> Facts:
     origin = {"time": _now()} | facts
-    write_json(path, {"id": secrets.token_hex(4), "starts": [], "imported": origin})
+    write_json(path, {"id": secrets.token_hex(4), "starts": [], kind: origin})
     return origin
 
 
-def collect(device: torch.device) -> Facts:
+def collect(device: "torch.device") -> Facts:
     """Return what is known about code, versions and machine."""
+    import torch  # who only reads provenance does without it
+
     return {
         "argv": redact_arguments(sys.argv),
         "folder": os.getcwd(),
@@ -131,5 +145,7 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: "torch.device") -> str:
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

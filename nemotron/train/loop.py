@@ -13,10 +13,11 @@ from nemotron.precision.apply import DTYPES
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.metrics import MetricsFile
+from nemotron.run.provenance import Facts
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import TRACKERS, Mirrors
 from nemotron.train.announce import announce, announce_failure, announce_results, announce_stop
-from nemotron.train.record import StepResult
+from nemotron.train.record import StepResult, expert_tables
 from nemotron.train.reliability.progress import Stopwatch
 from nemotron.train.reliability.replicas import ReplicasDiffer
 from nemotron.train.reliability.stragglers import Stragglers
@@ -34,7 +35,7 @@ def run(
     log: RunLog,
     saver: Saver,
     stop: StopRequest,
-    recipe_path: str,
+    origin: Facts,
 ) -> int:
     """Train, save and say how it ended; returns the exit code."""
     trainer = setup.trainer
@@ -45,7 +46,7 @@ def run(
     log.screen.open_log(folder.open_log(ranks.rank))
     problem: Exception | None = None
     with ExitStack() as stack:
-        tracked = announce(setup, folder, log, recipe_path)
+        tracked = announce(setup, folder, log, origin)
         if ranks.is_first:
             folder.write_status("running", start)
             stop.before_leaving = lambda: folder.write_status(
@@ -123,6 +124,8 @@ def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest) -> None:
                 saver.finish_or_warn(wait=False)
                 if slow is not None:
                     log.info(f"step {step + 1}: {slow}")  # no metric: it depends on the clock
+            if is_last or due(step, config.evaluation.every_steps):
+                log.record_experts(step + 1, expert_tables(trainer.routers, result.sums.load))
             for text in result.events():
                 _event(trainer, log, text)
             if bad := _steps_to_undo(trainer, result):

@@ -1,0 +1,1 @@
+"""Averaging the checkpoints of a run into one model."""
