@@ -44,7 +44,7 @@ def rl_chats(
 
 @app.command(
     "evaluate",
-    epilog="Example: nemotron rl evaluate recipes/tiny/assistant/rl.yaml --model runs/assistant/sft",
+    epilog="Example: nemotron rl evaluate recipes/tiny/assistant/rl.yaml --model runs/sft",
 )
 def rl_evaluate(
     recipe: RecipeFile,
