@@ -86,5 +86,7 @@ def _idle(config: RunConfig) -> Iterator[Idle]:
     yield Idle(delayed, not config.precision.names("fp8_delayed"), "no layer is in fp8_delayed")
     quantized = ["precision.backend", "precision.observe_every_steps"]
     yield Idle(quantized, not config.precision.quantizes, "no layer is quantized")
+    profile = ["profile.ranks", "profile.memory"]
+    yield Idle(profile, not config.profile.steps, "profile.steps is empty")
     trackers = config.logging.trackers
     yield Idle(["logging.project"], not trackers, "logging.trackers is empty")

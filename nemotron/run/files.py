@@ -22,6 +22,7 @@ class RunFiles:
         self.companions = path / "hf"
         """Small files that take the place of an export's own."""
         self.ranks = path / "ranks"
+        self.profile = path / "profile"
 
     @classmethod
     def around(cls, path: Path) -> "RunFiles | None":

@@ -43,6 +43,7 @@ from nemotron.train.config import RunConfig
 from nemotron.train.layout import check_layout, describe_ranks, least_world
 from nemotron.train.loop import run
 from nemotron.train.pretraining import Pretraining
+from nemotron.train.profile import check_profile
 from nemotron.train.reliability.deterministic import deterministic
 from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
@@ -95,7 +96,9 @@ def train(
     launch = Launch.of_this_process()
     trained: Stage = stage or Pretraining()
     plan = trained.plan(config)
-    check_layout(config, plan, launch.world if launch else 1)
+    world = launch.world if launch else 1
+    check_layout(config, plan, world)
+    check_profile(config.profile, plan.num_steps, world)
     check_trackers(config.logging.trackers)
     device = find_device(config.device, launch.local_rank if launch else None)
     folder = RunFolder(config.run_path, config)
@@ -146,7 +149,9 @@ def dry_run(
     launch = Launch.of_this_process()
     trained: Stage = stage or Pretraining()
     plan = trained.plan(config)
-    dims = check_layout(config, plan, launch.world if launch else least_world(config.parallel))
+    world = launch.world if launch else least_world(config.parallel)
+    dims = check_layout(config, plan, world)
+    check_profile(config.profile, plan.num_steps, world)
     check_trackers(config.logging.trackers)
     device = find_device(config.device)
     folder = RunFolder(config.run_path, config)
