@@ -223,11 +223,16 @@ def engine_tokens(engine: Engine, text: tuple[int, ...]) -> list[int]:
     return [event.token for event in events if event.token is not None]
 
 
-def test_no_slot_and_no_block_is_lost_over_many_requests(model: HybridLM) -> None:
-    engine, generator = small_engine(model, slots=8, blocks=12, prefixes=2), random.Random(3)
+@pytest.mark.parametrize("speculation", [None, Speculation("mtp", 2)])
+def test_no_slot_and_no_block_is_lost_over_many_requests(
+    model: HybridLM, speculation: Speculation | None
+) -> None:
+    """With 10,000 requests: `tools/bench/generation.py leaks`."""
+    engine = small_engine(model, slots=8, blocks=12, prefixes=2, speculation=speculation)
+    generator = random.Random(3)
     for _ in range(10):
         numbers = [
-            engine.submit(Request(prompt(generator, 9), 2, num_samples=generator.choice([1, 2])))
+            engine.submit(Request(prompt(generator, 9), 3, num_samples=generator.choice([1, 2])))
             for _ in range(10)
         ]
         for number in generator.sample(numbers, 2):

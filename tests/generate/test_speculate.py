@@ -230,7 +230,6 @@ def p_value(counts: Tensor, shares: Tensor) -> float:
 @pytest.mark.slow
 @pytest.mark.parametrize("source", ["mtp", "lookup"])
 def test_drawn_tokens_have_the_distribution_of_plain_decoding(source: str) -> None:
-    """By hand with 50,000 samples: p = 0.53 (mtp), 0.31 (lookup)."""
     model = build(hybrid_override_pattern="M*", vocab_size=VOCAB)
     counts = count_tokens(model, 3000, Speculation(source, 2))
     assert p_value(counts, expected_shares(model)) > 1e-3
