@@ -63,7 +63,7 @@ def runs(
 
 @app.command(epilog="Example: nemotron compare runs/tiny runs/mine")
 def compare(
-    first: Annotated[Path, typer.Argument(help=RUN, metavar="RUN")],
+    one: Annotated[Path, typer.Argument(help=RUN, metavar="RUN")],
     others: Annotated[
         list[Path], typer.Argument(help="Runs to compare it with.", metavar="RUN...")
     ],
@@ -71,4 +71,4 @@ def compare(
     """Print results and settings of runs beside each other."""
     from nemotron.report.compare import compare as run
 
-    return run([first, *others])
+    return run([one, *others])

@@ -40,12 +40,15 @@ class RolloutBatches:
         tasks: Tasks,
         sampler: Sampler,
         local: LocalModel,
-        reference: HybridLM | None,
         ranks: Ranks,
+        *,
+        reference: HybridLM | None = None,
+        teacher: HybridLM | None = None,
     ) -> None:
         """`reference` has the weights that the run began with, if the loss compares with them."""
         self._config, self._tasks, self._sampler = config, tasks, sampler
-        self._local, self._reference, self._ranks = local, reference, ranks
+        self._local, self._ranks = local, ranks
+        self._reference, self._teacher = reference, teacher
         self._folder = RunFiles(config.run_path).rollouts
         self._number = -1
         """Number of the rollout batch at hand."""
@@ -130,16 +133,19 @@ class RolloutBatches:
             write_text(path, rollout_lines(self._rollouts))
 
     def _score(self) -> None:
-        """Have the trainer's weights, and those of the reference, score all answers."""
+        """Have the trainer's weights, and those of the frozen models, score all answers."""
         [model] = self._local.models
-        found = self._scores(model)
-        self._local.drop_gathered()
-        for rollout, values in zip(self._rollouts, found, strict=True):
+        for rollout, values in zip(self._rollouts, self._scores(model), strict=True):
             rollout.old_logprobs = values
+        self._local.drop_gathered()
         if self._reference is not None:
             found = self._scores(self._reference)
             for rollout, values in zip(self._rollouts, found, strict=True):
                 rollout.reference_logprobs = values
+        if self._teacher is not None:
+            found = self._scores(self._teacher)
+            for rollout, values in zip(self._rollouts, found, strict=True):
+                rollout.teacher_logprobs = values
 
     def _scores(self, model: HybridLM) -> list[list[float]]:
         """Return the log-probabilities of each answer's tokens; every rank scores a share."""
@@ -180,7 +186,7 @@ class RolloutBatches:
         mask = batch.labels != NO_LABEL
         own = [rollout for answers in rows.answers for rollout in answers]
         found = {
-            ADVANTAGE: {id(r): [r.advantage] * len(r.tokens) for r in own},
+            ADVANTAGE: {id(r): r.token_advantages for r in own},
             OLD: {id(r): r.old_logprobs for r in own},
             SAMPLED: {id(r): r.logprobs for r in own},
         }

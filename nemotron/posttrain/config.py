@@ -150,6 +150,10 @@ class RlConfig(RunConfig):
     """Kind of training."""
     rollout: RolloutConfig
     """Prompts and answers."""
+    teacher: str | None = None
+    """Run, checkpoint or exported folder to learn from in place of rewards (on-policy
+    distillation): the advantage of a token is its log-probability for the teacher minus that for
+    the policy. Each rank holds all of it. Absent: rewards decide."""
     advantage: AdvantageConfig = AdvantageConfig()
     """Comparison of rewards."""
     policy: PolicyConfig = PolicyConfig()

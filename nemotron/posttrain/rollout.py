@@ -43,12 +43,25 @@ class Rollout:
     """Of each token under the trainer's weights before the first update on this batch."""
     reference_logprobs: list[float] = dataclasses.field(default_factory=list)
     """Of each token under the weights that the run began with; empty if nothing needs them."""
+    teacher_logprobs: list[float] = dataclasses.field(default_factory=list)
+    """Of each token under the teacher's weights; empty without a teacher."""
     is_masked: bool = False
     """Whether the answer is left out of the loss."""
 
+    @property
+    def token_advantages(self) -> list[float]:
+        """The advantage of each token: that of the answer, or what the teacher says of the token.
+
+        Source: NVIDIA-NeMo/RL, on-policy distillation: log teacher - log policy, per token.
+        """
+        if not self.teacher_logprobs:
+            return [self.advantage] * len(self.tokens)
+        pairs = zip(self.teacher_logprobs, self.old_logprobs, strict=True)
+        return [teacher - old for teacher, old in pairs]
+
     def as_line(self) -> str:
         """Return the rollout as JSON, a line of a rollout file."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        return json.dumps(self, default=vars, ensure_ascii=False)
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> "Rollout":

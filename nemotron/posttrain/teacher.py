@@ -29,12 +29,15 @@ HIDDEN = "teacher_hidden"
 """Name in `Batch.extras`: what the teacher's head gets, [B, T, its hidden size]."""
 
 
-def load_teacher(config: DistillConfig, tokenizer: Tokenizer, device: torch.device) -> HybridLM:
+def load_teacher(
+    config: DistillConfig | RlConfig, tokenizer: Tokenizer, device: torch.device
+) -> HybridLM:
     """Return the teacher of a run, frozen, in the compute dtype.
 
     Raises:
         UserError: when there is none, or it has another vocabulary than the student.
     """
+    assert config.teacher is not None
     path = Path(config.teacher)
     if not path.exists():
         raise UserError(

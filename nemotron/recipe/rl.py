@@ -47,6 +47,13 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
             "compares with the weights of init_from, which is absent; name a model, or use 0.",
             policy.kl_coefficient,
         )
+    if config.teacher is not None and policy.kind == "gspo":
+        yield Finding(
+            "policy.kind",
+            "has one ratio for each answer, but a teacher judges tokens; use ppo, cispo or "
+            "reinforce.",
+            policy.kind,
+        )
     closed = (rollout.reasoning_budget or 0) + rollout.reasoning_grace
     if rollout.reasoning_budget is not None and closed >= rollout.max_new_tokens:
         yield Finding(
@@ -79,6 +86,8 @@ def idle(config: RlConfig) -> Iterator[Idle]:
     yield Idle(["loss.moe_aux_loss_coeff"], "E" not in layers, "the pattern has no E layer")
     ahead = [f"loss.{name}" for name in type(config.loss).model_fields if name.startswith("mtp_")]
     yield Idle(ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0")
+    fields = [f"advantage.{name}" for name in type(config.advantage).model_fields]
+    yield Idle(fields, config.teacher is not None, "the teacher gives every token its advantage")
     clip = ["policy.clip_low", "policy.clip_high", "policy.dual_clip"]
     one = config.rollout.updates_per_step == 1
     yield Idle(clip, one, "rollout.updates_per_step = 1, so that no ratio differs from 1")

@@ -73,10 +73,10 @@ def downsample(series: Series, bins: int = BINS) -> Binned:
     np.minimum.at(low, place, y)
     np.maximum.at(high, place, y)
     known = count > 0
-    x_mean = np.bincount(place, x.astype(np.float64), bins)[known] / count[known]
     # divided first: the sum of a stretch could be too large
-    mean = np.bincount(place, y / count[place], bins)[known].astype(np.float64)
-    return Binned(x_mean, mean, low[known], high[known])
+    x_mean, mean = (np.bincount(place, values / count[place], bins) for values in (x, y))
+    centers, means = x_mean[known].astype(np.float64), mean[known].astype(np.float64)
+    return Binned(centers, means, low[known], high[known])
 
 
 def line_chart(

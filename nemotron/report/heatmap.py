@@ -9,7 +9,9 @@ from numpy.typing import NDArray
 from nemotron.report.chart import number, text
 from nemotron.report.scale import short
 
-WIDTH, LEFT, RIGHT, TOP, BOTTOM = 400, 78, 8, 4, 20
+WIDTH, RIGHT, TOP, BOTTOM = 400, 8, 4, 20
+LETTER, LONGEST = 5.4, 26
+"""Width of a letter of a name, and letters of the longest one that is not cut."""
 LEVELS = 9
 ROW, FEW_ROWS = 14.0, 96.0
 """Height of a row that has room, and of all rows where they are few."""
@@ -57,6 +59,8 @@ def heat_map(
     span = high - low or 1.0
     height = min(max(ROW, FEW_ROWS / len(rows)), TALLEST / len(rows), 2 * ROW)
     bottom = TOP + height * len(rows)
+    names = [name if len(name) <= LONGEST else f"…{name[1 - LONGEST :]}" for name in rows]
+    start = 12 + LETTER * max(map(len, names))
     palette = "h" if middle is None else "v"
     levels = np.full(cells.shape, -1)
     finite = np.isfinite(cells)
@@ -64,9 +68,9 @@ def heat_map(
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {number(bottom + BOTTOM)}" role="img" '
         f'aria-label="{text(f"{title}: {short(low)} to {short(high)}")}">',
-        *_labels(rows, height),
-        *(_cells(levels, level, height, palette) for level in range(LEVELS)),
-        f'<text x="{LEFT}" y="{number(bottom + 14)}">{text(left)}</text>'
+        *_labels(names, start, height),
+        *(_cells(levels, level, start, height, palette) for level in range(LEVELS)),
+        f'<text x="{number(start)}" y="{number(bottom + 14)}">{text(left)}</text>'
         f'<text x="{WIDTH - RIGHT}" y="{number(bottom + 14)}" class="e">{text(right)}</text></svg>',
     ]
     return HeatMap("".join(parts), short(low), short(high), palette)
@@ -87,24 +91,25 @@ def _mean(group: Cells) -> Cells:
     return np.where(count > 0, total / np.maximum(count, 1), np.nan)
 
 
-def _labels(rows: Sequence[str], height: float) -> list[str]:
+def _labels(rows: Sequence[str], start: float, height: float) -> list[str]:
     every = -(-len(rows) // LABELS)
+    x = number(start - 5)
     return [
-        f'<text x="{LEFT - 5}" y="{number(TOP + (i + 0.5) * height)}" dy=".32em" class="e s">'
-        f"{text(name if len(name) <= 14 else '…' + name[-13:])}</text>"
+        f'<text x="{x}" y="{number(TOP + (i + 0.5) * height)}" dy=".32em" class="e s">'
+        f"{text(name)}</text>"
         for i, name in enumerate(rows)
         if i % every == 0
     ]
 
 
-def _cells(levels: NDArray[np.int64], level: int, height: float, palette: str) -> str:
+def _cells(levels: NDArray[np.int64], level: int, left: float, height: float, palette: str) -> str:
     """Return the cells of one level: neighbors in a row are one rectangle."""
-    width = (WIDTH - LEFT - RIGHT) / levels.shape[1]
+    width = (WIDTH - left - RIGHT) / levels.shape[1]
     shapes = []
     for row, found in enumerate(levels == level):
         edges = np.flatnonzero(np.diff(np.concatenate([[0], found.astype(np.int8), [0]])))
         for start, end in edges.reshape(-1, 2).tolist():
-            corner = f"M{number(LEFT + start * width)} {number(TOP + row * height)}"
+            corner = f"M{number(left + start * width)} {number(TOP + row * height)}"
             size = number((end - start) * width + 0.2)
             shapes.append(f"{corner}h{size}v{number(height)}h-{size}z")
     return f'<path class="{palette}{level}" d="{"".join(shapes)}"/>' if shapes else ""

@@ -79,6 +79,11 @@ def precision_maps(run: Run) -> list[MapGroup]:
     return [MapGroup("precision", "Number formats", run.label, found, formats)]  # type: ignore[arg-type]
 
 
+def brief(layer: str) -> str:
+    """Return the name of a layer without what all of them have in common."""
+    return layer.removeprefix("layers.").replace("mtp.layers.", "mtp.").replace(".mixer", "")
+
+
 def over_time(table: Table, pattern: str, columns: int = COLUMNS) -> Rows | None:
     """Return the means of the keys that fit over stretches of the steps; None if none fits."""
     found = {}
@@ -108,7 +113,7 @@ def _over_time(title: str, rows: Rows | None) -> tuple[str, HeatMap] | None:
     if rows is None:
         return None
     drawn = heat_map(
-        rows.names,
+        [brief(name) for name in rows.names],
         rows.cells,
         title=title,
         left=f"step {rows.first:,}",
@@ -139,7 +144,7 @@ def _snapshot(run: Run) -> list[tuple[str, HeatMap] | None]:
         order = np.argsort(-load, kind="stable")
         bias = _numbers(table, "bias")
         known = bias is not None and len(bias) == len(load)
-        names.append(str(name))
+        names.append(brief(str(name)))
         loads.append((load / load.mean())[order])
         biases.append(bias[order] if known and bias is not None else np.full(len(load), np.nan))
     if not names or len({len(load) for load in loads}) > 1:

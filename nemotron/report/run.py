@@ -66,6 +66,13 @@ class Run:
     """A sentence for each file that is damaged, and about lines that were passed over."""
 
     @property
+    def place(self) -> str:
+        """The path of its folder, from the current one if it lies in there."""
+        here = Path.cwd()
+        path = self.files.path
+        return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+    @property
     def num_steps(self) -> int | None:
         """Steps of the whole run, if its recipe says them."""
         total = self.recipe.get("schedule.total_steps", "")

@@ -136,6 +136,7 @@ def test_evaluation_gives_rewards_by_budget(folder: Path, capsys) -> None:
     ("arguments", "said"),
     [
         ([], "give --model, or init_from"),
+        (["teacher=nowhere", "advantage.clamp=2"], "the teacher gives every token its advantage"),
         (["--model", "nowhere"], "does not exist"),
         (["--model", "RUN", "--plot", "curve.svg"], "give --budget at least twice"),
         (["--model", "RUN", "--budget", "8"], "leave no token of rollout.max_new_tokens = 8"),
@@ -187,6 +188,32 @@ def test_a_reference_stays_as_it_was_when_the_run_goes_on(folder: Path) -> None:
     lines = (folder / "runs" / "whole" / "metrics.jsonl").read_text().splitlines()
     losses = [line["loss/kl"] for line in map(json.loads, lines) if line["kind"] == "train"]
     assert abs(losses[0]) < 1e-6 < losses[1]
+
+
+def test_a_teacher_gives_every_token_its_advantage(folder: Path) -> None:
+    teacher = f"teacher={folder / 'runs' / 'two'}"
+    command = ["train", str(folder / "two.yaml"), teacher, "schedule.total_steps=1"]
+    assert run([*command, "name=other", "seed=5"]) == 0
+    assert run([*command, "name=itself", f"init_from={folder / 'runs' / 'two'}"]) == 0
+    for name in ("other", "itself"):
+        pairs = [
+            (old, taught)
+            for answer in rollouts(folder / "runs" / name)
+            for old, taught, forced in zip(
+                answer["old_logprobs"], answer["teacher_logprobs"], answer["forced"], strict=True
+            )
+            if not forced
+        ]
+        lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        [line] = [line for line in map(json.loads, lines) if line["kind"] == "train"]
+        mean = sum(old - taught for old, taught in pairs) / len(pairs)
+        assert line["rl/teacher_kl"] == pytest.approx(mean, abs=1e-9)
+        if name == "itself":
+            assert max(abs(old - taught) for old, taught in pairs) < 1e-5
+        else:
+            # the loss at the first update is the divergence of the answers
+            assert line["loss/policy"] == pytest.approx(mean, rel=1e-3)
+            assert max(abs(old - taught) for old, taught in pairs) > 0.1
 
 
 def rollouts(run: Path) -> Iterator[dict[str, Any]]:
