@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv train test test-fast check format typed bench clean
+.PHONY: help venv train assistant test test-fast check format typed bench clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ venv: $(STAMP)  ## Set up .venv
 
 train: $(STAMP)  ## Train the tiny model, resume it, sample from it, export it
 	@sh tools/first_run.sh "$(BIN)/python"
+
+assistant: $(STAMP)  ## Train a small assistant: text, conversations, rewards; evaluate, export
+	@sh tools/assistant.sh "$(BIN)/python"
 
 test: check  ## Run all checks and tests, and name the slowest
 	$(PYTEST) --durations 30 --durations-min 1

@@ -11,7 +11,7 @@ import typer
 import typer.main
 
 from nemotron import __version__
-from nemotron.commands import data, machine, model, recipe, serve
+from nemotron.commands import data, machine, model, recipe, report, rl, serve
 from nemotron.commands.shared import DEBUG, CommandGroup, Overrides, RecipeFile
 from nemotron.errors import RunFailed, UserError
 from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, MEANINGS, STOPPED, WRONG_INPUT
@@ -79,6 +79,7 @@ def train(
     if dry_run:
         return _dry_run(loaded, resume=resume, allow_changed=allow_changed or [])
     from nemotron.loading import read_initial
+    from nemotron.recipe.show import origin
     from nemotron.train.start import train as run
 
     return run(
@@ -86,7 +87,7 @@ def train(
         loaded.trained,
         resume=resume,
         stop_at=stop_at,
-        recipe_path=" ".join([str(recipe), *(overrides or [])]),
+        origin=origin(loaded, [str(recipe), *(overrides or [])]),
         read_initial=read_initial,
         allow_changed=allow_changed or [],
         panel=panel,
@@ -121,8 +122,10 @@ def _dry_run(loaded: "Recipe", *, resume: bool, allow_changed: list[str]) -> int
 
 app.add_typer(recipe.app, name="recipe")
 app.add_typer(data.app, name="data")
+app.add_typer(rl.app, name="rl")
 app.add_typer(machine.app)
 app.add_typer(model.app)
+app.add_typer(report.app)
 app.add_typer(serve.app)
 
 

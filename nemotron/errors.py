@@ -23,6 +23,8 @@ REFUSALS = {
 }
 """Errors of the machine, not of this program."""
 
+UNUSABLE_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
+
 ABSENT: Any = object()
 """The value of a finding about a key whose value says nothing, or which is not given."""
 
@@ -91,13 +93,21 @@ def show_value(value: Any) -> str:
 
 def exit_code(error: BaseException) -> int:
     """Return the code with which a command ends that this error ends."""
-    if isinstance(error, UserError):
+    if isinstance(error, UserError) or is_of_name(error):
         return WRONG_INPUT
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED
     refused = isinstance(error, OSError) and error.errno in REFUSALS
     known = isinstance(error, RunFailed) or is_out_of_memory(error) or is_of_other_ranks(error)
     return FAILED if refused or known else INTERNAL_ERROR
+
+
+def is_of_name(error: BaseException) -> bool:
+    """Say whether a path that someone gave is too long, or a link that leads in a circle."""
+    if isinstance(error, OSError):
+        return error.errno in UNUSABLE_NAMES
+    # what `Path.resolve` raises before Python 3.13
+    return type(error) is RuntimeError and str(error).startswith("Symlink loop")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

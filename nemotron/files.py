@@ -14,10 +14,15 @@ from typing import Any, BinaryIO
 
 import xxhash
 
+from nemotron.errors import UserError
+
 UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK}
 """What a file system answers that does not offer an operation at all."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a disk, a quota or a limit on the size of files answers when there is no room."""
+
+LARGEST_SMALL_FILE = 1 << 28
+"""Bytes of a file that is read whole, such as a configuration, an index or a tokenizer."""
 
 log = logging.getLogger(__name__)
 
@@ -71,6 +76,29 @@ def open_regular(path: Path, flags: int) -> int:
             raise OSError(errno.ENODEV, "it is not a regular file", str(path)) from None
         raise
     return descriptor
+
+
+def read_regular(path: Path, most: int = LARGEST_SMALL_FILE) -> bytes:
+    """Return the content of a file that others may have put there; a link may lead to it.
+
+    Raises:
+        OSError: when it cannot be opened.
+        UserError: when it is a folder, a pipe or a device, or has more than `most` bytes.
+    """
+    # a pipe that nobody writes would block the call
+    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        found = os.fstat(descriptor)
+        if not stat.S_ISREG(found.st_mode):
+            raise UserError(f"{path} is not a regular file; put the file itself there.")
+        if found.st_size > most:
+            raise UserError(
+                f"{path} has {found.st_size} bytes; a file of this kind has at most {most}."
+            )
+        with open(descriptor, "rb", closefd=False) as file:
+            return file.read()
+    finally:
+        os.close(descriptor)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

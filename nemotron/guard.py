@@ -8,8 +8,8 @@ import traceback
 from collections.abc import Sequence
 
 from nemotron import __version__
-from nemotron.errors import REFUSALS, is_of_other_ranks, is_out_of_memory
-from nemotron.exit_codes import FAILED, INTERNAL_ERROR
+from nemotron.errors import REFUSALS, is_of_name, is_of_other_ranks, is_out_of_memory
+from nemotron.exit_codes import FAILED, INTERNAL_ERROR, WRONG_INPUT
 from nemotron.run.redaction import redact_arguments, redact_text
 
 
@@ -19,6 +19,9 @@ def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
     What is neither a refusal of the machine nor a lack of memory is a fault of this program; its
     traceback is written to a file, whose path is in the sentence.
     """
+    if is_of_name(error):
+        of_name = isinstance(error, OSError) and f"{error.strerror}: {error.filename!r:.80}"
+        return f"a path cannot be used ({of_name or error}); give another.", WRONG_INPUT
     if isinstance(error, OSError) and error.errno in REFUSALS:
         place = "standard output, or a file" if error.filename is None else error.filename
         return f"failed: {place}: {error.strerror}.", FAILED

@@ -7,7 +7,6 @@ import torch
 from pydantic import BaseModel, ValidationError
 from torch import Tensor
 
-from nemotron.checkpoint.manifest import MODEL
 from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
@@ -20,7 +19,7 @@ from nemotron.hf.tokenizer_files import (
     read_kept_files,
     read_stop_ids,
 )
-from nemotron.model.build import build_around, shapes
+from nemotron.model.build import build_around
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import apply as apply_ops
@@ -153,9 +152,7 @@ def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     if is_exported(path):
         loaded = read_folder(path)
         return loaded.config, loaded.weights
-    config, weights = read_model(path)
-    check_weights(config, weights, path)
-    return config, weights
+    return read_model(path)
 
 
 def read_initial(place: str) -> InitialModel:
@@ -173,20 +170,3 @@ def read_initial(place: str) -> InitialModel:
     companions, _ = read_kept_files(path if run is None else run.companions)
     own = Tokenizer(check_tokenizer(tokenizer, config.vocab_size))
     return InitialModel(config, weights, own, companions)
-
-
-def check_weights(config: ModelConfig, weights: dict[str, Tensor], path: Path) -> None:
-    """Check that weights are those of the configuration that lies beside them.
-
-    Raises:
-        UserError: with the first tensor that is absent, too many or of another shape.
-    """
-    own = shapes(config)
-    for name in own | weights:
-        wanted = list(own[name]) if name in own else "absent"
-        found = list(weights[name].shape) if name in weights else "absent"
-        if wanted != found:
-            raise UserError(
-                f"{path} is damaged: {name} is {found}, but {MODEL} wants {wanted}; use another "
-                "checkpoint."
-            )

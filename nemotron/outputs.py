@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from nemotron.errors import UserError
-from nemotron.files import FULL, sync_folder, write_json
+from nemotron.files import FULL, read_regular, sync_folder, write_json
 from nemotron.section import Section
 
 log = logging.getLogger(__name__)
@@ -176,7 +176,7 @@ def _read_mark(folder: Path) -> Mark | None:
     try:
         if path.is_symlink() or not path.is_file() or path.stat().st_size > LARGEST_MARK:
             return None
-        return Mark.model_validate_json(path.read_bytes())
+        return Mark.model_validate_json(read_regular(path))
     except (OSError, ValueError):
         return None
 

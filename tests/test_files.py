@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from nemotron.files import hash_file, locked, write_bytes, write_json, write_text
+from nemotron.errors import UserError
+from nemotron.files import hash_file, locked, read_regular, write_bytes, write_json, write_text
 
 
 def test_a_written_file_holds_what_was_written_and_nothing_lies_beside_it(tmp_path: Path):
@@ -62,3 +63,17 @@ def test_a_lock_keeps_another_process_out_until_it_is_released(tmp_path: Path):
         refused = subprocess.run(command, capture_output=True, text=True)
     assert "BlockingIOError" in refused.stderr
     assert subprocess.run(command).returncode == 0
+
+
+def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "a").write_bytes(b"12345")
+    (tmp_path / "link").symlink_to("a")
+    assert read_regular(tmp_path / "link", 5) == b"12345"
+    for path in (tmp_path / "pipe", Path("/dev/zero"), tmp_path):
+        with pytest.raises(UserError, match="is not a regular file"):
+            read_regular(path)
+    with pytest.raises(UserError, match="has 5 bytes; a file of this kind has at most 4"):
+        read_regular(tmp_path / "a", 4)
+    with pytest.raises(FileNotFoundError):
+        read_regular(tmp_path / "b")

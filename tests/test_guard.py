@@ -91,6 +91,29 @@ def test_what_the_machine_refuses_is_no_fault_of_the_program(
     assert "internal" not in answer
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["generate", "PATH", "--prompt", "x"],
+        ["import", "PATH", "--out", "out"],
+        ["data", "inspect", "PATH"],
+        ["checkpoint", "convert", "PATH"],
+        ["data", "prepare", "rows.jsonl", "--out", "PATH"],
+    ],
+    ids=lambda words: words[0],
+)
+@pytest.mark.parametrize("path", ["a" * 300, "loop"], ids=["long", "loop"])
+def test_a_path_that_is_too_long_or_leads_in_a_circle_is_a_mistake(
+    words: list[str], path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    Path("loop").symlink_to("loop")
+    Path("rows.jsonl").write_text('{"text": "a"}\n')
+    code = run([word.replace("PATH", path) for word in words])
+    assert code == exit_codes.WRONG_INPUT, capsys.readouterr().err
+    assert not Path("out").exists()
+
+
 def test_debug_shows_the_traceback_of_a_mistake_before_its_sentence(
     capsys: pytest.CaptureFixture[str],
 ):

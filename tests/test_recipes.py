@@ -31,10 +31,11 @@ def schedule_of(config: PretrainConfig) -> Schedule:
 
 @pytest.mark.parametrize("path", COMPLETE, ids=lambda path: str(path.relative_to(RECIPES)))
 def test_every_recipe_loads_with_a_model_and_a_schedule_that_can_be_built(path: Path):
-    config = load_recipe(path).config
+    recipe = load_recipe(path)
+    config = recipe.config
     count, built = count_parameters(config.model), build_on_meta(config.model)
     assert count.total + count.mtp == sum(p.numel() for p in built.parameters())
-    plan = plan_training(config)
+    plan = recipe.trained.plan(config)
     assert 0 < plan.lr(0) <= config.schedule.peak
     end = config.schedule.peak if config.schedule.kind == "constant" else config.schedule.min
     assert plan.lr(plan.num_steps - 1) == pytest.approx(end, rel=0.01)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import fuzz_mutations as mutate
+import fuzz_requests as read
 import xxhash
 from ruamel.yaml import YAML
 
@@ -56,6 +57,79 @@ CHAT = {
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
 }
 STEP = "runs/half/checkpoints/step-00000002"
+ADAPTED = "runs/adapted/checkpoints/step-00000001"
+TUNE = {
+    **{key: RECIPE[key] for key in ("output", "device", "model", "batch", "schedule")},
+    "stage": "sft",
+    "name": "adapted",
+    "init_from": "runs/mine",
+    "data": {
+        "cache": "cache",
+        "seq_len": 256,
+        "sources": [{"name": "chats", "path": "chats"}],
+    },
+    "batch": {"global_tokens": 512, "micro_batch": 1},
+    "tune": {"adapter": {"rank": 2, "targets": ["in_proj", "q_proj", "experts"]}},
+    "evaluation": {"tokens": 256},
+}
+DISTILL = {
+    **{key: value for key, value in TUNE.items() if key != "tune"},
+    "stage": "distill",
+    "name": "student",
+    "teacher": "runs/adapted",
+}
+REINFORCE = {
+    **{key: RECIPE[key] for key in ("output", "device", "model", "schedule")},
+    "stage": "rl",
+    "name": "learner",
+    "data": {"seq_len": 127},
+    "rollout": {
+        "environments": [
+            {
+                "name": "gym",
+                "options": {"url": "http://127.0.0.1:9", "data": "tasks.jsonl", "timeout_s": 1.0},
+            }
+        ],
+        "num_prompts_per_step": 4,
+        "num_generations_per_prompt": 2,
+        "max_new_tokens": 4,
+    },
+    "batch": {"global_tokens": 8 * 127, "micro_batch": 2},
+}
+TASK = {
+    "responses_create_params": {
+        "input": [{"role": "user", "content": [{"type": "input_text", "text": "What is 1 + 1?"}]}],
+        "tools": [],
+    },
+    "agent_ref": {"type": "responses_api_agents", "name": "gym"},
+    "expected_answer": "2",
+}
+ASKED = {
+    "model": "mine",
+    "max_tokens": 3,
+    "temperature": 0.5,
+    "top_p": 0.9,
+    "top_k": 5,
+    "n": 2,
+    "stop": ["."],
+    "seed": 1,
+    "logit_bias": {"5": -1.0},
+    "stream": False,
+    "user": "me",
+    "presence_penalty": 0.5,
+    "min_p": 0.1,
+    "repetition_penalty": 1.1,
+    "reasoning_budget": 4,
+}
+ASKED_CHAT = {
+    **ASKED,
+    "messages": CHAT["messages"][:4],
+    "tools": CHAT["tools"],
+    "tool_choice": "auto",
+    "logprobs": True,
+    "reasoning_effort": "low",
+    "chat_template_kwargs": {"enable_thinking": True, "reasoning_budget": 3},
+}
 
 RESUME = ["train", "mine.yaml", "name=half", "--resume", "--stop-at", "3"]
 GENERATE = ["generate", "runs/half", "--prompt", "The river", "--max-new-tokens", "2"]
@@ -83,11 +157,13 @@ class Target:
     """Folders and files beside the damaged one that a command reads or changes."""
     seal: Callable[[Path, random.Random], None] = lambda world, draw: None
     """Forges what vouches for the damaged file, so that its readers get to see it."""
+    reader: read.Reader = read.run_command
+    """What is called with a command's words."""
 
 
-def forge_manifest(world: Path, draw: random.Random) -> None:
+def forge_manifest(world: Path, draw: random.Random, step: str = STEP) -> None:
     """Let the manifest of the checkpoint have the hashes of its files, most times."""
-    folder = world / STEP
+    folder = world / step
     manifest = json.loads((folder / "manifest.json").read_bytes())
     if draw.random() < 0.1:
         return
@@ -115,6 +191,22 @@ DATA_USES = ("mine.yaml", "shards", "cache")
 
 def of_run(file: str, mutation: mutate.Mutation = mutate.of_json) -> Target:
     return Target(f"runs/half/{file}", mutation, RUN, RUN_USES)
+
+
+def of_adapters(file: str, mutation: mutate.Mutation = mutate.of_json) -> Target:
+    def seal(world: Path, draw: random.Random) -> None:
+        forge_manifest(world, draw, ADAPTED)
+
+    commands = [
+        ["generate", "runs/adapted", "--prompt", "The river", "--max-new-tokens", "2"],
+        ["export", "runs/adapted", "--out", "out", "--no-check"],
+        ["export", "runs/adapted", "--out", "out", "--adapter"],
+        ["train", "sft.yaml", "name=new", "init_from=runs/adapted", "--stop-at", "1"],
+        ["train", "distill.yaml", "name=new", "--stop-at", "1"],
+        ["train", "runs/adapted", "--resume"],
+    ]
+    uses = ("sft.yaml", "distill.yaml", "runs/adapted", "runs/mine", "chats", "cache")
+    return Target(f"{ADAPTED}/{file}", mutation, commands, uses, seal)
 
 
 def of_checkpoint(file: str, mutation: mutate.Mutation = mutate.of_json) -> Target:
@@ -165,6 +257,60 @@ TARGETS: dict[str, Target] = {
     "checkpoint state": of_checkpoint("state.json"),
     "checkpoint index": of_checkpoint("index.json"),
     "checkpoint header": of_checkpoint("rank-00000.safetensors", mutate.of_header),
+    "adapter index": of_adapters("index.json"),
+    "adapter header": of_adapters("rank-00000.safetensors", mutate.of_header),
+    "adapter model": of_adapters("model.json"),
+    "sft recipe": Target(
+        "sft.yaml",
+        of_recipe,
+        [["recipe", "check", "sft.yaml"], ["train", "sft.yaml", "name=new", "--dry-run"]],
+        ("runs/mine", "chats", "cache"),
+    ),
+    "distill recipe": Target(
+        "distill.yaml",
+        of_recipe,
+        [["recipe", "check", "distill.yaml"], ["train", "distill.yaml", "name=new", "--dry-run"]],
+        ("runs/mine", "runs/adapted", "chats", "cache"),
+    ),
+    "rl recipe": Target(
+        "rl.yaml", of_recipe, [["rl.yaml"]], ("tasks.jsonl",), reader=read.draw_tasks
+    ),
+    "tasks": Target(
+        "tasks.jsonl", mutate.of_lines, [["rl.yaml"]], ("rl.yaml",), reader=read.draw_tasks
+    ),
+    "environment request": Target(
+        "judged.jsonl", mutate.of_lines, [["judged.jsonl"]], reader=read.judge
+    ),
+    "sft rows": Target(
+        "talks.jsonl",
+        mutate.of_lines,
+        [["train", "sft.yaml", "name=new", "data.sources=[{name: chats, path: talks.jsonl}]",
+          "--dry-run"]],
+        ("sft.yaml", "runs/mine"),
+    ),
+    "chat template": Target(
+        "exported/chat_template.jinja",
+        mutate.of_bytes,
+        [["chat", "exported", "--max-new-tokens", "2"]],
+        HF_USES,
+        reader=read.converse,
+    ),
+    "hub name": Target(
+        "name.txt",
+        mutate.of_bytes,
+        [["generate", "NAME", "--prompt", "x"], ["import", "NAME", "--out", "out"],
+         ["chat", "NAME"], ["train", "mine.yaml", "name=new", "init_from=NAME"]],
+        DATA_USES,
+        reader=read.name_model,
+    ),
+    "completion request": Target(
+        "completion.json", mutate.of_json, [["/v1/completions", "completion.json"]],
+        ("runs/mine",), reader=read.ask_server,
+    ),
+    "chat request": Target(
+        "asked.json", mutate.of_json, [["/v1/chat/completions", "asked.json"]],
+        ("runs/mine",), reader=read.ask_server,
+    ),
 }  # fmt: skip
 
 
@@ -174,16 +320,29 @@ def build_world(folder: Path) -> None:
     The current folder must be `folder`.
     """
     from nemotron import cli
+    from nemotron.data.chat.template import TEMPLATE
 
     texts = [f"Text {i}: the river runs to the sea, and stone {i % 7} stays." for i in range(60)]
     lines = "".join(json.dumps({"text": text, "n": {"score": 1}}) + "\n" for text in texts)
     Path("rows.jsonl").write_text(lines[: lines.index("Text 9")].rpartition("\n")[0] + "\n")
     Path("all.jsonl").write_text(lines)
     Path("chat.jsonl").write_text((json.dumps(CHAT) + "\n") * 3)
+    talks = [
+        {"messages": [{"role": "user", "content": f"{i} and {i}?"}, CHAT["messages"][-1]]}
+        for i in range(12)
+    ]
+    Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
     blend = {"sources": [{"name": "text", "weight": 1.0, "path": "shards"}]}
     Path("blend.json").write_text(json.dumps(blend))
-    with open("mine.yaml", "w") as file:
-        YAML().dump(RECIPE, file)
+    recipes = {"mine": RECIPE, "sft": TUNE, "distill": DISTILL, "rl": REINFORCE}
+    for name, values in recipes.items():
+        with open(f"{name}.yaml", "w") as file:
+            YAML().dump(values, file)
+    Path("tasks.jsonl").write_text((json.dumps(TASK) + "\n") * 3)
+    Path("judged.jsonl").write_bytes(read.environment_rows())
+    Path("completion.json").write_text(json.dumps({**ASKED, "prompt": ["The river", "A"]}))
+    Path("asked.json").write_text(json.dumps(ASKED_CHAT))
+    Path("name.txt").write_text("owner/name@main")
     write_parquet(texts)
     for code, words in (
         (0, ["data", "prepare", "all.jsonl", "--out", "shards", "--workers", "1",
@@ -191,11 +350,15 @@ def build_world(folder: Path) -> None:
         (0, ["train", "mine.yaml"]),
         (75, ["train", "mine.yaml", "name=half", "--stop-at", "2"]),
         (0, ["export", "runs/mine", "--out", "exported", "--no-check"]),
+        (0, ["data", "prepare", "talks.jsonl", "--out", "chats", "--workers", "1", "--chat",
+             "--hold-out", "0.3"]),
+        (75, ["train", "sft.yaml", "--stop-at", "1"]),
     ):  # fmt: skip
         if (found := cli.run(words)) != code:
             raise RuntimeError(f"{words} of the undamaged world ended with {found}")
     # without --no-check an export has hashes, which would keep every damage from its readers
     Path("tokenizer.json").write_bytes(Path("exported/tokenizer.json").read_bytes())
+    Path("exported/chat_template.jinja").write_text(TEMPLATE + "\n{#- another one #}")
 
 
 def write_parquet(texts: list[str]) -> None:

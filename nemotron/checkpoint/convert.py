@@ -14,7 +14,6 @@ from torch import Tensor
 
 from nemotron.checkpoint import pickled
 from nemotron.checkpoint.draft import Draft, tensor_file
-from nemotron.checkpoint.find import steps
 from nemotron.checkpoint.housekeeping import new_partial
 from nemotron.checkpoint.index import DTYPES, NAMES, Index, SavedPiece, SavedTensor, key_of, tiles
 from nemotron.checkpoint.manifest import (
@@ -28,6 +27,7 @@ from nemotron.checkpoint.manifest import (
     compare_files,
     folder_name,
     read_manifest,
+    steps,
     verify,
 )
 from nemotron.checkpoint.read import parse_model_config

@@ -8,6 +8,7 @@ from nemotron.checkpoint.manifest import (
     CheckpointInfo,
     OldCheckpoint,
     folder_name,
+    steps,
     verify,
 )
 from nemotron.checkpoint.records import DamagedCheckpoint
@@ -38,14 +39,6 @@ class Search:
 
     info: CheckpointInfo | None
     skipped: tuple[Skipped, ...]
-
-
-def steps(folder: Path) -> list[int]:
-    """Return the steps that have a checkpoint folder, newest first, complete or not."""
-    if not folder.is_dir():
-        return []
-    names = (STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
-    return sorted((int(match[1]) for match in names if match), reverse=True)
 
 
 def newest(folder: Path, ranks: Ranks | None = None) -> Search:

@@ -9,8 +9,8 @@ import secrets
 import shutil
 from pathlib import Path
 
-from nemotron.checkpoint.find import SAVING, steps
-from nemotron.checkpoint.manifest import DamagedCheckpoint, folder_name, verify
+from nemotron.checkpoint.find import SAVING
+from nemotron.checkpoint.manifest import DamagedCheckpoint, folder_name, steps, verify
 
 REMOVING = ".nemotron-removing-"
 

@@ -72,6 +72,14 @@ def folder_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
+def steps(folder: Path) -> list[int]:
+    """Return the steps that have a checkpoint folder, newest first, complete or not."""
+    if not folder.is_dir():
+        return []
+    names = (STEP_FOLDER.fullmatch(path.name) for path in folder.iterdir() if path.is_dir())
+    return sorted((int(match[1]) for match in names if match), reverse=True)
+
+
 def code_version() -> str:
     """Return the version of this package, or say that it runs from a folder."""
     try:

@@ -24,7 +24,8 @@ from nemotron.checkpoint.manifest import MODEL, STATE, CheckpointInfo
 from nemotron.checkpoint.records import DamagedCheckpoint, explain, read_record
 from nemotron.checkpoint.state import SavedState
 from nemotron.errors import UserError
-from nemotron.model.adapter import merge_all
+from nemotron.model.adapter import WrongAdapter, merge_all
+from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
 from nemotron.parallel.shards import local_shards
 
@@ -187,17 +188,43 @@ def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     info = found.info
     assert info is not None
     saved = SavedTensors(info)
+    config = read_model_config(info)
     weights = saved.empty(MODEL_PREFIX)
     saved.load(weights)
-    named = merge_all({n.removeprefix(MODEL_PREFIX): tensor for n, tensor in weights.items()})
-    config = read_model_config(info)
+    own = {n.removeprefix(MODEL_PREFIX): tensor for n, tensor in weights.items()}
+    with refusing_adapters(info):
+        named = merge_all(own)
     if config.tie_word_embeddings and EMBEDDING in named:
         named[TIED_HEAD] = named[EMBEDDING]
+    with _refusing_damage(info):
+        _check_shapes(config, named)
     return config, named
+
+
+def _check_shapes(config: ModelConfig, weights: dict[str, Tensor]) -> None:
+    own = shapes(config)
+    for name in own | weights:
+        wanted = list(own[name]) if name in own else "absent"
+        found = list(weights[name].shape) if name in weights else "absent"
+        if wanted != found:
+            raise DamagedCheckpoint(f"{name} is {found}, but {MODEL} wants {wanted}")
 
 
 def _seen_from(start: tuple[int, ...], box: list[tuple[int, int]]) -> tuple[slice, ...]:
     return tuple(slice(low - s, high - s) for s, (low, high) in zip(start, box, strict=True))
+
+
+@contextmanager
+def refusing_adapters(info: CheckpointInfo) -> Iterator[None]:
+    """Turn what is wrong with adapters into the sentence about a damaged checkpoint.
+
+    Raises:
+        UserError: in place of `WrongAdapter`.
+    """
+    try:
+        yield
+    except WrongAdapter as damage:
+        raise UserError(f"{info.folder} is damaged: {damage}; use another one.") from None
 
 
 @contextmanager

@@ -58,6 +58,14 @@ def data_prepare(
     all_thinking: Annotated[
         bool, typer.Option("--all-thinking", help="Keep the reasoning of earlier turns as well.")
     ] = False,
+    reasoning_off_rate: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of conversations to write without reasoning."),
+    ] = 0.0,
+    reasoning_budget_rate: Annotated[
+        float,
+        typer.Option(min=0, max=1, help="Share of conversations whose reasoning is cut off."),
+    ] = 0.0,
     subset: Annotated[str | None, typer.Option(help="Subset of an hf:// data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of an hf:// data set.")] = "train",
     revision: Annotated[str | None, typer.Option(help="Revision of an hf:// data set.")] = None,
@@ -82,12 +90,17 @@ def data_prepare(
     """Turn text or conversations into token shards; repeat a stopped command to continue it."""
     from nemotron.data.prepare.command import prepare
     from nemotron.data.prepare.options import ChatOptions, HubOptions, PrepareOptions
+    from nemotron.errors import UserError
 
+    if reasoning_off_rate + reasoning_budget_rate > 1:
+        raise UserError("--reasoning-off-rate and --reasoning-budget-rate exceed 1; lower one.")
     chats = ChatOptions(
         messages_column=messages,
         tools_column=tools,
         enable_thinking=thinking,
         truncate_history_thinking=not all_thinking,
+        reasoning_off_rate=reasoning_off_rate,
+        reasoning_budget_rate=reasoning_budget_rate,
     )
     options = PrepareOptions(
         column=column,

@@ -6,18 +6,9 @@ from typing import Annotated
 
 import typer
 
-from nemotron.commands.decoding import (
-    DraftMethod,
-    DraftTokens,
-    KVDtype,
-    Speculate,
-    StateDtype,
-    find_formats,
-    find_speculation,
-)
-from nemotron.commands.shared import CommandGroup
-
-MODEL = "Run, checkpoint, exported folder, or OWNER/NAME[@REVISION] of a model on the Hub."
+from nemotron.commands.answers import AnswerOptions
+from nemotron.commands.decoding import DecodingOptions
+from nemotron.commands.shared import CommandGroup, Device, Model
 
 app = CommandGroup()
 
@@ -35,77 +26,66 @@ app.add_typer(checkpoint_app, name="checkpoint")
 
 @app.command(epilog='Example: nemotron generate runs/tiny --prompt "def read("')
 def generate(
-    model: Annotated[Path, typer.Argument(help=MODEL)],
-    prompt: Annotated[list[str], typer.Option(help="Text to continue; repeatable.")],
+    model: Model,
+    prompt: Annotated[list[str] | None, typer.Option(help="Text to continue; repeatable.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="File of texts: JSON lines (.jsonl) with the field prompt, or lines."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines of answers to --prompts to write; default: the output."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Answer only the prompts that OUT does not answer yet.")
+    ] = False,
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Largest number of tokens to add.")
     ] = 128,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
-    ] = 0.8,
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample only from this many most likely tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample only from tokens with this total probability.")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Sample only from tokens with this share of the likeliest one."),
-    ] = None,
-    repeat_penalty: Annotated[
-        float, typer.Option(help="Above 1, tokens that are in the text already become less likely.")
-    ] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text before which to end; repeatable.")
-    ] = None,
-    think_budget: Annotated[
-        int | None, typer.Option(min=0, help="Tokens after which </think> is put into the answer.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
-    speculate: Speculate = None,
-    draft_tokens: DraftTokens = None,
-    draft_method: DraftMethod = None,
-    state_dtype: StateDtype = "fp32",
-    kv_dtype: KVDtype = "model",
     stream: Annotated[bool, typer.Option(help="Print tokens while generating.")] = True,
-    device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
+    device: Device = "auto",
     recipe_ops: Annotated[
         bool, typer.Option(help="Use the backends that the run's recipe names.")
     ] = True,
+    *,
+    answers: AnswerOptions,
+    decoding: DecodingOptions,
 ) -> int:
     """Continue one or more prompts."""
+    from nemotron.errors import UserError
+    from nemotron.generate.command import Continuation, generate_file
     from nemotron.generate.command import generate as run
-    from nemotron.generate.sampling import Sampling
     from nemotron.loading import load_with_tokenizer, stop_ids
     from nemotron.loading import recipe_ops as read_ops
 
-    sampling = Sampling(
-        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repeat_penalty
-    )
-    speculation = find_speculation(speculate, draft_tokens, draft_method)
-    formats = find_formats(state_dtype, kv_dtype)
+    if bool(prompt) == (prompts is not None):
+        raise UserError("the prompts are missing, or given twice; give --prompt or --prompts FILE.")
+    if prompts is None and (out is not None or resume):
+        raise UserError("--out and --resume need --prompts FILE; give it, or leave them out.")
+    if resume and out is None:
+        raise UserError("--resume needs the file to continue; give --out FILE.")
+    sampling, speculation, formats = answers.sampling, decoding.speculation, decoding.formats
     ops = read_ops(model) if recipe_ops else None
     loaded, tokenizer = load_with_tokenizer(model, ops=ops)
-    return run(
-        loaded,
-        tokenizer,
-        prompt,
+    ends = stop_ids(model, loaded.config)
+    wanted = Continuation(
         sampling,
-        max_new_tokens=max_new_tokens,
-        stop=stop or (),
-        stop_ids=stop_ids(model, loaded.config),
-        reasoning_budget=think_budget,
-        speculation=speculation,
-        formats=formats,
-        stream=stream,
-        device=device,
+        max_new_tokens,
+        answers.stop or (),
+        ends,
+        answers.think_budget,
+        device,
+        speculation,
+        formats,
     )
+    if prompts is not None:
+        return generate_file(loaded, tokenizer, prompts, out, wanted, resume=resume)
+    return run(loaded, tokenizer, prompt or [], wanted, stream=stream)
 
 
 @app.command("check-parity", epilog="Example: nemotron check-parity runs/tiny --length 100")
 def check_parity(
-    model: Annotated[Path, typer.Argument(help=MODEL)],
+    model: Model,
     length: Annotated[
         list[int] | None,
         typer.Option(min=1, help="Tokens of a prompt; repeatable. Default: 100, 1000."),
@@ -119,7 +99,7 @@ def check_parity(
         MambaDecode,
         typer.Option(help="replay uses exact operations on both sides; every bit must agree."),
     ] = MambaDecode.recurrent,
-    device: Annotated[str, typer.Option(help="One of auto, cpu and cuda.")] = "auto",
+    device: Device = "auto",
 ) -> int:
     """Compare probabilities while generating with those in training.
 
@@ -178,7 +158,10 @@ def export(
 @app.command("import", epilog="Example: nemotron import exported/tiny --out runs/imported")
 def import_(
     folder: Annotated[
-        Path, typer.Argument(help="Folder in Hugging Face's layout, or OWNER/NAME[@REVISION].")
+        Path,
+        typer.Argument(
+            help="Folder in Hugging Face's layout, or OWNER/NAME or OWNER/NAME@REVISION on the Hub."
+        ),
     ],
     out: Annotated[Path, typer.Option(help="Run folder to write.")],
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,

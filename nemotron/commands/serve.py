@@ -6,16 +6,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemotron.commands.decoding import (
-    DraftMethod,
-    DraftTokens,
-    KVDtype,
-    Speculate,
-    StateDtype,
-    find_formats,
-    find_speculation,
-)
-from nemotron.commands.shared import CommandGroup
+from nemotron.commands.answers import AnswerOptions
+from nemotron.commands.decoding import DecodingOptions
+from nemotron.commands.shared import CommandGroup, Device, Model
 
 if TYPE_CHECKING:
     from nemotron.data.tokenizer import Tokenizer
@@ -26,8 +19,6 @@ app = CommandGroup()
 
 INSTALL = "pip install 'nemotron-train[serve]'"
 
-Model = Annotated[Path, typer.Argument(help="Run, checkpoint or exported folder.")]
-Device = Annotated[str, typer.Option(help="One of auto, cpu and cuda.")]
 Length = Annotated[
     int | None,
     typer.Option(min=1, help="Tokens of a prompt and its answer; default: the model's longest."),
@@ -71,12 +62,9 @@ def serve(
     grace: Annotated[
         float, typer.Option(min=0, max=3600, help="Seconds that open answers get at the end.")
     ] = 10.0,
-    speculate: Speculate = None,
-    draft_tokens: DraftTokens = None,
-    draft_method: DraftMethod = None,
-    state_dtype: StateDtype = "fp32",
-    kv_dtype: KVDtype = "model",
     device: Device = "auto",
+    *,
+    decoding: DecodingOptions,
 ) -> int:
     """Serve a model over HTTP, with OpenAI's interface and a chat page."""
     from nemotron.errors import UserError
@@ -89,13 +77,13 @@ def serve(
     from nemotron.model.cache import BLOCK_SIZE
     from nemotron.serve.command import Address
     from nemotron.serve.command import serve as run
+    from nemotron.serve.grammar import JsonForms
     from nemotron.serve.limits import Limits
     from nemotron.serve.translate import Translator
     from nemotron.serve.worker import Worker
 
     address = Address(host, port, api_key)
-    speculation = find_speculation(speculate, draft_tokens, draft_method)
-    formats = find_formats(state_dtype, kv_dtype)
+    speculation, formats = decoding.speculation, decoding.formats
     loaded, tokenizer, chat_format = _load(model, device)
     limits = Limits(
         max_length or loaded.config.max_position_embeddings,
@@ -114,7 +102,9 @@ def serve(
         formats=formats,
     )
     find_line_ends(tokenizer)  # takes a moment, which no request should wait for
-    translator = Translator(tokenizer, loaded.config.vocab_size, chat_format, limits)
+    ends = {loaded.config.eos_token_id} | (chat_format.stop_ids if chat_format else set())
+    forms = JsonForms(tokenizer, loaded.config.vocab_size, frozenset(ends))
+    translator = Translator(tokenizer, loaded.config.vocab_size, chat_format, limits, forms)
     own_name = name or model.resolve().name
     return run(Worker(engine), translator, own_name, address, grace_s=grace)
 
@@ -126,59 +116,30 @@ def chat(
     max_new_tokens: Annotated[
         int, typer.Option(min=1, help="Largest number of tokens of an answer.")
     ] = 1024,
-    temperature: Annotated[
-        float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
-    ] = 0.8,
-    top_k: Annotated[
-        int | None, typer.Option(help="Sample only from this many most likely tokens.")
-    ] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Sample only from tokens with this total probability.")
-    ] = None,
-    min_p: Annotated[
-        float | None,
-        typer.Option(help="Sample only from tokens with this share of the likeliest one."),
-    ] = None,
-    repeat_penalty: Annotated[
-        float, typer.Option(help="Above 1, tokens that are in the text already become less likely.")
-    ] = 1.0,
-    stop: Annotated[
-        list[str] | None, typer.Option(help="Text before which to end; repeatable.")
-    ] = None,
     think: Annotated[bool, typer.Option(help="Let answers begin with reasoning.")] = True,
-    think_budget: Annotated[
-        int | None, typer.Option(min=0, help="Tokens after which the reasoning is closed.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed that makes sampling repeatable.")] = None,
     max_length: Length = None,
-    speculate: Speculate = None,
-    draft_tokens: DraftTokens = None,
-    draft_method: DraftMethod = None,
-    state_dtype: StateDtype = "fp32",
-    kv_dtype: KVDtype = "model",
     device: Device = "auto",
+    *,
+    answers: AnswerOptions,
+    decoding: DecodingOptions,
 ) -> int:
     """Hold a conversation with a model in the terminal."""
     from nemotron.errors import UserError
     from nemotron.generate.budget import ReasoningBudget
     from nemotron.generate.engine import Engine
-    from nemotron.generate.sampling import Sampling
     from nemotron.serve.console import Conversation, Manner
     from nemotron.serve.console import chat as run
 
-    sampling = Sampling(
-        temperature, top_k, top_p, seed, min_p=min_p, repetition_penalty=repeat_penalty
-    )
-    speculation = find_speculation(speculate, draft_tokens, draft_method)
-    formats = find_formats(state_dtype, kv_dtype)
+    sampling, speculation, formats = answers.sampling, decoding.speculation, decoding.formats
     loaded, tokenizer, chat_format = _load(model, device)
     if chat_format is None:
         raise UserError(
             f"{model} has learned no chat format: its tokenizer has no token <|im_end|>, and no "
             "chat_template.jinja lies with it; use nemotron generate."
         )
-    budget = None if think_budget is None else ReasoningBudget.of(tokenizer, think_budget)
-    manner = Manner(sampling, max_new_tokens, tuple(stop or ()), system, think, budget)
+    tokens = answers.think_budget
+    budget = None if tokens is None else ReasoningBudget.of(tokenizer, tokens)
+    manner = Manner(sampling, max_new_tokens, tuple(answers.stop or ()), system, think, budget)
     ends = {loaded.config.eos_token_id}
     engine = Engine(
         loaded,

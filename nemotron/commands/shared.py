@@ -1,5 +1,9 @@
-"""What all commands have in common: the option --debug, and the arguments that name a recipe."""
+"""What commands have in common: options, the arguments that name a recipe or a model."""
 
+import functools
+import inspect
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,10 +35,51 @@ class Command(TyperCommand):
 
 
 class CommandGroup(typer.Typer):
-    """Commands that share the options of `Command`."""
+    """Commands that share the options of `Command`.
+
+    A parameter whose type is a record stands for an option for each field of the record, so that
+    options of several commands are declared once.
+    """
 
     def command(self, name: str | None = None, **keywords: Any) -> Any:  # Any: those of typer
-        return super().command(name, cls=Command, **keywords)
+        register = super().command(name, cls=Command, **keywords)
+
+        def declare(function: Callable[..., int]) -> Callable[..., int]:
+            register(_spread(function))
+            return function
+
+        return declare
+
+
+def _spread(function: Callable[..., int]) -> Callable[..., int]:
+    """Return the function with the fields of its records as parameters of its own."""
+    signature = inspect.signature(function)
+    spread: list[inspect.Parameter] = []
+    records: dict[str, Any] = {}  # Any: classes of records
+    for name, parameter in signature.parameters.items():
+        record = parameter.annotation
+        if not is_dataclass(record):
+            spread.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            continue
+        records[name] = record
+        spread += [
+            inspect.Parameter(
+                field.name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=field.default,
+                annotation=field.type,
+            )
+            for field in fields(record)
+        ]
+
+    @functools.wraps(function)
+    def call(**words: Any) -> int:  # Any: values of the options
+        for name, record in records.items():
+            words[name] = record(**{field.name: words.pop(field.name) for field in fields(record)})
+        return function(**words)
+
+    call.__signature__ = signature.replace(parameters=spread)  # type: ignore[attr-defined]
+    return call
 
 
 RecipeFile = Annotated[
@@ -51,3 +96,10 @@ Overrides = Annotated[
         metavar="[KEY=VALUE]...",
     ),
 ]
+Model = Annotated[
+    Path,
+    typer.Argument(
+        help="Run, checkpoint, exported folder, or OWNER/NAME, with @REVISION or not, on the Hub."
+    ),
+]
+Device = Annotated[str, typer.Option(help="One of auto, cpu and cuda.")]

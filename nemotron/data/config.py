@@ -249,6 +249,18 @@ class ChatOptions(Section):
     """Whether reasoning is kept."""
     truncate_history_thinking: bool = True
     """Whether reasoning before the last user message is left out."""
+    reasoning_off_rate: float = Field(0.0, ge=0, le=1)
+    """Share of the conversations, chosen by a hash of each, that are written without reasoning."""
+    reasoning_budget_rate: float = Field(0.0, ge=0, le=1)
+    """Share whose reasoning is cut at the end of a random line, so that the answer is learned from
+    a part of it; the part itself is not learned."""
+
+    @model_validator(mode="after")
+    def _check_rates(self) -> "ChatOptions":
+        if self.reasoning_off_rate + self.reasoning_budget_rate > 1:
+            rule = f"and reasoning_budget_rate = {self.reasoning_budget_rate:g} exceed 1 together"
+            raise RuleBroken("reasoning_off_rate", f"{rule}; lower one", self.reasoning_off_rate)
+        return self
 
 
 class ChatSetConfig(ChatOptions):

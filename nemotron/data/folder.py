@@ -14,6 +14,7 @@ from nemotron.data.config import DataConfig, SourceConfig
 from nemotron.data.indexed import Shard, Stream
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
+from nemotron.files import read_regular
 from nemotron.section import Section
 
 log = logging.getLogger(__name__)
@@ -131,7 +132,7 @@ def read_manifest(folder: Path) -> Manifest | None:
     """
     path = folder / MANIFEST
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read_regular(path))
         if isinstance(content, dict) and content.get("format") != FORMAT:
             rule, value = f"is unknown; this version reads {FORMAT}.", content.get("format")
             raise UserError(rule, key="format", value=value, where=str(path))

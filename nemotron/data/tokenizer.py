@@ -3,7 +3,9 @@
 import bisect
 import functools
 import json
-from collections.abc import Iterable, Sequence
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +16,13 @@ from numpy.typing import NDArray
 
 from nemotron.data.corpus import EMBEDDED
 from nemotron.errors import UserError
-from nemotron.files import write_bytes
+from nemotron.files import read_regular, write_bytes
 
 MOST_TOKENS = 1 << 24
 """Limit of a vocabulary, of which each id takes memory; a hundred times what is published."""
+LONGEST_TOKEN = 1 << 16
+MOST_GROWTH = 64
+"""Limit of how many times as long a text becomes by the replacements of a tokenizer."""
 WORDS_LEFT = 3
 """Words at the end of a text that more text may change: the last one, and spaces before it."""
 
@@ -50,7 +55,8 @@ class Tokenizer:
     def encode_batch(self, texts: Sequence[str], *, specials: bool = False) -> list[list[int]]:
         """Encode many texts at once, on all cores."""
         tokenizer = self._with_specials if specials else self._plain
-        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        with _answering():
+            encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
     def encode_start(self, text: str) -> tuple[list[int], int]:
@@ -61,7 +67,8 @@ class Tokenizer:
         """
         if not self.is_piecewise:
             return [], 0
-        encoding = self._plain.encode(text, add_special_tokens=False)
+        with _answering():
+            encoding = self._plain.encode(text, add_special_tokens=False)
         words = [-1 if word is None else word for word in encoding.word_ids]
         end = bisect.bisect_left(words, words[-1] - WORDS_LEFT + 1) if words else 0
         ids = encoding.ids[:end]
@@ -70,7 +77,8 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_specials: bool = False) -> str:
         """Return the text of `ids`; bytes that are no UTF-8 become replacement characters."""
-        return self._plain.decode(list(ids), skip_special_tokens=skip_specials)
+        with _answering():
+            return self._plain.decode(list(ids), skip_special_tokens=skip_specials)
 
     def id(self, token: str) -> int:
         """Return the id of a token.
@@ -103,18 +111,53 @@ def _read(content: bytes, *, specials: bool) -> tokenizers.Tokenizer:
     """Return a tokenizer that keeps its settings: to change them per call is unsafe in threads."""
     try:
         tokenizer = tokenizers.Tokenizer.from_str(content.decode())
-        largest = max(tokenizer.get_vocab(with_added_tokens=True).values(), default=-1)
+        vocabulary = tokenizer.get_vocab(with_added_tokens=True)
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # a panic of the library, which is in Rust, is no Exception
         raise ValueError(str(error)) from error
+    largest = max(vocabulary.values(), default=-1)
     if not 0 <= largest < MOST_TOKENS:
         raise ValueError(f"its largest id is {largest}, it must be from 0 to {MOST_TOKENS - 1}")
+    if (longest := max(map(len, vocabulary))) > LONGEST_TOKEN:
+        raise ValueError(f"a token has {longest} characters; it may have {LONGEST_TOKEN}")
+    steps = json.loads(content)
+    for name in ("normalizer", "pre_tokenizer", "decoder"):
+        if (growth := _growth(steps.get(name))) > MOST_GROWTH:
+            raise ValueError(
+                f"its {name} makes a text {growth:.1e} times as long; it may be {MOST_GROWTH} times"
+            )
     # Lengths and padding of a published file must not cut or fill documents.
     tokenizer.no_truncation()
     tokenizer.no_padding()
     tokenizer.encode_special_tokens = not specials
     return tokenizer
+
+
+@contextmanager
+def _answering() -> Iterator[None]:
+    """Turn a panic of the library, as over a regular expression that never ends, into a mistake."""
+    try:
+        yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UserError(f"the tokenizer fails on a text: {error}; use another one.") from None
+
+
+def _growth(step: Any) -> float:  # Any: nested JSON
+    """Return how many times as long the replacements of a step can make a text."""
+    if isinstance(step, list):
+        return math.prod(map(_growth, step))
+    if not isinstance(step, dict):
+        return 1.0
+    own = 1.0
+    if step.get("type") == "Replace":
+        new, pattern = str(step.get("content", "")), step.get("pattern")
+        old = pattern.get("String") if isinstance(pattern, dict) else None
+        # what an expression matches may be empty, which is found beside every character
+        own = max(1.0, len(new) / max(1, len(old)) if isinstance(old, str) else len(new) + 1)
+    return own * math.prod(_growth(inner) for inner in step.values())
 
 
 def _is_piecewise(layout: dict[str, Any]) -> bool:  # Any: nested JSON
@@ -160,7 +203,7 @@ def load_tokenizer(name_or_path: str, key: str = "data.tokenizer") -> Tokenizer:
     elif path.is_dir():
         path /= "tokenizer.json"
     try:
-        return Tokenizer(path.read_bytes())
+        return Tokenizer(read_regular(path))
     except FileNotFoundError:
         rule = "does not exist; give the path of a tokenizer.json, or embedded."
         raise UserError(rule, key=key, value=path.resolve()) from None

@@ -1,17 +1,20 @@
 """What `nemotron generate` does once the model is loaded."""
 
 import sys
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
+from nemotron.generate.batch import BatchProgress, answers_in_order
 from nemotron.generate.budget import ReasoningBudget
 from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.engine import SLOTS, Engine
-from nemotron.generate.request import requests_of
+from nemotron.generate.prompts import AnswerFile, answer_line, read_prompts
+from nemotron.generate.request import Request, requests_of
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.speculate import Speculation
 from nemotron.model.cache_formats import UNCHANGED, CacheFormats
@@ -19,29 +22,38 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.terminal import printable
 
 
+@dataclass(frozen=True)
+class Continuation:
+    """How each prompt is continued."""
+
+    sampling: Sampling
+    max_new_tokens: int
+    stop: Sequence[str] = ()
+    """Texts before which an answer ends."""
+    stop_ids: Collection[int] = ()
+    """Tokens at which it ends, beside the model's end of text."""
+    reasoning_budget: int | None = None
+    """Tokens after which `</think>` is put unless the model wrote it."""
+    device: str = "auto"
+    speculation: Speculation | None = None
+    formats: CacheFormats = UNCHANGED
+
+
 def generate(
     model: HybridLM,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
-    sampling: Sampling,
+    wanted: Continuation,
     *,
-    max_new_tokens: int,
-    stop: Sequence[str] = (),
-    stop_ids: Collection[int] = (),
-    reasoning_budget: int | None = None,
-    speculation: Speculation | None = None,
-    formats: CacheFormats = UNCHANGED,
-    stream: bool,
-    device: str,
+    stream: bool = True,
 ) -> int:
     """Print each prompt with its continuation, and tokens per second to the error stream.
 
     One prompt is printed while it grows if `stream` is on; several are printed when all are
-    done. Names of special tokens in a prompt, such as `<|im_start|>`, are these tokens. A text
-    ends at the model's end of text and at `stop_ids`. With `reasoning_budget`, `</think>` is put
-    after so many tokens unless the model wrote it. A terminal gets control characters as escapes,
-    a file or pipe as they are. Returns the exit code. The model is moved to `device` and its
-    weights are converted for decoding, so it cannot be trained afterwards.
+    done. Names of special tokens in a prompt, such as `<|im_start|>`, are these tokens. A terminal
+    gets control characters as escapes, a file or pipe as they are. Returns the exit code. The model
+    is moved to the device and its weights are converted for decoding, so it cannot be trained
+    afterwards.
 
     Raises:
         UserError: when a prompt is empty or a setting is impossible.
@@ -50,34 +62,102 @@ def generate(
         if not _is_text(prompt):
             rule = "is not UTF-8 text; give it in that encoding."
             raise UserError(rule, key="prompt", value=repr(prompt))
-    budget = None
-    if reasoning_budget is not None:
-        budget = ReasoningBudget.of(tokenizer, reasoning_budget)
-    requests = requests_of(tokenizer.encode_batch(prompts, specials=True), max_new_tokens, sampling)
-    requests = [replace(request, stop=tuple(stop), budget=budget) for request in requests]
-    for number, request in enumerate(requests, 1):
-        request.check(model.config.vocab_size, f"prompt {number}")
-    if speculation is not None:
-        speculation.check(model.config)
-    model = prepare_weights(model.to(find_device(device)))
-    ends, slots = {model.config.eos_token_id, *stop_ids}, min(len(requests), SLOTS)
-    engine = Engine(
-        model, ends, tokenizer=tokenizer, slots=slots, speculation=speculation, formats=formats
-    )
+    names = [f"prompt {number}" for number in range(1, len(prompts) + 1)]
+    requests = _requests(model, tokenizer, dict(zip(names, prompts, strict=True)), wanted)
+    engine = _engine(model, tokenizer, wanted, len(requests))
     live, answers = stream and len(requests) == 1, dict.fromkeys(range(len(requests)), "")
-    shown = printable if sys.stdout.isatty() else str
     if live:
-        print(shown(prompts[0]), end="", flush=True)
+        print(_shown(prompts[0]), end="", flush=True)
     for event in engine.run(requests):
         answers[event.request] = event.answer.text
         if live:
-            print(shown(event.text), end="", flush=True)
+            print(_shown(event.text), end="", flush=True)
     whole = [prompt + answer for prompt, answer in zip(prompts, answers.values(), strict=True)]
-    print("" if live else shown("\n\n".join(whole)))
+    print("" if live else _shown("\n\n".join(whole)))
     print(engine.timing, file=sys.stderr)
     if engine.speculator is not None:
         print(engine.speculator.acceptance, file=sys.stderr)
     return DONE
+
+
+def generate_file(
+    model: HybridLM,
+    tokenizer: Tokenizer,
+    path: Path,
+    out: Path | None,
+    wanted: Continuation,
+    *,
+    resume: bool = False,
+) -> int:
+    """Continue each prompt of a file, as `generate` does; one JSON object a line to `out`.
+
+    Without `out` the lines are printed. With `resume` the prompts that `out` already answers are
+    left out; the others get the answers of a run without interruption if there is a seed.
+
+    Raises:
+        UserError: when a prompt, a setting or a file is impossible.
+    """
+    lines = read_prompts(path)
+    try:
+        prompts = {f"line {line.number}": line.prompt for line in lines}
+        requests = _requests(model, tokenizer, prompts, wanted)
+    except UserError as error:
+        raise error.at(str(path)) from None
+    file = None if out is None else AnswerFile(out, lines, resume=resume)
+    try:
+        done = 0 if file is None else file.num_done
+        engine = _engine(model, tokenizer, wanted, len(requests) - done)
+        progress = BatchProgress(len(lines), done)
+        answers = answers_in_order(engine, requests[done:])
+        for line, answer in zip(lines[done:], answers, strict=True):
+            if file is not None:
+                file.write(line, answer)
+            else:
+                print(_shown(answer_line(line, answer)), flush=True)
+            progress.add(answer)
+        progress.show()
+    finally:
+        if file is not None:
+            file.close()
+    return DONE
+
+
+def _requests(
+    model: HybridLM, tokenizer: Tokenizer, prompts: Mapping[str, str], wanted: Continuation
+) -> list[Request]:
+    """Return the request of each prompt, which has a name for what is wrong with it."""
+    budget = None
+    if wanted.reasoning_budget is not None:
+        budget = ReasoningBudget.of(tokenizer, wanted.reasoning_budget)
+    tokens = tokenizer.encode_batch(list(prompts.values()), specials=True)
+    requests = [
+        replace(request, stop=tuple(wanted.stop), budget=budget)
+        for request in requests_of(tokens, wanted.max_new_tokens, wanted.sampling)
+    ]
+    for request, name in zip(requests, prompts, strict=True):
+        request.check(model.config.vocab_size, name)
+    return requests
+
+
+def _engine(model: HybridLM, tokenizer: Tokenizer, wanted: Continuation, count: int) -> Engine:
+    """Return an engine for so many answers; the model can only decode from then on."""
+    if wanted.speculation is not None:
+        wanted.speculation.check(model.config)
+    model = prepare_weights(model.to(find_device(wanted.device)))
+    ends = {model.config.eos_token_id, *wanted.stop_ids}
+    return Engine(
+        model,
+        ends,
+        tokenizer=tokenizer,
+        slots=max(1, min(count, SLOTS)),
+        speculation=wanted.speculation,
+        formats=wanted.formats,
+    )
+
+
+def _shown(text: str) -> str:
+    """Return what is printed: a terminal would obey control characters."""
+    return printable(text) if sys.stdout.isatty() else text
 
 
 def _is_text(prompt: str) -> bool:

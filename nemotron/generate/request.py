@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemotron.errors import UserError
 from nemotron.generate.budget import ReasoningBudget
+from nemotron.generate.guide import Grammar
 from nemotron.generate.sampling import Sampling, fresh_seed
 
 Finish = Literal["stop", "length", "abort"]
@@ -35,6 +36,10 @@ class Request:
     budget: ReasoningBudget | None = None
     logprobs: bool = False
     """Whether log-probabilities are computed."""
+    top_logprobs: int = 0
+    """How many of the likeliest tokens at each place are recorded; needs `logprobs`."""
+    grammar: Grammar | None = None
+    """The form of the answer; tokens that are forced are not checked against it."""
     experts: bool = False
     """Whether the experts that each token chose are recorded."""
 
@@ -100,6 +105,14 @@ class DraftedPass:
     """Of the first ones, so many were what the answer goes on with; one more token follows them."""
 
 
+@dataclass(frozen=True)
+class TokenScore:
+    """A token and its log-probability in nats, under the model."""
+
+    token: int
+    logprob: float
+
+
 @dataclass
 class Answer:
     """One sample of a request, as far as it goes."""
@@ -113,6 +126,8 @@ class Answer:
     """Of each token in nats, under the distribution that it was drawn from; 0 if forced."""
     raw_logprobs: list[float] = field(default_factory=list)
     """Of each token in nats, under the model: temperature 1, no penalty, no cut."""
+    top_logprobs: list[list[TokenScore]] = field(default_factory=list)
+    """The likeliest tokens at each place, the likeliest first."""
     versions: list[tuple[int, int]] = field(default_factory=list)
     """From which token on which version of the weights was used."""
     experts: Int[Tensor, "tokens layers K"] | None = None

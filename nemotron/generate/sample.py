@@ -1,6 +1,7 @@
 """One answer while it is written: its tokens, its text, and when it must end."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.generate.budget import Reasoning
 from nemotron.generate.prefixes import Prefix
-from nemotron.generate.request import Answer, Event, Finish, Request
+from nemotron.generate.request import Answer, Event, Finish, Request, TokenScore
 from nemotron.generate.sampling import streams
 from nemotron.generate.text import StopStrings, TextStream
 
@@ -25,6 +26,8 @@ class Selected:
     """Under the distribution that it was drawn from; 0 if forced."""
     raw_logprob: float = 0.0
     """Under the model."""
+    top: Sequence[TokenScore] = ()
+    """The likeliest tokens, if they were asked for."""
 
 
 @dataclass(eq=False)
@@ -58,6 +61,8 @@ class Sample:
             TextStream(self.tokenizer, self.request.prompt) if self.tokenizer is not None else None
         )
         self._stops = StopStrings(self.request.stop)
+        grammar = self.request.grammar
+        self.guide = None if grammar is None else grammar.begin()
         self._reasoning = None
         if self.request.budget is not None:
             self._reasoning = Reasoning(self.request.budget)
@@ -112,6 +117,7 @@ class Sample:
         if self.request.logprobs:
             answer.logprobs.append(selected.logprob)
             answer.raw_logprobs.append(selected.raw_logprob)
+            answer.top_logprobs.append(list(selected.top))
         if self._reasoning is not None:
             self.forced.extend(self._reasoning.push(token))
         text = "" if self._stream is None else self._stops.push(self._stream.push(token))
@@ -119,6 +125,8 @@ class Sample:
         if self._stops.is_found or token in self.stop_ids:
             finish = "stop"
         elif len(answer.tokens) == self.request.max_tokens:
+            finish = "length"
+        if self.guide is not None and not self.guide.push(token):
             finish = "length"
         return self._event(token, text, finish)
 

@@ -189,7 +189,8 @@ def adjust(
     logits = logits.float().clone()
     if sampling.logit_bias:
         tokens = torch.tensor(list(sampling.logit_bias), device=logits.device)
-        bias = torch.tensor(list(sampling.logit_bias.values()), device=logits.device)
+        values = list(sampling.logit_bias.values())
+        bias = torch.tensor(values, dtype=logits.dtype, device=logits.device)
         logits.index_add_(0, tokens, bias)
     if sampling.repetition_penalty != 1:
         seen = torch.cat([prompt, answer]).unique()

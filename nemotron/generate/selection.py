@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from nemotron.generate.request import TokenScore
 from nemotron.generate.sample import Sample, Selected
 from nemotron.generate.sampling import Choice, accept_or_draw, adjust, choose
 
@@ -46,10 +47,13 @@ def select(
             drawn[row], logprobs[row] = token, logprob
     forced = [sample.take_forced() for sample in samples]
     tokens = [free if fixed is None else fixed for free, fixed in zip(drawn, forced, strict=True)]
-    raw = _raw_logprobs(samples, logits, tokens)
+    scores = _scores(samples, logits, tokens)
     return [
-        Selected(token, fixed is not None, 0.0 if fixed is not None else logprob, of_model)
-        for token, fixed, logprob, of_model in zip(tokens, forced, logprobs, raw, strict=True)
+        Selected(
+            *(token, fixed is not None, 0.0 if fixed is not None else logprob),
+            *(score.logprob, score.top),
+        )
+        for token, fixed, logprob, score in zip(tokens, forced, logprobs, scores, strict=True)
     ]
 
 
@@ -80,8 +84,12 @@ def _choose_beside(
 
 
 def _adjusted(samples: Sequence[Sample], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-    """Return the logits after biases and penalties."""
-    changed = [row for row, s in enumerate(samples) if s.request.sampling.changes_logits]
+    """Return the logits after biases, penalties and grammars."""
+    changed = [
+        row
+        for row, sample in enumerate(samples)
+        if sample.request.sampling.changes_logits or sample.guide is not None
+    ]
     if not changed:
         return logits
     logits = logits.float().clone()
@@ -89,17 +97,36 @@ def _adjusted(samples: Sequence[Sample], logits: Float[Tensor, "B V"]) -> Float[
         request, tokens = samples[row].request, torch.tensor(samples[row].tokens)
         prompt, answer = tokens.to(logits.device).tensor_split([len(request.prompt)])
         logits[row] = adjust(logits[row], request.sampling, prompt, answer)
+        if (guide := samples[row].guide) is not None:
+            guide.restrict(logits[row])
     return logits
 
 
-def _raw_logprobs(
+@dataclass(frozen=True)
+class _Score:
+    """What the model itself thinks of a chosen token, where that was asked for."""
+
+    logprob: float = 0.0
+    top: Sequence[TokenScore] = ()
+
+
+def _scores(
     samples: Sequence[Sample], logits: Float[Tensor, "B V"], tokens: list[int]
-) -> list[float]:
-    result = [0.0] * len(samples)
+) -> list[_Score]:
+    result = [_Score()] * len(samples)
     rows = [row for row, sample in enumerate(samples) if sample.request.logprobs]
-    if rows:
-        chosen = torch.tensor([tokens[row] for row in rows], device=logits.device)
-        found = logits[rows].float().log_softmax(-1).gather(1, chosen[:, None])
-        for row, value in zip(rows, found.flatten().tolist(), strict=True):
-            result[row] = value
+    if not rows:
+        return result
+    chosen = torch.tensor([tokens[row] for row in rows], device=logits.device)
+    logprobs = logits[rows].float().log_softmax(-1)
+    found = logprobs.gather(1, chosen[:, None]).flatten().tolist()
+    for row, value, of_row in zip(rows, found, logprobs, strict=True):
+        result[row] = _Score(value, _likeliest(of_row, samples[row].request.top_logprobs))
     return result
+
+
+def _likeliest(logprobs: Float[Tensor, " V"], count: int) -> list[TokenScore]:
+    if not count:
+        return []
+    values, tokens = logprobs.topk(min(count, logprobs.shape[0]))
+    return [TokenScore(*pair) for pair in zip(tokens.tolist(), values.tolist(), strict=True)]

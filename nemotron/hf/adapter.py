@@ -7,13 +7,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from nemotron.checkpoint.read import MODEL_PREFIX, SavedTensors
+from nemotron.checkpoint.read import MODEL_PREFIX, SavedTensors, refusing_adapters
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
 from nemotron.files import write_json
 from nemotron.hf.export import COMMAND, check_target
 from nemotron.hf.source import CheckpointSource, open_checkpoint
-from nemotron.model.adapter import MARK
+from nemotron.model.adapter import MARK, by_weight
+from nemotron.model.build import shapes
 from nemotron.outputs import output_folder, publish, writing_beside
 from nemotron.terminal import print_text
 
@@ -62,11 +63,18 @@ def export_adapter(
 
 
 def read_adapters(source: CheckpointSource) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of all adapters, by the weight that each adapts, as PEFT names it."""
+    """Return the tensors of all adapters, by the weight that each adapts, as PEFT names it.
+
+    Raises:
+        UserError: when one of them does not fit its weight.
+    """
     saved = SavedTensors(source.info)
     names = {n: m for n in saved.index.tensors if (m := MARK.fullmatch(n))}
     tensors = {name: t for name, t in saved.empty(MODEL_PREFIX).items() if name in names}
     saved.load(tensors)
+    with refusing_adapters(source.info):
+        own = {name.removeprefix(MODEL_PREFIX): tensor for name, tensor in tensors.items()}
+        by_weight(shapes(source.config), own)
     found: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         module, adapter, leaf = names[name].groups()

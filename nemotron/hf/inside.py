@@ -3,9 +3,7 @@
 from pathlib import Path
 
 from nemotron.errors import UserError
-
-LARGEST_SMALL_FILE = 1 << 28
-"""Bytes of a file that is read whole: configuration, index, tokenizer and its companions."""
+from nemotron.files import read_regular
 
 
 def inside(path: Path) -> Path:
@@ -42,9 +40,4 @@ def read_inside(path: Path) -> bytes:
         FileNotFoundError: when there is none.
         UserError: when it is not a regular file of the folder, or too large to be what it says.
     """
-    size = inside(path).stat().st_size
-    if size > LARGEST_SMALL_FILE:
-        raise UserError(
-            f"{path} has {size} bytes; a file of this kind has at most {LARGEST_SMALL_FILE}."
-        )
-    return path.read_bytes()
+    return read_regular(inside(path))

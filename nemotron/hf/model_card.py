@@ -15,6 +15,7 @@ from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import read_state
 from nemotron.data.fingerprint import Fingerprint, read_fingerprint
 from nemotron.errors import UserError
+from nemotron.files import read_regular
 from nemotron.hf.hub import NAME as HUB_NAME
 from nemotron.hf.names import DiskParameter
 from nemotron.hf.readers import EAGER, fits_grouped_products
@@ -125,7 +126,7 @@ def _recipe(run: RunFiles | None) -> Mapping[str, object]:
     if run is None or not run.recipe.is_file():
         return {}
     try:
-        read = YAML(typ="safe", pure=True).load(run.recipe.read_bytes().decode())
+        read = YAML(typ="safe", pure=True).load(read_regular(run.recipe).decode())
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{run.recipe} is damaged: {str(error).splitlines()[0]}.") from None
     return read if isinstance(read, Mapping) else {}
@@ -208,7 +209,7 @@ def _training(info: CheckpointInfo, run: RunFiles | None) -> Rows:
         return rows
     recipe, provenance = run.recipe, run.provenance
     if recipe.is_file():
-        rows.append(("recipe (sha256)", f"`{hashlib.sha256(recipe.read_bytes()).hexdigest()}`"))
+        rows.append(("recipe (sha256)", f"`{hashlib.sha256(read_regular(recipe)).hexdigest()}`"))
     if provenance.is_file():
         rows += _provenance(read_provenance(provenance))
     return rows

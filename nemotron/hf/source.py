@@ -15,6 +15,7 @@ from nemotron.checkpoint.read import (
     SavedTensors,
     read_model_config,
     read_state,
+    refusing_adapters,
 )
 from nemotron.hf.formats import Formats, imported_formats
 from nemotron.hf.names import DiskParameter
@@ -58,6 +59,7 @@ class TensorReader:
     """Gives parameters as they belong on disk; keeps the last tensor read: experts share theirs."""
 
     def __init__(self, source: CheckpointSource) -> None:
+        self._info = source.info
         self._saved = SavedTensors(source.info)
         self._shapes = shapes(source.config)
         self._is_tied = source.config.tie_word_embeddings
@@ -96,7 +98,8 @@ class TensorReader:
         if not found:
             return master
         self._saved.load(found)
-        return merged(master, {name.removeprefix(start): t for name, t in found.items()})
+        with refusing_adapters(self._info):
+            return merged(master, {name.removeprefix(start): t for name, t in found.items()})
 
 
 def open_checkpoint(path: Path) -> CheckpointSource:

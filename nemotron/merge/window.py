@@ -3,12 +3,12 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from nemotron.checkpoint.find import steps
 from nemotron.checkpoint.manifest import (
     CheckpointInfo,
     DamagedCheckpoint,
     OldCheckpoint,
     folder_name,
+    steps,
     verify,
 )
 from nemotron.checkpoint.read import read_model_config, read_state

@@ -17,6 +17,10 @@ MARK = re.compile(r"(.*)\.((?:up_|down_)?adapter)\.(lora_A|lora_B|magnitude|scal
 Tensors = Mapping[str, Tensor]
 
 
+class WrongAdapter(ValueError):
+    """Says in one clause what is wrong with the tensors of an adapter."""
+
+
 class Adapter(nn.Module):
     """What is added to a matrix: `scale` times the product of two narrow ones.
 
@@ -93,8 +97,38 @@ def adapters_of(source: str) -> str:
     return f"{module}.adapter." if leaf == "weight" else f"{module}.{leaf[:-5]}_adapter."
 
 
+def check_adapter(shape: torch.Size, tensors: Tensors) -> None:
+    """Check the tensors of an adapter, by their last names, against the shape of its weight.
+
+    Raises:
+        WrongAdapter: when one is absent, or of another shape.
+    """
+    *experts, outputs, inputs = shape if len(shape) in (2, 3) else (0, 0)
+    for name in ("lora_A", "lora_B", "scaling"):
+        if name not in tensors:
+            raise WrongAdapter(f"an adapter has no {name}")
+    rank = tensors["lora_A"].shape[-2] if tensors["lora_A"].ndim == len(shape) else 0
+    wanted = {
+        "lora_A": (*experts, rank, inputs),
+        "lora_B": (*experts, outputs, rank),
+        "scaling": (),
+        "magnitude": (-1,) if experts else (outputs,),
+    }
+    for name, tensor in tensors.items():
+        if tuple(tensor.shape) != wanted[name] or not (rank and tensor.is_floating_point()):
+            raise WrongAdapter(
+                f"{name} of an adapter of {list(shape)} is {list(tensor.shape)}, not "
+                f"{list(wanted[name])}"
+            )
+
+
 def merged(weight: Tensor, tensors: Tensors) -> Tensor:
-    """Return a weight with its adapter in it; `tensors` are the adapter's by their last name."""
+    """Return a weight with its adapter in it; `tensors` are the adapter's by their last name.
+
+    Raises:
+        WrongAdapter: as `check_adapter` does.
+    """
+    check_adapter(weight.shape, tensors)
     A, B, scale = tensors["lora_A"], tensors["lora_B"], float(tensors["scaling"])
     total = weight + scale * (B @ A)
     if "magnitude" not in tensors:
@@ -102,18 +136,36 @@ def merged(weight: Tensor, tensors: Tensors) -> Tensor:
     return total * (tensors["magnitude"] / total.norm(dim=1)).unsqueeze(1)
 
 
-def merge_all(weights: Tensors) -> dict[str, Tensor]:
-    """Return the weights of a model alone, each with its adapter in it."""
+def by_weight(shapes: Mapping[str, torch.Size], tensors: Tensors) -> dict[str, dict[str, Tensor]]:
+    """Return the tensors of all adapters, checked, by the name of the weight that each adapts.
+
+    `shapes` are those of the model; tensors that belong to no adapter are left out.
+
+    Raises:
+        WrongAdapter: as `check_adapter` does, and when an adapter adapts nothing.
+    """
     found: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in weights.items():
+    for name, tensor in tensors.items():
         if match := MARK.fullmatch(name):
-            start = name.removesuffix(match[3])
-            found.setdefault(start, {})[match[3]] = tensor
+            found.setdefault(name.removesuffix(match[3]), {})[match[3]] = tensor
+    adapters = {name: found.pop(start) for name in shapes if (start := adapters_of(name)) in found}
+    for start in found:
+        raise WrongAdapter(f"{start}lora_A adapts no weight of the model")
+    for name, own in adapters.items():
+        check_adapter(shapes[name], own)
+    return adapters
+
+
+def merge_all(weights: Tensors) -> dict[str, Tensor]:
+    """Return the weights of a model alone, each with its adapter in it.
+
+    Raises:
+        WrongAdapter: as `by_weight` does.
+    """
     plain = {name: tensor for name, tensor in weights.items() if not is_adapter(name)}
-    if not found:
-        return plain
+    adapters = by_weight({name: tensor.shape for name, tensor in plain.items()}, weights)
     return {
-        name: merged(tensor, found[start]) if (start := adapters_of(name)) in found else tensor
+        name: merged(tensor, adapters[name]) if name in adapters else tensor
         for name, tensor in plain.items()
     }
 

@@ -14,10 +14,10 @@ from torch.distributed.pipelining import (
     ScheduleLoopedBFS,
 )
 from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
-from torch.distributed.tensor import DTensor
 
 from nemotron.data.batch import Batch
 from nemotron.parallel.config import PipelineConfig
+from nemotron.parallel.shards import local_of
 from nemotron.parallel.stages import Share, Stage
 
 Schedule = PipelineScheduleSingle | PipelineScheduleMulti
@@ -148,5 +148,4 @@ def sync_copies(parameter: nn.Parameter, group: dist.ProcessGroup) -> None:
     """
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
-    grad = parameter.grad
-    dist.all_reduce(grad.to_local() if isinstance(grad, DTensor) else grad, group=group)
+    dist.all_reduce(local_of(parameter.grad), group=group)

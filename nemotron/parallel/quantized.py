@@ -6,8 +6,8 @@ from jaxtyping import Int
 from torch import Tensor
 
 from nemotron.model.moe import Experts
-from nemotron.parallel.apply import LocalModel
 from nemotron.parallel.collectives import Group
+from nemotron.parallel.local import LocalModel
 from nemotron.parallel.shards import Shard
 from nemotron.precision.apply import Quantization
 from nemotron.precision.policy import linear_layers

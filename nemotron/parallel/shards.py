@@ -1,5 +1,6 @@
 """What a rank holds of a parameter: what is drawn, saved and loaded by it."""
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -85,6 +86,17 @@ class ShardedTensor(torch.Tensor):
     def replaced(self, shards: dict[Offsets, Tensor]) -> "ShardedTensor":
         """Return the same whole around other views."""
         return ShardedTensor(self.shape, self.dtype, shards)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """Return what of a tensor is here, sharing its memory, without gradient."""
+    detached = tensor.detach()
+    # only what has imported this module, which takes a second, can have made such a tensor
+    module = sys.modules.get("torch.distributed.tensor")
+    if module is None or not isinstance(detached, module.DTensor):
+        return detached
+    local: Tensor = detached.to_local()
+    return local
 
 
 def local_shards(tensor: Tensor) -> dict[Offsets, Tensor]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from nemotron.model.attention import Attention
 from nemotron.model.config import ModelConfig
@@ -25,7 +24,7 @@ from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts
 from nemotron.model.router import routers
 from nemotron.parallel.collectives import Group, all_gather, reduce_scatter
-from nemotron.parallel.shards import Shard
+from nemotron.parallel.shards import Shard, local_of
 from nemotron.parallel.vocabulary import Vocabulary
 
 
@@ -203,7 +202,7 @@ def sum_partial_gradients(
     """
     # in the order of the model: that of a set differs between processes
     gradients = [p.grad for name, p in parameters.items() if name in names and p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    local = [local_of(gradient) for gradient in gradients]
     if not local:
         return
     wide = torch.promote_types(local[0].dtype, torch.float32)

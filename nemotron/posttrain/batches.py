@@ -4,7 +4,6 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,17 +12,19 @@ import torch
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.errors import UserError
 from nemotron.files import write_text
-from nemotron.parallel.apply import LocalModel
+from nemotron.model.hybrid import HybridLM
+from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.advantages import advantages
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.gather import whole_model
 from nemotron.posttrain.metrics import batch_metrics
-from nemotron.posttrain.objective import ADVANTAGE, OLD, SAMPLED
+from nemotron.posttrain.objective import ADVANTAGE, OLD, REFERENCE, SAMPLED
 from nemotron.posttrain.rollout import Rollout, Sampler, rollout_lines
 from nemotron.posttrain.rows import Rows, pack_answers
 from nemotron.posttrain.scoring import score
 from nemotron.posttrain.tasks import Tasks
+from nemotron.run.files import RunFiles
 
 
 class RolloutBatches:
@@ -34,11 +35,21 @@ class RolloutBatches:
     """
 
     def __init__(
-        self, config: RlConfig, tasks: Tasks, sampler: Sampler, local: LocalModel, ranks: Ranks
+        self,
+        config: RlConfig,
+        tasks: Tasks,
+        sampler: Sampler,
+        local: LocalModel,
+        ranks: Ranks,
+        *,
+        reference: HybridLM | None = None,
+        teacher: HybridLM | None = None,
     ) -> None:
+        """`reference` has the weights that the run began with, if the loss compares with them."""
         self._config, self._tasks, self._sampler = config, tasks, sampler
         self._local, self._ranks = local, ranks
-        self._folder = Path(config.run_path) / "rollouts"
+        self._reference, self._teacher = reference, teacher
+        self._folder = RunFiles(config.run_path).rollouts
         self._number = -1
         """Number of the rollout batch at hand."""
         self._rollouts: list[Rollout] = []
@@ -122,16 +133,31 @@ class RolloutBatches:
             write_text(path, rollout_lines(self._rollouts))
 
     def _score(self) -> None:
-        """Have the trainer's weights score all answers, a share on every rank."""
+        """Have the trainer's weights, and those of the frozen models, score all answers."""
+        [model] = self._local.models
+        for rollout, values in zip(self._rollouts, self._scores(model), strict=True):
+            rollout.old_logprobs = values
+        self._local.drop_gathered()
+        if self._reference is not None:
+            found = self._scores(self._reference)
+            for rollout, values in zip(self._rollouts, found, strict=True):
+                rollout.reference_logprobs = values
+        if self._teacher is not None:
+            found = self._scores(self._teacher)
+            for rollout, values in zip(self._rollouts, found, strict=True):
+                rollout.teacher_logprobs = values
+
+    def _scores(self, model: HybridLM) -> list[list[float]]:
+        """Return the log-probabilities of each answer's tokens; every rank scores a share."""
         ranks, rollouts = self._ranks, self._rollouts
         rows = pack_answers(rollouts, self._config, ranks.world)
         share = len(rows.answers) // ranks.world
         own = rows.part(ranks.rank * share, share)
-        scores = own.take_apart(score(self._config, self._local, self._batch_of(own)))
+        values = score(self._config, model, self._local.device, self._batch_of(own))
         numbers = {id(rollout): number for number, rollout in enumerate(rollouts)}
-        for part in ranks.gather({numbers[key]: values for key, values in scores.items()}):
-            for number, values in part.items():
-                rollouts[number].old_logprobs = values
+        scores = {numbers[key]: found for key, found in own.take_apart(values).items()}
+        every = {number: v for part in ranks.gather(scores) for number, v in part.items()}
+        return [every[number] for number in range(len(rollouts))]
 
     def _compare(self) -> None:
         config, rollouts = self._config, self._rollouts
@@ -160,10 +186,12 @@ class RolloutBatches:
         mask = batch.labels != NO_LABEL
         own = [rollout for answers in rows.answers for rollout in answers]
         found = {
-            ADVANTAGE: {id(r): [r.advantage] * len(r.tokens) for r in own},
+            ADVANTAGE: {id(r): r.token_advantages for r in own},
             OLD: {id(r): r.old_logprobs for r in own},
             SAMPLED: {id(r): r.logprobs for r in own},
         }
+        if self._reference is not None:
+            found[REFERENCE] = {id(r): r.reference_logprobs for r in own}
         extras = {n: torch.where(mask, rows.line_up(values), 0) for n, values in found.items()}
         return replace(batch, extras=extras).look_ahead(self._config.num_depths)
 

@@ -62,7 +62,8 @@ class PolicyConfig(Section):
     average: Literal["token", "sequence"] = "token"
     """What has equal weight: every token of the batch (DAPO), or every answer (GRPO's paper)."""
     kl_coefficient: float = Field(0.0, ge=0)
-    """Factor of the divergence from the weights that the run began with."""
+    """Factor of the divergence from the weights that the run began with, those of `init_from`; each
+    rank then holds all of them once more."""
     kl_kind: Literal["k1", "k2", "k3"] = "k3"
     """Estimator of that divergence (Schulman 2020)."""
     correction: CorrectionConfig = CorrectionConfig()
@@ -112,6 +113,11 @@ class RolloutConfig(Section):
     """How a prompt is written: in the chat format, or as the text of its last message alone."""
     enable_thinking: bool = True
     """Whether the chat format asks for reasoning."""
+    reasoning_budget: int | None = Field(None, ge=0)
+    """Tokens after which reasoning is closed at the next end of a line; the closing tag is then not
+    an action of the policy, and has no loss. Absent: only `max_new_tokens` ends it."""
+    reasoning_grace: int = Field(0, ge=0)
+    """Tokens beyond the budget after which it is closed in the middle of a line."""
     stop: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Strings that end an answer, beside the end of text or of the turn."""
     slots: int = Field(64, gt=0)
@@ -144,6 +150,10 @@ class RlConfig(RunConfig):
     """Kind of training."""
     rollout: RolloutConfig
     """Prompts and answers."""
+    teacher: str | None = None
+    """Run, checkpoint or exported folder to learn from in place of rewards (on-policy
+    distillation): the advantage of a token is its log-probability for the teacher minus that for
+    the policy. Each rank holds all of it. Absent: rewards decide."""
     advantage: AdvantageConfig = AdvantageConfig()
     """Comparison of rewards."""
     policy: PolicyConfig = PolicyConfig()

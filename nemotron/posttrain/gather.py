@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from nemotron.model.hybrid import HybridLM
-from nemotron.parallel.apply import LocalModel, local_of
+from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
-from nemotron.parallel.shards import Offsets, local_shards
+from nemotron.parallel.shards import Offsets, local_of, local_shards
 
 
 @contextmanager

@@ -13,6 +13,7 @@ def batch_metrics(rollouts: Sequence[Rollout], config: RlConfig) -> dict[str, fl
     """Return rewards, lengths, agreement with the trainer, and what of the batch has no signal.
 
     `token_mult_prob_error` is the mean `exp |log trainer - log sampled|`, 1 if both agree;
+    `teacher_kl` is the divergence of the policy from a teacher (k1), in nats a token;
     `gen_kl_error` the divergence of the trainer from the rollout policy (k3).
     Source: NVIDIA-NeMo/RL: docs/guides/grpo.md.
     """
@@ -26,6 +27,15 @@ def batch_metrics(rollouts: Sequence[Rollout], config: RlConfig) -> dict[str, fl
     old, sampled = _own_logprobs(rollouts)
     difference = old - sampled
     masked = [r for r in rollouts if r.is_masked]
+    if config.teacher is not None:
+        values["rl/teacher_kl"] = -_mean(
+            [
+                advantage
+                for rollout in rollouts
+                for advantage, forced in zip(rollout.token_advantages, rollout.forced, strict=True)
+                if not forced
+            ]
+        )
     return values | {
         "rl/reward": _mean([r.verdict.reward for r in judged]),
         "rl/answer_tokens": _mean([len(r.tokens) for r in rollouts]),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nemotron.generate.budget import ReasoningBudget
 from nemotron.generate.decode_layers import decode_view
 from nemotron.generate.engine import Engine
 from nemotron.generate.request import Answer, Request
@@ -40,12 +41,27 @@ class Rollout:
     advantage: float = 0.0
     old_logprobs: list[float] = dataclasses.field(default_factory=list)
     """Of each token under the trainer's weights before the first update on this batch."""
+    reference_logprobs: list[float] = dataclasses.field(default_factory=list)
+    """Of each token under the weights that the run began with; empty if nothing needs them."""
+    teacher_logprobs: list[float] = dataclasses.field(default_factory=list)
+    """Of each token under the teacher's weights; empty without a teacher."""
     is_masked: bool = False
     """Whether the answer is left out of the loss."""
 
+    @property
+    def token_advantages(self) -> list[float]:
+        """The advantage of each token: that of the answer, or what the teacher says of the token.
+
+        Source: NVIDIA-NeMo/RL, on-policy distillation: log teacher - log policy, per token.
+        """
+        if not self.teacher_logprobs:
+            return [self.advantage] * len(self.tokens)
+        pairs = zip(self.teacher_logprobs, self.old_logprobs, strict=True)
+        return [teacher - old for teacher, old in pairs]
+
     def as_line(self) -> str:
         """Return the rollout as JSON, a line of a rollout file."""
-        return json.dumps(dataclasses.asdict(self), ensure_ascii=False)
+        return json.dumps(self, default=vars, ensure_ascii=False)
 
     @classmethod
     def of_json(cls, values: dict[str, Any]) -> "Rollout":
@@ -66,6 +82,10 @@ class Sampler:
 
     def __init__(self, config: RolloutConfig, tasks: Tasks, verifiers: Verifiers) -> None:
         self._config, self._tasks, self._verifiers = config, tasks, verifiers
+        tokens, grace = config.reasoning_budget, config.reasoning_grace
+        self._budget = (
+            None if tokens is None else ReasoningBudget.of(tasks.tokenizer, tokens, grace)
+        )
 
     def roll_out(
         self, model: HybridLM, tasks: Sequence[tuple[int, Task]], seed: str, version: int
@@ -96,6 +116,7 @@ class Sampler:
             num_samples,
             stop_ids=self._tasks.stop_ids,
             stop=self._config.stop,
+            budget=self._budget,
             logprobs=True,
         )
 

@@ -9,6 +9,7 @@ from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.objective import PolicyObjective
 from nemotron.posttrain.rollout import Sampler
 from nemotron.posttrain.tasks import Tasks
+from nemotron.posttrain.teacher import load_reference, load_teacher
 from nemotron.posttrain.verify import Verifiers
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.schedule import TrainingPlan, build_schedule
@@ -36,10 +37,12 @@ class Reinforcement:
 
         Raises:
             UserError: when an environment is unknown, cannot run here or has prompts that are too
-                long.
+                long, or when the teacher is absent or has another vocabulary.
         """
         tasks = Tasks(config)
         tasks.held_out()
+        if config.teacher:
+            load_teacher(config, tasks.tokenizer, torch.device("cpu"))
         return tasks.describe()
 
     def build(
@@ -62,7 +65,11 @@ class Reinforcement:
         verifiers = Verifiers(config.rollout.verify_workers, tasks.options)
         sampler = Sampler(config.rollout, tasks, verifiers)
         local = build_local(config, device, ranks)
-        batches = RolloutBatches(config, tasks, sampler, local, ranks)
+        reference = load_reference(config, device)
+        teacher = load_teacher(config, tasks.tokenizer, device) if config.teacher else None
+        batches = RolloutBatches(
+            config, tasks, sampler, local, ranks, reference=reference, teacher=teacher
+        )
         auxiliary = Auxiliary(config.loss, config.num_depths, bool(config.model.moe_layers))
         objective = PolicyObjective(config.policy, auxiliary, config.rollout.temperature)
         trainer = Trainer(config, local, objective, batches, plan, device, peak_flops, ranks)

@@ -4,13 +4,22 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
 
 from nemotron.data.chat.render import render
 from nemotron.data.chat.template import TURN_END
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
 from nemotron.posttrain.config import RlConfig
-from nemotron.posttrain.environments.base import BadRow, Response, Row, messages_of
+from nemotron.posttrain.environments.base import (
+    BadRow,
+    Response,
+    Row,
+    messages_of,
+    params_of,
+)
 from nemotron.posttrain.environments.registry import find_environment
 
 EVALUATION = -1
@@ -106,21 +115,17 @@ class Tasks:
         return [self._task(entries[index].name, next(rows[index])) for index in names]
 
     def _task(self, name: str, row: Row) -> Task:
-        if (row.get("responses_create_params") or {}).get("tools"):
+        try:
+            offers_tools = bool(params_of(row).get("tools"))
+            text = self._text(messages_of(row))
+        except (BadRow, TemplateError) as problem:
+            raise UserError(f"a row of {name}: {problem}", key="rollout.environments") from None
+        if offers_tools:
             raise UserError(
                 "offers tools, whose turns are not rolled out yet; use one without tools.",
                 key="rollout.environments",
                 value=name,
             )
-        try:
-            messages = messages_of(row)
-        except BadRow as problem:
-            raise UserError(f"a row of {name}: {problem}", key="rollout.environments") from None
-        if self.is_chat:
-            thinking = self._rollout.enable_thinking
-            text = render(messages, enable_thinking=thinking, add_generation_prompt=True).text
-        else:
-            text = messages[-1]["content"]
         prompt = tuple(self.tokenizer.encode(text, specials=self.is_chat))
         if len(prompt) + self._rollout.max_new_tokens > self._config.data.seq_len + 1:
             raise UserError(
@@ -130,3 +135,9 @@ class Tasks:
                 value=self._config.data.seq_len,
             )
         return Task(name, row, prompt)
+
+    def _text(self, messages: list[dict[str, Any]]) -> str:
+        if not self.is_chat:
+            return str(messages[-1]["content"])
+        thinking = self._rollout.enable_thinking
+        return render(messages, enable_thinking=thinking, add_generation_prompt=True).text

@@ -1,4 +1,4 @@
-"""The model that a student learns from, and its hidden states as a part of each batch."""
+"""Models beside the trained one that stay as they are: a teacher, and a reference of a policy."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -6,42 +6,46 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nemotron.checkpoint.read import read_model
 from nemotron.data.batch import Batch, Batches
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.hf.folder import is_exported, read_folder
+from nemotron.hf.hub import find_folder
 from nemotron.hf.tokenizer_files import TOKENIZER, check_tokenizer
 from nemotron.model.build import build_around
+from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import apply as apply_ops
+from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.sft_config import DistillConfig
 from nemotron.precision.apply import DTYPES
 from nemotron.run.files import RunFiles
+from nemotron.train.config import RunConfig
 
 HIDDEN = "teacher_hidden"
 """Name in `Batch.extras`: what the teacher's head gets, [B, T, its hidden size]."""
 
 
-def load_teacher(config: DistillConfig, tokenizer: Tokenizer, device: torch.device) -> HybridLM:
+def load_teacher(
+    config: DistillConfig | RlConfig, tokenizer: Tokenizer, device: torch.device
+) -> HybridLM:
     """Return the teacher of a run, frozen, in the compute dtype.
 
     Raises:
         UserError: when there is none, or it has another vocabulary than the student.
     """
+    assert config.teacher is not None
     path = Path(config.teacher)
     if not path.exists():
         raise UserError(
             "does not exist; give a run, checkpoint or export.", key="teacher", value=str(path)
         )
-    if is_exported(path):
-        loaded = read_folder(path)
-        own, weights, home = loaded.config, loaded.weights, path / TOKENIZER
-    else:
-        own, weights = read_model(path)
-        run = RunFiles.around(path)
-        home = run.tokenizer if run is not None else path / TOKENIZER
+    own, weights = _read(path)
+    run = None if is_exported(path) else RunFiles.around(path)
+    home = path / TOKENIZER if run is None else run.tokenizer
     if own.vocab_size != config.model.vocab_size:
         raise UserError(
             f"has a vocabulary of {own.vocab_size}, but model.vocab_size = "
@@ -58,10 +62,36 @@ def load_teacher(config: DistillConfig, tokenizer: Tokenizer, device: torch.devi
                 key="teacher",
                 value=str(path),
             )
-    teacher = build_around(own, weights)
-    apply_ops(teacher, config.ops)
-    teacher.compute_dtype = DTYPES[config.precision.compute]
-    return teacher.to(device).requires_grad_(False)
+    return _freeze(own, weights, config, device)
+
+
+def load_reference(config: RlConfig, device: torch.device) -> HybridLM | None:
+    """Return the weights that a run began with, frozen; None if nothing is compared with them.
+
+    Raises:
+        UserError: when `init_from` names no model.
+    """
+    if not config.policy.kl_coefficient:
+        return None
+    assert config.init_from is not None, "a rule of the recipe"
+    return _freeze(*_read(find_folder(config.init_from)), config, device)
+
+
+def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    if is_exported(path):
+        loaded = read_folder(path)
+        return loaded.config, loaded.weights
+    return read_model(path)
+
+
+def _freeze(
+    own: ModelConfig, weights: dict[str, Tensor], config: RunConfig, device: torch.device
+) -> HybridLM:
+    """Return a model that computes as the recipe says, and learns nothing."""
+    model = build_around(own, weights)
+    apply_ops(model, config.ops)
+    model.compute_dtype = DTYPES[config.precision.compute]
+    return model.to(device).requires_grad_(False)
 
 
 class TaughtBatches:

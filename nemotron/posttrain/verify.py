@@ -5,7 +5,6 @@ memory. None of that says anything about the answer, so such a sample is left ou
 counted.
 """
 
-import dataclasses
 import json
 import os
 import queue
@@ -71,13 +70,13 @@ class Verifiers:
             "environment": name,
             "options": self._options.get(name, {}),
             "row": row,
-            "response": dataclasses.asdict(response),
+            "response": response,
             "state": state,
             "timeout_s": timeout_s,
         }
         worker = self._idle.get()
         try:
-            return worker.judge(json.dumps(job), timeout_s)
+            return worker.judge(json.dumps(job, default=vars), timeout_s)
         finally:
             self._idle.put(worker)
 

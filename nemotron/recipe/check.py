@@ -22,14 +22,21 @@ def check(config: RunConfig, stage: Stage, places: dict[Path_, str], source: str
         raise UserError.of(found).at(place_of(places, path, source))
 
 
-def _is_default(section: BaseModel, path: Path_) -> bool:
-    """Say whether a key was given the value that it has anyway."""
+def _is_default(section: BaseModel, path: Path_, default: BaseModel | None = None) -> bool:
+    """Say whether a key was given the value that it has anyway.
+
+    `default` is the section's own default, where the class around it gives it one.
+    """
     key, *rest = path
     value = getattr(section, key)
-    if rest and isinstance(value, BaseModel):
-        return _is_default(value, tuple(rest))
     field = type(section).model_fields[key]
-    return bool(value == field.get_default(call_default_factory=True))
+    if default is None:
+        usual = field.get_default(call_default_factory=True)
+    else:
+        usual = getattr(default, key)
+    if rest and isinstance(value, BaseModel):
+        return _is_default(value, tuple(rest), usual if type(usual) is type(value) else None)
+    return bool(value == usual)
 
 
 def _findings(config: RunConfig, stage: Stage, given: set[str]) -> Iterator[Finding]:
@@ -79,5 +86,7 @@ def _idle(config: RunConfig) -> Iterator[Idle]:
     yield Idle(delayed, not config.precision.names("fp8_delayed"), "no layer is in fp8_delayed")
     quantized = ["precision.backend", "precision.observe_every_steps"]
     yield Idle(quantized, not config.precision.quantizes, "no layer is quantized")
+    profile = ["profile.ranks", "profile.memory"]
+    yield Idle(profile, not config.profile.steps, "profile.steps is empty")
     trackers = config.logging.trackers
     yield Idle(["logging.project"], not trackers, "logging.trackers is empty")

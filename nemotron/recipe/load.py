@@ -1,8 +1,9 @@
 """From a recipe file to one checked configuration: defaults, file with `extends`, command line."""
 
+import copy
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
@@ -28,6 +29,17 @@ COMMAND_LINE = "command line"
 
 
 @dataclass(frozen=True)
+class Parents:
+    """The recipes that one extends, and their values, merged but neither resolved nor checked.
+
+    Of a recipe that extends none, the values are those of its file.
+    """
+
+    names: tuple[str, ...] = ()
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """A checked configuration, and where each of its given values came from."""
 
@@ -37,6 +49,8 @@ class Recipe:
     stage: Stage
     files: tuple[Path, ...] = ()
     """Every file that was read for it."""
+    parents: Parents = field(default_factory=Parents)
+    """What it extends."""
 
     def overrides(self, *keys: Path_) -> bool:
         """Say whether the command line sets one of these keys."""
@@ -80,7 +94,10 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         UserError: one sentence with file, line, key and the right thing to write.
     """
     path, budget = find(Path(path), str(path)), Budget()
-    document = _read_with_bases(path, (), budget)
+    own = _read_own(path, (), budget)
+    names, document = _read_bases(own, path, (), budget)
+    parents = Parents(tuple(names), copy.deepcopy(document.values if names else own.values))
+    _lay_over(document, own)
     for override in overrides:
         change = _read_override(override)
         insert_blends(change, Path(), budget)
@@ -93,11 +110,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         found = explain(error, stage.recipe, document.places, str(path))
         raise UserError.of(found) from error
     check(config, stage, document.places, str(path))
-    return Recipe(config, path, document.places, stage, tuple(dict.fromkeys(budget.paths)))
+    files = tuple(dict.fromkeys(budget.paths))
+    return Recipe(config, path, document.places, stage, files, parents)
 
 
-def _read_with_bases(path: Path, chain: tuple[Path, ...], budget: Budget) -> Document:
-    """Read a file on top of those that it extends, the first named at the bottom."""
+def _read_own(path: Path, chain: tuple[Path, ...], budget: Budget) -> Document:
+    """Read a file alone; `chain` names the files that led to it."""
     links = " -> ".join(str(link) for link in (*chain, path))
     if os.path.realpath(path) in map(os.path.realpath, chain):
         rule = f"forms a cycle: {links}; remove one of them."
@@ -107,12 +125,22 @@ def _read_with_bases(path: Path, chain: tuple[Path, ...], budget: Budget) -> Doc
         raise UserError(rule, key="extends", where=str(chain[-1]))
     own = read_yaml(path, budget)
     insert_blends(own, path.parent, budget)
+    return own
+
+
+def _read_bases(
+    own: Document, path: Path, chain: tuple[Path, ...], budget: Budget
+) -> tuple[list[str], Document]:
+    """Return the names that a file extends, and these recipes merged, the first at the bottom."""
     merged = Document()
-    for base in _take_names(own, "extends", "a file name", str(path)):
+    names = _take_names(own, "extends", "a file name", str(path))
+    for base in names:
         below = find(Path(os.path.normpath(path.parent / base)), base)
-        _lay_over(merged, _read_with_bases(below, (*chain, path), budget))
-    _lay_over(merged, own)
-    return merged
+        document = _read_own(below, (*chain, path), budget)
+        _, under = _read_bases(document, below, (*chain, path), budget)
+        _lay_over(under, document)
+        _lay_over(merged, under)
+    return names, merged
 
 
 def _take_names(document: Document, key: str, what: str, source: str) -> list[str]:

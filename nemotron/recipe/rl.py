@@ -41,12 +41,26 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
             f"{rollout.updates_per_step}; remove one of them.",
             policy.on_policy,
         )
-    if policy.kl_coefficient:
+    if policy.kl_coefficient and config.init_from is None:
         yield Finding(
             "policy.kl_coefficient",
-            "needs the log-probabilities of a reference, which this stage does not compute yet; "
-            "use 0.",
+            "compares with the weights of init_from, which is absent; name a model, or use 0.",
             policy.kl_coefficient,
+        )
+    if config.teacher is not None and policy.kind == "gspo":
+        yield Finding(
+            "policy.kind",
+            "has one ratio for each answer, but a teacher judges tokens; use ppo, cispo or "
+            "reinforce.",
+            policy.kind,
+        )
+    closed = (rollout.reasoning_budget or 0) + rollout.reasoning_grace
+    if rollout.reasoning_budget is not None and closed >= rollout.max_new_tokens:
+        yield Finding(
+            "rollout.reasoning_budget",
+            "and reasoning_grace leave no token of rollout.max_new_tokens = "
+            f"{rollout.max_new_tokens} for the answer; lower them.",
+            rollout.reasoning_budget,
         )
     if config.precision.quantizes:
         yield Finding(
@@ -72,9 +86,17 @@ def idle(config: RlConfig) -> Iterator[Idle]:
     yield Idle(["loss.moe_aux_loss_coeff"], "E" not in layers, "the pattern has no E layer")
     ahead = [f"loss.{name}" for name in type(config.loss).model_fields if name.startswith("mtp_")]
     yield Idle(ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0")
+    fields = [f"advantage.{name}" for name in type(config.advantage).model_fields]
+    yield Idle(fields, config.teacher is not None, "the teacher gives every token its advantage")
     clip = ["policy.clip_low", "policy.clip_high", "policy.dual_clip"]
     one = config.rollout.updates_per_step == 1
     yield Idle(clip, one, "rollout.updates_per_step = 1, so that no ratio differs from 1")
-    thinking = ["rollout.enable_thinking"]
-    yield Idle(thinking, config.rollout.prompt == "text", "rollout.prompt = text")
+    rollout = config.rollout
+    budget = ["rollout.reasoning_budget", "rollout.reasoning_grace"]
+    thinking = ["rollout.enable_thinking", *budget]
+    yield Idle(thinking, rollout.prompt == "text", "rollout.prompt = text")
+    yield Idle(budget, not rollout.enable_thinking, "rollout.enable_thinking = false")
+    yield Idle(["policy.kl_kind"], not config.policy.kl_coefficient, "policy.kl_coefficient = 0")
+    unlimited = rollout.reasoning_budget is None
+    yield Idle(["rollout.reasoning_grace"], unlimited, "rollout.reasoning_budget is absent")
     yield Idle(["evaluation.tokens"], True, "rollout.evaluation_tasks says how much is evaluated")

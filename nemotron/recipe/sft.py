@@ -96,3 +96,6 @@ def idle(config: ChatRunConfig) -> Iterator[Idle]:
         yield Idle([key for key in rule.keys if key not in read], rule.holds, rule.because)
     ahead = ["loss.mtp_loss_factor", "loss.mtp_detach_heads"]
     yield Idle(ahead, not config.loss.mtp_num_depths, "loss.mtp_num_depths = 0")
+    rates = ["data.chat.reasoning_off_rate", "data.chat.reasoning_budget_rate"]
+    thinks = config.data.chat.enable_thinking
+    yield Idle(rates, not thinks, "data.chat.enable_thinking = false")

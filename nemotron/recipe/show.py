@@ -1,12 +1,15 @@
 """A recipe for people: resolved with the origin of each value, compared, and as a JSON schema."""
 
 import json
+from collections.abc import Sequence
 from typing import Any, get_args
 
+from pydantic import JsonValue
 from pydantic.json_schema import models_json_schema
 
 from nemotron.precision.config import Preset
-from nemotron.recipe.load import Recipe
+from nemotron.recipe.flat import flat, value_text
+from nemotron.recipe.load import COMMAND_LINE, Recipe
 from nemotron.recipe.read import Path_
 from nemotron.recipe.stages import DEFAULT, STAGES
 
@@ -25,13 +28,31 @@ def show(recipe: Recipe) -> str:
 
 def diff(first: Recipe, second: Recipe) -> list[tuple[str, str, str]]:
     """Return (key, value in the first, value in the second) for every value that differs."""
-    a, b = (_flat(recipe.config.model_dump(mode="json")) for recipe in (first, second))
+    a, b = (flat(recipe.config.model_dump(mode="json")) for recipe in (first, second))
     keys = [*a, *(key for key in b if key not in a)]
     return [
         (key, a.get(key, "absent"), b.get(key, "absent"))
         for key in keys
         if a.get(key) != b.get(key)
     ]
+
+
+def origin(recipe: Recipe, words: Sequence[str]) -> dict[str, JsonValue]:
+    """Return what a run remembers of where its recipe comes from.
+
+    `words` are those of the command line. The changes are what the file and the command line set to
+    another value than the recipes that the file extends; if it extends none, what the command line
+    sets to another value than the file.
+    """
+    config, below = flat(recipe.config.model_dump(mode="json")), flat(recipe.parents.values)
+    places = {".".join(path): place for path, place in recipe.places.items()}
+    own = (COMMAND_LINE, f"{recipe.path}:") if recipe.parents.names else COMMAND_LINE
+    changes: list[JsonValue] = [
+        {"setting": key, "parent": below.get(key, "not set"), "value": value}
+        for key, value in config.items()
+        if value != below.get(key) and places.get(key, "").startswith(own)
+    ]
+    return {"recipe": " ".join(words), "extends": [*recipe.parents.names], "changes": changes}
 
 
 def schema() -> str:
@@ -106,26 +127,8 @@ def _add(lines: list[str], values: dict[str, Any], path: Path_, places: dict[Pat
             _add(lines, value, here, places)
         else:
             origin = places.get(here, "default")
-            lines.append(f"{indent}{key}: {_text(value)}\0{origin}")
+            lines.append(f"{indent}{key}: {value_text(value)}\0{origin}")
 
 
 def _split(lines: list[str]) -> list[tuple[str, str]]:
     return [(line.partition("\0")[0], line.partition("\0")[2]) for line in lines]
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    result: dict[str, str] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            result |= _flat(value, f"{prefix}{key}.")
-        else:
-            result[f"{prefix}{key}"] = _text(value)
-    return result
-
-
-def _text(value: Any) -> str:
-    """Return the value as YAML that reads back as itself."""
-    if isinstance(value, float):
-        return repr(value).replace("inf", ".inf")
-    text = json.dumps(value, ensure_ascii=False)
-    return text.replace("Infinity", ".inf")

@@ -15,10 +15,14 @@ class RunFiles:
         self.log = path / "log.txt"
         self.tokenizer = path / "tokenizer.json"
         self.precision = path / "precision.json"
+        self.experts = path / "experts.json"
+        """Load and bias of every expert, as they were at a step."""
+        self.rollouts = path / "rollouts"
         self.checkpoints = path / "checkpoints"
         self.companions = path / "hf"
         """Small files that take the place of an export's own."""
         self.ranks = path / "ranks"
+        self.profile = path / "profile"
 
     @classmethod
     def around(cls, path: Path) -> "RunFiles | None":

@@ -15,9 +15,9 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
-from nemotron.checkpoint.find import steps
+from nemotron.checkpoint.manifest import steps
 from nemotron.errors import RunFailed, UserError
-from nemotron.files import FULL, open_regular, write_bytes
+from nemotron.files import FULL, open_regular, read_regular, write_bytes
 from nemotron.parallel.runtime import Ranks
 from nemotron.run.files import RunFiles
 from nemotron.run.lock import LOCK, FolderLock
@@ -226,6 +226,10 @@ class RunFolder(RunFiles):
         """Write which format each linear layer computes in, and why."""
         self.write(self.precision, table)
 
+    def write_experts(self, step: int, layers: Mapping[str, Any]) -> None:  # Any: nested JSON
+        """Write load and bias of every expert, by layer, as they are after a step."""
+        self.write(self.experts, json.dumps({"step": step, "layers": layers}) + "\n")
+
     def _write(self, path: Path, content: bytes) -> OSError | None:
         self._late.pop(path, None)
         try:
@@ -255,7 +259,7 @@ class RunFolder(RunFiles):
         if not self.recipe.exists():
             return []
         try:
-            read = YAML(typ="safe", pure=True).load(self.recipe.read_bytes().decode())
+            read = YAML(typ="safe", pure=True).load(read_regular(self.recipe).decode())
         except (YAMLError, UnicodeDecodeError):
             read = None
         if not isinstance(read, dict):

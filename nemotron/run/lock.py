@@ -29,6 +29,11 @@ class FolderLock:
 
     def check(self) -> None:
         """Raise UserError when another process holds the folder; nothing is written."""
+        if self.is_held_elsewhere():
+            self._refuse()
+
+    def is_held_elsewhere(self) -> bool:
+        """Say whether another process holds the folder; nothing is written."""
         own = os.O_NOFOLLOW | os.O_NONBLOCK
         for path, flags in ((self.folder, os.O_DIRECTORY), (self.path, own)):
             try:
@@ -37,9 +42,10 @@ class FolderLock:
                 continue
             try:
                 if not _is_free(descriptor):
-                    self._refuse()
+                    return True
             finally:
                 os.close(descriptor)
+        return False
 
     def acquire(self) -> None:
         """Hold the folder, which exists.
@@ -92,7 +98,7 @@ class FolderLock:
         try:
             holder = json.loads(self.path.read_text())
             who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-        except (OSError, ValueError, KeyError):
+        except (OSError, ValueError, KeyError, TypeError, RecursionError):
             who = "another process"
         raise UserError(
             f"{self.folder} is in use by {who}; wait for it, stop it, or give this run another "

@@ -1,5 +1,8 @@
 """Where the records of a run go: metrics.jsonl, its mirrors, and the screen."""
 
+from collections.abc import Mapping
+from typing import Any
+
 from nemotron.run.folder import RunFolder
 from nemotron.run.metrics import MetricsFile, Record
 from nemotron.run.screen import Screen
@@ -52,6 +55,11 @@ class RunLog:
         if self._refused and not problems:
             self.info("what could not be written to the run's folder before is written now")
         self._refused = bool(problems)
+
+    def record_experts(self, step: int, layers: Mapping[str, Any]) -> None:  # Any: nested JSON
+        """Keep the newest load and bias of every expert, in a file of their own."""
+        if self._folder is not None and layers:
+            self._folder.write_experts(step, layers)
 
     def info(self, text: str) -> None:
         """Show a sentence that is not a record."""

@@ -2,11 +2,13 @@
 
 import json
 import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-from nemotron.files import write_bytes
+from nemotron.files import open_regular, read_regular, write_bytes
 from nemotron.run.appended import AppendedFile
 
 Record = dict[str, float | int | str | None]
@@ -47,7 +49,7 @@ class MetricsFile:
         self._file = AppendedFile(path)
         self._beside = {name: AppendedFile(path.with_name(name)) for name in BESIDE}
         if path.exists():
-            lines = _sort_out(path.read_bytes(), last_step)
+            lines = _sort_out(read_regular(path, sys.maxsize), last_step)
             self.num_damaged = len(lines.damaged)
             self._keep(lines, abandon=False)
 
@@ -106,14 +108,49 @@ class MetricsFile:
             self._beside[name].write(b"".join(lines))
 
 
+class MetricsReader:
+    """Reads the records of a file, which a run may be appending to.
+
+    Lines that are no record are left out and counted, but for a last one that is not whole yet.
+    """
+
+    def __init__(
+        self, path: Path, kinds: Sequence[str] = (), last_bytes: int | None = None
+    ) -> None:
+        """Read records of these kinds, by default of all; no other line is parsed.
+
+        With `last_bytes`, only the whole lines of that end of the file are read.
+        """
+        self.path = path
+        self._last_bytes = last_bytes
+        self.num_damaged = 0
+        """Lines that were no record, of those that were parsed so far."""
+        self._marks = [json.dumps(kind).encode() for kind in kinds]
+
+    def __iter__(self) -> Iterator[Record]:
+        """Yield the records.
+
+        Raises:
+            OSError: when the file cannot be read, or is a link, a pipe or a device.
+        """
+        with open(open_regular(self.path, os.O_RDONLY), "rb") as file:
+            if self._last_bytes is not None:
+                size = os.fstat(file.fileno()).st_size
+                if size > self._last_bytes:
+                    file.seek(size - self._last_bytes)
+                    file.readline()
+            for line in file:
+                if self._marks and not any(mark in line for mark in self._marks):
+                    continue
+                if (record := _parse(line)) is not None:
+                    yield record
+                elif line.endswith(b"\n"):
+                    self.num_damaged += 1
+
+
 def read_metrics(path: Path) -> list[Record]:
     """Return the records of a file; lines that are none are left out."""
-    records = []
-    for line in path.read_bytes().splitlines(keepends=True):
-        record = _parse(line)
-        if record is not None:
-            records.append(record)
-    return records
+    return list(MetricsReader(path))
 
 
 def _sort_out(content: bytes, last_step: int) -> Lines:

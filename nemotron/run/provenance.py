@@ -9,16 +9,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import JsonValue, ValidationError
 
 from nemotron.checkpoint.manifest import code_version
 from nemotron.errors import UserError
-from nemotron.files import write_json
+from nemotron.files import read_regular, write_json
 from nemotron.run.redaction import redact, redact_arguments
 from nemotron.section import Section
+
+if TYPE_CHECKING:
+    import torch
 
 PACKAGES = ("torch", "numpy", "tokenizers", "pydantic", "mamba-ssm", "causal-conv1d", "flash-attn")
 """Packages whose versions can change a result."""
@@ -67,8 +69,10 @@ def _record_origin(path: Path, kind: str, facts: Facts) -> Facts:
     return origin
 
 
-def collect(device: torch.device) -> Facts:
+def collect(device: "torch.device") -> Facts:
     """Return what is known about code, versions and machine."""
+    import torch  # who only reads provenance does without it
+
     return {
         "argv": redact_arguments(sys.argv),
         "folder": os.getcwd(),
@@ -93,7 +97,7 @@ def read_provenance(path: Path) -> Provenance:
         UserError: when they cannot be read.
     """
     try:
-        return Provenance.model_validate_json(path.read_bytes())
+        return Provenance.model_validate_json(read_regular(path))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, problem["loc"])) or "the content"
@@ -141,5 +145,7 @@ def _cpu_name() -> str:
     return platform.processor()
 
 
-def _device_name(device: torch.device) -> str:
+def _device_name(device: "torch.device") -> str:
+    import torch
+
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

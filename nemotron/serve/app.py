@@ -1,5 +1,6 @@
 """The paths of the server, and what each answers."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
@@ -73,7 +74,7 @@ class Server:
             except Ended as error:
                 response = JSONResponse(ApiError(503, str(error)).body(), 503)
             except ClientDisconnect:
-                self.metrics.canceled += 1
+                self.metrics.count_leave()
                 response = Response(status_code=CLIENT_GONE)
             self.metrics.requests[path, response.status_code] += 1
             return response
@@ -113,7 +114,8 @@ class Server:
 
     async def _complete(self, request: Request) -> Response:
         asked = await self._read(request, CompletionRequest)
-        requests = self.translator.completion(asked)
+        # a thread, because long texts and large schemas would keep all streams waiting
+        requests = await asyncio.to_thread(self.translator.completion, asked)
         usage = Usage(sum(len(part.prompt) for part in requests))
         answer = Completion(
             *(self.name, self.translator.tokenizer, usage, asked.n or 1),
@@ -123,7 +125,7 @@ class Server:
 
     async def _chat(self, request: Request) -> Response:
         asked = await self._read(request, ChatRequest)
-        wanted, thinks = self.translator.answer(asked)
+        wanted, thinks = await asyncio.to_thread(self.translator.answer, asked)
         assert self.translator.chat is not None, "no request without a chat format"
         tools = () if asked.tool_choice == "none" else asked.tools or ()
         only_one = asked.parallel_tool_calls is False
@@ -166,7 +168,9 @@ class Server:
         if asked.stream:
             # the first item says that the engine has taken the request
             await while_connected(request, anext(events))
-            return EventStream(_sent(events, answer, asked.wants_usage))
+            chunks = _sent(events, answer, asked.wants_usage)
+            stall_s = self.translator.limits.stall_s
+            return EventStream(chunks, self.metrics.count_leave, stall_s)
         await while_connected(request, _exhaust(events))
         return JSONResponse(answer.whole())
 

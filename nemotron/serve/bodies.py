@@ -3,16 +3,30 @@
 import json
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from nemotron.data.chat.calls import Call
 from nemotron.data.tokenizer import Tokenizer
+from nemotron.generate.request import TokenScore
 from nemotron.generate.text import REPLACEMENT
 from nemotron.serve.split import Delta, Splitter
 from nemotron.serve.worker import Piece
 
 Json = dict[str, Any]  # Any: JSON
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A token of an answer with its log-probability."""
+
+    token: int
+    logprob: float
+    begin: int
+    """Where in the text it begins."""
+    top: Sequence[TokenScore]
+    """The likeliest tokens in its place."""
 
 
 @dataclass
@@ -22,8 +36,8 @@ class Written:
     text: str = ""
     reasoning: str = ""
     calls: list[Json] = field(default_factory=list)
-    tokens: list[tuple[int, float, int]] = field(default_factory=list)
-    """Each token with its log-probability, and where in the text it begins."""
+    tokens: list[Scored] = field(default_factory=list)
+    """Where log-probabilities were asked for."""
     finish: str | None = None
 
 
@@ -89,27 +103,28 @@ class Completion:
         """Return the last chunk of a stream that counts tokens."""
         return {**self._frame(self.chunk_kind), "choices": [], "usage": self.usage.body()}
 
-    def _token_scores(
-        self, choice: Written, piece: Piece, begin: int
-    ) -> list[tuple[int, float, int]]:
+    def _token_scores(self, choice: Written, piece: Piece, begin: int) -> list[Scored]:
         if not self._logprobs or piece.token is None or piece.logprob is None:
             return []
-        own = [(piece.token, piece.logprob, begin)]
+        own = [Scored(piece.token, piece.logprob, begin, piece.top)]
         choice.tokens += own
         return own
 
-    def _text_choice(
-        self, index: int, text: str, tokens: list[tuple[int, float, int]], finish: str | None
-    ) -> Json:
+    def _text_choice(self, index: int, text: str, tokens: list[Scored], finish: str | None) -> Json:
         logprobs = None
         if self._logprobs:
             logprobs = {
-                "tokens": [self._tokenizer.decode([token]) for token, _, _ in tokens],
-                "token_logprobs": [logprob for _, logprob, _ in tokens],
-                "top_logprobs": None,
-                "text_offset": [begin for _, _, begin in tokens],
+                "tokens": [self._tokenizer.decode([scored.token]) for scored in tokens],
+                "token_logprobs": [scored.logprob for scored in tokens],
+                "top_logprobs": [self._by_text(scored) for scored in tokens],
+                "text_offset": [scored.begin for scored in tokens],
             }
         return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+
+    def _by_text(self, scored: Scored) -> Json | None:
+        """Return the likeliest tokens; of several with one text, the likeliest."""
+        found = {self._tokenizer.decode([s.token]): s.logprob for s in reversed(scored.top)}
+        return dict(reversed(found.items())) or None
 
     def _frame(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -179,28 +194,28 @@ class Chat(Completion):
         ]
         return {**self._frame(self.kind), "choices": choices, "usage": self.usage.body()}
 
-    def _delta(
-        self, index: int, delta: Json, tokens: list[tuple[int, float, int]], finish: str | None
-    ) -> Json:
+    def _delta(self, index: int, delta: Json, tokens: list[Scored], finish: str | None) -> Json:
         scores = self._scores(tokens) if tokens else None
         return {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}
 
-    def _scores(self, tokens: list[tuple[int, float, int]]) -> Json | None:
+    def _scores(self, tokens: list[Scored]) -> Json | None:
         if not self._logprobs:
             return None
         content = []
-        for token, logprob, _ in tokens:
-            text = self._tokenizer.decode([token])
-            is_whole = REPLACEMENT not in text
-            content.append(
-                {
-                    "token": text,
-                    "logprob": logprob,
-                    "bytes": list(text.encode()) if is_whole else None,
-                    "top_logprobs": [],
-                }
-            )
+        for scored in tokens:
+            others = [self._score(other.token, other.logprob) for other in scored.top]
+            own = self._score(scored.token, scored.logprob)
+            content.append({**own, "top_logprobs": others})
         return {"content": content, "refusal": None}
+
+    def _score(self, token: int, logprob: float) -> Json:
+        text = self._tokenizer.decode([token])
+        is_whole = REPLACEMENT not in text
+        return {
+            "token": text,
+            "logprob": logprob,
+            "bytes": list(text.encode()) if is_whole else None,
+        }
 
 
 def _message(choice: Written) -> Json:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from jinja2 import TemplateError
 
 from nemotron.data.chat.check import Message, check_prompt
+from nemotron.data.chat.foreign import ForeignTemplate
 from nemotron.data.chat.render import Effort, render
 from nemotron.data.chat.template import TEMPLATE, TURN_END
 from nemotron.data.tokenizer import Tokenizer
@@ -38,7 +39,8 @@ class ChatFormat:
     """What the conversations of one model look like."""
 
     tokenizer: Tokenizer
-    template: str = TEMPLATE
+    template: ForeignTemplate | None = None
+    """None for our own."""
     more_stop_ids: frozenset[int] = frozenset()
     """Tokens that end a turn beside `<|im_end|>`, if there is such a token."""
     marks: dict[int, str] = field(default_factory=dict)
@@ -51,8 +53,8 @@ class ChatFormat:
         """Return the format of a model; None if its tokenizer and files know no conversations."""
         if template is None and _turn_end(tokenizer) is None:
             return None
-        own = TEMPLATE if template is None else template
-        return cls(tokenizer, own, stop_ids, marks_of(tokenizer))
+        foreign = None if template in (None, TEMPLATE) else ForeignTemplate(str(template))
+        return cls(tokenizer, foreign, stop_ids, marks_of(tokenizer))
 
     @property
     def stop_ids(self) -> frozenset[int]:

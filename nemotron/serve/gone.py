@@ -1,7 +1,7 @@
 """Clients that leave before they have their answer."""
 
 import asyncio
-from collections.abc import AsyncGenerator, Awaitable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
@@ -21,18 +21,26 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 
 
 class EventStream(Response):
-    """Sends server-sent events as they come, and closes their source when the client leaves."""
+    """Sends server-sent events as they come, and closes their source when the client leaves.
+
+    Then `left` is called; that a client leaves is no error. One that reads nothing for `stall_s`
+    seconds has left.
+    """
 
     media_type = "text/event-stream"
 
-    def __init__(self, events: AsyncGenerator[bytes, None]) -> None:
+    def __init__(
+        self, events: AsyncGenerator[bytes, None], left: Callable[[], None], stall_s: float
+    ) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._events = events
+        self._events, self._left, self._stall_s = events, left, stall_s
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
             await _race(receive, self._send(send))
+        except ClientDisconnect:
+            self._left()
         finally:
             await self._events.aclose()
 
@@ -40,7 +48,11 @@ class EventStream(Response):
         headers = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
         await send(headers)
         async for event in self._events:
-            await send({"type": "http.response.body", "body": event, "more_body": True})
+            try:
+                async with asyncio.timeout(self._stall_s):
+                    await send({"type": "http.response.body", "body": event, "more_body": True})
+            except TimeoutError:
+                raise ClientDisconnect from None
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 

@@ -16,6 +16,8 @@ class Limits:
     body_bytes: int = 4 << 20
     body_s: float = 30.0
     """Seconds within which a body must have arrived."""
+    stall_s: float = 60.0
+    """Seconds after which a client that reads nothing of its stream counts as gone."""
     open_answers: int = 256
     """Answers that are written or wait at the same time."""
     samples: int = 16

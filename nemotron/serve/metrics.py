@@ -42,6 +42,10 @@ class Metrics:
         self.first_token = Histogram()
         self.duration = Histogram()
 
+    def count_leave(self) -> None:
+        """Count a client that did not wait for the end of its answer."""
+        self.canceled += 1
+
     def text(self, worker: Worker) -> str:
         """Return all metrics."""
         lines: list[str] = []

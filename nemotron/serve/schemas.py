@@ -1,13 +1,16 @@
 """The requests of OpenAI's interface: which fields there are, and what they may be."""
 
 from collections.abc import Sequence
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, field_validator, model_validator
 
 SMALLEST_TEMPERATURE = 1e-3
 """Below it numbers overflow, and the likeliest token is the only one anyway."""
+MOST_TOP = 20
+"""Likeliest tokens that can be asked for, as OpenAI has it."""
 
+Schema = dict[str, Any] | bool  # Any: JSON
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
@@ -27,10 +30,34 @@ class StreamOptions(Strict):
     """Whether the last chunk counts the tokens."""
 
 
-class ResponseFormat(Strict):
-    """The form of the answer, which is always free text."""
+class NamedSchema(Strict):
+    """A schema with its name, which changes nothing."""
 
-    type: Literal["text"]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    description: str | None = None
+    strict: bool | None = None
+    """Answers always follow the schema."""
+    own: dict[str, JsonValue] | bool = Field(alias="schema")
+
+
+class ResponseFormat(Strict):
+    """The form of the answer: free text, any JSON object, or JSON of a schema."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: NamedSchema | None = None
+
+    @model_validator(mode="after")
+    def _has_schema(self) -> Self:
+        if (self.json_schema is not None) != (self.type == "json_schema"):
+            raise ValueError('json_schema must be given with the type "json_schema", and no other')
+        return self
+
+    @property
+    def form(self) -> Schema | None:
+        """The schema of the answer; None for free text."""
+        if self.json_schema is not None:
+            return self.json_schema.own
+        return {"type": "object"} if self.type == "json_object" else None
 
 
 class Common(Strict):
@@ -53,6 +80,7 @@ class Common(Strict):
         ]
         | None
     ) = None
+    response_format: ResponseFormat | None = None
     user: str | None = None
     """Who asks; it changes nothing."""
 
@@ -75,6 +103,11 @@ class Common(Strict):
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
 
     @property
+    def schema_of_answer(self) -> Schema | None:
+        """What the answer must be; None for free text."""
+        return None if self.response_format is None else self.response_format.form
+
+    @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with a count of tokens."""
         return self.stream_options is not None and self.stream_options.include_usage
@@ -89,8 +122,8 @@ class CompletionRequest(Common):
         | Annotated[list[Token], Field(min_length=1)]
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
     )
-    logprobs: Literal[0] | None = None
-    """0 asks for the log-probability of each token; others than the chosen one are not known."""
+    logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+    """How many of the likeliest tokens are reported at each place, beside the chosen one."""
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: None = None
@@ -137,9 +170,8 @@ class ChatRequest(Common):
     max_completion_tokens: Count | None = None
     """Newer name of `max_tokens`."""
     logprobs: bool | None = None
-    top_logprobs: Literal[0] | None = None
-    """Other tokens than the chosen one are not known."""
-    response_format: ResponseFormat | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
+    """How many of the likeliest tokens are reported at each place; needs `logprobs`."""
     reasoning_effort: Literal["none", "low", "medium", "high"] | None = None
     chat_template_kwargs: TemplateOptions = TemplateOptions()
     metadata: dict[str, Any] | None = None  # Any: JSON of the client

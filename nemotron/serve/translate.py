@@ -11,6 +11,7 @@ from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
 from nemotron.serve.conversation import ChatFormat, Turn
 from nemotron.serve.errors import ApiError
+from nemotron.serve.grammar import INSTALL, JsonForm, JsonForms, is_installed
 from nemotron.serve.limits import Limits
 from nemotron.serve.schemas import ChatRequest, Common, CompletionRequest
 
@@ -28,6 +29,7 @@ class Translator:
     vocab_size: int
     chat: ChatFormat | None
     limits: Limits
+    forms: JsonForms
 
     def completion(self, asked: CompletionRequest) -> list[Request]:
         """Return one request for each prompt.
@@ -42,8 +44,16 @@ class Translator:
                 param="prompt",
             )
         most = SHORT_ANSWER if asked.max_tokens is None else asked.max_tokens
+        form = self._form(asked, after_reasoning=False)
         return [
-            self._request(asked, self._tokens(prompt), most, logprobs=asked.logprobs is not None)
+            self._request(
+                asked,
+                self._tokens(prompt),
+                most,
+                stop_ids=frozenset() if form is None else form.stop_ids,
+                top_logprobs=asked.logprobs,
+                form=form,
+            )
             for prompt in prompts
         ]
 
@@ -82,10 +92,29 @@ class Translator:
             most,
             forced=tuple(forced),
             stop_ids=self.chat.stop_ids,
-            logprobs=bool(asked.logprobs),
+            top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
+            form=self._form(asked, after_reasoning=prompt.thinks),
             thinks=prompt.thinks,
         )
         return request, prompt.thinks
+
+    def _form(self, asked: Common, *, after_reasoning: bool) -> JsonForm | None:
+        schema = asked.schema_of_answer
+        if schema is None:
+            return None
+        if not is_installed():
+            raise ApiError(
+                400,
+                "answers of a given form need the package llguidance beside the server; install "
+                f"it there with: {INSTALL}.",
+                param="response_format",
+            )
+        try:
+            return self.forms.form(schema, after_reasoning=after_reasoning)
+        except ValueError as error:
+            raise ApiError(
+                400, f"the schema cannot be followed: {error}.", param="response_format"
+            ) from None
 
     def _tokens(self, prompt: str | list[int]) -> Sequence[int]:
         return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
@@ -98,7 +127,8 @@ class Translator:
         *,
         forced: tuple[int, ...] = (),
         stop_ids: frozenset[int] = frozenset(),
-        logprobs: bool,
+        top_logprobs: int | None,
+        form: JsonForm | None,
         thinks: bool = True,
     ) -> Request:
         if (asked.n or 1) > self.limits.samples:
@@ -125,7 +155,9 @@ class Translator:
                 stop=asked.stops,
                 forced=forced,
                 budget=budget,
-                logprobs=logprobs,
+                logprobs=top_logprobs is not None,
+                top_logprobs=top_logprobs or 0,
+                grammar=form,
             )
             request.check(self.vocab_size)
         except UserError as error:
@@ -151,6 +183,17 @@ def _sampling(asked: Common) -> Sampling:
 def _check_choice(asked: ChatRequest) -> None:
     if asked.max_tokens and asked.max_completion_tokens:
         raise ApiError(400, "max_tokens and max_completion_tokens are both given; give one.")
+    if asked.top_logprobs and not asked.logprobs:
+        raise ApiError(
+            *(400, "top_logprobs needs logprobs = true; give both."), param="top_logprobs"
+        )
+    if asked.schema_of_answer is not None and asked.tools and asked.tool_choice != "none":
+        raise ApiError(
+            400,
+            "tools and a response_format are both given, but a call has a form of its own; leave "
+            "one out, or give tool_choice = none.",
+            param="response_format",
+        )
     if asked.forced_call is None:
         return
     names = [_name(tool) for tool in asked.tools or []]

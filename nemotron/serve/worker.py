@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nemotron.errors import UserError
 from nemotron.generate.engine import Engine
-from nemotron.generate.request import Event, Finish, Request
+from nemotron.generate.request import Event, Finish, Request, TokenScore
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,8 @@ class Piece:
     text: str
     logprob: float | None
     """In nats under the model, where it was asked for."""
+    top: Sequence[TokenScore]
+    """The likeliest tokens in its place, where they were asked for."""
     finish: Finish | None
 
 
@@ -186,12 +188,16 @@ class Worker:
             return
         wanted = request.stream.requests[request.place].logprobs and event.token is not None
         logprob = event.answer.raw_logprobs[event.place] if wanted else None
+        top = event.answer.top_logprobs[event.place] if wanted else ()
         if event.finish is not None:
             request.num_left -= 1
             if not request.num_left:
                 del self._open[event.request]
         request.stream.put(
-            Piece(request.place, event.sample, event.token, event.text, logprob, event.finish)
+            Piece(
+                *(request.place, event.sample, event.token, event.text),
+                *(logprob, top, event.finish),
+            )
         )
 
     def _refuse_all(self, done: Future[None]) -> None:

@@ -18,6 +18,7 @@ from nemotron.run import provenance
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.metrics import read_metrics
+from nemotron.run.provenance import Facts
 from nemotron.run.trackers import TrackedRun
 from nemotron.train.reliability.faults import describe as describe_fault
 from nemotron.train.setup import Content, Setup
@@ -25,7 +26,7 @@ from nemotron.train.trainer import Trainer
 from nemotron.train.tuning import trained_shares
 
 
-def announce(setup: Setup, folder: RunFolder, log: RunLog, recipe_path: str) -> TrackedRun:
+def announce(setup: Setup, folder: RunFolder, log: RunLog, origin: Facts) -> TrackedRun:
     """Write what the run is to its folder and the screen; returns what trackers get of it."""
     trainer = setup.trainer
     config, ranks = trainer.config, trainer.ranks
@@ -34,7 +35,7 @@ def announce(setup: Setup, folder: RunFolder, log: RunLog, recipe_path: str) -> 
     count = count_parameters(config.model)
     sizes = {"parameters": count.total, "active": count.active, "mtp": count.mtp}
     facts = provenance.collect(trainer.device)
-    facts |= {"recipe": recipe_path, "seed": config.seed, **sizes}
+    facts |= {**origin, "seed": config.seed, **sizes}
     facts["matmul_peak_flops"] = trainer.peak_flops
     dtype, documents = DTYPES[config.precision.compute], config.data.reset_documents
     choices = choose_backends(config.ops, trainer.device, dtype, documents)

@@ -174,6 +174,19 @@ class LoggingConfig(Section):
     """Optimizer steps between lines in metrics.jsonl and on the screen."""
 
 
+class ProfileConfig(Section):
+    """Steps whose time and memory are recorded, by PyTorch's profiler."""
+
+    steps: Annotated[tuple[Annotated[int, Field(gt=0)], ...], Field(strict=False)] = ()
+    """Steps to record, as metrics count them, from 1; none: nothing is recorded."""
+    ranks: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False, min_length=1)] = (
+        0,
+    )
+    """Ranks that record."""
+    memory: bool = False
+    """Whether allocations are recorded too; on a GPU also a snapshot of its memory."""
+
+
 class FaultConfig(Section):
     """Something that goes wrong on purpose, to see what the run makes of it."""
 
@@ -305,6 +318,8 @@ class RunConfig(Section):
     """Validation."""
     logging: LoggingConfig = LoggingConfig()
     """Trackers."""
+    profile: ProfileConfig = ProfileConfig()
+    """Recording of time and memory."""
     reliability: ReliabilityConfig = ReliabilityConfig()
     """Steps, ranks and replicas that go wrong."""
 

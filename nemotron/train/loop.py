@@ -13,10 +13,12 @@ from nemotron.precision.apply import DTYPES
 from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.metrics import MetricsFile
+from nemotron.run.provenance import Facts
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import TRACKERS, Mirrors
 from nemotron.train.announce import announce, announce_failure, announce_results, announce_stop
-from nemotron.train.record import StepResult
+from nemotron.train.profile import Profiler
+from nemotron.train.record import StepResult, expert_tables
 from nemotron.train.reliability.progress import Stopwatch
 from nemotron.train.reliability.replicas import ReplicasDiffer
 from nemotron.train.reliability.stragglers import Stragglers
@@ -34,7 +36,7 @@ def run(
     log: RunLog,
     saver: Saver,
     stop: StopRequest,
-    recipe_path: str,
+    origin: Facts,
 ) -> int:
     """Train, save and say how it ended; returns the exit code."""
     trainer = setup.trainer
@@ -43,9 +45,10 @@ def run(
         announce_results(trainer, folder, log, "this run is finished")
         return DONE
     log.screen.open_log(folder.open_log(ranks.rank))
+    profiler = Profiler(trainer, folder.profile)
     problem: Exception | None = None
     with ExitStack() as stack:
-        tracked = announce(setup, folder, log, recipe_path)
+        tracked = announce(setup, folder, log, origin)
         if ranks.is_first:
             folder.write_status("running", start)
             stop.before_leaving = lambda: folder.write_status(
@@ -63,7 +66,9 @@ def run(
         stack.callback(log.screen.stop)
         try:
             if not ranks.any(stop.is_due(start)):
-                loop(setup, log, saver, stop)
+                loop(setup, log, saver, stop, profiler)
+                for line in profiler.table():
+                    log.info(line)
             saver.save()
             saver.finish(wait=True)
         except (Diverged, ReplicasDiffer, CheckpointNotSaved) as error:
@@ -90,7 +95,7 @@ def run(
     return code
 
 
-def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest) -> None:
+def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest, profiler: Profiler) -> None:
     """Train to the end of the schedule, or until a rank is asked to stop.
 
     Raises:
@@ -110,9 +115,10 @@ def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest) -> None:
                 preset = trainer.quantization.preset
                 _event(trainer, log, f"precision: preset {preset} from here on")
             watch = Stopwatch(trainer.device, trainer.progress, step)
-            watch.begin("data")
-            batch = trainer.batches.take(step)
-            result = trainer.update(step, batch, stop=stop, watch=watch)
+            with profiler.around(step):
+                watch.begin("data")
+                batch = trainer.batches.take(step)
+                result = trainer.update(step, batch, stop=stop, watch=watch)
             stragglers.add(result.seconds)
             if is_last or due(step, config.logging.every_steps):
                 across_ranks, slow = stragglers.report()
@@ -123,6 +129,8 @@ def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest) -> None:
                 saver.finish_or_warn(wait=False)
                 if slow is not None:
                     log.info(f"step {step + 1}: {slow}")  # no metric: it depends on the clock
+            if is_last or due(step, config.evaluation.every_steps):
+                log.record_experts(step + 1, expert_tables(trainer.routers, result.sums.load))
             for text in result.events():
                 _event(trainer, log, text)
             if bad := _steps_to_undo(trainer, result):

@@ -8,7 +8,8 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron.model.config import LAYER_KINDS, ModelConfig
-from nemotron.parallel.apply import local_of
+from nemotron.parallel.shards import local_of
+from nemotron.train.adamw import AdamW
 from nemotron.train.config import OptimizerConfig
 from nemotron.train.muon import Matrices, Muon, is_matrix
 
@@ -22,7 +23,7 @@ PARTS_OF_MOE = {
 
 
 class Optimizer:
-    """torch's fused AdamW on named float32 parameters, on what of each is here; Muon for matrices.
+    """AdamW on named float32 parameters, on what of each is here; Muon for matrices.
 
     The moments exist from the start, so that a checkpoint has the same tensors at every step.
     """
@@ -42,18 +43,8 @@ class Optimizer:
         own = {name: p for name, p in every.items() if is_on and is_matrix(name, p)}
         self._muon = Muon(own, config.muon, config.weight_decay, matrices)
         self._local = {name: p for name, p in every.items() if name not in own}
-        named = self._local.items()
-        groups = [
-            {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
-            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-        ]
-        self._adamw = torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=True)
-        for parameter in self._local.values():
-            self._adamw.state[parameter] = {
-                "step": torch.zeros((), device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+        decay = {n: config.weight_decay if decays(n, p) else 0.0 for n, p in self._local.items()}
+        self._adamw = AdamW(self._local, decay, config.betas, config.eps)
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -69,35 +60,14 @@ class Optimizer:
         """Scale the gradients by the coefficient and update the parameters."""
         gradients = self.gradients()
         self._muon.step(gradients, lr, clip_coefficient)
-        gradients = {name: gradients[name] for name in self._local if name in gradients}
-        self._scale(gradients, clip_coefficient)
-        for name, parameter in self._local.items():
-            parameter.grad = gradients.get(name)
-        for group in self._adamw.param_groups:
-            group["lr"] = lr
-        self._adamw.step()
-
-    def _scale(self, gradients: Mapping[str, Tensor], coefficient: float) -> None:
-        """Scale the gradients, or have the kernel of AdamW do it, which saves a pass over them.
-
-        torch's fused AdamW divides by `grad_scale` and skips when `found_inf` is not zero.
-        """
-        device = next(iter(self._local.values())).device
-        if device.type == "cuda":
-            self._adamw.grad_scale = torch.full(  # type: ignore[attr-defined]
-                (), 1 / coefficient, device=device
-            )
-            self._adamw.found_inf = torch.zeros((), device=device)  # type: ignore[attr-defined]
-        elif coefficient < 1.0:
-            torch._foreach_mul_(list(gradients.values()), coefficient)
+        rest = {name: gradients[name] for name in self._local if name in gradients}
+        self._adamw.step(rest, lr, clip_coefficient)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the optimizer's state as it is, by key and parameter, for saving or loading."""
-        found = {
-            key: {name: self._adamw.state[local][key] for name, local in self._local.items()}
-            for key in ("step", "exp_avg", "exp_avg_sq")
-        }
-        return found | ({"momentum": self._muon.momentum} if self._muon.momentum else {})
+        return self._adamw.state | (
+            {"momentum": self._muon.momentum} if self._muon.momentum else {}
+        )
 
 
 def decays(name: str, parameter: Tensor) -> bool:

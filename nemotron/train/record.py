@@ -91,3 +91,18 @@ def expert_values(routers: Mapping[str, Router], load: Mapping[str, Tensor]) -> 
             values[f"{name}/bias_min"] = bias.min().item()
             values[f"{name}/bias_max"] = bias.max().item()
     return values
+
+
+def expert_tables(
+    routers: Mapping[str, Router], load: Mapping[str, Tensor]
+) -> dict[str, dict[str, list[float]]]:
+    """Return `load`, tokens of a step, and `bias` of each expert, by mixture layer.
+
+    Of a layer that another stage of a pipeline holds, the bias is left out.
+    """
+    tables: dict[str, dict[str, list[float]]] = {}
+    for layer, counts in load.items():
+        table = tables[layer.removeprefix("backbone.")] = {"load": counts.tolist()}
+        if layer in routers:
+            table["bias"] = routers[layer].e_score_correction_bias.tolist()
+    return tables

@@ -8,9 +8,8 @@ been: a run that is killed during the replay resumes at the checkpoint and is ro
 from collections.abc import Sequence
 from pathlib import Path
 
-from nemotron.checkpoint.find import steps
 from nemotron.checkpoint.housekeeping import discard
-from nemotron.checkpoint.manifest import CheckpointInfo, folder_name, verify
+from nemotron.checkpoint.manifest import CheckpointInfo, folder_name, steps, verify
 from nemotron.checkpoint.records import DamagedCheckpoint
 from nemotron.checkpoint.state import PassedOver
 from nemotron.train.state import Diverged

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nemotron.checkpoint.find import steps
+from nemotron.checkpoint.manifest import steps
 from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device, measure_matmul_peak
@@ -22,12 +22,13 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.parameters import count_parameters
 from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
-from nemotron.parallel.apply import LocalModel
+from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Launch, Ranks, start
 from nemotron.precision.apply import DTYPES
 from nemotron.precision.policy import Assignment, assign, summarize
 from nemotron.run.folder import RunFolder, holds_run
 from nemotron.run.log import RunLog
+from nemotron.run.provenance import Facts
 from nemotron.run.screen import Screen
 from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import check_trackers
@@ -42,6 +43,7 @@ from nemotron.train.config import RunConfig
 from nemotron.train.layout import check_layout, describe_ranks, least_world
 from nemotron.train.loop import run
 from nemotron.train.pretraining import Pretraining
+from nemotron.train.profile import check_profile
 from nemotron.train.reliability.deterministic import deterministic
 from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
@@ -74,7 +76,7 @@ def train(
     *,
     resume: bool = False,
     stop_at: int | None = None,
-    recipe_path: str = "",
+    origin: Facts | None = None,
     read_initial: ReadModel = read_checkpoint,
     allow_changed: Sequence[str] = (),
     panel: bool | None = None,
@@ -82,7 +84,8 @@ def train(
     """Train as the recipe says, or go on from the run's newest whole checkpoint.
 
     `stage` trains such recipes; pre-training by default. `stop_at` ends the run after that step as
-    a signal would. `read_initial` reads the weights that `init_from` names. `allow_changed` lists
+    a signal would. `origin` says where the recipe comes from; provenance keeps it.
+    `read_initial` reads the weights that `init_from` names. `allow_changed` lists
     keys in which a resumed run may differ from its beginning. `panel` says whether steps are shown
     as a panel or as lines; by default the terminal decides. Returns the exit code: 0 done, 1
     failed, 75 stopped and can be resumed.
@@ -93,7 +96,9 @@ def train(
     launch = Launch.of_this_process()
     trained: Stage = stage or Pretraining()
     plan = trained.plan(config)
-    check_layout(config, plan, launch.world if launch else 1)
+    world = launch.world if launch else 1
+    check_layout(config, plan, world)
+    check_profile(config.profile, plan.num_steps, world)
     check_trackers(config.logging.trackers)
     device = find_device(config.device, launch.local_rank if launch else None)
     folder = RunFolder(config.run_path, config)
@@ -121,7 +126,7 @@ def train(
                 trainer.local, config.init_from, read_initial, ranks, seed=config.seed
             )
             ranks.first(lambda: keep_companions(initial, setup.content.tokenizer, folder, log))
-        return run(setup, folder, log, saver, stop, recipe_path)
+        return run(setup, folder, log, saver, stop, origin or {})
 
 
 def dry_run(
@@ -144,7 +149,9 @@ def dry_run(
     launch = Launch.of_this_process()
     trained: Stage = stage or Pretraining()
     plan = trained.plan(config)
-    dims = check_layout(config, plan, launch.world if launch else least_world(config.parallel))
+    world = launch.world if launch else least_world(config.parallel)
+    dims = check_layout(config, plan, world)
+    check_profile(config.profile, plan.num_steps, world)
     check_trackers(config.logging.trackers)
     device = find_device(config.device)
     folder = RunFolder(config.run_path, config)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from nemotron.checkpoint.read import MODEL_PREFIX
 from nemotron.checkpoint.state import Counters, PassedOver
-from nemotron.parallel.apply import LocalModel, local_of
+from nemotron.parallel.local import LocalModel
+from nemotron.parallel.shards import local_of
 from nemotron.precision.apply import Quantization
 from nemotron.train.optimizer import Optimizer
 

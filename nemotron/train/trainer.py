@@ -21,12 +21,12 @@ from nemotron.model.flops import training_flops_per_token
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
 from nemotron.ops.apply import apply as apply_ops
-from nemotron.parallel.apply import LocalModel, distribute
+from nemotron.parallel.apply import distribute
 from nemotron.parallel.dims import resolve_dims
+from nemotron.parallel.local import LocalModel
 from nemotron.parallel.mesh import Mesh
 from nemotron.parallel.quantized import connect
 from nemotron.parallel.runtime import Ranks
-from nemotron.parallel.whole import WholeMatrices
 from nemotron.precision.apply import Quantization
 from nemotron.precision.apply import apply as apply_precision
 from nemotron.precision.random_bits import Numbers
@@ -74,9 +74,8 @@ class Trainer:
         whole = build_on_meta(config.model)
         self.quantization = Quantization(self.local.models, config.precision, config.seed, whole)
         connect(self.quantization, self.local)
-        matrices = None if local.mesh is None else WholeMatrices(local)
         trained = {n: p for n, p in self.local.parameters().items() if p.requires_grad}
-        self.optimizer = Optimizer(trained, config.optimizer, matrices)
+        self.optimizer = Optimizer(trained, config.optimizer, local.whole_matrices())
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState.fresh()
         counted = filter(self.local.counts, self.optimizer.parameters)

@@ -13,7 +13,7 @@ from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.data.loader import TrainingData, ValidationBatch
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats
-from nemotron.parallel.apply import LocalModel
+from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.reliability.progress import StepProgress
 

@@ -1,3 +1,4 @@
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -111,3 +112,37 @@ def test_what_is_no_tokenizer_is_named(tmp_path: Path):
         load_tokenizer(str(broken))
     with pytest.raises(UserError, match=r"no token '<eot>'"):
         TOKENIZER.id("<eot>")
+
+
+def changed(**steps: object) -> bytes:
+    """Return the embedded tokenizer with other steps."""
+    return json.dumps(json.loads(TOKENIZER.content) | steps).encode()
+
+
+def test_replacements_that_let_a_text_explode_are_refused():
+    double = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+    beside = {"type": "Replace", "pattern": {"Regex": ""}, "content": "a" * 80}
+    for steps, name in (
+        ({"normalizer": {"type": "Sequence", "normalizers": [double] * 40}}, "normalizer"),
+        ({"decoder": {"type": "Sequence", "decoders": [double] * 7}}, "decoder"),
+        ({"normalizer": beside}, "normalizer"),
+    ):
+        with pytest.raises(ValueError, match=f"its {name} makes a text .* times as long"):
+            Tokenizer(changed(**steps))
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    steps = [space, double, {"type": "NFKC"}]
+    Tokenizer(changed(normalizer={"type": "Sequence", "normalizers": steps}))
+
+
+def test_a_token_of_absurd_length_is_refused():
+    layout = json.loads(TOKENIZER.content)
+    layout["model"]["vocab"]["a" * 70_000] = len(layout["model"]["vocab"])
+    with pytest.raises(ValueError, match="a token has 70000 characters"):
+        Tokenizer(json.dumps(layout).encode())
+
+
+def test_an_expression_without_end_is_a_mistake_of_the_tokenizer():
+    pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
+    endless = Tokenizer(changed(pre_tokenizer=pattern | {"invert": False}))
+    with pytest.raises(UserError, match=r"the tokenizer fails on a text: .*retry-limit"):
+        endless.encode("a" * 60 + "!")

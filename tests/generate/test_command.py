@@ -4,7 +4,7 @@ import pytest
 
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
-from nemotron.generate.command import generate
+from nemotron.generate.command import Continuation, generate
 from nemotron.generate.engine import Engine
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.speculate import Speculation
@@ -53,10 +53,8 @@ def test_prompt_and_continuation_are_printed(
         model,
         tokenizer,
         ["The first"],
-        Sampling(1.0, seed=9),
-        max_new_tokens=30,
+        Continuation(Sampling(1.0, seed=9), 30, device="cpu"),
         stream=stream,
-        device="cpu",
     )
     output = capsys.readouterr()
     assert code == 0
@@ -69,38 +67,32 @@ def test_several_prompts_are_printed_in_order(
 ) -> None:
     prompts = ["The first", "A second prompt, longer"]
     expected = [expected_text(model, tokenizer, prompt, 12) for prompt in prompts]
-    sampling = Sampling(1.0, seed=9)
-    generate(model, tokenizer, prompts, sampling, max_new_tokens=12, stream=True, device="cpu")
+    generate(model, tokenizer, prompts, Continuation(Sampling(1.0, seed=9), 12, device="cpu"))
     assert capsys.readouterr().out == "\n\n".join(expected) + "\n"
 
 
 def test_an_empty_prompt_is_refused(model: HybridLM, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="prompt 2 is empty; give it at least one token"):
-        generate(
-            *(model, tokenizer, ["a", ""], Sampling(0.0)),
-            max_new_tokens=1,
-            stream=True,
-            device="cpu",
-        )
+        generate(model, tokenizer, ["a", ""], Continuation(Sampling(0.0), 1, device="cpu"))
 
 
 def test_the_answer_ends_before_a_stop_string(
     model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"max_new_tokens": 30, "stream": True, "device": "cpu"}
     whole = expected_text(model, tokenizer, "The first", 30)
     stop = whole[20:23]
-    generate(model, tokenizer, ["The first"], Sampling(1.0, seed=9), stop=[stop], **settings)
+    wanted = Continuation(Sampling(1.0, seed=9), 30, stop=[stop], device="cpu")
+    generate(model, tokenizer, ["The first"], wanted)
     assert capsys.readouterr().out == whole[: whole.index(stop, len("The first"))] + "\n"
 
 
 def test_the_reasoning_ends_at_its_budget(
     model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = {"max_new_tokens": 7, "stream": True, "device": "cpu"}
     six, seven = (expected_text(model, tokenizer, "The first", count) for count in (6, 7))
     assert six != seven
-    generate(model, tokenizer, ["The first"], Sampling(1.0, seed=9), reasoning_budget=6, **settings)
+    wanted = Continuation(Sampling(1.0, seed=9), 7, reasoning_budget=6, device="cpu")
+    generate(model, tokenizer, ["The first"], wanted)
     assert capsys.readouterr().out == six + "\n"  # the closing tag is a special token
 
 
@@ -110,10 +102,8 @@ def test_names_of_special_tokens_in_a_prompt_are_these_tokens(
     prompt = "<|im_start|>user\nThe first<|im_end|>\n"
     assert len(tokenizer.encode(prompt, specials=True)) < len(tokenizer.encode(prompt))
     expected = expected_text(model, tokenizer, prompt, 12)
-    code = generate(
-        model, tokenizer, [prompt], Sampling(1.0, seed=9), max_new_tokens=12, stream=False,
-        device="cpu",
-    )  # fmt: skip
+    wanted = Continuation(Sampling(1.0, seed=9), 12, device="cpu")
+    code = generate(model, tokenizer, [prompt], wanted, stream=False)
     assert code == 0
     assert capsys.readouterr().out == expected + "\n"
 
@@ -125,10 +115,8 @@ def test_a_text_ends_at_each_of_the_stop_tokens(
     prompt = tokenizer.encode("The first")
     new = engine.generate([prompt], 12, Sampling(1.0, seed=9))[0]
     assert new[5] not in new[:5]
-    code = generate(
-        model, tokenizer, ["The first"], Sampling(1.0, seed=9), max_new_tokens=12, stream=False,
-        stop_ids=[new[5]], device="cpu",
-    )  # fmt: skip
+    wanted = Continuation(Sampling(1.0, seed=9), 12, stop_ids=[new[5]], device="cpu")
+    code = generate(model, tokenizer, ["The first"], wanted, stream=False)
     assert code == 0
     assert capsys.readouterr().out == "The first" + tokenizer.decode(new[:6]) + "\n"
 
@@ -137,10 +125,10 @@ def test_speculation_changes_no_text_and_says_what_was_accepted(
     model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = expected_text(model, tokenizer, "The first", 30)
-    code = generate(
-        model, tokenizer, ["The first"], Sampling(1.0, seed=9), max_new_tokens=30, stream=True,
-        speculation=Speculation("lookup"), device="cpu",
-    )  # fmt: skip
+    wanted = Continuation(
+        Sampling(1.0, seed=9), 30, device="cpu", speculation=Speculation("lookup")
+    )
+    code = generate(model, tokenizer, ["The first"], wanted, stream=True)
     output = capsys.readouterr()
     assert (code, output.out) == (0, expected + "\n")
     assert "tokens a pass" in output.err

@@ -6,8 +6,8 @@ import pytest
 import torch.distributed as dist
 from test_reliability_steps import values  # noqa: F401 (a fixture)
 
-from nemotron.parallel.apply import local_of
 from nemotron.parallel.dims import ParallelDims
+from nemotron.parallel.shards import local_of
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import describe_ranks
 from nemotron.train.schedule import plan_training

@@ -1,6 +1,7 @@
 """Adapters: what they compute, what of them is saved, and what PEFT makes of that."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,11 @@ from nemotron.train.config import AdapterConfig, TuneConfig
 from nemotron.train.tuning import apply_tuning, role_of, trained_shares
 from tests.support.fine_tuning import Workplace
 from tests.support.models import build, tokens
+from tests.support.rewritten import rewrite
 from tests.support.same_run import assert_same_run
 
 KINDS = ["lora", "dora"]
+NOWHERE = "model.backbone.nowhere.adapter"
 RATE = {"peak": 3e-2, "total_steps": 3}
 
 
@@ -184,3 +187,64 @@ def test_a_run_without_adapters_has_none_to_export(
 ) -> None:
     assert run(["export", str(workplace.runs / "base"), "--adapter"]) == 2
     assert "has no adapters" in capsys.readouterr().err
+
+
+def adapted(workplace: Workplace) -> Path:
+    """Return a run with adapters, which is trained once."""
+    if (workplace.runs / "adapted").exists():
+        return workplace.runs / "adapted"
+    tune = adapter(targets=["in_proj", "experts"])
+    return workplace.train("adapted", "--stop-at", "1", tune=tune)
+
+
+def other_rank(tensors: dict) -> None:
+    name = next(name for name in tensors if name.endswith("lora_B"))
+    tensors[name] = torch.zeros(*tensors[name].shape[:-1], 5)
+
+
+def huge(tensors: dict) -> None:
+    """Let the product of two narrow matrices be one that no memory holds."""
+    start = next(name for name in tensors if name.endswith("lora_A")).removesuffix("lora_A")
+    tensors[f"{start}lora_A"], tensors[f"{start}lora_B"] = (
+        torch.zeros(1, 2**20),
+        torch.zeros(2**20, 1),
+    )
+
+
+def without_scale(tensors: dict) -> None:
+    del tensors[next(name for name in tensors if name.endswith("scaling"))]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("forge", [other_rank, huge, without_scale])
+def test_adapters_that_do_not_fit_are_refused_by_every_reader(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str], forge
+) -> None:
+    forged = tmp_path / "runs" / "forged"
+    shutil.copytree(adapted(workplace), forged)
+    rewrite(forged, forge)
+    taught = {"stage": "distill", "teacher": str(forged), "init_from": None}
+    for words in (
+        ["generate", str(forged), "--prompt", "a"],
+        ["export", str(forged), "--out", str(tmp_path / "out"), "--no-check"],
+        ["export", str(forged), "--out", str(tmp_path / "out"), "--adapter"],
+        ["train", str(workplace.recipe("f1", init_from=str(forged)))],
+        ["train", str(workplace.recipe("f2", **taught))],
+        ["chat", str(forged)],
+        ["serve", str(forged), "--port", "0"],
+    ):
+        assert run(words) == 2, words
+        said = capsys.readouterr().err
+        assert "is damaged: " in said, (words, said)
+        assert "adapt" in said
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_of_nothing_is_refused(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forged = tmp_path / "runs" / "forged"
+    shutil.copytree(adapted(workplace), forged)
+    rewrite(forged, lambda tensors: tensors.update({f"{NOWHERE}.scaling": torch.zeros(())}))
+    assert run(["generate", str(forged), "--prompt", "a"]) == 2
+    assert "backbone.nowhere.adapter.lora_A adapts no weight" in capsys.readouterr().err

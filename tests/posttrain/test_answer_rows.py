@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from nemotron.data.batch import NO_LABEL
-from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.config import PolicyConfig, RlConfig
 from nemotron.posttrain.environments.base import Response, Verdict
+from nemotron.posttrain.policy import Answers, policy_loss
 from nemotron.posttrain.rollout import Rollout
 from nemotron.posttrain.rows import pack_answers
 from nemotron.posttrain.tasks import Task
@@ -104,3 +105,25 @@ def test_every_answer_weighs_alike_when_averaged_by_sequence(config) -> None:
     assert batch.loss_weight is not None
     mask = batch.labels != NO_LABEL
     assert batch.loss_weight[mask].sum().item() == pytest.approx(len(counted), abs=1e-5)
+
+
+def test_learning_from_a_teacher_follows_the_reverse_divergence() -> None:
+    """Over all tokens, weighted by their probability, the loss has the divergence's gradient."""
+    drawn = torch.Generator().manual_seed(3)
+    logits, taught = torch.randn(2, 7, generator=drawn, dtype=torch.float64)
+    logits.requires_grad_()
+    ours, theirs = logits.log_softmax(-1), taught.log_softmax(-1)
+    [answer, *_] = rollouts(1)
+    total = torch.zeros((), dtype=torch.float64)
+    for token in range(7):
+        answer.tokens = [token]
+        answer.old_logprobs = [ours[token].item()]
+        answer.teacher_logprobs = [theirs[token].item()]
+        advantages = torch.tensor([answer.token_advantages], dtype=torch.float64)
+        live = ours[token].view(1, 1)
+        one = Answers(torch.zeros(1, 1, dtype=torch.long), 1, torch.ones(1, 1).bool())
+        loss = policy_loss(live, live.detach(), advantages, one, PolicyConfig())
+        total = total + ours[token].exp().detach() * loss.sum()
+    [found] = torch.autograd.grad(total, logits, retain_graph=True)
+    [expected] = torch.autograd.grad((ours.exp() * (ours - theirs)).sum(), logits)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)

@@ -11,6 +11,7 @@ from nemotron.generate.engine import Engine
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.serve.conversation import ChatFormat
+from nemotron.serve.grammar import JsonForms
 from nemotron.serve.limits import Limits
 from nemotron.serve.worker import Worker
 from tests.support.serving import LIMITS, Dictated, Running, Start
@@ -54,9 +55,12 @@ def start(model: HybridLM, tokenizer: Tokenizer) -> Iterator[Start]:
         worker = Worker(Engine(model, {3}, tokenizer=tokenizer, slots=8))
         chat = ChatFormat.of(tokenizer, None)
         # the record of the translator cannot be changed, its list can
-        translator = Dictated(tokenizer, tokenizer.vocab_size, chat, limits, [])
+        forms = JsonForms(tokenizer, tokenizer.vocab_size, frozenset({3, *chat.stop_ids}))
+        translator = Dictated(tokenizer, tokenizer.vocab_size, chat, limits, forms, [])
         app = Server("tiny", worker, translator, Access(key, is_local=True)).app()
         listener = socket.create_server(("127.0.0.1", 0))
+        # so that a client that does not read is soon waited for
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
         config = uvicorn.Config(app, lifespan="off", log_config=None, access_log=False, ws="none")
         server = uvicorn.Server(config)
         thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})

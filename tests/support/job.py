@@ -73,11 +73,16 @@ class Job:
     def wait_for_step(self, step: int) -> None:
         """Wait until the metrics have a step."""
         metrics = self.run / "metrics.jsonl"
-        while all(process.poll() is None for process in self.processes):
+        while self.is_running:
             if metrics.exists() and f'"step": {step},' in metrics.read_text():
                 return
             time.sleep(0.005)
         raise AssertionError(self.text())
+
+    @property
+    def is_running(self) -> bool:
+        """Whether no rank has ended."""
+        return all(process.poll() is None for process in self.processes)
 
     def end(self) -> None:
         """Kill what still runs."""

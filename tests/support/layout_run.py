@@ -14,9 +14,8 @@ from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.manifest import folder_name
 from nemotron.checkpoint.write import CheckpointNotSaved, Content, save
 from nemotron.data.loader import TrainingData, rows_of_rank
-from nemotron.parallel.apply import local_of
 from nemotron.parallel.runtime import Ranks
-from nemotron.parallel.shards import local_shards
+from nemotron.parallel.shards import local_of, local_shards
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import check_layout
 from nemotron.train.pretraining import open_data, validate

@@ -6,8 +6,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from nemotron.parallel.apply import local_of
 from nemotron.parallel.runtime import Ranks
+from nemotron.parallel.shards import local_of
 from nemotron.run.signals import StopRequest
 from nemotron.train.config import PretrainConfig
 from nemotron.train.loop import loop

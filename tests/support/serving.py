@@ -11,7 +11,14 @@ from nemotron.serve.schemas import ChatRequest
 from nemotron.serve.translate import Translator
 from nemotron.serve.worker import Worker
 
-LIMITS = Limits(length=2000, answer=40, body_bytes=20_000, body_s=1.0, open_answers=60, samples=4)
+LIMITS = Limits(
+    *(2000, 40),
+    body_bytes=20_000,
+    body_s=1.0,
+    stall_s=1.0,
+    open_answers=60,
+    samples=4,
+)
 KEY = "a key"
 
 TOOLS = [

@@ -4,9 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from nemotron.train.adamw import AdamW
 from nemotron.train.config import OptimizerConfig
 from nemotron.train.optimizer import (
     GradientNorms,
@@ -102,3 +104,27 @@ def test_the_moments_exist_before_the_first_step(model):
     assert all(named.keys() == names for named in tensors.values())
     optimizer.step(0.1)
     assert tensors["step"]["lm_head.weight"].item() == 1
+
+
+@pytest.mark.parametrize("coefficient", [1.0, 0.3])
+def test_adamw_has_the_bits_of_torchs(coefficient: float):
+    torch.manual_seed(3)
+    shapes = {"a.weight": (5, 7), "b.bias": (6,), "c.weight": (3, 4, 2), "unused": (4,)}
+    parameters = {name: torch.randn(shape) for name, shape in shapes.items()}
+    decays = {"a.weight": 0.1, "b.bias": 0.0, "c.weight": 0.1, "unused": 0.0}
+    theirs = {name: nn.Parameter(tensor.clone()) for name, tensor in parameters.items()}
+    groups = [{"params": [theirs[name]], "weight_decay": decays[name]} for name in shapes]
+    peer = torch.optim.AdamW(groups, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    ours = AdamW(parameters, decays, (0.9, 0.95), 1e-8)
+    for step in range(5):
+        gradients = {n: torch.randn(t.shape) for n, t in parameters.items() if n != "unused"}
+        for name, gradient in gradients.items():
+            theirs[name].grad = gradient * coefficient if coefficient < 1 else gradient.clone()
+        for group in peer.param_groups:
+            group["lr"] = 0.01 * (step + 1)
+        peer.step()
+        ours.step(gradients, 0.01 * (step + 1), coefficient)
+    for name, parameter in parameters.items():
+        assert torch.equal(parameter, theirs[name]), name
+        for key, values in peer.state[theirs[name]].items():
+            assert torch.equal(ours.state[key][name], values), (name, key)

@@ -4,13 +4,16 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from nemotron.checkpoint.find import SAVING
+from nemotron.run.metrics import read_metrics
 from tests.support.hosts import Host, two_hosts
 from tests.support.job import TIMEOUT_S, Job
 from tests.support.same_run import assert_same_run
+from tests.support.torchrun import TorchrunJob
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 
@@ -26,11 +29,11 @@ def hosts() -> Iterator[tuple[Host, Host]]:
         yield hosts
 
 
-def wait_for_save(job: Job) -> None:
+def wait_for_save(job: Job | TorchrunJob) -> None:
     """Wait until a checkpoint is being written."""
     folder = job.run / "checkpoints"
     while not [*folder.glob(f"{SAVING}*")]:
-        assert all(process.poll() is None for process in job.processes), job.text()
+        assert job.is_running
         time.sleep(0.0005)
 
 
@@ -82,3 +85,32 @@ def test_a_slow_link_costs_time_and_no_bit_and_a_far_too_slow_one_ends_the_job(o
     assert crawling.wait(2 * BOUND_S) == [1, 1], crawling.text()
     assert "nemotron: " in crawling.processes[0].text
     assert "nemotron: " in crawling.processes[1].text or "wait" in crawling.processes[0].text
+
+
+def test_under_torchrun_a_cut_link_and_a_lost_node_end_all_and_what_is_left_resumes(on_two, hosts):
+    config = on_two("run", steps=400, checkpoint={"every_steps": 3, "keep": 2}, parallel=PARALLEL)
+    cut = TorchrunJob(config, hosts)
+    cut.wait_for_step(4)
+    wait_for_save(cut)
+    hosts[1].unplug()
+    assert cut.wait(BOUND_S) == [1, 1]
+    assert "nemotron: rank 1 does not answer, last seen in step" in cut.texts[0]
+    launcher = "the launcher of the first machine, which holds the store of the ranks at"
+    assert f"nemotron: {launcher} {hosts[0].address}:" in cut.texts[1]
+    hosts[1].plug()
+    lost = TorchrunJob(config, hosts, "--resume")
+    lost.wait_for_step(last_step(lost.run) + 2)
+    hosts[1].unplug()  # a host without power
+    lost.kill(1)
+    assert lost.wait(BOUND_S)[0] == 1
+    assert "nemotron: rank 1 does not answer, last seen in step" in lost.texts[0]
+    assert json.loads((lost.run / "status.json").read_text())["state"] == "failed"
+    stop = str(last_step(lost.run) + 5)
+    left = TorchrunJob(config, hosts[:1], "--resume", "--stop-at", stop)
+    left.wait(BOUND_S)
+    assert "resumed at step " in left.texts[0]
+    assert json.loads((left.run / "status.json").read_text())["state"] == "stopped"
+
+
+def last_step(run: Path) -> int:
+    return read_metrics(run / "metrics.jsonl")[-1]["step"]

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Literal
 
 from nemotron.data.chat.check import Message, call_arguments, check_messages, is_learned, text_of
+from nemotron.data.chat.foreign import ForeignTemplate
 from nemotron.data.chat.template import TEMPLATE, fill, load_template
 
 Effort = Literal["low", "efficient"]
@@ -28,7 +29,7 @@ def render(
     budget: int | None = None,
     effort: Effort | None = None,
     add_generation_prompt: bool = False,
-    template: str = TEMPLATE,
+    template: ForeignTemplate | None = None,
 ) -> Rendered:
     """Write a conversation in Nemotron 3's chat format; all turns of the assistant are supervised.
 
@@ -36,22 +37,24 @@ def render(
     no assistant. The prefix of an assistant's turn that inference gives to the model is not
     supervised; its `<|im_end|>` and line break are. `enable_thinking=False` takes all reasoning
     out, `truncate_history_thinking` that from before the last user message. Another model may bring
-    a `template` of its own, of which only the text is sure to be right.
+    a `template` of its own, in whose text nothing is known to be supervised.
 
     Raises:
         TemplateError: when a template of another model refuses the conversation, or is damaged.
     """
-    text, spans = fill(
-        load_template(template),
-        messages=[_with_parsed_arguments(message, index) for index, message in enumerate(messages)],
-        tools=tools,
-        enable_thinking=enable_thinking,
-        truncate_history_thinking=truncate_history_thinking,
-        reasoning_budget=budget,
-        low_effort=effort == "low",
-        medium_effort=effort == "efficient",
-        add_generation_prompt=add_generation_prompt,
-    )
+    values = {
+        "messages": [_with_parsed_arguments(m, index) for index, m in enumerate(messages)],
+        "tools": tools,
+        "enable_thinking": enable_thinking,
+        "truncate_history_thinking": truncate_history_thinking,
+        "reasoning_budget": budget,
+        "low_effort": effort == "low",
+        "medium_effort": effort == "efficient",
+        "add_generation_prompt": add_generation_prompt,
+    }
+    if template is not None:
+        return Rendered(template.fill(**values), ())
+    text, spans = fill(load_template(TEMPLATE), **values)
     return Rendered(text, spans)
 
 

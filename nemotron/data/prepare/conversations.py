@@ -1,10 +1,12 @@
 """Conversations to token ids, each with whether it is learned."""
 
 import json
+import random
 from collections.abc import Mapping
 from typing import Any
 
 from nemotron.data.chat.forms import openai_messages, openai_tools
+from nemotron.data.chat.reasoning import cut_reasoning
 from nemotron.data.chat.render import Rendered, training_sequences
 from nemotron.data.prepare.encode import Ids
 from nemotron.data.prepare.options import ChatOptions
@@ -30,15 +32,24 @@ def encode_conversation(
         raise ValueError(no_column(options.messages_column, row))
     messages = openai_messages(_parsed(messages))
     tools = openai_tools(_parsed(tools)) or None
+    rng, off = _random_of(messages), options.reasoning_off_rate
+    drawn, cut = rng.random(), off + options.reasoning_budget_rate
     sequences = training_sequences(
         messages,
         tools,
-        enable_thinking=options.enable_thinking,
+        enable_thinking=options.enable_thinking and drawn >= off,
         truncate_history_thinking=options.truncate_history_thinking,
     )
+    if options.enable_thinking and off <= drawn < cut:
+        sequences = [cut_reasoning(sequence, rng) for sequence in sequences]
     if not all(is_unicode(sequence.text) for sequence in sequences):
         raise ValueError(f"has a text with {HALF_CHARACTER}")
     return [encode_rendered(sequence, tokenizer) for sequence in sequences]
+
+
+def _random_of(messages: Any) -> random.Random:  # Any: what a row holds
+    """Return random numbers that depend on the conversation alone, in every process."""
+    return random.Random(json.dumps(messages, sort_keys=True, default=str))
 
 
 def is_unicode(text: str) -> bool:

@@ -12,7 +12,7 @@ from nemotron.data.prepare.unit import Tally, read_chunks
 from nemotron.data.tokenizer import MOST_TOKENS, Tokenizer
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
-from nemotron.files import write_text
+from nemotron.files import read_regular, write_text
 from nemotron.outputs import unwritable
 from nemotron.terminal import print_text
 
@@ -69,7 +69,7 @@ def _check_target(out: Path, *, overwrite: bool) -> None:
     if not overwrite:
         raise UserError(f"{out} exists already; add --overwrite to replace it.")
     try:
-        Tokenizer(out.read_bytes())
+        Tokenizer(read_regular(out))
     except (ValueError, KeyError, OSError):
         raise UserError(
             f"{out} is not a tokenizer.json, so it is not replaced; choose another file."

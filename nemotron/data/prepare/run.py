@@ -24,7 +24,7 @@ from nemotron.data.prepare.progress import PrepareProgress
 from nemotron.data.prepare.unit import Receipt, write_unit
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
-from nemotron.files import hash_file, open_regular, try_lock, write_json
+from nemotron.files import hash_file, open_regular, read_regular, try_lock, write_json
 from nemotron.outputs import (
     MARK,
     begin,
@@ -212,7 +212,7 @@ def _adopt(folder: Path, pattern: re.Pattern[str]) -> None:
 
 def _holds(plan_file: Path, identity: dict[str, Any]) -> bool:
     try:
-        return bool(json.loads(plan_file.read_bytes()) == identity)
+        return bool(json.loads(read_regular(plan_file)) == identity)
     except (ValueError, RecursionError):
         return False
 
@@ -348,7 +348,7 @@ def _receipt(job: PrepareJob, unit: Unit) -> Receipt | None:
     if not path.exists():
         return None
     try:
-        receipt = Receipt.model_validate_json(path.read_bytes())
+        receipt = Receipt.model_validate_json(read_regular(path))
     except ValueError:
         return None
     files = {

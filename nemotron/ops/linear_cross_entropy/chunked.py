@@ -200,8 +200,14 @@ def loss_per_token(
     labels: Int[Tensor, " M"],
     cross_entropy: CrossEntropy = cross_entropy,
 ) -> Float[Tensor, " M"]:
-    """Return the loss of each row; `cross_entropy` decides what it is."""
-    return _LossPerToken.apply(hidden, weight, labels, cross_entropy)
+    """Return the loss of each row, 0 without a label; `cross_entropy` decides what it is."""
+    if labels.device.type != "cpu":  # the host would wait for a GPU to find the labels
+        return _LossPerToken.apply(hidden, weight, labels, cross_entropy)
+    kept = (labels != IGNORED).nonzero().squeeze(1)
+    if kept.shape[0] == labels.shape[0]:
+        return _LossPerToken.apply(hidden, weight, labels, cross_entropy)
+    losses = _LossPerToken.apply(hidden[kept], weight, labels[kept], cross_entropy)
+    return losses.new_zeros(labels.shape).index_copy(0, kept, losses)
 
 
 def linear_cross_entropy(

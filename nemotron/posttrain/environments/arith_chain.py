@@ -1,5 +1,6 @@
 """`arith_chain`: short chains of sums, differences and products, with an exact answer."""
 
+import operator
 import random
 import re
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from nemotron.posttrain.environments.base import (
 
 NUMBER = re.compile(r"[-+]?\d+(?:/[1-9]\d*)?")
 """An integer or a fraction, without spaces."""
+OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 MAX_LENGTH = 64
 """Characters of the longest answer that is read as a number."""
 
@@ -54,6 +56,11 @@ class ArithChain(WithoutTools):
                 "give an integer or a fraction such as 3/4"
             )
 
+    def demonstrate(self, row: Row) -> Response:
+        """Return the value; the reasoning computes it in steps, products first."""
+        question = str(find_field(row, "question"))
+        return Response(str(find_field(row, "expected_answer")), "\n".join(_steps(question)))
+
     def verify(self, row: Row, response: Response, state: Any) -> Verdict:
         """Reward 1 if the answer equals the expected one as a number, else 0."""
         expected = _number(str(find_field(row, "expected_answer")))
@@ -77,6 +84,23 @@ def _number(text: str) -> Fraction | None:
     return Fraction(text)
 
 
+def _steps(question: str) -> list[str]:
+    """Return the computation of each operator of a chain, in their order."""
+    terms = re.findall(r"\d+|[-+*]", question)
+    steps = []
+    for kind in ("*", "+-"):
+        place = 1
+        while place < len(terms):
+            if terms[place] not in kind:
+                place += 2
+                continue
+            first, sign, second = terms[place - 1 : place + 2]
+            value = OPERATORS[sign](int(first), int(second))
+            steps.append(f"{first}{sign}{second}={value}")
+            terms[place - 1 : place + 2] = [str(value)]
+    return steps
+
+
 def _chain(rng: random.Random, level: float) -> tuple[str, str]:
     """Return a chain and its value."""
     whole = whole_level(rng, level)
@@ -85,10 +109,10 @@ def _chain(rng: random.Random, level: float) -> tuple[str, str]:
     numbers = [rng.randint(0, largest) for _ in range(2 + whole)]
     text, value = str(numbers[0]), [numbers[0]]
     for number in numbers[1:]:
-        operator = rng.choice(operators)
-        text += f"{operator}{number}"
-        if operator == "*":
+        sign = rng.choice(operators)
+        text += f"{sign}{number}"
+        if sign == "*":
             value[-1] *= number  # before the sums, as everywhere
         else:
-            value.append(number if operator == "+" else -number)
+            value.append(number if sign == "+" else -number)
     return text, str(sum(value))

@@ -180,16 +180,25 @@ def calls_of(response: Response) -> list[Call]:
     ]
 
 
+def params_of(row: Row) -> dict[str, Any]:
+    """Return what a row asks of the model.
+
+    Raises:
+        BadRow: when there is nothing.
+    """
+    params = row.get("responses_create_params")
+    if not isinstance(params, dict) or "input" not in params:
+        raise BadRow("responses_create_params.input is absent; add the prompt there")
+    return params
+
+
 def messages_of(row: Row) -> list[dict[str, Any]]:
     """Return the prompt of a row as chat messages; a plain text is a message of the user.
 
     Raises:
         BadRow: when there is none.
     """
-    params = row.get("responses_create_params")
-    if not isinstance(params, dict) or "input" not in params:
-        raise BadRow("responses_create_params.input is absent; add the prompt there")
-    given = params["input"]
+    given = params_of(row)["input"]
     if isinstance(given, str):
         return [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
@@ -199,6 +208,8 @@ def messages_of(row: Row) -> list[dict[str, Any]]:
         if not isinstance(item, dict) or "role" not in item or "content" not in item:
             raise BadRow(f"responses_create_params.input.{number} lacks role or content")
         role = "system" if item["role"] == "developer" else item["role"]
+        if not isinstance(role, str):
+            raise BadRow(f"responses_create_params.input.{number}.role is not a text")
         messages.append({"role": role, "content": _text(item["content"])})
     return messages
 
@@ -207,4 +218,5 @@ def _text(content: Any) -> str:
     """Return the text of a message, whose content may be a list of parts."""
     if isinstance(content, str):
         return content
-    return "".join(part.get("text", "") for part in content if isinstance(part, dict))
+    parts = content if isinstance(content, list) else []
+    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))

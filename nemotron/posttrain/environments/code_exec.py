@@ -50,7 +50,9 @@ class CodeExec(WithoutTools):
     def __init__(self, sandbox: Mapping[str, Any] | None = None) -> None:
         """`sandbox` has the settings of `SandboxConfig`."""
         try:
-            self._sandbox = Sandbox(SandboxConfig.model_validate(dict(sandbox or {})))
+            self._sandbox = Sandbox(
+                SandboxConfig.model_validate({} if sandbox is None else sandbox)
+            )
         except ValidationError as error:
             first = error.errors()[0]
             place = ".".join(map(str, ("sandbox", *first["loc"])))

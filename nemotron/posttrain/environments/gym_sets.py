@@ -59,10 +59,13 @@ class ReasoningGym(WithoutTools):
                 "install it with: pip install 'reasoning-gym>=0.1.25'"
             ) from None
         self._factory = factory
+        if isinstance(datasets, str) or not isinstance(datasets, Sequence) or not datasets:
+            rule, where = "must be a list of names.", f"environments: {self.name}"
+            raise UserError(rule, key="datasets", value=datasets, where=where)
         self._datasets = tuple(datasets)
         self._scorers: dict[str, Any] = {}
         for name in self._datasets:
-            if name not in factory.DATASETS:
+            if not isinstance(name, str) or name not in factory.DATASETS:
                 raise UserError(
                     f"contains {name!r}, which is unknown; known are "
                     f"{', '.join(sorted(factory.DATASETS))}.",

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from nemotron.data.tokenizer import load_tokenizer
+from nemotron.errors import UserError
 from nemotron.posttrain.environments.answer import BOX, last_boxed
 from nemotron.posttrain.environments.base import (
     BadRow,
@@ -42,6 +43,9 @@ class LongContext(WithoutTools):
 
     def __init__(self, tokenizer: str = "embedded") -> None:
         """`tokenizer` counts the length: `embedded`, or the path of a `tokenizer.json`."""
+        if not isinstance(tokenizer, str):
+            rule, where = "is not a path; give one, or embedded.", f"environments: {self.name}"
+            raise UserError(rule, key="tokenizer", value=tokenizer, where=where)
         self._tokenizer = tokenizer
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:

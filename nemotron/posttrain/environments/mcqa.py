@@ -60,6 +60,11 @@ class MultipleChoice(WithoutTools):
         if mode not in MODES:
             raise BadRow(f"grading_mode = {mode!r} is unknown; give one of {', '.join(MODES)}")
 
+    def demonstrate(self, row: Row) -> Response:
+        """Return the letter in a box; the reasoning is the text of its option."""
+        letter = str(find_field(row, "expected_answer")).strip().upper()
+        return Response(f"\\boxed{{{letter}}}", options_of(row)[letter])
+
     def verify(self, row: Row, response: Response, state: Any) -> Verdict:
         """Reward 1 if the letter found is the expected one, else 0."""
         letter = extract(row, response.text)

@@ -1,6 +1,7 @@
 """The built-in environments by name."""
 
 import difflib
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -40,10 +41,19 @@ def find_environment(name: str, options: Mapping[str, Any] | None = None) -> Env
     Raises:
         UserError: when there is none, with those that there are.
     """
-    if options and "url" in options:
-        return HttpEnv(name, **options)
-    if name in ENVIRONMENTS:
-        return ENVIRONMENTS[name](**(options or {}))
+    given = dict(options or {})
+    kind = HttpEnv if "url" in given else ENVIRONMENTS.get(name)
+    if kind is not None:
+        known = _options_of(kind)
+        for option in given:
+            if option not in known:
+                rule = f"is not an option; it has {', '.join(known) or 'none'}."
+                raise UserError(rule, key=option[:60], where=f"environments: {name}")
+        return HttpEnv(name, **given) if kind is HttpEnv else kind(**given)
     near = difflib.get_close_matches(name, list(ENVIRONMENTS), 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ENVIRONMENTS)}."
     raise UserError(f"is unknown; {hint}", key="name", value=name, where="environments")
+
+
+def _options_of(kind: type[Environment]) -> list[str]:
+    return [name for name in inspect.signature(kind).parameters if name != "name"]

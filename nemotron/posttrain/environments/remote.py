@@ -13,11 +13,23 @@ from pathlib import Path
 from typing import Any
 
 from nemotron.errors import UserError
-from nemotron.posttrain.environments.base import Response, Row, Verdict, messages_of
+from nemotron.files import parse_json, read_regular
+from nemotron.posttrain.environments.base import (
+    BadRow,
+    Response,
+    Row,
+    Verdict,
+    messages_of,
+    params_of,
+)
 from nemotron.posttrain.environments.wire import fault, read_gym_verdict, write_response
 
+LONGEST_S = 3600.0
+"""Largest limit of one request."""
 MAX_ANSWER = 64 * 2**20
 """Bytes of the longest answer of a server."""
+LARGEST_DATA = 1 << 30
+"""Bytes of a file of rows, all of which are held in memory."""
 MAX_TEXT = 100_000
 """Characters of a tool's answer that the model reads."""
 
@@ -37,12 +49,23 @@ class HttpEnv:
     ) -> None:
         """`timeout_s` bounds each request as a whole."""
         self.name = name
-        self._url = urllib.parse.urlsplit(url)
+        where = f"environments: {name}"
+        try:
+            self._url = urllib.parse.urlsplit(url)
+            is_address = self._url.scheme in ("http", "https") and bool(self._url.hostname)
+            self._port = self._url.port
+        except (ValueError, AttributeError, TypeError):  # also of what is not a text
+            is_address = False
+        if not is_address:
+            rule = "is not an address; give one such as http://127.0.0.1:8000."
+            raise UserError(rule, key="url", value=url, where=where)
+        if type(timeout_s) not in (int, float) or not 0 < timeout_s <= LONGEST_S:
+            rule = f"must be a number above 0 and at most {LONGEST_S:g}."
+            raise UserError(rule, key="timeout_s", value=timeout_s, where=where)
+        if data is not None and not isinstance(data, str):
+            raise UserError("must be the path of a file.", key="data", value=data, where=where)
         self._timeout_s = timeout_s
         self._data = data
-        if self._url.scheme not in ("http", "https") or not self._url.hostname:
-            rule = "is not an address; give one such as http://127.0.0.1:8000."
-            raise UserError(rule, key="url", value=url, where=f"environments: {name}")
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
         """Yield rows of `data` in an order that depends on `seed`, again from the start if needed.
@@ -68,7 +91,7 @@ class HttpEnv:
 
     def tools(self, row: Row) -> list[dict[str, Any]]:
         """Return the tools that the row offers."""
-        tools = row.get("responses_create_params", {}).get("tools")
+        tools = params_of(row).get("tools")
         return list(tools) if isinstance(tools, list) else []
 
     def seed(self, row: Row) -> dict[str, Any]:
@@ -119,7 +142,7 @@ class HttpEnv:
     def _post(self, path: str, body: Any, cookies: dict[str, str]) -> "_Answer":
         kind = http.client.HTTPSConnection if self._url.scheme == "https" else None
         connection = (kind or http.client.HTTPConnection)(
-            str(self._url.hostname), self._url.port, timeout=self._timeout_s
+            str(self._url.hostname), self._port, timeout=self._timeout_s
         )
         headers = {"Content-Type": "application/json"}
         if cookies:
@@ -152,13 +175,16 @@ class HttpEnv:
         if self._data is None:
             rule = "is absent; give the path of a JSONL file of rows."
             raise UserError(rule, key="data", where=where)
+        rows = []
         try:
-            lines = Path(self._data).read_text(encoding="utf-8").splitlines()
-            rows = [json.loads(line) for line in lines if line.strip()]
+            # not by splitlines, which also splits at letters that may stand in a text
+            for line in read_regular(Path(self._data), LARGEST_DATA).split(b"\n"):
+                if line.strip():
+                    rows.append(_parse_row(line))
         except (OSError, ValueError) as error:
-            rule = f"cannot be read: {error}."
+            rule = f"cannot be read: row {len(rows)}: {error}."
             raise UserError(rule, key="data", value=Path(self._data), where=where) from None
-        if not rows or not all(isinstance(row, dict) for row in rows):
+        if not rows:
             raise UserError("has no rows.", key="data", value=self._data, where=where)
         return [{**row, "agent_ref": {**_reference(row), "name": self.name}} for row in rows]
 
@@ -197,6 +223,19 @@ class _Deadline:
                 self.connection.shutdown(socket.SHUT_RDWR)
             except OSError:  # it ended by itself
                 return
+
+
+def _parse_row(line: bytes) -> Row:
+    """Return a row whose prompt and tools have their form.
+
+    Raises:
+        ValueError: when it is none.
+    """
+    row = parse_json(line)
+    if not isinstance(row, dict):
+        raise BadRow("it is not a JSON object")
+    messages_of(row)
+    return row
 
 
 def _reference(row: Row) -> dict[str, Any]:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from nemotron.errors import UserError
-from nemotron.parallel.apply import LocalModel, local_of
+from nemotron.parallel.local import LocalModel
+from nemotron.parallel.shards import local_of
 from nemotron.train.config import FaultConfig
 
 SPIKE_FACTOR = 300.0

@@ -14,13 +14,14 @@ PHASES = (
     "forward_backward",
     "exchange",
     "optimizer",
+    "profile",
     "evaluate",
     "save",
     "restore",
 )
 """Parts of a run, in the order in which they come within a step."""
 
-RARE = ("start", "evaluate", "save", "restore")
+RARE = ("start", "profile", "evaluate", "save", "restore")
 """Those that may take longer than any part of a step."""
 
 

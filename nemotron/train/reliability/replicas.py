@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from nemotron.model.build import build_on_meta
-from nemotron.parallel.apply import LocalModel, local_of
+from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
+from nemotron.parallel.shards import local_of
 from nemotron.parallel.stages import shared_parameters
 from nemotron.train.optimizer import Optimizer
 

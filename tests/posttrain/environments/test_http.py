@@ -269,10 +269,45 @@ def test_wrong_settings_are_named(tmp_path: Path):
         HttpEnv("theirs", "localhost:80")
     with pytest.raises(UserError, match="data is absent"):
         next(HttpEnv("theirs", "http://x").rows(1, 0, 0))
-    for content, said in (("{", "cannot be read"), ("", "has no rows"), ("[]", "has no rows")):
+    params = '{"responses_create_params": '
+    for content, said in (
+        *(("{", "cannot be read: row 0"), ("", "has no rows"), ("[]", "row 0: it is not a JSON")),
+        ("[" * 5000, "row 0: it is nested too deep"),
+        (f'{params}{{"input": "a"}}}}\n{params}[1]}}', "row 1: .*input is absent"),
+        (params + '{"input": [{"role": 7, "content": ""}]}}', "input.0.role is not a text"),
+        (params + '{"input": "\\ud800"}}', "row 0: .*surrogates not allowed"),
+    ):
         (tmp_path / "rows.jsonl").write_text(content)
         with pytest.raises(UserError, match=said):
             next(HttpEnv("t", "http://x", data=str(tmp_path / "rows.jsonl")).rows(1, 0, 0))
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("t", {"url": "http://[::1"}, "is not an address"),
+        ("t", {"url": "http://h:99999"}, "is not an address"),
+        ("t", {"url": 7}, "is not an address"),
+        ("t", {"url": "http://h", "timeout_s": -1}, "timeout_s = -1 must be a number above 0"),
+        ("t", {"url": "http://h", "timeout_s": "1"}, "timeout_s = 1 must be a number above 0"),
+        ("t", {"url": "http://h", "data": 7}, "data = 7 must be the path"),
+        ("t", {"url": "http://h", "more": 7}, "more is not an option; it has url, timeout_s, data"),
+        ("mcqa", {"more": 7}, "more is not an option; it has none"),
+        ("long_context", {"tokenizer": 7}, "tokenizer = 7 is not a path"),
+        ("code_exec", {"sandbox": 7}, "sandbox"),
+    ],
+)
+def test_a_wrong_option_is_named(name: str, options: dict[str, object], said: str):
+    with pytest.raises(UserError, match=said):
+        find_environment(name, options)
+
+
+def test_a_row_may_hold_the_letters_at_which_python_splits_lines(tmp_path: Path):
+    text = "a\u2028b\x85c"
+    row = {"responses_create_params": {"input": text}}
+    (tmp_path / "rows.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\n")
+    found = next(HttpEnv("t", "http://x", data=str(tmp_path / "rows.jsonl")).rows(1, 0, 0))
+    assert found["responses_create_params"]["input"] == text
 
 
 def test_rows_of_gym_load_and_verify():

@@ -1,0 +1,117 @@
+"""Commands around reinforcement learning: conversations, evaluation, verdicts."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemotron.commands.shared import CommandGroup, Overrides, RecipeFile
+
+if TYPE_CHECKING:
+    from nemotron.model.hybrid import HybridLM
+    from nemotron.posttrain.config import RlConfig
+
+app = CommandGroup(
+    help="Write, answer and judge tasks of environments; `train` learns from them.",
+    no_args_is_help=True,
+)
+
+
+@app.command("chats", epilog="Example: nemotron rl chats arith_chain mcqa@1 --out chats.jsonl")
+def rl_chats(
+    tasks: Annotated[
+        list[str],
+        typer.Argument(
+            help="Environments, with their level behind an @.", metavar="NAME[@LEVEL]..."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="File of JSON lines to write.")],
+    count: Annotated[int, typer.Option(min=1, help="Conversations of each environment.")] = 1000,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the tasks.")] = 1,
+    thinking: Annotated[bool, typer.Option(help="Write the reasoning, too.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+) -> int:
+    """Write conversations in which tasks are answered rightly, as data for fine-tuning."""
+    from nemotron.exit_codes import DONE
+    from nemotron.posttrain.demonstrations import TaskSet, check_file, write_chats
+
+    sets = [TaskSet.read(text) for text in tasks]
+    check_file(out, overwrite=overwrite)
+    written = write_chats(sets, out, count=count, seed=seed, thinking=thinking)
+    print(f"{written} conversations in {out}")
+    return DONE
+
+
+@app.command("evaluate", epilog="Example: nemotron rl evaluate recipe.yaml --model runs/chat-sft")
+def rl_evaluate(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Run, checkpoint or export; default: what init_from names."),
+    ] = None,
+    budget: Annotated[
+        list[int] | None,
+        typer.Option(min=0, help="Tokens after which reasoning is closed; repeatable."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for the results.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="SVG file for the curve of reward over budget.")
+    ] = None,
+) -> int:
+    """Answer the held-out tasks of a recipe and print the mean reward of each environment."""
+    from nemotron.errors import UserError
+    from nemotron.exit_codes import DONE
+    from nemotron.posttrain.evaluate import evaluate
+
+    given = [f"rollout.reasoning_budget={max(budget)}"] if budget else []
+    config = _rl_config(recipe, [*(overrides or []), *given])
+    place = model or config.init_from
+    if place is None:
+        raise UserError("no model is named; give --model, or init_from in the recipe.")
+    evaluate(_load(place, config), config, budget or (), out=out, plot=plot)
+    return DONE
+
+
+@app.command("reverify", epilog="Example: nemotron rl reverify runs/arith-rl")
+def rl_reverify(
+    run: Annotated[Path, typer.Argument(help="Folder of a run with rollouts.", metavar="RUN")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the rollouts with their new verdicts.")
+    ] = None,
+) -> int:
+    """Judge the stored rollouts of a run again; the exit code is 1 if a verdict changes."""
+    from nemotron.posttrain.reverify import reverify
+
+    return reverify(_rl_config(run, []), run, out)
+
+
+def _rl_config(recipe: Path, overrides: list[str]) -> "RlConfig":
+    """Return a recipe's configuration; refuse one of another stage."""
+    from nemotron.errors import UserError
+    from nemotron.posttrain.config import RlConfig
+    from nemotron.recipe.load import load_recipe
+    from nemotron.recipe.read import place_of
+
+    loaded = load_recipe(recipe, overrides)
+    if not isinstance(loaded.config, RlConfig):
+        place = place_of(loaded.places, ("stage",), str(loaded.path))
+        rule = "is not for this command, which takes recipes of stage rl."
+        raise UserError(rule, key="stage", value=loaded.config.stage, where=place)
+    return loaded.config
+
+
+def _load(place: str, config: "RlConfig") -> "HybridLM":
+    """Return a model; refuse one of another vocabulary than the recipe's tokenizer."""
+    from nemotron.errors import UserError
+    from nemotron.loading import load
+
+    model = load(place, ops=config.ops)
+    if model.config.vocab_size != config.model.vocab_size:
+        raise UserError(
+            f"has a vocabulary of {model.config.vocab_size}, but model.vocab_size = "
+            f"{config.model.vocab_size} in the recipe; give a model with its tokenizer.",
+            key="--model",
+            value=place,
+        )
+    return model

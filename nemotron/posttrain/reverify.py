@@ -1,0 +1,97 @@
+"""Stored rollouts judged again, which shows verifiers that changed or are not deterministic."""
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nemotron.errors import UserError
+from nemotron.exit_codes import DONE, FAILED
+from nemotron.files import write_text
+from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.rollout import Rollout, rollout_lines
+from nemotron.posttrain.tasks import Tasks
+from nemotron.posttrain.verify import Verifiers
+
+
+@dataclass
+class Count:
+    """Rollouts of one environment."""
+
+    judged: int = 0
+    changed: int = 0
+    """Those with another reward than is stored, or with a fault now or then alone."""
+    faults: int = 0
+    before: float = 0.0
+    after: float = 0.0
+    """Sums of rewards."""
+
+    def add(self, old: Rollout, new: Rollout) -> None:
+        """Count a rollout as it is stored, and as it is judged now."""
+        first, second = old.verdict, new.verdict
+        self.judged += 1
+        self.faults += second.error is not None
+        had, has = first.error is not None, second.error is not None
+        self.changed += had != has or (not has and first.reward != second.reward)
+        self.before += first.reward
+        self.after += second.reward
+
+
+def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
+    """Judge all rollouts of a run again, and print what changed, by environment.
+
+    `out` is a folder that gets the rollouts with their new verdicts. Returns exit code 1 if a
+    verdict changed, else 0.
+
+    Raises:
+        UserError: when the run has no rollouts, a file is damaged or an environment cannot run.
+    """
+    files = sorted((run / "rollouts").glob("step-*.jsonl"))
+    if not files:
+        raise UserError(f"{run} has no rollouts/step-*.jsonl; give the folder of a run with some.")
+    if out is not None and out.resolve() == (run / "rollouts").resolve():
+        raise UserError(f"{out} holds the rollouts to judge; choose another folder for --out.")
+    counts: dict[str, Count] = {}
+    tasks = Tasks(config)
+    with Verifiers(config.rollout.verify_workers, tasks.options) as verifiers:
+        for path in files:
+            old = list(read_rollouts(path))
+            new = _judge(old, verifiers, config.rollout.verify_timeout_s)
+            for first, second in zip(old, new, strict=True):
+                counts.setdefault(first.task.environment, Count()).add(first, second)
+            if out is not None:
+                out.mkdir(parents=True, exist_ok=True)
+                write_text(out / path.name, rollout_lines(new))
+    for name, count in counts.items():
+        print(
+            f"{name:<16} {count.judged} rollouts  {count.changed} changed  {count.faults} faults  "
+            f"mean reward {count.before / count.judged:.4f} -> {count.after / count.judged:.4f}"
+        )
+    return FAILED if any(count.changed for count in counts.values()) else DONE
+
+
+def read_rollouts(path: Path) -> Iterator[Rollout]:
+    """Yield the rollouts of a file.
+
+    Raises:
+        UserError: with the line that is not a rollout.
+    """
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                yield Rollout.of_json(json.loads(line))
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{path}:{number} is not a rollout; restore the file, or remove the line."
+                ) from None
+
+
+def _judge(rollouts: Sequence[Rollout], verifiers: Verifiers, timeout_s: float) -> list[Rollout]:
+    rows = [rollout.task.row for rollout in rollouts]
+    responses = [rollout.response for rollout in rollouts]
+    verdicts = verifiers.verify(rows, responses, [None] * len(rows), timeout_s)
+    return [
+        dataclasses.replace(rollout, verdict=verdict)
+        for rollout, verdict in zip(rollouts, verdicts, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""What runs did, from the files in their folders: an HTML page, a list, a comparison."""
