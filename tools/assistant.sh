@@ -44,5 +44,5 @@ runs/assistant-*/metrics.jsonl   every number of each stage     $results   rewar
 runs/assistant/export            the model for transformers, with its chat template
 next:
   $nemotron chat runs/assistant
-  $nemotron recipe show recipes/nano/rlvr.yaml   # the same stage, with Nano's numbers
+  $nemotron rl reverify runs/assistant-rl
 END

@@ -1,4 +1,4 @@
-"""Options of the commands that let a model write: drafts, and formats of what is remembered."""
+"""Options of the commands that generate: speculative decoding, and the formats of the cache."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class DecodingOptions:
-    """How an engine decodes."""
+    """How a command computes its answers."""
 
     speculate: Annotated[
         str | None,
@@ -40,32 +40,33 @@ class DecodingOptions:
     ] = "model"
 
     @property
-    def speculation(self) -> "Speculation | None":
-        """How tokens are guessed.
+    def formats(self) -> "CacheFormats":
+        """The formats of the cache.
 
         Raises:
-            UserError: when an option is impossible, or has no effect.
+            UserError: when one is not known.
+        """
+        from nemotron.model.cache_formats import CacheFormats
+
+        return CacheFormats(self.state_dtype, self.kv_dtype)  # type: ignore[arg-type]  # it checks
+
+    @property
+    def speculation(self) -> "Speculation | None":
+        """What the options say about speculative decoding.
+
+        Raises:
+            UserError: when one is impossible, or has no effect.
         """
         from nemotron.errors import UserError
         from nemotron.generate.speculate import Speculation
 
         given = {"length": self.draft_tokens, "method": self.draft_method}
         given = {key: value for key, value in given.items() if value is not None}
-        if self.speculate is not None:
-            return Speculation(source=self.speculate, **given)  # type: ignore[arg-type]  # checks
-        if given:
-            raise UserError(
-                "--draft-tokens and --draft-method need --speculate; give it or leave them out."
-            )
-        return None
-
-    @property
-    def formats(self) -> "CacheFormats":
-        """How the cache holds what it remembers.
-
-        Raises:
-            UserError: when a format is not known.
-        """
-        from nemotron.model.cache_formats import CacheFormats
-
-        return CacheFormats(self.state_dtype, self.kv_dtype)  # type: ignore[arg-type]  # it checks
+        if self.speculate is None:
+            if given:
+                raise UserError(
+                    "--draft-tokens and --draft-method need --speculate; give it or leave them out."
+                )
+            return None
+        # it checks the words
+        return Speculation(source=self.speculate, **given)  # type: ignore[arg-type]

@@ -75,8 +75,8 @@ def generate(
         ends,
         answers.think_budget,
         device,
-        speculation,
-        formats,
+        decoding.speculation,
+        decoding.formats,
     )
     if prompts is not None:
         return generate_file(loaded, tokenizer, prompts, out, wanted, resume=resume)

@@ -40,7 +40,7 @@ def serve(
         str | None, typer.Option(help="Name of the model in requests; default: its folder's.")
     ] = None,
     slots: Annotated[
-        int, typer.Option(min=1, help="Answers that are written at the same time.")
+        int, typer.Option(min=1, max=4096, help="Answers that are written at the same time.")
     ] = 32,
     kv_tokens: Annotated[
         int | None,
@@ -91,6 +91,8 @@ def serve(
         open_answers=max_open,
         body_bytes=max_body_kib << 10,
     )
+    if kv_tokens is not None:  # more than all answers can have are never used
+        kv_tokens = min(kv_tokens, slots * limits.length)
     engine = Engine(
         loaded,
         {loaded.config.eos_token_id},
@@ -130,7 +132,8 @@ def chat(
     from nemotron.serve.console import Conversation, Manner
     from nemotron.serve.console import chat as run
 
-    sampling, speculation, formats = answers.sampling, decoding.speculation, decoding.formats
+    sampling = answers.sampling
+    speculation, formats = decoding.speculation, decoding.formats
     loaded, tokenizer, chat_format = _load(model, device)
     if chat_format is None:
         raise UserError(

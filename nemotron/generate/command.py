@@ -140,7 +140,11 @@ def _requests(
 
 
 def _engine(model: HybridLM, tokenizer: Tokenizer, wanted: Continuation, count: int) -> Engine:
-    """Return an engine for so many answers; the model can only decode from then on."""
+    """Return an engine for so many answers; the model can only decode from then on.
+
+    Raises:
+        UserError: when the model cannot draft.
+    """
     if wanted.speculation is not None:
         wanted.speculation.check(model.config)
     model = prepare_weights(model.to(find_device(wanted.device)))

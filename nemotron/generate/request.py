@@ -97,20 +97,20 @@ def requests_of(
 
 
 @dataclass(frozen=True)
+class TokenScore:
+    """A token and its log-probability in nats, under the model."""
+
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True)
 class DraftedPass:
     """A pass through the model that read drafts of an answer."""
 
     num_drafts: int
     num_accepted: int
     """Of the first ones, so many were what the answer goes on with; one more token follows them."""
-
-
-@dataclass(frozen=True)
-class TokenScore:
-    """A token and its log-probability in nats, under the model."""
-
-    token: int
-    logprob: float
 
 
 @dataclass

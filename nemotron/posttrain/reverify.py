@@ -13,6 +13,7 @@ from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.rollout import Rollout, rollout_lines
 from nemotron.posttrain.tasks import Tasks
 from nemotron.posttrain.verify import Verifiers
+from nemotron.run.files import RunFiles
 
 
 @dataclass
@@ -47,10 +48,11 @@ def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
     Raises:
         UserError: when the run has no rollouts, a file is damaged or an environment cannot run.
     """
-    files = sorted((run / "rollouts").glob("step-*.jsonl"))
+    stored = RunFiles(run).rollouts
+    files = sorted(stored.glob("step-*.jsonl"))
     if not files:
         raise UserError(f"{run} has no rollouts/step-*.jsonl; give the folder of a run with some.")
-    if out is not None and out.resolve() == (run / "rollouts").resolve():
+    if out is not None and out.resolve() == stored.resolve():
         raise UserError(f"{out} holds the rollouts to judge; choose another folder for --out.")
     counts: dict[str, Count] = {}
     tasks = Tasks(config)

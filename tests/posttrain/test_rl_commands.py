@@ -116,6 +116,7 @@ def test_a_budget_closes_reasoning_and_is_not_learned(folder: Path) -> None:
         assert answer["forced"] == [place == 3 for place in range(len(answer["tokens"]))]
 
 
+@pytest.mark.slow
 def test_evaluation_gives_rewards_by_budget(folder: Path, capsys) -> None:
     out, plot = folder / "out" / "results.json", folder / "out" / "curve.svg"
     command = ["rl", "evaluate", str(folder / "two.yaml"), "--model", str(folder / "runs" / "two")]
