@@ -64,7 +64,7 @@ def generate(
         raise UserError("--out and --resume need --prompts FILE; give it, or leave them out.")
     if resume and out is None:
         raise UserError("--resume needs the file to continue; give --out FILE.")
-    sampling, speculation, formats = answers.sampling, decoding.speculation, decoding.formats
+    sampling = answers.sampling
     ops = read_ops(model) if recipe_ops else None
     loaded, tokenizer = load_with_tokenizer(model, ops=ops)
     ends = stop_ids(model, loaded.config)

@@ -125,10 +125,10 @@ def test_speculation_changes_no_text_and_says_what_was_accepted(
     model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = expected_text(model, tokenizer, "The first", 30)
-    wanted = Continuation(
-        Sampling(1.0, seed=9), 30, device="cpu", speculation=Speculation("lookup")
-    )
-    code = generate(model, tokenizer, ["The first"], wanted, stream=True)
+    code = generate(
+        model, tokenizer, ["The first"], Sampling(1.0, seed=9), max_new_tokens=30, stream=True,
+        speculation=Speculation("lookup"), device="cpu",
+    )  # fmt: skip
     output = capsys.readouterr()
     assert (code, output.out) == (0, expected + "\n")
     assert "tokens a pass" in output.err
