@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from nemotron.generate.engine import Engine
     from nemotron.generate.request import Answer, Event, Request
     from nemotron.generate.sampling import Sampling
+    from nemotron.generate.speculate import Speculation
     from nemotron.loading import load, load_with_tokenizer
     from nemotron.recipe.load import load_recipe
     from nemotron.session import Session
@@ -21,6 +22,7 @@ __all__ = [
     "Request",
     "Sampling",
     "Session",
+    "Speculation",
     "Trainer",
     "UserError",
     "__version__",
@@ -40,6 +42,7 @@ _HOMES = {
     "Event": "nemotron.generate.request",
     "Request": "nemotron.generate.request",
     "Sampling": "nemotron.generate.sampling",
+    "Speculation": "nemotron.generate.speculate",
     "UserError": "nemotron.errors",
 }
 """The module of each public name, imported when the name is first used."""

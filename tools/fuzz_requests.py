@@ -55,8 +55,8 @@ def judge(words: list[str]) -> int:
         server = _environment_server(environment)
         connection = http.client.HTTPConnection(*server, timeout=30)
         try:
-            headers = {"Content-Type": "application/json"}
-            connection.request("POST", "/" + urllib.parse.quote(path), body, headers)
+            address = "/" + urllib.parse.quote(path, errors="replace")
+            connection.request("POST", address, body, {"Content-Type": "application/json"})
             answer = connection.getresponse()
             codes.append(_code(answer.status, answer.read()))
         except http.client.HTTPException as error:
@@ -131,6 +131,7 @@ def _model_server() -> Any:  # Any: a client, whose package only developers have
     from nemotron.generate.engine import Engine
     from nemotron.serve.access import Access
     from nemotron.serve.app import Server
+    from nemotron.serve.grammar import JsonForms
     from nemotron.serve.limits import Limits
     from nemotron.serve.translate import Translator
     from nemotron.serve.worker import Worker
@@ -138,7 +139,8 @@ def _model_server() -> Any:  # Any: a client, whose package only developers have
     model, tokenizer, chat = _load(Path("runs/mine"), "cpu")
     engine = Engine(model, {model.config.eos_token_id}, tokenizer=tokenizer, slots=4, prefixes=2)
     limits = Limits(400, answer=8, body_bytes=1 << 20)
-    translator = Translator(tokenizer, model.config.vocab_size, chat, limits)
+    size, ends = model.config.vocab_size, frozenset({model.config.eos_token_id})
+    translator = Translator(tokenizer, size, chat, limits, JsonForms(tokenizer, size, ends))
     server = Server("mine", Worker(engine), translator, Access(None, True))
     return TestClient(server.app(), base_url="http://localhost", raise_server_exceptions=False)
 

@@ -60,11 +60,21 @@ def data_prepare(
     ] = False,
     reasoning_off_rate: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Share of conversations to write without reasoning."),
+        typer.Option(
+            "--no-reasoning",
+            min=0,
+            max=1,
+            help="Share of conversations to write without reasoning.",
+        ),
     ] = 0.0,
     reasoning_budget_rate: Annotated[
         float,
-        typer.Option(min=0, max=1, help="Share of conversations whose reasoning is cut off."),
+        typer.Option(
+            "--cut-reasoning",
+            min=0,
+            max=1,
+            help="Share of conversations whose reasoning is cut off.",
+        ),
     ] = 0.0,
     subset: Annotated[str | None, typer.Option(help="Subset of an hf:// data set.")] = None,
     split: Annotated[str, typer.Option(help="Split of an hf:// data set.")] = "train",
@@ -93,7 +103,7 @@ def data_prepare(
     from nemotron.errors import UserError
 
     if reasoning_off_rate + reasoning_budget_rate > 1:
-        raise UserError("--reasoning-off-rate and --reasoning-budget-rate exceed 1; lower one.")
+        raise UserError("--no-reasoning and --cut-reasoning exceed 1; lower one.")
     chats = ChatOptions(
         messages_column=messages,
         tools_column=tools,

@@ -1,14 +1,24 @@
 """Commands that take a trained model: generate, check, convert."""
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from nemotron.commands.answers import AnswerOptions
+from nemotron.commands.decoding import DecodingOptions
 from nemotron.commands.shared import CommandGroup, Device, Model
 
 app = CommandGroup()
+
+
+class MambaDecode(StrEnum):
+    """How Mamba-2 layers read one token."""
+
+    recurrent = "recurrent"
+    replay = "replay"
+
 
 checkpoint_app = CommandGroup(help="Work on checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
@@ -39,6 +49,7 @@ def generate(
     ] = True,
     *,
     answers: AnswerOptions,
+    decoding: DecodingOptions,
 ) -> int:
     """Continue one or more prompts."""
     from nemotron.errors import UserError
@@ -58,7 +69,14 @@ def generate(
     loaded, tokenizer = load_with_tokenizer(model, ops=ops)
     ends = stop_ids(model, loaded.config)
     wanted = Continuation(
-        sampling, max_new_tokens, answers.stop or (), ends, answers.think_budget, device
+        sampling,
+        max_new_tokens,
+        answers.stop or (),
+        ends,
+        answers.think_budget,
+        device,
+        decoding.speculation,
+        decoding.formats,
     )
     if prompts is not None:
         return generate_file(loaded, tokenizer, prompts, out, wanted, resume=resume)
@@ -77,18 +95,22 @@ def check_parity(
         typer.Option(min=1, help="Prompts at a time; repeatable. Default: 1, 8."),
     ] = None,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each.")] = 32,
+    mamba_decode: Annotated[
+        MambaDecode,
+        typer.Option(help="replay uses exact operations on both sides; every bit must agree."),
+    ] = MambaDecode.recurrent,
     device: Device = "auto",
 ) -> int:
     """Compare probabilities while generating with those in training.
 
-    The exit code is 1 if they differ by more than 5 % on average.
+    The exit code is 1 if they differ by more than 5 % on average, or at all with replay.
     """
     from nemotron.device import find_device
     from nemotron.generate.parity import report
     from nemotron.loading import load, recipe_ops
 
     loaded = load(model, find_device(device), ops=recipe_ops(model))
-    return report(loaded, length or (100, 1000), rows or (1, 8), new_tokens)
+    return report(loaded, length or (100, 1000), rows or (1, 8), new_tokens, mamba_decode.value)
 
 
 @app.command(epilog="Example: nemotron export runs/tiny --out exported/tiny")

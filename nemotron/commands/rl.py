@@ -42,7 +42,10 @@ def rl_chats(
     return DONE
 
 
-@app.command("evaluate", epilog="Example: nemotron rl evaluate recipe.yaml --model runs/chat-sft")
+@app.command(
+    "evaluate",
+    epilog="Example: nemotron rl evaluate recipes/tiny/assistant/rl.yaml --model runs/sft",
+)
 def rl_evaluate(
     recipe: RecipeFile,
     overrides: Overrides = None,

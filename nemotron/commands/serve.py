@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemotron.commands.answers import AnswerOptions
+from nemotron.commands.decoding import DecodingOptions
 from nemotron.commands.shared import CommandGroup, Device, Model
 
 if TYPE_CHECKING:
@@ -39,7 +40,7 @@ def serve(
         str | None, typer.Option(help="Name of the model in requests; default: its folder's.")
     ] = None,
     slots: Annotated[
-        int, typer.Option(min=1, help="Answers that are written at the same time.")
+        int, typer.Option(min=1, max=4096, help="Answers that are written at the same time.")
     ] = 32,
     kv_tokens: Annotated[
         int | None,
@@ -62,6 +63,8 @@ def serve(
         float, typer.Option(min=0, max=3600, help="Seconds that open answers get at the end.")
     ] = 10.0,
     device: Device = "auto",
+    *,
+    decoding: DecodingOptions,
 ) -> int:
     """Serve a model over HTTP, with OpenAI's interface and a chat page."""
     from nemotron.errors import UserError
@@ -80,6 +83,7 @@ def serve(
     from nemotron.serve.worker import Worker
 
     address = Address(host, port, api_key)
+    speculation, formats = decoding.speculation, decoding.formats
     loaded, tokenizer, chat_format = _load(model, device)
     limits = Limits(
         max_length or loaded.config.max_position_embeddings,
@@ -87,6 +91,8 @@ def serve(
         open_answers=max_open,
         body_bytes=max_body_kib << 10,
     )
+    if kv_tokens is not None:  # more than all answers can have are never used
+        kv_tokens = min(kv_tokens, slots * limits.length)
     engine = Engine(
         loaded,
         {loaded.config.eos_token_id},
@@ -94,6 +100,8 @@ def serve(
         slots=slots,
         blocks=None if kv_tokens is None else -(-kv_tokens // BLOCK_SIZE),
         prefixes=prefixes,
+        speculation=speculation,
+        formats=formats,
     )
     find_line_ends(tokenizer)  # takes a moment, which no request should wait for
     ends = {loaded.config.eos_token_id} | (chat_format.stop_ids if chat_format else set())
@@ -115,6 +123,7 @@ def chat(
     device: Device = "auto",
     *,
     answers: AnswerOptions,
+    decoding: DecodingOptions,
 ) -> int:
     """Hold a conversation with a model in the terminal."""
     from nemotron.errors import UserError
@@ -124,6 +133,7 @@ def chat(
     from nemotron.serve.console import chat as run
 
     sampling = answers.sampling
+    speculation, formats = decoding.speculation, decoding.formats
     loaded, tokenizer, chat_format = _load(model, device)
     if chat_format is None:
         raise UserError(
@@ -134,7 +144,15 @@ def chat(
     budget = None if tokens is None else ReasoningBudget.of(tokenizer, tokens)
     manner = Manner(sampling, max_new_tokens, tuple(answers.stop or ()), system, think, budget)
     ends = {loaded.config.eos_token_id}
-    engine = Engine(loaded, ends, tokenizer=tokenizer, slots=1, prefixes=4)
+    engine = Engine(
+        loaded,
+        ends,
+        tokenizer=tokenizer,
+        slots=1,
+        prefixes=4,
+        speculation=speculation,
+        formats=formats,
+    )
     length = max_length or loaded.config.max_position_embeddings
     return run(Conversation(engine, chat_format, manner, length))
 

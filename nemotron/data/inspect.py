@@ -7,12 +7,13 @@ from pathlib import Path
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from nemotron.data.batch import NO_LABEL
-from nemotron.data.config import DataConfig, SourceConfig, leaves
+from nemotron.data.config import DataConfig, leaves
 from nemotron.data.embedded import damaged_files
 from nemotron.data.folder import read_manifest
 from nemotron.data.indexed import Stream
@@ -57,19 +58,23 @@ def open_path(
     """
     manifest = read_manifest(path)
     end = eod_token or (manifest.eod_token if manifest else "</s>")
-    source = SourceConfig(name=path.name, path=str(path))
     packing = {"kind": "best_fit", "long_documents": "truncate"}
     chats = manifest is not None and manifest.options.get("chat") is not None
-    config = DataConfig.model_validate(
-        {
-            "sources": [source.model_dump()],
-            "tokenizer": tokenizer,
-            "eod_token": end,
-            "seq_len": seq_len,
-            "cache": cache,
-            **({"packing": packing} if chats else {}),
-        }
-    )
+    values = {
+        "sources": [{"name": path.absolute().name, "path": str(path)}],
+        "tokenizer": tokenizer,
+        "eod_token": end,
+        "seq_len": seq_len,
+        "cache": cache,
+        **({"packing": packing} if chats else {}),
+    }
+    try:
+        config = DataConfig.model_validate(values)
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        rule = problem["msg"].replace("Input should", "must").removeprefix("Value error, ")
+        key = ".".join(map(str, problem["loc"]))
+        raise UserError(f"{rule}.", key=key, where=str(path)) from None
     timeline = single_phase(leaves(config.blend), seq_len, seq_len)
     return TrainingData(config, timeline, seed=0, vocab_size=2**31 - 1)
 
@@ -183,7 +188,7 @@ def draw(data: TrainingData, found: Mapping[str, Statistics], folder: Path) -> l
     """Write `lengths.png` and `shares.png` into a folder.
 
     Raises:
-        UserError: when matplotlib is not installed.
+        UserError: when matplotlib is not installed, or the folder cannot be made.
     """
     try:
         from matplotlib.figure import Figure
@@ -191,7 +196,10 @@ def draw(data: TrainingData, found: Mapping[str, Statistics], folder: Path) -> l
         raise UserError(
             "--plots needs matplotlib; install it with: pip install matplotlib."
         ) from None
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"--plots {folder} is, or lies below, a file; give a folder.") from None
     lengths = Figure(figsize=(8, 4.5), layout="constrained")
     axes = lengths.subplots()
     for name, facts in list(found.items())[:SOURCES_DRAWN]:

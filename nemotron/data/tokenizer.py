@@ -204,7 +204,7 @@ def load_tokenizer(name_or_path: str, key: str = "data.tokenizer") -> Tokenizer:
         path /= "tokenizer.json"
     try:
         return Tokenizer(read_regular(path))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         rule = "does not exist; give the path of a tokenizer.json, or embedded."
         raise UserError(rule, key=key, value=path.resolve()) from None
     except (ValueError, KeyError) as error:

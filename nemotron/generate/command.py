@@ -16,6 +16,8 @@ from nemotron.generate.engine import SLOTS, Engine
 from nemotron.generate.prompts import AnswerFile, answer_line, read_prompts
 from nemotron.generate.request import Request, requests_of
 from nemotron.generate.sampling import Sampling
+from nemotron.generate.speculate import Speculation
+from nemotron.model.cache_formats import UNCHANGED, CacheFormats
 from nemotron.model.hybrid import HybridLM
 from nemotron.terminal import printable
 
@@ -33,6 +35,8 @@ class Continuation:
     reasoning_budget: int | None = None
     """Tokens after which `</think>` is put unless the model wrote it."""
     device: str = "auto"
+    speculation: Speculation | None = None
+    formats: CacheFormats = UNCHANGED
 
 
 def generate(
@@ -71,6 +75,8 @@ def generate(
     whole = [prompt + answer for prompt, answer in zip(prompts, answers.values(), strict=True)]
     print("" if live else _shown("\n\n".join(whole)))
     print(engine.timing, file=sys.stderr)
+    if engine.speculator is not None:
+        print(engine.speculator.acceptance, file=sys.stderr)
     return DONE
 
 
@@ -134,10 +140,23 @@ def _requests(
 
 
 def _engine(model: HybridLM, tokenizer: Tokenizer, wanted: Continuation, count: int) -> Engine:
-    """Return an engine for so many answers; the model can only decode from then on."""
+    """Return an engine for so many answers; the model can only decode from then on.
+
+    Raises:
+        UserError: when the model cannot draft.
+    """
+    if wanted.speculation is not None:
+        wanted.speculation.check(model.config)
     model = prepare_weights(model.to(find_device(wanted.device)))
     ends = {model.config.eos_token_id, *wanted.stop_ids}
-    return Engine(model, ends, tokenizer=tokenizer, slots=max(1, min(count, SLOTS)))
+    return Engine(
+        model,
+        ends,
+        tokenizer=tokenizer,
+        slots=max(1, min(count, SLOTS)),
+        speculation=wanted.speculation,
+        formats=wanted.formats,
+    )
 
 
 def _shown(text: str) -> str:

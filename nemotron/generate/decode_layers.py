@@ -34,7 +34,7 @@ def decode_view(model: HybridLM, *, pack: bool = False) -> HybridLM:
     With `pack` the view has weights of its own, those of now, prepared as by `prepare_weights`: it
     decodes faster, takes memory and must be made again after an update.
     """
-    view = cast(HybridLM, _copy_modules(model))
+    view = cast(HybridLM, copy_modules(model))
     if pack:
         prepare_weights(view)
         _separate(view, model)
@@ -46,12 +46,12 @@ def decode_view(model: HybridLM, *, pack: bool = False) -> HybridLM:
     return view
 
 
-def _copy_modules(module: nn.Module) -> nn.Module:
+def copy_modules(module: nn.Module) -> nn.Module:
     """Return other modules with the same parameters, buffers, settings and operations."""
     new = module.__class__.__new__(module.__class__)
-    _take_over(new, module)
+    take_over(new, module)
     for name, child in module.named_children():
-        setattr(new, name, _copy_modules(child))
+        setattr(new, name, copy_modules(child))
     return new
 
 
@@ -220,7 +220,7 @@ class FewTokensMoE(nn.Module):
         return routed if self.includes_shared else routed + moe.shared_experts(x)
 
 
-def _take_over(new: nn.Module, old: nn.Module) -> None:
+def take_over(new: nn.Module, old: nn.Module) -> None:
     """Give a module what another one holds: parameters, children, settings, operations."""
     for name, value in vars(old).items():
         vars(new)[name] = value.copy() if isinstance(value, dict) else value
@@ -233,7 +233,7 @@ class MambaStep(Mamba2):
     """
 
     def __init__(self, mamba: Mamba2, *, copies: bool = False) -> None:
-        _take_over(self, mamba)
+        take_over(self, mamba)
         self._constants = self._find_constants() if copies else None
 
     def forward(
@@ -243,7 +243,8 @@ class MambaStep(Mamba2):
         state: MambaState | None = None,
     ) -> Float[Tensor, "B T D"]:
         """As `Mamba2.forward`; the states change in place."""
-        if state is None or not (u.shape[1] == 1 or state.history is not None):
+        is_stepwise = state is not None and (u.shape[1] == 1 or state.history is not None)
+        if state is None or state.keeps_inputs or not is_stepwise:
             return super().forward(u, seq_idx, state)
         z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
         dt = self._time_step(dt)
@@ -303,7 +304,7 @@ class JointAttention(Attention):
     """Computes queries, keys and values in one product."""
 
     def __init__(self, attention: Attention) -> None:
-        _take_over(self, attention)
+        take_over(self, attention)
         parts: list[Tensor] = [part.weight for part in (self.q_proj, self.k_proj, self.v_proj)]
         self.sizes = [part.shape[0] for part in parts]
         with torch.device("meta"):

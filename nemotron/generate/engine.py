@@ -4,6 +4,7 @@ import itertools
 import time
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -11,17 +12,22 @@ from torch import Tensor
 
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.generate.forward import PIECE, append, new_cache
+from nemotron.generate.exact import exact_view
+from nemotron.generate.forward import PIECE, extend, new_cache, score
 from nemotron.generate.graphs import Steps
 from nemotron.generate.prefixes import Prefix, PrefixStore
 from nemotron.generate.request import Event, Request, requests_of
-from nemotron.generate.routing import RoutingRecord, recorded
+from nemotron.generate.routing import keep_experts, recorded
 from nemotron.generate.sample import Sample
 from nemotron.generate.sampling import Sampling, fresh_seed
 from nemotron.generate.scheduler import Scheduler
 from nemotron.generate.selection import select
+from nemotron.generate.speculate import Speculation, Speculator
 from nemotron.model.cache import BLOCK_SIZE, CachedRows
+from nemotron.model.cache_formats import UNCHANGED, CacheFormats
 from nemotron.model.hybrid import HybridLM
+
+MambaDecode = Literal["recurrent", "replay"]
 
 SLOTS = 32
 """Answers that are written at the same time, unless another number is given."""
@@ -64,7 +70,11 @@ class Engine:
     are kept for texts that begin alike. Text and stop strings need the `tokenizer`. With
     `row_by_row` every text passes the model by itself, so that its answer is the same to the bit
     whatever others there are, as long as none of them takes its blocks; this is slower. Steps of
-    one token have `fixed_sizes` on a GPU, which captures them as CUDA graphs.
+    one token have `fixed_sizes` on a GPU, which captures them as CUDA graphs. With `speculation`
+    a step may bring several tokens of an answer. `formats` are those of the cache. With
+    `mamba_decode` "replay" the engine computes by the operations of `exact_view`, and scans the
+    newest chunk of a text again for each token: its probabilities are to the bit those of one pass
+    of `exact_view(model)` over the text. The model's weights must not be packed.
     """
 
     def __init__(
@@ -80,18 +90,45 @@ class Engine:
         prefixes: int = 0,
         row_by_row: bool = False,
         fixed_sizes: bool | None = None,
+        speculation: Speculation | None = None,
+        formats: CacheFormats = UNCHANGED,
+        mamba_decode: MambaDecode = "recurrent",
     ) -> None:
-        self.model, self.tokenizer = model, tokenizer
+        is_exact = mamba_decode == "replay"
+        self._prepare = exact_view if is_exact else _as_it_is
+        self.model, self.tokenizer = self._prepare(model), tokenizer
         self.stop = frozenset(stop)
         self.prefill_tokens, self._row_by_row = prefill_tokens, row_by_row
         self.version = 0
         """Of the weights, as `Answer.versions` names it."""
         self.timing = Timing()
         if fixed_sizes is None:
-            fixed_sizes = model.backbone.embeddings.weight.device.type == "cuda"
+            is_cuda = model.backbone.embeddings.weight.device.type == "cuda"
+            is_plain = speculation is None and formats.state != "fp16_sr" and not is_exact
+            fixed_sizes = is_cuda and is_plain
+        if is_exact and (speculation is not None or formats != UNCHANGED):
+            raise UserError(
+                "mamba_decode = replay goes with neither speculation nor other formats of the "
+                "cache; leave them out."
+            )
+        assert not fixed_sizes or formats.state != "fp16_sr", "a graph does not know the step"
+        assert not (fixed_sizes and speculation), "passes over drafts have many sizes"
         self._room, more = blocks, int(fixed_sizes)
         blocks = None if blocks is None else blocks + more
-        self.cache = new_cache(model, slots + more, blocks, block_size)
+        drafts = 0
+        if speculation is not None:
+            speculation.check(model.config)
+            drafts = speculation.num_unread
+        self.cache = new_cache(
+            model,
+            slots + more,
+            blocks,
+            block_size,
+            drafts=drafts,
+            formats=formats,
+            replay=is_exact,
+        )
+        self.speculator = Speculator(self.cache, speculation) if speculation is not None else None
         self._steps = Steps(self.cache) if fixed_sizes else None
         self.prefixes = PrefixStore(self.cache, prefixes)
         self.scheduler = Scheduler(self.cache, self.prefixes)
@@ -138,11 +175,14 @@ class Engine:
         begin, (events, self._ended) = time.perf_counter(), (self._ended, [])
         admitted = [(sample, sample.logits) for sample in self.scheduler.admit()]
         known = [Scores([s], logits[None]) for s, logits in admitted if logits is not None]
+        verified = self._speculate()
         decoded = self._decode()
         read_s = -time.perf_counter()
         read = self._prefill()
         read_s += time.perf_counter()
         further = [bool(s.answer.tokens) for scores in decoded for s in scores.samples]
+        further += [True] * len(verified)
+        events += verified
         events += self._choose([*known, *decoded, *read])
         self._count(further, read_s, time.perf_counter() - begin - read_s)
         return events
@@ -193,7 +233,7 @@ class Engine:
         """
         assert version > self.version, f"version {version} does not follow {self.version}"
         assert model.config == self.model.config, "the cache is made for another model"
-        self.model, self.version = model, version
+        self.model, self.version = self._prepare(model), version
         self.prefixes.clear()
         for sample in [] if keep_states else self.scheduler.running[:]:
             self.scheduler.preempt(sample)
@@ -203,15 +243,20 @@ class Engine:
         if request.stop and self.tokenizer is None:
             raise UserError("stop strings need an engine with a tokenizer; give it one.")
         limit = self._room
-        longest = len(request.prompt) + request.max_tokens
+        longest, drafts = len(request.prompt) + request.max_tokens, ""
+        if self.speculator is not None:
+            longest += self.speculator.room - 1
+            drafts = " with drafts"
         if limit is not None and self.cache.blocks_of(longest) > limit:
             raise UserError(
-                f"{name} and max_new_tokens = {request.max_tokens} are {longest} tokens, but the "
-                f"cache has room for {limit * self.cache.block_size}; ask for fewer."
+                f"{name} and max_new_tokens = {request.max_tokens} are {longest} tokens{drafts}, "
+                f"but the cache has room for {limit * self.cache.block_size}; ask for fewer."
             )
 
     def _decode(self) -> list[Scores]:
         """Append the one token that is not yet read of each sample that lacks no more."""
+        if self.speculator is not None:
+            return []
         samples = [sample for sample in self.scheduler.running if self._num_left(sample) == 1]
         samples = self.scheduler.make_room(samples, 1)
         if not samples:
@@ -220,12 +265,27 @@ class Engine:
             return [self._append([sample], 1) for sample in samples]
         return [self._append(samples, 1)]
 
+    def _speculate(self) -> list[Event]:
+        """Bring every sample whose newest token alone is not yet read some tokens further."""
+        if self.speculator is None:
+            return []
+        ready = [s for s in self.scheduler.running if s.answer.tokens and self._num_left(s) == 1]
+        ready = self.scheduler.make_room(ready, self.speculator.room)
+        groups = [[sample] for sample in ready] if self._row_by_row else [ready] if ready else []
+        events = []
+        for samples in groups:
+            events += self.speculator.step(self.model, samples, self.version)
+        for sample in ready:
+            if sample.answer.finish is not None:
+                self._leave(sample)
+        return events
+
     def _prefill(self) -> list[Scores]:
         """Read pieces of prompts, the oldest first; pieces of one length are read together."""
         room, ready = self.prefill_tokens, []
         pieces: dict[Sample, int] = {}
         for sample in self.scheduler.running:
-            if (left := self._num_left(sample)) > 1:
+            if left := self._num_to_prefill(sample):
                 assert sample.slot is not None
                 place = self.cache.lengths[sample.slot] % self.prefill_tokens
                 pieces[sample] = min(left, self.prefill_tokens - place)
@@ -260,9 +320,12 @@ class Engine:
                 self._rows = self.cache.rows(slots)
             tokens = torch.tensor(ids, device=self.cache.device)
             with recorded(self.model.backbone, on=has_experts) as record:
-                logits = append(self.model, self._rows, tokens)
+                hidden = extend(self.model, self._rows, tokens)
             if record.layers:
-                _keep_experts(record, samples, starts)
+                keep_experts(record, samples, starts)
+            if self.speculator is not None:
+                self.speculator.drafter.follow(self.model, samples, hidden)
+            logits = score(self.model, hidden)
         for slot, sample, row in zip(slots, samples, logits, strict=True):
             length = self.cache.lengths[slot]
             if sample.followers and length == len(sample.tokens):
@@ -324,9 +387,13 @@ class Engine:
         assert sample.slot is not None
         return len(sample.tokens) - self.cache.lengths[sample.slot]
 
+    def _num_to_prefill(self, sample: Sample) -> int:
+        """Tokens of a sample that are read as a prompt is; the newest alone is left to decoding."""
+        left = self._num_left(sample)
+        if self.speculator is not None:  # also again: drafts follow the same token as before
+            return left - bool(sample.answer.tokens)
+        return left if left > 1 else 0
 
-def _keep_experts(record: RoutingRecord, samples: list[Sample], starts: list[int]) -> None:
-    experts = record.experts(len(samples))
-    for row, (sample, start) in enumerate(zip(samples, starts, strict=True)):
-        if sample.request.experts:
-            sample.add_experts(experts[row], start)
+
+def _as_it_is(model: HybridLM) -> HybridLM:
+    return model

@@ -7,6 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.model.cache import BLOCK_SIZE, Cache, CachedRows
+from nemotron.model.cache_formats import UNCHANGED, CacheFormats
 from nemotron.model.hybrid import HybridLM
 
 PIECE = 512
@@ -14,21 +15,48 @@ PIECE = 512
 
 
 def new_cache(
-    model: HybridLM, slots: int, blocks: int | None = None, block_size: int = BLOCK_SIZE
+    model: HybridLM,
+    slots: int,
+    blocks: int | None = None,
+    block_size: int = BLOCK_SIZE,
+    *,
+    drafts: int = 0,
+    replay: bool = False,
+    formats: CacheFormats = UNCHANGED,
 ) -> Cache:
     """Return a cache in the dtype and on the device of the model."""
     table = model.backbone.embeddings.weight
     dtype = model.compute_dtype or table.dtype
     device = table.device
     return Cache(
-        model.config, slots, blocks=blocks, block_size=block_size, dtype=dtype, device=device
+        model.config,
+        slots,
+        blocks=blocks,
+        block_size=block_size,
+        drafts=drafts,
+        replay=replay,
+        formats=formats,
+        dtype=dtype,
+        device=device,
     )
 
 
 @torch.inference_mode()
 def append(model: HybridLM, rows: CachedRows, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B V"]:
     """Append the same number of tokens to every row; return the logits of the next one."""
-    return model.logits(model(tokens, cache=rows)[:, -1])
+    return score(model, extend(model, rows, tokens))
+
+
+@torch.inference_mode()
+def extend(model: HybridLM, rows: CachedRows, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
+    """Append the same number of tokens to every row; return their hidden states."""
+    return model(tokens, cache=rows)
+
+
+@torch.inference_mode()
+def score(model: HybridLM, hidden: Float[Tensor, "B T D"]) -> Float[Tensor, "B V"]:
+    """Return the logits of the token after the last one."""
+    return model.logits(hidden[:, -1])
 
 
 def read(

@@ -104,6 +104,15 @@ class TokenScore:
     logprob: float
 
 
+@dataclass(frozen=True)
+class DraftedPass:
+    """A pass through the model that read drafts of an answer."""
+
+    num_drafts: int
+    num_accepted: int
+    """Of the first ones, so many were what the answer goes on with; one more token follows them."""
+
+
 @dataclass
 class Answer:
     """One sample of a request, as far as it goes."""
@@ -126,6 +135,8 @@ class Answer:
 
     Known when the answer has ended.
     """
+    passes: list[DraftedPass] = field(default_factory=list)
+    """Of speculative decoding."""
     finish: Finish | None = None
 
 
@@ -140,9 +151,8 @@ class Event:
     text: str
     """What became readable with the token."""
     answer: Answer
-    """The answer so far; complete when `finish` is set."""
-
-    @property
-    def finish(self) -> Finish | None:
-        """Why the answer ended with this event; None while it goes on."""
-        return self.answer.finish
+    """The answer so far, with what else came in the same step; complete if it has a `finish`."""
+    finish: Finish | None
+    """Why the answer ended with this event; None while it goes on."""
+    place: int
+    """Which token of the answer this is, counted from 0."""

@@ -1,12 +1,13 @@
 """Which experts the routers of a model choose, recorded while it runs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 from jaxtyping import Int
 from torch import Tensor, nn
 
+from nemotron.generate.sample import Sample
 from nemotron.model.router import Routing, routers
 
 
@@ -38,3 +39,20 @@ def recorded(backbone: nn.Module, *, on: bool) -> Iterator[RoutingRecord]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+def keep_experts(
+    record: RoutingRecord,
+    samples: Sequence[Sample],
+    starts: Sequence[int],
+    counts: Sequence[int] | None = None,
+) -> None:
+    """Give the samples that want them the experts of their tokens in a pass, or of the first ones.
+
+    `starts` are the places in the texts where the pass began.
+    """
+    experts = record.experts(len(samples))
+    for row, (sample, start) in enumerate(zip(samples, starts, strict=True)):
+        if sample.request.experts:
+            own = experts[row] if counts is None else experts[row, : counts[row]]
+            sample.add_experts(own, start)

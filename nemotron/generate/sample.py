@@ -12,7 +12,7 @@ from nemotron.data.tokenizer import Tokenizer
 from nemotron.generate.budget import Reasoning
 from nemotron.generate.prefixes import Prefix
 from nemotron.generate.request import Answer, Event, Finish, Request, TokenScore
-from nemotron.generate.sampling import Uniforms
+from nemotron.generate.sampling import streams
 from nemotron.generate.text import StopStrings, TextStream
 
 
@@ -56,7 +56,7 @@ class Sample:
         self.logits: Float[Tensor, " V"] | None = None
         """Of the next token, where no pass through the model is needed for them."""
         self._experts: list[Int[Tensor, "tokens layers K"]] = []
-        self._uniforms = Uniforms(self.seed)
+        self._uniforms, self._draft_uniforms, self._test_uniforms = streams(self.seed, 3)
         self._stream = (
             TextStream(self.tokenizer, self.request.prompt) if self.tokenizer is not None else None
         )
@@ -72,6 +72,15 @@ class Sample:
     def uniform(self) -> float:
         """The random number for the next token; it depends on the seed and the place alone."""
         return self._uniforms[len(self.answer.tokens)]
+
+    @property
+    def test_uniform(self) -> float:
+        """The random number that decides whether a draft of the next token is accepted."""
+        return self._test_uniforms[len(self.answer.tokens)]
+
+    def draft_uniform(self, ahead: int) -> float:
+        """Return the random number for the draft of the token `ahead` places after the next."""
+        return self._draft_uniforms[len(self.answer.tokens) + ahead]
 
     def take_forced(self) -> int | None:
         """Return the next token if it is not free."""
@@ -132,4 +141,5 @@ class Sample:
             self.answer.finish = finish
             self.answer.experts = self.experts
         self.answer.text += text
-        return Event(self.request_id, self.number, token, text, self.answer)
+        place = len(self.answer.tokens) - (token is not None)
+        return Event(self.request_id, self.number, token, text, self.answer, finish, place)

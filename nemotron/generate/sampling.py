@@ -95,6 +95,68 @@ def choose(
     if sampling.temperature == 0:
         return Choice(logits.argmax(-1), logits.new_zeros(logits.shape[0], dtype=torch.float64))
     assert uniform is not None, "a temperature above 0 needs random numbers"
+    cut = _cut(logits, sampling)
+    place = torch.searchsorted(cut.mass, uniform.double().unsqueeze(1) * cut.kept, right=True)
+    place = place.minimum(cut.last)
+    logprobs = (cut.shares.gather(1, place) / cut.kept).log()
+    if cut.tokens is not None:
+        place = cut.tokens.gather(1, place)
+    return Choice(place.squeeze(1), logprobs.squeeze(1))
+
+
+def distribution(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
+    """Return the probabilities (float64) with which `choose` draws each token."""
+    assert sampling.temperature > 0, "the likeliest token is not drawn"
+    cut = _cut(logits, sampling)
+    is_kept = torch.arange(cut.shares.shape[1], device=logits.device) <= cut.last
+    shares = (cut.shares / cut.kept).where(is_kept, 0.0)
+    if cut.tokens is None:
+        return shares
+    return shares.new_zeros(logits.shape).scatter_(1, cut.tokens, shares)
+
+
+def accept_or_draw(
+    logits: Float[Tensor, "B V"],
+    sampling: Sampling,
+    drafts: Int[Tensor, " B"],
+    drafted_with: Float[Tensor, "B V"],
+    test: Float[Tensor, " B"],
+    uniform: Float[Tensor, " B"],
+) -> Choice:
+    """Choose one token a row so that it is distributed as by `choose`, and often the draft.
+
+    A draft that was drawn with probability q is accepted with probability min(1, p / q), which
+    `test` decides; another token is drawn from what p has more than q.
+    Source: Leviathan et al. 2023, "Fast Inference from Transformers via Speculative Decoding".
+    """
+    shares = distribution(logits, sampling)
+    drafts = drafts.unsqueeze(1)
+    is_accepted = test.unsqueeze(1) * drafted_with.gather(1, drafts) < shares.gather(1, drafts)
+    mass = (shares - drafted_with).clamp_(min=0).cumsum(-1)
+    # both are equal but for rounding, and yet the draft was refused
+    mass = torch.where(mass[:, -1:] > 0, mass, shares.cumsum(-1))
+    whole = mass[:, -1:].contiguous()
+    place = torch.searchsorted(mass, uniform.double().unsqueeze(1) * whole, right=True)
+    place = place.minimum(torch.searchsorted(mass, whole))
+    tokens = torch.where(is_accepted, drafts, place)
+    return Choice(tokens.squeeze(1), shares.gather(1, tokens).log().squeeze(1))
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """The tokens of each row that may be drawn, likeliest first if some may not."""
+
+    shares: Float[Tensor, "B S"]
+    mass: Float[Tensor, "B S"]
+    """Sums of `shares`, both in float64."""
+    last: Int[Tensor, "B 1"]
+    kept: Float[Tensor, "B 1"]
+    """Mass up to and including the `last` place that is kept."""
+    tokens: Int[Tensor, "B S"] | None
+    """Which they are; absent: all in their order."""
+
+
+def _cut(logits: Float[Tensor, "B V"], sampling: Sampling) -> _Cut:
     logits = logits.float()
     # a tiny temperature must not make infinities of large logits
     logits = (logits - logits.amax(-1, keepdim=True)) / sampling.temperature
@@ -106,20 +168,15 @@ def choose(
     # float64: a float32 sum over a large vocabulary would shift the rare tokens
     shares = logits.softmax(-1, dtype=torch.float64)
     mass = shares.cumsum(-1)  # [B, V]
-    last = torch.full_like(uniform, mass.shape[-1] - 1, dtype=torch.int64).unsqueeze(1)
+    shape = (logits.shape[0], 1)
+    last = torch.full(shape, mass.shape[-1] - 1, dtype=torch.int64, device=logits.device)
     if sampling.top_p is not None:
         # up to and including the first token at which the mass reaches top_p
         last = torch.searchsorted(mass, sampling.top_p * mass[:, -1:]).minimum(last)
     if sampling.min_p:
         enough = (shares >= sampling.min_p * shares[:, :1]).sum(-1, keepdim=True)
         last = last.minimum(enough - 1)
-    kept = mass.gather(1, last)
-    place = torch.searchsorted(mass, uniform.double().unsqueeze(1) * kept, right=True)
-    place = place.minimum(last)
-    logprobs = (shares.gather(1, place) / kept).log()
-    if tokens is not None:
-        place = tokens.gather(1, place)
-    return Choice(place.squeeze(1), logprobs.squeeze(1))
+    return _Cut(shares, mass, last, mass.gather(1, last), tokens)
 
 
 def adjust(
@@ -157,6 +214,12 @@ class Uniforms:
             more = torch.rand(64, generator=self._generator, dtype=torch.float64)
             self._drawn += more.tolist()
         return self._drawn[position]
+
+
+def streams(seed: int, count: int) -> list[Uniforms]:
+    """Return sequences that do not depend on each other; the first is that of the seed itself."""
+    odd = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: far from the seeds of other answers
+    return [Uniforms(seed + number * odd) for number in range(count)]
 
 
 def fresh_seed() -> int:

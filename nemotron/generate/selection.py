@@ -9,20 +9,39 @@ from torch import Tensor
 
 from nemotron.generate.request import TokenScore
 from nemotron.generate.sample import Sample, Selected
-from nemotron.generate.sampling import adjust, choose
+from nemotron.generate.sampling import Choice, accept_or_draw, adjust, choose
 
 
-def select(samples: Sequence[Sample], logits: Float[Tensor, "B V"]) -> list[Selected]:
-    """Choose the next token of each sample."""
+@dataclass(frozen=True)
+class Draft:
+    """A guess at a token."""
+
+    token: int
+    shares: Float[Tensor, " V"] | None = None
+    """Probabilities (float64) that it was drawn with; absent: it counts if it is what is chosen."""
+
+
+def select(
+    samples: Sequence[Sample],
+    logits: Float[Tensor, "B V"],
+    drafts: Sequence[Draft | None] | None = None,
+) -> list[Selected]:
+    """Choose the next token of each sample; it is distributed alike whatever its draft is."""
     adjusted = _adjusted(samples, logits)
+    guesses = drafts or [None] * len(samples)
     groups: dict[tuple[object, ...], list[int]] = {}
-    for row, sample in enumerate(samples):
-        groups.setdefault(sample.request.sampling.cut, []).append(row)
+    for row, (sample, guess) in enumerate(zip(samples, guesses, strict=True)):
+        key = (guess is not None and _is_drawn(guess), *sample.request.sampling.cut)
+        groups.setdefault(key, []).append(row)
     drawn, logprobs = [0] * len(samples), [0.0] * len(samples)
     for rows in groups.values():
         part = adjusted if len(rows) == len(samples) else adjusted[rows]
-        uniform = torch.tensor([samples[row].uniform for row in rows], dtype=torch.float64)
-        choice = choose(part, samples[rows[0]].request.sampling, uniform.to(logits.device))
+        own = [samples[row] for row in rows]
+        given = [guess for row in rows if (guess := guesses[row]) is not None and _is_drawn(guess)]
+        if given and own[0].request.sampling.temperature > 0:
+            choice = _choose_beside(own, part, given)
+        else:
+            choice = choose(part, own[0].request.sampling, _uniforms(own, part))
         found = zip(rows, choice.tokens.tolist(), choice.logprobs.tolist(), strict=True)
         for row, token, logprob in found:
             drawn[row], logprobs[row] = token, logprob
@@ -36,6 +55,32 @@ def select(samples: Sequence[Sample], logits: Float[Tensor, "B V"]) -> list[Sele
         )
         for token, fixed, logprob, score in zip(tokens, forced, logprobs, scores, strict=True)
     ]
+
+
+def _is_drawn(draft: Draft) -> bool:
+    return draft.shares is not None
+
+
+def _uniforms(samples: Sequence[Sample], like: Tensor) -> Float[Tensor, " B"]:
+    drawn = torch.tensor([sample.uniform for sample in samples], dtype=torch.float64)
+    return drawn.to(like.device)
+
+
+def _choose_beside(
+    samples: Sequence[Sample], logits: Float[Tensor, "B V"], drafts: Sequence[Draft]
+) -> Choice:
+    """Choose for samples whose drafts were drawn, and who draw in the same way."""
+    tokens = torch.tensor([draft.token for draft in drafts])
+    drafted_with = [draft.shares for draft in drafts if draft.shares is not None]
+    tests = torch.tensor([sample.test_uniform for sample in samples], dtype=torch.float64)
+    return accept_or_draw(
+        logits,
+        samples[0].request.sampling,
+        tokens.to(logits.device),
+        torch.stack(drafted_with),
+        tests.to(logits.device),
+        _uniforms(samples, logits),
+    )
 
 
 def _adjusted(samples: Sequence[Sample], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:

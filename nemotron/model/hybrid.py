@@ -6,6 +6,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from nemotron.model.ahead import RowsAhead
 from nemotron.model.block import Block
 from nemotron.model.cache import CachedRows
 from nemotron.model.config import ModelConfig
@@ -50,15 +51,14 @@ class MTP(nn.Module):
         hidden: Float[Tensor, "B T D"],
         seq_idx: Int[Tensor, "B T"] | None,
         *,
-        cache: CachedRows | None = None,
+        cache: RowsAhead | None = None,
         has_stats: bool = False,
         padding: Bool[Tensor, "B T"] | None = None,
     ) -> tuple[Float[Tensor, "B T D"], list[RoutingStats]]:
         """Predict one token further from the depth before and the next token's embedding.
 
-        `cache` holds what the block, apart from the backbone, remembers of the rows; their places
-        are those of `hidden`. With `has_stats` the second result holds the routers' statistics,
-        without `padding`.
+        `cache` holds what the block, apart from the backbone, remembers of the rows. With
+        `has_stats` the second result holds the routers' statistics, without `padding`.
         """
         first, last = self.layers[0], self.layers[-1]
         part = first.get_submodule

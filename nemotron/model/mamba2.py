@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nemotron.model import few_tokens
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear, RMSNorm
 from nemotron.model.state import MambaState
@@ -71,13 +72,26 @@ class Mamba2(nn.Module):
         """Mix the tokens; a given `state` is continued and brought up to date in place."""
         z, xBC, dt = _Split.apply(self.in_proj(u), self.splits)
         dt = self._time_step(dt)
-        if state is None or state.history is None:
+        if state is not None and state.keeps_inputs:
+            y = self._mix_few(xBC, dt, state)
+        elif state is None or state.history is None:
             y = self.conv_and_scan(self, xBC, dt, seq_idx, state)
         else:  # the state after every token is asked for
             each = zip(xBC.split(1, dim=1), dt.split(1, dim=1), strict=True)
             y = torch.cat([self.conv_and_scan(self, *one, None, state) for one in each], dim=1)
         y = self.gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps)
         return self.out_proj(y)
+
+    def _mix_few(
+        self, xBC: Float[Tensor, "B T C"], dt: Float[Tensor, "B T H"], state: MambaState
+    ) -> Float[Tensor, "B T I"]:
+        """Convolve and scan; the state stays, and keeps what would change it."""
+        weight, bias = self.conv1d.weight.squeeze(1), self.conv1d.bias
+        mixed = self.causal_conv1d(xBC, weight, bias, initial_state=state.conv, seq_idx=None)
+        x, B, C = self.split(mixed)
+        window, decay = torch.cat([state.conv, xBC], dim=1), dt * -self.A_log.exp()
+        state.inputs = few_tokens.Inputs(window, x, dt, decay, B)
+        return few_tokens.scan(state.inputs, C, self.D, state.ssm).flatten(2)
 
     def split(
         self, xBC: Float[Tensor, "B T C"]

@@ -1,6 +1,7 @@
 """What `nemotron chat` does once the model is loaded: a conversation in the terminal."""
 
 import contextlib
+import io
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -96,6 +97,8 @@ class Conversation:
 def chat(conversation: Conversation) -> int:
     """Hold the conversation until the input ends; return the exit code."""
     is_terminal = sys.stdin.isatty() and sys.stdout.isatty()
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
     if is_terminal:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  # history and editing of `input`

@@ -85,6 +85,10 @@ class ChatFormat:
             ).text
         except (TemplateError, TypeError, AssertionError) as error:
             raise ValueError(f"the chat template refuses the conversation: {error}") from None
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise ValueError("messages hold half a letter; give UTF-8 text.") from None
         tokens = self.tokenizer.encode(text, specials=True)
         return ChatPrompt(tuple(tokens), text.rstrip().endswith(THINK))
 

@@ -187,8 +187,8 @@ class Worker:
         if request is None:  # nobody wants it any more
             return
         wanted = request.stream.requests[request.place].logprobs and event.token is not None
-        logprob = event.answer.raw_logprobs[-1] if wanted else None
-        top = event.answer.top_logprobs[-1] if wanted else ()
+        logprob = event.answer.raw_logprobs[event.place] if wanted else None
+        top = event.answer.top_logprobs[event.place] if wanted else ()
         if event.finish is not None:
             request.num_left -= 1
             if not request.num_left:

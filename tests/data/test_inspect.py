@@ -1,5 +1,6 @@
 """Looking at data: the numbers are those of the data, duplicates are found, damage is named."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -151,3 +152,23 @@ def test_the_plan_fails_above_the_limit_and_names_the_shortfall(folder: Path, ca
     assert lines["two"][-1] == f"{round(960 / 1.01) - available:,}"
     assert "too many passes over" in out
     assert "three" not in out.rpartition("too many passes over")[2].split(":")[0]
+
+
+def test_a_manifest_with_an_impossible_setting_is_a_mistake(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    shards = write_prepared(["a text"] * 40, tmp_path / "shards")
+    manifest = shards / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"eod_token": ""}))
+    assert run(["data", "inspect", str(shards)]) == 2
+    assert "eod_token" in capsys.readouterr().err
+
+
+def test_plots_are_not_put_into_a_file(folder: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("matplotlib")
+    (folder / "occupied").write_text("mine")
+    for below in ("", "/plots"):
+        words = ["data", "inspect", str(folder / "one"), "--plots", f"{folder}/occupied{below}"]
+        assert run(words) == 2
+        assert "lies below, a file" in capsys.readouterr().err
+    assert (folder / "occupied").read_text() == "mine"

@@ -7,11 +7,15 @@ from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.generate.engine import Engine
 from nemotron.generate.request import Answer, Request
 from nemotron.generate.sampling import Sampling
+from nemotron.generate.speculate import Speculation
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import Routing, routers
 from tests.support.models import build
 
 PROMPT = (5, 3, 60, 1, 17)
+SPECULATIONS = pytest.mark.parametrize(
+    "speculation", [None, Speculation("mtp", 4), Speculation("lookup", 3)]
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +35,13 @@ def scores(model: HybridLM, tokens: list[int]) -> torch.Tensor:
     return logits[len(PROMPT) - 1 : -1]
 
 
-def test_raw_log_probabilities_are_those_of_one_pass(model: HybridLM) -> None:
+@SPECULATIONS
+def test_raw_log_probabilities_are_those_of_one_pass(
+    model: HybridLM, speculation: Speculation | None
+) -> None:
     sampling = Sampling(0.7, top_k=9, seed=1, frequency_penalty=0.3)
-    found = answer(model, Request(PROMPT, 15, sampling, logprobs=True, forced=(8, 8)))
+    request = Request(PROMPT, 15, sampling, logprobs=True, forced=(8, 8))
+    found = answer(model, request, speculation=speculation)
     assert found.tokens[:2] == [8, 8]
     assert found.forced == [True] * 2 + [False] * 13
     expected = scores(model, found.tokens).log_softmax(-1)
@@ -82,10 +90,11 @@ def speaker(tokenizer: Tokenizer) -> HybridLM:
     return build(hybrid_override_pattern="M", vocab_size=tokenizer.vocab_size)
 
 
+@SPECULATIONS
 def test_a_stop_string_ends_the_text_where_it_begins(
-    speaker: HybridLM, tokenizer: Tokenizer
+    speaker: HybridLM, tokenizer: Tokenizer, speculation: Speculation | None
 ) -> None:
-    settings = {"tokenizer": tokenizer}
+    settings = {"tokenizer": tokenizer, "speculation": speculation}
     sampling = Sampling(1.0, seed=3)
     whole = answer(speaker, Request(PROMPT, 40, sampling), **settings)
     assert whole.text == tokenizer.decode(whole.tokens, skip_specials=True)

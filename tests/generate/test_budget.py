@@ -8,6 +8,7 @@ from nemotron.generate.budget import Reasoning, ReasoningBudget
 from nemotron.generate.engine import Engine
 from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
+from nemotron.generate.speculate import Speculation
 from tests.support.models import build
 
 END = (50, 51, 52)
@@ -46,8 +47,11 @@ def test_the_tag_is_closed_at_the_budget(
     assert written(ReasoningBudget(tokens, grace, END, frozenset({LINE})), by_model) == expected
 
 
+@pytest.mark.parametrize("speculation", [None, Speculation("mtp"), Speculation("lookup", 2)])
 @pytest.mark.parametrize(("tokens", "grace"), [(0, 0), (4, 0), (3, 4)])
-def test_every_answer_of_an_engine_keeps_to_its_budget(tokens: int, grace: int) -> None:
+def test_every_answer_of_an_engine_keeps_to_its_budget(
+    tokens: int, grace: int, speculation: Speculation | None
+) -> None:
     model = build(hybrid_override_pattern="ME*")
     budget = ReasoningBudget(tokens, grace, END, frozenset(range(10)))
     requests = [
@@ -55,7 +59,7 @@ def test_every_answer_of_an_engine_keeps_to_its_budget(tokens: int, grace: int) 
         for seed in range(6)
         for limit in (budget, None)
     ]
-    ended = [e for e in Engine(model, slots=5).run(requests) if e.finish]
+    ended = [e for e in Engine(model, slots=5, speculation=speculation).run(requests) if e.finish]
     answers = {event.request: event.answer for event in ended}
     for number in range(0, 12, 2):
         limited, free = answers[number], answers[number + 1]

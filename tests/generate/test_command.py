@@ -7,6 +7,7 @@ from nemotron.errors import UserError
 from nemotron.generate.command import Continuation, generate
 from nemotron.generate.engine import Engine
 from nemotron.generate.sampling import Sampling
+from nemotron.generate.speculate import Speculation
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 
@@ -118,3 +119,16 @@ def test_a_text_ends_at_each_of_the_stop_tokens(
     code = generate(model, tokenizer, ["The first"], wanted, stream=False)
     assert code == 0
     assert capsys.readouterr().out == "The first" + tokenizer.decode(new[:6]) + "\n"
+
+
+def test_speculation_changes_no_text_and_says_what_was_accepted(
+    model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    expected = expected_text(model, tokenizer, "The first", 30)
+    code = generate(
+        model, tokenizer, ["The first"], Sampling(1.0, seed=9), max_new_tokens=30, stream=True,
+        speculation=Speculation("lookup"), device="cpu",
+    )  # fmt: skip
+    output = capsys.readouterr()
+    assert (code, output.out) == (0, expected + "\n")
+    assert "tokens a pass" in output.err

@@ -3,7 +3,13 @@
 import pytest
 import torch
 
+from nemotron.errors import UserError
+from nemotron.generate.engine import Engine
 from nemotron.generate.parity import check_parity, report
+from nemotron.generate.request import Answer, Request
+from nemotron.generate.sampling import Sampling
+from nemotron.generate.speculate import Speculation
+from nemotron.model.few_tokens import Inputs
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import AttentionState, MambaState
 from tests.support.models import build
@@ -63,3 +69,56 @@ def test_a_lost_key_is_noticed(model: HybridLM, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(AttentionState, "append", lose)
     [greedy, sampled] = check_parity(model, (20,), (1,), 12)
     assert max(greedy.largest, sampled.largest) > 1e-3
+
+
+@pytest.fixture(scope="module")
+def grown(model: HybridLM) -> HybridLM:
+    """Wider than the tiles, so that libraries have a choice of orders."""
+    return build(dtype=torch.float32, hybrid_override_pattern="ME*EM", hidden_size=128, head_dim=32)
+
+
+@pytest.mark.slow
+def test_with_replay_every_bit_is_that_of_one_pass(
+    grown: HybridLM, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = list(check_parity(grown, (5, 70), (1, 3), 30, mamba_decode="replay"))
+    assert [parity.largest for parity in found] == [0.0] * 8
+    # without, some bits differ: the check could have seen it
+    assert max(p.largest for p in check_parity(grown, (70,), (3,), 8)) > 0
+    assert report(grown, (20,), (1,), 4, "replay") == 0
+    assert "not 0" not in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_replay_gives_the_same_bits_in_any_company_and_after_a_preemption(grown: HybridLM) -> None:
+    requests = [
+        Request(tuple(range(1 + k, 20 + 9 * k)), 30, Sampling(1.0, seed=k), logprobs=True)
+        for k in range(3)
+    ]
+
+    def answers(requests: list[Request], **settings: object) -> list[Answer]:
+        engine = Engine(grown, mamba_decode="replay", block_size=4, **settings)
+        ended = [event for event in engine.run(requests) if event.finish]
+        assert (engine.scheduler.num_preempted > 0) == (len(requests) > 1)
+        return [event.answer for event in sorted(ended, key=lambda event: event.request)]
+
+    together = answers(requests, slots=3, blocks=40, prefill_tokens=24, prefixes=2)
+    assert together == [answers([request], slots=1)[0] for request in requests]
+
+
+@pytest.mark.slow
+def test_a_faulty_replay_is_noticed(grown: HybridLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    advance = Inputs.advance
+
+    def slightly_wrong(inputs: Inputs, ssm: torch.Tensor, counts: torch.Tensor) -> None:
+        advance(inputs, ssm, counts)
+        if ssm.shape[0] == 3:  # the engine's three rows, not the pass
+            ssm.mul_(1 + 1e-6)
+
+    monkeypatch.setattr(Inputs, "advance", slightly_wrong)
+    assert report(grown, (70,), (3,), 4, "replay") == 1
+
+
+def test_replay_and_speculation_exclude_each_other(model: HybridLM) -> None:
+    with pytest.raises(UserError, match="replay goes with neither speculation nor other formats"):
+        Engine(model, mamba_decode="replay", speculation=Speculation())

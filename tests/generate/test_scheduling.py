@@ -11,6 +11,7 @@ from nemotron.generate.decode_layers import decode_view
 from nemotron.generate.engine import Engine
 from nemotron.generate.request import Answer, Event, Request, requests_of
 from nemotron.generate.sampling import Sampling
+from nemotron.generate.speculate import Speculation
 from nemotron.model.cache import Cache
 from nemotron.model.hybrid import HybridLM
 from tests.support.models import build
@@ -83,9 +84,19 @@ def check_nothing_is_left(engine: Engine) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("count", "prefixes"), [(64, 0), (20, 3), (20, 4)])
+@pytest.mark.parametrize(
+    ("count", "prefixes", "speculation"),
+    [
+        (64, 0, None),
+        (20, 3, None),
+        (20, 4, None),
+        (64, 0, Speculation("mtp", 3)),
+        (20, 3, Speculation("mtp", 2, "match", "store")),
+        (20, 4, Speculation("lookup", 4)),
+    ],
+)
 def test_answers_of_many_requests_are_those_of_each_alone(
-    model: HybridLM, count: int, prefixes: int
+    model: HybridLM, count: int, prefixes: int, speculation: Speculation | None
 ) -> None:
     generator = random.Random(prefixes)
     requests = [random_request(generator) for _ in range(count)]
@@ -96,7 +107,9 @@ def test_answers_of_many_requests_are_those_of_each_alone(
     ]
     arrival = sorted(generator.randrange(30) for _ in requests)
     canceled = set(generator.sample(range(count), count // 7))
-    engine = small_engine(model, 5 + prefixes, slots=7, blocks=18, prefixes=prefixes)
+    engine = small_engine(
+        model, 5 + prefixes, slots=7, blocks=18, prefixes=prefixes, speculation=speculation
+    )
     events, numbers, step = [], [], 0
     while len(numbers) < len(requests) or not engine.is_idle:
         while len(numbers) < len(requests) and arrival[len(numbers)] <= step:
@@ -116,7 +129,7 @@ def test_answers_of_many_requests_are_those_of_each_alone(
     answers = collect(events)
     assert {answer.finish for answer in answers.values()} == {"stop", "length", "abort"}
     for number, request in enumerate(requests):
-        alone = small_engine(model, slots=1)
+        alone = small_engine(model, slots=1, speculation=speculation)
         expected = collect(list(alone.run([request])))
         for sample in range(request.num_samples):
             found, true = answers[number, sample], expected[0, sample]
@@ -210,11 +223,16 @@ def engine_tokens(engine: Engine, text: tuple[int, ...]) -> list[int]:
     return [event.token for event in events if event.token is not None]
 
 
-def test_no_slot_and_no_block_is_lost_over_many_requests(model: HybridLM) -> None:
-    engine, generator = small_engine(model, slots=8, blocks=12, prefixes=2), random.Random(3)
+@pytest.mark.parametrize("speculation", [None, Speculation("mtp", 2)])
+def test_no_slot_and_no_block_is_lost_over_many_requests(
+    model: HybridLM, speculation: Speculation | None
+) -> None:
+    """With 10,000 requests: `tools/bench/generation.py leaks`."""
+    engine = small_engine(model, slots=8, blocks=12, prefixes=2, speculation=speculation)
+    generator = random.Random(3)
     for _ in range(10):
         numbers = [
-            engine.submit(Request(prompt(generator, 9), 2, num_samples=generator.choice([1, 2])))
+            engine.submit(Request(prompt(generator, 9), 3, num_samples=generator.choice([1, 2])))
             for _ in range(10)
         ]
         for number in generator.sample(numbers, 2):

@@ -5,10 +5,11 @@ import torch
 from torch import Tensor
 
 from nemotron.data.batch import shift_left
+from nemotron.model.ahead import RowsAhead
 from nemotron.model.blocks import Blocks, OutOfBlocks
 from nemotron.model.cache import Cache
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.state import KeyValues
+from nemotron.model.state import Keep, KeyValues
 from tests.support.models import build, tokens
 
 # float64: another order of sums
@@ -84,6 +85,26 @@ def test_a_slot_that_was_freed_starts_from_nothing(model: HybridLM) -> None:
     assert (cache.num_free_slots, cache.blocks.used, cache.lengths) == (2, 0, [0, 0])
 
 
+@pytest.mark.parametrize("keep", ["inputs", "states"])
+@pytest.mark.parametrize("slots", [[0, 1], [1, 0]])
+@pytest.mark.parametrize("counts", [(0, 5), (1, 4), (3, 2), (5, 5)])
+def test_each_row_keeps_the_first_tokens_of_a_call(
+    model: HybridLM, counts: tuple[int, int], slots: list[int], keep: Keep
+) -> None:
+    cache, texts = new_cache(model, 2), tokens(2, 40)
+    for text in texts:
+        read(model, cache, [cache.admit()], [text[:7]])
+    with torch.no_grad():
+        rows = cache.rows(slots, keep=keep)
+        found = model(texts[slots][:, 7:12], cache=rows)
+    rows.keep_first(counts)
+    for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
+        check(found[row], model, texts[slot, :12])
+        assert cache.lengths[slot] == 7 + count
+        other = torch.cat([texts[slot, : 7 + count], texts[1 - slot, 20:23]])
+        check(read(model, cache, [slot], [other[-3:]])[0], model, other)
+
+
 @pytest.mark.parametrize("slots", [[0, 1], [1, 0]])
 @pytest.mark.parametrize("kept", range(6))
 def test_a_text_can_be_cut_after_every_token_of_a_call(
@@ -93,7 +114,7 @@ def test_a_text_can_be_cut_after_every_token_of_a_call(
     for text in texts:
         read(model, cache, [cache.admit()], [text[:7]])
     with torch.no_grad():
-        rows = cache.rows(slots, keep_states=True)
+        rows = cache.rows(slots, keep="states")
         drafts = texts[slots][:, 7:12]
         found = model(drafts, cache=rows)
     for row, slot in enumerate(slots):
@@ -132,9 +153,9 @@ def test_a_call_that_does_not_fit_into_the_blocks_changes_no_text(model: HybridL
     check(read(model, cache, [first], [texts[0, 8:11]])[0], model, texts[0, :11])
 
 
-def test_the_prediction_block_has_a_cache_of_its_own(model: HybridLM) -> None:
-    texts, pattern = tokens(2, 30), model.config.mtp_pattern
-    cache = new_cache(model, 2, pattern=pattern)
+def test_the_prediction_block_remembers_what_it_read_beside_the_backbone(model: HybridLM) -> None:
+    texts = tokens(2, 30)
+    cache = new_cache(model, 2, drafts=1)
     slots = [cache.admit(), cache.admit()]
     with torch.no_grad():
         hidden, after = model(texts), shift_left(texts, None, vacated=0)
@@ -142,19 +163,19 @@ def test_the_prediction_block_has_a_cache_of_its_own(model: HybridLM) -> None:
         embedded = model.embed(after)
 
         def predict(slots: list[int], begin: int, end: int) -> Tensor:
-            rows = cache.rows(slots)
+            rows = RowsAhead(cache, slots, [begin + 1] * len(slots))
             return model.mtp(
                 embedded[slots, begin:end], hidden[slots, begin:end], None, cache=rows
             )[0]
 
         for slot, end in zip(slots, (11, 5), strict=True):
             assert (predict([slot], 0, end) - expected[slot, :end]).abs().max() <= TOLERANCE
+        predict([0], 11, 16)
+        # what was read before is replaced
         assert (predict([0], 11, 14) - expected[0, 11:14]).abs().max() <= TOLERANCE
-        cache.truncate(0, 12)  # attention alone forgets without a state
         predict([1], 5, 12)
         found = predict(slots, 12, 13)
     assert (found - expected[:, 12:13]).abs().max() <= TOLERANCE
-    assert cache.lengths == [13, 13]
 
 
 def test_blocks_follow_each_other_where_they_can() -> None:

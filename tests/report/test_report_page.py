@@ -60,6 +60,7 @@ TAGS = {
     "b",
     "em",
     "footer",
+    "wbr",
     "br",
 }
 

@@ -2,7 +2,7 @@
 
 from html.parser import HTMLParser
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "wbr"}
 SVG_LEAVES = {"path"}
 
 
@@ -42,4 +42,6 @@ class Markup(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         if not {"style", "svg"} & set(self._open):
-            self.texts.append(data)
+            # a word goes on behind a place where it may be broken
+            start = self.texts.pop() if self.tags[-1:] == ["wbr"] else ""
+            self.texts.append(start + data)

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,11 @@ import nemotron
 from nemotron import cli
 from nemotron.checkpoint.find import locate
 from nemotron.errors import UserError
+from tests.support.fine_tuning import chats as talks
+from tests.support.fine_tuning import write_recipe, write_rows
 from tests.support.old_checkpoint import plant_bytes, plant_object, plant_poison, write_old
 from tests.support.same_run import final_tensors
+from tests.support.tiny_run import MODEL
 
 ROWS = "batch.micro_batch=5"
 """The tiny run's own micro-batches do not divide its batch, which a command refuses."""
@@ -38,11 +42,40 @@ def planted(undisturbed: Path, tmp_path: Path, request: pytest.FixtureRequest) -
     return run, mark
 
 
+@pytest.fixture(scope="module")
+def tuning(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Return what writes a recipe that learns from conversations."""
+    folder = tmp_path_factory.mktemp("tuning")
+    chats, words = folder / "chats", ["--workers", "1", "--chat", "--hold-out", "0.3"]
+    rows = write_rows(folder / "chats.jsonl", [row for row in talks() if "tools" not in row])
+    assert cli.run(["data", "prepare", str(rows), "--out", str(chats), *words]) == 0
+
+    def write(**values: object) -> str:
+        data = {"sources": [{"name": "chats", "path": str(chats)}], "cache": str(folder / "cache")}
+        common = {
+            "name": "tuned",
+            "output": str(folder / "runs"),
+            "device": "cpu",
+            "model": MODEL,
+            "data": {**data, "seq_len": 161},
+            "batch": {"global_tokens": 2 * 161, "micro_batch": 1},
+            "schedule": {"kind": "constant", "peak": 1e-2, "total_steps": 1},
+            "evaluation": {"tokens": 161},
+        }
+        return str(write_recipe(folder / "tuned.yaml", {**common, **values}))
+
+    return write
+
+
 @pytest.mark.parametrize("planted", [plant_object, plant_bytes, plant_poison], indirect=True)
-def test_no_entry_executes_what_is_planted(planted, capsys):
+def test_no_entry_executes_what_is_planted(planted, tuning, capsys):
     run, mark = planted
     recipe = str(run / "recipe.yaml")
     commands = [
+        ["train", tuning(stage="sft", init_from=str(run))],
+        ["chat", str(run)],
+        ["serve", str(run), "--port", "0"],
+        ["check-parity", str(run)],
         ["train", recipe, "--resume", ROWS],
         ["train", recipe, "name=new", f"init_from={run}", ROWS],
         ["generate", str(run), "--prompt", "the"],
@@ -53,6 +86,10 @@ def test_no_entry_executes_what_is_planted(planted, capsys):
         said = capsys.readouterr().err
         assert f"convert it once with: nemotron checkpoint convert {run}" in said
         assert said.count("\n") == 1
+    taught = tuning(stage="distill", teacher=str(run))
+    for command in (["train", taught], ["train", taught, "--dry-run"]):
+        assert cli.run(command) == 2, command
+        assert "nemotron checkpoint convert" in capsys.readouterr().err
     with pytest.raises(UserError, match="nemotron checkpoint convert"):
         nemotron.load(run)
     assert cli.run(["checkpoint", "convert", str(run)]) == 1

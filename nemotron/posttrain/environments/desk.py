@@ -45,7 +45,7 @@ def run_tool(tables: Tables, name: str, arguments: Any) -> str:
     A call that is wrong changes nothing and returns a text that begins with "error:".
     """
     try:
-        if name not in TOOLS:
+        if not isinstance(name, str) or name not in TOOLS:
             raise ToolError(f"there is no tool {name}; there are {', '.join(TOOLS)}")
         given = _check(TOOLS[name], arguments)
         connection = open_tables(tables)

@@ -85,11 +85,13 @@ def _constraints(row: Row) -> list[tuple[str, dict[str, Any]]]:
         raise BadRow("instruction_id_list is empty; give at least one constraint")
     found = []
     for name, entry in zip(names, given, strict=True):
-        if name not in CONSTRAINTS:
+        if not isinstance(name, str) or name not in CONSTRAINTS:
             raise BadRow(
                 f"instruction_id_list contains {name!r}, which is unknown; "
                 f"known are {', '.join(CONSTRAINTS)}"
             )
+        if not isinstance(entry, dict | None):
+            raise BadRow(f"kwargs of {name}: {entry!r}; give an object")
         found.append((name, {k: v for k, v in (entry or {}).items() if v is not None}))
     return found
 

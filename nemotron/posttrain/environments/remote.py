@@ -102,7 +102,7 @@ class HttpEnv:
 
     def call(self, state: dict[str, Any], name: str, arguments: Any) -> str:
         """Run a tool on the server; the model reads the answer, also that to a wrong call."""
-        path = urllib.parse.quote(name, safe="")
+        path = urllib.parse.quote(name, safe="", errors="replace")
         answer = self._ask(state, path, arguments, every_status=True)
         if answer is None:
             return "error: the tool did not answer"

@@ -68,6 +68,8 @@ class TextToSql(WithoutTools):
         if not isinstance(databases, list) or not databases:
             raise BadRow("databases is not a list of databases; give at least one")
         query = find_field(row, "expected_query")
+        if not isinstance(query, str):
+            raise BadRow(f"expected_query = {query!r:.80} is not a text; give a query")
         for number, database in enumerate(databases):
             _check_database(database, f"databases.{number}")
             try:
@@ -112,6 +114,9 @@ def _check_database(database: Database, place: str) -> None:
     for table, content in database.items() if isinstance(database, dict) else [("", None)]:
         if not isinstance(content, dict) or not {"columns", "rows"} <= content.keys():
             raise BadRow(f"{place}.{table} lacks columns or rows; give both")
+        rows = content["rows"]
+        if not isinstance(rows, list) or not all(isinstance(row, list) for row in rows):
+            raise BadRow(f"{place}.{table}.rows is not a list of rows; give lists of values")
         kinds = content["columns"].values() if isinstance(content["columns"], dict) else [""]
         if not all(kind in TYPES for kind in kinds):
             raise BadRow(f"{place}.{table}.columns has an unknown type; use {', '.join(TYPES)}")

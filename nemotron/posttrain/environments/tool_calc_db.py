@@ -74,6 +74,8 @@ class ToolCalcDb:
             raise BadRow("ground_truth is empty and expected_answer absent; give one of them")
         if answer != "" and _number(str(answer)) is None:
             raise BadRow(f"expected_answer = {answer!r} is not a number; give one")
+        if not isinstance(truth, list):
+            raise BadRow(f"ground_truth = {truth!r:.80} is not a list of calls; give one")
         for call in truth:
             if not isinstance(call, dict) or not {"name", "arguments"} <= call.keys():
                 raise BadRow(f"ground_truth contains {call!r}; give name and arguments")
@@ -173,6 +175,8 @@ def _check_tables(tables: Any) -> desk.Tables:
         raise BadRow(f"tables is not an object of {', '.join(desk.COLUMNS)}; give their rows")
     for table, rows in tables.items():
         wanted = {"id": int, **desk.COLUMNS[table]}
+        if not isinstance(rows, list):
+            raise BadRow(f"tables.{table} is not a list of rows; give one")
         for row in rows:
             fits = isinstance(row, dict) and row.keys() == wanted.keys()
             if not fits or not all(_is(row[name], kind) for name, kind in wanted.items()):

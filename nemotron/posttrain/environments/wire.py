@@ -133,4 +133,5 @@ def _parts(item: Json, key: str) -> str:
     parts = item.get(key) or []
     if isinstance(parts, str):
         return parts
-    return "".join(str(part.get("text", "")) for part in parts if isinstance(part, dict))
+    known = [part for part in parts if isinstance(part, dict)] if isinstance(parts, list) else []
+    return "".join(str(part.get("text", "")) for part in known)

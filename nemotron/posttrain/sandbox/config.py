@@ -2,9 +2,8 @@
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from nemotron.errors import RuleBroken
 from nemotron.section import Section
 
 
@@ -13,9 +12,8 @@ class SandboxConfig(Section):
 
     kind: Literal["bwrap", "none"] = "bwrap"
     """bwrap: namespaces of its own by bubblewrap, or a refusal where there are none; none: a
-    process of this machine, which can read and destroy whatever this user can."""
-    allow_unsafe_code: bool = False
-    """Has to be true for kind none."""
+    process of this machine, which can read and destroy whatever this user can, and has to be
+    allowed by the environment (`NEMOTRON_ALLOW_UNSAFE_CODE=1`)."""
     time_s: float = Field(4.0, gt=0, le=600)
     """Seconds of one run, by the clock and of the processor."""
     total_s: float = Field(20.0, gt=0, le=3600)
@@ -30,14 +28,3 @@ class SandboxConfig(Section):
     """Processes and threads at the same time."""
     output_kib: int = Field(64, ge=1)
     """Size of each output; a program that writes more is ended."""
-
-    @model_validator(mode="after")
-    def _check(self) -> "SandboxConfig":
-        if self.kind == "none" and not self.allow_unsafe_code:
-            raise RuleBroken(
-                "kind",
-                "runs code of a model without isolation; set allow_unsafe_code: true on a machine "
-                "that may be damaged, or use kind: bwrap",
-                self.kind,
-            )
-        return self

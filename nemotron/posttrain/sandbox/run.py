@@ -20,6 +20,8 @@ LAUNCHER = Path(__file__).with_name("launcher.py")
 SPARE_S = 2.0
 """Time beyond `total_s` after which a sandbox is killed from outside."""
 MOST_LINES = 1000
+PERMIT = "NEMOTRON_ALLOW_UNSAFE_CODE"
+"""Variable of the environment, which is trusted as recipes are not."""
 
 
 class SandboxFailed(RuntimeError):
@@ -62,6 +64,12 @@ class Sandbox:
                 rule = f"does not work here: {found}."
                 raise UserError(rule, key="kind", value="bwrap", where="sandbox")
             self._isolation = found
+        elif os.environ.get(PERMIT) != "1":
+            rule = (
+                "runs code of a model without isolation, which a recipe cannot allow; set "
+                f"{PERMIT}=1 in the environment of a machine that may be damaged, or use bwrap."
+            )
+            raise UserError(rule, key="kind", value="none", where="sandbox")
         self._binding = find_binding()
 
     def describe(self) -> str:

@@ -113,7 +113,9 @@ def row(tests: dict[str, Any], **more: Any) -> Row:
 @pytest.fixture(scope="module")
 def environment() -> CodeExec:
     """The environment without isolation, for the harmless programs; so it runs anywhere."""
-    return CodeExec({"kind": "none", "allow_unsafe_code": True, "time_s": 5})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NEMOTRON_ALLOW_UNSAFE_CODE", "1")
+        return CodeExec({"kind": "none", "time_s": 5})
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +200,7 @@ def test_expected_outputs_never_enter_the_sandbox(environment: CodeExec, monkeyp
 def test_a_wrong_setting_is_named():
     with pytest.raises(UserError, match=r"code_exec: sandbox\.time_s"):
         CodeExec({"time_s": -1})
-    with pytest.raises(UserError, match="allow_unsafe_code: true"):
+    with pytest.raises(UserError, match="NEMOTRON_ALLOW_UNSAFE_CODE=1"):
         CodeExec({"kind": "none"})
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from nemotron.errors import UserError
-from nemotron.posttrain.environments.base import Response, Row, build_row
+from nemotron.posttrain.environments.base import BadRow, Response, Row, build_row
 from nemotron.posttrain.environments.registry import find_environment
 from nemotron.posttrain.environments.remote import HttpEnv
 from nemotron.posttrain.environments.serve import serve_env
@@ -112,6 +112,41 @@ def test_a_wrong_request_is_answered_with_a_sentence(path: str, body: str, statu
         assert found[0] == status
         assert said in found[1]["detail"]
         assert post(server.url, path, body, {"Cookie": "session=forged"})[0] == status
+
+
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("if_constraints", {"kwargs": ["b"]}),
+        ("if_constraints", {"instruction_id_list": [{}]}),
+        ("tool_calc_db", {"ground_truth": 7}),
+        ("tool_calc_db", {"ground_truth": [{"name": [], "arguments": {}}]}),
+        ("tool_calc_db", {"tables": {"email": 7}}),
+        ("text_to_sql", {"expected_query": {}}),
+        ("text_to_sql", {"databases": [{"t": {"columns": {"a": "TEXT"}, "rows": 7}}]}),
+        ("text_to_sql", {"databases": [{"t": {"columns": {"a": "TEXT"}, "rows": [7]}}]}),
+    ],
+)
+def test_a_row_of_other_types_is_refused(name: str, changes: dict[str, Any]):
+    environment = find_environment(name)
+    row = next(iter(environment.rows(1, 1, 0.0)))
+    environment.check(row)
+    with pytest.raises(BadRow):
+        environment.check({**row, **changes})
+
+
+def test_parts_of_other_types_have_no_text():
+    for content in (7, 1.5, {"text": "a"}, [7, {"text": "b"}]):
+        found = read_response({"output": [{"type": "message", "content": content}]})
+        assert found.text == ("b" if isinstance(content, list) else "")
+
+
+@pytest.mark.parametrize("length", ["9" * 5000, "-1", "x", "\xb2"])
+def test_a_length_that_is_none_is_refused(length: str):
+    with serve_env(find_environment("arith_chain")) as server:
+        found = post(server.url, "/seed_session", "", {"Content-Length": length})
+        assert found[0] == 422
+        assert "Content-Length" in found[1]["detail"]
 
 
 def test_an_address_that_is_taken_is_refused():

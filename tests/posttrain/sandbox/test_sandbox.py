@@ -332,10 +332,13 @@ def test_where_namespaces_are_forbidden_it_refuses_with_the_reason(
         Sandbox()
 
 
-def test_no_isolation_has_to_be_allowed():
-    with pytest.raises(ValidationError, match="set allow_unsafe_code: true"):
-        SandboxConfig(kind="none")
-    sandbox = Sandbox(SandboxConfig(kind="none", allow_unsafe_code=True, time_s=2))
+def test_no_isolation_has_to_be_allowed_by_the_environment(monkeypatch: pytest.MonkeyPatch):
+    with pytest.raises(UserError, match="set NEMOTRON_ALLOW_UNSAFE_CODE=1"):
+        Sandbox(SandboxConfig(kind="none"))
+    with pytest.raises(ValidationError, match="allow_unsafe_code"):
+        SandboxConfig.model_validate({"kind": "none", "allow_unsafe_code": True})
+    monkeypatch.setenv("NEMOTRON_ALLOW_UNSAFE_CODE", "1")
+    sandbox = Sandbox(SandboxConfig(kind="none", time_s=2))
     [outcome] = sandbox.run("print(input())", [Run("x")])
     assert outcome
     assert outcome.stdout == "x\n"
@@ -343,7 +346,8 @@ def test_no_isolation_has_to_be_allowed():
 
 
 def test_a_sandbox_that_does_not_start_is_a_fault(monkeypatch: pytest.MonkeyPatch):
-    sandbox = Sandbox(SandboxConfig(kind="none", allow_unsafe_code=True))
+    monkeypatch.setenv("NEMOTRON_ALLOW_UNSAFE_CODE", "1")
+    sandbox = Sandbox(SandboxConfig(kind="none"))
     monkeypatch.setattr("nemotron.posttrain.sandbox.run.sys.executable", "/bin/false")
     with pytest.raises(SandboxFailed, match="did not start"):
         sandbox.run("print(1)", [Run()])
