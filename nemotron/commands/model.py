@@ -8,7 +8,7 @@ import typer
 
 from nemotron.commands.answers import AnswerOptions
 from nemotron.commands.decoding import DecodingOptions
-from nemotron.commands.shared import CommandGroup, Device, Model
+from nemotron.commands.shared import CommandGroup, Device, Model, Overrides
 
 app = CommandGroup()
 
@@ -81,6 +81,23 @@ def generate(
     if prompts is not None:
         return generate_file(loaded, tokenizer, prompts, out, wanted, resume=resume)
     return run(loaded, tokenizer, prompt or [], wanted, stream=stream)
+
+
+@app.command(epilog="Example: nemotron evaluate runs/tiny evaluation.tokens=100000")
+def evaluate(
+    model: Model,
+    overrides: Overrides = None,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Recipe whose held-out text is used; default: that of the model's run."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File of JSON to write.")] = None,
+    device: Device = "auto",
+) -> int:
+    """Print loss, perplexity and bits per byte of a model on held-out text, by domain."""
+    from nemotron.evaluate.command import evaluate as run
+
+    return run(model, recipe, overrides or [], out=out, device=device)
 
 
 @app.command("check-parity", epilog="Example: nemotron check-parity runs/tiny --length 100")

@@ -8,12 +8,13 @@ from pathlib import Path
 from nemotron.checkpoint.state import SavedState
 from nemotron.checkpoint.write import CheckpointNotSaved
 from nemotron.errors import UserError
+from nemotron.evaluate.held_out import HeldOut
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import write_bytes
 from nemotron.hf.inside import read_inside
 from nemotron.merge.average import Average
 from nemotron.merge.coefficients import EMA_DECAY, SHAPES, Shape
-from nemotron.merge.search import Candidate, Validation, candidates
+from nemotron.merge.search import Candidate, candidates
 from nemotron.merge.window import Window, last, last_tokens, of_steps, read_checkpoints
 from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.recipe.load import load_recipe
@@ -107,12 +108,13 @@ def merge(
 
 def _search(files: RunFiles, windows: list[Window], choice: Choice, device: str) -> Candidate:
     """Print the validation loss of each candidate, and return the best average."""
-    validation = Validation(load_recipe(files.path).text, device)
+    held_out = HeldOut(load_recipe(files.path).text, device)
     shapes = (choice.shape,) if choice.shape else SHAPES
     found: list[tuple[float, Candidate]] = []
     print_text("validation loss")
     for candidate in candidates(windows, shapes):
-        loss = validation.loss(candidate.average(choice.ema_decay))
+        candidate.average(choice.ema_decay).load(held_out.model)
+        loss = held_out.metrics()["validation/loss"]
         print_text(f"{loss:10.5f}  {candidate}")
         found.append((loss, candidate))
     (loss_alone, alone), *averages = found

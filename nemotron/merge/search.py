@@ -1,19 +1,11 @@
-"""Validation loss of averages over several windows and shapes."""
+"""Averages over several windows and in several shapes, to be compared."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from nemotron.device import find_device
-from nemotron.errors import UserError
 from nemotron.merge.average import Average
 from nemotron.merge.coefficients import Shape, coefficients
 from nemotron.merge.window import Window
-from nemotron.parallel.runtime import Ranks
-from nemotron.train.config import TextConfig
-from nemotron.train.pretraining import open_data
-from nemotron.train.schedule import plan_training
-from nemotron.train.trainer import build_local
-from nemotron.train.validation import evaluate
 
 
 @dataclass(frozen=True)
@@ -35,42 +27,6 @@ class Candidate:
             return f"step {self.window[-1].step} alone"
         steps = f"steps {self.window[0].step} to {self.window[-1].step}"
         return f"{self.shape} over {len(self.window)} checkpoints, {steps}"
-
-
-class Validation:
-    """The held-out text of a run, and a model that takes the weights to be compared."""
-
-    def __init__(self, config: TextConfig, device: str) -> None:
-        """Open the text and build the model.
-
-        Raises:
-            UserError: when the recipe's data are not there, or nothing of them is held out.
-        """
-        # one process validates, whatever layout the run was trained in
-        config = config.model_copy(update={"parallel": type(config.parallel)()})
-        self._config = config
-        self._data = open_data(config, plan_training(config))
-        if not self._data.validation_domains:
-            raise UserError(
-                "leaves no text to choose a window by; leave out --search.",
-                key="data.validation_fraction",
-                value=config.data.validation_fraction,
-            )
-        self._ranks = Ranks()
-        self._local = build_local(config, find_device(device), self._ranks)
-
-    def loss(self, average: Average) -> float:
-        """Return the loss per held-out token, in nats."""
-        [model] = self._local.models
-        average.load(model)
-        metrics = evaluate(
-            self._local,
-            self._data,
-            self._ranks,
-            tokens=self._config.evaluation.tokens,
-            rows=self._config.batch.micro_batch,
-        )
-        return metrics["validation/loss"]
 
 
 def candidates(windows: Iterable[Window], shapes: Iterable[Shape]) -> Iterator[Candidate]:

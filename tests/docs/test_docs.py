@@ -84,7 +84,9 @@ def test_recipes_and_overrides_in_commands_are_valid(command: Command, newcomer:
     if command.answer.startswith("nemotron: "):
         return  # shown because it is wrong; its answer is compared below
     for key in {"recipe", "first", "second"} & given.keys():
-        if not re.fullmatch(r"runs/[\w-]+(/recipe\.yaml)?|RECIPE", str(given[key])):
+        if given[key] is not None and not re.fullmatch(
+            r"runs/[\w-]+(/recipe\.yaml)?|RECIPE", str(given[key])
+        ):
             load_recipe(given[key], given.get("overrides") or [])
 
 

@@ -1,0 +1,61 @@
+"""A model on the held-out text of a recipe: loss, perplexity and bits per byte, by domain."""
+
+from typing import Any
+
+from nemotron.device import find_device
+from nemotron.errors import UserError
+from nemotron.model.config import ModelConfig
+from nemotron.model.hybrid import HybridLM
+from nemotron.parallel.runtime import Ranks
+from nemotron.train.config import TextConfig
+from nemotron.train.pretraining import open_data
+from nemotron.train.schedule import plan_training
+from nemotron.train.trainer import build_local
+from nemotron.train.validation import evaluate
+
+
+class HeldOut:
+    """Held-out text, and a model whose weights the caller fills in."""
+
+    def __init__(self, config: TextConfig, device: str, model: ModelConfig | None = None) -> None:
+        """Open the text of a recipe, and build its model or the given one.
+
+        Raises:
+            UserError: when the text is unfit for the model, or none of it is held out.
+        """
+        self._config = _in_one_process(config, model or config.model)
+        self.data = open_data(self._config, plan_training(config))
+        if not self.data.validation_domains:
+            raise UserError(
+                "holds nothing out, and there is no data.validation; set one of them.",
+                key="data.validation_fraction",
+                value=config.data.validation_fraction,
+            )
+        self._ranks = Ranks()
+        self._local = build_local(self._config, find_device(device), self._ranks)
+
+    @property
+    def model(self) -> HybridLM:
+        """The model, without weights until they are copied into it."""
+        return self._local.models[0]
+
+    def metrics(self) -> dict[str, float]:
+        """Return what the trainer logs of a validation, under the same names."""
+        return evaluate(
+            self._local,
+            self.data,
+            self._ranks,
+            tokens=self._config.evaluation.tokens,
+            rows=self._config.batch.micro_batch,
+        )
+
+
+def _in_one_process(config: TextConfig, model: ModelConfig) -> TextConfig:
+    """Return the recipe without layout and adapters, which weights have merged."""
+    changes: dict[str, Any] = {"model": model}  # Any: sections of a recipe
+    for section in ("parallel", "tune"):
+        if section in type(config).model_fields:
+            changes[section] = (
+                type(config).model_fields[section].get_default(call_default_factory=True)
+            )
+    return config.model_copy(update=changes)
