@@ -102,19 +102,36 @@ def read_regular(path: Path, most: int = LARGEST_SMALL_FILE) -> bytes:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Replace or create `path`: a reader finds the old content or all of the new one."""
-    descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    """Replace or create `path`: a reader finds the old content or all of the new one.
+
+    Raises:
+        OSError: naming `path`, when the file system refuses.
+    """
+    with naming(path):
+        descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+        try:
+            with open(descriptor, "wb") as file:
+                # mkstemp makes the file private; give it the rights that open() would have given.
+                os.fchmod(file.fileno(), 0o666 & ~_umask())
+                file.write(content)
+                sync(file)
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+        sync_folder(path.parent)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name a file in an error about it, in place of none or of its temporary name."""
     try:
-        with open(descriptor, "wb") as file:
-            # mkstemp makes the file private; give it the rights that open() would have given.
-            os.fchmod(file.fileno(), 0o666 & ~_umask())
-            file.write(content)
-            sync(file)
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOENT and path.parent.is_dir():  # as in /proc
+            raise PermissionError(errno.EACCES, "the folder takes no files", str(path)) from None
+        error.filename = str(path)
         raise
-    sync_folder(path.parent)
 
 
 def write_text(path: Path, content: str) -> None:

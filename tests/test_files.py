@@ -34,6 +34,21 @@ def test_a_write_that_fails_leaves_the_old_content(tmp_path: Path, monkeypatch):
     assert os.listdir(tmp_path) == ["state.json"]
 
 
+def test_an_error_names_the_file_and_not_its_temporary_name(tmp_path: Path):
+    path = tmp_path / "answers"
+    program = (
+        "import resource, sys, pathlib; from nemotron.files import write_bytes\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))\n"
+        "try: write_bytes(pathlib.Path(sys.argv[1]), b'x' * 11)\n"
+        "except OSError as error: print(error.filename, error.strerror)"
+    )
+    done = subprocess.run([sys.executable, "-c", program, path], capture_output=True, text=True)
+    assert done.stdout == f"{path} File too large\n"
+    with pytest.raises(PermissionError) as caught:
+        write_bytes(Path("/proc/answers"), b"")
+    assert caught.value.filename == "/proc/answers"
+
+
 def test_a_written_file_has_the_rights_of_an_ordinary_one(tmp_path: Path):
     (tmp_path / "ordinary").touch()
     write_bytes(tmp_path / "ours", b"")

@@ -24,8 +24,10 @@ class Acceptance:
     accepted_at: Counter[int] = field(default_factory=Counter)
     histogram: Counter[int] = field(default_factory=Counter)
     """Passes by the tokens that they brought, those without drafts included."""
-    answer_lengths: list[float] = field(default_factory=list)
-    """Tokens for each pass, of each answer that has ended."""
+    num_answers: int = 0
+    """Those that have ended and had a pass."""
+    sum_of_lengths: float = 0.0
+    """Tokens for each pass, added up over these answers."""
 
     def count(self, done: DraftedPass) -> None:
         """Count a pass."""
@@ -41,7 +43,8 @@ class Acceptance:
         """Count an answer; one that ended with its first token had no pass."""
         if passes:
             tokens = sum(done.num_accepted + 1 for done in passes)
-            self.answer_lengths.append(tokens / len(passes))
+            self.num_answers += 1
+            self.sum_of_lengths += tokens / len(passes)
 
     @property
     def length(self) -> float:
@@ -51,7 +54,7 @@ class Acceptance:
     @property
     def mean_answer_length(self) -> float:
         """Tokens that a pass of an answer brings, over all answers (specdec_bench's form)."""
-        return sum(self.answer_lengths) / max(len(self.answer_lengths), 1)
+        return self.sum_of_lengths / max(self.num_answers, 1)
 
     @property
     def rate(self) -> float:

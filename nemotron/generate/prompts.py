@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nemotron.errors import UserError
-from nemotron.files import parse_json, sync, try_lock
+from nemotron.files import naming, parse_json, sync, try_lock
 from nemotron.generate.request import Answer
 
 OWN_KEYS = ("line", "answer", "finish", "num_tokens")
@@ -74,6 +74,7 @@ class AnswerFile:
         Raises:
             UserError: when it may not be continued, holds anything else, or is being written.
         """
+        self._path = path
         if not resume and path.exists():
             raise UserError(f"{path} exists; give another name, or continue it with --resume.")
         try:
@@ -111,13 +112,17 @@ class AnswerFile:
 
     def write(self, prompt: PromptLine, answer: Answer) -> None:
         """Add the answer to the next prompt."""
-        self._file.write(answer_line(prompt, answer).encode() + b"\n")
-        self._file.flush()
+        with naming(self._path):
+            self._file.write(answer_line(prompt, answer).encode() + b"\n")
+            self._file.flush()
 
     def close(self) -> None:
         """Put the file onto the disk."""
-        sync(self._file)
-        self._file.close()
+        with naming(self._path):
+            try:
+                sync(self._file)
+            finally:
+                self._file.close()
 
 
 def answer_line(prompt: PromptLine, answer: Answer) -> str:

@@ -8,9 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
 
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
-
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import read_state
 from nemotron.data.fingerprint import Fingerprint, read_fingerprint
@@ -27,6 +24,7 @@ from nemotron.run.files import RunFiles
 from nemotron.run.metrics import read_metrics
 from nemotron.run.provenance import Provenance, read_provenance
 from nemotron.terminal import one_line
+from nemotron.yaml_text import parse_yaml
 
 Rows = list[tuple[str, object]]
 
@@ -126,9 +124,10 @@ def _recipe(run: RunFiles | None) -> Mapping[str, object]:
     if run is None or not run.recipe.is_file():
         return {}
     try:
-        read = YAML(typ="safe", pure=True).load(read_regular(run.recipe).decode())
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{run.recipe} is damaged: {str(error).splitlines()[0]}.") from None
+        text = read_regular(run.recipe).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{run.recipe} is damaged: {error}.") from None
+    read = parse_yaml(text, str(run.recipe), {})
     return read if isinstance(read, Mapping) else {}
 
 

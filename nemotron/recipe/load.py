@@ -19,8 +19,8 @@ from nemotron.recipe.read import Budget, Document, Path_, place_of, read_yaml
 from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
 from nemotron.recipe.stages import Stage, find_stage
-from nemotron.recipe.yaml_text import parse_yaml
 from nemotron.train.config import RunConfig, TextConfig
+from nemotron.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
     from nemotron.train.setup import Stage as TrainedStage

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from nemotron.errors import UserError
-from nemotron.recipe.yaml_text import Path_, parse_yaml
+from nemotron.yaml_text import Path_, parse_yaml
 
 MAX_FILES = 64
 """Files that one recipe may consist of, a file counted as often as it is named."""

@@ -76,14 +76,14 @@ def list_runs(folder: Path) -> int:
 
 def _find(folder: Path, depth: int) -> Iterator[RunFiles]:
     """Yield the runs at or below a folder; links are not followed."""
-    if is_run(files := RunFiles(folder)):
-        yield files
+    try:
+        if is_run(files := RunFiles(folder)):
+            yield files
+            return
+        inner = sorted(Path(entry.path) for entry in os.scandir(folder) if _is_folder(entry))
+    except OSError:  # a folder of somebody else, below the one that was named
         return
     if depth == DEEPEST:
-        return
-    try:
-        inner = sorted(Path(entry.path) for entry in os.scandir(folder) if _is_folder(entry))
-    except OSError:
         return
     for path in inner:
         yield from _find(path, depth + 1)

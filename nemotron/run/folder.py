@@ -12,7 +12,6 @@ from types import TracebackType
 from typing import Any
 
 from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from nemotron.checkpoint.manifest import steps
@@ -22,6 +21,7 @@ from nemotron.parallel.runtime import Ranks
 from nemotron.run.files import RunFiles
 from nemotron.run.lock import LOCK, FolderLock
 from nemotron.section import Section
+from nemotron.yaml_text import parse_yaml
 
 FREE_TO_CHANGE = (
     "name",
@@ -259,8 +259,8 @@ class RunFolder(RunFiles):
         if not self.recipe.exists():
             return []
         try:
-            read = YAML(typ="safe", pure=True).load(read_regular(self.recipe).decode())
-        except (YAMLError, UnicodeDecodeError):
+            read = parse_yaml(read_regular(self.recipe).decode(), str(self.recipe), {})
+        except (UserError, UnicodeDecodeError):
             read = None
         if not isinstance(read, dict):
             raise UserError(

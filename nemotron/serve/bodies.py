@@ -48,6 +48,15 @@ class Usage:
     prompt: int
     generated: int = 0
     reasoning: int = 0
+    drafts: int = 0
+    """Tokens that were guessed (speculative decoding)."""
+    accepted: int = 0
+
+    def push(self, piece: Piece) -> None:
+        """Count a piece of an answer."""
+        self.generated += piece.token is not None
+        self.drafts += piece.num_drafts
+        self.accepted += piece.num_accepted
 
     def body(self) -> Json:
         """Return them in OpenAI's form."""
@@ -55,7 +64,11 @@ class Usage:
             "prompt_tokens": self.prompt,
             "completion_tokens": self.generated,
             "total_tokens": self.prompt + self.generated,
-            "completion_tokens_details": {"reasoning_tokens": self.reasoning},
+            "completion_tokens_details": {
+                "reasoning_tokens": self.reasoning,
+                "accepted_prediction_tokens": self.accepted,
+                "rejected_prediction_tokens": self.drafts - self.accepted,
+            },
         }
 
 
@@ -83,7 +96,7 @@ class Completion:
         index = piece.prompt * self._samples + piece.sample
         choice = self._choices[index]
         begin = len(choice.text)
-        self.usage.generated += piece.token is not None
+        self.usage.push(piece)
         choice.text += piece.text
         choice.finish = piece.finish
         own = self._token_scores(choice, piece, begin)
@@ -159,7 +172,7 @@ class Chat(Completion):
     def push(self, piece: Piece) -> list[Json]:
         index, splitter = piece.sample, self._splitters[piece.sample]
         choice = self._choices[index]
-        self.usage.generated += piece.token is not None
+        self.usage.push(piece)
         self.usage.reasoning += piece.token is not None and splitter.is_reasoning
         # special tokens are not decoded as text, but these belong to the format
         mark = "" if piece.token is None else self._marks.get(piece.token, "")

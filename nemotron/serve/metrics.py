@@ -3,6 +3,7 @@
 from collections import Counter
 from collections.abc import Iterator
 
+from nemotron.generate.acceptance import Acceptance
 from nemotron.generate.engine import Engine
 from nemotron.serve.worker import Worker
 
@@ -77,6 +78,7 @@ class Metrics:
 def _engine_values(engine: Engine) -> dict[str, tuple[str, str, int]]:
     cache, scheduler = engine.cache, engine.scheduler
     used = sum(map(len, cache.tables))
+    drafts = Acceptance() if engine.speculator is None else engine.speculator.acceptance
     return {
         "slots": ("gauge", "Slots for answers.", len(cache.lengths)),
         "slots_free": ("gauge", "Slots without an answer.", cache.num_free_slots),
@@ -84,4 +86,10 @@ def _engine_values(engine: Engine) -> dict[str, tuple[str, str, int]]:
         "answers_running": ("gauge", "Answers with a slot.", len(scheduler.running)),
         "answers_waiting": ("gauge", "Answers that wait for a slot.", len(scheduler.waiting)),
         "preemptions_total": ("counter", "Answers that lost their slot.", scheduler.num_preempted),
+        "draft_tokens_total": ("counter", "Guesses at tokens.", drafts.num_drafts),
+        "accepted_tokens_total": (
+            "counter",
+            "Guesses that were right.",
+            drafts.num_accepted,
+        ),
     }

@@ -27,6 +27,9 @@ class Piece:
     top: Sequence[TokenScore]
     """The likeliest tokens in its place, where they were asked for."""
     finish: Finish | None
+    num_drafts: int = 0
+    """Tokens that were guessed for the whole answer; with its end only."""
+    num_accepted: int = 0
 
 
 class Ended(Exception):
@@ -189,6 +192,7 @@ class Worker:
         wanted = request.stream.requests[request.place].logprobs and event.token is not None
         logprob = event.answer.raw_logprobs[event.place] if wanted else None
         top = event.answer.top_logprobs[event.place] if wanted else ()
+        passes = event.answer.passes if event.finish is not None else ()
         if event.finish is not None:
             request.num_left -= 1
             if not request.num_left:
@@ -197,6 +201,8 @@ class Worker:
             Piece(
                 *(request.place, event.sample, event.token, event.text),
                 *(logprob, top, event.finish),
+                num_drafts=sum(done.num_drafts for done in passes),
+                num_accepted=sum(done.num_accepted for done in passes),
             )
         )
 

@@ -191,6 +191,7 @@ def test_a_reference_stays_as_it_was_when_the_run_goes_on(folder: Path) -> None:
     assert abs(losses[0]) < 1e-6 < losses[1]
 
 
+@pytest.mark.slow
 def test_a_teacher_gives_every_token_its_advantage(folder: Path) -> None:
     teacher = f"teacher={folder / 'runs' / 'two'}"
     command = ["train", str(folder / "two.yaml"), teacher, "schedule.total_steps=1"]

@@ -11,7 +11,7 @@ from nemotron.cli import run
 from nemotron.divisors import divisors, nearest
 from nemotron.errors import UserError
 from nemotron.recipe.load import load_recipe
-from nemotron.recipe.yaml_text import parse_yaml
+from nemotron.yaml_text import parse_yaml
 
 ROOT = Path(__file__).parents[2]
 SMOKE = str(ROOT / "recipes/tiny/smoke.yaml")

@@ -8,6 +8,7 @@ import pytest
 
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.generate.engine import Engine
+from nemotron.generate.speculate import Speculation
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.serve.conversation import ChatFormat
@@ -51,8 +52,11 @@ def start(model: HybridLM, tokenizer: Tokenizer) -> Iterator[Start]:
 
     ends = []
 
-    def begin(key: str | None = None, limits: Limits = LIMITS) -> Running:
-        worker = Worker(Engine(model, {3}, tokenizer=tokenizer, slots=8))
+    def begin(
+        key: str | None = None, limits: Limits = LIMITS, speculation: Speculation | None = None
+    ) -> Running:
+        engine = Engine(model, {3}, tokenizer=tokenizer, slots=8, speculation=speculation)
+        worker = Worker(engine)
         chat = ChatFormat.of(tokenizer, None)
         # the record of the translator cannot be changed, its list can
         forms = JsonForms(tokenizer, tokenizer.vocab_size, frozenset({3, *chat.stop_ids}))

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from nemotron.generate.speculate import Speculation
 from tests.support.serving import KEY, Running, Start
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -109,6 +110,21 @@ def test_an_answer_arrives_with_its_reasoning_folded(visitor: Visitor):
     visitor.ask("Again?")
     visitor.wait_for_end()
     assert len(visitor.sent[-1]["messages"]) == 1
+
+
+def test_guesses_are_shown_beside_the_speed(browser: Any, start: Start):
+    page = browser.new_page()
+    running = start(speculation=Speculation(source="lookup"))
+    visitor = Visitor(page, running)
+    running.answers.append("</think>" + "one two three " * 20 + "<|im_end|>")
+    visitor.ask("Count.")
+    visitor.wait_for_end()
+    shown = page.locator("#speed").inner_text()
+    share, guesses = re.search(r", (\d+) % of (\d+) guesses right$", shown).groups()  # type: ignore[union-attr]
+    assert int(guesses) > 0
+    assert 0 < int(share) <= 100
+    assert not visitor.faults
+    page.close()
 
 
 WATCH = """() => {

@@ -12,6 +12,7 @@ from nemotron.run.signals import StopRequest
 from nemotron.train.config import PretrainConfig
 from nemotron.train.loop import loop
 from nemotron.train.pretraining import open_data, validate
+from nemotron.train.profile import Profiler
 from nemotron.train.reliability.replicas import ReplicasDiffer
 from nemotron.train.setup import Setup
 from nemotron.train.trainer import Trainer
@@ -27,7 +28,8 @@ def run_loop(trainer: Trainer, notes: "Notes", num_steps: int) -> None:
     data = open_data(trainer.config, trainer.plan)
     validate_all = (lambda: validate(trainer, data)) if data.validation_domains else None
     setup = Setup(trainer, data, validate_all)
-    loop(setup, notes, NothingSaved(), StopRequest(num_steps))
+    profiler = Profiler(trainer, trainer.config.run_path)
+    loop(setup, notes, NothingSaved(), StopRequest(num_steps), profiler)
 
 
 def skips(values: dict[str, Any], num_steps: int) -> list[tuple[str | None, bool]]:
