@@ -57,8 +57,10 @@ def _of_llama_cpp(config: ModelConfig) -> Iterator[Limit]:
     pattern = config.hybrid_override_pattern
     if config.vocab_size % STRIDE:
         yield Limit("llama.cpp", f"vocab_size = {config.vocab_size} is no multiple of {STRIDE}")
-    if "E" in pattern and "-" in pattern:
-        yield Limit("llama.cpp", "the pattern has both E and - layers")
+    if not {"M", "*"} <= set(pattern):
+        yield Limit("llama.cpp", "the pattern lacks M or * layers; its cache wants both")
+    if "-" in pattern and "E" in pattern + config.mtp_pattern:
+        yield Limit("llama.cpp", "the patterns have both E and - layers")
     if "M" in pattern and not config.use_conv_bias:
         yield Limit("llama.cpp", "use_conv_bias = false; it wants the bias")
     if config.mtp_pattern not in ("", "*E"):

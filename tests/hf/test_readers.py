@@ -17,6 +17,11 @@ SMOKE = str(Path(__file__).parents[2] / "recipes/tiny/smoke.yaml")
         ([], None),
         (["model.moe_intermediate_size=30"], "transformers: experts of a width that 8 does not"),
         (["model.vocab_size=4097"], "llama.cpp: vocab_size = 4097 is no multiple of 8"),
+        (["model.hybrid_override_pattern=MEME"], "llama.cpp: the pattern lacks M or * layers"),
+        (
+            ["model.hybrid_override_pattern=M-*-", "model.intermediate_size=40"],
+            "llama.cpp: the patterns have both E and - layers",
+        ),
         (["model.mtp_hybrid_override_pattern=EE"], "llama.cpp: the pattern of multi-token"),
         (["model.use_conv_bias=false"], "llama.cpp: use_conv_bias = false"),
         (
@@ -35,8 +40,10 @@ def test_recipe_check_says_which_programs_an_export_is_not_for(
     assert words is None or notes[0].startswith(f"note: an export is not for {words}")
 
 
-def test_both_kinds_of_layers_are_named():
-    assert any("both E and - layers" in str(limit) for limit in limits(build_config()))
+@pytest.mark.parametrize(("pattern", "words"), [("ME*-", "both E and -"), ("*E*", "lacks M or *")])
+def test_layers_that_llama_cpp_does_not_combine_are_named(pattern: str, words: str):
+    config = build_config(hybrid_override_pattern=pattern)
+    assert any(words in str(limit) for limit in limits(config))
 
 
 def test_transformers_fails_on_such_experts_and_takes_them_as_the_note_says(exported: Path):
