@@ -125,10 +125,9 @@ def test_speculation_changes_no_text_and_says_what_was_accepted(
     model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = expected_text(model, tokenizer, "The first", 30)
-    code = generate(
-        model, tokenizer, ["The first"], Sampling(1.0, seed=9), max_new_tokens=30, stream=True,
-        speculation=Speculation("lookup"), device="cpu",
-    )  # fmt: skip
+    guesses = Speculation("lookup")
+    wanted = Continuation(Sampling(1.0, seed=9), 30, speculation=guesses, device="cpu")
+    code = generate(model, tokenizer, ["The first"], wanted, stream=True)
     output = capsys.readouterr()
     assert (code, output.out) == (0, expected + "\n")
     assert "tokens a pass" in output.err

@@ -36,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "evaluation_tasks": 4,
             "reasoning_budget": 3,
             "truncated": "keep",
+            "verify_timeout_s": 100.0,  # a busy machine takes its time
         },
         "batch": {"global_tokens": 4 * 95, "micro_batch": 4},
         "schedule": {"kind": "constant", "peak": 1e-3, "total_steps": 2},

@@ -31,6 +31,7 @@ def build(folder: Path, name: str, **parallel: int) -> RlConfig:
                 "max_new_tokens": 12,
                 "evaluation_tasks": 3,
                 "truncated": "keep",
+                "verify_timeout_s": 100.0,  # a busy machine takes its time
             },
             "advantage": {"baseline": "none", "scale": "none"},
             "batch": {"global_tokens": 36 * 255, "micro_batch": 2},

@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
@@ -49,9 +50,9 @@ def test_gradients_belong_to_the_layer_of_their_forward_pass():
 
         @staticmethod
         def backward(ctx, grad):
-            for _ in range(30):
-                torch.linalg.matrix_exp(torch.ones(60, 60))
-            return grad
+            # by far the longest, also on a machine that is busy with something else
+            time.sleep(1.0)
+            return grad + torch.linalg.matrix_exp(torch.ones(60, 60)).sum() * 0
 
     inputs = torch.ones(4, requires_grad=True)
     with torch.profiler.profile() as recorded:
