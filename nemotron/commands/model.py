@@ -9,6 +9,7 @@ import typer
 from nemotron.commands.answers import AnswerOptions
 from nemotron.commands.decoding import DecodingOptions
 from nemotron.commands.shared import CommandGroup, Device, Model, Overrides
+from nemotron.merge.coefficients import EMA_DECAY
 
 app = CommandGroup()
 
@@ -213,7 +214,7 @@ def merge(
     ] = None,
     ema_decay: Annotated[
         float, typer.Option(help="Factor from a checkpoint to the one before it (shape ema).")
-    ] = 0.8,
+    ] = EMA_DECAY,
     search: Annotated[
         bool, typer.Option("--search", help="Choose the window and shape by validation loss.")
     ] = False,

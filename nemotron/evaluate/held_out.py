@@ -27,7 +27,7 @@ class HeldOut:
         self.data = open_data(self._config, plan_training(config))
         if not self.data.validation_domains:
             raise UserError(
-                "holds nothing out, and there is no data.validation; set one of them.",
+                "holds nothing out, and data.validation is empty; set one of them.",
                 key="data.validation_fraction",
                 value=config.data.validation_fraction,
             )

@@ -24,7 +24,7 @@ class Average:
     def __init__(self, window: Window, coefficients: Sequence[float]) -> None:
         self.window = window
         self.coefficients = tuple(coefficients)
-        self._readers = [one.source.reader() for one in window]
+        self._readers = [one.reader for one in window]
 
     def names(self) -> dict[str, Tensor]:
         """Return parameters and buffers of the model, without memory behind them."""

@@ -13,7 +13,7 @@ from nemotron.checkpoint.manifest import (
 )
 from nemotron.checkpoint.read import read_model_config, read_state
 from nemotron.errors import UserError
-from nemotron.hf.source import CheckpointSource
+from nemotron.hf.source import CheckpointSource, TensorReader
 from nemotron.run.files import RunFiles
 
 
@@ -22,6 +22,7 @@ class Trained:
     """A whole checkpoint of a run, and the tokens that the run had consumed then."""
 
     source: CheckpointSource
+    reader: TensorReader
     tokens: int
 
     @property
@@ -133,7 +134,8 @@ def _open(info: CheckpointInfo) -> Trained:
             f"{info.folder} was not trained here, so the tokens between it and others are unknown; "
             "give a run that was trained."
         )
-    return Trained(CheckpointSource(info, read_model_config(info)), state.trainer.tokens)
+    source = CheckpointSource(info, read_model_config(info))
+    return Trained(source, source.reader(), state.trainer.tokens)
 
 
 def _check_alike(checkpoints: list[Trained]) -> None:

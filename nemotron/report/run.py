@@ -96,7 +96,7 @@ def read_run(path: Path) -> Run:
     """Read a run; what is damaged is left out, with a sentence in `problems`.
 
     Raises:
-        UserError: when there is no run.
+        UserError: when the folder does not contain a run.
     """
     files = find_run(path)
     run = Run(files, files.path.name, RunStatus("new"))

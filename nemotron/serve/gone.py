@@ -23,8 +23,8 @@ async def while_connected(request: Request, work: Awaitable[T]) -> T:
 class EventStream(Response):
     """Sends server-sent events as they come, and closes their source when the client leaves.
 
-    Then `left` is called; that a client leaves is no error. One that reads nothing for `stall_s`
-    seconds has left.
+    Then `left` is called; a client that leaves does not raise an error. One that reads nothing
+    for `stall_s` seconds has left.
     """
 
     media_type = "text/event-stream"

@@ -25,7 +25,7 @@ def browser() -> Iterator[Any]:
     with playwright.sync_playwright() as driver:
         path = next(filter(None, map(shutil.which, NAMES)), driver.chromium.executable_path)
         if not os.path.exists(path):
-            pytest.skip("there is no Chromium; python -m playwright install chromium brings one")
+            pytest.skip("Chromium is missing; python -m playwright install chromium gets one")
         # the sandbox of Chromium refuses to be root
         words = ["--no-sandbox"] if os.getuid() == 0 else []
         browser = driver.chromium.launch(executable_path=path, args=words)

@@ -52,7 +52,7 @@ def test_gradients_belong_to_the_layer_of_their_forward_pass():
         def backward(ctx, grad):
             # by far the longest, also on a machine that is busy with something else
             time.sleep(1.0)
-            return grad + torch.linalg.matrix_exp(torch.ones(60, 60)).sum() * 0
+            return grad
 
     inputs = torch.ones(4, requires_grad=True)
     with torch.profiler.profile() as recorded:
