@@ -13,7 +13,7 @@ StoredFormat = Literal["fp8", "nvfp4"]
 class LinearScales:
     """The format of a linear layer and its fixed scales, as ModelOpt's exports store them.
 
-    A weight of NVFP4 is `nibble * weight_scale * weight_scale_2`, one of FP8 `value * weight_scale`.
+    A weight is `nibble * weight_scale * weight_scale_2` in NVFP4, `value * weight_scale` in FP8.
     Source: modelopt/torch/export/unified_export_hf.py of NVIDIA/Model-Optimizer.
     """
 
