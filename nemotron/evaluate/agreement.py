@@ -25,6 +25,12 @@ class Agreement:
     """Share of the tokens for which both find the same one likeliest."""
     tokens: int
 
+    def __str__(self) -> str:
+        return (
+            f"KL {self.kl:.6f} nats a token  same likeliest token {self.top1:.2%}  "
+            f"{self.tokens} tokens"
+        )
+
 
 @torch.no_grad()
 def agreement(model: HybridLM, reference: HybridLM, batches: Iterable[Batch]) -> Agreement:

@@ -8,6 +8,8 @@ from typing import Any, Literal
 from nemotron.errors import UserError
 from nemotron.posttrain.demonstrations import TaskSet
 from nemotron.posttrain.environments.gym_sets import CHOSEN
+from nemotron.posttrain.environments.long_context import LONGEST
+from nemotron.posttrain.environments.long_tasks import KINDS, NEEDLES
 from nemotron.posttrain.environments.registry import ENVIRONMENTS
 
 LIKELIHOOD = "_likelihood"
@@ -28,6 +30,8 @@ class SuiteTask:
     options: dict[str, Any] = field(default_factory=dict)
     """What the environment is made with."""
     method: Literal["generate", "likelihood"] = "generate"
+    rows: int | None = None
+    """Of the task, where that is another number than for all."""
 
     @property
     def key(self) -> str:
@@ -55,31 +59,55 @@ OFFLINE = "offline"
 NAMES = (*SUITES, OFFLINE, RULER, PERPLEXITY)
 
 
-def find_tasks(names: Sequence[str]) -> list[SuiteTask]:
-    """Return the tasks of suites, environments (`NAME` or `NAME@LEVEL`), each once.
+def find_tasks(names: Sequence[str], tokenizer: str = "embedded") -> list[SuiteTask]:
+    """Return the tasks of suites and environments (`NAME` or `NAME@LEVEL`), each once.
 
-    Those of `ruler` and `perplexity` are not among them.
+    Those of `ruler` and `perplexity` are not among them. `tokenizer` counts the length of texts:
+    `embedded`, or the path of a `tokenizer.json`.
 
     Raises:
         UserError: when a name is unknown.
     """
-    found = {task.name: task for name in names for task in _tasks(name)}
+    found = {task.name: task for name in names for task in _tasks(name, tokenizer)}
     return list(found.values())
 
 
-def _tasks(name: str) -> Iterator[SuiteTask]:
+def _tasks(name: str, tokenizer: str) -> Iterator[SuiteTask]:
     if name in (RULER, PERPLEXITY):
         return
-    if name == OFFLINE:
-        for own in SUITES.values():
-            yield from map(read_task, own)
-    elif name in SUITES:
-        yield from map(read_task, SUITES[name])
-    else:
-        yield read_task(name)
+    parts = sum(SUITES.values(), ()) if name == OFFLINE else SUITES.get(name, (name,))
+    for part in parts:
+        yield read_task(part, tokenizer)
 
 
-def read_task(text: str) -> SuiteTask:
+def ruler_tasks(
+    lengths: Sequence[int], depths: Sequence[float], tokenizer: str, rows: int
+) -> list[SuiteTask]:
+    """Return tasks for each kind of long text, length in tokens, and depth of what is sought.
+
+    A depth is a share of the text; only needles have one.
+
+    Raises:
+        UserError: when a length or depth is impossible.
+    """
+    for key, values, limits in (("lengths", lengths, (64, LONGEST)), ("depths", depths, (0, 1))):
+        for value in values:
+            if not limits[0] <= value <= limits[1]:
+                raise UserError(f"must lie in {limits[0]} … {limits[1]}.", key=key, value=value)
+    return [
+        SuiteTask(
+            f"{RULER}.{kind}.{length}" + ("" if depth is None else f".{depth:g}"),
+            "long_context",
+            options={"kinds": [kind], "tokens": length, "depth": depth, "tokenizer": tokenizer},
+            rows=rows,
+        )
+        for length in dict.fromkeys(lengths)
+        for kind in KINDS
+        for depth in (dict.fromkeys(depths) if kind in NEEDLES else (None,))
+    ]
+
+
+def read_task(text: str, tokenizer: str = "embedded") -> SuiteTask:
     """Read `NAME`, `NAME@LEVEL`, `reasoning_gym.SET@LEVEL` or `mcqa_likelihood@LEVEL`.
 
     Raises:
@@ -96,5 +124,7 @@ def read_task(text: str) -> SuiteTask:
         hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(known)}."
         raise UserError(f"is unknown; {hint}", key="suite", value=text)
     name = f"{given.environment}@{given.level:g}"
-    options = {"datasets": [part]} if part else {}
+    options: dict[str, Any] = {"datasets": [part]} if part else {}
+    if environment == "long_context":
+        options = {"tokenizer": tokenizer}
     return SuiteTask(name, environment, given.level, options, method)
