@@ -18,6 +18,8 @@ class RunFiles:
         self.experts = path / "experts.json"
         """Load and bias of every expert, as they were at a step."""
         self.rollouts = path / "rollouts"
+        self.suites = path / "suites"
+        """Answers to the tasks of suites."""
         self.checkpoints = path / "checkpoints"
         self.companions = path / "hf"
         """Small files that take the place of an export's own."""

@@ -70,7 +70,7 @@ class Suites:
         Raises:
             UserError: when a task cannot run here, or nothing is left.
         """
-        self.settings, self._prompts = settings, prompts
+        self.settings, self.prompts = settings, prompts
         self.tasks: list[SuiteTask] = []
         self.left_out: dict[str, str] = {}
         self.environments: dict[str, Environment] = {}
@@ -141,7 +141,7 @@ class Suites:
         """
         [row] = self._make(task, environment, 1)
         try:
-            if params_of(row).get("tools") and not self._prompts.is_chat:
+            if params_of(row).get("tools") and not self.prompts.is_chat:
                 raise UserError(
                     "offers tools, which need the chat format; ask a chat model, or leave it out.",
                     key="suite",
@@ -153,4 +153,4 @@ class Suites:
 
     def _prompt(self, row: Row) -> tuple[int, ...]:
         tools = params_of(row).get("tools") or ()
-        return self._prompts.write(messages_of(row), tools)
+        return self.prompts.write(messages_of(row), tools)
