@@ -8,7 +8,14 @@ from nemotron.data.chat.template import TURN_END
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
 from nemotron.posttrain.config import RlConfig
-from nemotron.posttrain.environments.base import BadRow, Row, messages_of, params_of
+from nemotron.posttrain.contents import Contents
+from nemotron.posttrain.environments.base import (
+    BadRow,
+    ReadsFile,
+    Row,
+    messages_of,
+    params_of,
+)
 from nemotron.posttrain.environments.registry import find_environment
 from nemotron.posttrain.prompts import Prompts
 from nemotron.posttrain.suites.examine import Item
@@ -50,6 +57,18 @@ class Tasks:
     def options(self) -> dict[str, dict[str, object]]:
         """What each environment is made with."""
         return {entry.name: entry.options for entry in self._rollout.environments}
+
+    def contents(self) -> Contents:
+        """Return the hashes of the files that environments read their rows from.
+
+        Raises:
+            UserError: when one of them cannot be read.
+        """
+        found: Contents = {}
+        for environment in self.environments.values():
+            if isinstance(environment, ReadsFile):
+                found |= environment.contents()
+        return found
 
     @property
     def has_conversations(self) -> bool:
