@@ -1,5 +1,7 @@
 """CTC taken for each run of slots by itself, batched."""
 
+import itertools
+
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
@@ -24,7 +26,7 @@ def span_ctc(
 
     Source: Graves et al. 2006, "Connectionist Temporal Classification", section 4.1.
     """
-    runs, num_slots, _ = logprobs.shape
+    num_slots = logprobs.shape[1]
     width = 2 * targets.shape[1] + 1
     # the target with a blank before, between and after its tokens
     state = torch.arange(width, device=logprobs.device)
@@ -54,7 +56,7 @@ def _skips(targets: Int[Tensor, "R U"], width: int) -> Tensor:
 
 def slots_needed(target: list[int]) -> int:
     """Return the fewest slots that can write a target: a blank must part equal neighbors."""
-    return len(target) + sum(a == b for a, b in zip(target, target[1:], strict=False))
+    return len(target) + sum(a == b for a, b in itertools.pairwise(target))
 
 
 def collapse(path: list[int], blank: int) -> list[int]:

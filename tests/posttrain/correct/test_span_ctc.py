@@ -31,7 +31,9 @@ def enumerated(probabilities: Tensor, target: list[int]) -> float:
     total = 0.0
     for path in itertools.product(range(probabilities.shape[1]), repeat=len(probabilities)):
         if collapse(list(path), 0) == target:
-            total += float(torch.stack([row[i] for row, i in zip(probabilities, path)]).prod())
+            total += float(
+                torch.stack([row[i] for row, i in zip(probabilities, path, strict=True)]).prod()
+            )
     return total
 
 
