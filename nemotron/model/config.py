@@ -1,7 +1,7 @@
 """The architecture's numbers, under the names of Hugging Face's NemotronH configuration."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AllowInfNan, Field, model_validator
 
@@ -18,6 +18,19 @@ MAX_SIZE = 2**31
 MAX_LAYERS = 100_000
 MAX_TENSOR = 2**50
 """Bound of the elements of a matrix, or of all experts' matrices of a layer."""
+
+
+EditHead = Literal["duration", "edit", "candidate"]
+"""What is predicted of a token of a candidate, and `candidate`: of the candidate as a whole."""
+
+
+class CorrectionConfig(Section):
+    """What text correction adds to a model."""
+
+    candidates: int = Field(1, ge=1, le=16)
+    """Tokens that are read side by side at each place; with 1 nothing is added for them."""
+    heads: Annotated[tuple[EditHead, ...], Field(strict=False)] = ()
+    """Predictions of how a candidate must be changed."""
 
 
 class ModelConfig(Section):
@@ -106,6 +119,8 @@ class ModelConfig(Section):
     """Beginning-of-text token, written to the exported configuration."""
     eos_token_id: int = Field(2, ge=0)
     """End-of-text token: stops generation."""
+    correction: CorrectionConfig | None = None
+    """Several candidates at each place, and heads that judge them; absent: none."""
 
     @property
     def mamba_inner_size(self) -> int:
@@ -121,6 +136,16 @@ class ModelConfig(Section):
     def expert_input_size(self) -> int:
         """Width that a routed expert reads and writes: the latent's, or the hidden size."""
         return self.moe_latent_size or self.hidden_size
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens that are read side by side at each place."""
+        return 1 if self.correction is None else self.correction.candidates
+
+    @property
+    def edit_heads(self) -> tuple[EditHead, ...]:
+        """Predictions about candidates."""
+        return () if self.correction is None else tuple(dict.fromkeys(self.correction.heads))
 
     @property
     def mtp_pattern(self) -> str:

@@ -230,7 +230,17 @@ class ReliabilityConfig(Section):
 
 
 Part = Literal[
-    "embed", "mamba", "attention", "mlp", "router", "experts", "shared", "latent", "head", "mtp"
+    "embed",
+    "mamba",
+    "attention",
+    "mlp",
+    "router",
+    "experts",
+    "shared",
+    "latent",
+    "head",
+    "mtp",
+    "correction",
 ]
 """Parts of a model, as gradient norms are reported by."""
 

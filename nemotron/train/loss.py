@@ -126,7 +126,13 @@ def compute_sums(
 ) -> tuple[Float[Tensor, " terms"], list[RoutingStats]]:
     """Run a model on a micro-batch; returns the terms, and the statistics of its routers."""
     routing: list[RoutingStats] = []
-    hidden = model(batch.input_ids, batch.seq_idx, routing=routing, padding=batch.padding)
+    hidden = model(
+        batch.input_ids,
+        batch.seq_idx,
+        routing=routing,
+        padding=batch.padding,
+        candidates=batch.candidates,
+    )
     return objective.sums(model, hidden, batch, routing), routing
 
 
