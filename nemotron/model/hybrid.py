@@ -1,6 +1,7 @@
 """The language model: embedding, a stack of mixed layers, a head, and multi-token prediction."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,6 +14,7 @@ from nemotron.model.candidates import CandidateNet
 from nemotron.model.config import ModelConfig
 from nemotron.model.edit_heads import EditHeads
 from nemotron.model.init import init_weights
+from nemotron.model.language import LanguageExperts, Languages
 from nemotron.model.linear import Embedding, Head, Linear, RMSNorm
 from nemotron.model.router import RoutingStats
 
@@ -102,6 +104,9 @@ class HybridLM(nn.Module):
             self.candidates = CandidateNet(size, count)
         if config.edit_heads:
             self.edit_heads = EditHeads(size, count, config.edit_heads)
+        self.language = None
+        if config.language_experts is not None:
+            self.language = LanguageExperts(config.language_experts, size)
 
     def init_weights(self, seed: int) -> None:
         """Draw every parameter anew; the same seed gives the same tensors in any layout."""
@@ -115,26 +120,37 @@ class HybridLM(nn.Module):
         routing: list[RoutingStats] | None = None,
         padding: Bool[Tensor, "B T"] | None = None,
         candidates: Int[Tensor, "B T K"] | None = None,
+        languages: Languages | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the hidden states after the final norm; the head is applied by whoever needs it.
 
         `seq_idx` numbers the documents of a row, which then do not see each other. `cache` holds
         the rows' texts so far, which are continued. `routing` collects one entry per mixture layer,
         for training; it leaves out the positions that are `padding`. `candidates` are read in place
-        of `input_ids`, K at each place.
+        of `input_ids`, K at each place. `languages` is what is known of the tokens' language, where
+        experts belong to languages.
         """
         hidden = self.embed(input_ids, candidates)
         if cache is not None:
             cache.begin(input_ids.shape[1])
+        choice = language_loss = None
+        first = self.config.hybrid_override_pattern.find("E")
         for index, block in self.backbone.layers.named_children():
+            if self.language is not None and int(index) == first:
+                choice, language_loss = self.language.choose(hidden, languages, padding)
             state = cache.layers[int(index)] if cache is not None else None
             name = f"backbone.layers.{index}" if routing is not None else None
-            hidden, stats = block(hidden, seq_idx, state, name, padding)
+            hidden, stats = block(hidden, seq_idx, state, name, padding, choice)
+            if stats is not None and int(index) == first:
+                stats = replace(stats, language_loss_sum=language_loss)
             if stats is not None and routing is not None:
                 routing.append(stats)
         if cache is not None:
             cache.end(input_ids.shape[1])
-        return self.backbone.norm_f(hidden)
+        hidden = self.backbone.norm_f(hidden)
+        if self.language is not None and choice is not None:
+            hidden = self.language.add_linear(hidden, choice)
+        return hidden
 
     def embed(
         self, input_ids: Int[Tensor, "B T"], candidates: Int[Tensor, "B T K"] | None = None

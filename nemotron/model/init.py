@@ -71,6 +71,8 @@ def _draw(name: str, shape: torch.Size, config: ModelConfig, generator: torch.Ge
 
     if name == "candidates.weight":
         return mean_of(shape)
+    if name == "language.linear":
+        return torch.zeros(shape)
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "A_log":
         return uniform(1.0, 16.0).log_()

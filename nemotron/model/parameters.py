@@ -88,6 +88,8 @@ def by_kind(model: ModelConfig) -> dict[str, int]:
     counts["head"] = h + (0 if model.tie_word_embeddings else model.vocab_size * h)
     if added := correction_parameters(model):
         counts["correction"] = added
+    if added := language_parameters(model):
+        counts["language"] = added
     if model.mtp_pattern:
         counts["mtp"] = mtp_split(model).total
     return dict(counts.most_common())
@@ -96,6 +98,14 @@ def by_kind(model: ModelConfig) -> dict[str, int]:
 def correction_parameters(model: ModelConfig) -> int:
     """Return what candidates and edit heads add, which is whole on every rank of tp."""
     return _candidate_net(model) + _edit_heads(model)
+
+
+def language_parameters(model: ModelConfig) -> int:
+    """Return the gate over languages and the linear experts, which are whole on every rank."""
+    if model.language_experts is None:
+        return 0
+    h, count = model.hidden_size, len(model.language_experts.languages)
+    return count * h + (count * h * h if model.language_experts.linear else 0)
 
 
 def _candidate_net(model: ModelConfig) -> int:
@@ -119,8 +129,11 @@ def mtp_split(model: ModelConfig, tp: int = 1) -> Split:
 
 
 def embedding_split(model: ModelConfig) -> Split:
-    """Return the embedding and what joins candidates."""
-    return Split(cut=model.vocab_size * model.hidden_size, whole=_candidate_net(model))
+    """Return the embedding, what joins candidates, and what belongs to languages."""
+    return Split(
+        cut=model.vocab_size * model.hidden_size,
+        whole=_candidate_net(model) + language_parameters(model),
+    )
 
 
 def head_split(model: ModelConfig) -> Split:

@@ -88,6 +88,8 @@ def kind_of(name: str, config: ModelConfig) -> str:
         return "embed"
     if name.startswith(("candidates.", "edit_heads.")):
         return "correction"
+    if name.startswith("language."):
+        return "language"
     layer = re.match(r"backbone\.layers\.(\d+)\.(.*)", name)
     if layer is None:
         return "head"  # lm_head and the norm before it
@@ -140,6 +142,7 @@ def kinds(config: ModelConfig) -> list[str]:
     further = [
         *(["mtp"] if config.mtp_pattern else []),
         *(["correction"] if correction_parameters(config) else []),
+        *(["language"] if config.language_experts is not None else []),
     ]
     return ["embed", *parts, "head", *further]
 
