@@ -292,6 +292,9 @@ class ChatDataConfig(DataConfig):
     """Share of the conversations to hold out; a hash of each decides."""
     chat: ChatSetConfig = ChatSetConfig()
     """How conversations are read and rendered."""
+    mask_correct: float = Field(0.0, ge=0, lt=1)
+    """Share of the right tokens of a text to be corrected that are hidden in training, others in
+    each pass; for conversations from `nemotron data pairs --as chat`."""
 
 
 def check_lengths(lengths: Sequence[LengthConfig]) -> None:

@@ -12,7 +12,8 @@ from nemotron.data.correct.pairs import PairRow
 from nemotron.data.folder import open_source
 from nemotron.data.timeline import Phase, RowLength, Timeline
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
-from nemotron.files import write_json
+from nemotron.errors import UserError
+from nemotron.files import parse_json, write_json
 from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.local import LocalModel
@@ -196,6 +197,25 @@ class Validation:
             Errors(),
         )
         return sum(self.ranks.gather(found), Errors())
+
+
+def read_threshold(run: Path, config: CorrectConfig) -> float:
+    """Return the threshold of a run: that of its recipe, or the one that an evaluation found.
+
+    Raises:
+        UserError: when there is none.
+    """
+    if config.correct.threshold is not None:
+        return config.correct.threshold
+    path = RunFiles(run).threshold
+    try:
+        return float(parse_json(path.read_text())["threshold"])
+    except FileNotFoundError:
+        raise UserError(
+            f"{run} has found no threshold, because no pairs were held out; give --threshold."
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{path} is damaged; give --threshold.") from None
 
 
 def write_threshold(run: Path, value: float) -> None:
