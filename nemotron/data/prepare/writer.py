@@ -25,7 +25,8 @@ def id_type(vocab_size: int) -> np.dtype:
 class ShardWriter:
     """Writes a shard; its files appear when all is written.
 
-    A document is one sequence unless `end_sequence` divides it. Used as a context manager; when the block raises, nothing is left behind.
+    A document is one sequence unless `end_sequence` divides it. Used as a context manager; when the
+    block raises, nothing is left behind.
     """
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike, *, supervised: bool = False) -> None:
