@@ -157,12 +157,12 @@ def columns_of(
             elif j is not None:
                 between[-1][place].append(tokens[j])
     widths = [max(len(gaps[place]) for gaps in between) for place in range(num_anchors + 1)]
-    lines = [_line(*line, widths) for line in zip(matched, between, strict=True)]
+    lines = [_line(own, gaps, widths) for own, gaps in zip(matched, between, strict=True)]
     return Columns(anchor, tuple(lines))
 
 
 def _line(
-    matched: list[Token | None], between: list[list[Token]], widths: list[int]
+    matched: Sequence[Token | None], between: Sequence[Sequence[Token]], widths: list[int]
 ) -> tuple[Token | None, ...]:
     line: list[Token | None] = []
     for place, width in enumerate(widths):
