@@ -24,7 +24,9 @@ from nemotron.posttrain.objective import ADVANTAGE, OLD, REFERENCE, SAMPLED
 from nemotron.posttrain.rollout import Rollout, Sampler, rollout_lines
 from nemotron.posttrain.rows import Rows, pack_answers
 from nemotron.posttrain.scoring import score
-from nemotron.posttrain.tasks import Tasks
+from nemotron.posttrain.suites.examine import Drawing, examine
+from nemotron.posttrain.suites.results import summarize
+from nemotron.posttrain.tasks import Tasks, held_out_items
 from nemotron.run.files import RunFiles
 
 
@@ -124,17 +126,19 @@ class RolloutBatches:
 
     def evaluate(self) -> dict[str, float]:
         """Return the mean reward of the likeliest answers to held-out tasks, by environment."""
-        tasks = list(enumerate(self._tasks.held_out()))
-        with whole_model(self._local, self._ranks) as model:
-            own = self._sampler.evaluate(model, tasks[self._ranks.rank :: self._ranks.world])
-        found = [rollout for part in self._ranks.gather(own) for rollout in part]
-        found = [rollout for rollout in found if rollout.verdict.error is None]
-        values: dict[str, list[float]] = {}
-        for rollout in found:
-            values.setdefault(rollout.task.environment, []).append(rollout.verdict.reward)
-        every = [reward for rewards in values.values() for reward in rewards]
-        means = {f"validation/{name}/reward": float(np.mean(r)) for name, r in values.items()}
-        return means | ({"validation/reward": float(np.mean(every))} if every else {})
+        ranks, rollout = self._ranks, self._config.rollout
+        items = held_out_items(self._tasks)[ranks.rank :: ranks.world]
+        drawing = Drawing(verify_timeout_s=rollout.verify_timeout_s)
+        with whole_model(self._local, ranks) as model:
+            own = examine(self._sampler.answerer(model), self._sampler.verifiers, items, drawing)
+        samples = [sample for part in ranks.gather(own) for sample in part]
+        means = {
+            f"validation/{result.task}/reward": result.reward
+            for result in summarize(samples)
+            if result.reward is not None
+        }
+        judged = [s.verdict.reward for s in samples if s.verdict.error is None]
+        return means | ({"validation/reward": float(np.mean(judged))} if judged else {})
 
     def _begin(self, number: int, step: int) -> None:
         """Roll out, verify, score and compare a batch; all ranks then have all of it."""

@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -129,9 +130,10 @@ def test_evaluation_gives_rewards_by_budget(folder: Path, capsys) -> None:
         assert result["tasks"] == 4
         assert 0 <= result["reward"] <= 1
         assert f"reward {result['reward']:.3f}" in line
-    pytest.importorskip("matplotlib")
     assert run([*command, "--budget", "0", "--budget", "2", "--plot", str(plot)]) == 0
-    assert "<svg" in plot.read_text()
+    drawing = ElementTree.parse(plot).getroot()
+    assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "arith_chain" in "".join(drawing.itertext())
 
 
 @pytest.mark.parametrize(
