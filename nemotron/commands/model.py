@@ -8,6 +8,7 @@ import typer
 
 from nemotron.commands.answers import AnswerOptions
 from nemotron.commands.decoding import DecodingOptions
+from nemotron.commands.harness import HarnessOptions
 from nemotron.commands.shared import CommandGroup, Device, Model, Overrides
 from nemotron.merge.coefficients import EMA_DECAY
 
@@ -94,10 +95,19 @@ def evaluate(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="File of JSON to write.")] = None,
     device: Device = "auto",
+    *,
+    harness: HarnessOptions,
 ) -> int:
-    """Print loss, perplexity and bits per byte of a model on held-out text, by domain."""
+    """Print loss, perplexity and bits per byte of a model on held-out text, by domain.
+
+    With --lm-eval, print what it reaches on tasks of lm-evaluation-harness.
+    """
     from nemotron.evaluate.command import evaluate as run
 
+    if wanted := harness.wanted(recipe, overrides):
+        from nemotron.evaluate.harness_command import evaluate_tasks
+
+        return evaluate_tasks(model, wanted, out=out, device=device)
     return run(model, recipe, overrides or [], out=out, device=device)
 
 
