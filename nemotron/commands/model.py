@@ -8,7 +8,6 @@ import typer
 
 from nemotron.commands.answers import AnswerOptions
 from nemotron.commands.decoding import DecodingOptions
-from nemotron.commands.harness import HarnessOptions
 from nemotron.commands.shared import CommandGroup, Device, Model, Overrides
 from nemotron.commands.suites import SuiteOptions
 from nemotron.merge.coefficients import EMA_DECAY
@@ -101,21 +100,15 @@ def evaluate(
     device: Device = "auto",
     *,
     suites: SuiteOptions,
-    harness: HarnessOptions,
 ) -> int:
     """Print the loss of a model on held-out text by domain, or how well it solves tasks.
 
-    Overrides change the recipe of the text, such as evaluation.tokens=100000. With --lm-eval the
-    tasks are those of lm-evaluation-harness.
+    Overrides change the recipe of the text, such as evaluation.tokens=100000.
     """
     from nemotron.errors import UserError
     from nemotron.evaluate.command import Text, Wanted, evaluate_suites
     from nemotron.evaluate.command import evaluate as run
 
-    if tasks := harness.wanted(recipe, overrides):
-        from nemotron.evaluate.harness_command import evaluate_tasks
-
-        return evaluate_tasks(model, tasks, out=out, device=device)
     text = Text(recipe, overrides or ())
     if not suites.is_asked:
         if suites.resume:
