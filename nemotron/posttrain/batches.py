@@ -99,9 +99,26 @@ class RolloutBatches:
                 "with init_from."
             )
         check_contents(saved, self._contents, step)
+        if type(saved["rollout_batch"]) is not int:
+            raise UserError(f"rollout_batch in the checkpoint of step {step} is not a number.")
+        self._rollouts = self._read_rollouts(saved["rollouts"], step)
         self._number = saved["rollout_batch"]
-        self._rollouts = [Rollout.of_json(values) for values in saved["rollouts"]]
         self._metrics = batch_metrics(self._rollouts, self._config) if self._rollouts else {}
+
+    def _read_rollouts(self, saved: list[Any], step: int) -> list[Rollout]:  # Any: JSON
+        size = self._config.model.vocab_size
+        try:
+            found = [Rollout.of_json(values) for values in saved]
+            ids = (i for r in found for i in (*r.task.prompt, *r.tokens))
+            if not all(0 <= i < size for i in ids):
+                raise ValueError("an id is not in the vocabulary")
+        except (ValueError, TypeError) as error:
+            problem = str(error).splitlines()[0]
+            raise UserError(
+                f"the rollouts in the checkpoint of step {step} are damaged: {problem}; resume "
+                "from another one."
+            ) from None
+        return found
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return the figures of the rollout batch at hand."""

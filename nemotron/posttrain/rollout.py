@@ -1,10 +1,13 @@
 """Rollouts: answers of the policy to a batch of tasks, with their verdicts."""
 
 import dataclasses
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter
 
 from nemotron.generate.budget import ReasoningBudget
 from nemotron.generate.request import Answer
@@ -20,6 +23,8 @@ from nemotron.posttrain.verify import Verifiers
 @dataclass
 class Rollout:
     """One answer to a task, and all that is needed to learn from it or to verify it again."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     task: Task
     group: int
@@ -60,17 +65,23 @@ class Rollout:
         return json.dumps(self, default=vars, ensure_ascii=False)
 
     @classmethod
-    def of_json(cls, values: dict[str, Any]) -> "Rollout":
-        """Return what `as_line` wrote."""
-        task, response = values["task"], values["response"]
-        return cls(
-            **values
-            | {
-                "task": Task(**task | {"prompt": tuple(task["prompt"])}),
-                "response": Response(**response | {"output": tuple(response["output"])}),
-                "verdict": Verdict(**values["verdict"]),
-            }
-        )
+    def of_json(cls, values: Any) -> "Rollout":  # Any: whatever stands in a file of others
+        """Return what `as_line` wrote.
+
+        Raises:
+            ValueError: when a key is unknown, absent or of another type, or lists differ in length.
+        """
+        found = _adapter().validate_python(values)
+        scored = (found.old_logprobs, found.reference_logprobs, found.teacher_logprobs)
+        lengths = {len(found.logprobs), len(found.forced), *(len(x) for x in scored if x)}
+        if lengths != {len(found.tokens)}:
+            raise ValueError("lists of values of each token differ in length")
+        return found
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Rollout]:
+    return TypeAdapter(Rollout)
 
 
 class Sampler:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from nemotron.errors import Finding, UserError
+from nemotron.recipe import languages
 from nemotron.recipe.read import Idle, Path_, place_of
 from nemotron.recipe.stages import Stage
 from nemotron.train.config import RunConfig
@@ -42,7 +43,8 @@ def _is_default(section: BaseModel, path: Path_, default: BaseModel | None = Non
 def _findings(config: RunConfig, stage: Stage, given: set[str]) -> Iterator[Finding]:
     """Yield contradictions, then keys that were given a value of their own but change nothing."""
     yield from stage.impossible(config)
-    for conditions in (stage.idle(config), _idle(config)):
+    yield from languages.impossible(config)
+    for conditions in (stage.idle(config), languages.idle(config), _idle(config)):
         for idle in conditions:
             for key in idle.keys if idle.holds else ():
                 if key in given:

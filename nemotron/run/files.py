@@ -18,6 +18,8 @@ class RunFiles:
         self.experts = path / "experts.json"
         """Load and bias of every expert, as they were at a step."""
         self.rollouts = path / "rollouts"
+        self.threshold = path / "threshold.json"
+        """Where a corrector begins to take a token for wrong, as found on held-out pairs."""
         self.suites = path / "suites"
         """Answers to the tasks of suites."""
         self.checkpoints = path / "checkpoints"

@@ -139,6 +139,10 @@ class LossConfig(Section):
     """Factor of the mean multi-token-prediction loss over depths."""
     mtp_detach_heads: bool = False
     """Whether the multi-token-prediction loss leaves trunk, embedding and head untouched."""
+    lid_coeff: float = Field(0.1, ge=0)
+    """Factor of the cross entropy of the gate over languages (model.language_experts)."""
+    lid_oracle_steps: int = Field(0, ge=0)
+    """First steps in which the known language of a token chooses its experts, not the gate."""
 
 
 class SuitesConfig(Section):
@@ -264,7 +268,18 @@ class ReliabilityConfig(Section):
 
 
 Part = Literal[
-    "embed", "mamba", "attention", "mlp", "router", "experts", "shared", "latent", "head", "mtp"
+    "embed",
+    "mamba",
+    "attention",
+    "mlp",
+    "router",
+    "experts",
+    "shared",
+    "latent",
+    "head",
+    "mtp",
+    "correction",
+    "language",
 ]
 """Parts of a model, as gradient norms are reported by."""
 
@@ -394,6 +409,11 @@ class TextConfig(RunConfig):
     def num_depths(self) -> int:
         """Depths of multi-token prediction that are trained: none without such a block."""
         return self.loss.mtp_num_depths if self.model.mtp_pattern else 0
+
+    @property
+    def knows_languages(self) -> bool:
+        """Whether experts belong to languages, and the data says which tokens are of which."""
+        return self.model.language_experts is not None and self.data.language_of == "source"
 
 
 class PretrainConfig(TextConfig):

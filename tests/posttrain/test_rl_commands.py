@@ -167,9 +167,18 @@ def test_verdicts_that_changed_are_counted(folder: Path, tmp_path: Path, capsys)
     assert "8 rollouts  1 changed" in capsys.readouterr().out
     again = json.loads((tmp_path / path.name).read_text().splitlines()[0])
     assert again["verdict"]["reward"] == right
-    path.write_text("{}\n")
-    assert run(["rl", "reverify", str(home)]) == 2
-    assert f"{path}:1 is not a rollout" in capsys.readouterr().err
+    stranger = changed | {"task": changed["task"] | {"row": {}}}
+    for damaged in (
+        b"{}",
+        b"[1]",
+        b"\x94",
+        b"[" * 9999,
+        json.dumps(changed | {"logprobs": []}).encode(),
+        json.dumps(stranger).encode(),
+    ):
+        path.write_bytes(first.encode() + damaged)
+        assert run(["rl", "reverify", str(home)]) == 2
+        assert f"{path}:2 is not a rollout" in capsys.readouterr().err
     path.write_text(stored)
 
 
