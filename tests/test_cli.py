@@ -54,6 +54,7 @@ def test_these_are_the_commands():
         "data tokenizer",
         "score",
         "data demo",
+        "data codeswitch",
         "data characters",
         "data noise",
         "data pairs",
