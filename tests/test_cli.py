@@ -52,6 +52,7 @@ def test_these_are_the_commands():
         "rl reverify",
         "data prepare",
         "data tokenizer",
+        "score",
         "data demo",
         "data characters",
         "data noise",

@@ -132,7 +132,8 @@ def test_right_tokens_of_chats_have_a_role_of_their_own(tmp_path: Path):
     assert tokenizer.decode(answer.tolist()) == "we go there now<|im_end|>\n"
     assert prompt_of(rows[0]["candidates"]) in tokenizer.decode(asked.tolist())
     assert tokenizer.decode(ids[roles == RIGHT].tolist()) == "we go nowwe go"
-    # the second "there" stands for two tokens, and "wee" for another; a reader of what is learned does not take a right source token for it
+    # the second "there" stands for two tokens, and "wee" for another
+    # a reader of what is learned does not take a right source token for it
     assert Stream([shard]).read_learned(0, len(ids)).sum() == len(answer)
 
 
@@ -265,3 +266,44 @@ def test_cantonese_sentences_get_candidates_that_sound_alike(tmp_path: Path):
     pairs = written(tmp_path / "pairs.jsonl")
     assert len(pairs) == 30
     assert np.mean([pair["candidates"][0] != pair["target"] for pair in pairs]) > 0.3
+
+
+def test_answers_are_scored_by_their_ids(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pairs = write(
+        tmp_path / "pairs.jsonl",
+        [
+            {"id": "1", "target": "a b", "candidates": ["a c", "a b"]},
+            {"id": "2", "target": "d", "candidates": ["d"]},
+        ],
+    )
+    rows = [{"id": "2", "answer": "d"}, {"id": "1", "answer": "a b"}]
+    fixed = write(tmp_path / "fixed.jsonl", rows)
+    assert run(["score", fixed, "--references", pairs, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["answer_wer"], found["source_wer"]) == (0, pytest.approx(1 / 3))
+    assert run(["score", fixed, "--references", pairs]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "first candidate             0.3333  0.2500  0.3333" in lines
+    assert "sentences made better: 1, made worse: 0" in lines
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        ([{"id": "1", "answer": "a"}], "has no answer for 1 of 2 pairs"),
+        ([{"id": "1", "answer": "a"}] * 2, "has the id 1, which an earlier row has"),
+        ([{"id": n, "answer": "a"} for n in "123"], "has an answer to 3, which"),
+        ([{"id": "1"}], "fixed.jsonl:1 has no answer"),
+    ],
+)
+def test_answers_that_do_not_fit_their_references_are_refused(
+    rows: list[dict[str, Any]],
+    sentence: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+):
+    pairs = [{"id": number, "target": "a", "candidates": ["b"]} for number in "12"]
+    references = write(tmp_path / "pairs.jsonl", pairs)
+    fixed = write(tmp_path / "fixed.jsonl", rows)
+    assert run(["score", fixed, "--references", references]) == 2
+    assert sentence in capsys.readouterr().err
