@@ -88,6 +88,11 @@ def _idle(config: RunConfig) -> Iterator[Idle]:
     yield Idle(delayed, not config.precision.names("fp8_delayed"), "no layer is in fp8_delayed")
     quantized = ["precision.backend", "precision.observe_every_steps"]
     yield Idle(quantized, not config.precision.quantizes, "no layer is quantized")
+    suites = config.evaluation.suites
+    asked = [f"evaluation.suites.{n}" for n in type(suites).model_fields if n != "names"]
+    yield Idle(asked, not suites.names, "evaluation.suites.names is empty")
+    thinking = ["evaluation.suites.enable_thinking"]
+    yield Idle(thinking, suites.prompt == "text", "evaluation.suites.prompt = text")
     profile = ["profile.ranks", "profile.memory"]
     yield Idle(profile, not config.profile.steps, "profile.steps is empty")
     trackers = config.logging.trackers

@@ -20,6 +20,8 @@ class RunFiles:
         self.rollouts = path / "rollouts"
         self.threshold = path / "threshold.json"
         """Where a corrector begins to take a token for wrong, as found on held-out pairs."""
+        self.suites = path / "suites"
+        """Answers to the tasks of suites."""
         self.checkpoints = path / "checkpoints"
         self.companions = path / "hf"
         """Small files that take the place of an export's own."""
