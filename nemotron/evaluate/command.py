@@ -1,6 +1,7 @@
 """Evaluating a model from anywhere on the held-out text of a recipe."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron.checkpoint.manifest import code_version
@@ -41,6 +42,36 @@ def evaluate(
             key="--out",
             value=out,
         )
+    opened = open_model(model, recipe, overrides, device)
+    held_out = opened.held_out
+    metrics = held_out.metrics()
+    _print(metrics, held_out.data.validation_domains)
+    if out is not None:
+        facts = {"model": str(model), "recipe": str(opened.recipe), "version": code_version()}
+        write_json(out, {**facts, "metrics": metrics})
+        print_text(f"written to {out}")
+    return DONE
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """A model with the held-out text that it is measured on."""
+
+    place: Path
+    recipe: Path
+    held_out: HeldOut
+    """With the model's weights."""
+
+
+def open_model(
+    model: Path, recipe: Path | None, overrides: Sequence[str], device: str
+) -> OpenedModel:
+    """Read a model and open the text of a recipe, or of the model's own run.
+
+    Raises:
+        UserError: when there is no model or no held-out text, or the recipe's tokenizer is another
+            than the model's.
+    """
     place = find_folder(model)
     loaded = load_recipe(recipe or _own_recipe(place, model), overrides)
     found = read_initial(str(place))
@@ -53,13 +84,7 @@ def evaluate(
             value=loaded.text.data.tokenizer,
         )
     held_out.model.load_state_dict(found.weights)
-    metrics = held_out.metrics()
-    _print(metrics, held_out.data.validation_domains)
-    if out is not None:
-        facts = {"model": str(model), "recipe": str(loaded.path), "version": code_version()}
-        write_json(out, {**facts, "metrics": metrics})
-        print_text(f"written to {out}")
-    return DONE
+    return OpenedModel(place, loaded.path, held_out)
 
 
 def _own_recipe(place: Path, model: Path) -> Path:

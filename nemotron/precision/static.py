@@ -11,9 +11,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from nemotron.precision.groups import expert_chunks
-from nemotron.precision.policy import kind_of
-from nemotron.precision.scales import LinearScales
 from nemotron.precision.fixed_scales import (
     StraightThrough,
     round_fp8,
@@ -21,6 +18,9 @@ from nemotron.precision.fixed_scales import (
     round_weight,
     stack,
 )
+from nemotron.precision.groups import expert_chunks
+from nemotron.precision.policy import kind_of
+from nemotron.precision.scales import LinearScales
 
 EXPERTS = "moe.experts"
 
@@ -33,17 +33,6 @@ class ModelScales:
     """By the layer's name in Hugging Face's layout, where each expert has layers of its own."""
     cache: Mapping[str, Tensor] = field(default_factory=dict)
     """float32 scalars of keys and values, by names such as `layers.7.mixer.k_proj.k_scale`."""
-
-
-def matrices(name: str, module: nn.Module) -> list[str]:
-    """Return the names in Hugging Face's layout of the matrices of a linear layer of the model."""
-    if kind_of(name) != EXPERTS:
-        return [name]
-    return [
-        f"{name}.{expert}.{matrix}"
-        for matrix, weight in module.named_parameters(recurse=False)
-        for expert in range(weight.shape[0])
-    ]
 
 
 @torch.no_grad()
@@ -62,17 +51,33 @@ def attach(model: nn.Module, scales: ModelScales, *, rounds_weights: bool = Fals
     the unrounded ones; else they are taken to be those of `store_weights`.
     """
     for name, module in list(model.named_modules()):
-        own = {
-            matrix: found
-            for matrix, weight in _weights(name, module)
-            if (found := _scales_of(matrix, weight, scales)) is not None
-        }
-        cached = scales.cache.get(_cache_name(name))
-        if kind_of(name) == EXPERTS and own:
-            vars(module)["multiply"] = _grouped(name, module, own, rounds_weights=rounds_weights)
-        elif own or cached is not None:
-            linear = _linear(module, own[name], rounds_weights=rounds_weights) if own else None
-            vars(module)["forward"] = _with_cache(module, linear, cached)
+        if is_scaled(name, module, scales):
+            hook = "multiply" if kind_of(name) == EXPERTS else "forward"
+            vars(module)[hook] = layer_call(name, module, scales, rounds_weights=rounds_weights)
+
+
+def is_scaled(name: str, module: nn.Module, scales: ModelScales) -> bool:
+    """Return whether there are scales for a layer of the model, or for what it adds to a cache."""
+    return bool(_own(name, module, scales)) or _cache_name(name) in scales.cache
+
+
+def layer_call(
+    name: str, module: nn.Module, scales: ModelScales, *, rounds_weights: bool
+) -> Callable[..., Tensor]:
+    """Return what replaces the `forward` of a linear layer, or the `multiply` of experts."""
+    own = _own(name, module, scales)
+    if kind_of(name) == EXPERTS:
+        return _grouped(name, module, own, rounds_weights=rounds_weights)
+    linear = _linear(module, own[name], rounds_weights=rounds_weights) if own else None
+    return _with_cache(module, linear, scales.cache.get(_cache_name(name)))
+
+
+def _own(name: str, module: nn.Module, scales: ModelScales) -> dict[str, LinearScales]:
+    return {
+        matrix: found
+        for matrix, weight in _weights(name, module)
+        if (found := _scales_of(matrix, weight, scales)) is not None
+    }
 
 
 def detach(model: nn.Module) -> None:

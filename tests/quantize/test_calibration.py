@@ -7,9 +7,9 @@ from torch import Tensor
 from nemotron.data.batch import Batch
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
+from nemotron.precision.fixed_scales import round_input, round_weight
 from nemotron.precision.policy import kind_of
 from nemotron.precision.static import attach, detach, store_weights
-from nemotron.precision.fixed_scales import round_input, round_weight
 from nemotron.quantize.calibrate import calibrate
 from nemotron.quantize.presets import PRESETS, assign, find_observer, find_preset
 from nemotron.quantize.scales import model_scales

@@ -8,9 +8,16 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from nemotron.precision.fixed_scales import (
+    decode,
+    encode,
+    round_fp8,
+    round_input,
+    round_weight,
+    stack,
+)
 from nemotron.precision.nvfp4 import BLOCK
 from nemotron.precision.scales import LinearScales
-from nemotron.precision.fixed_scales import decode, encode, round_fp8, round_input, round_weight, stack
 from nemotron.quantize.observers import weight_scales
 
 GOLDEN = Path(__file__).parents[1] / "precision" / "golden"
