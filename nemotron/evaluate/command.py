@@ -12,7 +12,7 @@ from nemotron.exit_codes import DONE
 from nemotron.files import write_json
 from nemotron.hf.folder import is_exported
 from nemotron.hf.hub import find_folder
-from nemotron.loading import read_initial
+from nemotron.loading import attach_scales, read_initial
 from nemotron.recipe.load import load_recipe
 from nemotron.run.files import RunFiles
 from nemotron.terminal import print_text
@@ -84,6 +84,7 @@ def open_model(
             value=loaded.text.data.tokenizer,
         )
     held_out.model.load_state_dict(found.weights)
+    attach_scales(held_out.model, place)
     return OpenedModel(place, loaded.path, held_out)
 
 

@@ -14,8 +14,10 @@ from nemotron.model.linear import Head
 from nemotron.model.router import RoutingStats
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.divergence import divergence
+from nemotron.posttrain.quantized_student import student_scales
 from nemotron.posttrain.sft_config import DistillationConfig, DistillConfig
 from nemotron.posttrain.teacher import HIDDEN, TaughtBatches, load_teacher
+from nemotron.precision.static import attach
 from nemotron.train.auxiliary import Auxiliary, total_weight, weighted_means
 from nemotron.train.pretraining import open_data, text_batches, validate
 from nemotron.train.schedule import TrainingPlan, plan_training
@@ -102,6 +104,9 @@ class Distillation:
         vocab_size = config.model.vocab_size
         lines = rehearse(config.data, plan.timeline, seed=config.seed, vocab_size=vocab_size)
         load_teacher(config, load_tokenizer(config.data.tokenizer), torch.device("cpu"))
+        if config.quantization is not None:
+            scales = student_scales(config)
+            lines.append(f"student    {len(scales.linears):,} matrices with fixed scales")
         return lines
 
     def build(
@@ -126,5 +131,8 @@ class Distillation:
         objective = DistillObjective(config.distillation, auxiliary, teacher.lm_head)
         local = build_local(config, device, ranks)
         trainer = Trainer(config, local, objective, taught, plan, device, peak_flops, ranks)
+        if config.quantization is not None:
+            # after the trainer, which gives the layers the formats of `precision`
+            attach(local.models[0], student_scales(config), rounds_weights=True)
         has_held_out = bool(data.validation_domains)
         return Setup(trainer, data, (lambda: validate(trainer, data)) if has_held_out else None)

@@ -64,8 +64,8 @@ def decode(stored: Tensor, scales: LinearScales) -> Float[Tensor, "*E N K"]:
 
 
 def round_weight(weight: Float[Tensor, "*E N K"], scales: LinearScales) -> Float[Tensor, "*E N K"]:
-    """Return the values that a weight has after it was stored, rounded to bfloat16 before."""
-    return decode(encode(weight.to(torch.bfloat16), scales), scales)
+    """Return the values that a weight has after it was stored."""
+    return decode(encode(weight, scales), scales)
 
 
 def round_input(x: Float[Tensor, "M K"], scales: LinearScales) -> Float[Tensor, "M K"]:

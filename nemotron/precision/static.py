@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from nemotron.precision import nvfp4
 from nemotron.precision.fixed_scales import (
     StraightThrough,
     round_fp8,
@@ -85,6 +86,24 @@ def detach(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if kind_of(name) is not None:
             vars(module).pop("multiply" if kind_of(name) == EXPERTS else "forward", None)
+
+
+def lacking(model: nn.Module, scales: ModelScales) -> str | None:
+    """Return a layer that scales are for and that the model does not have so; None if all fit."""
+    shapes: dict[str, torch.Size] = {}
+    for name, module in model.named_modules():
+        for matrix, weight in _weights(name, module):
+            layer, _, projection = matrix.rpartition(".")
+            own = [f"{layer}.{e}.{projection}" for e in range(weight.shape[0])]
+            shapes |= dict.fromkeys([matrix] if weight.dim() == 2 else own, weight.shape[-2:])
+    for name, own in scales.linears.items():
+        blocks = own.weight_scale.shape
+        shape = shapes.get(name)
+        if shape is None or (
+            own.format == "nvfp4" and blocks != (shape[0], shape[1] // nvfp4.BLOCK)
+        ):
+            return name
+    return next((key for key in scales.cache if key.rpartition(".")[0] not in shapes), None)
 
 
 def is_attached(module: nn.Module) -> bool:

@@ -1,6 +1,5 @@
 """The scales of a weight: from its largest magnitudes, or those of the smallest error.
 
-Weights are bfloat16 values, as in the checkpoints that engines quantize.
 Source: modelopt/torch/quantization/qtensor/nvfp4_tensor.py of NVIDIA/Model-Optimizer.
 """
 
@@ -32,14 +31,14 @@ def weight_scales(
 
     `amax` is the largest magnitude where the scale of the tensor is shared with other layers.
     """
-    narrow = weight.detach().to(torch.bfloat16).float()
-    largest = narrow.abs().amax() if amax is None else amax.float()
+    wide = weight.detach().float()
+    largest = wide.abs().amax() if amax is None else amax.float()
     if format == "fp8":
         return LinearScales("fp8", positive(largest / E4M3.max))
     bound = FOUR_OVER_SIX_BOUND if observer == "four_over_six" else E4M3.max
     outer = positive(largest / (E2M1_MAX * bound))
-    candidates = _candidates(narrow, outer, observer)
-    return LinearScales("nvfp4", _best(narrow, outer, candidates), outer)
+    candidates = _candidates(wide, outer, observer)
+    return LinearScales("nvfp4", _best(wide, outer, candidates), outer)
 
 
 def positive(scale: Tensor) -> Tensor:

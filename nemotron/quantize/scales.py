@@ -56,7 +56,7 @@ def _shared_magnitudes(model: nn.Module, table: Mapping[str, StoredFormat]) -> d
         if (group := fused_group(name)) != name:
             weight = model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
-            amax = weight.to(torch.bfloat16).abs().amax().float()
+            amax = weight.abs().amax().float()
             groups[group] = torch.maximum(groups[group], amax) if group in groups else amax
     return {name: groups[fused_group(name)] for name in table if fused_group(name) in groups}
 

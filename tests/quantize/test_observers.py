@@ -41,7 +41,7 @@ def block_errors(block: np.ndarray, scale: np.ndarray | float) -> np.ndarray:
 
 def error(weight: Tensor, scales: LinearScales) -> np.ndarray:
     """Return the squared error of each block."""
-    narrow = weight.bfloat16()
+    narrow = weight
     difference = (round_weight(weight, scales).double() - narrow.double()).square()
     return difference.view(weight.shape[0], -1, BLOCK).sum(-1).numpy()
 
@@ -66,7 +66,7 @@ def test_the_sweep_finds_what_an_exhaustive_search_finds(case: str):
     weight = weights(case)
     scales = weight_scales(weight, "nvfp4", "mse")
     outer = scales.weight_scale_2.double().item()
-    narrow = weight.bfloat16().double().view(6, -1, BLOCK).numpy()
+    narrow = weight.double().view(6, -1, BLOCK).numpy()
     found = error(weight, scales)
     for row in range(6):
         for column in range(3):
@@ -80,8 +80,8 @@ def test_four_over_six_takes_the_better_of_both(case: str):
     weight = weights(case)
     scales = weight_scales(weight, "nvfp4", "four_over_six")
     outer = scales.weight_scale_2
-    assert outer.item() == pytest.approx(weight.bfloat16().abs().max().item() / 6 / 256)
-    to_six = weight.bfloat16().float().view(6, -1, BLOCK).abs().amax(-1) / (6 * outer)
+    assert outer.item() == pytest.approx(weight.abs().max().item() / 6 / 256)
+    to_six = weight.float().view(6, -1, BLOCK).abs().amax(-1) / (6 * outer)
     to_six = torch.where(to_six == 0, 1, to_six)
     alone = [
         LinearScales("nvfp4", (to_six * m).clamp(min=2**-9).to(torch.float8_e4m3fn), outer)
@@ -99,9 +99,9 @@ def test_four_over_six_takes_the_better_of_both(case: str):
 def test_the_largest_magnitude_becomes_the_largest_code(case: str):
     weight = weights(case)
     scales = weight_scales(weight, "nvfp4")
-    amax = weight.bfloat16().abs().max().double().item()
+    amax = weight.abs().max().double().item()
     assert scales.weight_scale_2.item() == pytest.approx(amax / 2688, rel=1e-7)
-    blocks = weight.bfloat16().double().view(6, -1, BLOCK).abs().amax(-1).numpy()
+    blocks = weight.double().view(6, -1, BLOCK).abs().amax(-1).numpy()
     exact = blocks / (6 * scales.weight_scale_2.double().item())
     nearest = E4M3[np.abs(E4M3 - exact[..., None]).argmin(-1)]
     nearest[blocks == 0] = 1
@@ -118,13 +118,13 @@ def test_what_is_stored_is_the_nearest_value_and_stays_it(case: str, format: str
     assert torch.equal(decode(encode(values, scales), scales), values)
     if format == "fp8":
         grid = np.concatenate([E4M3, -E4M3, [0]]) * scales.weight_scale.double().item()
-        wanted = np.abs(weight.bfloat16().double().numpy()[..., None] - grid).min(-1)
-        found = (values.double() - weight.bfloat16().double()).abs().numpy()
+        wanted = np.abs(weight.double().numpy()[..., None] - grid).min(-1)
+        found = (values.double() - weight.double()).abs().numpy()
         # a unit in the last place of the float32 values
         assert found == pytest.approx(wanted, rel=1e-5, abs=2**-23 * values.abs().max().item())
     else:
         assert encode(weight, scales).shape == (6, 24)
-        narrow = weight.bfloat16().double().view(6, -1, BLOCK).numpy()
+        narrow = weight.double().view(6, -1, BLOCK).numpy()
         scale = (scales.weight_scale.double() * scales.weight_scale_2.double()).numpy()
         wanted = [[block_errors(narrow[r, c], scale[r, c])[0] for c in range(3)] for r in range(6)]
         assert error(weight, scales) == pytest.approx(np.array(wanted), rel=1e-5, abs=1e-18)
