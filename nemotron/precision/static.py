@@ -94,8 +94,8 @@ def lacking(model: nn.Module, scales: ModelScales) -> str | None:
     for name, module in model.named_modules():
         for matrix, weight in _weights(name, module):
             layer, _, projection = matrix.rpartition(".")
-            own = [f"{layer}.{e}.{projection}" for e in range(weight.shape[0])]
-            shapes |= dict.fromkeys([matrix] if weight.dim() == 2 else own, weight.shape[-2:])
+            each = [f"{layer}.{e}.{projection}" for e in range(weight.shape[0])]
+            shapes |= dict.fromkeys([matrix] if weight.dim() == 2 else each, weight.shape[-2:])
     for name, own in scales.linears.items():
         blocks = own.weight_scale.shape
         shape = shapes.get(name)
