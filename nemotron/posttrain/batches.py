@@ -17,6 +17,7 @@ from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.advantages import advantages
 from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.contents import KEY, check_contents, model_contents
 from nemotron.posttrain.gather import whole_model
 from nemotron.posttrain.metrics import batch_metrics
 from nemotron.posttrain.objective import ADVANTAGE, OLD, REFERENCE, SAMPLED
@@ -49,6 +50,11 @@ class RolloutBatches:
         self._config, self._tasks, self._sampler = config, tasks, sampler
         self._local, self._ranks = local, ranks
         self._reference, self._teacher = reference, teacher
+        self._contents = {
+            **tasks.contents(),
+            **model_contents("init_from", config.init_from, reference),
+            **model_contents("teacher", config.teacher, teacher),
+        }
         self._folder = RunFiles(config.run_path).rollouts
         self._number = -1
         """Number of the rollout batch at hand."""
@@ -69,8 +75,12 @@ class RolloutBatches:
         return self._batch(rows.part(self._local.batch_rank * share, share))
 
     def state(self) -> dict[str, Any]:  # Any: nested JSON
-        """Return the number of the rollout batch at hand, and its answers if some are left."""
+        """Return the number of the rollout batch at hand, and its answers if some are left.
+
+        Beside them stands what identifies files and models that the recipe names.
+        """
         return {
+            KEY: self._contents,
             "rollout_batch": self._number,
             "rollouts": [json.loads(rollout.as_line()) for rollout in self._rollouts],
         }
@@ -79,13 +89,14 @@ class RolloutBatches:
         """Go on after so many steps, with the answers that are not learned from yet.
 
         Raises:
-            UserError: when the checkpoint is of another kind of run.
+            UserError: when the checkpoint is of another kind of run, or files or models changed.
         """
-        if saved.keys() != {"rollout_batch", "rollouts"}:
+        if saved.keys() | {KEY} != {KEY, "rollout_batch", "rollouts"}:
             raise UserError(
                 f"the checkpoint of step {step} is of a run without rollouts; begin a new run "
                 "with init_from."
             )
+        check_contents(saved, self._contents, step)
         self._number = saved["rollout_batch"]
         self._rollouts = [Rollout.of_json(values) for values in saved["rollouts"]]
         self._metrics = batch_metrics(self._rollouts, self._config) if self._rollouts else {}

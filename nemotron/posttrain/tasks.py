@@ -13,8 +13,10 @@ from nemotron.data.chat.template import TURN_END
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
 from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.contents import Contents
 from nemotron.posttrain.environments.base import (
     BadRow,
+    ReadsFile,
     Response,
     Row,
     messages_of,
@@ -56,6 +58,18 @@ class Tasks:
     def options(self) -> dict[str, dict[str, object]]:
         """What each environment is made with."""
         return {entry.name: entry.options for entry in self._rollout.environments}
+
+    def contents(self) -> Contents:
+        """Return the hashes of the files that environments read their rows from.
+
+        Raises:
+            UserError: when one of them cannot be read.
+        """
+        found: Contents = {}
+        for environment in self.environments.values():
+            if isinstance(environment, ReadsFile):
+                found |= environment.contents()
+        return found
 
     @property
     def has_conversations(self) -> bool:
