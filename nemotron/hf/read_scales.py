@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from nemotron.errors import UserError
+from nemotron.hf.folder import is_exported
 from nemotron.hf.shards import ShardedFolder
 from nemotron.precision.scales import LinearScales
-from nemotron.precision.static import ModelScales
+from nemotron.precision.static import ModelScales, lacking
 
 WEIGHT_SCALE = ".weight_scale"
 CACHE_SCALES = (".k_scale", ".v_scale")
@@ -30,6 +32,30 @@ def read_scales(folder: Path) -> ModelScales | None:
         if name.endswith(CACHE_SCALES)
     }
     return ModelScales({layer: _scales_of(layer, stored) for layer in layers}, cache)
+
+
+def read_like(folder: Path, model: nn.Module, key: str) -> ModelScales:
+    """Return the scales of a quantized folder for a model, which may lie on the meta device.
+
+    `key` is what names the folder.
+
+    Raises:
+        UserError: when it is no quantized folder, or one of another model.
+    """
+    scales = read_scales(folder) if is_exported(folder) else None
+    if scales is None:
+        raise UserError(
+            "is no folder of a quantized model; write one with nemotron quantize.",
+            key=key,
+            value=str(folder),
+        )
+    if name := lacking(model, scales):
+        raise UserError(
+            f"has scales of {name}, which do not fit this model; quantize the model itself.",
+            key=key,
+            value=str(folder),
+        )
+    return scales
 
 
 def _scales_of(layer: str, stored: ShardedFolder) -> LinearScales:

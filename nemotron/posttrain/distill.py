@@ -1,6 +1,7 @@
 """Distillation as a stage: conversations, and at each label the distribution of a teacher."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -9,15 +10,16 @@ from torch import Tensor
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.data.rehearsal import rehearse
 from nemotron.data.tokenizer import load_tokenizer
+from nemotron.hf.read_scales import read_like
+from nemotron.model.build import build_on_meta
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Head
 from nemotron.model.router import RoutingStats
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.divergence import divergence
-from nemotron.posttrain.quantized_student import student_scales
 from nemotron.posttrain.sft_config import DistillationConfig, DistillConfig
 from nemotron.posttrain.teacher import HIDDEN, TaughtBatches, load_teacher
-from nemotron.precision.static import attach
+from nemotron.precision.static import ModelScales, attach
 from nemotron.train.auxiliary import Auxiliary, total_weight, weighted_means
 from nemotron.train.pretraining import open_data, text_batches, validate
 from nemotron.train.schedule import TrainingPlan, plan_training
@@ -105,7 +107,7 @@ class Distillation:
         lines = rehearse(config.data, plan.timeline, seed=config.seed, vocab_size=vocab_size)
         load_teacher(config, load_tokenizer(config.data.tokenizer), torch.device("cpu"))
         if config.quantization is not None:
-            scales = student_scales(config)
+            scales = _student_scales(config, build_on_meta(config.model))
             lines.append(f"student    {len(scales.linears):,} matrices with fixed scales")
         return lines
 
@@ -133,6 +135,11 @@ class Distillation:
         trainer = Trainer(config, local, objective, taught, plan, device, peak_flops, ranks)
         if config.quantization is not None:
             # after the trainer, which gives the layers the formats of `precision`
-            attach(local.models[0], student_scales(config), rounds_weights=True)
+            attach(trainer.model, _student_scales(config, trainer.model), rounds_weights=True)
         has_held_out = bool(data.validation_domains)
         return Setup(trainer, data, (lambda: validate(trainer, data)) if has_held_out else None)
+
+
+def _student_scales(config: DistillConfig, model: HybridLM) -> ModelScales:
+    assert config.quantization is not None
+    return read_like(Path(config.quantization.like), model, "quantization.like")

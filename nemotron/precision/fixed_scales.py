@@ -1,10 +1,6 @@
-"""Linear layers as quantized checkpoints store them: weights and inputs rounded by fixed scales.
+"""Weights and inputs of linear layers, rounded by the fixed scales of a quantized model.
 
-The order of the float32 operations is that of ModelOpt, which writes such checkpoints, not that of
-Transformer Engine. All functions also take the matrices of several experts at once, stacked, with
-scales that `stack` put together.
-Source: modelopt/torch/quantization/qtensor/nvfp4_tensor.py and fp8_tensor.py of
-NVIDIA/Model-Optimizer.
+Weights may also be those of several experts, stacked, with scales that `stack` put together.
 """
 
 from collections.abc import Callable, Sequence
@@ -15,17 +11,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.precision import nvfp4
-from nemotron.precision.formats import (
-    E4M3,
-    decode_e2m1,
-    decode_fp8,
-    encode_e2m1,
-    pack_e2m1,
-    round_e2m1,
-    to_fp8,
-    unpack_e2m1,
-)
+from nemotron.precision.formats import E4M3, decode_fp8, to_fp8
 from nemotron.precision.scales import LinearScales
+from nemotron.precision.stored import dequantize_weight, quantize_weight
 
 BITS = {"bf16": 16.0, "fp8": 8.0, "nvfp4": 4.5}
 """Of a weight on disk, with its share of the scale of 16 neighbors."""
@@ -47,25 +35,16 @@ def stack(experts: Sequence[LinearScales]) -> LinearScales:
     )
 
 
-def encode(weight: Float[Tensor, "*E N K"], scales: LinearScales) -> Tensor:
-    """Return a weight as it is stored: E4M3 [*E, N, K], or in bytes of two codes [*E, N, K / 2]."""
-    divided = weight.float() / _factors(scales, weight.shape)
-    if scales.format == "fp8":
-        return to_fp8(divided, E4M3)
-    # what a scale of zero divides is stored as zeros, which it stands for
-    return pack_e2m1(encode_e2m1(round_e2m1(divided.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0))))
-
-
-def decode(stored: Tensor, scales: LinearScales) -> Float[Tensor, "*E N K"]:
-    """Return the float32 values of what `encode` returned."""
-    is_fp8 = scales.format == "fp8"
-    values = decode_fp8(stored) if is_fp8 else decode_e2m1(unpack_e2m1(stored))
-    return values * _factors(scales, values.shape)
-
-
 def round_weight(weight: Float[Tensor, "*E N K"], scales: LinearScales) -> Float[Tensor, "*E N K"]:
     """Return the values that a weight has after it was stored."""
-    return decode(encode(weight, scales), scales)
+    if scales.format == "fp8":
+        factors = scales.weight_scale[..., None, None]
+        return dequantize_weight(quantize_weight(weight, "fp8", factors), "fp8", factors)
+    assert scales.weight_scale_2 is not None, "NVFP4 has a scale of the tensor"
+    outer = scales.weight_scale_2[..., None, None]
+    factors = (decode_fp8(scales.weight_scale) * outer).flatten(0, -2)
+    stored = quantize_weight(weight.flatten(0, -2), "nvfp4", factors)
+    return dequantize_weight(stored, "nvfp4", factors).view(weight.shape)
 
 
 def round_input(x: Float[Tensor, "M K"], scales: LinearScales) -> Float[Tensor, "M K"]:
@@ -97,12 +76,3 @@ class StraightThrough(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         return gradients[0].to(ctx.dtype), None
-
-
-def _factors(scales: LinearScales, shape: torch.Size) -> Tensor:
-    """Return what the elements of a matrix are multiplied by, in a shape that fits it."""
-    if scales.format == "fp8":
-        return scales.weight_scale[..., None, None]
-    assert scales.weight_scale_2 is not None, "NVFP4 has a scale for the tensor"
-    blocks = scales.weight_scale.float() * scales.weight_scale_2[..., None, None]
-    return blocks.repeat_interleave(nvfp4.BLOCK, -1)[..., : shape[-1]]

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import get_args
 
 from nemotron.errors import UserError
+from nemotron.hf.read_scales import read_like
 from nemotron.precision.scales import StoredFormat
 from nemotron.precision.static import ModelScales
 from nemotron.quantize.calibrate import Observed, calibrate
@@ -16,6 +18,7 @@ from nemotron.quantize.presets import (
     assign,
     find_observer,
     find_preset,
+    quantizable,
 )
 from nemotron.quantize.scales import model_scales
 from nemotron.quantize.search import Found, search
@@ -32,6 +35,8 @@ class Wanted:
     preset: str | None = None
     bits: float | None = None
     """Of each weight of the linear layers, for a search; in place of a preset."""
+    like: Path | None = None
+    """Quantized folder with the formats and scales; in place of both."""
     keep: Sequence[str] = ()
     """Patterns of layers that stay in bfloat16."""
     weights: str | None = None
@@ -44,10 +49,13 @@ class Wanted:
     """Of training text, for the search."""
 
     def __post_init__(self) -> None:
-        if (self.preset is None) == (self.bits is None):
+        if [self.preset, self.bits, self.like].count(None) != 2:
             raise UserError(
-                "the formats are missing, or given twice; give --preset NAME or --bits NUMBER."
+                "the formats are missing, or given twice; give --preset NAME, --bits NUMBER or "
+                "--like FOLDER."
             )
+        if self.like is not None and (self.keep or self.weights or self.cache is not None):
+            raise UserError("--keep, --weights and --kv-cache contradict --like; leave them out.")
         if self.score not in get_args(Score):
             known = ", ".join(get_args(Score))
             raise UserError(f"is unknown; use one of {known}.", key="--score", value=self.score)
@@ -87,6 +95,9 @@ def decide(subject: Subject, wanted: Wanted) -> Decision:
     Raises:
         UserError: when the model does not fit the preset, or no choice the budget.
     """
+    if wanted.like is not None:
+        scales = read_like(wanted.like, subject.model, "--like")
+        return Decision(_formats(subject, scales), scales, Observed())
     base = wanted.base
     table = assign(subject.model, base, wanted.keep)  # what does not fit is found before any work
     observed = calibrate(subject.model, subject.rows(wanted.rows))
@@ -102,6 +113,15 @@ def decide(subject: Subject, wanted: Wanted) -> Decision:
     found = search(groups, scores, wanted.bits)
     scales = _scales(subject, found.table, observed, wanted)
     return Decision(found.table, scales, observed, found, scores)
+
+
+def _formats(subject: Subject, scales: ModelScales) -> dict[str, StoredFormat]:
+    found: dict[str, StoredFormat] = {}
+    for name in quantizable(subject.model):
+        own = scales.linears.get(name) or scales.linears.get(f"{name}.0.up_proj")
+        if own is not None:
+            found[name] = own.format
+    return found
 
 
 def _scales(

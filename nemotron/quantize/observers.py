@@ -11,6 +11,7 @@ from nemotron.precision.blocks import block_amax
 from nemotron.precision.formats import E2M1_MAX, E4M3, decode_fp8, round_e2m1, to_fp8
 from nemotron.precision.nvfp4 import BLOCK
 from nemotron.precision.scales import LinearScales, StoredFormat
+from nemotron.precision.stored import invertible_scale
 from nemotron.quantize.presets import WeightObserver
 
 SMALLEST_SCALE = 2.0**-9
@@ -36,7 +37,7 @@ def weight_scales(
     if format == "fp8":
         return LinearScales("fp8", positive(largest / E4M3.max))
     bound = FOUR_OVER_SIX_BOUND if observer == "four_over_six" else E4M3.max
-    outer = positive(largest / (E2M1_MAX * bound))
+    outer = invertible_scale(positive(largest / (E2M1_MAX * bound)))
     candidates = _candidates(wide, outer, observer)
     return LinearScales("nvfp4", _best(wide, outer, candidates), outer)
 

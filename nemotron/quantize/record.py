@@ -23,9 +23,10 @@ def as_json(
     return {
         "version": code_version(),
         "preset": wanted.preset,
+        "like": None if wanted.like is None else str(wanted.like),
         "weights": wanted.observer,
         "keep": list(wanted.keep),
-        "kv_cache": "fp8" if wanted.has_cache else "bf16",
+        "kv_cache": "fp8" if decision.scales.cache else "bf16",
         "bits_per_weight": {"linear_layers": size.of_linears, "model": size.of_model},
         "layers": dict(size.layers),
         "parameters": dict(size.parameters),

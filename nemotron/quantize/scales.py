@@ -12,6 +12,7 @@ from nemotron.precision.formats import E4M3
 from nemotron.precision.nvfp4 import GLOBAL_MAX
 from nemotron.precision.scales import LinearScales, StoredFormat
 from nemotron.precision.static import ModelScales
+from nemotron.precision.stored import invertible_scale
 from nemotron.quantize.calibrate import Observed
 from nemotron.quantize.observers import positive, weight_scales
 from nemotron.quantize.presets import WeightObserver
@@ -76,7 +77,9 @@ def _input_scale(key: str, format: StoredFormat, observed: Observed) -> Tensor:
             f"{key} saw no finite input during calibration; calibrate on more text, or check the "
             "model."
         )
-    return positive(amax / (GLOBAL_MAX if format == "nvfp4" else E4M3.max))
+    if format == "nvfp4":
+        return invertible_scale(positive(amax / GLOBAL_MAX))
+    return positive(amax / E4M3.max)
 
 
 def _cache_scales(observed: Observed) -> dict[str, Tensor]:

@@ -135,7 +135,7 @@ def test_experts_are_counted_and_share_the_scale_of_their_inputs():
     latents = [recorded(model, name, b.input_ids).x.abs().max() for b in batches()]
     for expert in range(12):
         scale = scales.linears[f"{name}.{expert}.up_proj"].input_scale
-        assert scale.item() == pytest.approx(max(latents).item() / 2688)
+        assert scale.item() == pytest.approx(max(latents).item() / 2688, rel=1e-4)
 
 
 def test_what_engines_fuse_shares_its_scales():
@@ -149,7 +149,7 @@ def test_what_engines_fuse_shares_its_scales():
         assert len({getattr(one, key).item() for one in own}) == 1
         assert len({one.input_scale.item() for one in own}) == 1
         divisor = 2688 if preset == "nvfp4" else 448
-        assert getattr(own[0], key).item() == pytest.approx(max(largest) / divisor)
+        assert getattr(own[0], key).item() == pytest.approx(max(largest) / divisor, rel=1e-4)
         assert len(set(largest)) > 1
 
 
