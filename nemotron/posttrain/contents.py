@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
+from torch import Tensor
 
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
+from nemotron.precision.static import ModelScales
 from nemotron.train.reliability.replicas import checksum
 
 Contents = dict[str, str]
@@ -27,6 +30,21 @@ def model_contents(key: str, path: str | Path | None, model: HybridLM | None) ->
     return {f"{key} = {path}": digest.hexdigest()}
 
 
+def scales_contents(key: str, path: str | Path, scales: ModelScales) -> Contents:
+    """Return the hash of the fixed scales of a model."""
+    digest = xxhash.xxh128()
+    tensors = {
+        f"{layer} {name}": tensor
+        for layer, own in scales.linears.items()
+        for name, tensor in vars(own).items()
+        if isinstance(tensor, Tensor)
+    }
+    for name, tensor in sorted((tensors | dict(scales.cache)).items()):
+        digest.update(f"{name} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return {f"{key} = {path}": digest.hexdigest()}
+
+
 def check_contents(saved: Mapping[str, Any], own: Contents, step: int) -> None:
     """Compare with the state of a checkpoint; what has another path now was changed knowingly.
 
@@ -34,7 +52,7 @@ def check_contents(saved: Mapping[str, Any], own: Contents, step: int) -> None:
         UserError: when something has changed under its name.
     """
     found = saved.get(KEY, {})
-    for place, digest in own.items():
+    for place, digest in own.items() if isinstance(found, dict) else ():
         if found.get(place, digest) != digest:
             raise UserError(
                 f"{place} has another content than at step {step} of this run; restore it, or "

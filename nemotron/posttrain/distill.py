@@ -16,6 +16,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Head
 from nemotron.model.router import RoutingStats
 from nemotron.parallel.runtime import Ranks
+from nemotron.posttrain.contents import scales_contents
 from nemotron.posttrain.divergence import divergence
 from nemotron.posttrain.sft_config import DistillationConfig, DistillConfig
 from nemotron.posttrain.teacher import HIDDEN, TaughtBatches, load_teacher
@@ -25,6 +26,8 @@ from nemotron.train.pretraining import open_data, text_batches, validate
 from nemotron.train.schedule import TrainingPlan, plan_training
 from nemotron.train.setup import Setup
 from nemotron.train.trainer import Trainer, build_local
+
+LIKE = "quantization.like"
 
 
 @dataclass(frozen=True)
@@ -106,8 +109,7 @@ class Distillation:
         vocab_size = config.model.vocab_size
         lines = rehearse(config.data, plan.timeline, seed=config.seed, vocab_size=vocab_size)
         load_teacher(config, load_tokenizer(config.data.tokenizer), torch.device("cpu"))
-        if config.quantization is not None:
-            scales = _student_scales(config, build_on_meta(config.model))
+        if (scales := _student_scales(config, build_on_meta(config.model))) is not None:
             lines.append(f"student    {len(scales.linears):,} matrices with fixed scales")
         return lines
 
@@ -128,18 +130,24 @@ class Distillation:
         data.check_length()
         teacher = load_teacher(config, data.tokenizer, device)
         batches = text_batches(config, plan, data, device, ranks)
-        taught = TaughtBatches(batches, teacher, config, device)
+        scales = _student_scales(config, build_on_meta(config.model))
+        contents = {} if scales is None else scales_contents(LIKE, _folder(config), scales)
+        taught = TaughtBatches(batches, teacher, config, device, contents)
         auxiliary = Auxiliary(config.loss, config.num_depths, bool(config.model.moe_layers))
         objective = DistillObjective(config.distillation, auxiliary, teacher.lm_head)
         local = build_local(config, device, ranks)
         trainer = Trainer(config, local, objective, taught, plan, device, peak_flops, ranks)
-        if config.quantization is not None:
+        if scales is not None:
             # after the trainer, which gives the layers the formats of `precision`
-            attach(trainer.model, _student_scales(config, trainer.model), rounds_weights=True)
+            attach(trainer.model, scales, rounds_weights=True)
         has_held_out = bool(data.validation_domains)
         return Setup(trainer, data, (lambda: validate(trainer, data)) if has_held_out else None)
 
 
-def _student_scales(config: DistillConfig, model: HybridLM) -> ModelScales:
+def _student_scales(config: DistillConfig, model: HybridLM) -> ModelScales | None:
+    return read_like(_folder(config), model, LIKE) if config.quantization is not None else None
+
+
+def _folder(config: DistillConfig) -> Path:
     assert config.quantization is not None
-    return read_like(Path(config.quantization.like), model, "quantization.like")
+    return Path(config.quantization.like)

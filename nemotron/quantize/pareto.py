@@ -2,9 +2,9 @@
 
 import numpy as np
 
+from nemotron.drawing.chart import Line, Mark, line_chart
+from nemotron.drawing.series import Series
 from nemotron.quantize.search import Found
-from nemotron.report.chart import Line, Mark, line_chart
-from nemotron.report.table import Series
 
 STYLE = (
     "<style>text{font:10px system-ui,sans-serif;fill:#57606a}.e{text-anchor:end}"

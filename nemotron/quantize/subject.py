@@ -7,7 +7,7 @@ from operator import itemgetter
 from pathlib import Path
 
 from nemotron.data.batch import Batch
-from nemotron.evaluate.command import open_model
+from nemotron.evaluate.command import Text, open_text
 from nemotron.model.hybrid import HybridLM
 from nemotron.quantize.compare import Comparison, compare
 
@@ -24,8 +24,7 @@ class Subject:
             UserError: when there is no model or no held-out text, or the recipe's tokenizer is
                 another than the model's.
         """
-        opened = open_model(path, recipe, overrides, device)
-        self.place, self.recipe, self._held_out = opened.place, opened.recipe, opened.held_out
+        self._held_out, _ = open_text(path, Text(recipe, overrides), device)
         self.model: HybridLM = self._held_out.model.requires_grad_(requires_grad=False)
         self.before: HybridLM = copy.deepcopy(self.model)
 

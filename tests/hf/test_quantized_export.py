@@ -106,5 +106,5 @@ def test_the_check_of_an_export_covers_codes_and_scales(
     assert said.count(" ok ") == 5
     card = (tmp_path / "out" / "README.md").read_text()
     assert f"| layout | {layout} |" in card
-    assert "| layers in NVFP4 | 12 (weights and inputs) |" in card
+    assert "| layers in NVFP4 | 18 (weights and inputs) |" in card
     assert "| cache of keys and values | FP8" in card

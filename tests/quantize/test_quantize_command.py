@@ -170,10 +170,11 @@ loss: {{mtp_num_depths: 0}}
         (["precision.preset=fp8_current"], "precision.preset = fp8_current"),
     ):
         capsys.readouterr()
-        assert run(["train", str(recipe), "--dry-run", *words]) == 2
+        assert run(["train", str(recipe), "--dry-run", "name=wrong", *words]) == 2
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_wrong_input_is_one_sentence_and_writes_nothing(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
