@@ -66,6 +66,7 @@ def test_its_decompressor_gives_the_emulated_weights(
         given = kind.decompress(own, matched[0])["weight"]
         expected = fake_quantize_weight(master, scales[layer])
         assert torch.equal(given, expected.to(given.dtype)), layer
+        assert (given.float() - master).norm() < 0.2 * master.norm(), layer
         read += given.dtype == torch.float32 or scales[layer].format == "nvfp4"
     assert read == len(scales) > 20
 
