@@ -34,7 +34,7 @@ def check_contents(saved: Mapping[str, Any], own: Contents, step: int) -> None:
         UserError: when something has changed under its name.
     """
     found = saved.get(KEY, {})
-    for place, digest in own.items():
+    for place, digest in own.items() if isinstance(found, dict) else ():
         if found.get(place, digest) != digest:
             raise UserError(
                 f"{place} has another content than at step {step} of this run; restore it, or "

@@ -7,11 +7,13 @@ from typing import Any
 
 import pytest
 
+from nemotron.checkpoint.manifest import FORMAT
 from nemotron.cli import run
 from nemotron.posttrain.contents import KEY, check_contents
 from nemotron.posttrain.sft_config import DistillConfig
 from tests.support.fine_tuning import Workplace
 from tests.support.job import Job
+from tests.support.old_checkpoint import seal
 from tests.support.rl import rl_values, write_recipe
 
 
@@ -72,6 +74,14 @@ def test_rows_that_changed_are_refused_by_a_resumed_run(
     assert run(["train", str(own), "--resume"]) == 2
     said = " ".join(capsys.readouterr().err.split())
     assert f"rollout.environments.gym.data = {rows} has another content than at step 1" in said
+    rows.write_text((json.dumps(row) + "\n") * 2)
+    checkpoint = tmp_path / "runs" / "asked" / "checkpoints" / "step-00000001"
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["data"]["rollouts"][0]["tokens"][0] = 1 << 20
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    seal(checkpoint, 1, FORMAT)
+    assert run(["train", str(own), "--resume"]) == 2
+    assert "are damaged: an id is not in the vocabulary" in capsys.readouterr().err
 
 
 def test_checkpoints_without_hashes_and_other_paths_are_accepted() -> None:
