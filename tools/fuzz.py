@@ -227,14 +227,16 @@ def fuzz(names: Sequence[str], numbers: Sequence[int], seed: int) -> dict[str, R
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("number", type=int, nargs="?", default=300)
-    parser.add_argument("targets", nargs="*", default=[], metavar="TARGET")
+    parser.add_argument("words", nargs="*", metavar="[NUMBER] TARGET", help="300 of all if absent")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one mutation")
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes, too")
     options = parser.parse_args()
-    numbers = range(options.number) if options.only is None else [options.only]
-    reports = fuzz(options.targets or list(TARGETS), numbers, options.seed)
+    count, targets = 300, options.words
+    if targets and targets[0].isdecimal():
+        count, targets = int(targets[0]), targets[1:]
+    numbers = range(count) if options.only is None else [options.only]
+    reports = fuzz(targets or list(TARGETS), numbers, options.seed)
     print(table(reports))
     return any(report.failures for report in reports.values())
 

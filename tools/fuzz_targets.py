@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fuzz_mutations as mutate
 import fuzz_requests as read
@@ -57,6 +58,7 @@ CHAT = {
     "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}],
 }
 STEP = "runs/half/checkpoints/step-00000002"
+MERGED = "runs/mine/checkpoints/step-00000002"
 ADAPTED = "runs/adapted/checkpoints/step-00000001"
 TUNE = {
     **{key: RECIPE[key] for key in ("output", "device", "model", "batch", "schedule")},
@@ -78,7 +80,7 @@ DISTILL = {
     "name": "student",
     "teacher": "runs/adapted",
 }
-REINFORCE = {
+REINFORCE: dict[str, Any] = {
     **{key: RECIPE[key] for key in ("output", "device", "model", "schedule")},
     "stage": "rl",
     "name": "learner",
@@ -95,6 +97,15 @@ REINFORCE = {
         "max_new_tokens": 4,
     },
     "batch": {"global_tokens": 8 * 127, "micro_batch": 2},
+}
+PLAY: dict[str, Any] = {
+    **REINFORCE,
+    "name": "played",
+    "rollout": {
+        **REINFORCE["rollout"],
+        "environments": [{"name": "mcqa"}, {"name": "arith_chain"}, {"name": "if_constraints"}],
+        "prompt": "text",
+    },
 }
 TASK = {
     "responses_create_params": {
@@ -209,6 +220,19 @@ def of_adapters(file: str, mutation: mutate.Mutation = mutate.of_json) -> Target
     return Target(f"{ADAPTED}/{file}", mutation, commands, uses, seal)
 
 
+def of_merged(file: str) -> Target:
+    """Of the first of two checkpoints, which are averaged."""
+
+    def seal(world: Path, draw: random.Random) -> None:
+        forge_manifest(world, draw, MERGED)
+
+    commands = [
+        ["merge", "runs/mine", "--out", "merged"],
+        ["merge", "runs/mine", "--last", "2", "--shape", "ema", "--out", "merged"],
+    ]
+    return Target(f"{MERGED}/{file}", mutate.of_json, commands, ("mine.yaml", "runs/mine"), seal)
+
+
 def of_checkpoint(file: str, mutation: mutate.Mutation = mutate.of_json) -> Target:
     seal = (lambda world, draw: None) if file == "manifest.json" else forge_manifest
     return Target(f"{STEP}/{file}", mutation, RUN, RUN_USES, seal)
@@ -281,6 +305,22 @@ TARGETS: dict[str, Target] = {
     "environment request": Target(
         "judged.jsonl", mutate.of_lines, [["judged.jsonl"]], reader=read.judge
     ),
+    "merged index": of_merged("index.json"),
+    "merged model": of_merged("model.json"),
+    "merged state": of_merged("state.json"),
+    "reported metrics": Target(
+        "runs/mine/metrics.jsonl",
+        mutate.of_lines,
+        [["report", "runs/mine", "--out", "page.html"], ["runs", "runs"],
+         ["compare", "runs/mine", "runs/half"]],
+        ("runs",),
+    ),
+    "rollouts": Target(
+        "runs/played/rollouts/step-00000000.jsonl",
+        mutate.of_lines,
+        [["rl", "reverify", "runs/played"], ["rl", "reverify", "runs/played", "--out", "again"]],
+        ("runs/played",),
+    ),
     "sft rows": Target(
         "talks.jsonl",
         mutate.of_lines,
@@ -334,7 +374,7 @@ def build_world(folder: Path) -> None:
     Path("talks.jsonl").write_text("".join(json.dumps(row) + "\n" for row in talks))
     blend = {"sources": [{"name": "text", "weight": 1.0, "path": "shards"}]}
     Path("blend.json").write_text(json.dumps(blend))
-    recipes = {"mine": RECIPE, "sft": TUNE, "distill": DISTILL, "rl": REINFORCE}
+    recipes = {"mine": RECIPE, "sft": TUNE, "distill": DISTILL, "rl": REINFORCE, "play": PLAY}
     for name, values in recipes.items():
         with open(f"{name}.yaml", "w") as file:
             YAML().dump(values, file)
@@ -353,6 +393,7 @@ def build_world(folder: Path) -> None:
         (0, ["data", "prepare", "talks.jsonl", "--out", "chats", "--workers", "1", "--chat",
              "--hold-out", "0.3"]),
         (75, ["train", "sft.yaml", "--stop-at", "1"]),
+        (75, ["train", "play.yaml", "--stop-at", "1"]),
     ):  # fmt: skip
         if (found := cli.run(words)) != code:
             raise RuntimeError(f"{words} of the undamaged world ended with {found}")

@@ -104,21 +104,28 @@ class SavedTensors:
         Every rank reads what it holds, and does not wait for others.
 
         Raises:
-            UserError: when a name is absent or a shape or dtype differs (the first ten are named),
-                or when a file is not what the index says.
+            UserError: when they do not fit (see `check`), or a file is not what the index says.
         """
-        problems = [self._difference(name, tensor) for name, tensor in into.items()]
+        self.check(into)
+        with _refusing_damage(self._info):
+            for name, tensor in into.items():
+                saved = self.index.tensors[name]
+                for offsets, shard in local_shards(tensor).items():
+                    self._fill(name, saved, offsets, shard)
+
+    def check(self, tensors: dict[str, Tensor]) -> None:
+        """Check that the checkpoint has tensors like these, which need no memory behind them.
+
+        Raises:
+            UserError: when a name is absent or a shape or dtype differs; the first ten are named.
+        """
+        problems = [self._difference(name, tensor) for name, tensor in tensors.items()]
         if found := [problem for problem in problems if problem]:
             more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
             raise UserError(
                 f"{self._info.folder} does not fit the model: {'; '.join(found[:10])}{more}; "
                 f"compare the recipe's model section with {MODEL} in that folder."
             )
-        with _refusing_damage(self._info):
-            for name, tensor in into.items():
-                saved = self.index.tensors[name]
-                for offsets, shard in local_shards(tensor).items():
-                    self._fill(name, saved, offsets, shard)
 
     def lacking(self, tensors: dict[str, Tensor]) -> list[str]:
         """Return the names of which the checkpoint has no tensor of this shape and dtype."""

@@ -11,6 +11,17 @@ from nemotron.commands.shared import CommandGroup, Overrides, RecipeFile
 if TYPE_CHECKING:
     from nemotron.data.loader import TrainingData
 
+RowSources = Annotated[
+    list[str],
+    typer.Argument(
+        help="Files, folders or patterns: JSON lines or parquet; of text, each line is a row.",
+        metavar="SOURCE...",
+    ),
+]
+MaxBadRows = Annotated[
+    int, typer.Option(min=0, help="Stop if there are more unreadable rows than this.")
+]
+
 app = CommandGroup(help="Prepare data and inspect it before a run.", no_args_is_help=True)
 
 
@@ -168,6 +179,164 @@ def data_tokenizer(
         specials=special or (),
         column=column,
         sample_bytes=sample_mib << 20,
+        overwrite=overwrite,
+    )
+
+
+@app.command("demo", epilog="Example: nemotron data demo grammar --out data/demo")
+def data_demo(
+    kind: Annotated[
+        str,
+        typer.Argument(
+            help="grammar, a small made-up language, or yue, 120,000 Cantonese sentences of the "
+            "package pycantonese."
+        ),
+    ],
+    out: Annotated[Path, typer.Option(help="Folder in which text.jsonl is written.")],
+    number: Annotated[
+        int | None, typer.Option(min=1, help="Sentences; default: 5000, of yue all.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Decides the sentences of the grammar.")] = 1,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
+) -> int:
+    """Write sentences to try text correction on."""
+    from nemotron.data.rewrite.demo import write_demo
+
+    return write_demo(kind, out, number=number, seed=seed, overwrite=overwrite)
+
+
+@app.command(
+    "characters",
+    epilog="Example: nemotron data characters data/demo/*.jsonl --out data/demo/tokenizer.json",
+)
+def data_characters(
+    sources: RowSources,
+    out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
+    vocab_size: Annotated[
+        int | None, typer.Option(help="Most ids, special tokens included; default: no limit.")
+    ] = None,
+    special: Annotated[
+        list[str] | None,
+        typer.Option(help="Special token in addition to those of Nemotron 3; repeatable."),
+    ] = None,
+    column: Annotated[str, typer.Option(help="Column that holds the text; pairs need none.")] = (
+        "text"
+    ),
+    max_bad_rows: MaxBadRows = 100,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+) -> int:
+    """Make a tokenizer whose tokens are the characters of texts and pairs."""
+    from nemotron.data.rewrite.characters import learn_characters
+
+    return learn_characters(
+        sources,
+        out,
+        vocab_size=vocab_size,
+        special=special or (),
+        column=column,
+        max_bad_rows=max_bad_rows,
+        overwrite=overwrite,
+    )
+
+
+@app.command(
+    "noise",
+    epilog="Example: nemotron data noise data/demo/text.jsonl --language grammar --out pairs.jsonl",
+)
+def data_noise(
+    sources: RowSources,
+    out: Annotated[Path, typer.Option(help="JSON lines to write, a pair in each.")],
+    language: Annotated[
+        str, typer.Option(help="Whose sounds are confused: grammar, zh, yue, en or letters.")
+    ],
+    candidates: Annotated[
+        int, typer.Option(min=1, max=16, help="Candidates of each pair, the best one first.")
+    ] = 4,
+    rate: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the tokens that some candidate has wrong.")
+    ] = 0.2,
+    seed: Annotated[int, typer.Option(help="Decides the errors.")] = 1,
+    sounds: Annotated[
+        bool,
+        typer.Option("--sounds", help="Write the sounds of the text as the only candidate."),
+    ] = False,
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    max_bad_rows: MaxBadRows = 100,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+) -> int:
+    """Make pairs for text correction: texts, and candidates with the errors of a recognizer."""
+    from nemotron.data.rewrite.noise import add_noise
+
+    return add_noise(
+        sources,
+        out,
+        language=language,
+        candidates=candidates,
+        rate=rate,
+        seed=seed,
+        sounds=sounds,
+        column=column,
+        max_bad_rows=max_bad_rows,
+        overwrite=overwrite,
+    )
+
+
+@app.command(
+    "pairs",
+    epilog="Example: nemotron data pairs pairs.jsonl --tokenizer data/demo --out data/pairs",
+)
+def data_pairs(
+    sources: RowSources,
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    form: Annotated[
+        str,
+        typer.Option(
+            "--as", help="rows: aligned, for stage: correct; chat: conversations, for stage: sft."
+        ),
+    ] = "rows",
+    candidates: Annotated[
+        int, typer.Option(min=1, max=16, help="Candidates of every pair in the shards.")
+    ] = 4,
+    language: Annotated[
+        str | None,
+        typer.Option(
+            help="Whose sounds align tokens: grammar, zh, yue, en or letters; default: that of "
+            "each pair, else letters."
+        ),
+    ] = None,
+    tokenizer: Annotated[
+        str, typer.Option(help="The word embedded, a tokenizer.json, or its folder.")
+    ] = "embedded",
+    filters: Annotated[
+        list[str] | None,
+        typer.Option("--filter", help="Keep only rows that pass, such as 'language == yue'."),
+    ] = None,
+    hold_out: Annotated[
+        float,
+        typer.Option(
+            min=0, max=0.999, help="Share of pairs held out for validation, chosen by their target."
+        ),
+    ] = 0.01,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Number of processes; default: one per core.")
+    ] = None,
+    max_bad_rows: MaxBadRows = 100,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
+) -> int:
+    """Turn pairs into token shards; repeat a stopped command to continue it."""
+    from nemotron.data.prepare.command import prepare_pairs
+
+    return prepare_pairs(
+        sources,
+        out,
+        form=form,
+        candidates=candidates,
+        language=language,
+        tokenizer=tokenizer,
+        filters=filters or (),
+        hold_out=hold_out,
+        workers=workers,
+        max_bad_rows=max_bad_rows,
         overwrite=overwrite,
     )
 

@@ -8,8 +8,8 @@ import typer
 
 from nemotron.commands.answers import AnswerOptions
 from nemotron.commands.decoding import DecodingOptions
-from nemotron.commands.harness import HarnessOptions
 from nemotron.commands.shared import CommandGroup, Device, Model, Overrides
+from nemotron.commands.suites import SuiteOptions
 from nemotron.merge.coefficients import EMA_DECAY
 
 app = CommandGroup()
@@ -85,7 +85,7 @@ def generate(
     return run(loaded, tokenizer, prompt or [], wanted, stream=stream)
 
 
-@app.command(epilog="Example: nemotron evaluate runs/tiny evaluation.tokens=100000")
+@app.command(epilog="Example: nemotron evaluate runs/tiny --suite arithmetic --out scores")
 def evaluate(
     model: Model,
     overrides: Overrides = None,
@@ -93,22 +93,31 @@ def evaluate(
         Path | None,
         typer.Option(help="Recipe whose held-out text is used; default: that of the model's run."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="File of JSON to write.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="JSON file to write; with --suite or --against, a folder."),
+    ] = None,
     device: Device = "auto",
     *,
-    harness: HarnessOptions,
+    suites: SuiteOptions,
 ) -> int:
-    """Print loss, perplexity and bits per byte of a model on held-out text, by domain.
+    """Print the loss of a model on held-out text by domain, or how well it solves tasks.
 
-    With --lm-eval, print what it reaches on tasks of lm-evaluation-harness.
+    Overrides change the recipe of the text, such as evaluation.tokens=100000.
     """
+    from nemotron.errors import UserError
+    from nemotron.evaluate.command import Text, Wanted, evaluate_suites
     from nemotron.evaluate.command import evaluate as run
 
-    if wanted := harness.wanted(recipe, overrides):
-        from nemotron.evaluate.harness_command import evaluate_tasks
-
-        return evaluate_tasks(model, wanted, out=out, device=device)
-    return run(model, recipe, overrides or [], out=out, device=device)
+    text = Text(recipe, overrides or ())
+    if not suites.is_asked:
+        if suites.resume:
+            raise UserError("--resume continues an evaluation on suites; name them with --suite.")
+        return run(model, text, out=out, device=device)
+    if suites.resume and out is None:
+        raise UserError("--resume needs the folder to continue; give --out FOLDER.")
+    wanted = Wanted(suites.plan(), text, suites.against, out, suites.resume, device)
+    return evaluate_suites(model, wanted)
 
 
 @app.command("check-parity", epilog="Example: nemotron check-parity runs/tiny --length 100")

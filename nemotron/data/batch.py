@@ -25,7 +25,10 @@ class Batch:
     document. `loss_weight` weighs the loss of each label; without it every label counts 1.
     `ahead` holds what `look_ahead` found; it is found before ranks share the tokens of a row.
     `extras` holds what else an objective needs to know about each label, by name. `padding` is true
-    outside of all documents; without it there are no such positions.
+    outside of all documents; without it there are no such positions. `candidates` are what a model
+    of several candidates reads at each place, the first of which `input_ids` repeats. `languages`
+    numbers the language of each token, -1 where it is not known; with `languages_decide` they
+    choose the experts of a model that has some for each language.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -35,6 +38,9 @@ class Batch:
     ahead: "tuple[Ahead, ...]" = ()
     extras: dict[str, Shaped[Tensor, "B T *rest"]] = field(default_factory=dict)
     padding: Bool[Tensor, "B T"] | None = None
+    candidates: Int[Tensor, "B T K"] | None = None
+    languages: Int[Tensor, "B T"] | None = None
+    languages_decide: bool = False
 
     @property
     def num_tokens(self) -> int:
@@ -82,6 +88,8 @@ class Batch:
             ahead=tuple(depth.map(function) for depth in self.ahead),
             extras={name: function(values) for name, values in self.extras.items()},
             padding=None if self.padding is None else function(self.padding),
+            candidates=None if self.candidates is None else function(self.candidates),
+            languages=None if self.languages is None else function(self.languages),
         )
 
 

@@ -14,6 +14,10 @@ EMBEDDED_DOMAINS = ("code", "docs", "verse")
 """Labeled domains of the corpus that ships with the package."""
 
 
+MIXED = "mixed"
+"""Language of a source whose texts switch between languages."""
+
+
 def name_of(path: str) -> str:
     """Return the label of a path whose source has no name: its last part without endings."""
     plain = [part for part in PurePath(path).parts if not re.search(r"[*?\[]", part)]
@@ -50,6 +54,8 @@ class SourceConfig(Section):
     """Quality tier: a key of `tiers`, whose factor multiplies the weight."""
     max_epochs: float | None = Field(None, gt=0)
     """Largest number of passes over this source; absent: `data.max_epochs`."""
+    language: str | None = None
+    """Language of its text, one of `model.language_experts.languages`, or `mixed`."""
     sources: Annotated[tuple["SourceConfig", ...], Field(strict=False)] = ()
     """Members of a group. A group has no `path`."""
 
@@ -218,6 +224,8 @@ class DataConfig(Section):
     document decides."""
     max_epochs: float | None = Field(None, gt=0)
     """Largest number of passes over any source; absent: no limit."""
+    language_of: Literal["source", "none"] = "none"
+    """What says which language a token is: its source, or nothing."""
     prefetch_steps: int = Field(2, ge=0)
     """Number of steps whose rows are read in advance, in the background; 0: none."""
 
@@ -284,6 +292,9 @@ class ChatDataConfig(DataConfig):
     """Share of the conversations to hold out; a hash of each decides."""
     chat: ChatSetConfig = ChatSetConfig()
     """How conversations are read and rendered."""
+    mask_correct: float = Field(0.0, ge=0, lt=1)
+    """Share of the right tokens of a text to be corrected that are hidden in training, others in
+    each pass; for conversations from `nemotron data pairs --as chat`."""
 
 
 def check_lengths(lengths: Sequence[LengthConfig]) -> None:

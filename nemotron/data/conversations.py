@@ -43,7 +43,7 @@ def prepare_conversations(
     try:
         inputs = plan([source.path], options).inputs
         hashes = [hash_file(Path(facts["name"])) for facts in inputs if "bytes" in facts]
-        what = [FORMAT, list(inputs), hashes, tokenizer.hash, options.model_dump(mode="json")]
+        what = [FORMAT, list(inputs), hashes, tokenizer.hash, options.described()]
         digest = xxhash.xxh64_hexdigest(json.dumps(what).encode())
         folder = Path(config.cache).absolute() / f"chat-{_word(source.name)}-{digest}"
         with held_cache(folder.parent):

@@ -74,6 +74,10 @@ class Counts(Section):
     """Rows that could not be read, left out."""
     unsupervised: int = 0
     """Conversations without a token to learn, left out."""
+    repeated: int = 0
+    """Pairs with too few candidates, whose first one stands in for those that are missing."""
+    cut: int = 0
+    """Pairs with more candidates than were asked for, of which the first were kept."""
     largest_id: int = -1
 
     def plus(self, other: "Counts") -> "Counts":

@@ -5,7 +5,8 @@ uint64 version, uint8 code of the id type, uint64 number of sequences S, uint64 
 document index, int32 lengths [S] in tokens, int64 offsets [S] in bytes, int64 document index [D]
 (0, then the number of sequences up to the end of each document), and int8 modes [S] in files of
 several modalities. Shards of conversations have a third file, ours alone: `PREFIX.loss` holds a
-byte for each token, 1 for those that are learned.
+byte for each token, its role: 1 if it is learned, 2 if it belongs to a source that a model corrects
+and is right, else 0.
 
 Source: NVIDIA/Megatron-LM: megatron/core/datasets/indexed_dataset.py.
 """
@@ -23,6 +24,9 @@ from numpy.typing import NDArray
 
 from nemotron.errors import UserError
 
+LEARNED = 1
+RIGHT = 2
+"""Roles of tokens; all others are 0."""
 ENDS_READ = 4096
 """Bytes at each end of a shard's files that, with the sizes, identify the shard."""
 MAGIC = b"MMIDIDX\x00\x00"
@@ -75,8 +79,8 @@ class Shard:
         return self.loss.exists()
 
     @property
-    def learned(self) -> NDArray[np.integer]:
-        """1 for each token that is learned, as a view of the file.
+    def roles(self) -> NDArray[np.integer]:
+        """The role of each token, as a view of the file.
 
         Raises:
             UserError: when the file does not fit the tokens.
@@ -258,10 +262,14 @@ class Stream:
 
     def read_learned(self, start: int, count: int) -> NDArray[np.bool_]:
         """Return for each of these tokens whether it is learned: all of them, but in chats."""
-        found = np.ones(count, np.bool_)
+        return self.read_roles(start, count) == LEARNED
+
+    def read_roles(self, start: int, count: int) -> NDArray[np.uint8]:
+        """Return the role of each of these tokens: all are learned, but in chats."""
+        found = np.full(count, LEARNED, np.uint8)
         if self.is_supervised:
             for number, here, into in self._pieces(start, count):
-                found[into] = self.shards[number].learned[here]
+                found[into] = self.shards[number].roles[here]
         return found
 
     def _pieces(self, start: int, count: int) -> list[tuple[int, slice, slice]]:

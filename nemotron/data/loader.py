@@ -9,13 +9,14 @@ from typing import Any
 from nemotron.data.batch import NO_LABEL, Batch, Row, pack
 from nemotron.data.config import ChatDataConfig, DataConfig, SourceConfig
 from nemotron.data.conversations import check_supervised, prepare_conversations
+from nemotron.data.correct.marks import marks_of
 from nemotron.data.embedded import prepare_embedded
 from nemotron.data.fingerprint import check_same_data
 from nemotron.data.folder import TokenSet, open_source
 from nemotron.data.indexed import Stream
 from nemotron.data.mixture import Mixtures
 from nemotron.data.raw import tokens_of
-from nemotron.data.source import HeldOut, Source
+from nemotron.data.source import HeldOut, Mask, Source
 from nemotron.data.timeline import RowLength, Timeline
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.errors import UserError
@@ -266,7 +267,22 @@ class TrainingData:
 
     def _rows_of(self, name: str, seq_len: int) -> Source:
         tokens = self.tokens[name]
-        return Source(name, tokens, self.config, seq_len, seed=self._seed, limit=self._limit)
+        return Source(
+            name,
+            tokens,
+            self.config,
+            seq_len,
+            seed=self._seed,
+            limit=self._limit,
+            mask=self._mask(),
+        )
+
+    def _mask(self) -> Mask | None:
+        """Return what hides right tokens of texts to be corrected, if the recipe wants that."""
+        config = self.config
+        if not isinstance(config, ChatDataConfig) or not config.mask_correct:
+            return None
+        return Mask(marks_of(self.tokenizer, self._limit).mask, config.mask_correct)
 
     def _rows(self, step: int, rows: slice) -> Iterator[tuple[Source, tuple[int, int]]]:
         mixture, before = self.mixtures.locate(step)

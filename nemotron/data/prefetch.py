@@ -1,10 +1,12 @@
 """The batches of text of one reader, read while the steps before them are computed."""
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+
+import torch
 
 from nemotron.data.batch import Batch
 from nemotron.data.config import DataConfig
@@ -46,6 +48,21 @@ class Prefetcher:
         return batch.pin() if self._pin else batch
 
 
+@dataclass(frozen=True)
+class SourceLanguages:
+    """The language of each source, by its number; -1 for a mixed one."""
+
+    numbers: Mapping[str, int]
+    oracle_steps: int = 0
+    """First steps in which the languages choose the experts."""
+
+    def label(self, batch: Batch, sources: Sequence[str], step: int) -> Batch:
+        """Return the batch with the language of each row, given the source of each."""
+        numbers = torch.tensor([self.numbers[name] for name in sources])
+        labels = numbers.unsqueeze(1).expand_as(batch.input_ids).contiguous()
+        return replace(batch, languages=labels, languages_decide=step < self.oracle_steps)
+
+
 class TextBatches:
     """A batch source: the rows of each step that one reader of several reads, with their targets.
 
@@ -62,8 +79,10 @@ class TextBatches:
         num_steps: int,
         num_depths: int,
         pin: bool,
+        languages: SourceLanguages | None = None,
     ) -> None:
         """Read targets for `num_depths` tokens beyond the next, and no step from `num_steps` on."""
+        self._languages = languages
         self._config, self._data, self._depths = config, data, num_depths
         self._reader, self._num_readers = reader, num_readers
         self._ahead = Prefetcher(
@@ -98,4 +117,7 @@ class TextBatches:
         batch = self._data.batch(step, rows)
         if not self._config.reset_documents:
             batch = replace(batch, seq_idx=None)
+        if self._languages is not None:
+            names = [sample.source for sample in self._data.sample_ids(step, rows)]
+            batch = self._languages.label(batch, names, step)
         return batch.look_ahead(self._depths)

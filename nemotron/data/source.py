@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from nemotron.data.batch import Row
 from nemotron.data.config import DataConfig
 from nemotron.data.folder import TokenSet
-from nemotron.data.indexed import Stream
+from nemotron.data.indexed import RIGHT, Stream
 from nemotron.data.packing import RowPlan, plan_rows
 from nemotron.errors import UserError
 
@@ -21,6 +21,21 @@ log = logging.getLogger(__name__)
 
 ROUNDS = 6
 """Of the network that shuffles; two rounds are far from uniform, a test says."""
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Hides right tokens of a source that is to be corrected, others in each pass."""
+
+    token: int
+    rate: float
+
+    def hide(
+        self, tokens: NDArray[np.int64], roles: NDArray[np.uint8], key: int
+    ) -> NDArray[np.int64]:
+        """Return the tokens of a row with some that have the role `RIGHT` hidden."""
+        drawn = np.random.default_rng(key).random(len(tokens)) < self.rate
+        return np.where(drawn & (roles == RIGHT), self.token, tokens)
 
 
 @dataclass(frozen=True)
@@ -44,11 +59,14 @@ class RowReader:
             return Row(tokens)
         return Row(tokens, None, self.stream.read_learned(start, count).astype(np.float32))
 
-    def planned(self, number: int) -> Row:
-        """Return a row of whole documents."""
+    def planned(self, number: int, mask: Mask | None = None, key: int = 0) -> Row:
+        """Return a row of whole documents; `key` seeds what the mask hides."""
         assert self.plan is not None
         pieces = self.plan.pieces(number)
         tokens = np.concatenate([self.stream.read(*piece) for piece in pieces])
+        if mask is not None:
+            roles = np.concatenate([self.stream.read_roles(*piece) for piece in pieces])
+            tokens = mask.hide(tokens, roles, key)
         starts = np.cumsum([0, *(length for _, length in pieces)])[:-1]
         if not (self.stream.is_supervised or self.per_sample):
             return Row(self._checked(tokens), starts)
@@ -80,7 +98,15 @@ class Source:
     """
 
     def __init__(
-        self, name: str, tokens: TokenSet, data: DataConfig, seq_len: int, *, seed: int, limit: int
+        self,
+        name: str,
+        tokens: TokenSet,
+        data: DataConfig,
+        seq_len: int,
+        *,
+        seed: int,
+        limit: int,
+        mask: Mask | None = None,
     ) -> None:
         """Plan the rows; `limit` is the number that every id must be below.
 
@@ -91,6 +117,7 @@ class Source:
         self.seq_len = seq_len
         self._seed = seed
         self._reader = row_reader(name, tokens.train, lambda: tokens.identity, data, seq_len, limit)
+        self._mask = mask
         plan = self._reader.plan
         available = tokens.train.num_tokens
         # the window of the last row may end at the first token again
@@ -125,7 +152,9 @@ class Source:
             UserError: when a shard was changed since it was opened, or holds an id too large.
         """
         if self._reader.plan is not None:
-            return self._reader.planned(sample)
+            if self._mask is None:
+                return self._reader.planned(sample)
+            return self._reader.planned(sample, self._mask, self._key(f"mask/{epoch}/{sample}"))
         start = self._key(f"start/{epoch}") + sample * self.seq_len
         return self._reader.window(start % self._reader.stream.num_tokens, self.seq_len + 1)
 

@@ -59,6 +59,12 @@ class Tokenizer:
             encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
 
+    def encode_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Return the ids of a text with names of special tokens, and the characters of each."""
+        with _answering():
+            encoding = self._with_specials.encode(text, add_special_tokens=False)
+        return encoding.ids, encoding.offsets
+
     def encode_start(self, text: str) -> tuple[list[int], int]:
         """Return ids that whatever follows `text` cannot change, and how many characters they are.
 

@@ -57,7 +57,7 @@ def evaluate_tasks(model: Path, wanted: Harness, *, out: Path | None, device: st
         UserError: when lm-eval, the model, a task or its data is absent, or a file exists already.
     """
     if importlib.util.find_spec("lm_eval") is None:
-        raise UserError(f"--lm-eval needs the package lm_eval; install it with: {INSTALL}.")
+        raise UserError(f"nemotron lm-eval needs the package lm_eval; install it with: {INSTALL}.")
     for key, file in (("--out", out), ("--samples", wanted.samples)):
         if file is not None and (file.exists() or not file.parent.is_dir()):
             rule = (
@@ -66,8 +66,6 @@ def evaluate_tasks(model: Path, wanted: Harness, *, out: Path | None, device: st
             raise UserError(rule, key=key, value=file)
     if wanted.include_path is not None and not wanted.include_path.is_dir():
         raise UserError("is no folder; give one.", key="--include-path", value=wanted.include_path)
-    if not wanted.tasks:
-        raise UserError("names no task; give one.", key="--lm-eval", value="")
     with _quiet():
         found = _evaluate(model, wanted, device)
     from lm_eval.utils import make_table
@@ -157,14 +155,14 @@ def _find_tasks(wanted: Harness) -> tuple[list[Any], Any]:  # Any: classes of lm
     for name in _unknown(wanted.tasks, manager):
         close = difflib.get_close_matches(name, manager.all_tasks, 3)
         rule = f"is no task; {'close to it are ' + ', '.join(close) if close else 'give another'}."
-        raise UserError(rule, key="--lm-eval", value=name)
+        raise UserError(rule, key="TASK", value=name)
     for name in wanted.tasks:
         try:
             manager.load([name])
         except BROKEN_TASK as error:
             cause = " ".join(str(error).split()) or type(error).__name__
             rule = f"cannot be read: {cause}; mend its YAML file, or bring its data here."
-            raise UserError(rule, key="--lm-eval", value=name) from error
+            raise UserError(rule, key="TASK", value=name) from error
     return list(wanted.tasks), manager
 
 

@@ -1,7 +1,10 @@
 """A model on the held-out text of a recipe: loss, perplexity and bits per byte, by domain."""
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
+from nemotron.data.batch import Batch
 from nemotron.device import find_device
 from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
@@ -38,6 +41,15 @@ class HeldOut:
     def model(self) -> HybridLM:
         """The model, without weights until they are copied into it."""
         return self._local.models[0]
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield the rows on which `metrics` are computed."""
+        config, resets = self._config, self.data.config.reset_documents
+        tokens, rows = config.evaluation.tokens, config.batch.micro_batch
+        for domain in self.data.validation_domains:
+            for held_out in self.data.validation(domain, tokens=tokens, rows=rows):
+                batch = held_out.batch
+                yield batch if resets else replace(batch, seq_idx=None)
 
     def metrics(self) -> dict[str, float]:
         """Return what the trainer logs of a validation, under the same names."""

@@ -19,7 +19,7 @@ from nemotron.model.linear import Linear
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts, MoE
-from nemotron.model.router import Routing
+from nemotron.model.router import GroupChoice, Routing
 from nemotron.model.state import AttentionState, MambaState
 
 FEW_TOKENS = 8
@@ -207,11 +207,13 @@ class FewTokensMoE(nn.Module):
             moe.experts, moe.shared_experts if self.includes_shared else None
         )
 
-    def forward(self, x: Float[Tensor, "B T D"]) -> Float[Tensor, "B T D"]:
+    def forward(
+        self, x: Float[Tensor, "B T D"], choice: GroupChoice | None = None
+    ) -> Float[Tensor, "B T D"]:
         tokens, moe = x.flatten(0, 1), self.moe  # [M, D]
         if tokens.shape[0] > FEW_TOKENS:
-            return moe(x)[0]
-        routing = moe.gate(tokens)
+            return moe(x, choice=choice)[0]
+        routing = moe.gate(tokens, choice)
         latent = tokens if moe.fc1_latent_proj is None else moe.fc1_latent_proj(tokens)
         routed = self.experts(latent, routing)
         if moe.fc2_latent_proj is not None:

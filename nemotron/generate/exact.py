@@ -24,7 +24,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Linear
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.moe import Experts
-from nemotron.model.router import Router, Routing
+from nemotron.model.router import GroupChoice, Router, Routing
 from nemotron.model.state import CHUNK, MambaSlots, MambaState, Partial
 
 ROWS, KEYS = 16, 64
@@ -153,8 +153,10 @@ class ExactRouter(Router):
     def __init__(self, router: Router) -> None:
         take_over(self, router)
 
-    def forward(self, x: Float[Tensor, "M D"]) -> Routing:
+    def forward(self, x: Float[Tensor, "M D"], choice: GroupChoice | None = None) -> Routing:
         """As `Router.forward`."""
+        if choice is not None:  # the gate before it is not exact either
+            return super().forward(x, choice)
         filled = F.pad(x, (0, 0, 0, -x.shape[0] % VECTORS)).split(VECTORS)
         tiles = [super(ExactRouter, self).forward(tile) for tile in filled]
         scores, experts, weights = (

@@ -214,6 +214,18 @@ def check_readable(config: ModelConfig, where: str = "") -> None:
     Raises:
         UserError: when a token could go to other experts.
     """
+    if config.language_experts is not None:
+        raise UserError(
+            "chooses experts by language, which has no counterpart in transformers; such a model "
+            "cannot be exported.",
+            key="model.language_experts",
+        )
+    if config.num_candidates > 1 or config.edit_heads:
+        raise UserError(
+            "reads several candidates or predicts edits, which has no counterpart in transformers; "
+            "such a model cannot be exported.",
+            key="model.correction",
+        )
     if groups_differ(config):
         best = config.num_experts_per_tok // config.topk_group
         raise UserError(

@@ -1,6 +1,7 @@
 """Writing a checkpoint as a folder in the layout of the released Nemotron 3 checkpoints."""
 
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 
 from nemotron.children import module_command
@@ -13,7 +14,10 @@ from nemotron.hf.folder import CONFIG
 from nemotron.hf.formats import RELEASED, Formats, Plain
 from nemotron.hf.hub import check_name, push_folder
 from nemotron.hf.model_card import HERE, model_card
-from nemotron.hf.names import disk_parameters, disk_tensors
+from nemotron.hf.names import DiskParameter, disk_parameters, disk_tensors
+from nemotron.hf.quantized.assignment import Quantized, quantized_formats
+from nemotron.hf.quantized.declare import SIDECAR, declare_compressed, declare_modelopt
+from nemotron.hf.quantized.digest import digest_of_constants
 from nemotron.hf.readers import limits
 from nemotron.hf.shards import write_shards
 from nemotron.hf.source import CheckpointSource, open_checkpoint
@@ -33,6 +37,7 @@ def export(
     *,
     overwrite: bool = False,
     formats: Formats = RELEASED,
+    quantized: Quantized | None = None,
     check: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     push: str | None = None,
@@ -40,11 +45,13 @@ def export(
     """Write the newest complete checkpoint of a run in the layout of released checkpoints.
 
     `out` is the run's folder `export` when absent. All is written beside it and takes its place
-    once the check, in a process of its own, has passed. `push` is a name on the Hub, to which the
-    folder is then uploaded. Returns the exit code: 1 if the check has not passed.
+    once the check, in a process of its own, has passed. `quantized` names the layers that are
+    written in FP8 or NVFP4, with their scales. `push` is a name on the Hub, to which the folder is
+    then uploaded. Returns the exit code: 1 if the check has not passed.
 
     Raises:
-        UserError: when there is no checkpoint or the target may not be written; nothing is.
+        UserError: when there is no checkpoint, the target may not be written, or engines could not
+            read a layer as it would be quantized; nothing is written.
     """
     if push is not None:
         check_name(push)
@@ -59,6 +66,9 @@ def export(
     check_readable(source.config)
     check_target(target, source, overwrite=overwrite)
     formats = source.formats(formats)
+    if quantized is not None:
+        plain = disk_parameters(source.config, formats)
+        formats = quantized_formats(formats, quantized, plain)
     with writing_beside(target, COMMAND) as partial:
         tensors, size = write_folder(
             source,
@@ -66,10 +76,12 @@ def export(
             partial,
             formats=formats,
             max_shard_bytes=max_shard_bytes,
+            quantized=quantized,
             name=push or HERE,
         )
         print_text(f"wrote {tensors:,} tensors, {size:,} bytes, of {source.info.folder}")
-        failed = check and not run_selfcheck(partial, source)
+        digest = digest_of_constants(disk_parameters(source.config, formats))
+        failed = check and not run_selfcheck(partial, source, digest)
         if failed:
             target = failed_beside(target)
         publish(partial, target, COMMAND)
@@ -109,6 +121,7 @@ def write_folder(
     *,
     formats: Formats,
     max_shard_bytes: int,
+    quantized: Quantized | None = None,
     name: str = HERE,
 ) -> tuple[int, int]:
     """Write every file of the export into an existing folder; returns tensors and their bytes.
@@ -123,15 +136,33 @@ def write_folder(
     values = to_hf(config) | special_ids(tokenizer, config)
     if isinstance(formats.default, Plain):
         values["torch_dtype"] = str(formats.default.dtype).removeprefix("torch.")
-    write_json(folder / CONFIG, values)
     parameters = disk_parameters(config, formats)
-    write_text(folder / "README.md", model_card(source, parameters, name))
+    if quantized is not None:
+        values["quantization_config"] = _declare(folder, quantized, parameters)
+    write_json(folder / CONFIG, values)
+    write_text(folder / "README.md", model_card(source, parameters, name, quantized))
     size = write_shards(folder, parameters, source.reader(), max_shard_bytes)
     return len(disk_tensors(parameters)), size
 
 
-def run_selfcheck(folder: Path, source: CheckpointSource) -> bool:
-    """Check the folder against its checkpoint in a fresh process, which prints what it found."""
+def _declare(
+    folder: Path, quantized: Quantized, parameters: Sequence[DiskParameter]
+) -> dict[str, object]:
+    """Return `quantization_config`; ModelOpt's layout has a file of its own beside it."""
+    if quantized.layout == "compressed-tensors":
+        return declare_compressed(quantized, parameters)
+    config, sidecar = declare_modelopt(quantized, parameters)
+    write_json(folder / SIDECAR, sidecar)
+    return config
+
+
+def run_selfcheck(folder: Path, source: CheckpointSource, digest: str | None = None) -> bool:
+    """Check the folder against its checkpoint in a fresh process, which prints what it found.
+
+    `digest` is that of the scales of a quantized model.
+    """
     command = [*module_command("nemotron.hf.selfcheck"), str(folder), str(source.info.folder)]
+    if digest is not None:
+        command.append(digest)
     finished = subprocess.run(command, check=False)
     return finished.returncode == 0

@@ -16,6 +16,8 @@ from nemotron.files import hash_file
 from nemotron.hf.config import from_hf
 from nemotron.hf.formats import FORMATS, DiskFormat, DiskTensor
 from nemotron.hf.names import DiskParameter, count_parameters, disk_parameters, disk_tensors
+from nemotron.hf.quantized.declaration import check_constants
+from nemotron.hf.quantized.read import read_declaration
 from nemotron.hf.shards import ShardedFolder, StoredTensor, read_json
 from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
@@ -58,10 +60,14 @@ def read_folder(folder: Path, formats: Sequence[DiskFormat] = FORMATS) -> Loaded
     Each parameter has the format among `formats` that fits its tensors best.
 
     Raises:
-        UserError: when a tensor is missing, too many, of another shape or format, when a file is
-            damaged, or when the configuration asks for what the model cannot do.
+        UserError: when a tensor is missing, too many, of another shape or format, when a scale is
+            no positive number or the declaration of quantized layers contradicts their tensors,
+            when a file is damaged, or when the configuration asks for what the model cannot do.
     """
-    read = from_hf(read_json(folder / CONFIG), str(folder / CONFIG))
+    values, declared = read_json(folder / CONFIG), read_declaration(folder)
+    if declared is not None:
+        values.pop("quantization_config", None)
+    read = from_hf(values, str(folder / CONFIG))
     stored = ShardedFolder(folder)
     if (named := count_parameters(read.model)) > MOST_MISSING + len(stored.tensors):
         raise UserError(
@@ -73,15 +79,18 @@ def read_folder(folder: Path, formats: Sequence[DiskFormat] = FORMATS) -> Loaded
         for parameter in disk_parameters(read.model)
         if not (read.model.tie_word_embeddings and _is_left_out(parameter, stored))
     ]
+    if declared is not None:
+        parameters = declared.formatted(parameters, stored.tensors)
     tensors = disk_tensors(parameters)
     _refuse_packed(stored, tensors)
     _check_names(folder, tensors, list(stored.tensors))
     _check_stored(folder, parameters, formats, stored.tensors)
     _check_hashes(folder, {entry.file for entry in stored.tensors.values()})
-    weights = _collect(read.model, parameters, stored)
+    weights = _collect(read.model, parameters, stored, str(folder))
     if read.model.tie_word_embeddings:
         _tie(folder, weights)
-    return LoadedFolder(read.model, weights, read.notes, read.stop_ids, _note_formats(parameters))
+    notes = (*read.notes, *(declared.notes(parameters) if declared else ()))
+    return LoadedFolder(read.model, weights, notes, read.stop_ids, _note_formats(parameters))
 
 
 def _note_formats(parameters: Sequence[DiskParameter]) -> dict[str, JsonValue]:
@@ -95,7 +104,7 @@ def _note_formats(parameters: Sequence[DiskParameter]) -> dict[str, JsonValue]:
 
 
 def _collect(
-    config: ModelConfig, parameters: Sequence[DiskParameter], stored: ShardedFolder
+    config: ModelConfig, parameters: Sequence[DiskParameter], stored: ShardedFolder, where: str
 ) -> dict[str, Tensor]:
     """Fill the model's tensors one parameter at a time."""
     shape_of, weights = shapes(config), dict[str, Tensor]()
@@ -104,6 +113,7 @@ def _collect(
         if source not in weights:
             weights[source] = torch.empty(shape_of[source])
         own = {tensor.name: stored.read(tensor.name) for tensor in parameter.tensors}
+        check_constants(parameter, own, where)
         parameter.part_of(weights[source]).copy_(parameter.decode(own))
     return weights
 

@@ -1,7 +1,7 @@
 """How parameters lie on disk: each as one tensor, or as several that a format makes of it."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -43,8 +43,8 @@ class DiskTensor:
 class DiskFormat(Protocol):
     """What one parameter becomes on disk: a tensor of its name, and others such as scales.
 
-    The name of each tensor is that of the parameter with a suffix of the format, which may be
-    empty. `encode` and `decode` know the tensors by their suffixes.
+    `name` is that of the parameter, such as `lm_head.weight`. Its tensors have that name, names
+    that begin with it, or names beside it, such as `lm_head.input_scale`.
     """
 
     @property
@@ -54,10 +54,10 @@ class DiskFormat(Protocol):
     def tensors(self, name: str, shape: Shape) -> Sequence[DiskTensor]:
         """Return the tensors of a parameter; none if the format cannot hold this shape."""
 
-    def encode(self, master: Tensor) -> dict[str, Tensor]:
-        """Return what belongs on disk, by suffix, for the float32 parameter."""
+    def encode(self, name: str, master: Tensor) -> dict[str, Tensor]:
+        """Return what belongs on disk, by name, for the float32 parameter."""
 
-    def decode(self, stored: Mapping[str, Tensor], shape: Shape) -> Tensor:
+    def decode(self, name: str, stored: Mapping[str, Tensor], shape: Shape) -> Tensor:
         """Return the values of a parameter of this shape, in a dtype that float32 contains."""
 
 
@@ -74,11 +74,11 @@ class Plain:
     def tensors(self, name: str, shape: Shape) -> Sequence[DiskTensor]:
         return (DiskTensor(name, shape, self.dtype),)
 
-    def encode(self, master: Tensor) -> dict[str, Tensor]:
-        return {"": master.to(self.dtype).contiguous()}
+    def encode(self, name: str, master: Tensor) -> dict[str, Tensor]:
+        return {name: master.to(self.dtype).contiguous()}
 
-    def decode(self, stored: Mapping[str, Tensor], shape: Shape) -> Tensor:
-        return stored[""]
+    def decode(self, name: str, stored: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        return stored[name]
 
 
 BF16, F16, F32 = Plain(torch.bfloat16), Plain(torch.float16), Plain(torch.float32)
@@ -96,9 +96,14 @@ class Formats:
 
     rules: tuple[tuple[str, DiskFormat], ...]
     default: DiskFormat = BF16
+    named: Mapping[str, DiskFormat] = field(default_factory=dict)
+    """Formats of single parameters, which come before the rules."""
 
     def of(self, name: str, shape: Shape) -> DiskFormat:
-        """Return the format of a parameter: that of the first rule that fits, or the default."""
+        """Return the format of a parameter: its own, that of the first rule that fits, or the
+        default."""
+        if (own := self.named.get(name)) is not None:
+            return own
         for end, form in self.rules:
             if name.endswith(end) and form.tensors(name, shape):
                 return form
@@ -119,8 +124,9 @@ def imported_formats(stored: Mapping[str, JsonValue], choice: Formats) -> Format
     """
     known, others = {form.name: form for form in FORMATS}, stored["others"]
     assert isinstance(others, dict)
-    rules = [(name, known[str(form)]) for name, form in others.items() if form in known]
-    return Formats((*choice.rules, *rules), known.get(str(stored["default"]), choice.default))
+    named = {name: known[str(form)] for name, form in others.items() if form in known}
+    default = known.get(str(stored["default"]), choice.default)
+    return Formats(choice.rules, default, named)
 
 
 CHOICES = (RELEASED, MAMBA_FP32)

@@ -15,6 +15,8 @@ from nemotron.errors import UserError
 from nemotron.files import read_regular
 from nemotron.hf.hub import NAME as HUB_NAME
 from nemotron.hf.names import DiskParameter
+from nemotron.hf.quantized.assignment import Quantized
+from nemotron.hf.quantized.layouts import FORMAT_NAMES
 from nemotron.hf.readers import EAGER, fits_grouped_products
 from nemotron.hf.source import CheckpointSource
 from nemotron.hf.tokenizer_files import CHAT_TEMPLATE
@@ -61,6 +63,12 @@ print(tokenizer.decode(output[0]))
 or, with the package that wrote it: `nemotron generate {shell} --prompt "def read("`.
 """
 
+USE_QUANTIZED = """## Use
+
+Inference engines read this layout: `vllm serve {shell}`, for instance. The package that wrote it
+computes with the decoded weights: `nemotron generate {shell} --prompt "def read("`.
+"""
+
 TEXT_PROMPT = 'inputs = tokenizer("def read(", return_tensors="pt")'
 CHAT_PROMPT = """messages = [{"role": "user", "content": "Who wrote this?"}]
 inputs = tokenizer.apply_chat_template(
@@ -75,7 +83,10 @@ HYPER_PARAMETERS = ("data.seq_len", "batch", "schedule", "optimizer", "loss", "p
 
 
 def model_card(
-    source: CheckpointSource, parameters: Sequence[DiskParameter], name: str = HERE
+    source: CheckpointSource,
+    parameters: Sequence[DiskParameter],
+    name: str = HERE,
+    quantized: Quantized | None = None,
 ) -> str:
     """Return the text of the model card; `parameters` are those of the folder.
 
@@ -88,10 +99,11 @@ def model_card(
         "A language model with the NemotronH architecture, written by `nemotron-train`.\n",
         INTENDED,
         _table("Architecture", [*_architecture(source.config), *_formats(parameters)]),
+        _table("Quantization", _quantization(quantized)),
         _table("Training", [*_base(recipe), *_training(source.info, run)]),
         _table("Hyper-parameters", _hyper_parameters(recipe)),
         _table("Results", _results(source.info, run)),
-        _use(source, name),
+        _use(source, name) if quantized is None else USE_QUANTIZED.replace("{shell}", name),
     ]
     return _header(recipe) + "\n" + "\n".join(section for section in sections if section)
 
@@ -195,6 +207,22 @@ def _formats(parameters: Sequence[DiskParameter]) -> Rows:
         counts[parameter.format.name] += prod(parameter.shape)
     listed = ", ".join(f"{name} ({count:,} values)" for name, count in counts.most_common())
     return [("stored as", listed)]
+
+
+def _quantization(quantized: Quantized | None) -> Rows:
+    """Say in which layout layers are quantized, how many, and whether their inputs are."""
+    if quantized is None:
+        return []
+    counts = Counter(
+        (FORMAT_NAMES[scales.format], scales.input_scale is not None)
+        for scales in quantized.layers.values()
+    )
+    rows: Rows = [("layout", quantized.layout)]
+    for (format, has_inputs), count in counts.items():
+        inputs = "weights and inputs" if has_inputs else "weights"
+        rows.append((f"layers in {format}", f"{count:,} ({inputs})"))
+    cache = "FP8, with scales of each layer" if quantized.cache_scales else "not quantized"
+    return [*rows, ("cache of keys and values", cache)]
 
 
 def _training(info: CheckpointInfo, run: RunFiles | None) -> Rows:

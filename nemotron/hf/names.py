@@ -43,13 +43,11 @@ class DiskParameter:
 
     def encode(self, source: Tensor) -> dict[str, Tensor]:
         """Return its tensors by their names on disk, given the model's float32 tensor."""
-        encoded = self.format.encode(self.part_of(source))
-        return {self.name + suffix: tensor for suffix, tensor in encoded.items()}
+        return self.format.encode(self.name, self.part_of(source))
 
     def decode(self, stored: Mapping[str, Tensor]) -> Tensor:
         """Return its values, given its tensors by their names on disk."""
-        own = {tensor.name.removeprefix(self.name): stored[tensor.name] for tensor in self.tensors}
-        return self.format.decode(own, self.shape)
+        return self.format.decode(self.name, stored, self.shape)
 
 
 def disk_parameters(config: ModelConfig, formats: Formats = RELEASED) -> list[DiskParameter]:

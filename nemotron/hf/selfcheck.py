@@ -23,8 +23,11 @@ from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import hash_file, write_json
 from nemotron.hf.folder import REPORT, read_folder
-from nemotron.hf.formats import CHOICES, FORMATS, Formats, Plain
+from nemotron.hf.formats import CHOICES, FORMATS, DiskFormat, Formats, Plain
 from nemotron.hf.names import DiskParameter, disk_parameters, disk_tensors
+from nemotron.hf.quantized.digest import constants_of, digest_of_constants, with_constants
+from nemotron.hf.quantized.linear import QuantizedLinear, WithConstants
+from nemotron.hf.quantized.read import read_declaration
 from nemotron.hf.shards import INDEX, ShardedFolder
 from nemotron.hf.source import CheckpointSource, open_checkpoint
 from nemotron.hf.tokenizer_files import read_tokenizer
@@ -69,11 +72,18 @@ class SelfCheck:
     """The checks of one exported folder."""
 
     def __init__(
-        self, folder: Path, source: CheckpointSource, choices: Sequence[Formats] = CHOICES
+        self,
+        folder: Path,
+        source: CheckpointSource,
+        choices: Sequence[Formats] = CHOICES,
+        digest: str | None = None,
     ) -> None:
-        self._folder, self._source = folder, source
+        self._folder, self._source, self._digest = folder, source, digest
         self._stored = ShardedFolder(folder)
+        declared = read_declaration(folder)
         candidates = [disk_parameters(source.config, source.formats(choice)) for choice in choices]
+        if declared is not None:
+            candidates = [declared.formatted(own, self._stored.tensors) for own in candidates]
         # what was chosen is what comes nearest to what is there
         self._parameters = min(candidates, key=lambda parameters: len(self._wrong(parameters)))
 
@@ -81,6 +91,7 @@ class SelfCheck:
         """Make every check; one that fails does not stop the next."""
         return [
             _result("names, shapes, dtypes", self.check_schema),
+            *([_result("scales", self.check_scales)] if self._digest else []),
             _result("values on disk", self.check_values),
             _result("nemotron.load", self.check_own_loader),
             _result("tokenizer", self.check_tokenizer),
@@ -104,7 +115,8 @@ class SelfCheck:
     def check_values(self) -> str:
         """Compare every bit on disk with the checkpoint's tensor in its format on disk."""
         read, rounded, total = self._source.reader(), Counter[str](), 0
-        for parameter in self._parameters:
+        for bare in self._parameters:
+            parameter = with_constants(bare, self._stored.read)
             for name, tensor in read(parameter).items():
                 if not _same_bits(self._stored.read(name), tensor):
                     raise Failed(f"{name} differs from the checkpoint")
@@ -114,6 +126,13 @@ class SelfCheck:
         if not changed:
             return "every bit is the checkpoint's"
         return f"the checkpoint's; of {total:,} float32 values, {', '.join(changed)} were rounded"
+
+    def check_scales(self) -> str:
+        """Compare the scales of quantized layers with those that the export was given."""
+        read = [with_constants(p, self._stored.read) for p in self._parameters]
+        if digest_of_constants(read) != self._digest:
+            raise Failed("the scales on disk are not those of the quantization")
+        return f"{sum(len(constants_of(p)) for p in read):,} tensors are those of the quantization"
 
     def check_own_loader(self) -> str:
         """Compare logits and multi-token prediction of the loaded folder with the checkpoint's."""
@@ -127,7 +146,7 @@ class SelfCheck:
 
     def check_transformers(self) -> str:
         """Load with transformers, without its time-step floor, and compare tensors and logits."""
-        packed = {p.format.name for p in self._parameters if not isinstance(p.format, Plain)}
+        packed = {p.format.name for p in self._parameters if not is_plain(p.format)}
         if packed:
             raise NotComparable(f"transformers does not read {', '.join(sorted(packed))}")
         lack_of_memory(self._source.config, copies=2)
@@ -169,7 +188,9 @@ class SelfCheck:
         return [name for name in expected | found if expected.get(name) != found.get(name)]
 
     def _load(self) -> HybridLM:
-        own = [parameter.format for parameter in self._parameters]
+        # the folder itself declares the formats of quantized layers
+        forms = (parameter.format for parameter in self._parameters)
+        own = [form for form in forms if not isinstance(form, QuantizedLinear | WithConstants)]
         loaded = read_folder(self._folder, tuple(dict.fromkeys([*FORMATS, *own])))
         return build_around(loaded.config, loaded.weights)
 
@@ -177,9 +198,15 @@ class SelfCheck:
         """Return the checkpoint's model with the precision of the export."""
         read, config = self._source.reader(), self._source.config
         weights = {name: torch.empty(shape) for name, shape in shapes(config).items()}
-        for parameter in self._parameters:
+        for bare in self._parameters:
+            parameter = with_constants(bare, self._stored.read)
             parameter.part_of(weights[parameter.source]).copy_(parameter.decode(read(parameter)))
         return build_around(config, weights)
+
+
+def is_plain(form: DiskFormat) -> bool:
+    """Say whether a format is one tensor of a dtype; other constants may lie beside it."""
+    return isinstance(form.inner if isinstance(form, WithConstants) else form, Plain)
 
 
 def load_with_transformers(folder: Path, config: ModelConfig) -> tuple[nn.Module, str]:
@@ -275,9 +302,17 @@ def _result(name: str, check: Callable[[], str]) -> Result:
         return Result(name, "FAILED", str(problem))
 
 
-def main(folder: Path, checkpoint: Path, choices: Sequence[Formats] = CHOICES) -> int:
-    """Make the checks, print one table, write the report; returns 1 when one failed."""
-    check = SelfCheck(folder, open_checkpoint(checkpoint), choices)
+def main(
+    folder: Path,
+    checkpoint: Path,
+    choices: Sequence[Formats] = CHOICES,
+    digest: str | None = None,
+) -> int:
+    """Make the checks, print one table, write the report; returns 1 when one failed.
+
+    `digest` is that of the scales of a quantized model.
+    """
+    check = SelfCheck(folder, open_checkpoint(checkpoint), choices, digest)
     results = check.run()
     for result in results:
         print_text(f"  {result.check:22} {result.outcome:8} {result.detail}")
@@ -291,4 +326,4 @@ def main(folder: Path, checkpoint: Path, choices: Sequence[Formats] = CHOICES) -
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2])))
+    sys.exit(main(Path(sys.argv[1]), Path(sys.argv[2]), digest=(*sys.argv[3:], None)[0]))

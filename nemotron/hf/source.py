@@ -56,7 +56,11 @@ class CheckpointSource:
 
 
 class TensorReader:
-    """Gives parameters as they belong on disk; keeps the last tensor read: experts share theirs."""
+    """Gives parameters as they belong on disk; keeps the last tensor read: experts share theirs.
+
+    Raises:
+        UserError: when the checkpoint's tensors are not those of its configuration.
+    """
 
     def __init__(self, source: CheckpointSource) -> None:
         self._info = source.info
@@ -64,6 +68,8 @@ class TensorReader:
         self._shapes = shapes(source.config)
         self._is_tied = source.config.tie_word_embeddings
         self._last: tuple[str, Tensor] | None = None
+        wanted = {self._saved_name(name): shape for name, shape in self._shapes.items()}
+        self._saved.check({n: torch.empty(shape, device="meta") for n, shape in wanted.items()})
 
     def __call__(self, parameter: DiskParameter) -> dict[str, Tensor]:
         """Return the tensors of a parameter by their names on disk."""
@@ -77,11 +83,13 @@ class TensorReader:
 
     def read(self, source: str) -> Tensor:
         """Return a parameter or buffer of the model in float32, with its adapter in it."""
-        if self._is_tied and source == TIED_HEAD:
-            source = EMBEDDING
         master = torch.empty(self._shapes[source])
-        self._saved.load({MODEL_PREFIX + source: master})
+        self._saved.load({self._saved_name(source): master})
         return self._with_adapter(source, master)
+
+    def _saved_name(self, source: str) -> str:
+        is_embedding = self._is_tied and source == TIED_HEAD
+        return MODEL_PREFIX + (EMBEDDING if is_embedding else source)
 
     def _master(self, parameter: DiskParameter) -> Tensor:
         """Return the model's float32 tensor that the parameter is a part of."""

@@ -14,7 +14,7 @@ from nemotron.model.linear import RMSNorm
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.moe import MoE
-from nemotron.model.router import RoutingStats
+from nemotron.model.router import GroupChoice, RoutingStats
 from nemotron.model.state import AttentionState, MambaState
 
 
@@ -48,16 +48,17 @@ class Block(nn.Module):
         state: MambaState | AttentionState | None = None,
         stats_name: str | None = None,
         padding: Bool[Tensor, "B S"] | None = None,
+        choice: GroupChoice | None = None,
         is_again: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
         """Apply the layer; the second result is the router's statistics if they were asked for.
 
-        They leave out the tokens of the whole rows that are `padding`.
+        They leave out the tokens of the whole rows that are `padding`. `choice` is for routers.
         """
         if self.recompute and not is_again and torch.is_grad_enabled():
             # statistics are a result, so the second run does not count again; nor does it choose
             # experts again, since another choice would send other tokens to other ranks
-            inputs = (hidden, seq_idx, state, stats_name, padding, True)
+            inputs = (hidden, seq_idx, state, stats_name, padding, choice, True)
             contexts = _keep_choices if self.letter == "E" else noop_context_fn
             return checkpoint(
                 Block.forward, self, *inputs, use_reentrant=False, context_fn=contexts
@@ -66,9 +67,10 @@ class Block(nn.Module):
         if self.letter in "M*":
             y = self.mixer(x, seq_idx, state)
         elif isinstance(self.mixer, MoE):
-            y, stats = self.mixer(x, stats_name, padding)
+            y, stats = self.mixer(x, stats_name, padding, choice)
         else:
-            y = self.mixer(x)
+            # a stand-in for decoding
+            y = self.mixer(x, choice) if self.letter == "E" else self.mixer(x)
         return hidden + y, stats
 
 

@@ -1,7 +1,7 @@
 """The architecture's numbers, under the names of Hugging Face's NemotronH configuration."""
 
 import math
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AllowInfNan, Field, model_validator
 
@@ -18,6 +18,30 @@ MAX_SIZE = 2**31
 MAX_LAYERS = 100_000
 MAX_TENSOR = 2**50
 """Bound of the elements of a matrix, or of all experts' matrices of a layer."""
+
+
+EditHead = Literal["duration", "edit", "candidate"]
+"""What is predicted of a token of a candidate, and `candidate`: of the candidate as a whole."""
+
+
+class CorrectionConfig(Section):
+    """What text correction adds to a model."""
+
+    candidates: int = Field(1, ge=1, le=16)
+    """Tokens that are read side by side at each place; with 1 nothing is added for them."""
+    heads: Annotated[tuple[EditHead, ...], Field(strict=False)] = ()
+    """Predictions of how a candidate must be changed."""
+
+
+class LanguageExpertsConfig(Section):
+    """Groups of experts that each belong to a language."""
+
+    languages: Annotated[tuple[str, ...], Field(strict=False, min_length=2)]
+    """Names, one for each of `n_group` groups."""
+    soft: bool = True
+    """Whether experts are weighted by the gate's probability of their language."""
+    linear: bool = False
+    """Whether a matrix for each language changes the last hidden state."""
 
 
 class ModelConfig(Section):
@@ -106,6 +130,8 @@ class ModelConfig(Section):
     """Beginning-of-text token, written to the exported configuration."""
     eos_token_id: int = Field(2, ge=0)
     """End-of-text token: stops generation."""
+    correction: CorrectionConfig | None = None
+    """Several candidates at each place, and heads that judge them; absent: none."""
 
     @property
     def mamba_inner_size(self) -> int:
@@ -121,6 +147,19 @@ class ModelConfig(Section):
     def expert_input_size(self) -> int:
         """Width that a routed expert reads and writes: the latent's, or the hidden size."""
         return self.moe_latent_size or self.hidden_size
+
+    language_experts: LanguageExpertsConfig | None = None
+    """Experts by language; absent: none."""
+
+    @property
+    def num_candidates(self) -> int:
+        """Tokens that are read side by side at each place."""
+        return 1 if self.correction is None else self.correction.candidates
+
+    @property
+    def edit_heads(self) -> tuple[EditHead, ...]:
+        """Predictions about candidates."""
+        return () if self.correction is None else tuple(dict.fromkeys(self.correction.heads))
 
     @property
     def mtp_pattern(self) -> str:
@@ -186,6 +225,7 @@ class ModelConfig(Section):
             raise RuleBroken(
                 "hybrid_override_pattern", "has a - layer but intermediate_size is absent"
             )
+        self._check_languages()
         self._check_sizes()
         self._divides("num_key_value_heads", "num_attention_heads")
         self._divides("n_groups", "mamba_num_heads")
@@ -216,6 +256,24 @@ class ModelConfig(Section):
             if (value := getattr(self, key)) >= self.vocab_size:
                 raise RuleBroken(key, f"is outside vocab_size = {self.vocab_size}", value)
         return self
+
+    def _check_languages(self) -> None:
+        if self.language_experts is None:
+            return
+        count = len(self.language_experts.languages)
+        if len(set(self.language_experts.languages)) != count:
+            raise RuleBroken("language_experts", "names a language twice; give each one name")
+        if "E" not in self.hybrid_override_pattern:
+            raise RuleBroken("language_experts", "needs an E layer, which the pattern lacks")
+        if self.n_group != count:
+            rule = f"is not the number of languages of language_experts; write {count}"
+            raise RuleBroken("n_group", rule, self.n_group)
+        if self.topk_group != 1:
+            rule = "but a token has one language of language_experts; write 1"
+            raise RuleBroken("topk_group", rule, self.topk_group)
+        if self.mtp_pattern:
+            rule = "does not work beside language_experts yet; write 0"
+            raise RuleBroken("num_nextn_predict_layers", rule, self.num_nextn_predict_layers)
 
     def _check_sizes(self) -> None:
         """Refuse what no machine holds before anything counts up to it."""

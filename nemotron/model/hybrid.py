@@ -1,6 +1,7 @@
 """The language model: embedding, a stack of mixed layers, a head, and multi-token prediction."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -9,8 +10,11 @@ from torch import Tensor, nn
 from nemotron.model.ahead import RowsAhead
 from nemotron.model.block import Block
 from nemotron.model.cache import CachedRows
+from nemotron.model.candidates import CandidateNet
 from nemotron.model.config import ModelConfig
+from nemotron.model.edit_heads import EditHeads
 from nemotron.model.init import init_weights
+from nemotron.model.language import LanguageExperts, Languages
 from nemotron.model.linear import Embedding, Head, Linear, RMSNorm
 from nemotron.model.router import RoutingStats
 
@@ -94,6 +98,15 @@ class HybridLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
         self.mtp = MTP(config) if config.mtp_pattern else None
+        self.candidates = self.edit_heads = None
+        size, count = config.hidden_size, config.num_candidates
+        if count > 1:
+            self.candidates = CandidateNet(size, count)
+        if config.edit_heads:
+            self.edit_heads = EditHeads(size, count, config.edit_heads)
+        self.language = None
+        if config.language_experts is not None:
+            self.language = LanguageExperts(config.language_experts, size)
 
     def init_weights(self, seed: int) -> None:
         """Draw every parameter anew; the same seed gives the same tensors in any layout."""
@@ -106,29 +119,58 @@ class HybridLM(nn.Module):
         cache: CachedRows | None = None,
         routing: list[RoutingStats] | None = None,
         padding: Bool[Tensor, "B T"] | None = None,
+        candidates: Int[Tensor, "B T K"] | None = None,
+        languages: Languages | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the hidden states after the final norm; the head is applied by whoever needs it.
 
         `seq_idx` numbers the documents of a row, which then do not see each other. `cache` holds
         the rows' texts so far, which are continued. `routing` collects one entry per mixture layer,
-        for training; it leaves out the positions that are `padding`.
+        for training; it leaves out the positions that are `padding`. `candidates` are read in place
+        of `input_ids`, K at each place. `languages` is what is known of the tokens' language, where
+        experts belong to languages.
         """
-        hidden = self.embed(input_ids)
+        hidden = self.embed(input_ids, candidates)
         if cache is not None:
             cache.begin(input_ids.shape[1])
+        choice = language_loss = None
+        first = self.config.hybrid_override_pattern.find("E")
         for index, block in self.backbone.layers.named_children():
+            if self.language is not None and int(index) == first:
+                choice, language_loss = self.language.choose(hidden, languages, padding)
             state = cache.layers[int(index)] if cache is not None else None
             name = f"backbone.layers.{index}" if routing is not None else None
-            hidden, stats = block(hidden, seq_idx, state, name, padding)
+            hidden, stats = block(hidden, seq_idx, state, name, padding, choice)
+            if stats is not None and int(index) == first:
+                stats = replace(stats, language_loss_sum=language_loss)
             if stats is not None and routing is not None:
                 routing.append(stats)
         if cache is not None:
             cache.end(input_ids.shape[1])
-        return self.backbone.norm_f(hidden)
+        hidden = self.backbone.norm_f(hidden)
+        if self.language is not None and choice is not None:
+            hidden = self.language.add_linear(hidden, choice)
+        return hidden
 
-    def embed(self, input_ids: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-        """Look up the embeddings, in the compute dtype; their gradient is summed in float32."""
-        embedded = self.backbone.embeddings(input_ids)
+    def embed(
+        self, input_ids: Int[Tensor, "B T"], candidates: Int[Tensor, "B T K"] | None = None
+    ) -> Float[Tensor, "B T D"]:
+        """Look up the embeddings, in the compute dtype; their gradient is summed in float32.
+
+        `candidates` are read in place of `input_ids`. A model of several candidates reads a text
+        without them as one in which all are alike.
+        """
+        if self.candidates is None:
+            return self.look_up(input_ids)
+        if candidates is None:
+            candidates = input_ids.unsqueeze(2).expand(-1, -1, self.config.num_candidates)
+        # [B, T·K] ids: ranks that share the tokens of a row share them by whole places
+        embedded = self.look_up(candidates.flatten(1))
+        return self.candidates(embedded.unflatten(1, (-1, candidates.shape[2])).flatten(2))
+
+    def look_up(self, ids: Int[Tensor, "B N"]) -> Float[Tensor, "B N D"]:
+        """Return the embedding of each token by itself, in the compute dtype."""
+        embedded = self.backbone.embeddings(ids)
         return embedded if self.compute_dtype is None else embedded.to(self.compute_dtype)
 
     def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:

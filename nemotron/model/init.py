@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from nemotron.model.candidates import mean_of
 from nemotron.model.config import ModelConfig
 
 STACKED = (".experts.up_proj", ".experts.down_proj")
@@ -21,6 +22,9 @@ RESIDUAL_OUTPUTS = (
     "fc2_latent_proj.weight",
 )
 """Projections that write into the residual stream: their spread shrinks with depth."""
+
+ADDED = ("candidates.", "edit_heads.")
+"""Beginnings of the names of what text correction adds, which a model that goes on may lack."""
 
 
 @torch.no_grad()
@@ -65,6 +69,10 @@ def _draw(name: str, shape: torch.Size, config: ModelConfig, generator: torch.Ge
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(shape).uniform_(low, high, generator=generator)
 
+    if name == "candidates.weight":
+        return mean_of(shape)
+    if name == "language.linear":
+        return torch.zeros(shape)
     leaf = name.rsplit(".", 1)[-1]
     if leaf == "A_log":
         return uniform(1.0, 16.0).log_()

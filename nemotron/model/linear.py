@@ -61,6 +61,26 @@ class Head(Linear):
         losses = self.linear_cross_entropy(scaled, self.weight, labels.flatten(), reduction="none")
         return -losses.view(labels.shape)
 
+    def chosen_logprobs(
+        self, hidden: Float[Tensor, "M D"], choices: Int[Tensor, "M U"]
+    ) -> Float[Tensor, "M U"]:
+        """Return the log-probabilities in nats of some tokens at each place, float32 or wider.
+
+        The logits of all places never exist at once; backward computes them again.
+        """
+
+        def part(rows: Tensor, weight: Tensor, own: Tensor) -> Tensor:
+            logits = (rows @ weight.to(rows.dtype).T).to(wide)
+            return logits.gather(1, own) - logits.logsumexp(1, keepdim=True)
+
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        found = [(hidden[:0].sum() + self.weight[:0].sum()).to(wide) + choices[:0].to(wide)]
+        for first in range(0, hidden.shape[0], ROWS_COMPARED):
+            which = slice(first, first + ROWS_COMPARED)
+            arguments = (hidden[which], self.weight, choices[which])
+            found.append(checkpoint(part, *arguments, use_reentrant=False))
+        return torch.cat(found)
+
     def compare(
         self,
         hidden: Float[Tensor, "M D"],

@@ -86,9 +86,38 @@ def by_kind(model: ModelConfig) -> dict[str, int]:
         counts.update(layer_kinds(model, letter))
     counts["embed"] = model.vocab_size * h
     counts["head"] = h + (0 if model.tie_word_embeddings else model.vocab_size * h)
+    if added := correction_parameters(model):
+        counts["correction"] = added
+    if added := language_parameters(model):
+        counts["language"] = added
     if model.mtp_pattern:
         counts["mtp"] = mtp_split(model).total
     return dict(counts.most_common())
+
+
+def correction_parameters(model: ModelConfig) -> int:
+    """Return what candidates and edit heads add, which is whole on every rank of tp."""
+    return _candidate_net(model) + _edit_heads(model)
+
+
+def language_parameters(model: ModelConfig) -> int:
+    """Return the gate over languages and the linear experts, which are whole on every rank."""
+    if model.language_experts is None:
+        return 0
+    h, count = model.hidden_size, len(model.language_experts.languages)
+    return count * h + (count * h * h if model.language_experts.linear else 0)
+
+
+def _candidate_net(model: ModelConfig) -> int:
+    count = model.num_candidates
+    return count * model.hidden_size**2 if count > 1 else 0
+
+
+def _edit_heads(model: ModelConfig) -> int:
+    h, heads = model.hidden_size, model.edit_heads
+    widths = [model.num_candidates if head == "candidate" else 1 for head in heads]
+    joined = 2 * h * h if set(heads) - {"candidate"} else 0
+    return joined + sum(h * h + h * width for width in widths)
 
 
 def mtp_split(model: ModelConfig, tp: int = 1) -> Split:
@@ -100,13 +129,17 @@ def mtp_split(model: ModelConfig, tp: int = 1) -> Split:
 
 
 def embedding_split(model: ModelConfig) -> Split:
-    """Return the embedding."""
-    return Split(cut=model.vocab_size * model.hidden_size)
+    """Return the embedding, what joins candidates, and what belongs to languages."""
+    return Split(
+        cut=model.vocab_size * model.hidden_size,
+        whole=_candidate_net(model) + language_parameters(model),
+    )
 
 
 def head_split(model: ModelConfig) -> Split:
-    """Return head and final norm; a tied head counts here, too, because its rank holds a copy."""
-    return Split(cut=model.vocab_size * model.hidden_size, whole=model.hidden_size)
+    """Return head, final norm and edit heads; a tied head counts here, too, as a copy."""
+    whole = model.hidden_size + _edit_heads(model)
+    return Split(cut=model.vocab_size * model.hidden_size, whole=whole)
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Which experts a token goes to, and the statistics that keep the experts balanced."""
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -51,6 +52,20 @@ class RoutingStats:
     name: str
     counts: Int[Tensor, " E"]
     aux_loss_sum: Float[Tensor, ""]
+    language_loss_sum: Float[Tensor, ""] | None = None
+    """Of the first mixture layer: cross entropy of the gate over languages, summed over the tokens
+    whose language is known."""
+
+
+@dataclass(frozen=True)
+class GroupChoice:
+    """The one group of experts that each token may use, decided outside of the routers."""
+
+    group: Int[Tensor, " M"]
+    factor: Float[Tensor, "M 1"] | None
+    """What the chosen experts' weights are multiplied by; absent: nothing."""
+    shares: Float[Tensor, "M G"]
+    """Probability of each group."""
 
 
 class Router(nn.Module):
@@ -70,6 +85,9 @@ class Router(nn.Module):
         self.num_groups, self.top_groups = config.n_group, config.topk_group
         self.normalize = config.norm_topk_prob
         self.scaling = config.routed_scaling_factor
+        experts = config.language_experts
+        self.group_names = () if experts is None else experts.languages
+        """Names of the groups, where each is balanced by itself."""
         self.sum_over_row = self.own_tokens = None
         self.wide_linear = wide_linear
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
@@ -78,13 +96,30 @@ class Router(nn.Module):
             "e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32)
         )
 
-    def forward(self, x: Float[Tensor, "M D"]) -> Routing:
+    def forward(self, x: Float[Tensor, "M D"], choice: GroupChoice | None = None) -> Routing:
+        """Choose experts, of the group that was chosen already if there is one."""
         scores = self.wide_linear(x, self.weight).sigmoid()  # never rounded to bfloat16
-        experts = self._choose(scores.detach() + self.e_score_correction_bias)
+        biased = scores.detach() + self.e_score_correction_bias
+        if choice is None:
+            experts = self._choose(biased)
+        else:
+            experts = self._inside(biased, choice.group).topk(self.top_k, dim=-1).indices
         weights = scores.gather(1, experts)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        return Routing(scores, experts, weights * self.scaling)
+        weights = weights * self.scaling
+        if choice is not None and choice.factor is not None:
+            weights = weights * choice.factor
+        return Routing(scores, experts, weights)
+
+    def _inside(
+        self, scores: Float[Tensor, "M E"], group: Int[Tensor, " M"], outside: float = -math.inf
+    ) -> Float[Tensor, "M E"]:
+        """Return the scores of the experts of each token's group, and another value for others."""
+        grouped = scores.unflatten(1, (self.num_groups, -1))
+        number = torch.arange(self.num_groups, device=group.device)
+        others = (number != group.unsqueeze(1)).unsqueeze(2)
+        return grouped.masked_fill(others, outside).flatten(1)
 
     def _choose(self, biased: Float[Tensor, "M E"]) -> Int[Tensor, "M K"]:
         if self.num_groups > 1:
@@ -104,11 +139,17 @@ class Router(nn.Module):
         The loss looks at the unbiased top-k of scores normalized over all experts, not at the
         routing used: per row, E * sum_e f_e * P_e with f_e the share of the row's assignments and
         P_e its mean score (Switch Transformer, eq. 4; Megatron-LM's `seq_aux_loss`). Tokens that
-        are `padding` belong to no row.
+        are `padding` belong to no row. Of named groups each has a loss of its own, over its
+        experts and tokens.
         """
         if padding is not None and self.own_tokens is not None:
             padding = self.own_tokens(padding)
-        share = routing.scores / (routing.scores.sum(-1, keepdim=True) + 1e-20)
+        scores, num_groups = routing.scores, 1
+        if self.group_names:
+            num_groups = self.num_groups
+            group = routing.experts[:, 0] // (self.num_experts // num_groups)
+            scores = self._inside(scores, group, outside=0.0)
+        share = scores / (scores.sum(-1, keepdim=True) + 1e-20)
         share = share.unflatten(0, (num_rows, -1))  # [B, T, E]
         counts = routing.counts
         if padding is not None:
@@ -125,9 +166,10 @@ class Router(nn.Module):
             if self.sum_over_row is not None:
                 load = self.sum_over_row(load)
             # top-k x tokens of the row; a row may be nothing but padding
-            load /= load.sum(-1, keepdim=True).clamp(min=1)
+            grouped = load.unflatten(1, (num_groups, -1))
+            load = (grouped / grouped.sum(-1, keepdim=True).clamp(min=1)).flatten(1)
         # per row, tokens x mean score = sum of scores
-        aux_loss_sum = self.num_experts * (load * share.sum(1)).sum()
+        aux_loss_sum = self.num_experts // num_groups * (load * share.sum(1)).sum()
         return RoutingStats(name, counts, aux_loss_sum)
 
     @torch.no_grad()
@@ -135,10 +177,15 @@ class Router(nn.Module):
         """Move the bias of under-used experts up and of over-used ones down by `rate`.
 
         `counts` are the tokens of one whole optimizer step (aux-loss-free balancing, Wang et al.
-        2024; Megatron-LM: moe_utils.py, get_updated_expert_bias).
+        2024; Megatron-LM: moe_utils.py, get_updated_expert_bias). Named groups are balanced each by
+        itself, so that a rare language keeps its experts.
         """
         counts = counts.to(self.e_score_correction_bias)
-        self.e_score_correction_bias += rate * torch.sign(counts.mean() - counts)
+        mean = counts.mean()
+        if self.group_names:
+            grouped = counts.view(self.num_groups, -1)
+            mean = grouped.mean(1, keepdim=True).expand_as(grouped).flatten()
+        self.e_score_correction_bias += rate * torch.sign(mean - counts)
 
 
 def routers(model: nn.Module) -> dict[str, Router]:

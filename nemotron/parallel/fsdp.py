@@ -63,10 +63,12 @@ def shard(model: HybridLM, root: nn.Module, mesh: Mesh, config: ParallelConfig) 
         if head is not None:
             # used once for each depth of prediction, and first in backward
             fully_shard(head, mesh=mesh.fsdp, mp_policy=rounded, reshard_after_forward=False)
+    if model.edit_heads is not None:
+        fully_shard(model.edit_heads, mesh=mesh.fsdp, mp_policy=wide, reshard_after_forward=False)
     fully_shard(root, mesh=mesh.fsdp, mp_policy=wide, reshard_after_forward=False)
     _gather_ahead(blocks)
     if isinstance(head, FSDPModule):
-        for method in ("loss", "token_logprobs", "compare"):
+        for method in ("loss", "token_logprobs", "compare", "chosen_logprobs"):
             register_fsdp_forward_method(head, method)
     for unit in units(root):
         unit.set_gradient_divide_factor(1.0)

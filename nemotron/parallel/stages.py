@@ -58,7 +58,7 @@ class Stage(nn.Module):
         assert share is not None, "the stage was called outside a step"
         routing: list[RoutingStats] = []
         if hidden is None:
-            hidden = self.model.embed(batch.input_ids)
+            hidden = self.model.embed(batch.input_ids, batch.candidates)
         for index, block in self.model.backbone.layers.named_children():
             name = f"backbone.layers.{index}"
             hidden, stats = block(hidden, batch.seq_idx, stats_name=name, padding=batch.padding)
@@ -102,10 +102,12 @@ def cut(model: HybridLM, layers: range, *, is_first: bool, is_last: bool) -> tup
     backbone.register_module("layers", nn.ModuleDict(blocks))
     if not is_first and not (is_last and shared):
         backbone.register_module("embeddings", None)
+    if not is_first:
+        model.candidates = None
     if not is_last:
         backbone.register_module("norm_f", None)
         model.register_module("lm_head", None)
-        model.mtp = None
+        model.mtp = model.edit_heads = None
     return shared if is_last and not is_first else ()
 
 

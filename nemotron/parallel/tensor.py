@@ -103,6 +103,8 @@ def apply_tensor(model: HybridLM, group: Group, rank: int, size: int) -> TensorP
         _connect(module, model.config, group, rank, size)
     for router in routers(model).values():
         router.own_tokens = lambda tokens: tokens.chunk(size, 1)[rank]
+    if model.language is not None:
+        model.language.own_tokens = lambda tokens: tokens.chunk(size, 1)[rank]
     shards = dict(cut.values())
     experts = {p for m in model.modules() if isinstance(m, Experts) for p in m.parameters()}
     names = dict(model.named_parameters())

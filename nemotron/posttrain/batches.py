@@ -17,13 +17,16 @@ from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.advantages import advantages
 from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.contents import KEY, check_contents, model_contents
 from nemotron.posttrain.gather import whole_model
 from nemotron.posttrain.metrics import batch_metrics
 from nemotron.posttrain.objective import ADVANTAGE, OLD, REFERENCE, SAMPLED
 from nemotron.posttrain.rollout import Rollout, Sampler, rollout_lines
 from nemotron.posttrain.rows import Rows, pack_answers
 from nemotron.posttrain.scoring import score
-from nemotron.posttrain.tasks import Tasks
+from nemotron.posttrain.suites.examine import Drawing, examine
+from nemotron.posttrain.suites.results import summarize
+from nemotron.posttrain.tasks import Tasks, held_out_items
 from nemotron.run.files import RunFiles
 
 
@@ -49,6 +52,11 @@ class RolloutBatches:
         self._config, self._tasks, self._sampler = config, tasks, sampler
         self._local, self._ranks = local, ranks
         self._reference, self._teacher = reference, teacher
+        self._contents = {
+            **tasks.contents(),
+            **model_contents("init_from", config.init_from, reference),
+            **model_contents("teacher", config.teacher, teacher),
+        }
         self._folder = RunFiles(config.run_path).rollouts
         self._number = -1
         """Number of the rollout batch at hand."""
@@ -69,8 +77,12 @@ class RolloutBatches:
         return self._batch(rows.part(self._local.batch_rank * share, share))
 
     def state(self) -> dict[str, Any]:  # Any: nested JSON
-        """Return the number of the rollout batch at hand, and its answers if some are left."""
+        """Return the number of the rollout batch at hand, and its answers if some are left.
+
+        Beside them stands what identifies files and models that the recipe names.
+        """
         return {
+            KEY: self._contents,
             "rollout_batch": self._number,
             "rollouts": [json.loads(rollout.as_line()) for rollout in self._rollouts],
         }
@@ -79,16 +91,34 @@ class RolloutBatches:
         """Go on after so many steps, with the answers that are not learned from yet.
 
         Raises:
-            UserError: when the checkpoint is of another kind of run.
+            UserError: when the checkpoint is of another kind of run, or files or models changed.
         """
-        if saved.keys() != {"rollout_batch", "rollouts"}:
+        if saved.keys() | {KEY} != {KEY, "rollout_batch", "rollouts"}:
             raise UserError(
                 f"the checkpoint of step {step} is of a run without rollouts; begin a new run "
                 "with init_from."
             )
+        check_contents(saved, self._contents, step)
+        if type(saved["rollout_batch"]) is not int:
+            raise UserError(f"rollout_batch in the checkpoint of step {step} is not a number.")
+        self._rollouts = self._read_rollouts(saved["rollouts"], step)
         self._number = saved["rollout_batch"]
-        self._rollouts = [Rollout.of_json(values) for values in saved["rollouts"]]
         self._metrics = batch_metrics(self._rollouts, self._config) if self._rollouts else {}
+
+    def _read_rollouts(self, saved: list[Any], step: int) -> list[Rollout]:  # Any: JSON
+        size = self._config.model.vocab_size
+        try:
+            found = [Rollout.of_json(values) for values in saved]
+            ids = (i for r in found for i in (*r.task.prompt, *r.tokens))
+            if not all(0 <= i < size for i in ids):
+                raise ValueError("an id is not in the vocabulary")
+        except (ValueError, TypeError) as error:
+            problem = str(error).splitlines()[0]
+            raise UserError(
+                f"the rollouts in the checkpoint of step {step} are damaged: {problem}; resume "
+                "from another one."
+            ) from None
+        return found
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return the figures of the rollout batch at hand."""
@@ -96,17 +126,19 @@ class RolloutBatches:
 
     def evaluate(self) -> dict[str, float]:
         """Return the mean reward of the likeliest answers to held-out tasks, by environment."""
-        tasks = list(enumerate(self._tasks.held_out()))
-        with whole_model(self._local, self._ranks) as model:
-            own = self._sampler.evaluate(model, tasks[self._ranks.rank :: self._ranks.world])
-        found = [rollout for part in self._ranks.gather(own) for rollout in part]
-        found = [rollout for rollout in found if rollout.verdict.error is None]
-        values: dict[str, list[float]] = {}
-        for rollout in found:
-            values.setdefault(rollout.task.environment, []).append(rollout.verdict.reward)
-        every = [reward for rewards in values.values() for reward in rewards]
-        means = {f"validation/{name}/reward": float(np.mean(r)) for name, r in values.items()}
-        return means | ({"validation/reward": float(np.mean(every))} if every else {})
+        ranks, rollout = self._ranks, self._config.rollout
+        items = held_out_items(self._tasks)[ranks.rank :: ranks.world]
+        drawing = Drawing(verify_timeout_s=rollout.verify_timeout_s)
+        with whole_model(self._local, ranks) as model:
+            own = examine(self._sampler.answerer(model), self._sampler.verifiers, items, drawing)
+        samples = [sample for part in ranks.gather(own) for sample in part]
+        means = {
+            f"validation/{result.task}/reward": result.reward
+            for result in summarize(samples)
+            if result.reward is not None
+        }
+        judged = [s.verdict.reward for s in samples if s.verdict.error is None]
+        return means | ({"validation/reward": float(np.mean(judged))} if judged else {})
 
     def _begin(self, number: int, step: int) -> None:
         """Roll out, verify, score and compare a batch; all ranks then have all of it."""

@@ -1,15 +1,16 @@
 """Stored rollouts judged again, which shows verifiers that changed or are not deterministic."""
 
 import dataclasses
-import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
-from nemotron.files import write_text
+from nemotron.files import open_regular, parse_json, write_text
 from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.environments.base import environment_of
 from nemotron.posttrain.rollout import Rollout, rollout_lines
 from nemotron.posttrain.tasks import Tasks
 from nemotron.posttrain.verify import Verifiers
@@ -79,14 +80,16 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
     Raises:
         UserError: with the line that is not a rollout.
     """
-    with path.open(encoding="utf-8") as file:
+    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
         for number, line in enumerate(file, 1):
             try:
-                yield Rollout.of_json(json.loads(line))
-            except (ValueError, KeyError, TypeError):
+                rollout = Rollout.of_json(parse_json(line))
+                environment_of(rollout.task.row)
+            except ValueError:
                 raise UserError(
                     f"{path}:{number} is not a rollout; restore the file, or remove the line."
                 ) from None
+            yield rollout
 
 
 def _judge(rollouts: Sequence[Rollout], verifiers: Verifiers, timeout_s: float) -> list[Rollout]:

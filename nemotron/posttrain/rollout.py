@@ -1,20 +1,19 @@
 """Rollouts: answers of the policy to a batch of tasks, with their verdicts."""
 
 import dataclasses
-import hashlib
+import functools
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
+from pydantic import ConfigDict, TypeAdapter
 
 from nemotron.generate.budget import ReasoningBudget
-from nemotron.generate.decode_layers import decode_view
-from nemotron.generate.engine import Engine
-from nemotron.generate.request import Answer, Request
+from nemotron.generate.request import Answer
 from nemotron.generate.sampling import Sampling
 from nemotron.model.hybrid import HybridLM
+from nemotron.posttrain.answering import Answerer, Answering, Asked, seed_of
 from nemotron.posttrain.config import RolloutConfig
 from nemotron.posttrain.environments.base import Response, Verdict
 from nemotron.posttrain.tasks import Task, Tasks
@@ -24,6 +23,8 @@ from nemotron.posttrain.verify import Verifiers
 @dataclass
 class Rollout:
     """One answer to a task, and all that is needed to learn from it or to verify it again."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     task: Task
     group: int
@@ -64,28 +65,35 @@ class Rollout:
         return json.dumps(self, default=vars, ensure_ascii=False)
 
     @classmethod
-    def of_json(cls, values: dict[str, Any]) -> "Rollout":
-        """Return what `as_line` wrote."""
-        task, response = values["task"], values["response"]
-        return cls(
-            **values
-            | {
-                "task": Task(**task | {"prompt": tuple(task["prompt"])}),
-                "response": Response(**response | {"output": tuple(response["output"])}),
-                "verdict": Verdict(**values["verdict"]),
-            }
-        )
+    def of_json(cls, values: Any) -> "Rollout":  # Any: whatever stands in a file of others
+        """Return what `as_line` wrote.
+
+        Raises:
+            ValueError: when a key is unknown, absent or of another type, or lists differ in length.
+        """
+        found = _adapter().validate_python(values)
+        scored = (found.old_logprobs, found.reference_logprobs, found.teacher_logprobs)
+        lengths = {len(found.logprobs), len(found.forced), *(len(x) for x in scored if x)}
+        if lengths != {len(found.tokens)}:
+            raise ValueError("lists of values of each token differ in length")
+        return found
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Rollout]:
+    return TypeAdapter(Rollout)
 
 
 class Sampler:
     """Answers tasks with a model in training, which it leaves as it is, and has them verified."""
 
     def __init__(self, config: RolloutConfig, tasks: Tasks, verifiers: Verifiers) -> None:
-        self._config, self._tasks, self._verifiers = config, tasks, verifiers
-        tokens, grace = config.reasoning_budget, config.reasoning_grace
-        self._budget = (
-            None if tokens is None else ReasoningBudget.of(tasks.tokenizer, tokens, grace)
-        )
+        self._config, self._prompts, self.verifiers = config, tasks.prompts, verifiers
+        self._how = answering(config, tasks)
+
+    def answerer(self, model: HybridLM) -> Answerer:
+        """Return what answers with the weights that the model has now."""
+        return Answerer(model, self._prompts, self._how)
 
     def roll_out(
         self, model: HybridLM, tasks: Sequence[tuple[int, Task]], seed: str, version: int
@@ -95,59 +103,25 @@ class Sampler:
         The random numbers of an answer depend on `seed`, the number of its task and its own.
         """
         size, at = self._config.num_generations_per_prompt, self._config.temperature
-        requests = [
-            self._request(task, Sampling(at, seed=_seed(seed, number)), size)
+        asked = [
+            Asked(task.prompt, Sampling(at, seed=seed_of(seed, number)), size)
             for number, task in tasks
         ]
-        answers = self._answer(model, requests)
+        answers = self.answerer(model).answer(asked)
         pairs = [pair for pair in tasks for _ in range(size)]
         return self._judge(pairs, answers, version)
-
-    def evaluate(self, model: HybridLM, tasks: Sequence[tuple[int, Task]]) -> list[Rollout]:
-        """Return the likeliest answer to each task."""
-        requests = [self._request(task, Sampling(0.0), 1) for _, task in tasks]
-        return self._judge(tasks, self._answer(model, requests), 0)
-
-    def _request(self, task: Task, sampling: Sampling, num_samples: int) -> Request:
-        return Request(
-            task.prompt,
-            self._config.max_new_tokens,
-            sampling,
-            num_samples,
-            stop_ids=self._tasks.stop_ids,
-            stop=self._config.stop,
-            budget=self._budget,
-            logprobs=True,
-        )
-
-    @torch.no_grad()
-    def _answer(self, model: HybridLM, requests: Sequence[Request]) -> list[Answer]:
-        """Return the answers in the order of the requests, their samples side by side."""
-        if not requests:
-            return []
-        total = sum(request.num_samples for request in requests)
-        engine = Engine(
-            decode_view(model, pack=model.lm_head.weight.device.type == "cpu"),
-            tokenizer=self._tasks.tokenizer,
-            slots=min(self._config.slots, total),
-        )
-        found: dict[tuple[int, int], Answer] = {}
-        for event in engine.run(requests):
-            if event.finish is not None:
-                found[event.request, event.sample] = event.answer
-        return [found[key] for key in sorted(found)]
 
     def _judge(
         self, tasks: Sequence[tuple[int, Task]], answers: Sequence[Answer], version: int
     ) -> list[Rollout]:
         responses = [
-            self._tasks.response(answer.tokens, is_truncated=answer.finish == "length")
+            self._prompts.response(answer.tokens, is_truncated=answer.finish == "length")
             for answer in answers
         ]
         rows = [task.row for _, task in tasks]
         states = [None] * len(rows)
         timeout_s = self._config.verify_timeout_s
-        verdicts = self._verifiers.verify(rows, responses, states, timeout_s)
+        verdicts = self.verifiers.verify(rows, responses, states, timeout_s)
         return [
             Rollout(
                 task=task,
@@ -171,7 +145,8 @@ def rollout_lines(rollouts: Sequence[Rollout]) -> str:
     return "".join(each.as_line() + "\n" for each in rollouts)
 
 
-def _seed(text: str, number: int) -> int:
-    """Return a seed below 2^62, so that the samples of a request can count on from it."""
-    digest = hashlib.sha256(f"{text} {number}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") >> 2
+def answering(config: RolloutConfig, tasks: Tasks) -> Answering:
+    """Return how the tasks of a recipe are answered."""
+    tokens, grace = config.reasoning_budget, config.reasoning_grace
+    budget = None if tokens is None else ReasoningBudget.of(tasks.tokenizer, tokens, grace)
+    return Answering(config.max_new_tokens, config.slots, budget)

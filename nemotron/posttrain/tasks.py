@@ -2,28 +2,23 @@
 
 import random
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from jinja2 import TemplateError
-
-from nemotron.data.chat.render import render
 from nemotron.data.chat.template import TURN_END
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
 from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.contents import Contents
 from nemotron.posttrain.environments.base import (
     BadRow,
-    Response,
+    ReadsFile,
     Row,
     messages_of,
     params_of,
 )
 from nemotron.posttrain.environments.registry import find_environment
-
-EVALUATION = -1
-"""Number of the batch that is only evaluated on; its tasks are drawn with another seed."""
+from nemotron.posttrain.prompts import Prompts
+from nemotron.posttrain.suites.examine import Item
 
 
 @dataclass(frozen=True)
@@ -50,12 +45,30 @@ class Tasks:
         self.environments = own
         self.is_chat = self._rollout.prompt == "chat"
         ends = [config.data.eod_token, *([TURN_END] if self.is_chat else [])]
-        self.stop_ids = frozenset(self.tokenizer.id(token) for token in ends)
+        self.prompts = Prompts(
+            self.tokenizer,
+            frozenset(self.tokenizer.id(token) for token in ends),
+            self.is_chat,
+            self._rollout.enable_thinking,
+            self._rollout.stop,
+        )
 
     @property
     def options(self) -> dict[str, dict[str, object]]:
         """What each environment is made with."""
         return {entry.name: entry.options for entry in self._rollout.environments}
+
+    def contents(self) -> Contents:
+        """Return the hashes of the files that environments read their rows from.
+
+        Raises:
+            UserError: when one of them cannot be read.
+        """
+        found: Contents = {}
+        for environment in self.environments.values():
+            if isinstance(environment, ReadsFile):
+                found |= environment.contents()
+        return found
 
     @property
     def has_conversations(self) -> bool:
@@ -84,27 +97,6 @@ class Tasks:
         count = self._rollout.evaluation_tasks
         return self._draw(count, random.Random(f"{self._config.seed} evaluation"))
 
-    def response(self, answer: Sequence[int], *, is_truncated: bool) -> Response:
-        """Return an answer's tokens as text; in the chat format without its reasoning."""
-        while answer and answer[-1] in self.stop_ids:
-            answer = answer[:-1]
-        text = self.tokenizer.decode(answer)
-        for stop in self._rollout.stop:
-            text = text.removesuffix(stop)
-        if not self.is_chat:
-            return Response(text, is_truncated=is_truncated)
-        reasoning, closed, after = text.rpartition("</think>")
-        if not closed and self._rollout.enable_thinking:
-            # the prompt ends inside the reasoning, which was never closed: there is no answer
-            return Response("", reasoning=text.strip(), is_truncated=is_truncated)
-        text = (after if closed else text).strip()
-        return Response(
-            text,
-            reasoning=reasoning.removeprefix("<think>").strip(),
-            output=({"type": "message", "content": [{"type": "output_text", "text": text}]},),
-            is_truncated=is_truncated,
-        )
-
     def _draw(self, count: int, rng: random.Random) -> list[Task]:
         entries = self._rollout.environments
         names = rng.choices(range(len(entries)), [entry.weight for entry in entries], k=count)
@@ -117,8 +109,8 @@ class Tasks:
     def _task(self, name: str, row: Row) -> Task:
         try:
             offers_tools = bool(params_of(row).get("tools"))
-            text = self._text(messages_of(row))
-        except (BadRow, TemplateError) as problem:
+            prompt = self.prompts.write(messages_of(row))
+        except BadRow as problem:
             raise UserError(f"a row of {name}: {problem}", key="rollout.environments") from None
         if offers_tools:
             raise UserError(
@@ -126,7 +118,6 @@ class Tasks:
                 key="rollout.environments",
                 value=name,
             )
-        prompt = tuple(self.tokenizer.encode(text, specials=self.is_chat))
         if len(prompt) + self._rollout.max_new_tokens > self._config.data.seq_len + 1:
             raise UserError(
                 f"does not hold a prompt of {name} with {len(prompt)} tokens and an answer of "
@@ -136,8 +127,10 @@ class Tasks:
             )
         return Task(name, row, prompt)
 
-    def _text(self, messages: list[dict[str, Any]]) -> str:
-        if not self.is_chat:
-            return str(messages[-1]["content"])
-        thinking = self._rollout.enable_thinking
-        return render(messages, enable_thinking=thinking, add_generation_prompt=True).text
+
+def held_out_items(tasks: Tasks) -> list[Item]:
+    """Return the held-out tasks of a recipe as rows to answer, each under its environment."""
+    return [
+        Item(task.environment, number, task.row, task.prompt)
+        for number, task in enumerate(tasks.held_out())
+    ]

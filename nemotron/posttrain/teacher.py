@@ -20,6 +20,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import apply as apply_ops
 from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.contents import KEY, check_contents, model_contents
 from nemotron.posttrain.sft_config import DistillConfig
 from nemotron.precision.apply import DTYPES
 from nemotron.run.files import RunFiles
@@ -102,6 +103,7 @@ class TaughtBatches:
     ) -> None:
         self._batches, self._teacher = batches, teacher
         self._config, self._device = config, device
+        self._contents = model_contents("teacher", config.teacher, teacher)
 
     @torch.no_grad()
     def take(self, step: int) -> Batch:
@@ -113,16 +115,17 @@ class TaughtBatches:
         return replace(batch, extras={**batch.extras, HIDDEN: hidden})
 
     def state(self) -> dict[str, Any]:  # Any: nested JSON
-        """Return the state of the other source: the teacher has none."""
-        return self._batches.state()
+        """Return the state of the other source, and what identifies the teacher."""
+        return {**self._batches.state(), KEY: self._contents}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
         """Restore the other source.
 
         Raises:
-            UserError: as it does.
+            UserError: as it does, and when the teacher has changed.
         """
-        self._batches.restore(saved, step)
+        check_contents(saved, self._contents, step)
+        self._batches.restore({k: v for k, v in saved.items() if k != KEY}, step)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return the figures of the other source."""

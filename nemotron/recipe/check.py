@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pydantic import BaseModel
 
 from nemotron.errors import Finding, UserError
+from nemotron.recipe import languages
 from nemotron.recipe.read import Idle, Path_, place_of
 from nemotron.recipe.stages import Stage
 from nemotron.train.config import RunConfig
@@ -42,7 +43,8 @@ def _is_default(section: BaseModel, path: Path_, default: BaseModel | None = Non
 def _findings(config: RunConfig, stage: Stage, given: set[str]) -> Iterator[Finding]:
     """Yield contradictions, then keys that were given a value of their own but change nothing."""
     yield from stage.impossible(config)
-    for conditions in (stage.idle(config), _idle(config)):
+    yield from languages.impossible(config)
+    for conditions in (stage.idle(config), languages.idle(config), _idle(config)):
         for idle in conditions:
             for key in idle.keys if idle.holds else ():
                 if key in given:
@@ -86,6 +88,11 @@ def _idle(config: RunConfig) -> Iterator[Idle]:
     yield Idle(delayed, not config.precision.names("fp8_delayed"), "no layer is in fp8_delayed")
     quantized = ["precision.backend", "precision.observe_every_steps"]
     yield Idle(quantized, not config.precision.quantizes, "no layer is quantized")
+    suites = config.evaluation.suites
+    asked = [f"evaluation.suites.{n}" for n in type(suites).model_fields if n != "names"]
+    yield Idle(asked, not suites.names, "evaluation.suites.names is empty")
+    thinking = ["evaluation.suites.enable_thinking"]
+    yield Idle(thinking, suites.prompt == "text", "evaluation.suites.prompt = text")
     profile = ["profile.ranks", "profile.memory"]
     yield Idle(profile, not config.profile.steps, "profile.steps is empty")
     trackers = config.logging.trackers

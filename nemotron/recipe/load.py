@@ -82,7 +82,12 @@ class Recipe:
             place = place_of(self.places, ("stage",), str(self.path))
             rule = "can be read and checked, but nothing trains such recipes yet."
             raise UserError(rule, key="stage", value=self.config.stage, where=place)
-        return self.stage.trained()
+        stage = self.stage.trained()
+        if not self.config.evaluation.suites.names:
+            return stage
+        from nemotron.posttrain.suites.training import WithSuites
+
+        return WithSuites(stage)
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 from nemotron.errors import Finding, UserError
 from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.correct.config import CorrectConfig
 from nemotron.posttrain.sft_config import DistillConfig, SftConfig
-from nemotron.recipe import distill, pretrain, rl, sft
+from nemotron.recipe import correct, distill, pretrain, rl, sft
 from nemotron.recipe.read import Idle, Path_, place_of
 from nemotron.train.config import PretrainConfig, RunConfig
 
@@ -56,11 +57,18 @@ def _reinforcement() -> "TrainedStage":
     return Reinforcement()
 
 
+def _correction() -> "TrainedStage":
+    from nemotron.posttrain.correct.stage import Correction
+
+    return Correction()
+
+
 STAGES = {
     "pretrain": Stage(PretrainConfig, pretrain.impossible, pretrain.idle, _pretraining),
     "sft": Stage(SftConfig, sft.impossible, sft.idle, _finetuning),
     "distill": Stage(DistillConfig, distill.impossible, sft.idle, _distillation),
     "rl": Stage(RlConfig, rl.impossible, rl.idle, _reinforcement),
+    "correct": Stage(CorrectConfig, correct.impossible, correct.idle, _correction),
 }
 
 

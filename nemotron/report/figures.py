@@ -113,6 +113,22 @@ REWARD = Group(
         Figure("Other figures of the answers", (_train("rl/(.+)", r"\1"),), scale="auto"),
     ),
 )
+SUITES = Group(
+    "suites",
+    "Suites",
+    (
+        Figure("Mean reward", (_validation("suites/([^/]+)/reward", r"\1"),)),
+        Figure("Standard error of the reward", (_validation("suites/([^/]+)/error", r"\1"),)),
+        Figure("pass@k", (_validation(r"suites/([^/]+)/pass@(\d+)", r"\1 @\2"),)),
+        Figure("Most frequent answer", (_validation("suites/([^/]+)/majority", r"\1"),)),
+        Figure("Length of answers", (_validation("suites/([^/]+)/answer_tokens", r"\1"),)),
+        Figure("Truncated answers", (_validation("suites/([^/]+)/truncated", r"\1"),), "share"),
+        Figure(
+            "Answers that could not be judged",
+            (_validation("suites/([^/]+)/verifier_faults", r"\1"),),
+        ),
+    ),
+)
 OPTIMIZATION = Group(
     "optimization",
     "Optimization",
@@ -148,7 +164,7 @@ DATA = Group(
         Figure("Other figures of the data", (_train("data/(?!tokens$)(.+)", r"\1"),)),
     ),
 )
-GROUPS = (LOSS, REWARD, OPTIMIZATION, SPEED, DATA)
+GROUPS = (LOSS, REWARD, SUITES, OPTIMIZATION, SPEED, DATA)
 
 DRAWN_ELSEWHERE = re.compile("(moe|precision)/.*|data/tokens|validation/(.+/)?perplexity")
 """Keys that are heat maps, the x axis, or a function of another key."""

@@ -7,9 +7,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from nemotron.report.heatmap import Cells, HeatMap, heat_map
+from nemotron.drawing.heatmap import Cells, HeatMap, heat_map
+from nemotron.drawing.series import Series
 from nemotron.report.run import Run
-from nemotron.report.table import Series, Table, is_number
+from nemotron.report.table import Table, is_number
 
 COLUMNS = 80
 """Stretches of a run over which the values of a cell are averaged."""

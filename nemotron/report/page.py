@@ -9,7 +9,9 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 
 from nemotron.checkpoint.manifest import code_version
-from nemotron.report.chart import Line, Mark, line_chart
+from nemotron.drawing.chart import Line, Mark, line_chart
+from nemotron.drawing.colors import COLORS
+from nemotron.drawing.heatmap import HeatMap
 from nemotron.report.figures import (
     GROUPS,
     VALIDATION,
@@ -20,7 +22,6 @@ from nemotron.report.figures import (
     left_over,
     union,
 )
-from nemotron.report.heatmap import HeatMap
 from nemotron.report.maps import MapGroup, expert_maps, precision_maps
 from nemotron.report.provenance import describe_starts
 from nemotron.report.run import Run
@@ -135,6 +136,7 @@ def render(runs: Sequence[Run], refresh_s: float | None = None) -> str:
     for run in runs:
         maps += [*expert_maps(run), *precision_maps(run)]
     return HEAD + _template().render(
+        colors=COLORS,
         runs=runs,
         is_one=len(runs) == 1,
         title=", ".join(run.label for run in runs),

@@ -176,7 +176,7 @@ def _read_metrics(run: Run) -> None:
     if not run.files.metrics.exists():
         return
     reader = MetricsReader(run.files.metrics)
-    tables = {"train": run.train, "validation": run.validation}
+    tables = {"train": run.train, "validation": run.validation, "suites": run.validation}
     num_other = 0
     for record in reader:
         kind = record.get("kind")

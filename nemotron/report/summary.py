@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from nemotron.drawing.scale import short
 from nemotron.report.run import Run
-from nemotron.report.scale import short
 from nemotron.report.table import Table
 
 SMOOTHED = 20

@@ -2,28 +2,11 @@
 
 from array import array
 from collections.abc import Iterable
-from dataclasses import dataclass
 from typing import Any, TypeGuard
 
 import numpy as np
-from numpy.typing import NDArray
 
-Numbers = NDArray[np.float64]
-
-
-@dataclass(frozen=True)
-class Series:
-    """The values of one key; NaN where a record says that it was not finite."""
-
-    x: Numbers
-    """Steps, or tokens."""
-    y: Numbers
-
-    @property
-    def finite(self) -> "Series":
-        """The values that are finite."""
-        known = np.isfinite(self.y)
-        return Series(self.x[known], self.y[known])
+from nemotron.drawing.series import Series
 
 
 class Table:

@@ -53,6 +53,7 @@ class Progress:
         self.title, self.num_steps = title, num_steps
         self.train: Record = {}
         self.validation: Record = {}
+        self.suites: Record = {}
         self.smoothed: float | None = None
         self.best: float | None = None
         self.eta_s: float | None = None
@@ -68,6 +69,8 @@ class Progress:
         """Take in one line of metrics.jsonl."""
         if record["kind"] == "validation":
             self.validation = record
+        if record["kind"] == "suites":
+            self.suites = record
         if record["kind"] != "train":
             return
         self.train = record
@@ -159,6 +162,8 @@ class Progress:
                     _part(train, "rl/groups_without_signal", "{:.0%} of prompts without signal"),
                 ),
             )
+        if self.suites:
+            rows.add_row("suites", f"{suites_text(self.suites)}  (step {self.suites['step']})")
         mtp = [_part(train, name, "{:.4f}") for name in train if name.startswith("loss/mtp_")]
         if mtp or "loss/aux" in train:
             rows.add_row(
@@ -219,6 +224,18 @@ class Progress:
             f"mean of layers {sum(loads.values()) / len(loads):.2f}",
             f"unused {unused:.0f}",
         )
+
+
+def suites_text(record: Record) -> str:
+    """Return the mean rewards of suites, and how many answers could not be judged."""
+    rewards = {
+        name.removeprefix("suites/").removesuffix("/reward"): _number(record, name)
+        for name in record
+        if name.startswith("suites/") and name.endswith("/reward")
+    }
+    faults = sum(_number(record, n) or 0.0 for n in record if n.endswith("/verifier_faults"))
+    found = [f"{name} {value:.3f}" for name, value in rewards.items() if value is not None]
+    return _join(*found, f"{faults:.0f} verifier faults" if faults else "")
 
 
 def _number(record: Record, name: str) -> float | None:

@@ -14,7 +14,7 @@ from rich.live import Live
 
 from nemotron.run.appended import AppendedFile
 from nemotron.run.metrics import Record
-from nemotron.run.panel import Progress
+from nemotron.run.panel import Progress, suites_text
 from nemotron.run.redaction import redact_text
 from nemotron.terminal import printable
 
@@ -76,6 +76,8 @@ class Screen:
                 self._print(self._progress.line(self._columns()))
         elif record["kind"] == "validation":
             self.info(_validation_line(record))
+        elif record["kind"] == "suites":
+            self.info(f"step {record['step']}: {suites_text(record)}")
         elif record["kind"] == "event":
             self.info(f"step {record['step']}: {record['event']}")
         self._refresh()

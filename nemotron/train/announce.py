@@ -107,10 +107,20 @@ def announce_results(trainer: Trainer, folder: RunFolder, log: RunLog, how: str)
         f"  metrics      {folder.metrics}",
         f"  checkpoint   {folder.checkpoints / folder_name(state.step)}",
         "next:",
-        f"  {_command('generate', folder.path, '--prompt', 'Once upon a time')}",
-        f"  {_command('export', folder.path, '--out', folder.path / 'export')}",
+        *(f"  {command}" for command in _next(trainer, folder)),
     ):
         log.info(line)
+
+
+def _next(trainer: Trainer, folder: RunFolder) -> list[str]:
+    """Return commands that use the model."""
+    if trainer.config.stage == "correct":
+        files = ("--in", "nbest.jsonl", "--out", "fixed.jsonl")
+        return [_command("correct", folder.path, *files)]
+    return [
+        _command("generate", folder.path, "--prompt", "Once upon a time"),
+        _command("export", folder.path, "--out", folder.path / "export"),
+    ]
 
 
 def announce_stop(trainer: Trainer, folder: RunFolder, log: RunLog, reason: str) -> None:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.language import UNKNOWN
 from nemotron.model.router import RoutingStats
 from nemotron.train.config import LossConfig
 
@@ -24,17 +25,20 @@ class Auxiliary:
     num_depths: int
     """Depths of multi-token prediction; batches are looked ahead as far."""
     has_routers: bool = True
+    has_languages: bool = False
+    """Whether batches say of tokens which language they are."""
 
     @property
     def names(self) -> tuple[str, ...]:
-        """`mtp_1` and so on, `aux`."""
+        """`mtp_1` and so on, `aux`, `lid`."""
         depths = (f"mtp_{depth}" for depth in range(1, self.num_depths + 1))
-        return (*depths, *(["aux"] if self.has_routers else []))
+        further = [*(["aux"] if self.has_routers else []), *(["lid"] if self.has_languages else [])]
+        return (*depths, *further)
 
     @property
     def local_names(self) -> frozenset[str]:
-        """The balance loss: head and prediction return the loss of all ranks' tokens."""
-        return frozenset({"aux"})
+        """Those of routers and gate: head and prediction return the loss of all ranks' tokens."""
+        return frozenset({"aux", "lid"})
 
     def counts(self, batch: Batch) -> list[float]:
         """Return the weight of each term's targets, their number where all count 1.
@@ -43,7 +47,8 @@ class Auxiliary:
         """
         assert len(batch.ahead) == self.num_depths, (len(batch.ahead), self.num_depths)
         counts = [total_weight(depth.labels, depth.loss_weight) for depth in batch.ahead]
-        return counts + ([batch.num_tokens] if self.has_routers else [])
+        counts += [batch.num_tokens] if self.has_routers else []
+        return counts + ([_num_known(batch)] if self.has_languages else [])
 
     def sums(
         self,
@@ -68,6 +73,9 @@ class Auxiliary:
                 # the shared block is called once per depth: its loss is averaged over depths
                 aux = aux + stats.aux_loss_sum / (1 if index < trunk_calls else self.num_depths)
             terms.append(aux)
+        if self.has_languages:
+            found = [s.language_loss_sum for s in routing if s.language_loss_sum is not None]
+            terms.append(sum(found, zero))
         return terms
 
     def _ahead(
@@ -86,7 +94,16 @@ class Auxiliary:
     def factors(self) -> list[float]:
         """What the mean of each term is multiplied by in the loss."""
         factors = [self.config.mtp_loss_factor / max(self.num_depths, 1)] * self.num_depths
-        return factors + ([self.config.moe_aux_loss_coeff] if self.has_routers else [])
+        factors += [self.config.moe_aux_loss_coeff] if self.has_routers else []
+        return factors + ([self.config.lid_coeff] if self.has_languages else [])
+
+
+def _num_known(batch: Batch) -> int:
+    """Return how many tokens inside documents have a language that is known."""
+    if batch.languages is None:
+        return 0
+    known = batch.languages != UNKNOWN
+    return int((known if batch.padding is None else known & ~batch.padding).sum())
 
 
 def total_weight(labels: Tensor, weights: Tensor | None) -> float:

@@ -139,6 +139,42 @@ class LossConfig(Section):
     """Factor of the mean multi-token-prediction loss over depths."""
     mtp_detach_heads: bool = False
     """Whether the multi-token-prediction loss leaves trunk, embedding and head untouched."""
+    lid_coeff: float = Field(0.1, ge=0)
+    """Factor of the cross entropy of the gate over languages (model.language_experts)."""
+    lid_oracle_steps: int = Field(0, ge=0)
+    """First steps in which the known language of a token chooses its experts, not the gate."""
+
+
+class SuitesConfig(Section):
+    """Tasks that the model answers during training, to see what it can do."""
+
+    names: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Suites, or environments with their level behind an @, such as arithmetic or mcqa@2."""
+    every_steps: int | None = Field(None, gt=0)
+    """Optimizer steps between evaluations; absent: only at the end."""
+    tasks: int = Field(32, gt=0)
+    """Rows of each task, the same every time."""
+    samples: int = Field(1, gt=0)
+    """Answers to each row."""
+    temperature: float = Field(0.0, ge=0)
+    """Temperature of the answers; 0 takes the likeliest token."""
+    max_new_tokens: int = Field(128, gt=0)
+    """Longest answer, its end included."""
+    prompt: Literal["auto", "chat", "text"] = "auto"
+    """How a task is written; auto: in the chat format if the run learns conversations."""
+    enable_thinking: bool = True
+    """Whether the chat format asks for reasoning."""
+    stop: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    """Strings that end an answer, beside the end of text or of the turn."""
+    slots: int = Field(32, gt=0)
+    """Answers that are written at the same time on each rank."""
+
+    @model_validator(mode="after")
+    def _check(self) -> "SuitesConfig":
+        if self.samples > 1 and not self.temperature:
+            rule = "are all the same at temperature 0; raise the temperature, or use 1"
+            raise RuleBroken("samples", rule, self.samples)
+        return self
 
 
 class EvaluationConfig(Section):
@@ -148,6 +184,8 @@ class EvaluationConfig(Section):
     """Optimizer steps between validations; absent: only at the end."""
     tokens: int = Field(65536, gt=0)
     """Tokens evaluated, shared over the sources."""
+    suites: SuitesConfig = SuitesConfig()
+    """Tasks to answer."""
 
 
 class CheckpointConfig(Section):
@@ -230,7 +268,18 @@ class ReliabilityConfig(Section):
 
 
 Part = Literal[
-    "embed", "mamba", "attention", "mlp", "router", "experts", "shared", "latent", "head", "mtp"
+    "embed",
+    "mamba",
+    "attention",
+    "mlp",
+    "router",
+    "experts",
+    "shared",
+    "latent",
+    "head",
+    "mtp",
+    "correction",
+    "language",
 ]
 """Parts of a model, as gradient norms are reported by."""
 
@@ -360,6 +409,11 @@ class TextConfig(RunConfig):
     def num_depths(self) -> int:
         """Depths of multi-token prediction that are trained: none without such a block."""
         return self.loss.mtp_num_depths if self.model.mtp_pattern else 0
+
+    @property
+    def knows_languages(self) -> bool:
+        """Whether experts belong to languages, and the data says which tokens are of which."""
+        return self.model.language_experts is not None and self.data.language_of == "source"
 
 
 class PretrainConfig(TextConfig):

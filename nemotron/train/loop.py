@@ -140,6 +140,11 @@ def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest, profiler: P
         if setup.validate is not None and (is_last or due(step, config.evaluation.every_steps)):
             trainer.progress.enter(step, "evaluate")
             log.record(trainer.record("validation", {**setup.validate()}))
+        if setup.examine is not None and (
+            is_last or due(step, config.evaluation.suites.every_steps)
+        ):
+            trainer.progress.enter(step, "evaluate")
+            log.record(trainer.record("suites", {**setup.examine()}))
         if due(step, config.reliability.check_replicas_every_steps):
             trainer.check_replicas()
         if not is_last and due(step, config.checkpoint.every_steps):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nemotron.data.batch import Batch
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.language import Languages
 from nemotron.model.router import RoutingStats
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.auxiliary import Auxiliary, total_weight, weighted_means
@@ -75,16 +76,19 @@ class PretrainObjective:
     num_depths: int
     """Depths of multi-token prediction; batches are looked ahead as far."""
     has_routers: bool = True
+    has_languages: bool = False
+    """Whether batches say of tokens which language they are."""
 
     @classmethod
     def of(cls, config: TextConfig) -> "PretrainObjective":
         """Return the objective of a run, with the terms that its model has."""
-        return cls(config.loss, config.num_depths, bool(config.model.moe_layers))
+        has_languages = config.knows_languages
+        return cls(config.loss, config.num_depths, bool(config.model.moe_layers), has_languages)
 
     @property
     def auxiliary(self) -> Auxiliary:
         """The terms beside the next token's."""
-        return Auxiliary(self.config, self.num_depths, self.has_routers)
+        return Auxiliary(self.config, self.num_depths, self.has_routers, self.has_languages)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -121,12 +125,26 @@ class PretrainObjective:
         return weighted_means(sums, counts, [1.0, *self.auxiliary.factors])
 
 
+def languages_of(batch: Batch) -> Languages | None:
+    """Return what a batch says of the language of its tokens."""
+    if batch.languages is None:
+        return None
+    return Languages(batch.languages, batch.languages_decide)
+
+
 def compute_sums(
     objective: Objective, model: HybridLM, batch: Batch
 ) -> tuple[Float[Tensor, " terms"], list[RoutingStats]]:
     """Run a model on a micro-batch; returns the terms, and the statistics of its routers."""
     routing: list[RoutingStats] = []
-    hidden = model(batch.input_ids, batch.seq_idx, routing=routing, padding=batch.padding)
+    hidden = model(
+        batch.input_ids,
+        batch.seq_idx,
+        routing=routing,
+        padding=batch.padding,
+        candidates=batch.candidates,
+        languages=languages_of(batch),
+    )
     return objective.sums(model, hidden, batch, routing), routing
 
 

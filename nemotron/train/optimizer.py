@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron.model.config import LAYER_KINDS, ModelConfig
+from nemotron.model.parameters import correction_parameters
 from nemotron.parallel.shards import local_of
 from nemotron.train.adamw import AdamW
 from nemotron.train.config import OptimizerConfig
@@ -85,6 +86,10 @@ def kind_of(name: str, config: ModelConfig) -> str:
         return "mtp"
     if name.startswith("backbone.embeddings."):
         return "embed"
+    if name.startswith(("candidates.", "edit_heads.")):
+        return "correction"
+    if name.startswith("language."):
+        return "language"
     layer = re.match(r"backbone\.layers\.(\d+)\.(.*)", name)
     if layer is None:
         return "head"  # lm_head and the norm before it
@@ -134,7 +139,12 @@ def kinds(config: ModelConfig) -> list[str]:
     layers = [LAYER_KINDS[letter] for letter in dict.fromkeys(pattern)]
     moe = ["router", "experts", "shared", *(["latent"] if config.moe_latent_size else [])]
     parts = [part for kind in layers for part in (moe if kind == "moe" else [kind])]
-    return ["embed", *parts, "head", *(["mtp"] if config.mtp_pattern else [])]
+    further = [
+        *(["mtp"] if config.mtp_pattern else []),
+        *(["correction"] if correction_parameters(config) else []),
+        *(["language"] if config.language_experts is not None else []),
+    ]
+    return ["embed", *parts, "head", *further]
 
 
 def parameter_kinds(names: Iterable[str], config: ModelConfig) -> dict[str, str]:

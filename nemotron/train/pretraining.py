@@ -1,10 +1,14 @@
 """Pre-training as a stage: text, its rows and its objective."""
 
+import logging
+
 import torch
 
+from nemotron.data.config import MIXED
 from nemotron.data.loader import TrainingData
-from nemotron.data.prefetch import TextBatches
+from nemotron.data.prefetch import SourceLanguages, TextBatches
 from nemotron.data.rehearsal import rehearse
+from nemotron.model.language import UNKNOWN
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.config import TextConfig
@@ -14,6 +18,8 @@ from nemotron.train.schedule import TrainingPlan, plan_training
 from nemotron.train.setup import Setup, check_end_of_text
 from nemotron.train.trainer import Trainer, build_local
 from nemotron.train.validation import evaluate
+
+log = logging.getLogger(__name__)
 
 
 class Pretraining:
@@ -101,7 +107,26 @@ def text_batches(
         num_steps=plan.num_steps,
         num_depths=config.num_depths,
         pin=device.type == "cuda",
+        languages=_languages(config, plan) if config.knows_languages else None,
     )
+
+
+def _languages(config: TextConfig, plan: TrainingPlan) -> SourceLanguages:
+    """Return the language of each source, and warn where no source has rows that switch."""
+    assert config.model.language_experts is not None, "asked before"
+    known = config.model.language_experts.languages
+    sources = {leaf.source.name: leaf.source.language for leaf in plan.timeline.leaves}
+    if MIXED not in sources.values():
+        log.warning(
+            "no source has language: %s, so that the gate never sees a switch of languages, and "
+            "will be wrong after one",
+            MIXED,
+        )
+    numbers = {
+        name: known.index(language) if language in known else UNKNOWN
+        for name, language in sources.items()
+    }
+    return SourceLanguages(numbers, config.loss.lid_oracle_steps)
 
 
 def validate(trainer: Trainer, data: TrainingData) -> dict[str, float]:

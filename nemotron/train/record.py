@@ -87,6 +87,11 @@ def expert_values(routers: Mapping[str, Router], load: Mapping[str, Tensor]) -> 
         values[f"{name}/load_entropy"] = entropy / math.log(len(tokens)) if len(tokens) > 1 else 1.0
         values[f"{name}/experts_unused"] = tokens.count(0)
         if layer in routers:
+            names = routers[layer].group_names
+            size = len(tokens) // max(1, len(names))
+            for number, language in enumerate(names):
+                own = sum(tokens[number * size : (number + 1) * size])
+                values[f"{name}/load_{language}"] = own / sum(tokens)
             bias = routers[layer].e_score_correction_bias
             values[f"{name}/bias_min"] = bias.min().item()
             values[f"{name}/bias_max"] = bias.max().item()

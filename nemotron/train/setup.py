@@ -43,6 +43,8 @@ class Setup:
     """Returns the metrics of what is held out; None where nothing is."""
     close: Callable[[], None] = lambda: None
     """Ends what the stage started, such as processes."""
+    examine: Callable[[], dict[str, float]] | None = None
+    """Returns the metrics of tasks that the model answers; None where none are asked."""
 
 
 def check_end_of_text(config: RunConfig, tokenizer: Tokenizer, *, is_chat: bool) -> None:

@@ -19,6 +19,7 @@ from nemotron.model.build import build_on_meta, shapes
 from nemotron.model.config import ModelConfig
 from nemotron.model.flops import training_flops_per_token
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.init import ADDED, draw
 from nemotron.model.parameters import count_parameters
 from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
@@ -246,7 +247,7 @@ def load_initial(
 ) -> InitialModel:
     """Start from saved weights; every tensor must be there, with its shape, and no other.
 
-    `seed` is that of adapters, which begin anew.
+    `seed` is that of adapters, and of what correction adds to a model without it; they begin anew.
 
     Raises:
         UserError: when they are not those of the recipe, or not those of another rank.
@@ -259,6 +260,8 @@ def load_initial(
     def value(name: str, shape: torch.Size, experts: range | None) -> Tensor:
         if is_adapter(name):
             return local.first_value(name, shape, seed, weights)
+        if name not in weights:  # text correction adds it to a model that has none
+            return draw(name, shape, local.config, seed)
         return weights[name] if experts is None else weights[name][experts.start : experts.stop]
 
     local.fill(value)
@@ -274,7 +277,9 @@ def read_fitting(config: ModelConfig, path: str, read: ReadModel) -> InitialMode
     initial = read(path)
     saved_config, weights = initial.config, initial.weights
     own = shapes(config)
-    problems = [f"{name} is absent" for name in own if name not in weights]
+    problems = [
+        f"{name} is absent" for name in own if name not in weights and not name.startswith(ADDED)
+    ]
     problems += [f"{name} is not in the model" for name in weights if name not in own]
     problems += [
         f"{name} has shape {list(weights[name].shape)} instead of {list(shape)}"

@@ -11,6 +11,7 @@ import struct
 import subprocess
 import sys
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -93,6 +94,21 @@ def test_megatrons_files_are_read_and_written_alike(tmp_path: Path):
     for end in ("bin", "idx"):
         ours, theirs = tmp_path / f"ours.{end}", MEGATRON / f"plain.{end}"
         assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_documents_of_several_sequences_are_written_as_megatron_writes_them(tmp_path: Path):
+    theirs = Shard(MEGATRON / "sequences")
+    with ShardWriter(tmp_path / "ours", theirs.dtype) as writer:
+        for first, last in pairwise(theirs.documents.tolist()):
+            for number in range(first, last):
+                start = int(theirs.offsets[number]) // theirs.dtype.itemsize
+                writer.extend(theirs.tokens[start : start + int(theirs.lengths[number])])
+                writer.end_sequence()
+            writer.end_document()
+    assert theirs.num_sequences > theirs.num_documents
+    for end in ("bin", "idx"):
+        ours = tmp_path / f"ours.{end}"
+        assert ours.read_bytes() == (MEGATRON / f"sequences.{end}").read_bytes()
 
 
 INTERCHANGE = """

@@ -40,16 +40,17 @@ class PackedNVFP4:
             DiskTensor(name + OUTER, (), torch.float32),
         )
 
-    def encode(self, master: Tensor) -> dict[str, Tensor]:
+    def encode(self, name: str, master: Tensor) -> dict[str, Tensor]:
         packed = nvfp4.quantize(master.bfloat16()).pack()
         scales = packed.scales
         blocks = scales.bytes.view(torch.float8_e4m3fn)
-        return {CODES: packed.packed, BLOCKS: blocks, OUTER: scales.amax.reshape(())}
+        outer = scales.amax.reshape(())
+        return {name + CODES: packed.packed, name + BLOCKS: blocks, name + OUTER: outer}
 
-    def decode(self, stored: Mapping[str, Tensor], shape: Shape) -> Tensor:
-        bytes_, amax = stored[BLOCKS].view(torch.uint8), stored[OUTER].reshape(1)
+    def decode(self, name: str, stored: Mapping[str, Tensor], shape: Shape) -> Tensor:
+        bytes_, amax = stored[name + BLOCKS].view(torch.uint8), stored[name + OUTER].reshape(1)
         scales = nvfp4.Scales(bytes_, amax, Groups((shape[0],)), 1, nvfp4.BLOCK)
-        return nvfp4.PackedNVFP4(stored[CODES], scales, shape[1]).unpack().dequantize()
+        return nvfp4.PackedNVFP4(stored[name + CODES], scales, shape[1]).unpack().dequantize()
 
 
 NVFP4 = PackedNVFP4()
@@ -134,9 +135,9 @@ def test_a_format_that_is_not_known_is_refused(packed: Path):
 def test_a_packed_tensor_of_another_shape_is_named(run: Path, tmp_path: Path):
     @dataclass(frozen=True)
     class Narrow(PackedNVFP4):
-        def encode(self, master: Tensor) -> dict[str, Tensor]:
-            encoded = super().encode(master)
-            return encoded | {BLOCKS: encoded[BLOCKS][:-1].clone()}
+        def encode(self, name: str, master: Tensor) -> dict[str, Tensor]:
+            encoded = super().encode(name, master)
+            return encoded | {name + BLOCKS: encoded[name + BLOCKS][:-1].clone()}
 
     narrow = Formats(tuple((end, Narrow()) for end in EXPERTS))
     assert export(run, tmp_path / "out", formats=narrow, check=False) == 0

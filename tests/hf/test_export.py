@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nemotron import cli
+from nemotron.checkpoint.find import locate
+from nemotron.checkpoint.manifest import FORMAT
 from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
@@ -26,6 +28,7 @@ from nemotron.hf.shards import INDEX
 from nemotron.hf.source import open_checkpoint
 from nemotron.loading import load
 from nemotron.run.metrics import read_metrics
+from tests.support.old_checkpoint import seal
 
 WIDE = "e_score_correction_bias"
 
@@ -311,6 +314,18 @@ def test_checkpoints_are_no_place_for_an_export(run: Path, inside: str):
 
 def test_a_run_without_a_checkpoint_says_so(tmp_path: Path):
     assert "no complete checkpoint" in refusal(tmp_path, tmp_path / "out")
+
+
+def test_a_forged_configuration_takes_no_memory(run: Path, tmp_path: Path):
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy)
+    [config] = copy.glob("checkpoints/*/model.json")
+    config.write_text(
+        json.dumps(json.loads(config.read_text()) | {"num_attention_heads": 2**31 - 2})
+    )
+    seal(config.parent, locate(run).info.step, FORMAT)
+    assert "q_proj.weight has shape" in refusal(copy, tmp_path / "out")
+    assert os.listdir(tmp_path) == ["run"]
 
 
 def test_a_missing_tokenizer_is_named_and_nothing_is_left(run: Path, tmp_path: Path):

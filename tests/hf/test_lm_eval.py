@@ -118,8 +118,8 @@ def both(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
         theirs, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0
     )
     out, samples = home / "out.json", home / "samples.jsonl"
-    words = ["--lm-eval", ",".join(TASKS), "--include-path", str(tasks), "--rows", "5"]
-    assert run(["evaluate", str(folder), *words, "--out", str(out), "--samples", str(samples)]) == 0
+    words = [*TASKS, "--include-path", str(tasks), "--rows", "5"]
+    assert run(["lm-eval", str(folder), *words, "--out", str(out), "--samples", str(samples)]) == 0
     ours: dict[str, list[dict[str, Any]]] = {}
     for line in samples.read_text().splitlines():
         row = json.loads(line)
@@ -223,17 +223,16 @@ def test_wrong_tasks_are_one_sentence(
     full.write_text("{}")
     model, names = [str(both.folder)], ["--include-path", str(tmp_path)]
     cases = [
-        (["--lm-eval", "none.yaml", *names], "none.yaml is no task"),
-        (["--lm-eval", "absent", *names], "--lm-eval = absent cannot be read"),
-        (["--lm-eval", "long", *names], f"max_gen_toks = {LONGEST} must be below {LONGEST}"),
-        (["--lm-eval", "beams", *names], "generation_kwargs.num_beams = 4 is unknown"),
-        (["--lm-eval", "absent", "--include-path", str(full)], "is no folder"),
-        (["--lm-eval", "absent", *names, "--samples", str(full)], "exists already"),
-        (["--lm-eval", ","], "names no task"),
+        (["none.yaml", *names], "none.yaml is no task"),
+        (["absent", *names], "TASK = absent cannot be read"),
+        (["long", *names], f"max_gen_toks = {LONGEST} must be below {LONGEST}"),
+        (["beams", *names], "generation_kwargs.num_beams = 4 is unknown"),
+        (["absent", "--include-path", str(full)], "is no folder"),
+        (["absent", *names, "--samples", str(full)], "exists already"),
     ]
     for words, said in cases:
         capsys.readouterr()
-        assert run(["evaluate", *model, *words]) == 2, words
+        assert run(["lm-eval", *model, *words]) == 2, words
         [sentence] = [line for line in capsys.readouterr().err.splitlines() if "nemotron: " in line]
         assert said in sentence
     assert full.read_text() == "{}"

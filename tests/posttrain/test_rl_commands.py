@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
@@ -129,9 +130,10 @@ def test_evaluation_gives_rewards_by_budget(folder: Path, capsys) -> None:
         assert result["tasks"] == 4
         assert 0 <= result["reward"] <= 1
         assert f"reward {result['reward']:.3f}" in line
-    pytest.importorskip("matplotlib")
     assert run([*command, "--budget", "0", "--budget", "2", "--plot", str(plot)]) == 0
-    assert "<svg" in plot.read_text()
+    drawing = ElementTree.parse(plot).getroot()
+    assert drawing.tag == "{http://www.w3.org/2000/svg}svg"
+    assert "arith_chain" in "".join(drawing.itertext())
 
 
 @pytest.mark.parametrize(
@@ -165,9 +167,18 @@ def test_verdicts_that_changed_are_counted(folder: Path, tmp_path: Path, capsys)
     assert "8 rollouts  1 changed" in capsys.readouterr().out
     again = json.loads((tmp_path / path.name).read_text().splitlines()[0])
     assert again["verdict"]["reward"] == right
-    path.write_text("{}\n")
-    assert run(["rl", "reverify", str(home)]) == 2
-    assert f"{path}:1 is not a rollout" in capsys.readouterr().err
+    stranger = changed | {"task": changed["task"] | {"row": {}}}
+    for damaged in (
+        b"{}",
+        b"[1]",
+        b"\x94",
+        b"[" * 9999,
+        json.dumps(changed | {"logprobs": []}).encode(),
+        json.dumps(stranger).encode(),
+    ):
+        path.write_bytes(first.encode() + damaged)
+        assert run(["rl", "reverify", str(home)]) == 2
+        assert f"{path}:2 is not a rollout" in capsys.readouterr().err
     path.write_text(stored)
 
 

@@ -6,30 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from ruamel.yaml import YAML
 
 from nemotron.checkpoint.read import read_model
 from nemotron.cli import run
-from tests.support.tiny_run import MODEL
-
-VALUES: dict[str, Any] = {
-    "stage": "rl",
-    "device": "cpu",
-    "model": MODEL,
-    "data": {"seq_len": 47},
-    "rollout": {
-        "environments": [{"name": "arith_chain"}, {"name": "mcqa", "weight": 0.5}],
-        "prompt": "text",
-        "num_prompts_per_step": 4,
-        "num_generations_per_prompt": 3,
-        "max_new_tokens": 6,
-        "evaluation_tasks": 3,
-        "truncated": "keep",
-    },
-    "batch": {"global_tokens": 4 * 3 * 47, "micro_batch": 3},
-    "schedule": {"kind": "constant", "peak": 1e-2, "total_steps": 4},
-    "optimizer": {"betas": [0.9, 0.999]},
-}
+from tests.support.rl import rl_values, write_recipe
 
 
 @pytest.fixture
@@ -37,13 +17,7 @@ def recipe(tmp_path: Path):
     """Writes a recipe of this name; keyword arguments replace or add keys of sections."""
 
     def write(name: str, **changes: dict[str, Any]) -> Path:
-        values = {**VALUES, "name": name, "output": str(tmp_path / "runs")}
-        for section, given in changes.items():
-            values[section] = {**values.get(section, {}), **given}
-        path = tmp_path / f"{name}.yaml"
-        with open(path, "w") as file:
-            YAML(typ="safe").dump(values, file)
-        return path
+        return write_recipe(tmp_path, name, rl_values(**changes))
 
     return write
 

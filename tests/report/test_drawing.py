@@ -5,10 +5,11 @@ import re
 import numpy as np
 import pytest
 
-from nemotron.report.chart import BINS, Line, downsample, line_chart
-from nemotron.report.heatmap import COLUMNS, LEVELS, fewer_columns, heat_map
-from nemotron.report.scale import axis, short
-from nemotron.report.table import Series, Table
+from nemotron.drawing.chart import BINS, Line, downsample, line_chart
+from nemotron.drawing.heatmap import COLUMNS, LEVELS, fewer_columns, heat_map
+from nemotron.drawing.scale import axis, short
+from nemotron.drawing.series import Series
+from nemotron.report.table import Table
 
 
 def test_each_stretch_keeps_its_mean_and_its_extremes():

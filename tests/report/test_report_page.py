@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from nemotron.cli import run
+from nemotron.drawing.scale import short
 from nemotron.posttrain.environments.base import Response, Verdict
 from nemotron.posttrain.rollout import Rollout
 from nemotron.posttrain.tasks import Task
 from nemotron.report.page import render
 from nemotron.report.run import read_run
-from nemotron.report.scale import short
 from nemotron.run.metrics import read_metrics
 from tests.support.markup import Markup
 

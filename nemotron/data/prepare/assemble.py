@@ -30,7 +30,7 @@ def assemble(
         eod_id=tokenizer.id(options.eod_token),
         validation_fraction=options.validation_fraction,
         inputs=tuple(inputs),
-        options=options.model_dump(mode="json"),
+        options=options.described(),
         counts=counts,
         bad_rows=tuple(bad_rows[:BAD_ROWS_NAMED]),
         train=tuple(receipt.train for receipt in receipts if receipt.train),

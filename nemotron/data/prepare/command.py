@@ -5,11 +5,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from nemotron.data.correct.pair import FORMS, PairOptions
 from nemotron.data.folder import Manifest
 from nemotron.data.prepare.inputs import plan
 from nemotron.data.prepare.options import PrepareOptions
+from nemotron.data.prepare.pairs import PairEncoder
 from nemotron.data.prepare.run import prepare as run
 from nemotron.data.tokenizer import load_tokenizer
+from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
 from nemotron.terminal import print_text
 
@@ -55,11 +58,48 @@ def prepare(
     return DONE
 
 
+def prepare_pairs(
+    sources: Sequence[str],
+    out: Path,
+    *,
+    form: str,
+    candidates: int,
+    language: str | None,
+    tokenizer: str,
+    filters: Sequence[str],
+    hold_out: float,
+    workers: int | None,
+    max_bad_rows: int,
+    overwrite: bool,
+) -> int:
+    """Prepare pairs for text correction and print a summary.
+
+    Raises:
+        UserError: when an option is wrong, and as `nemotron.data.prepare.run.prepare` does.
+    """
+    if form not in FORMS:
+        raise UserError(f"is unknown; use {' or '.join(FORMS)}.", key="--as", value=form)
+    pairs = PairOptions(form=form, candidates=candidates, language=language)
+    PairEncoder(load_tokenizer(tokenizer, "--tokenizer"), pairs)  # before any work
+    options = PrepareOptions(filters=tuple(filters), validation_fraction=hold_out, pairs=pairs)
+    return prepare(
+        sources,
+        out,
+        tokenizer=tokenizer,
+        options=options,
+        workers=workers,
+        max_bad_rows=max_bad_rows,
+        overwrite=overwrite,
+        dry_run=False,
+    )
+
+
 def describe(manifest: Manifest, out: Path) -> list[str]:
     """Return lines that describe a prepared folder."""
     counts = manifest.counts
+    documents = "pairs" if "pairs" in manifest.options else "documents"
     lines = [
-        f"{out}: {counts.documents:,} documents with {counts.tokens:,} tokens to train on, "
+        f"{out}: {counts.documents:,} {documents} with {counts.tokens:,} tokens to train on, "
         f"{counts.held_out_documents:,} with {counts.held_out_tokens:,} held out, from "
         f"{counts.rows:,} rows and {counts.text_bytes / 1e6:,.1f} MB of text"
     ]
@@ -72,6 +112,12 @@ def describe(manifest: Manifest, out: Path) -> list[str]:
     if any(left_out.values()):
         listed = ", ".join(f"{number:,} {what}" for what, number in left_out.items() if number)
         lines.append(f"left out: {listed}")
+    if counts.repeated:
+        lines.append(
+            f"too few candidates: {counts.repeated:,} pairs, in which the first one is repeated"
+        )
+    if counts.cut:
+        lines.append(f"more candidates: {counts.cut:,} pairs, of which only the first are kept")
     if manifest.validation_fraction and not counts.held_out_documents:
         lines.append(
             f"no document is held out: --hold-out {manifest.validation_fraction:g} selected none "

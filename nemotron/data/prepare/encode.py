@@ -19,8 +19,9 @@ BATCH_DOCUMENTS = 256
 class Ids:
     """Token ids of a document, or a piece of them, and the UTF-8 bytes that they stand for.
 
-    In conversations `learned` says of each id whether it is learned (1 or 0), and `family` is what
-    decides whether the document is held out: the same for all sequences of one conversation.
+    In conversations `learned` has the role of each id, as shards have it. `family` is what decides
+    whether the document is held out: the same for all sequences of one conversation, and the target
+    of a pair. `sequences` has the lengths of the sequences of a document that has several.
     """
 
     ids: list[int]
@@ -28,6 +29,7 @@ class Ids:
     is_last: bool
     learned: list[int] | None = None
     family: list[int] | None = None
+    sequences: list[int] | None = None
 
 
 class LongDocument:

@@ -198,8 +198,9 @@ def _size(path: str) -> int:
 def _cut(path: str, size: int, target: int, options: PrepareOptions) -> Iterator[Piece]:
     """Yield pieces of a file that can be read independently of each other."""
     kind = kind_of(path) or "text"
-    if options.chat is not None and kind == "text":
-        raise UserError(f"{path} is text; conversations are read from JSON lines and parquet.")
+    if kind == "text" and (options.chat or options.pairs):
+        what = "conversations" if options.chat else "pairs"
+        raise UserError(f"{path} is text; {what} are read from JSON lines and parquet.")
     if kind == "parquet":
         groups = open_parquet(path).metadata
         for number in range(groups.num_row_groups):

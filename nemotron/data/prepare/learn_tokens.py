@@ -41,7 +41,7 @@ def learn_tokenizer(
             f"--vocab-size {vocab_size} must be from {least} ({NUM_BYTES} bytes and the special "
             f"tokens) to {MOST_TOKENS}."
         )
-    _check_target(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite)
     options = PrepareOptions(column=column)
     made = plan(sources, options, (out,))
     tally = Tally(lambda text: None)
@@ -61,7 +61,12 @@ def learn_tokenizer(
     return DONE
 
 
-def _check_target(out: Path, *, overwrite: bool) -> None:
+def check_target(out: Path, *, overwrite: bool) -> None:
+    """Check that a tokenizer may be written.
+
+    Raises:
+        UserError: when the file is a folder, or is there and may not be replaced.
+    """
     if out.is_dir():
         raise UserError(f"{out} is a folder; give the file, such as {out / 'tokenizer.json'}.")
     if not out.exists():
@@ -104,5 +109,9 @@ def _describe(tokenizer: Tokenizer, out: Path, asked: int, tally: Tally) -> Iter
         yield f"the text gives no more tokens; {asked:,} were asked for"
     if tally.counts["bad"]:
         yield f"left out: {tally.counts['bad']:,} unreadable, such as {tally.bad_rows[0]}"
-    rows = -(-size // ROWS_OF_A_MATRIX) * ROWS_OF_A_MATRIX
-    yield f"use it as: data.tokenizer={out} model.vocab_size={rows}"
+    yield f"use it as: data.tokenizer={out} model.vocab_size={rows_of_model(size)}"
+
+
+def rows_of_model(vocab_size: int) -> int:
+    """Return the size of a model's vocabulary that holds so many ids and multiplies well."""
+    return -(-vocab_size // ROWS_OF_A_MATRIX) * ROWS_OF_A_MATRIX

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from nemotron.data.config import ChatOptions
+from nemotron.data.correct.pair import PairOptions
 from nemotron.errors import UserError
 from nemotron.section import Section
 
@@ -46,6 +47,22 @@ class PrepareOptions(Section):
     """A longer row of a JSON-lines file counts as unreadable, so that memory stays bounded."""
     hub: HubOptions = HubOptions()
     chat: ChatOptions | None = None
+    pairs: PairOptions | None = None
+
+    @property
+    def adds_ends(self) -> bool:
+        """Whether each document gets the end of document; conversations and pairs do not."""
+        return self.chat is None and self.pairs is None
+
+    @property
+    def is_supervised(self) -> bool:
+        """Whether the shards say which tokens are learned."""
+        return self.chat is not None or (self.pairs is not None and self.pairs.form == "chat")
+
+    def described(self) -> dict[str, Any]:  # Any: what JSON holds
+        """Return the options as a manifest has them."""
+        absent = {"pairs"} if self.pairs is None else set()
+        return self.model_dump(mode="json", exclude=absent)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, BinaryIO, cast
@@ -59,9 +59,11 @@ class _Separator:
 
 
 def read_rows(
-    piece: Piece, options: PrepareOptions, tick: Tick
+    piece: Piece, options: PrepareOptions, tick: Tick, columns: Sequence[str] = ()
 ) -> Iterator[tuple[Place, Mapping[str, Any]] | Bad]:
     """Yield place and content of every row of a piece of JSON lines, parquet or a data set.
+
+    Of parquet, those of `columns` are read that are there; without it, those that the options name.
 
     Raises:
         UserError: when the file itself is damaged.
@@ -69,7 +71,8 @@ def read_rows(
     if piece.kind == "jsonl":
         yield from _read_json_lines(piece, options.max_row_bytes, tick)
     elif piece.kind == "parquet":
-        yield from _read_parquet(piece, _columns(options), tick)
+        wanted = columns or _columns(options)
+        yield from _read_parquet(piece, wanted, None if columns else wanted[0], tick)
     else:
         for number, row in read_hub(piece.path, options.hub, piece.start, piece.stop):
             place = partial(_row_name, piece.path, number)
@@ -120,9 +123,12 @@ def line_number(path: str, offset: int) -> int:
 
 def _columns(options: PrepareOptions) -> list[str]:
     """Return the columns that are read: first the one without which a row is bad."""
+    filtered = [parse_filter(text).column for text in options.filters]
     chat = options.chat
+    if options.pairs is not None:
+        return ["candidates", "target", "scores", "language", *filtered]
     own = [options.column] if chat is None else [chat.messages_column, chat.tools_column]
-    return [*own, *(parse_filter(text).column for text in options.filters)]
+    return [*own, *filtered]
 
 
 def _read_json_lines(
@@ -193,7 +199,7 @@ def _row_name(path: str, number: int) -> str:
 
 
 def _read_parquet(
-    piece: Piece, columns: list[str], tick: Tick
+    piece: Piece, columns: Sequence[str], needed: str | None, tick: Tick
 ) -> Iterator[tuple[Place, Mapping[str, Any]] | Bad]:
     import pyarrow
 
@@ -202,11 +208,11 @@ def _read_parquet(
     chosen = [name for name in dict.fromkeys(columns) if name in names]
     groups = range(piece.start, piece.stop)
     first = number = sum(file.metadata.row_group(i).num_rows for i in range(piece.start))
-    if columns[0] not in names:
+    if needed is not None and needed not in names:
         for number in range(
             first, first + sum(file.metadata.row_group(i).num_rows for i in groups)
         ):
-            yield Bad(_row_name(piece.path, number), no_column(columns[0], names))
+            yield Bad(_row_name(piece.path, number), no_column(needed, names))
         tick(piece.size)
         return
     try:

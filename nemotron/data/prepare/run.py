@@ -116,7 +116,7 @@ def identity_of(made: Plan, tokenizer: Tokenizer, options: PrepareOptions) -> di
     return {
         "format": FORMAT,
         "tokenizer": tokenizer.hash,
-        "options": options.model_dump(mode="json"),
+        "options": options.described(),
         "inputs": list(made.inputs),
     }
 

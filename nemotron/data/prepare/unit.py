@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import xxhash
 from numpy.typing import NDArray
 
 from nemotron.data.folder import Counts, FileFacts, ShardFacts
+from nemotron.data.indexed import LEARNED
 from nemotron.data.prepare.conversations import (
     HALF_CHARACTER,
     encode_conversation,
@@ -20,6 +22,7 @@ from nemotron.data.prepare.conversations import (
 from nemotron.data.prepare.encode import Ids, encode_documents
 from nemotron.data.prepare.inputs import Piece, Unit
 from nemotron.data.prepare.options import PrepareOptions, parse_filter
+from nemotron.data.prepare.pairs import PairEncoder
 from nemotron.data.prepare.read import Bad, Chunk, Place, Tick, no_column, read_rows, read_text
 from nemotron.data.prepare.writer import ShardWriter, id_type
 from nemotron.data.tokenizer import Tokenizer
@@ -34,6 +37,8 @@ NO_IDS = np.empty(0, np.int32)
 TRAIN, VALIDATION = "train", "validation"
 
 Kept = tuple[Place, Mapping[str, Any]]  # Any: what a row holds
+Encode = Callable[[Mapping[str, Any]], list[Ids]]
+"""Returns the documents of a row, or raises ValueError."""
 
 
 class Receipt(Section):
@@ -52,6 +57,9 @@ class Tally:
         self.counts = dict.fromkeys(Counts.model_fields, 0) | {"largest_id": -1}
         self.bad_rows: list[str] = []
         self._on_bad = on_bad
+
+    def count(self, what: str) -> None:
+        self.counts[what] += 1
 
     def bad(self, row: Bad) -> None:
         self.counts["bad"] += 1
@@ -75,8 +83,9 @@ def write_unit(
     `on_bad` is called for each bad row at once, and may raise to stop.
     """
     tally = Tally(on_bad)
-    if options.chat is not None:
-        documents = _conversations(unit, tokenizer, options, tick, tally)
+    if not options.adds_ends:
+        encode = _encoder(tokenizer, options, tally)
+        documents = _encoded(unit, encode, options, tick, tally)
         return write_documents(documents, folder, unit.number, tokenizer, options, tally)
     chunks = (chunk for piece in unit.pieces for chunk in read_chunks(piece, options, tick, tally))
     encoded = _good(encode_documents(chunks, tokenizer), tally)
@@ -102,15 +111,19 @@ def write_documents(
 ) -> Receipt:
     """Write encoded documents, some in several parts.
 
-    Each ends with the end of document, but for conversations, which have ends of their own.
+    Each ends with the end of document, but for conversations, which have ends of their own, and
+    pairs, which have none.
     """
-    counts, supervised = tally.counts, options.chat is not None
-    eod = NO_IDS if supervised else np.asarray([tokenizer.id(options.eod_token)], np.int32)
+    counts = tally.counts
+    ends = [tokenizer.id(options.eod_token)] if options.adds_ends else []
+    eod = np.asarray(ends, np.int32)
     dtype = id_type(tokenizer.vocab_size)
     with ExitStack() as stack:
         train, validation = (
             stack.enter_context(
-                ShardWriter(folder / f"{side}-{number:05d}", dtype, supervised=supervised)
+                ShardWriter(
+                    folder / f"{side}-{number:05d}", dtype, supervised=options.is_supervised
+                )
             )
             for side in (TRAIN, VALIDATION)
         )
@@ -130,7 +143,7 @@ def write_documents(
                 chosen = validation if held_out else train
             if chosen is not None:
                 counts["largest_id"] = max(counts["largest_id"], int(held.max(initial=-1)))
-                chosen.extend(held, part.learned)
+                _extend(chosen, held, part)
                 held = NO_IDS
                 if part.is_last:
                     chosen.end_document()
@@ -144,6 +157,16 @@ def write_documents(
         train=_facts(train),
         validation=_facts(validation),
     )
+
+
+def _extend(writer: ShardWriter, ids: NDArray[np.int32], part: Ids) -> None:
+    """Append ids to the open document; a document of several sequences is whole."""
+    if part.sequences is None:
+        writer.extend(ids, part.learned)
+        return
+    for sequence in np.split(ids, np.cumsum(part.sequences)[:-1]):
+        writer.extend(sequence)
+        writer.end_sequence()
 
 
 def _is_held_out(ids: NDArray[np.int32], fraction: float) -> bool:
@@ -215,17 +238,25 @@ def _good(encoded: Iterable[Ids | Bad], tally: Tally) -> Iterator[Ids]:
             yield part
 
 
-def _conversations(
-    unit: Unit, tokenizer: Tokenizer, options: PrepareOptions, tick: Tick, tally: Tally
-) -> Iterator[Ids]:
-    """Yield the training sequences of every conversation."""
+def _encoder(tokenizer: Tokenizer, options: PrepareOptions, tally: Tally) -> Encode:
+    """Return what encodes the rows of conversations or of pairs."""
+    if options.pairs is not None:
+        pairs = PairEncoder(tokenizer, options.pairs)
+        return partial(pairs.encode, count=tally.count)
     assert options.chat is not None
+    return partial(encode_conversation, tokenizer=tokenizer, options=options.chat)
+
+
+def _encoded(
+    unit: Unit, encode: Encode, options: PrepareOptions, tick: Tick, tally: Tally
+) -> Iterator[Ids]:
+    """Yield the documents of every row, such as the training sequences of conversations."""
     for piece in unit.pieces:
         for place, row in _rows(piece, options, tick, tally):
             if piece.kind != "jsonl":
                 row = {name: without_nulls(value) for name, value in row.items()}
             try:
-                sequences = encode_conversation(row, tokenizer, options.chat)
+                sequences = encode(row)
             except (ValueError, TypeError) as error:
                 tally.bad(Bad(place(), str(error)))
                 continue
@@ -233,7 +264,7 @@ def _conversations(
                 tally.bad(Bad(place(), "is nested too deep"))
                 continue
             for sequence in sequences:
-                if any(sequence.learned or ()):
-                    yield replace(sequence, family=sequences[0].ids)
+                if sequence.learned is None or LEARNED in sequence.learned:
+                    yield replace(sequence, family=sequence.family or sequences[0].ids)
                 else:
                     tally.counts["unsupervised"] += 1

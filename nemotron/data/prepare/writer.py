@@ -23,9 +23,10 @@ def id_type(vocab_size: int) -> np.dtype:
 
 
 class ShardWriter:
-    """Writes a shard, one sequence a document; its files appear when all is written.
+    """Writes a shard; its files appear when all is written.
 
-    Used as a context manager; when the block raises, nothing is left behind.
+    A document is one sequence unless `end_sequence` divides it. Used as a context manager; when the
+    block raises, nothing is left behind.
     """
 
     def __init__(self, prefix: str | Path, dtype: DTypeLike, *, supervised: bool = False) -> None:
@@ -33,7 +34,11 @@ class ShardWriter:
         self.prefix = Path(prefix).absolute()
         self.dtype = np.dtype(dtype).newbyteorder("<")
         self.lengths = array("q")
+        """Tokens of each document."""
         self._open_length = 0
+        self._sequences = array("q")  # tokens of each
+        self._open_sequence = 0
+        self._documents = array("q", [0])  # sequences up to the end of each
         self._code = {np.dtype(name): code for code, name in CODES.items()}[self.dtype]
         ends = ("bin", "idx", *(["loss"] if supervised else []))
         self.files = {end: Path(f"{self.prefix}.{end}") for end in ends}
@@ -61,9 +66,18 @@ class ShardWriter:
         if learned is not None:
             self._open["loss"].write(np.asarray(learned, np.uint8).tobytes())
         self._open_length += len(stored)
+        self._open_sequence += len(stored)
+
+    def end_sequence(self) -> None:
+        """Close a sequence inside the open document, which may be empty."""
+        self._sequences.append(self._open_sequence)
+        self._open_sequence = 0
 
     def end_document(self) -> None:
-        """Close the open document; the next token belongs to another one."""
+        """Close the open document and what is open of its last sequence."""
+        if self._open_sequence or len(self._sequences) == self._documents[-1]:
+            self.end_sequence()
+        self._documents.append(len(self._sequences))
         self.lengths.append(self._open_length)
         self._open_length = 0
 
@@ -91,13 +105,13 @@ class ShardWriter:
                 part.unlink(missing_ok=True)
 
     def _write_index(self, file: BinaryIO) -> None:
-        count = len(self.lengths)
-        lengths = np.frombuffer(self.lengths, np.int64)
+        lengths = np.frombuffer(self._sequences, np.int64)
+        documents = np.frombuffer(self._documents, np.int64)
         ends = np.cumsum(lengths) * self.dtype.itemsize
-        file.write(HEADER.pack(MAGIC, VERSION, self._code, count, count + 1))
+        file.write(HEADER.pack(MAGIC, VERSION, self._code, len(lengths), len(documents)))
         file.write(lengths.astype("<i4").tobytes())
         file.write((ends - lengths * self.dtype.itemsize).astype("<i8").tobytes())
-        file.write(np.arange(count + 1, dtype="<i8").tobytes())
+        file.write(documents.astype("<i8").tobytes())
 
 
 def _close(file: BinaryIO) -> None:

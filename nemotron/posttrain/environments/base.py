@@ -6,7 +6,7 @@ Rows, responses and verdicts have the form of NVIDIA-NeMo/Gym, so that its data 
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 Row = dict[str, Any]
 """A task: `responses_create_params` with the prompt (OpenAI's Responses format: `input`, `tools`),
@@ -101,6 +101,19 @@ class Environment(Protocol):
 
     def verify(self, row: Row, response: Response, state: Any) -> Verdict:
         """Judge the final response."""
+        ...
+
+
+@runtime_checkable
+class ReadsFile(Protocol):
+    """An environment whose rows stand in a file."""
+
+    def contents(self) -> dict[str, str]:
+        """Return the hash of the file, by the option that names it and its path.
+
+        Raises:
+            UserError: when it cannot be read.
+        """
         ...
 
 

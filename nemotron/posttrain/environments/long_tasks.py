@@ -12,6 +12,8 @@ from itertools import pairwise
 
 from nemotron.posttrain.environments.words import CITIES, FIRST_NAMES, ITEMS, NOUNS
 
+LETTERS = string.ascii_lowercase
+
 
 @dataclass(frozen=True)
 class LongTask:
@@ -26,8 +28,15 @@ class LongTask:
     """What a right answer does not contain."""
     filler: tuple[str, ...] = ()
     """Sentences of which the rest of the text is made, in turn."""
-    words: dict[str, int] = field(default_factory=dict)
-    """Instead of sentences: words of the text and how often each occurs in every part of it."""
+    words: dict[str, float] = field(default_factory=dict)
+    """Instead of sentences: words of the text and how often each occurs in every part of it; of a
+    fraction the whole part."""
+    least: int = 1
+    """Parts of the text at least, for the words asked for to be the most frequent ones."""
+    answering: frozenset[str] = frozenset()
+    """Those of `hidden` that a chosen depth moves: needles that the answer needs."""
+    per_document: int = 0
+    """Sentences of each numbered document that the text consists of; 0: it is one text."""
 
 
 FILLER = tuple(
@@ -84,13 +93,27 @@ def common_words(rng: random.Random, level: int) -> LongTask:
     """Return words of which a few occur more often than all others."""
     count = 2 + min(level, 5)
     chosen = rng.sample(NOUNS, 12 + 4 * min(level, 8))
-    often = dict.fromkeys(chosen[:count], 4) | dict.fromkeys(chosen[count:], 1)
+    often = dict.fromkeys(chosen[:count], 4.0) | dict.fromkeys(chosen[count:], 1.0)
     question = f"Which {count} words occur most often in the list? List them."
     return LongTask("common_words", [], question, chosen[:count], chosen[count:], words=often)
 
 
+def frequent_words(rng: random.Random, level: int) -> LongTask:
+    """Return coined words whose frequencies fall with the square of their rank (zeta, 2.0).
+
+    The most frequent one is noise that is not asked for, as in RULER.
+    """
+    coined = _distinct(rng, 15 + 5 * min(level, 8), lambda: "".join(rng.choices(LETTERS, k=6)))
+    often = {"...": 1.0} | {word: rank**-2.0 for rank, word in enumerate(coined, 2)}
+    question = (
+        "Do not count the dots. Which three coded words occur most often in the text? List them."
+    )
+    # from 50 parts on, rank 4 occurs more often than rank 5
+    return LongTask("frequent_words", [], question, coined[:3], coined[3:], words=often, least=50)
+
+
 def hops(rng: random.Random, level: int) -> LongTask:
-    """Return facts of which each leads to the next, among others of the same form."""
+    """Return documents with facts of which each leads to the next, among others of that form."""
     length = 2 + min(level, 3)
     people = rng.sample(FIRST_NAMES, 2 * length)
     cities, items = rng.sample(CITIES, 2), rng.sample(ITEMS, 2)
@@ -105,7 +128,13 @@ def hops(rng: random.Random, level: int) -> LongTask:
         f"The {noun} of the {item} is new." for noun, item in zip(NOUNS, ITEMS * 3, strict=False)
     )
     return LongTask(
-        "multi_hop", hidden, question, [cities[0], items[0]], [cities[1], items[1]], filler
+        "multi_hop",
+        hidden,
+        question,
+        [cities[0], items[0]],
+        [cities[1], items[1]],
+        filler,
+        per_document=4,
     )
 
 
@@ -120,7 +149,8 @@ def _needles(rng: random.Random, kind: str, keys: int, values: int, asked: int) 
     rng.shuffle(hidden)
     plural = "s" if len(expected) > 1 else ""
     question = f"Which secret number{plural} of {' and '.join(wanted)} does the text give?"
-    return LongTask(kind, hidden, question, expected, others, FILLER)
+    needed = frozenset(text for text in hidden if any(number in text for number in expected))
+    return LongTask(kind, hidden, question, expected, others, FILLER, answering=needed)
 
 
 def _numbers(rng: random.Random, count: int) -> list[str]:
@@ -134,12 +164,16 @@ def _distinct(rng: random.Random, count: int, draw: Callable[[], str]) -> list[s
     return list(found)
 
 
-TASKS: tuple[Callable[[random.Random, int], LongTask], ...] = (
-    single,
-    multi_key,
-    multi_value,
-    multi_query,
-    variables,
-    common_words,
-    hops,
-)
+KINDS: dict[str, Callable[[random.Random, int], LongTask]] = {
+    "needle_single": single,
+    "needle_multikey": multi_key,
+    "needle_multivalue": multi_value,
+    "needle_multiquery": multi_query,
+    "variable_tracking": variables,
+    "common_words": common_words,
+    "frequent_words": frequent_words,
+    "multi_hop": hops,
+}
+"""The tasks by the name that their rows bear as `kind`."""
+NEEDLES = tuple(kind for kind in KINDS if kind.startswith("needle"))
+"""Those whose answer can be put at a depth."""

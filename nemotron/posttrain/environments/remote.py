@@ -12,6 +12,8 @@ from http.cookies import CookieError, SimpleCookie
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from nemotron.errors import UserError
 from nemotron.files import parse_json, read_regular
 from nemotron.posttrain.environments.base import (
@@ -80,6 +82,17 @@ class HttpEnv:
                 order = list(range(len(found)))
                 random.Random(f"{self.name} {seed} {turn}").shuffle(order)
             yield found[order[place]]
+
+    def contents(self) -> dict[str, str]:
+        """Return the hash of `data`.
+
+        Raises:
+            UserError: when there is no such file.
+        """
+        self._load()
+        assert self._data is not None
+        digest = xxhash.xxh128(read_regular(Path(self._data), LARGEST_DATA)).hexdigest()
+        return {f"rollout.environments.{self.name}.data = {self._data}": digest}
 
     def check(self, row: Row) -> None:
         """Check the prompt; the server checks the rest.

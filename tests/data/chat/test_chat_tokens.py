@@ -88,7 +88,7 @@ def test_a_folder_of_conversations_holds_each_with_what_is_learned(folder: Path)
     for number in range(shard.num_documents):
         ids = shard.document(number)
         start = int(shard.starts(slice(number, number + 1))[0])
-        learned = shard.learned[start : start + len(ids)]
+        learned = shard.roles[start : start + len(ids)]
         text = TOKENIZER.decode(ids[learned == 1])
         assert text.endswith("<|im_end|>\n")
         assert "<|im_start|>" not in text

@@ -17,7 +17,7 @@ import pytest
 from nemotron.cli import run
 from nemotron.data.corpus import load_documents
 from nemotron.data.folder import read_manifest
-from nemotron.data.indexed import Shard
+from nemotron.data.indexed import LEARNED, Shard
 from nemotron.data.prepare import inputs
 from nemotron.data.tokenizer import load_tokenizer
 
@@ -426,7 +426,7 @@ def learned_of(folder: Path) -> list[str]:
     found = []
     for facts in read_manifest(folder).train:
         shard = Shard(folder / facts.name)
-        ids = shard.tokens[shard.learned.astype(bool)]
+        ids = shard.tokens[shard.roles == LEARNED]
         found.append(TOKENIZER.decode(ids.tolist()))
     return found
 

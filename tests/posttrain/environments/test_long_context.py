@@ -1,14 +1,16 @@
 """Answers that name what a text hides, that miss it, and that name everything."""
 
 import re
+from collections import Counter
 from typing import Any
 
 import pytest
 
 from nemotron.data.tokenizer import load_tokenizer
+from nemotron.errors import UserError
 from nemotron.posttrain.environments.base import BadRow, Row, build_row
 from nemotron.posttrain.environments.long_context import LongContext
-from nemotron.posttrain.environments.long_tasks import TASKS
+from nemotron.posttrain.environments.long_tasks import KINDS, NEEDLES
 from tests.support.verdicts import assert_enough, assert_good_rows, judge
 
 ONE, TWO = ["1234567"], ["river", "stone"]
@@ -106,42 +108,95 @@ def test_rows_are_good():
     assert_good_rows(LongContext())
 
 
+def text_of(each: Row) -> str:
+    return each["responses_create_params"]["input"][0]["content"]
+
+
+def oracle(prompt: str) -> list[str]:
+    """Return the answer, found in the text of a prompt alone."""
+    _, body, question = prompt.split("\n\n")
+    if match := re.search(r"numbers? of (.+?) does the text", question):
+        wanted = match[1].split(" and ")
+        pairs = re.findall(r"The secret number of (\w+) is (\d+)\.", body)
+        return [number for word, number in pairs if word in wanted]
+    if match := re.search(r"have the value (\d+)\?", question):
+        values: dict[str, str] = {}
+        for name, value in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", body):
+            values[name] = values.get(value, value)
+        return [name for name, value in values.items() if value == match[1]]
+    if match := re.search(r"Which (\w+) (?:coded )?words occur most", question):
+        count = 3 if match[1] == "three" else int(match[1])
+        found = Counter(word for word in body.split() if word != "...").most_common(count + 1)
+        assert found[count - 1][1] > found[count][1]
+        return [word for word, _ in found[:count]]
+    [at] = re.findall(r"In which city is the key of (\w+) in the end", question)
+    while step := re.search(rf"The key of {at} is with (\w+)\.", body):
+        at = step[1]
+    [place] = re.findall(rf"{at} left all keys in (\w+) under the (\w+)\.", body)
+    return list(place)
+
+
 @pytest.mark.parametrize(("level", "tokens"), [(1, 512), (3, 2048)])
-def test_prompts_have_the_length_of_their_level_and_hide_what_is_expected(level: int, tokens: int):
+def test_prompts_have_exactly_the_length_of_their_level_and_can_be_answered(
+    level: int, tokens: int
+):
     encode = load_tokenizer("embedded").encode
-    rows = list(LongContext().rows(2 * len(TASKS), 1, level))
-    assert len({each["kind"] for each in rows}) == len(TASKS)
+    rows = list(LongContext().rows(2 * len(KINDS), 1, level))
+    assert Counter(each["kind"] for each in rows) == dict.fromkeys(KINDS, 2)
+    constant = "\\boxed{1234567, river, Oslo, lamp, ABCDE}"
     for each in rows:
-        prompt = each["responses_create_params"]["input"][0]["content"]
-        # a list of words grows by more than a sentence at a time
-        slack = 0.5 if each["kind"] == "common_words" else 0.9
-        assert slack * tokens <= len(encode(prompt)) <= tokens, each["kind"]
-        for hidden in each["expected"] + each["distractors"]:
-            assert re.search(rf"\b{hidden}\b", prompt)
-        answer = ", ".join(each["expected"])
-        assert judge(LongContext(), each, f"\\boxed{{{answer}}}") == 1
+        prompt = text_of(each)
+        assert len(encode(prompt)) == tokens, each["kind"]
+        assert sorted(oracle(prompt)) == sorted(each["expected"]), each["kind"]
+        assert judge(LongContext(), each, f"\\boxed{{{', '.join(oracle(prompt))}}}") == 1
+        assert judge(LongContext(), each, constant) == 0
         assert judge(LongContext(), each, prompt) == 0
 
 
-def test_variables_are_those_of_the_chain_with_the_value():
-    rows = [each for each in LongContext().rows(28, 1, 2) if each["kind"] == "variable_tracking"]
-    for each in rows:
-        prompt = each["responses_create_params"]["input"][0]["content"]
-        values: dict[str, str] = {}
-        for name, value in re.findall(r"VAR (\w+) = (?:VAR )?(\w+)\.", prompt):
-            values[name] = values.get(value, value)
-        asked = re.search(r"have the value (\d+)\?", prompt)
-        assert asked
-        assert {n for n, v in values.items() if v == asked[1]} == set(each["expected"])
+def test_documents_have_two_to_five_hops_each_in_one_of_them():
+    for level in range(4):
+        [each] = LongContext(kinds=["multi_hop"], tokens=512).rows(1, 2, level)
+        documents = re.findall(r"^Document \d+: (.*)$", text_of(each), re.MULTILINE)
+        steps = [len(re.findall(r"is with|left all keys", text)) for text in documents]
+        assert sum(steps) == 2 * (level + 2)  # one chain to follow, one beside it
+        assert all(documents)
 
 
-def test_common_words_are_the_most_frequent_ones():
-    rows = [each for each in LongContext().rows(28, 1, 2) if each["kind"] == "common_words"]
-    for each in rows:
-        words = each["responses_create_params"]["input"][0]["content"].split("\n\n")[1].split()
-        count = len(each["expected"])
-        often = sorted(set(words), key=words.count, reverse=True)[:count]
-        assert set(often) == set(each["expected"])
+def test_a_needle_stands_at_its_depth():
+    for kind in NEEDLES:
+        for depth in (0.0, 0.25, 0.5, 1.0):
+            for each in LongContext(kinds=[kind], tokens=1024, depth=depth).rows(2, 1, 1):
+                body = text_of(each).split("\n\n")[1]
+                needles = [re.search(rf"[^.]*{number}\.", body) for number in each["expected"]]
+                others = "".join(re.findall(r"The secret number of \w+ is \d+\. ?", body))
+                for needle in needles:
+                    assert needle
+                    # up to the other needles and the sentence that the depth falls into
+                    slack = (len(others) + 60) / len(body)
+                    assert abs(needle.start() / len(body) - depth) <= slack, (kind, depth)
+
+
+def test_frequencies_fall_with_the_square_of_the_rank():
+    [each] = LongContext(kinds=["frequent_words"], tokens=8192).rows(1, 1, 0)
+    counts = [n for _, n in Counter(text_of(each).split("\n\n")[1].split()).most_common()]
+    parts = counts[0]
+    assert counts == [int(parts * rank**-2.0) for rank in range(1, len(counts) + 1)]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"kinds": ["needle"]}, "kinds = "),
+        ({"kinds": []}, "kinds = "),
+        ({"tokens": 5}, "tokens = 5"),
+        ({"depth": 2}, "depth = 2"),
+        ({"depth": 0.5}, "has no meaning for variable_tracking"),
+        ({"tokenizer": 3}, "tokenizer = 3"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(options: dict[str, Any], said: str):
+    with pytest.raises(UserError, match=re.escape(said)):
+        LongContext(**options)
 
 
 @pytest.mark.parametrize(

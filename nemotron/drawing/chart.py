@@ -6,8 +6,8 @@ from html import escape
 
 import numpy as np
 
-from nemotron.report.scale import Axis, axis, short
-from nemotron.report.table import Numbers, Series
+from nemotron.drawing.scale import Axis, axis, short
+from nemotron.drawing.series import Numbers, Series
 from nemotron.terminal import printable
 
 WIDTH, HEIGHT = 400, 210
@@ -29,6 +29,8 @@ class Line:
     color: int
     has_dots: bool = False
     """Whether each value is a dot: for values that are far apart."""
+    errors: Numbers | None = None
+    """Of each value, drawn as a band around the line; such a line is not thinned out."""
 
     @property
     def last(self) -> str:
@@ -88,7 +90,7 @@ def line_chart(
     marks: Sequence[Mark] = (),
 ) -> str:
     """Return the drawing; empty when no line has a finite value."""
-    binned = [downsample(line.series) for line in lines]
+    binned = [_binned(line) for line in lines]
     x = np.concatenate([part.x for part in binned] or [np.empty(0)])
     if not len(x):
         return ""
@@ -104,6 +106,13 @@ def line_chart(
     for line, points in zip(lines, binned, strict=True):
         parts += _draw(line, points, across, up)
     return "".join([*parts, "</svg>"])
+
+
+def _binned(line: Line) -> Binned:
+    if line.errors is None:
+        return downsample(line.series)
+    x, y = line.series.x, line.series.y
+    return Binned(x, y, y - line.errors, y + line.errors)
 
 
 def text(value: str) -> str:

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from nemotron.report.chart import number, text
-from nemotron.report.scale import short
+from nemotron.drawing.chart import number, text
+from nemotron.drawing.scale import short
 
 WIDTH, RIGHT, TOP, BOTTOM = 400, 8, 4, 20
 LETTER, LONGEST = 5.4, 26
@@ -32,6 +32,8 @@ class HeatMap:
     high: str
     palette: str
     """`h` from little to much, `v` from below to above a middle."""
+    height: float
+    """Of the drawing, which is `WIDTH` wide."""
 
 
 def heat_map(
@@ -42,18 +44,22 @@ def heat_map(
     left: str,
     right: str,
     middle: float | None = None,
+    limits: tuple[float, float] | None = None,
 ) -> HeatMap | None:
     """Draw a matrix, in which NaN is a gap; None when all of it is.
 
     `left` and `right` stand below the first and the last column. With `middle`, the colors say how
-    far above or below it a value is.
+    far above or below it a value is. `limits` are the values of the first and the last color, if
+    not the smallest and the largest ones.
     """
     cells = fewer_columns(cells)
     known = cells[np.isfinite(cells)]
     if not known.size:
         return None
     low, high = float(known.min()), float(known.max())
-    if middle is not None:
+    if limits is not None:
+        low, high = limits
+    elif middle is not None:
         reach = max(high - middle, middle - low)
         low, high = middle - reach, middle + reach
     span = high - low or 1.0
@@ -64,7 +70,7 @@ def heat_map(
     palette = "h" if middle is None else "v"
     levels = np.full(cells.shape, -1)
     finite = np.isfinite(cells)
-    levels[finite] = np.minimum((cells[finite] - low) / span * LEVELS, LEVELS - 1).astype(int)
+    levels[finite] = np.clip((cells[finite] - low) / span * LEVELS, 0, LEVELS - 1).astype(int)
     parts = [
         f'<svg viewBox="0 0 {WIDTH} {number(bottom + BOTTOM)}" role="img" '
         f'aria-label="{text(f"{title}: {short(low)} to {short(high)}")}">',
@@ -73,7 +79,7 @@ def heat_map(
         f'<text x="{number(start)}" y="{number(bottom + 14)}">{text(left)}</text>'
         f'<text x="{WIDTH - RIGHT}" y="{number(bottom + 14)}" class="e">{text(right)}</text></svg>',
     ]
-    return HeatMap("".join(parts), short(low), short(high), palette)
+    return HeatMap("".join(parts), short(low), short(high), palette, bottom + BOTTOM)
 
 
 def fewer_columns(cells: Cells, most: int = COLUMNS) -> Cells:

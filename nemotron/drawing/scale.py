@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nemotron.report.table import Numbers
+from nemotron.drawing.series import Numbers
 
 LOG_FROM = 30.0
 """Ratio of the largest to the smallest value from which `auto` is logarithmic."""

@@ -1,0 +1,84 @@
+"""Commands around the correction of text: a file of candidates in, a file of answers out."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from nemotron.commands.shared import CommandGroup, Device, Model
+
+if TYPE_CHECKING:
+    from nemotron.posttrain.correct.answers import Corrects
+
+app = CommandGroup()
+
+
+@app.command(epilog="Example: nemotron correct runs/soft --in nbest.jsonl --out fixed.jsonl")
+def correct(
+    model: Model,
+    source: Annotated[
+        Path, typer.Option("--in", help="JSON lines with the field candidates, the best first.")
+    ],
+    out: Annotated[Path, typer.Option(help="JSON lines to write, each with its answer.")],
+    threshold: Annotated[
+        float | None,
+        typer.Option(
+            max=0,
+            help="Log-probability up to which a token is answered anew; default: the run's own.",
+        ),
+    ] = None,
+    language: Annotated[
+        str, typer.Option(help="How tokens sound, for lines without a language.")
+    ] = "letters",
+    max_bad_rows: Annotated[
+        int, typer.Option(min=0, help="Lines that may be unreadable; they are left out.")
+    ] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+    device: Device = "auto",
+) -> int:
+    """Correct texts, of which a recognizer or a writer has offered candidates."""
+    from nemotron.exit_codes import DONE
+    from nemotron.posttrain.correct.answers import correct_file
+    from nemotron.terminal import say
+
+    corrects = _parallel(model, threshold, language, device)
+    told = correct_file(source, out, corrects, max_bad_rows=max_bad_rows, overwrite=overwrite)
+    for sentence in told.sentences():
+        say(sentence)
+    return DONE
+
+
+def _parallel(model: Path, threshold: float | None, language: str, device: str) -> "Corrects":
+    """Return what corrects by a run of the stage correct.
+
+    Raises:
+        UserError: when it is another kind of run, or has no threshold.
+    """
+    from nemotron.data.correct.sound import sound_of
+    from nemotron.device import find_device
+    from nemotron.errors import UserError
+    from nemotron.loading import load_with_tokenizer
+    from nemotron.posttrain.correct.answers import InParallel
+    from nemotron.posttrain.correct.config import CorrectConfig
+    from nemotron.posttrain.correct.run import Corrector, text_ids
+    from nemotron.posttrain.correct.stage import read_threshold, specials_of
+    from nemotron.recipe.load import load_recipe
+    from nemotron.run.files import RunFiles
+
+    run = RunFiles.around(model)
+    config = load_recipe(run.path).config if run and run.recipe.is_file() else None
+    if run is None or not isinstance(config, CorrectConfig):
+        raise UserError(
+            f"{model} is not a run of stage: correct; give one, or use `nemotron generate` for a "
+            "model that answers chats."
+        )
+    sound_of(language)
+    loaded, tokenizer = load_with_tokenizer(model, find_device(device))
+    vocab_size = loaded.config.vocab_size
+    specials = specials_of(tokenizer, config.data.eod_token, vocab_size)
+    allowed = text_ids(vocab_size, tokenizer.vocab_size, tokenizer.special_ids)
+    if threshold is None and config.correct.kind == "soft":
+        threshold = read_threshold(run.path, config)
+    on_device = allowed.to(next(loaded.parameters()).device)
+    corrector = Corrector(loaded, config.correct, specials, on_device, threshold or 0.0)
+    return InParallel(corrector, tokenizer, language)

@@ -1,0 +1,1 @@
+"""Pairs for text correction: candidates of a recognizer or of noise, and the text that is right."""

@@ -1,0 +1,117 @@
+"""The command `nemotron score`: answers of a model against the text that is right."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TypeVar
+
+from nemotron.data.correct.pair import Pair, pair_of
+from nemotron.data.correct.score import Answer, score
+from nemotron.data.rewrite.rows import Row, Rows
+from nemotron.errors import UserError
+from nemotron.exit_codes import DONE
+from nemotron.terminal import print_text
+
+T = TypeVar("T")
+TITLES = {
+    "source": "first candidate",
+    "selected": "selected",
+    "answer": "answer",
+}
+
+
+def score_file(answers: Path, references: Path, *, as_json: bool) -> int:
+    """Print the measures of a file of answers.
+
+    Raises:
+        UserError: when a file cannot be read, or they do not belong together.
+    """
+    pairs = _read_pairs(references)
+    found = _read_answers(answers)
+    measures = score(_matched(pairs, found, answers, references)).described()
+    if as_json:
+        print_text(json.dumps(measures, indent=2))
+        return DONE
+    for line in _table(measures):
+        print_text(line)
+    return DONE
+
+
+def _read_pairs(path: Path) -> dict[str, Pair]:
+    """Return the pairs by their names, or by their numbers where they have none."""
+    pairs: dict[str, Pair] = {}
+    for number, (where, row) in enumerate(_rows(path)):
+        try:
+            pair = pair_of(row)
+        except ValueError as error:
+            raise UserError(f"{where} {error}; give pairs with candidates and target.") from None
+        _add(pairs, _name(row, number), pair, where)
+    return pairs
+
+
+def _read_answers(path: Path) -> dict[str, Answer]:
+    answers: dict[str, Answer] = {}
+    for number, (where, row) in enumerate(_rows(path)):
+        text, selected, ms = row.get("answer"), row.get("selected"), row.get("ms")
+        if not isinstance(text, str):
+            raise UserError(f"{where} has no answer; give a file that `nemotron correct` wrote.")
+        if not isinstance(selected, str | None) or not isinstance(ms, int | float | None):
+            raise UserError(f"{where} has a selected that is not text, or ms that are no number.")
+        _add(answers, _name(row, number), Answer(text, selected, ms), where)
+    return answers
+
+
+def _rows(path: Path) -> Iterator[tuple[str, Row]]:
+    columns = ("answer", "id", "target", "candidates", "scores", "language", "selected", "ms")
+    for place, row in Rows([str(path)], columns, max_bad_rows=0):
+        yield place(), row
+
+
+def _name(row: Row, number: int) -> str:
+    return str(row["id"]) if row.get("id") is not None else f"number {number + 1}"
+
+
+def _add(found: dict[str, T], name: str, value: T, where: str) -> None:
+    if name in found:
+        raise UserError(f"{where} has the id {name}, which an earlier row has; give each its own.")
+    found[name] = value
+
+
+def _matched(
+    pairs: dict[str, Pair], answers: dict[str, Answer], path: Path, references: Path
+) -> Iterator[tuple[Pair, Answer]]:
+    for name in pairs:
+        if name not in answers:
+            lacking = sum(name not in answers for name in pairs)
+            raise UserError(
+                f"{path} has no answer for {lacking:,} of {len(pairs):,} pairs of {references}, "
+                f"such as {name}; correct all of them, or give their references alone."
+            )
+    for name in answers:
+        if name not in pairs:
+            raise UserError(f"{path} has an answer to {name}, which {references} lacks.")
+    for name, pair in pairs.items():
+        yield pair, answers[name]
+
+
+def _table(measures: dict[str, float | int | None]) -> Iterator[str]:
+    yield f"{measures['sentences']:,} sentences{'':<14}WER     CER     TER"
+    for key, title in TITLES.items():
+        if f"{key}_wer" in measures:
+            rates = "  ".join(f"{measures[f'{key}_{unit}']:.4f}" for unit in ("wer", "cer", "ter"))
+            yield f"{title:<28}{rates}"
+    for key, title in (
+        ("vote", "vote in each column"),
+        ("candidate_oracle", "best candidate"),
+        ("column_oracle", "best token of each column"),
+    ):
+        yield f"{title:<44}{measures[f'{key}_ter']:.4f}"
+    for key, f in (("correction", "f0.5"), ("detection", "f1")):
+        parts = (f"{key}_precision", f"{key}_recall", f"{key}_{f}")
+        precision, recall, mean = (measures[part] for part in parts)
+        yield f"{key}: precision {precision:.4f}, recall {recall:.4f}, {f.upper()} {mean:.4f}"
+    yield f"sentences made better: {measures['sentences_better']:,}, made worse: " + (
+        f"{measures['sentences_worse']:,}"
+    )
+    if "median_ms" in measures:
+        yield f"time of a sentence: {measures['median_ms']:.1f} ms (median)"

@@ -1,0 +1,138 @@
+"""The answers of an evaluation while they are given: a line each, and the settings beside them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from nemotron.errors import UserError
+from nemotron.files import naming, parse_json, read_regular, sync, try_lock, write_json
+from nemotron.posttrain.suites.examine import Item
+from nemotron.posttrain.suites.samples import Sample
+
+SAMPLES = "samples.jsonl"
+
+
+class SampleFile:
+    """Answers in the folder of an evaluation; what a crash cut off is given again."""
+
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
+        """Open the file and read the answers that it has.
+
+        `settings` are all that the answers depend on; they lie beside it.
+
+        Raises:
+            UserError: when its answers were given with other settings, or it is being written.
+        """
+        _keep_settings(path, settings)
+        self.path = path
+        with naming(self.path):
+            self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 (closed by `close`)
+        try:
+            if not try_lock(self._file.fileno(), self.path):
+                rule = "is being written by another process; wait for its end."
+                raise UserError(f"{self.path} {rule}")
+            self._stored = self._read()
+        except BaseException:
+            self._file.close()
+            raise
+
+    def take(self, items: Sequence[Item], budget: int | None, samples: int) -> list[Sample] | None:
+        """Return the stored answers to the next rows; None if they are not all there.
+
+        Raises:
+            UserError: when other answers are stored in their place.
+        """
+        each = [1 if item.by_likelihood else samples for item in items]
+        wanted = [
+            (item.task, item.number, k, budget)
+            for item, count in zip(items, each, strict=True)
+            for k in range(count)
+        ]
+        found = self._stored[: len(wanted)]
+        given = [(s.task, s.number, s.sample, s.budget) for s in found]
+        if given != wanted[: len(found)]:
+            raise UserError(f"{self.path} holds other answers than these; name another folder.")
+        if len(found) < len(wanted):
+            self._cut(found)
+            return None
+        self._stored = self._stored[len(wanted) :]
+        return found
+
+    def write(self, samples: Sequence[Sample]) -> None:
+        """Add answers, which are on the disk afterwards."""
+        with naming(self.path):
+            self._file.write("".join(sample.as_line() for sample in samples).encode())
+            sync(self._file)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _read(self) -> list[Sample]:
+        """Return the whole lines, and cut what follows them."""
+        self._file.seek(0)
+        samples, end = [], 0
+        for line in self._file:
+            if not line.endswith(b"\n"):
+                break
+            try:
+                samples.append(Sample.of_json(parse_json(line)))
+            except (ValueError, KeyError, TypeError):
+                raise UserError(
+                    f"{self.path}, line {len(samples) + 1} is not an answer; name another folder."
+                ) from None
+            end += len(line)
+        self._file.truncate(end)
+        return samples
+
+    def _cut(self, samples: Sequence[Sample]) -> None:
+        """Remove answers to a part of a group, whose others would be computed differently alone."""
+        size = sum(len(sample.as_line().encode()) for sample in samples)
+        with naming(self.path):
+            self._file.truncate(self._file.seek(0, 2) - size)
+        self._stored = []
+
+
+def check_folder(folder: Path, *, resume: bool) -> None:
+    """Check that an evaluation may be written into a folder.
+
+    Raises:
+        UserError: when it is there already and may not be continued, or has no place.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UserError("is a file; name a new folder.", key="--out", value=folder)
+    if not folder.exists() and not folder.parent.is_dir():
+        rule = "is in a folder that does not exist; name one that does."
+        raise UserError(rule, key="--out", value=folder)
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resume:
+        rule = "exists already; continue it with --resume, or name another folder."
+        raise UserError(rule, key="--out", value=folder)
+    if not _settings_of(folder / SAMPLES).is_file():
+        raise UserError("is not the folder of an evaluation.", key="--out", value=folder)
+
+
+def _settings_of(path: Path) -> Path:
+    return path.with_suffix(".settings.json")
+
+
+def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
+    """Write the settings beside the answers, or see that they are those of before."""
+    place = _settings_of(path)
+    settings = json.loads(json.dumps(settings))
+    if not place.exists():
+        path.parent.mkdir(exist_ok=True)
+        write_json(place, settings)
+        return
+    try:
+        before = parse_json(read_regular(place))
+    except ValueError:
+        before = None
+    if not isinstance(before, dict):
+        raise UserError(f"{place} is damaged; name another folder.")
+    for key in sorted(settings.keys() | before.keys()):
+        if settings.get(key) != before.get(key):
+            rule = f"is not {before.get(key)!r:.80}, as in {path.parent}; name another folder."
+            raise UserError(rule, key=key, value=str(settings.get(key))[:80])

@@ -1,0 +1,1 @@
+"""Quantized models on disk: what layers become, and the configuration that declares it."""

@@ -1,0 +1,82 @@
+"""Answers of a model to prompts, by the engine, whatever the prompts are for."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from nemotron.generate.budget import ReasoningBudget
+from nemotron.generate.decode_layers import decode_view
+from nemotron.generate.engine import SLOTS, Engine
+from nemotron.generate.request import Answer, Request
+from nemotron.generate.sampling import Sampling
+from nemotron.model.hybrid import HybridLM
+from nemotron.posttrain.prompts import Prompts
+
+
+@dataclass(frozen=True)
+class Answering:
+    """How long answers may be, and how they are computed."""
+
+    max_new_tokens: int
+    """Longest answer, its end included."""
+    slots: int = SLOTS
+    """Answers that are written at the same time."""
+    budget: ReasoningBudget | None = None
+    row_by_row: bool = False
+    """Whether each answer is computed by itself, so that its bits do not depend on the others."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt, and the answers that are wanted."""
+
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    num_samples: int = 1
+
+
+class Answerer:
+    """Answers prompts with the weights that a model has now; the model stays as it is."""
+
+    def __init__(self, model: HybridLM, prompts: Prompts, how: Answering) -> None:
+        self.model, self.prompts, self.how = model, prompts, how
+        pack = model.lm_head.weight.device.type == "cpu"
+        self._view = decode_view(model, pack=pack)
+
+    @torch.no_grad()
+    def answer(self, asked: Sequence[Asked]) -> list[Answer]:
+        """Return the answers in the order of the prompts, samples of one side by side."""
+        if not asked:
+            return []
+        total = sum(each.num_samples for each in asked)
+        engine = Engine(
+            self._view,
+            tokenizer=self.prompts.tokenizer,
+            slots=min(self.how.slots, total),
+            row_by_row=self.how.row_by_row,
+        )
+        found: dict[tuple[int, int], Answer] = {}
+        for event in engine.run([self._request(each) for each in asked]):
+            if event.finish is not None:
+                found[event.request, event.sample] = event.answer
+        return [found[key] for key in sorted(found)]
+
+    def _request(self, asked: Asked) -> Request:
+        return Request(
+            asked.prompt,
+            self.how.max_new_tokens,
+            asked.sampling,
+            asked.num_samples,
+            stop_ids=self.prompts.stop_ids,
+            stop=self.prompts.stop,
+            budget=self.how.budget,
+            logprobs=True,
+        )
+
+
+def seed_of(text: str, number: int) -> int:
+    """Return a seed below 2^62, so that the samples of a request can count on from it."""
+    digest = hashlib.sha256(f"{text} {number}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2

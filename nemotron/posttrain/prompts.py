@@ -1,0 +1,71 @@
+"""How a task is put to a model, and what its answer says."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from jinja2 import TemplateError
+
+from nemotron.data.chat.foreign import ForeignTemplate
+from nemotron.data.chat.render import render
+from nemotron.data.tokenizer import Tokenizer
+from nemotron.posttrain.environments.base import BadRow, Response
+
+Messages = Sequence[dict[str, Any]]  # Any: chat messages as JSON
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Writes prompts in the chat format, or as the text of their last message alone."""
+
+    tokenizer: Tokenizer
+    stop_ids: frozenset[int]
+    """Tokens that end an answer."""
+    is_chat: bool
+    enable_thinking: bool = True
+    """Whether the chat format asks for reasoning."""
+    stop: tuple[str, ...] = ()
+    """Strings that end an answer."""
+    template: ForeignTemplate | None = None
+    """The chat format of another model; None for our own."""
+
+    def write(self, messages: Messages, tools: Messages = ()) -> tuple[int, ...]:
+        """Return the tokens after which the model answers.
+
+        Raises:
+            BadRow: when the chat format cannot hold the conversation.
+        """
+        if not self.is_chat:
+            return tuple(self.tokenizer.encode(str(messages[-1]["content"]), specials=False))
+        try:
+            text = render(
+                messages,
+                tools or None,
+                enable_thinking=self.enable_thinking,
+                add_generation_prompt=True,
+                template=self.template,
+            ).text
+        except TemplateError as problem:
+            raise BadRow(str(problem)) from None
+        return tuple(self.tokenizer.encode(text, specials=True))
+
+    def response(self, answer: Sequence[int], *, is_truncated: bool) -> Response:
+        """Return an answer's tokens as text; in the chat format without its reasoning."""
+        while answer and answer[-1] in self.stop_ids:
+            answer = answer[:-1]
+        text = self.tokenizer.decode(answer)
+        for stop in self.stop:
+            text = text.removesuffix(stop)
+        if not self.is_chat:
+            return Response(text, is_truncated=is_truncated)
+        reasoning, closed, after = text.rpartition("</think>")
+        if not closed and self.enable_thinking:
+            # the prompt ends inside the reasoning, which was never closed: there is no answer
+            return Response("", reasoning=text.strip(), is_truncated=is_truncated)
+        text = (after if closed else text).strip()
+        return Response(
+            text,
+            reasoning=reasoning.removeprefix("<think>").strip(),
+            output=({"type": "message", "content": [{"type": "output_text", "text": text}]},),
+            is_truncated=is_truncated,
+        )

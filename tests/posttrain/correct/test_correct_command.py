@@ -1,0 +1,130 @@
+"""`nemotron correct`: a file of candidates in, a file of answers out."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nemotron.cli import run
+from tests.support.fine_tuning import write_rows
+from tests.support.pairs import LETTERS, MODEL, PairPlace, tokenizer
+
+LINES = [
+    {"id": "one", "candidates": ["abcd", "abbd"], "target": "abcd"},
+    {"id": "two", "candidates": ["ponm"]},
+    {"id": "three", "candidates": ["", "aceg", "bdf"]},
+]
+
+
+@pytest.fixture(scope="module")
+def soft(place: PairPlace) -> Path:
+    model = {**MODEL, "correction": {"candidates": 2}}
+    recipe = place.recipe("soft", model=model, correct={"kind": "soft"})
+    assert run(["train", str(recipe)]) == 0
+    return place.runs / "soft"
+
+
+def corrected(model: Path, lines: Sequence[Any], out: Path, *more: str) -> list[dict[str, Any]]:
+    source = write_rows(out.with_name("in.jsonl"), list(lines))
+    assert run(["correct", str(model), "--in", str(source), "--out", str(out), *more]) == 0
+    return [json.loads(line) for line in out.read_text().splitlines()]
+
+
+def test_each_line_gets_an_answer_and_keeps_its_fields(
+    soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    capsys.readouterr()
+    found = corrected(soft, LINES, tmp_path / "out.jsonl")
+    assert [{k: v for k, v in row.items() if k != "answer"} for row in found] == LINES
+    assert all(set(row["answer"]) <= set(LETTERS) for row in found)
+    said = capsys.readouterr().err
+    assert "3 lines corrected" in said
+    assert "1 had too few candidates: the first was repeated" in said
+
+
+def test_the_threshold_of_the_run_is_kept_beside_it_and_can_be_given(
+    soft: Path, tmp_path: Path
+) -> None:
+    kept = json.loads((soft / "threshold.json").read_text())["threshold"]
+    own = corrected(soft, LINES, tmp_path / "own.jsonl")
+    given = corrected(soft, LINES, tmp_path / "given.jsonl", "--threshold", str(kept))
+    never = corrected(soft, LINES, tmp_path / "never.jsonl", "--threshold", "-1e9")
+    assert own == given
+    assert all(row["answer"] in row["candidates"] for row in never if row["id"] != "three")
+
+
+def test_scores_of_the_candidates_weigh_in_the_choice(place: PairPlace, tmp_path: Path) -> None:
+    model = {**MODEL, "correction": {"candidates": 2}}
+    options = {"kind": "soft", "acoustic_weight": 100.0, "threshold": -1e6}
+    recipe = place.recipe("scored", model=model, correct=options, schedule={"total_steps": 1})
+    assert run(["train", str(recipe)]) == 0
+    chosen = []
+    for better in (0, 1):
+        scores = [[0.0 if k == better else -9.0] * 4 for k in (0, 1)]
+        line = {"candidates": ["abcd", "abbd"], "scores": scores}
+        out = tmp_path / f"{better}.jsonl"
+        chosen += [row["answer"] for row in corrected(place.runs / "scored", [line], out)]
+    assert chosen == ["abcd", "abbd"]
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2: "),
+        ({"target": "abc"}, "line 2: has no candidates"),
+        ({"candidates": []}, "line 2: has no candidates"),
+        ({"candidates": "abc"}, "line 2: has no candidates"),
+        ({"candidates": ["abc", 7]}, "line 2: has a candidate that is no text"),
+        ({"candidates": ["", ""]}, "line 2: has no candidate with text"),
+        ({"candidates": ["abc"], "scores": [1, 2]}, "not a list of numbers for each candidate"),
+        ({"candidates": ["abc"], "scores": [[1.0, 2.0]]}, "line 2 has 2 scores for 3 tokens"),
+        ({"candidates": ["abc"], "language": "xx"}, "xx is unknown"),
+    ],
+)
+def test_an_unreadable_line_is_one_sentence(
+    soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture, line: Any, said: str
+) -> None:
+    source, out = tmp_path / "in.jsonl", tmp_path / "out.jsonl"
+    text = line if isinstance(line, str) else json.dumps(line)
+    source.write_text(json.dumps(LINES[0]) + "\n" + text + "\n")
+    capsys.readouterr()
+    command = ["correct", str(soft), "--in", str(source), "--out", str(out)]
+    assert run(command) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_unreadable_lines_can_be_left_out_and_are_named(
+    soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lines = [LINES[0], {"candidates": []}, LINES[1]]
+    found = corrected(soft, lines, tmp_path / "out.jsonl", "--max-bad-rows", "1")
+    assert [row["id"] for row in found] == ["one", "two"]
+    assert "left out: " in capsys.readouterr().err
+
+
+def test_what_is_no_run_of_the_stage_and_a_file_that_is_there_are_refused(
+    soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", LINES)
+    capsys.readouterr()
+    out = tmp_path / "out.jsonl"
+    more = ["--in", str(source), "--out", str(out)]
+    assert run(["correct", str(tmp_path), *more]) == 2
+    assert "is not a run of stage: correct" in capsys.readouterr().err
+    out.write_text("mine")
+    assert run(["correct", str(soft), *more]) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert out.read_text() == "mine"
+    assert run(["correct", str(soft), *more, "--overwrite"]) == 0
+
+
+def test_a_model_of_several_candidates_is_not_exported(
+    soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    capsys.readouterr()
+    assert run(["export", str(soft), "--out", str(tmp_path / "export")]) == 2
+    assert "has no counterpart in transformers" in capsys.readouterr().err
+    assert tokenizer().vocab_size < MODEL["vocab_size"]
