@@ -1,6 +1,6 @@
 """Compare the adapter for lm-evaluation-harness with its own `hf` backend, on the same tasks.
 
-Usage: python tools/bench/harness.py EXPORT [--questions 40] [--rows 16]
+Usage: python tools/bench/harness.py EXPORT [--questions 40] [--rows 16] [--only TASK]
 
 Tasks are made of the text that ships with the package. Loading the model is not timed. On a CPU the
 seconds are those of the processor, which other programs do not lengthen. Needs
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("export", type=Path)
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--only", choices=TASKS, action="append", help="repeatable; default: all")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
     logging.disable(logging.WARNING)
@@ -131,8 +132,8 @@ def main() -> None:
         write_tasks(Path(folder), given.questions)
         models = [make(given.export, given.rows, device) for make in (their_model, our_model)]
         for lm in models:
-            timed(lm, "4 choices", Path(folder))  # the first calls are slower
-        for task in TASKS:
+            timed(lm, "4 letters, 5 shots", Path(folder))  # the first calls are slower
+        for task in given.only or TASKS:
             (theirs, wanted), (ours, found) = (timed(lm, task, Path(folder)) for lm in models)
             if isinstance(found[0], float):
                 apart = f"{max(abs(a - b) for a, b in zip(found, wanted, strict=True)):.1e}"
