@@ -12,6 +12,7 @@ from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.hf.folder import is_exported, read_folder
 from nemotron.hf.hub import find_folder
+from nemotron.hf.read_scales import read_scales
 from nemotron.hf.tokenizer_files import (
     CHAT_TEMPLATE,
     TOKENIZER,
@@ -24,6 +25,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import apply as apply_ops
 from nemotron.ops.config import OpsConfig
+from nemotron.precision.static import attach
 from nemotron.recipe.explain import explain
 from nemotron.recipe.read import read_yaml
 from nemotron.run.files import RunFiles
@@ -39,6 +41,9 @@ def load(
 ) -> HybridLM:
     """Return the model of a run, a checkpoint, an exported folder, or a name on the Hub.
 
+    That of a quantized folder has the decoded weights, and rounds inputs, keys and values by the
+    fixed scales there.
+
     `dtype` is that of activations and matrix products; the weights themselves stay float32. `ops`
     names the backends of the operations; by default the fastest are used. Use the model as
     `model.logits(model(input_ids))`.
@@ -46,11 +51,19 @@ def load(
     Raises:
         UserError: when there is no model, its files are damaged, or a backend is missing.
     """
-    config, weights = read_weights(find_folder(path))
+    path = find_folder(path)
+    config, weights = read_weights(path)
     model = build_around(config, weights)
     apply_ops(model, ops or OpsConfig())
     model.compute_dtype = dtype
-    return model.to(device)
+    attach_scales(model.to(device), path)
+    return model
+
+
+def attach_scales(model: HybridLM, path: Path) -> None:
+    """Make a model that was read from a quantized folder round its inputs as engines do."""
+    if is_exported(path) and (scales := read_scales(path)) is not None:
+        attach(model, scales)
 
 
 def load_with_tokenizer(

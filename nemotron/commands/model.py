@@ -22,6 +22,13 @@ class MambaDecode(StrEnum):
     replay = "replay"
 
 
+class Layout(StrEnum):
+    """Layouts of quantized folders."""
+
+    modelopt = "modelopt"
+    compressed_tensors = "compressed-tensors"
+
+
 checkpoint_app = CommandGroup(help="Work on checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
 
@@ -248,6 +255,70 @@ def merge(
         last_tokens or (), last or (), step or (), check_shape(shape), ema_decay, search
     )
     return run_merge(run, out, choice, device=device, overwrite=overwrite)
+
+
+@app.command(epilog="Example: nemotron quantize runs/tiny --preset super_nvfp4 --out small/tiny")
+def quantize(
+    run: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    overrides: Overrides = None,
+    preset: Annotated[
+        str | None, typer.Option(help="Formats by kind of layer, such as fp8 and super_nvfp4.")
+    ] = None,
+    bits: Annotated[
+        float | None,
+        typer.Option(
+            min=0.0, help="Search formats of so many bits a weight, in place of a preset."
+        ),
+    ] = None,
+    like: Annotated[
+        Path | None,
+        typer.Option(help="Quantized folder whose formats and scales are taken, after QAD."),
+    ] = None,
+    keep: Annotated[
+        list[str] | None,
+        typer.Option(help="Pattern of layers that stay in bfloat16; repeatable."),
+    ] = None,
+    weights: Annotated[
+        str | None,
+        typer.Option(help="Scales of NVFP4 weights: max, mse or four_over_six; default: preset's."),
+    ] = None,
+    kv_cache: Annotated[
+        bool | None,
+        typer.Option(help="Write FP8 scales of keys and values; default: as the preset."),
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of text to calibrate on.")] = 128,
+    score: Annotated[
+        str, typer.Option(help="Sensitivity for --bits: fisher (one backward) or kl.")
+    ] = "fisher",
+    score_rows: Annotated[int, typer.Option(min=1, help="Rows of text for --bits.")] = 32,
+    recipe: Annotated[
+        Path | None,
+        typer.Option(help="Recipe whose text is used; default: that of the model's run."),
+    ] = None,
+    layout: Annotated[
+        Layout, typer.Option(help="Names and scales on disk, by the tool whose readers want them.")
+    ] = Layout.modelopt,
+    check: Annotated[bool, typer.Option(help="Run the self-check at the end.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
+    device: Device = "auto",
+) -> int:
+    """Quantize a model to FP8 and NVFP4, and compare it with what it was on held-out text."""
+    from nemotron.quantize.command import quantize as run_quantize
+    from nemotron.quantize.decide import Wanted
+
+    wanted = Wanted(preset, bits, like, keep or (), weights, kv_cache, rows, score, score_rows)
+    return run_quantize(
+        run,
+        out,
+        wanted,
+        recipe=recipe,
+        overrides=overrides or (),
+        layout=layout.value,
+        device=device,
+        overwrite=overwrite,
+        check=check,
+    )
 
 
 @checkpoint_app.command("convert", epilog="Example: nemotron checkpoint convert runs/tiny")

@@ -46,6 +46,8 @@ class Fingerprint(Section):
     eod_token: JsonValue = Field(alias="data.eod_token")
     sources: dict[str, SourceIdentity]
     phases: list[PhaseBlend]
+    contents: dict[str, str] = Field(default_factory=dict)
+    """Hashes of the models beside the data, in stages that learn from some."""
 
 
 def read_fingerprint(saved: Mapping[str, Any]) -> Fingerprint:  # Any: JSON

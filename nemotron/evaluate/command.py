@@ -19,7 +19,7 @@ from nemotron.exit_codes import DONE
 from nemotron.files import write_json
 from nemotron.hf.folder import is_exported
 from nemotron.hf.hub import find_folder
-from nemotron.loading import read_initial
+from nemotron.loading import attach_scales, read_initial
 from nemotron.posttrain.suites.definition import PERPLEXITY
 from nemotron.recipe.load import Recipe, load_recipe
 from nemotron.run.files import RunFiles
@@ -142,6 +142,7 @@ def open_text(model: Path, text: Text, device: str) -> tuple[HeldOut, Recipe]:
     if found.tokenizer is not None:
         _refuse_other_tokenizer(model, found.tokenizer, held_out, loaded.text.data.tokenizer)
     held_out.model.load_state_dict(found.weights)
+    attach_scales(held_out.model, place)
     return held_out, loaded
 
 

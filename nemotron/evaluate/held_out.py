@@ -26,8 +26,9 @@ class HeldOut:
         Raises:
             UserError: when the text is unfit for the model, or none of it is held out.
         """
-        self._config = _in_one_process(config, model or config.model)
-        self.data = open_data(self._config, plan_training(config))
+        self.config = _in_one_process(config, model or config.model)
+        """The recipe, for one process and without adapters."""
+        self.data = open_data(self.config, plan_training(config))
         if not self.data.validation_domains:
             raise UserError(
                 "holds nothing out, and data.validation is empty; set one of them.",
@@ -35,7 +36,7 @@ class HeldOut:
                 value=config.data.validation_fraction,
             )
         self._ranks = Ranks()
-        self._local = build_local(self._config, find_device(device), self._ranks)
+        self._local = build_local(self.config, find_device(device), self._ranks)
 
     @property
     def model(self) -> HybridLM:
@@ -44,7 +45,7 @@ class HeldOut:
 
     def batches(self) -> Iterator[Batch]:
         """Yield the rows on which `metrics` are computed."""
-        config, resets = self._config, self.data.config.reset_documents
+        config, resets = self.config, self.data.config.reset_documents
         tokens, rows = config.evaluation.tokens, config.batch.micro_batch
         for domain in self.data.validation_domains:
             for held_out in self.data.validation(domain, tokens=tokens, rows=rows):
@@ -57,8 +58,8 @@ class HeldOut:
             self._local,
             self.data,
             self._ranks,
-            tokens=self._config.evaluation.tokens,
-            rows=self._config.batch.micro_batch,
+            tokens=self.config.evaluation.tokens,
+            rows=self.config.batch.micro_batch,
         )
 
 

@@ -21,6 +21,7 @@ from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import GroupChoice, Routing
 from nemotron.model.state import AttentionState, MambaState
+from nemotron.precision.static import is_attached
 
 FEW_TOKENS = 8
 """Up to so many tokens pass their experts one by one; the experts read twice cost little yet."""
@@ -59,6 +60,8 @@ def _separate(view: nn.Module, model: nn.Module) -> None:
     """Give the view copies of what it still has in common with the model."""
     common = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
     for module in view.modules():
+        if is_attached(module):
+            continue  # its call computes with the model's own
         for name, parameter in list(module.named_parameters(recurse=False)):
             if id(parameter) in common:
                 setattr(module, name, _frozen(parameter.clone()))
@@ -82,15 +85,17 @@ def prepare_weights(model: HybridLM) -> HybridLM:
 def _replace(parent: nn.Module, dtype: torch.dtype) -> None:
     """Put what decodes faster in the place of every module below `parent`.
 
-    No parameter changes: another model may have it, too.
+    No parameter changes: another model may have it, too. Layers with fixed scales stay.
     """
     for name, child in list(parent.named_children()):
+        if is_attached(child):
+            continue  # computes by fixed scales, with its own float32 weights
         if isinstance(child, Linear):
             _cast(child, dtype)
             if _can_pack(child.weight):
                 setattr(parent, name, PackedLinear(child.weight))
             continue
-        if isinstance(child, MoE):
+        if isinstance(child, MoE) and not any(map(is_attached, child.modules())):
             _cast(child.experts, dtype)
             if child.experts.up_proj.device.type == "cpu":
                 for part in (child.shared_experts.up_proj, child.shared_experts.down_proj):
@@ -99,7 +104,7 @@ def _replace(parent: nn.Module, dtype: torch.dtype) -> None:
         elif isinstance(child, Mamba2):
             child = MambaStep(child, copies=True)
             setattr(parent, name, child)
-        elif isinstance(child, Attention):
+        elif isinstance(child, Attention) and not any(map(is_attached, child.children())):
             child = JointAttention(child)
             setattr(parent, name, child)
         _replace(child, dtype)

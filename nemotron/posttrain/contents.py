@@ -4,10 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 import xxhash
+from torch import Tensor
 
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
+from nemotron.precision.static import ModelScales
 from nemotron.train.reliability.replicas import checksum
 
 Contents = dict[str, str]
@@ -24,6 +27,21 @@ def model_contents(key: str, path: str | Path | None, model: HybridLM | None) ->
     digest = xxhash.xxh128()
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {checksum(tensor).item():x}\n".encode())
+    return {f"{key} = {path}": digest.hexdigest()}
+
+
+def scales_contents(key: str, path: str | Path, scales: ModelScales) -> Contents:
+    """Return the hash of the fixed scales of a model."""
+    digest = xxhash.xxh128()
+    tensors = {
+        f"{layer} {name}": tensor
+        for layer, own in scales.linears.items()
+        for name, tensor in vars(own).items()
+        if isinstance(tensor, Tensor)
+    }
+    for name, tensor in sorted((tensors | dict(scales.cache)).items()):
+        digest.update(f"{name} {tensor.dtype}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return {f"{key} = {path}": digest.hexdigest()}
 
 

@@ -1,6 +1,7 @@
 """Distillation as a stage: conversations, and at each label the distribution of a teacher."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float
@@ -9,18 +10,24 @@ from torch import Tensor
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.data.rehearsal import rehearse
 from nemotron.data.tokenizer import load_tokenizer
+from nemotron.hf.read_scales import read_like
+from nemotron.model.build import build_on_meta
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Head
 from nemotron.model.router import RoutingStats
 from nemotron.parallel.runtime import Ranks
+from nemotron.posttrain.contents import scales_contents
 from nemotron.posttrain.divergence import divergence
 from nemotron.posttrain.sft_config import DistillationConfig, DistillConfig
 from nemotron.posttrain.teacher import HIDDEN, TaughtBatches, load_teacher
+from nemotron.precision.static import ModelScales, attach
 from nemotron.train.auxiliary import Auxiliary, total_weight, weighted_means
 from nemotron.train.pretraining import open_data, text_batches, validate
 from nemotron.train.schedule import TrainingPlan, plan_training
 from nemotron.train.setup import Setup
 from nemotron.train.trainer import Trainer, build_local
+
+LIKE = "quantization.like"
 
 
 @dataclass(frozen=True)
@@ -102,6 +109,8 @@ class Distillation:
         vocab_size = config.model.vocab_size
         lines = rehearse(config.data, plan.timeline, seed=config.seed, vocab_size=vocab_size)
         load_teacher(config, load_tokenizer(config.data.tokenizer), torch.device("cpu"))
+        if (scales := _student_scales(config, build_on_meta(config.model))) is not None:
+            lines.append(f"student    {len(scales.linears):,} matrices with fixed scales")
         return lines
 
     def build(
@@ -121,10 +130,24 @@ class Distillation:
         data.check_length()
         teacher = load_teacher(config, data.tokenizer, device)
         batches = text_batches(config, plan, data, device, ranks)
-        taught = TaughtBatches(batches, teacher, config, device)
+        scales = _student_scales(config, build_on_meta(config.model))
+        contents = {} if scales is None else scales_contents(LIKE, _folder(config), scales)
+        taught = TaughtBatches(batches, teacher, config, device, contents)
         auxiliary = Auxiliary(config.loss, config.num_depths, bool(config.model.moe_layers))
         objective = DistillObjective(config.distillation, auxiliary, teacher.lm_head)
         local = build_local(config, device, ranks)
         trainer = Trainer(config, local, objective, taught, plan, device, peak_flops, ranks)
+        if scales is not None:
+            # after the trainer, which gives the layers the formats of `precision`
+            attach(trainer.model, scales, rounds_weights=True)
         has_held_out = bool(data.validation_domains)
         return Setup(trainer, data, (lambda: validate(trainer, data)) if has_held_out else None)
+
+
+def _student_scales(config: DistillConfig, model: HybridLM) -> ModelScales | None:
+    return read_like(_folder(config), model, LIKE) if config.quantization is not None else None
+
+
+def _folder(config: DistillConfig) -> Path:
+    assert config.quantization is not None
+    return Path(config.quantization.like)

@@ -58,6 +58,13 @@ class DistillationConfig(Section):
     """Factor of the cross entropy of the labels beside the divergence."""
 
 
+class StudentQuantizationConfig(Section):
+    """Quantization-aware distillation: the student computes as a quantized folder does."""
+
+    like: str
+    """Folder from `nemotron quantize`, whose formats and scales the student has, fixed."""
+
+
 class DistillConfig(ChatRunConfig):
     """Everything that makes one run of distillation."""
 
@@ -67,3 +74,5 @@ class DistillConfig(ChatRunConfig):
     """Run, checkpoint or exported folder to learn from; each rank holds all of it."""
     distillation: DistillationConfig = DistillationConfig()
     """Comparison with the teacher."""
+    quantization: StudentQuantizationConfig | None = None
+    """Absent: the student computes as `precision` says."""

@@ -20,7 +20,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import apply as apply_ops
 from nemotron.posttrain.config import RlConfig
-from nemotron.posttrain.contents import KEY, check_contents, model_contents
+from nemotron.posttrain.contents import KEY, Contents, check_contents, model_contents
 from nemotron.posttrain.sft_config import DistillConfig
 from nemotron.precision.apply import DTYPES
 from nemotron.run.files import RunFiles
@@ -99,11 +99,17 @@ class TaughtBatches:
     """Another source's batches, each with the teacher's hidden states."""
 
     def __init__(
-        self, batches: Batches, teacher: HybridLM, config: DistillConfig, device: torch.device
+        self,
+        batches: Batches,
+        teacher: HybridLM,
+        config: DistillConfig,
+        device: torch.device,
+        contents: Contents,
     ) -> None:
+        """`contents` are the hashes of what else the student learns under."""
         self._batches, self._teacher = batches, teacher
         self._config, self._device = config, device
-        self._contents = model_contents("teacher", config.teacher, teacher)
+        self._contents = model_contents("teacher", config.teacher, teacher) | contents
 
     @torch.no_grad()
     def take(self, step: int) -> Batch:
@@ -115,14 +121,14 @@ class TaughtBatches:
         return replace(batch, extras={**batch.extras, HIDDEN: hidden})
 
     def state(self) -> dict[str, Any]:  # Any: nested JSON
-        """Return the state of the other source, and what identifies the teacher."""
+        """Return the state of the other source, and what identifies the teacher and the scales."""
         return {**self._batches.state(), KEY: self._contents}
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
         """Restore the other source.
 
         Raises:
-            UserError: as it does, and when the teacher has changed.
+            UserError: as it does, and when the teacher or a scale has changed.
         """
         check_contents(saved, self._contents, step)
         self._batches.restore({k: v for k, v in saved.items() if k != KEY}, step)

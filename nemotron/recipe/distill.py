@@ -25,3 +25,27 @@ def impossible(config: DistillConfig) -> Iterator[Finding]:
                 "cannot compare distributions yet; share the weights by dp_shard or ep, and use 1.",
                 size,
             )
+    if config.quantization is not None:
+        yield from _unquantizable(config)
+
+
+def _unquantizable(config: DistillConfig) -> Iterator[Finding]:
+    """Yield what a student with fixed scales does not work beside."""
+    if config.init_from is None:
+        yield Finding(
+            "init_from", "is absent; name the run that quantization.like was quantized from."
+        )
+    if config.precision.quantizes:
+        yield Finding(
+            "precision.preset",
+            "gives layers formats that quantization.like gives them, too; use none or bf16.",
+            config.precision.preset,
+        )
+    if config.tune.adapter is not None:
+        yield Finding("tune.adapter", "cannot be trained under fixed scales; leave it out.")
+    if config.parallel.ep != 1:
+        yield Finding(
+            "parallel.ep",
+            "does not share experts with fixed scales yet; use 1, and dp_shard.",
+            config.parallel.ep,
+        )

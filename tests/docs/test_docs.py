@@ -23,7 +23,7 @@ from tests.support.pages import PAGES, ROOT, Block, Command, blocks, commands, p
 
 COMMANDS = commands()
 OURS = [command for command in COMMANDS if command.words[0] == "nemotron"]
-OTHER_PROGRAMS = {".", "git", "cd", "torchrun"}
+OTHER_PROGRAMS = {".", "git", "cd", "torchrun", "sbatch"}
 FOLDERS = ("nemotron/", "recipes/", "tests/", "tools/", "docs/")
 
 
@@ -130,7 +130,7 @@ def test_every_other_command_exists():
                 assert importlib.util.find_spec(rest[1]), f"{command.where}: {rest[1]}"
             else:
                 assert (ROOT / rest[0]).exists(), f"{command.where}: {rest[0]}"
-        elif program.startswith("tools/"):
+        elif program.startswith(("tools/", "launch/")):
             assert (ROOT / program).exists(), command.where
         elif program != "nemotron":
             assert program in OTHER_PROGRAMS, command.where

@@ -1,0 +1,1 @@
+"""From a trained model to a small one: formats, calibration, and what both cost."""
