@@ -11,7 +11,18 @@ import typer
 import typer.main
 
 from nemotron import __version__
-from nemotron.commands import correct, data, machine, model, recipe, report, rl, score, serve
+from nemotron.commands import (
+    correct,
+    data,
+    harness,
+    machine,
+    model,
+    recipe,
+    report,
+    rl,
+    score,
+    serve,
+)
 from nemotron.commands.shared import DEBUG, CommandGroup, Overrides, RecipeFile
 from nemotron.errors import RunFailed, UserError
 from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, MEANINGS, STOPPED, WRONG_INPUT
@@ -125,6 +136,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(rl.app, name="rl")
 app.add_typer(machine.app)
 app.add_typer(model.app)
+app.add_typer(harness.app)
 app.add_typer(correct.app)
 app.add_typer(report.app)
 app.add_typer(score.app)

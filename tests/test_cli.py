@@ -53,6 +53,8 @@ def test_these_are_the_commands():
         "data prepare",
         "data tokenizer",
         "score",
+        "correct",
+        "lm-eval",
         "data demo",
         "data characters",
         "data noise",

@@ -98,6 +98,7 @@ def test_no_value_of_a_run_comes_from_the_environment():
         "ops/tuning/base.py",  # asks where the user's cache lies
         "tune/compiled.py",  # hands it on to the processes that compile
         "run/provenance.py",  # records some of it
+        "evaluate/harness_command.py",  # keeps lm-eval from starting processes
         "train/profile.py",  # silences the profiler, which prints by itself
         "run/redaction.py",  # removes its secrets from what is written
         "run/trackers.py",  # asks whether there is an account

@@ -108,7 +108,7 @@ def evaluate(
     *,
     suites: SuiteOptions,
 ) -> int:
-    """Print the loss of a model on held-out text by domain, or how well it solves suites of tasks.
+    """Print the loss of a model on held-out text by domain, or how well it solves tasks.
 
     Overrides change the recipe of the text, such as evaluation.tokens=100000.
     """

@@ -77,8 +77,8 @@ def invertible_scale(scale: Float[Tensor, ""]) -> Float[Tensor, ""]:
 
     compressed-tensors' layout holds the reciprocal of NVFP4's `weight_scale_2`, by which its
     readers divide or whose reciprocal they multiply by. For four scales of five that gives other
-    bits than the scale itself; a good one is a few hundred units in the last place larger, rarely more.
-    With it, a weight has the same float32 values in every layout and every reader.
+    bits than the scale itself; a good one is mostly less than a few hundred units in the last
+    place larger. With it, a weight has the same float32 values in every layout and every reader.
     """
     start = scale.float().reshape(1).view(torch.int32)
     found = (start + torch.arange(CANDIDATES, dtype=torch.int32)).view(torch.float32)

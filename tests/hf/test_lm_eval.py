@@ -1,36 +1,73 @@
-"""A second opinion on exports: lm-eval's own backend scores and continues texts alike."""
+"""lm-eval's own backend on an export, and our adapter for lm-eval: both give the same numbers."""
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from nemotron.cli import run
+from nemotron.data.chat.template import TEMPLATE
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.hf.export import export
 from nemotron.loading import load_with_tokenizer
 from nemotron.model.hybrid import HybridLM
 
-pytestmark = pytest.mark.slow
-NEW_TOKENS = 5
+evaluator = pytest.importorskip("lm_eval.evaluator", reason="lm-eval is not installed")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore"),  # of lm-eval and what it imports
+]
+NEW_TOKENS, LONGEST = 5, 64
 ROWS = [
     {"text": "def read(self, path):", "choices": ["return open(path)", "to be, or not to be"]},
     {"text": "To be, or", "choices": ["not to be", "a file of 12 bytes", "import os"]},
+    {"text": "It was said again and again. " * 20 + "And", "choices": ["then", "yes, again", "x"]},
+    {"text": "The end</s>", "choices": ["of it", "of", "of it"]},
 ]
+UNTIL = {"max_gen_toks": NEW_TOKENS, "do_sample": False}
 TASKS: dict[str, dict[str, Any]] = {
     "choose": {
         "output_type": "multiple_choice",
         "doc_to_choice": "{{choices}}",
         "doc_to_target": 0,
+        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+    },
+    "letters": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}} Answer:",
+        "doc_to_choice": ["A", "B", "C", "D"],
+        "doc_to_target": 1,
         "metric_list": [{"metric": "acc"}],
+    },
+    "shots": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "num_fewshot": 1,
+        "fewshot_config": {"sampler": "first_n"},
+        "metric_list": [{"metric": "acc"}],
+    },
+    "whole": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}} {{choices[0]}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
     },
     "go_on": {
         "output_type": "generate_until",
         "doc_to_target": "",
-        "generation_kwargs": {"until": ["</s>"], "max_gen_toks": NEW_TOKENS, "do_sample": False},
+        "generation_kwargs": {"until": ["</s>"], **UNTIL},
         "metric_list": [{"metric": "bypass"}],
+    },
+    "stop_early": {
+        "output_type": "generate_until",
+        "doc_to_target": "",
+        "generation_kwargs": {"until": ["e", "\n", " a"], **UNTIL},
+        "metric_list": [{"metric": "exact_match"}],
     },
 }
 
@@ -44,6 +81,51 @@ def write_tasks(folder: Path) -> None:
         common = {"task": name, "dataset_path": "json", "dataset_kwargs": data}
         common |= {"test_split": "test", "doc_to_text": "{{text}}"}
         (folder / f"{name}.yaml").write_text(json.dumps(common | task))
+
+
+@dataclass(frozen=True)
+class Both:
+    """The same tasks by both backends; samples by task."""
+
+    folder: Path
+    tasks: Path
+    theirs: Any  # Any: a class of lm-eval
+    their_results: dict[str, Any]
+    their_samples: dict[str, list[dict[str, Any]]]
+    our_results: dict[str, Any]
+    our_samples: dict[str, list[dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def both(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Both:
+    backend = pytest.importorskip("lm_eval.models.huggingface", reason="lm_eval[hf] is missing")
+    from lm_eval.tasks import TaskManager
+
+    home = tmp_path_factory.mktemp("lm_eval")
+    folder, tasks = home / "export", home / "tasks"
+    made = make_run(home / "run", max_position_embeddings=LONGEST)
+    assert export(made, folder, check=False) == 0
+    write_tasks(tasks)
+    theirs = backend.HFLM(
+        str(folder), device="cpu", dtype="float32", batch_size=2, experts_implementation="eager"
+    )
+    limit = load_with_tokenizer(folder)[0].config.time_step_limit
+    for module in theirs.model.modules():
+        if hasattr(module, "time_step_limit"):  # transformers clamps it to 0.001 or more
+            module.time_step_limit = limit
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
+    found = evaluator.simple_evaluate(
+        theirs, tasks=list(TASKS), task_manager=manager, bootstrap_iters=0
+    )
+    out, samples = home / "out.json", home / "samples.jsonl"
+    words = [*TASKS, "--include-path", str(tasks), "--rows", "5"]
+    assert run(["lm-eval", str(folder), *words, "--out", str(out), "--samples", str(samples)]) == 0
+    ours: dict[str, list[dict[str, Any]]] = {}
+    for line in samples.read_text().splitlines():
+        row = json.loads(line)
+        ours.setdefault(row["task"], []).append(row)
+    results = json.loads(out.read_text())["results"]
+    return Both(folder, tasks, theirs, found["results"], found["samples"], results, ours)
 
 
 def log_likelihood(model: HybridLM, tokenizer: Tokenizer, text: str, more: str) -> float:
@@ -61,29 +143,10 @@ def go_on(model: HybridLM, tokenizer: Tokenizer, text: str) -> str:
     return tokenizer.decode(ids[-NEW_TOKENS:], skip_specials=True)
 
 
-@pytest.mark.filterwarnings("ignore")  # of lm-eval and what it imports
-def test_choices_and_continuations_are_those_of_lm_eval(
-    make_run: Callable[..., Path], tmp_path: Path
-) -> None:
-    evaluator = pytest.importorskip("lm_eval.evaluator", reason="lm-eval is not installed")
-    backend = pytest.importorskip("lm_eval.models.huggingface", reason="lm_eval[hf] is missing")
-    from lm_eval.tasks import TaskManager
-
-    folder = tmp_path / "export"
-    assert export(make_run(tmp_path / "run"), folder, check=False) == 0
-    write_tasks(tmp_path / "tasks")
-    model, tokenizer = load_with_tokenizer(folder)
-    theirs = backend.HFLM(
-        str(folder), device="cpu", dtype="float32", batch_size=2, experts_implementation="eager"
-    )
-    for module in theirs.model.modules():
-        if hasattr(module, "time_step_limit"):  # transformers clamps it to 0.001 or more
-            module.time_step_limit = model.config.time_step_limit
-    tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-    found = evaluator.simple_evaluate(
-        theirs, tasks=list(TASKS), task_manager=tasks, bootstrap_iters=0
-    )["samples"]
-    for row, chosen, continued in zip(ROWS, found["choose"], found["go_on"], strict=True):
+def test_choices_and_continuations_are_those_of_lm_eval(both: Both):
+    model, tokenizer = load_with_tokenizer(both.folder)
+    found = both.their_samples
+    for row, chosen, continued in zip(ROWS[:2], found["choose"], found["go_on"], strict=False):
         expected = [
             log_likelihood(model, tokenizer, row["text"], f" {more}") for more in row["choices"]
         ]
@@ -92,3 +155,84 @@ def test_choices_and_continuations_are_those_of_lm_eval(
         assert scores == pytest.approx(expected, rel=0, abs=1e-4)
         assert chosen["acc"] == (expected.index(max(expected)) == 0)
         assert continued["filtered_resps"] == [go_on(model, tokenizer, row["text"])]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_our_adapter_gives_the_numbers_of_the_hf_backend(both: Both, task: str):
+    ours, theirs = both.our_samples[task], both.their_samples[task]
+    assert [row["doc_id"] for row in ours] == [row["doc_id"] for row in theirs]
+    for mine, other in zip(ours, theirs, strict=True):
+        if TASKS[task]["output_type"] == "multiple_choice":
+            assert [b for _, b in mine["filtered_resps"]] == [b for _, b in other["filtered_resps"]]
+            scores = [[score for score, _ in one["filtered_resps"]] for one in (mine, other)]
+            assert scores[0] == pytest.approx(scores[1], rel=0, abs=1e-4)
+        else:
+            # rolling sums have up to 200 tokens
+            wanted = other["filtered_resps"]
+            is_text = TASKS[task]["output_type"] == "generate_until"
+            assert mine["filtered_resps"] == (
+                wanted if is_text else pytest.approx(wanted, rel=1e-6)
+            )
+    for name, value in both.their_results[task].items():
+        if isinstance(value, float):
+            assert both.our_results[task][name] == pytest.approx(value, rel=1e-4), name
+
+
+def test_chat_prompts_are_those_of_the_hf_backend(both: Both):
+    from nemotron.evaluate.harness import HarnessLM, Subject
+    from nemotron.serve.conversation import ChatFormat
+
+    model, tokenizer = load_with_tokenizer(both.folder)
+    chat = ChatFormat.of(tokenizer, TEMPLATE)
+    ours = HarnessLM(Subject("tiny", model, tokenizer, frozenset(), chat), rows=2)
+    both.theirs.tokenizer.chat_template = TEMPLATE
+    history = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "1 + 1?"},
+        {"role": "assistant", "content": "2"},
+        {"role": "user", "content": "2 + 2?"},
+    ]
+    assert ours.apply_chat_template(history) == both.theirs.apply_chat_template(history)
+    begun = [*history, {"role": "assistant", "content": "The answer is"}]
+    for words in (ours, both.theirs):
+        assert words.apply_chat_template(begun, False).endswith("The answer is")
+    assert ours.chat_template(True) == TEMPLATE
+
+
+def test_wrong_tasks_are_one_sentence(
+    both: Both, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    (tmp_path / "absent.yaml").write_text(
+        json.dumps(
+            {
+                "task": "absent",
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(tmp_path / "no.jsonl")}},
+                "output_type": "generate_until",
+                "test_split": "test",
+                "doc_to_text": "x",
+                "doc_to_target": "x",
+            }
+        )
+    )
+    long = json.loads((both.tasks / "go_on.yaml").read_text())
+    for name, changes in (("long", {"max_gen_toks": LONGEST}), ("beams", {"num_beams": 4})):
+        values = {**long, "task": name, "generation_kwargs": {**UNTIL, "until": [], **changes}}
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(values))
+    full = tmp_path / "full.json"
+    full.write_text("{}")
+    model, names = [str(both.folder)], ["--include-path", str(tmp_path)]
+    cases = [
+        (["none.yaml", *names], "none.yaml is no task"),
+        (["absent", *names], "TASK = absent cannot be read"),
+        (["long", *names], f"max_gen_toks = {LONGEST} must be below {LONGEST}"),
+        (["beams", *names], "generation_kwargs.num_beams = 4 is unknown"),
+        (["absent", "--include-path", str(full)], "is no folder"),
+        (["absent", *names, "--samples", str(full)], "exists already"),
+    ]
+    for words, said in cases:
+        capsys.readouterr()
+        assert run(["lm-eval", *model, *words]) == 2, words
+        [sentence] = [line for line in capsys.readouterr().err.splitlines() if "nemotron: " in line]
+        assert said in sentence
+    assert full.read_text() == "{}"

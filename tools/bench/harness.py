@@ -1,0 +1,139 @@
+"""Compare the adapter for lm-evaluation-harness with its own `hf` backend, on the same tasks.
+
+Usage: python tools/bench/harness.py EXPORT [--questions 40] [--rows 16]
+
+Tasks are made of the text that ships with the package. Loading the model is not timed. Needs
+pip install 'lm_eval[hf]'.
+"""
+
+import argparse
+import json
+import logging
+import os
+import tempfile
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+
+TASKS: dict[str, dict[str, Any]] = {
+    "4 choices, 5 shots": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "num_fewshot": 5,
+        "fewshot_config": {"sampler": "first_n"},
+        "metric_list": [{"metric": "acc"}],
+    },
+    "4 choices": {
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": 0,
+        "metric_list": [{"metric": "acc"}],
+    },
+    "4 letters, 5 shots": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}\nAnswer:",
+        "doc_to_choice": ["A", "B", "C", "D"],
+        "doc_to_target": 1,
+        "num_fewshot": 5,
+        "fewshot_config": {"sampler": "first_n"},
+        "metric_list": [{"metric": "acc"}],
+    },
+    "whole texts": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "bits_per_byte"}],
+    },
+    "32 new tokens": {
+        "output_type": "generate_until",
+        "doc_to_target": "",
+        "generation_kwargs": {"until": ["\n\n\n"], "max_gen_toks": 32, "do_sample": False},
+        "metric_list": [{"metric": "bypass"}],
+    },
+}
+
+
+def write_tasks(folder: Path, questions: int) -> None:
+    from nemotron.data.corpus import load_documents
+
+    domains = ("code", "docs", "verse")
+    texts = [text for domain in domains for text in load_documents(domain) if len(text) > 900]
+    rows = []
+    for number in range(questions):
+        text = texts[number % len(texts)]
+        begin = 600 * (number // len(texts)) % (len(text) - 600)
+        others = [texts[(number + k) % len(texts)][begin % 300 :][:60] for k in (1, 2, 3)]
+        choices = [text[begin + 400 : begin + 460], *others]
+        rows.append({"text": text[begin : begin + 400], "choices": choices})
+    file = folder / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"data_files": {"test": str(file)}, "cache_dir": str(folder / "cache")}
+    for name, task in TASKS.items():
+        common = {"task": name, "dataset_path": "json", "dataset_kwargs": data}
+        common |= {"test_split": "test", "doc_to_text": "{{text}}"}
+        (folder / f"{name}.yaml").write_text(json.dumps(common | task))
+
+
+def our_model(export: Path, rows: int, device: str) -> Any:
+    from nemotron.evaluate.harness import HarnessLM
+    from nemotron.evaluate.harness_command import read_subject
+
+    return HarnessLM(read_subject(export, device), rows)
+
+
+def their_model(export: Path, rows: int, device: str) -> Any:
+    from lm_eval.models.huggingface import HFLM
+
+    return HFLM(str(export), device=device, dtype="float32", batch_size=rows)
+
+
+def timed(lm: Any, task: str, folder: Path) -> tuple[float, list[float | str]]:
+    from lm_eval.evaluator import simple_evaluate
+    from lm_eval.tasks import TaskManager
+
+    manager = TaskManager(include_path=str(folder), include_defaults=False)
+    begin = time.perf_counter()
+    found = simple_evaluate(lm, tasks=[task], task_manager=manager, bootstrap_iters=0)
+    seconds = time.perf_counter() - begin
+    answers: list[float | str] = []
+    for sample in found["samples"][task]:
+        for one in sample["filtered_resps"]:
+            answers.append(one[0] if isinstance(one, tuple | list) else one)
+    return seconds, answers
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--questions", type=int, default=40)
+    parser.add_argument("--rows", type=int, default=16)
+    given = parser.parse_args()
+    warnings.simplefilter("ignore")
+    logging.disable(logging.WARNING)
+    os.environ["TQDM_DISABLE"] = "1"
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name = (
+        torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
+    )
+    print(f"{given.export}, {given.questions} questions, {given.rows} texts at a time, {name}")
+    print(f"{'task':<20} {'hf, s':>8} {'ours, s':>8} {'ratio':>6}  largest difference")
+    with tempfile.TemporaryDirectory() as folder:
+        write_tasks(Path(folder), given.questions)
+        models = [make(given.export, given.rows, device) for make in (their_model, our_model)]
+        for lm in models:
+            timed(lm, "4 choices", Path(folder))  # the first calls are slower
+        for task in TASKS:
+            (theirs, wanted), (ours, found) = (timed(lm, task, Path(folder)) for lm in models)
+            if isinstance(found[0], float):
+                apart = f"{max(abs(a - b) for a, b in zip(found, wanted, strict=True)):.1e}"
+            else:
+                apart = f"{sum(a != b for a, b in zip(found, wanted, strict=True))} texts"
+            print(f"{task:<20} {theirs:8.2f} {ours:8.2f} {theirs / ours:6.1f}  {apart}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
