@@ -75,6 +75,7 @@ def test_these_are_the_commands():
         "export",
         "import",
         "merge",
+        "quantize",
         "evaluate",
     }
 
