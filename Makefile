@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv train assistant test test-fast check format typed bench clean
+.PHONY: help venv train assistant test test-fast check format typed bench docs clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,10 @@ typed: $(STAMP)  ## Run the tests of model and operations with checked shape typ
 
 bench: $(STAMP)  ## Compare speed and memory with transformers
 	$(BIN)/python tools/bench/models.py
+
+docs: $(STAMP)  ## Build the pages into build/site, to be opened in a browser; links are checked
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt 'mkdocs>=1.6,<2' 'mkdocs-material>=9.7'
+	$(BIN)/python -m mkdocs build --strict --clean
 
 clean:  ## Remove .venv and caches; runs stay
 	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

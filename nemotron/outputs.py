@@ -10,7 +10,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nemotron.errors import UserError
@@ -110,14 +110,24 @@ def writing_beside(target: Path, made_by: str) -> Iterator[Path]:
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         if begin(partial, made_by):
-            shutil.rmtree(partial)
-            begin(partial, made_by)
+            _clear(partial)
         try:
             yield partial
         finally:
-            shutil.rmtree(partial, ignore_errors=True)
+            with suppress(OSError):
+                _clear(partial)
+                shutil.rmtree(partial)
     except OSError as error:
         raise UserError(unwritable(error, target, "nothing was replaced")) from error
+
+
+def _clear(partial: Path) -> None:
+    """Remove all but the mark, by which an interrupted removal is still known as ours."""
+    for path in partial.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name != MARK:
+            path.unlink()
 
 
 def publish(partial: Path, target: Path, made_by: str) -> None:
@@ -154,8 +164,11 @@ def unwritable(error: OSError, folder: Path, kept: str) -> str:
     return f"{what}; {advice}: {kept}."
 
 
-def _own_mark(folder: Path, made_by: str) -> Mark:
-    """Return the mark of a finished folder in which there is nothing else."""
+def _own_mark(folder: Path, made_by: str, *, is_partly_removed: bool = False) -> Mark:
+    """Return the mark of a finished folder in which there is nothing else.
+
+    In one that is partly removed, folders may be empty.
+    """
     mark = _read_mark(folder)
     if mark is None or mark.made_by != made_by or mark.files is None:
         raise UserError(
@@ -163,6 +176,8 @@ def _own_mark(folder: Path, made_by: str) -> Mark:
             "choose another folder, or remove it yourself."
         )
     for name, size in _sizes(folder):
+        if is_partly_removed and name.endswith("/") and not (folder / name).is_symlink():
+            continue
         if mark.files.get(name) != size:
             what = "was changed since" if name in mark.files else f"is not of nemotron {made_by}"
             raise UserError(
@@ -206,9 +221,17 @@ def remove_folder(folder: Path, names: Iterable[str]) -> None:
 
 
 def _remove_own(folder: Path, made_by: str) -> None:
-    """Remove a replaced folder file by file, so that nothing can go that came in meanwhile."""
+    """Remove a replaced folder file by file, so that nothing can go that came in meanwhile.
+
+    One that an earlier command began to remove has folders that are empty by now, and at the end
+    nothing else.
+    """
+    left = [name for name, _ in _sizes(folder)]
+    if not any((folder / name).is_file() or (folder / name).is_symlink() for name in left):
+        remove_folder(folder, [MARK])
+        return
     try:
-        files = _own_mark(folder, made_by).files or {}
+        files = _own_mark(folder, made_by, is_partly_removed=True).files or {}
     except UserError as error:
         log.warning("%s is what was replaced, and was not removed: %s", folder, error)
         return

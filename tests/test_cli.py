@@ -56,6 +56,7 @@ def test_these_are_the_commands():
         "correct",
         "lm-eval",
         "data demo",
+        "data codeswitch",
         "data characters",
         "data noise",
         "data pairs",

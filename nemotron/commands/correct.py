@@ -20,6 +20,13 @@ def correct(
         Path, typer.Option("--in", help="JSON lines with the field candidates, the best first.")
     ],
     out: Annotated[Path, typer.Option(help="JSON lines to write, each with its answer.")],
+    ar: Annotated[
+        bool,
+        typer.Option("--ar", help="Let a model that answers chats write the text token by token."),
+    ] = False,
+    candidates: Annotated[
+        int, typer.Option(min=1, max=16, help="Candidates that a prompt shows, with --ar.")
+    ] = 1,
     threshold: Annotated[
         float | None,
         typer.Option(
@@ -28,8 +35,11 @@ def correct(
         ),
     ] = None,
     language: Annotated[
-        str, typer.Option(help="How tokens sound, for lines without a language.")
-    ] = "letters",
+        str | None, typer.Option(help="How tokens sound; default: as the language of each line.")
+    ] = None,
+    timed: Annotated[
+        bool, typer.Option("--timed", help="Correct one line at a time, and write its ms.")
+    ] = False,
     max_bad_rows: Annotated[
         int, typer.Option(min=0, help="Lines that may be unreadable; they are left out.")
     ] = 0,
@@ -38,17 +48,34 @@ def correct(
 ) -> int:
     """Correct texts, of which a recognizer or a writer has offered candidates."""
     from nemotron.exit_codes import DONE
-    from nemotron.posttrain.correct.answers import correct_file
+    from nemotron.posttrain.correct.answers import Files, correct_file
     from nemotron.terminal import say
 
-    corrects = _parallel(model, threshold, language, device)
-    told = correct_file(source, out, corrects, max_bad_rows=max_bad_rows, overwrite=overwrite)
+    if ar:
+        corrects = _token_by_token(model, candidates, device)
+    else:
+        corrects = _parallel(model, threshold, language, device)
+    told = correct_file(Files(source, out, max_bad_rows, overwrite, timed), corrects)
     for sentence in told.sentences():
         say(sentence)
     return DONE
 
 
-def _parallel(model: Path, threshold: float | None, language: str, device: str) -> "Corrects":
+def _token_by_token(model: Path, candidates: int, device: str) -> "Corrects":
+    from nemotron.device import find_device
+    from nemotron.generate.decode_layers import decode_view
+    from nemotron.loading import load_with_tokenizer, stop_ids
+    from nemotron.posttrain.correct.autoregressive import WrittenOut
+
+    loaded, tokenizer = load_with_tokenizer(model, find_device(device))
+    return WrittenOut(
+        decode_view(loaded, pack=True), tokenizer, stop_ids(model, loaded.config), candidates
+    )
+
+
+def _parallel(
+    model: Path, threshold: float | None, language: str | None, device: str
+) -> "Corrects":
     """Return what corrects by a run of the stage correct.
 
     Raises:
@@ -58,8 +85,8 @@ def _parallel(model: Path, threshold: float | None, language: str, device: str) 
     from nemotron.device import find_device
     from nemotron.errors import UserError
     from nemotron.loading import load_with_tokenizer
-    from nemotron.posttrain.correct.answers import InParallel
     from nemotron.posttrain.correct.config import CorrectConfig
+    from nemotron.posttrain.correct.parallel import InParallel
     from nemotron.posttrain.correct.run import Corrector, text_ids
     from nemotron.posttrain.correct.stage import read_threshold, specials_of
     from nemotron.recipe.load import load_recipe
@@ -69,10 +96,11 @@ def _parallel(model: Path, threshold: float | None, language: str, device: str) 
     config = load_recipe(run.path).config if run and run.recipe.is_file() else None
     if run is None or not isinstance(config, CorrectConfig):
         raise UserError(
-            f"{model} is not a run of stage: correct; give one, or use `nemotron generate` for a "
-            "model that answers chats."
+            f"{model} is not a run of stage: correct; give one, or use --ar for a model that "
+            "answers chats."
         )
-    sound_of(language)
+    if language is not None:
+        sound_of(language)
     loaded, tokenizer = load_with_tokenizer(model, find_device(device))
     vocab_size = loaded.config.vocab_size
     specials = specials_of(tokenizer, config.data.eod_token, vocab_size)

@@ -341,6 +341,67 @@ def data_pairs(
     )
 
 
+@app.command(
+    "codeswitch",
+    epilog="Example: nemotron data codeswitch text.jsonl --lexicon cedict --out cs.jsonl",
+)
+def data_codeswitch(
+    sources: RowSources,
+    out: Annotated[Path, typer.Option(help="JSON lines to write, a sentence in each.")],
+    mode: Annotated[
+        str,
+        typer.Option(
+            help="insert: replace words by the lexicon; parallel: mix texts with translations."
+        ),
+    ] = "insert",
+    lexicon: Annotated[
+        str | None,
+        typer.Option(help="Words, tabs and translations in a file, or cedict: CC-CEDICT."),
+    ] = None,
+    segment: Annotated[
+        str, typer.Option(help="How words are found: longest in the lexicon, or jieba.")
+    ] = "longest",
+    share: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="Share of the words to switch.")
+    ] = 0.2,
+    per_sentence: Annotated[
+        int, typer.Option(min=1, help="Most sentences that are made of one.")
+    ] = 5,
+    spf: Annotated[
+        str,
+        typer.Option(
+            help="Mean and deviation of the share of places that switch, of which sentences like "
+            "those are kept; none: any."
+        ),
+    ] = "0.29,0.21",
+    languages: Annotated[
+        str, typer.Option(help="Names of both languages, first that of the text.")
+    ] = "zh,en",
+    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    translation: Annotated[
+        str, typer.Option(help="Column that holds the translation, for parallel.")
+    ] = "translation",
+    seed: Annotated[int, typer.Option(help="Decides what switches.")] = 1,
+    max_bad_rows: MaxBadRows = 100,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+) -> int:
+    """Make text that switches between two languages, and measure how much it does."""
+    from nemotron.data.codeswitch.command import codeswitch, read_rule
+
+    return codeswitch(
+        sources,
+        out,
+        rule=read_rule(languages, share, per_sentence, spf),
+        mode=mode,
+        lexicon=lexicon,
+        segment=segment,
+        columns=(column, translation),
+        seed=seed,
+        max_bad_rows=max_bad_rows,
+        overwrite=overwrite,
+    )
+
+
 @app.command("inspect", epilog="Example: nemotron data inspect recipes/tiny/pretrain.yaml")
 def data_inspect(
     target: Annotated[

@@ -72,6 +72,19 @@ def is_prepared(path: str) -> bool:
     return Path(f"{path}.idx").exists()
 
 
+def check_texts(name: str, tokens: TokenSet) -> None:
+    """Check that a source holds texts or conversations.
+
+    Raises:
+        UserError: when it holds aligned pairs, whose sequences are no text.
+    """
+    if tokens.manifest is not None and tokens.manifest.form == "pairs":
+        raise UserError(
+            f"data.sources: {name} = {tokens.path} holds pairs; train on them with stage: correct, "
+            "or make conversations of them with `nemotron data pairs --as chat`."
+        )
+
+
 def check_supervised(name: str, tokens: TokenSet) -> None:
     """Check that a source says which of its tokens are learned.
 

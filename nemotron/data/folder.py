@@ -4,7 +4,7 @@ import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import xxhash
@@ -105,6 +105,14 @@ class Manifest(Section):
     """The first rows that could not be read, with the reason."""
     train: Annotated[tuple[ShardFacts, ...], Field(strict=False)]
     validation: Annotated[tuple[ShardFacts, ...], Field(strict=False)]
+
+    @property
+    def form(self) -> Literal["texts", "chats", "pairs"]:
+        """What a document is: a text, a conversation, or the sequences of a pair."""
+        pairs = self.options.get("pairs") or {}
+        if pairs.get("form") == "rows":
+            return "pairs"
+        return "chats" if pairs or self.options.get("chat") is not None else "texts"
 
     @property
     def content(self) -> str:

@@ -59,7 +59,7 @@ def open_path(
     manifest = read_manifest(path)
     end = eod_token or (manifest.eod_token if manifest else "</s>")
     packing = {"kind": "best_fit", "long_documents": "truncate"}
-    chats = manifest is not None and manifest.options.get("chat") is not None
+    chats = manifest is not None and manifest.form == "chats"
     values = {
         "sources": [{"name": path.absolute().name, "path": str(path)}],
         "tokenizer": tokenizer,

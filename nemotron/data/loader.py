@@ -8,7 +8,7 @@ from typing import Any
 
 from nemotron.data.batch import NO_LABEL, Batch, Row, pack
 from nemotron.data.config import ChatDataConfig, DataConfig, SourceConfig
-from nemotron.data.conversations import check_supervised, prepare_conversations
+from nemotron.data.conversations import check_supervised, check_texts, prepare_conversations
 from nemotron.data.correct.marks import marks_of
 from nemotron.data.embedded import prepare_embedded
 from nemotron.data.fingerprint import check_same_data
@@ -245,7 +245,9 @@ class TrainingData:
         if beside is not None:
             beside = tokens_of(beside, config, tokenizer, 0.0)
         source = source.model_copy(update={"path": path, "validation": beside})
-        return open_source(source, config, tokenizer, self._limit)
+        opened = open_source(source, config, tokenizer, self._limit)
+        check_texts(source.name, opened)
+        return opened
 
     def _open_conversations(
         self, source: SourceConfig, config: ChatDataConfig, hold_out: float
@@ -262,6 +264,7 @@ class TrainingData:
             held = prepare_conversations(held, config, tokenizer, 0.0)
             source = source.model_copy(update={"validation": held.path})
         opened = open_source(source, config, tokenizer, self._limit)
+        check_texts(source.name, opened)
         check_supervised(source.name, opened)
         return opened
 

@@ -19,12 +19,12 @@ from nemotron.data.chat.render import render
 from nemotron.data.chat.template import TEMPLATE
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.evaluate.branches import Scored
-from nemotron.evaluate.scoring import ROWS, Scorer
 from nemotron.generate.batch import answers_in_order
+from nemotron.generate.branches import Scored
 from nemotron.generate.engine import Engine
 from nemotron.generate.request import Request, requests_of
 from nemotron.generate.sampling import Sampling
+from nemotron.generate.scoring import ROWS, Scorer
 from nemotron.model.hybrid import HybridLM
 from nemotron.serve.conversation import ChatFormat
 from nemotron.serve.split import END, THINK

@@ -3,9 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-import xxhash
-
 from nemotron.data.chat.foreign import ForeignTemplate
 from nemotron.data.chat.template import TEMPLATE, TURN_END
 from nemotron.device import find_device
@@ -15,6 +12,7 @@ from nemotron.hf.hub import find_folder
 from nemotron.hf.tokenizer_files import TOKENIZER
 from nemotron.loading import load_with_tokenizer, read_chat_files, recipe_ops, stop_ids
 from nemotron.model.hybrid import HybridLM
+from nemotron.posttrain.contents import model_contents
 from nemotron.posttrain.prompts import Prompts
 from nemotron.run.files import RunFiles
 
@@ -74,8 +72,5 @@ class Evaluated:
 
     def digest(self) -> str:
         """Return a hash of the weights, which says whether answers are this model's."""
-        found = xxhash.xxh128()
-        for name, tensor in sorted(self.model.state_dict().items()):
-            found.update(name.encode())
-            found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return found.hexdigest()
+        [found] = model_contents("", None, self.model).values()
+        return found

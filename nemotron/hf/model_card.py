@@ -230,7 +230,8 @@ def _training(info: CheckpointInfo, run: RunFiles | None) -> Rows:
     state = read_state(info)
     if state.trainer is not None:
         rows.append(("tokens seen", f"{state.trainer.tokens:,}"))
-    if state.data is not None:
+    # runs on pairs or rollouts have other states, which say little of the model
+    if state.data is not None and any(key.startswith("data.") for key in state.data):
         rows += _data(read_fingerprint(state.data))
     if run is None:
         return rows

@@ -25,7 +25,7 @@ from nemotron.files import hash_file, write_json
 from nemotron.hf.folder import REPORT, read_folder
 from nemotron.hf.formats import CHOICES, FORMATS, DiskFormat, Formats, Plain
 from nemotron.hf.names import DiskParameter, disk_parameters, disk_tensors
-from nemotron.hf.quantized.digest import constants_of, digest_of_constants, with_constants
+from nemotron.hf.quantized.digest import digest_of_constants, with_constants
 from nemotron.hf.quantized.linear import QuantizedLinear, WithConstants
 from nemotron.hf.quantized.read import read_declaration
 from nemotron.hf.shards import INDEX, ShardedFolder
@@ -129,10 +129,11 @@ class SelfCheck:
 
     def check_scales(self) -> str:
         """Compare the scales of quantized layers with those that the export was given."""
-        read = [with_constants(p, self._stored.read) for p in self._parameters]
+        read = (with_constants(parameter, self._stored.read) for parameter in self._parameters)
         if digest_of_constants(read) != self._digest:
             raise Failed("the scales on disk are not those of the quantization")
-        return f"{sum(len(constants_of(p)) for p in read):,} tensors are those of the quantization"
+        count = len(disk_tensors(self._parameters)) - len(self._parameters)
+        return f"{count:,} tensors are those of the quantization"
 
     def check_own_loader(self) -> str:
         """Compare logits and multi-token prediction of the loaded folder with the checkpoint's."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from nemotron.checkpoint.manifest import (
     CheckpointInfo,
@@ -140,6 +141,12 @@ def _open(info: CheckpointInfo) -> Trained:
 
 def _check_alike(checkpoints: list[Trained]) -> None:
     newest = checkpoints[-1].source
+    for before, after in pairwise(checkpoints):
+        if before.tokens >= after.tokens:
+            raise UserError(
+                f"{after.source.info.folder} is damaged: it has seen {after.tokens:,} tokens, and "
+                f"step {before.step:,} {before.tokens:,}; move one of them out of the run."
+            )
     for one in checkpoints:
         if one.source.config != newest.config:
             raise UserError(

@@ -171,7 +171,10 @@ def _parse(line: bytes) -> Record | None:
         record = json.loads(line)
     except (ValueError, RecursionError):
         return None
-    return record if isinstance(record, dict) and isinstance(record.get("step"), int) else None
+    if not isinstance(record, dict):
+        return None
+    is_record = isinstance(record.get("step"), int) and isinstance(record.get("kind"), str)
+    return record if is_record else None
 
 
 def _json_value(value: float | int | str | None) -> float | int | str | None:

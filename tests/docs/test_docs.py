@@ -23,7 +23,7 @@ from tests.support.pages import PAGES, ROOT, Block, Command, blocks, commands, p
 
 COMMANDS = commands()
 OURS = [command for command in COMMANDS if command.words[0] == "nemotron"]
-OTHER_PROGRAMS = {".", "git", "cd", "torchrun"}
+OTHER_PROGRAMS = {".", "git", "cd", "torchrun", "sbatch"}
 FOLDERS = ("nemotron/", "recipes/", "tests/", "tools/", "docs/")
 
 
@@ -90,6 +90,21 @@ def test_recipes_and_overrides_in_commands_are_valid(command: Command, newcomer:
             load_recipe(given[key], given.get("overrides") or [])
 
 
+def is_cheap(command: Command) -> bool:
+    """Say whether a command only reads recipes: the shipped ones, or those of the pages."""
+    reads = command.words[1:3] in {("recipe", name) for name in ("list", "show", "check", "diff")}
+    is_whole = not command.in_sentence and not command.answer.startswith("nemotron: ")
+    return reads and is_whole and not any(word.startswith("runs/") for word in command.words)
+
+
+@pytest.mark.parametrize("command", [c for c in OURS if is_cheap(c)], ids=name_of)
+def test_commands_that_only_read_recipes_succeed(
+    command: Command, newcomer: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert cli.run(list(command.words[1:])) == 0, capsys.readouterr().err
+    assert capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "command", [c for c in OURS if c.answer.startswith("nemotron: ")], ids=name_of
 )
@@ -130,7 +145,7 @@ def test_every_other_command_exists():
                 assert importlib.util.find_spec(rest[1]), f"{command.where}: {rest[1]}"
             else:
                 assert (ROOT / rest[0]).exists(), f"{command.where}: {rest[0]}"
-        elif program.startswith("tools/"):
+        elif program.startswith(("tools/", "launch/")):
             assert (ROOT / program).exists(), command.where
         elif program != "nemotron":
             assert program in OTHER_PROGRAMS, command.where

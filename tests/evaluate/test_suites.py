@@ -73,6 +73,7 @@ def test_what_was_interrupted_goes_on_to_the_same_bits(
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+@pytest.mark.slow
 def test_answers_row_by_row_are_the_same_bits_for_every_batch(trained: Path, tmp_path: Path):
     asked = ["--suite", "arith_chain", *HOW, "--row-by-row"]
     for batch in ("1", "6"):
@@ -83,6 +84,7 @@ def test_answers_row_by_row_are_the_same_bits_for_every_batch(trained: Path, tmp
     assert lines(tmp_path / "other")[0]["row"] != lines(tmp_path / "1")[0]["row"]
 
 
+@pytest.mark.slow
 def test_a_model_against_itself_changes_nothing_and_against_another_something(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -108,6 +110,7 @@ def test_a_model_against_itself_changes_nothing_and_against_another_something(
     assert "KL 0.000000 nats a token  same likeliest token 100.00%" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_long_texts_give_a_heat_map_over_length_and_depth(trained: Path, tmp_path: Path):
     asked = ["--suite", "ruler", "--lengths", "256,320", "--depths", "0,1", "--tasks", "1"]
     assert evaluate(trained, [*asked, "--max-new-tokens", "2"], tmp_path / "out") == 0

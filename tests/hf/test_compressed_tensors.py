@@ -66,5 +66,49 @@ def test_its_decompressor_gives_the_emulated_weights(
         given = kind.decompress(own, matched[0])["weight"]
         expected = fake_quantize_weight(master, scales[layer])
         assert torch.equal(given, expected.to(given.dtype)), layer
+        assert (given.float() - master).norm() < 0.2 * master.norm(), layer
         read += given.dtype == torch.float32 or scales[layer].format == "nvfp4"
     assert read == len(scales) > 20
+
+
+@pytest.mark.slow
+def test_transformers_loads_a_model_without_experts(make_run: Callable[..., Path], tmp_path: Path):
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    transformers.logging.disable_progress_bar()
+    run = make_run(
+        tmp_path / "run",
+        **WIDTHS,
+        hybrid_override_pattern="M*-M",
+        num_nextn_predict_layers=0,
+        mtp_hybrid_override_pattern=None,
+    )
+    config, masters = read_model(run)
+    weights = {p.name: p.part_of(masters[p.source]) for p in disk_parameters(config)}
+    scales = scales_of_all(
+        weights,
+        lambda layer: {
+            "up_proj": "nvfp4",
+            "down_proj": "nvfp4",
+            "q_proj": "fp8",
+            "k_proj": "fp8",
+            "v_proj": "fp8",
+            "in_proj": "fp8",
+        }.get(layer.rpartition(".")[2]),
+    )
+    out = tmp_path / "out"
+    quantized = Quantized(scales, layout="compressed-tensors")
+    assert export(run, out, quantized=quantized, check=False) == 0
+    theirs, found = transformers.NemotronHForCausalLM.from_pretrained(
+        out, dtype=torch.bfloat16, output_loading_info=True, local_files_only=True
+    )
+    assert not any(found.values()), found
+    with torch.no_grad():  # the first call decodes the weights
+        assert theirs(input_ids=torch.arange(9).unsqueeze(0)).logits.isfinite().all()
+    loaded = theirs.state_dict()
+    for layer, own in scales.items():
+        expected = fake_quantize_weight(weights[f"{layer}.weight"], own).bfloat16()
+        if own.format == "fp8":  # transformers keeps FP8's scales in the model's dtype
+            codes = ShardedFolder(out).read(f"{layer}.weight")
+            expected = codes.bfloat16() * own.weight_scale.bfloat16()
+        given = loaded[layer.replace("backbone.", "model.", 1) + ".weight"]
+        assert torch.equal(given, expected), layer

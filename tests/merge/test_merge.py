@@ -10,11 +10,12 @@ import torch
 from safetensors.numpy import load_file
 
 from nemotron.checkpoint.find import locate
-from nemotron.checkpoint.manifest import verify
+from nemotron.checkpoint.manifest import FORMAT, verify
 from nemotron.checkpoint.read import read_model
 from nemotron.cli import run
 from nemotron.hf.source import open_checkpoint
 from nemotron.merge.coefficients import coefficients
+from tests.support.old_checkpoint import seal
 
 STEPS = (2, 4, 6, 8)
 
@@ -121,6 +122,20 @@ def test_a_damaged_checkpoint_is_left_out_and_named(
     assert "step-00000004 is damaged" in capsys.readouterr().out
     facts = json.loads((out / "provenance.json").read_text())["merged"]
     assert facts["steps"] == [2, 6, 8]
+
+
+def test_tokens_that_do_not_rise_are_named(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    copied = tmp_path / "copied"
+    shutil.copytree(trained, copied)
+    checkpoint = copied / "checkpoints/step-00000004"
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["trainer"]["tokens"] = 1
+    (checkpoint / "state.json").write_text(json.dumps(state))
+    seal(checkpoint, 4, FORMAT)
+    out = ["--out", str(tmp_path / "merged")]
+    assert "it has seen 1 tokens, and step 2" in refusal([str(copied), *out], tmp_path, capsys)
 
 
 def test_wrong_input_is_one_sentence(

@@ -56,7 +56,9 @@ def test_numbers_survive_to_the_last_bit(tmp_path):
     assert read_metrics(path)[0]["loss"] == value
 
 
-@pytest.mark.parametrize("damage", [b"\0\0\0\n", b'{"kind": "train"}\n', b"[" * 100_000 + b"\n"])
+@pytest.mark.parametrize(
+    "damage", [b"\0\0\0\n", b'{"step": 3}\n', b'{"kind": "train"}\n', b"[" * 100_000 + b"\n"]
+)
 def test_a_damaged_line_is_set_aside_and_the_whole_ones_are_kept(tmp_path, damage):
     path = tmp_path / "metrics.jsonl"
     with MetricsFile(path, last_step=0) as metrics:

@@ -20,9 +20,9 @@ def is_character(token: str) -> bool:
 
 
 def join_mixed(tokens: Sequence[str]) -> str:
-    """Return the text of tokens, with spaces between words only."""
+    """Return the text of tokens or words, with spaces where no such character stands."""
     parts: list[str] = []
     for before, token in zip(["", *tokens], tokens, strict=False):
-        spaced = before and not is_character(before) and not is_character(token)
+        spaced = before and not is_character(before[-1]) and not is_character(token[0])
         parts += [" ", token] if spaced else [token]
     return "".join(parts)

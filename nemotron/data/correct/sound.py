@@ -42,13 +42,18 @@ def distance(one: str, other: str) -> int:
     return previous[-1]
 
 
+def is_there(package: str) -> bool:
+    """Say whether a package is installed."""
+    return importlib.util.find_spec(package) is not None
+
+
 def require(package: str, language: str) -> None:
     """Check that a package is there.
 
     Raises:
         UserError: when it is not, with the command that installs it.
     """
-    if importlib.util.find_spec(package) is None:
+    if not is_there(package):
         raise UserError(
             f"needs the package {package}; install it: {EXTRA}, or use the language grammar.",
             key="--language",

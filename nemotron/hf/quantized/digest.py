@@ -1,6 +1,6 @@
 """A hash of the scales of an export, which vouches for those that its check reads."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 import torch
@@ -36,7 +36,7 @@ def with_constants(parameter: DiskParameter, read: Callable[[str], Tensor]) -> D
     return parameter
 
 
-def digest_of_constants(parameters: Sequence[DiskParameter]) -> str | None:
+def digest_of_constants(parameters: Iterable[DiskParameter]) -> str | None:
     """Return a hash of the names and bytes of all scales; None where there are none."""
     hashed, count = xxhash.xxh128(), 0
     for parameter in parameters:

@@ -103,7 +103,8 @@ def _algorithm(given: Values, key: str, where: str, prefix: str = "") -> StoredF
     value, name = given.get(key), f"{prefix}.{key}" if prefix else key
     form = ALGORITHMS.get(str(value).upper())
     if form is None:
-        rule = f"cannot be read; known are {', '.join((*ALGORITHMS, MIXED))}."
+        known = (*ALGORITHMS, *(() if prefix else (MIXED,)))
+        rule = f"cannot be read; known are {', '.join(known)}."
         raise UserError(rule, key=name, value=value, where=where)
     if form == "nvfp4" and given.get("group_size") not in (None, BLOCK):
         rule = f"is not supported; NVFP4 has blocks of {BLOCK}."

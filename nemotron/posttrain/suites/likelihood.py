@@ -2,10 +2,8 @@
 
 from collections.abc import Sequence
 
-import torch
-from jaxtyping import Float
-from torch import Tensor
-
+from nemotron.generate.branches import Scored
+from nemotron.generate.scoring import Scorer
 from nemotron.model.hybrid import HybridLM
 from nemotron.posttrain.answering import Answerer
 from nemotron.posttrain.environments.base import Response, Row, Verdict, find_field
@@ -40,22 +38,9 @@ def likeliest(answerer: Answerer, task: str, number: int, row: Row) -> Sample:
     return Sample(task, number, 0, row, Response(options[first]), verdict, 0, is_truncated=False)
 
 
-@torch.no_grad()
 def sum_logprobs(
     model: HybridLM, context: Sequence[int], continuations: Sequence[Sequence[int]]
 ) -> list[float]:
-    """Return the log-probability of each text after the same context, in nats.
-
-    What follows a text in its row cannot change it, so that shorter ones are filled up.
-    """
-    longest = max(map(len, continuations))
-    rows = [[*context, *each, *[0] * (longest - len(each))] for each in continuations]
-    ids = torch.tensor(rows, device=model.backbone.embeddings.weight.device)
-    hidden = model(ids)[:, len(context) - 1 : -1]
-    found: Float[Tensor, "B T"] = (
-        model.logits(hidden)
-        .float()
-        .log_softmax(-1)
-        .gather(-1, ids[:, len(context) :, None])[..., 0]
-    )
-    return [found[i, : len(each)].double().sum().item() for i, each in enumerate(continuations)]
+    """Return the log-probability of each text after the same context, in nats."""
+    texts = [Scored((*context, *each), len(context)) for each in continuations]
+    return [score.logprob for score in Scorer(model, len(texts)).score(texts)]

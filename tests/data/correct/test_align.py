@@ -59,6 +59,7 @@ def test_columns_of_words_that_sound_as_they_are_written():
         ("北京的大学", "北京大学", 996002, [1, 1, 0, 1, 1]),
         ("今天气很好", "今天天气很好", 995004, [2, 1, 1, 1, 1]),
         ("天汽好", "天气很好", 1998003, [1, 2, 1]),
+        ("天汽", "天很气", 1999003, [1, 2]),
     ],
 )
 def test_costs_and_durations_are_those_of_fastcorrect(

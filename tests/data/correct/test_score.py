@@ -62,6 +62,7 @@ def test_the_rate_of_an_empty_reference_is_the_number_of_insertions():
 def test_tokens_of_mixed_text_are_characters_and_words():
     assert split_mixed("我们go to 公园, ok？") == [*"我们", "go", "to", *"公园", ",", "ok", "？"]
     assert join_mixed(split_mixed("我们 go to 公园")) == "我们go to公园"
+    assert join_mixed(["我们", "go", "to", "公园"]) == "我们go to公园"
 
 
 def test_edits_are_merged_with_their_neighbors():

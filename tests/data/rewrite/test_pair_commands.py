@@ -137,6 +137,13 @@ def test_right_tokens_of_chats_have_a_role_of_their_own(tmp_path: Path):
     assert Stream([shard]).read_learned(0, len(ids)).sum() == len(answer)
 
 
+def test_pairs_are_not_taken_for_texts(made: Path, capsys: pytest.CaptureFixture[str]):
+    words = [f"data.tokenizer={made / 'tokenizer.json'}", f"data.cache={made / 'cache'}"]
+    words.append(f"data.sources=[{{name: pairs, path: {made / 'rows'}}}]")
+    assert run(["data", "plan", "tiny/smoke", *words]) == 2
+    assert "rows holds pairs; train on them with stage: correct, or" in capsys.readouterr().err
+
+
 BAD = [
     ({"candidates": ["a"]}, "has no target"),
     ({"target": "", "candidates": ["a"]}, "has a target that is not text or is empty"),

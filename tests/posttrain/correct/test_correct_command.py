@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from nemotron.cli import run
-from tests.support.fine_tuning import write_rows
+from tests.support.fine_tuning import write_recipe, write_rows
 from tests.support.pairs import LETTERS, MODEL, PairPlace, tokenizer
 
 LINES = [
@@ -37,7 +37,9 @@ def test_each_line_gets_an_answer_and_keeps_its_fields(
 ) -> None:
     capsys.readouterr()
     found = corrected(soft, LINES, tmp_path / "out.jsonl")
-    assert [{k: v for k, v in row.items() if k != "answer"} for row in found] == LINES
+    assert [
+        {k: v for k, v in row.items() if k not in ("answer", "selected")} for row in found
+    ] == LINES
     assert all(set(row["answer"]) <= set(LETTERS) for row in found)
     said = capsys.readouterr().err
     assert "3 lines corrected" in said
@@ -72,15 +74,14 @@ def test_scores_of_the_candidates_weigh_in_the_choice(place: PairPlace, tmp_path
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("{", "line 2: "),
-        ({"target": "abc"}, "line 2: has no candidates"),
-        ({"candidates": []}, "line 2: has no candidates"),
-        ({"candidates": "abc"}, "line 2: has no candidates"),
-        ({"candidates": ["abc", 7]}, "line 2: has a candidate that is no text"),
-        ({"candidates": ["", ""]}, "line 2: has no candidate with text"),
+        ("{", "line 2 "),
+        ({"target": "abc"}, "line 2 has no list of candidates"),
+        ({"candidates": []}, "line 2 has no list of candidates"),
+        ({"candidates": "abc"}, "line 2 has no list of candidates"),
+        ({"candidates": ["abc", 7]}, "line 2 has a candidate that is not text"),
+        ({"candidates": ["", ""]}, "line 2 has only empty candidates"),
         ({"candidates": ["abc"], "scores": [1, 2]}, "not a list of numbers for each candidate"),
         ({"candidates": ["abc"], "scores": [[1.0, 2.0]]}, "line 2 has 2 scores for 3 tokens"),
-        ({"candidates": ["abc"], "language": "xx"}, "xx is unknown"),
     ],
 )
 def test_an_unreadable_line_is_one_sentence(
@@ -119,6 +120,51 @@ def test_what_is_no_run_of_the_stage_and_a_file_that_is_there_are_refused(
     assert "exists already" in capsys.readouterr().err
     assert out.read_text() == "mine"
     assert run(["correct", str(soft), *more, "--overwrite"]) == 0
+
+
+def test_an_unknown_language_is_refused(
+    soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    source = write_rows(tmp_path / "in.jsonl", LINES)
+    more = ["--in", str(source), "--out", str(tmp_path / "out.jsonl"), "--language", "xx"]
+    capsys.readouterr()
+    assert run(["correct", str(soft), *more]) == 2
+    assert "--language = xx is unknown" in capsys.readouterr().err
+
+
+def test_answers_can_be_scored_with_their_time(
+    soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    lines = [{"id": str(n), "candidates": ["abcd", "abbd"], "target": "abcd"} for n in range(3)]
+    found = corrected(soft, lines, tmp_path / "out.jsonl", "--timed")
+    assert all(row["ms"] > 0 for row in found)
+    capsys.readouterr()
+    references = str(tmp_path / "in.jsonl")
+    assert run(["score", str(tmp_path / "out.jsonl"), "--references", references]) == 0
+    assert "selected" in capsys.readouterr().out
+
+
+def test_a_model_that_answers_chats_writes_token_by_token(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    """An untrained one: its answers do not end, so that the first candidate stays."""
+    values = {
+        "name": "untrained",
+        "output": str(tmp_path / "runs"),
+        "device": "cpu",
+        "model": {**MODEL, "vocab_size": 4096},
+        "data": {"sources": ["verse"], "seq_len": 32, "cache": str(tmp_path / "cache")},
+        "batch": {"global_tokens": 64},
+        "schedule": {"peak": 1e-3, "total_steps": 1, "kind": "constant"},
+        "evaluation": {"tokens": 64},
+    }
+    assert run(["train", str(write_recipe(tmp_path / "one.yaml", values))]) == 0
+    capsys.readouterr()
+    found = corrected(tmp_path / "runs/untrained", LINES[:2], tmp_path / "out.jsonl", "--ar")
+    assert [row["answer"] for row in found] == ["abcd", "ponm"]
+    said = capsys.readouterr().err
+    assert "2 answers were empty or too long: the first candidate stays" in said
+    assert "1 had too many candidates" in said
 
 
 def test_a_model_of_several_candidates_is_not_exported(

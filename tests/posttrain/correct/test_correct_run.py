@@ -59,6 +59,8 @@ def test_a_trained_model_goes_on_with_candidates_and_heads(place: PairPlace) -> 
     assert run(["train", str(first)]) == 0
     base = read_model(place.runs / "one")[1]
     assert not [name for name in base if name.startswith(("candidates", "edit_heads"))]
+    out = place.folder / "export"
+    assert run(["export", str(place.runs / "one"), "--out", str(out), "--no-check"]) == 0
     more = {"init_from": str(place.runs / "one"), **model_of("duration")}
     second = place.recipe("two", correct={"kind": "duration"}, **more)
     assert run(["train", str(second), "--stop-at", "1", "optimizer.clip=1e-9"]) == 75

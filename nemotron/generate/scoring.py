@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron.evaluate.branches import Leaf, Scored, Stem, Tokens, grow
+from nemotron.generate.branches import Leaf, Scored, Stem, Tokens, grow
 from nemotron.generate.forward import PIECE, extend, new_cache
 from nemotron.model.cache import Snapshot
 from nemotron.model.hybrid import HybridLM

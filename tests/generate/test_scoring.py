@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from nemotron.evaluate import scoring
-from nemotron.evaluate.branches import Scored, Stem, grow
-from nemotron.evaluate.scoring import Scorer
+from nemotron.generate import scoring
+from nemotron.generate.branches import Scored, Stem, grow
 from nemotron.generate.decode_layers import prepare_weights
+from nemotron.generate.scoring import Scorer
 from nemotron.model.hybrid import HybridLM
 from tests.support.models import build
 

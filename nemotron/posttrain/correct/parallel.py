@@ -1,0 +1,61 @@
+"""Lines corrected in parallel, by a model of the stage correct."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from nemotron.data.correct.align import columns_of
+from nemotron.data.correct.sound import LANGUAGES, sound_of
+from nemotron.data.tokenizer import Tokenizer
+from nemotron.errors import UserError
+from nemotron.posttrain.correct.answers import Corrected, Line, Told
+from nemotron.posttrain.correct.run import Corrector, Source
+
+
+@dataclass(frozen=True)
+class InParallel:
+    """Aligns the candidates of each line, and corrects them."""
+
+    corrector: Corrector
+    tokenizer: Tokenizer
+    language: str | None = None
+    """How tokens sound, by which candidates are aligned; absent: as the language of each line."""
+
+    def __call__(self, lines: Sequence[Line], told: Told) -> list[Corrected]:
+        """Return the corrected text of each line.
+
+        Raises:
+            UserError: when a line has scores for another number of tokens, or its language needs a
+                package that is missing.
+        """
+        answers = self.corrector.correct([self._source(line, told) for line in lines])
+        decode = self.tokenizer.decode
+        return [Corrected(decode(answer.tokens), decode(answer.selected)) for answer in answers]
+
+    def _source(self, line: Line, told: Told) -> Source:
+        pair, wanted = line.pair, self.corrector.model.config.num_candidates
+        told.repeated += len(pair.candidates) < wanted
+        told.cut += len(pair.candidates) > wanted
+        ids = self.tokenizer.encode_batch(pair.exactly(wanted))
+        columns = columns_of(ids, self._sound(pair.language)).lines
+        void = self.corrector.specials.marks.void
+        filled = np.array([[void if t is None else t for t in own] for own in columns], np.int64)
+        if pair.scores is None:
+            return Source(filled)
+        try:
+            pair.check_scores(
+                [len(tokens) for tokens in self.tokenizer.encode_batch(pair.candidates)]
+            )
+        except ValueError as error:
+            raise UserError(f"{line.where} {error}.") from None
+        scores = [*pair.scores, *[pair.scores[0]] * wanted][:wanted]
+        placed = np.zeros(filled.shape)
+        for place, own, values in zip(placed, filled, scores, strict=True):
+            place[own != void] = values
+        return Source(filled, placed)
+
+    def _sound(self, language: str | None) -> Callable[[int], str]:
+        known = language if language in LANGUAGES else "letters"
+        sound = sound_of(self.language or known)
+        return lambda token: sound(self.tokenizer.decode([token]).strip())
