@@ -167,7 +167,7 @@ loss: {{mtp_num_depths: 0}}
     for words, said in (
         ([f"quantization.like={trained}"], "is no folder of a quantized model"),
         (["model.moe_latent_size=16", "init_from=null"], "init_from"),
-        (["precision.preset=fp8_current"], "precision.preset = fp8_current"),
+        (["precision.compute=bf16", "precision.preset=fp8_current"], "precision.preset"),
     ):
         capsys.readouterr()
         assert run(["train", str(recipe), "--dry-run", "name=wrong", *words]) == 2
