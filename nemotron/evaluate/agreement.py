@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
@@ -17,18 +17,22 @@ POSITIONS = 512
 
 @dataclass(frozen=True)
 class Agreement:
-    """What replacing the reference by the model changes."""
+    """What replacing the reference by the model changes; means over the tokens, in nats."""
 
+    loss: float
+    """Cross entropy of the model."""
+    reference_loss: float
+    """Cross entropy of the reference."""
     kl: float
-    """Mean of KL(reference || model) over the tokens, in nats."""
+    """KL(reference || model)."""
     top1: float
     """Share of the tokens for which both find the same one likeliest."""
     tokens: int
 
     def __str__(self) -> str:
         return (
-            f"KL {self.kl:.6f} nats a token  same likeliest token {self.top1:.2%}  "
-            f"{self.tokens} tokens"
+            f"loss {self.reference_loss:.5f} -> {self.loss:.5f}  KL {self.kl:.6f} nats a token  "
+            f"same likeliest token {self.top1:.2%}  {self.tokens} tokens"
         )
 
 
@@ -47,18 +51,51 @@ def agreement(model: HybridLM, reference: HybridLM, batches: Iterable[Batch]) ->
             f"the models have vocabularies of {model.config.vocab_size} and "
             f"{reference.config.vocab_size} tokens; compare models with one tokenizer."
         )
-    kl, same, tokens = 0.0, 0, 0
+    sums, tokens = torch.zeros(4, dtype=torch.float64), 0
     for batch in batches:
+        labels = batch.labels[batch.labels != NO_LABEL]
         ours, theirs = _labeled(model, batch), _labeled(reference, batch)
-        for mine, other in zip(ours.split(POSITIONS), theirs.split(POSITIONS), strict=True):
+        parts = (some.split(POSITIONS) for some in (ours, theirs, labels))
+        for mine, other, right in zip(*parts, strict=True):
             found = _logprobs(model, mine)
-            wanted = _logprobs(reference, other).to(found.device)
-            kl += (wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64).sum().item()
-            same += int((wanted.argmax(-1) == found.argmax(-1)).sum())
-        tokens += ours.shape[0]
+            sums += _sums(found, _logprobs(reference, other).to(found.device), right)
+        tokens += len(labels)
     if not tokens:
         raise UserError("there is no text to compare the models on; give at least one token.")
-    return Agreement(kl / tokens, same / tokens, tokens)
+    loss, reference_loss, kl, same = (sums / tokens).tolist()
+    return Agreement(loss, reference_loss, kl, same, tokens)
+
+
+def pooled(parts: Iterable[Agreement]) -> Agreement:
+    """Return the agreement over the tokens of all parts."""
+    parts = list(parts)
+    tokens = sum(part.tokens for part in parts)
+
+    def mean(values: Iterable[float]) -> float:
+        pairs = zip(values, parts, strict=True)
+        return sum(value * part.tokens for value, part in pairs) / tokens
+
+    return Agreement(
+        mean(part.loss for part in parts),
+        mean(part.reference_loss for part in parts),
+        mean(part.kl for part in parts),
+        mean(part.top1 for part in parts),
+        tokens,
+    )
+
+
+def _sums(
+    found: Float[Tensor, "M V"], wanted: Float[Tensor, "M V"], labels: Int[Tensor, " M"]
+) -> Float[Tensor, "4"]:
+    """Return both cross entropies, the divergence and the number of equal first choices."""
+    picked = labels.to(found.device).unsqueeze(-1)
+    terms = (
+        -found.gather(-1, picked).squeeze(-1),
+        -wanted.gather(-1, picked).squeeze(-1),
+        (wanted.exp() * (wanted - found)).sum(-1, dtype=torch.float64),
+        wanted.argmax(-1) == found.argmax(-1),
+    )
+    return torch.stack([term.sum(dtype=torch.float64) for term in terms]).cpu()
 
 
 def _labeled(model: HybridLM, batch: Batch) -> Float[Tensor, "M D"]:

@@ -43,12 +43,12 @@ class HeldOut:
         """The model, without weights until they are copied into it."""
         return self._local.models[0]
 
-    def batches(self) -> Iterator[Batch]:
-        """Yield the rows on which `metrics` are computed."""
+    def batches(self, domain: str | None = None) -> Iterator[Batch]:
+        """Yield the rows on which `metrics` are computed, of one domain or of all."""
         config, resets = self.config, self.data.config.reset_documents
         tokens, rows = config.evaluation.tokens, config.batch.micro_batch
-        for domain in self.data.validation_domains:
-            for held_out in self.data.validation(domain, tokens=tokens, rows=rows):
+        for name in [domain] if domain else self.data.validation_domains:
+            for held_out in self.data.validation(name, tokens=tokens, rows=rows):
                 batch = held_out.batch
                 yield batch if resets else replace(batch, seq_idx=None)
 

@@ -5,8 +5,8 @@ from dataclasses import asdict
 from typing import Any
 
 from nemotron.checkpoint.manifest import code_version
+from nemotron.evaluate.agreement import Agreement
 from nemotron.quantize.calibrate import FEW_TOKENS, Observed
-from nemotron.quantize.compare import Comparison
 from nemotron.quantize.decide import Decision, Wanted
 from nemotron.quantize.size import Size
 
@@ -16,7 +16,7 @@ NAMED = 3
 
 
 def as_json(
-    wanted: Wanted, decision: Decision, size: Size, compared: Mapping[str, Comparison]
+    wanted: Wanted, decision: Decision, size: Size, compared: Mapping[str, Agreement]
 ) -> dict[str, Any]:  # Any: JSON
     """Return all that is known about a quantized model."""
     observed, found = decision.observed, decision.found
@@ -38,7 +38,7 @@ def as_json(
                 for name, few in observed.rare().items()
             },
         },
-        "held_out": {name: asdict(comparison) for name, comparison in compared.items()},
+        "held_out": {name: asdict(found) for name, found in compared.items()},
         "search": None
         if found is None
         else {
@@ -52,7 +52,7 @@ def as_json(
     }
 
 
-def lines(size: Size, observed: Observed, compared: Mapping[str, Comparison]) -> Iterator[str]:
+def lines(size: Size, observed: Observed, compared: Mapping[str, Agreement]) -> Iterator[str]:
     """Yield what the command prints."""
     yield f"{'format':<8}{'layers':>8}{'parameters':>16}"
     for format in FORMATS:
@@ -64,7 +64,7 @@ def lines(size: Size, observed: Observed, compared: Mapping[str, Comparison]) ->
     heads = ("loss before", "after", "KL", "same top-1")
     yield " " * width + "".join(f"{head:>13}" for head in heads)
     for name, one in compared.items():
-        values = (one.loss_before, one.loss_after, one.kl)
+        values = (one.reference_loss, one.loss, one.kl)
         cells = "".join(f"{value:>13.5f}" for value in values)
         yield f"{name:<{width}}{cells}{one.top1:>13.2%}"
     yield from _rare(observed)

@@ -7,9 +7,9 @@ from operator import itemgetter
 from pathlib import Path
 
 from nemotron.data.batch import Batch
+from nemotron.evaluate.agreement import Agreement, agreement, pooled
 from nemotron.evaluate.command import Text, open_text
 from nemotron.model.hybrid import HybridLM
-from nemotron.quantize.compare import Comparison, compare
 
 
 class Subject:
@@ -38,13 +38,10 @@ class Subject:
             yield from batch.split(config.rows_at_once(batch.input_ids.shape[1]))
             step, left = step + 1, left - batch.input_ids.shape[0]
 
-    def compare(self) -> dict[str, Comparison]:
-        """Return what the model loses on held-out text, by domain and over `all`."""
-        config = self._held_out.config
-        return compare(
-            self.before,
-            self.model,
-            self._held_out.data,
-            tokens=config.evaluation.tokens,
-            rows=config.batch.micro_batch,
-        )
+    def compare(self) -> dict[str, Agreement]:
+        """Return what quantization changes on held-out text, by domain and over `all`."""
+        found = {
+            domain: agreement(self.model, self.before, self._held_out.batches(domain))
+            for domain in self._held_out.data.validation_domains
+        }
+        return found | {"all": pooled(found.values())}

@@ -1,13 +1,16 @@
 """Divergence and agreement of two models, against PyTorch's own on the logits of whole rows."""
 
+from dataclasses import astuple
+
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
+from torch.nn.functional import cross_entropy
 
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.errors import UserError
 from nemotron.evaluate import agreement as module
-from nemotron.evaluate.agreement import agreement
+from nemotron.evaluate.agreement import agreement, pooled
 from nemotron.model.hybrid import HybridLM
 from tests.support.models import build, tokens
 
@@ -41,8 +44,20 @@ def test_divergence_goes_from_the_reference_to_the_model(
     # distributions are float32
     assert found.kl == pytest.approx(wanted, rel=1e-5)
     assert found.top1 == (ours.argmax(-1) == theirs.argmax(-1)).double().mean().item()
+    labels = torch.cat([b.labels[b.labels != NO_LABEL] for b in batches()])
+    assert found.loss == pytest.approx(cross_entropy(ours, labels).item(), rel=1e-5)
+    assert found.reference_loss == pytest.approx(cross_entropy(theirs, labels).item(), rel=1e-5)
     turned = agreement(reference, model, batches())
     assert turned.kl != pytest.approx(found.kl, rel=1e-3)
+
+
+def test_parts_are_pooled_by_their_tokens():
+    model, reference = build(0), build(5)
+    whole = agreement(model, reference, batches())
+    parts = [agreement(model, reference, [batch]) for batch in batches()]
+    assert len(parts) > 1
+    for value, wanted in zip(astuple(pooled(parts)), astuple(whole), strict=True):
+        assert value == pytest.approx(wanted, rel=1e-6)
 
 
 def test_a_model_agrees_with_itself():
