@@ -55,8 +55,8 @@ def correct(
         corrects = _token_by_token(model, candidates, device)
     else:
         corrects = _parallel(model, threshold, language, device)
-    told = correct_file(Files(source, out, max_bad_rows, overwrite, timed), corrects)
-    for sentence in told.sentences():
+    counts = correct_file(Files(source, out, max_bad_rows, overwrite, timed), corrects)
+    for sentence in counts.sentences():
         say(sentence)
     return DONE
 

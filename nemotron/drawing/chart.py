@@ -97,9 +97,9 @@ def line_chart(
     y = np.concatenate([part for one in binned for part in (one.low, one.high)])
     across = axis(x, LEFT, WIDTH - RIGHT, "exact")
     up = axis(y, HEIGHT - BOTTOM, TOP, scale)
-    told = ", ".join(f"{line.label} {line.last}" for line in lines)
+    shown = ", ".join(f"{line.label} {line.last}" for line in lines)
     parts = [
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(f"{title}: {told}")}">',
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{text(f"{title}: {shown}")}">',
         *_grid(across, up, x_label),
         *(_mark(mark, across) for mark in marks[:MARKS] if across.low <= mark.x <= across.high),
     ]

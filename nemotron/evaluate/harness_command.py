@@ -65,7 +65,9 @@ def evaluate_tasks(model: Path, wanted: Harness, *, out: Path | None, device: st
             )
             raise UserError(rule, key=key, value=file)
     if wanted.include_path is not None and not wanted.include_path.is_dir():
-        raise UserError("is no folder; give one.", key="--include-path", value=wanted.include_path)
+        raise UserError(
+            "is not a folder; give one.", key="--include-path", value=wanted.include_path
+        )
     with _quiet():
         found = _evaluate(model, wanted, device)
     from lm_eval.utils import make_table
@@ -154,7 +156,9 @@ def _find_tasks(wanted: Harness) -> tuple[list[Any], Any]:  # Any: classes of lm
         manager = TaskManager(include_path=wanted.include_path)
     for name in _unknown(wanted.tasks, manager):
         close = difflib.get_close_matches(name, manager.all_tasks, 3)
-        rule = f"is no task; {'close to it are ' + ', '.join(close) if close else 'give another'}."
+        rule = (
+            f"is not a task; {'close to it are ' + ', '.join(close) if close else 'give another'}."
+        )
         raise UserError(rule, key="TASK", value=name)
     for name in wanted.tasks:
         try:

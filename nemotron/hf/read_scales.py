@@ -45,7 +45,7 @@ def read_like(folder: Path, model: nn.Module, key: str) -> ModelScales:
     scales = read_scales(folder) if is_exported(folder) else None
     if scales is None:
         raise UserError(
-            "is no folder of a quantized model; write one with nemotron quantize.",
+            "is not a folder of a quantized model; write one with nemotron quantize.",
             key=key,
             value=str(folder),
         )

@@ -67,8 +67,8 @@ async def read_body(request: Request, limits: Limits) -> bytes:
 
 
 async def _read(request: Request, most: int) -> bytes:
-    told = request.headers.get("content-length", "")
-    parts, size = [], int(told) if told.isdecimal() else 0
+    announced = request.headers.get("content-length", "")
+    parts, size = [], int(announced) if announced.isdecimal() else 0
     if size <= most:
         size = 0
         async for part in request.stream():

@@ -223,11 +223,11 @@ def test_wrong_tasks_are_one_sentence(
     full.write_text("{}")
     model, names = [str(both.folder)], ["--include-path", str(tmp_path)]
     cases = [
-        (["none.yaml", *names], "none.yaml is no task"),
+        (["none.yaml", *names], "none.yaml is not a task"),
         (["absent", *names], "TASK = absent cannot be read"),
         (["long", *names], f"max_gen_toks = {LONGEST} must be below {LONGEST}"),
         (["beams", *names], "generation_kwargs.num_beams = 4 is unknown"),
-        (["absent", "--include-path", str(full)], "is no folder"),
+        (["absent", "--include-path", str(full)], "is not a folder"),
         (["absent", *names, "--samples", str(full)], "exists already"),
     ]
     for words, said in cases:

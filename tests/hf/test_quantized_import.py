@@ -275,10 +275,10 @@ def test_patterns_of_strangers_that_could_match_forever_are_not_matched(write: C
             ["q_proj, k_proj and v_proj"],
         ),
         (lambda s, w: s.update({EXPERT: scales_of(w[EXPERT], "nvfp4")}), ["have one format"]),
-        (lambda s, w: s.update({"lm_heat": s[EXPERT]}), ["lm_heat is no linear layer"]),
+        (lambda s, w: s.update({"lm_heat": s[EXPERT]}), ["lm_heat is not a linear layer"]),
         (
             lambda s, w: s.update({"backbone.layers.1.mixer.gate": s[EXPERT]}),
-            ["gate is no linear layer"],
+            ["gate is not a linear layer"],
         ),
         (lambda s, w: s.update({EXPERT: s[MAMBA]}), []),
     ],

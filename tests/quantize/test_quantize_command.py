@@ -165,7 +165,7 @@ loss: {{mtp_num_depths: 0}}
     ]
     assert moved
     for words, said in (
-        ([f"quantization.like={trained}"], "is no folder of a quantized model"),
+        ([f"quantization.like={trained}"], "is not a folder of a quantized model"),
         (["model.moe_latent_size=16", "init_from=null"], "init_from"),
         (["precision.compute=bf16", "precision.preset=fp8_current"], "precision.preset"),
     ):
@@ -191,7 +191,7 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
         ([run_, "--out", str(out), *nvfp4, "--keep", "layer9"], "--keep = layer9 fits no linear"),
         ([run_, "--out", str(out), "--bits", "4", "--rows", "1"], "give at least 4.5"),
         ([run_, "--out", str(out), "--bits", "5", "--score", "magnitude"], "use one of fisher, kl"),
-        ([run_, "--out", str(out), "--like", str(foreign)], "is no folder of a quantized model"),
+        ([run_, "--out", str(out), "--like", str(foreign)], "is not a folder of a quantized model"),
         ([run_, "--out", str(foreign), *nvfp4], "exists already"),
         ([run_, "--out", str(trained / "checkpoints" / "q"), *nvfp4], "inside the checkpoints"),
         ([str(foreign), "--out", str(out), *nvfp4], "foreign"),

@@ -49,7 +49,7 @@ class Quantized:
         cache = {name.rpartition(".")[0]: name for name in self.cache_scales}
         for name in (*self.layers, *cache):
             if name not in found:
-                raise UserError("is no linear layer of the model.", key=name)
+                raise UserError("is not a linear layer of the model.", key=name)
         check_fused(self.layers)
         return {
             found[name].name: self._format(found[name], cache.get(name))
@@ -69,7 +69,7 @@ class Quantized:
         scale = self.cache_scales[cache]
         key = cache.rpartition(".")[2]
         if key != next((k for end, k in CACHE_SCALES.items() if layer.endswith(end)), None):
-            raise UserError("is no scale of keys or values.", key=cache)
+            raise UserError("is not a scale of keys or values.", key=cache)
         _check_scalar(cache, scale)
         constants = {key: scale.to(torch.float32).reshape(LAYOUTS[self.layout].scalar).clone()}
         return WithConstants(form, specs_of(constants), constants)
@@ -136,7 +136,7 @@ def _check_scales(parameter: DiskParameter, scales: LinearScales) -> None:
         _check_scalar(f"{layer}.weight_scale", scales.weight_scale)
         return
     if columns % BLOCK:
-        rule = f"cannot be NVFP4: its {columns} inputs are no multiple of {BLOCK}; use fp8."
+        rule = f"cannot be NVFP4: its {columns} inputs are not a multiple of {BLOCK}; use fp8."
         raise UserError(rule, key=layer)
     if scales.weight_scale_2 is None:
         raise UserError("is absent; NVFP4 needs it.", key=f"{layer}.weight_scale_2")

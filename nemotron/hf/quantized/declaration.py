@@ -46,7 +46,7 @@ class Declaration:
         layers = {layer_of(p.name) for p in parameters if is_linear(p)}
         for name in self.rules.named:
             if name not in layers and name.replace("model.", "backbone.", 1) not in layers:
-                rule = "is declared as quantized, but is no linear layer of the model."
+                rule = "is declared as quantized, but is not a linear layer of the model."
                 raise UserError(rule, key=name, where=self.where)
         return [replace(p, format=self._format(p, stored)) for p in parameters]
 
@@ -108,7 +108,7 @@ class Declaration:
         specs: Specs = {}
         if format == "nvfp4":
             if columns % BLOCK:
-                rule = f"cannot be NVFP4: its {columns} inputs are no multiple of {BLOCK}."
+                rule = f"cannot be NVFP4: its {columns} inputs are not a multiple of {BLOCK}."
                 raise UserError(rule, key=layer, where=self.where)
             specs["weight_scale"] = ((rows, columns // BLOCK), E4M3.dtype)
             scalars = [self.layout.outer]

@@ -34,7 +34,7 @@ class Corrected:
 
 
 @dataclass
-class Told:
+class Counts:
     """What is said at the end."""
 
     lines: int = 0
@@ -63,7 +63,7 @@ class Told:
 class Corrects(Protocol):
     """What turns lines into answers."""
 
-    def __call__(self, lines: Sequence[Line], told: Told) -> list[Corrected]:
+    def __call__(self, lines: Sequence[Line], counts: Counts) -> list[Corrected]:
         """Return the corrected text of each line."""
         ...
 
@@ -80,7 +80,7 @@ class Files:
     """Whether each line is corrected by itself, and its time written."""
 
 
-def correct_file(files: Files, corrects: Corrects) -> Told:
+def correct_file(files: Files, corrects: Corrects) -> Counts:
     """Write each line of a file with its `answer`; nothing is written before all are answered.
 
     Raises:
@@ -93,28 +93,30 @@ def correct_file(files: Files, corrects: Corrects) -> Told:
         raise UserError(
             "exists already; name another file, or add --overwrite.", key="--out", value=out
         )
-    told = Told()
-    lines = list(_read(files, told))
-    written = "".join(f"{text}\n" for text in _answered(lines, corrects, told, files.timed))
+    counts = Counts()
+    lines = list(_read(files, counts))
+    written = "".join(f"{text}\n" for text in _answered(lines, corrects, counts, files.timed))
     write_text(out, written)
-    return told
+    return counts
 
 
-def _answered(lines: Sequence[Line], corrects: Corrects, told: Told, timed: bool) -> Iterator[str]:
+def _answered(
+    lines: Sequence[Line], corrects: Corrects, counts: Counts, timed: bool
+) -> Iterator[str]:
     at_once = 1 if timed else AT_ONCE
     for first in range(0, len(lines), at_once):
         some, start = lines[first : first + at_once], time.perf_counter()
-        found = corrects(some, told)
+        found = corrects(some, counts)
         elapsed = {"ms": 1000 * (time.perf_counter() - start)} if timed else {}
         for line, corrected in zip(some, found, strict=True):
             own: dict[str, Any] = {"answer": corrected.answer}  # Any: JSON
             if corrected.selected is not None:
                 own["selected"] = corrected.selected
             yield json.dumps({**line.fields, **own, **elapsed}, ensure_ascii=False)
-        told.lines += len(some)
+        counts.lines += len(some)
 
 
-def _read(files: Files, told: Told) -> Iterator[Line]:
+def _read(files: Files, counts: Counts) -> Iterator[Line]:
     path = files.source
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -133,7 +135,7 @@ def _read(files: Files, told: Told) -> Iterator[Line]:
                 raise ValueError("is not a JSON object")
             yield Line(where, pair_of(row, targets=False), row)
         except ValueError as error:
-            told.bad.append(f"{where} {error}")
-            if len(told.bad) > files.max_bad_rows:
-                rule = f"{told.bad[-1]}; correct it, or allow such lines with --max-bad-rows."
+            counts.bad.append(f"{where} {error}")
+            if len(counts.bad) > files.max_bad_rows:
+                rule = f"{counts.bad[-1]}; correct it, or allow such lines with --max-bad-rows."
                 raise UserError(rule) from None

@@ -12,7 +12,7 @@ from nemotron.generate.engine import SLOTS, Engine
 from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
 from nemotron.model.hybrid import HybridLM
-from nemotron.posttrain.correct.answers import Corrected, Line, Told
+from nemotron.posttrain.correct.answers import Corrected, Line, Counts
 
 MORE = 8
 """Tokens that an answer may have beyond twice those of the first candidate."""
@@ -30,7 +30,7 @@ class WrittenOut:
     """Candidates that a prompt shows."""
 
     @torch.no_grad()
-    def __call__(self, lines: Sequence[Line], told: Told) -> list[Corrected]:
+    def __call__(self, lines: Sequence[Line], counts: Counts) -> list[Corrected]:
         """Return the answer to each line; the first candidate where it is empty or too long."""
         firsts = self.tokenizer.encode_batch([line.pair.candidates[0] for line in lines])
         requests = [
@@ -43,8 +43,8 @@ class WrittenOut:
             for line, first in zip(lines, firsts, strict=True)
         ]
         for line in lines:
-            told.repeated += len(line.pair.candidates) < self.candidates
-            told.cut += len(line.pair.candidates) > self.candidates
+            counts.repeated += len(line.pair.candidates) < self.candidates
+            counts.cut += len(line.pair.candidates) > self.candidates
         engine = Engine(
             self.model, self.stop_ids, tokenizer=self.tokenizer, slots=min(SLOTS, len(lines))
         )
@@ -56,7 +56,7 @@ class WrittenOut:
         found = []
         for number, line in enumerate(lines):
             text = texts[number]
-            told.replaced += text is None
+            counts.replaced += text is None
             found.append(Corrected(line.pair.candidates[0] if text is None else text))
         return found
 

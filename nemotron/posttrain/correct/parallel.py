@@ -9,7 +9,7 @@ from nemotron.data.correct.align import columns_of
 from nemotron.data.correct.sound import LANGUAGES, sound_of
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.posttrain.correct.answers import Corrected, Line, Told
+from nemotron.posttrain.correct.answers import Corrected, Line, Counts
 from nemotron.posttrain.correct.run import Corrector, Source
 
 
@@ -22,21 +22,21 @@ class InParallel:
     language: str | None = None
     """How tokens sound, by which candidates are aligned; absent: as the language of each line."""
 
-    def __call__(self, lines: Sequence[Line], told: Told) -> list[Corrected]:
+    def __call__(self, lines: Sequence[Line], counts: Counts) -> list[Corrected]:
         """Return the corrected text of each line.
 
         Raises:
             UserError: when a line has scores for another number of tokens, or its language needs a
                 package that is missing.
         """
-        answers = self.corrector.correct([self._source(line, told) for line in lines])
+        answers = self.corrector.correct([self._source(line, counts) for line in lines])
         decode = self.tokenizer.decode
         return [Corrected(decode(answer.tokens), decode(answer.selected)) for answer in answers]
 
-    def _source(self, line: Line, told: Told) -> Source:
+    def _source(self, line: Line, counts: Counts) -> Source:
         pair, wanted = line.pair, self.corrector.model.config.num_candidates
-        told.repeated += len(pair.candidates) < wanted
-        told.cut += len(pair.candidates) > wanted
+        counts.repeated += len(pair.candidates) < wanted
+        counts.cut += len(pair.candidates) > wanted
         ids = self.tokenizer.encode_batch(pair.exactly(wanted))
         columns = columns_of(ids, self._sound(pair.language)).lines
         void = self.corrector.specials.marks.void
