@@ -12,7 +12,7 @@ from nemotron.generate.engine import SLOTS, Engine
 from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
 from nemotron.model.hybrid import HybridLM
-from nemotron.posttrain.correct.answers import Corrected, Line, Counts
+from nemotron.posttrain.correct.answers import Corrected, Counts, Line
 
 MORE = 8
 """Tokens that an answer may have beyond twice those of the first candidate."""

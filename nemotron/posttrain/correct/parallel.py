@@ -9,7 +9,7 @@ from nemotron.data.correct.align import columns_of
 from nemotron.data.correct.sound import LANGUAGES, sound_of
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.posttrain.correct.answers import Corrected, Line, Counts
+from nemotron.posttrain.correct.answers import Corrected, Counts, Line
 from nemotron.posttrain.correct.run import Corrector, Source
 
 
