@@ -122,6 +122,12 @@ def write_bytes(path: Path, content: bytes) -> None:
         sync_folder(path.parent)
 
 
+def is_unfinished(path: Path, name: str) -> bool:
+    """Say whether a killed `write_bytes` of a file of this name left the path."""
+    is_named_so = path.name.startswith(f".{name}.") and path.name.endswith(".tmp")
+    return is_named_so and path.is_file() and not path.is_symlink()
+
+
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
     """Name a file in an error about it, in place of none or of its temporary name."""

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nemotron.errors import UserError
-from nemotron.files import FULL, read_regular, sync_folder, write_json
+from nemotron.files import FULL, is_unfinished, read_regular, sync_folder, write_json
 from nemotron.section import Section
 
 log = logging.getLogger(__name__)
@@ -88,7 +88,9 @@ def begin(folder: Path, made_by: str) -> bool:
         raise UserError(f"{folder} is in the way of unfinished output; move it elsewhere.")
     folder.mkdir(parents=True, exist_ok=True)
     mark = _read_mark(folder)
-    if mark is None and not any(folder.iterdir()):
+    if mark is None and all(is_unfinished(path, MARK) for path in folder.iterdir()):
+        for path in folder.iterdir():
+            path.unlink()
         write_json(folder / MARK, Mark(made_by=made_by).model_dump())
         return False
     if mark is None or mark.made_by != made_by:

@@ -6,7 +6,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nemotron.errors import UserError
-from nemotron.files import naming, parse_json, read_regular, sync, try_lock, write_json
+from nemotron.files import (
+    is_unfinished,
+    naming,
+    parse_json,
+    read_regular,
+    sync,
+    try_lock,
+    write_json,
+)
 from nemotron.posttrain.suites.examine import Item
 from nemotron.posttrain.suites.samples import Sample
 
@@ -105,12 +113,13 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     if not folder.exists() and not folder.parent.is_dir():
         rule = "is in a folder that does not exist; name one that does."
         raise UserError(rule, key="--out", value=folder)
-    if not folder.exists() or not any(folder.iterdir()):
+    settings = _settings_of(folder / SAMPLES)
+    if not folder.exists() or all(is_unfinished(path, settings.name) for path in folder.iterdir()):
         return
     if not resume:
         rule = "exists already; continue it with --resume, or name another folder."
         raise UserError(rule, key="--out", value=folder)
-    if not _settings_of(folder / SAMPLES).is_file():
+    if not settings.is_file():
         raise UserError("is not the folder of an evaluation.", key="--out", value=folder)
 
 
