@@ -12,7 +12,7 @@ from tests.support.pool import Pool
 pytestmark = pytest.mark.distributed
 
 NUM_STEPS = 20
-FEWER_STEPS = 5
+FEWER_STEPS = 3
 """Of the other layouts: that errors do not grow in twenty steps is shown once for each axis."""
 
 ON_TWO: dict[str, dict[str, Any]] = {

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-MUTATIONS = 8
+MUTATIONS = 7
 
 
 @pytest.fixture(scope="module")
