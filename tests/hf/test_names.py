@@ -95,13 +95,15 @@ def test_super_has_this_tensor(
 
 
 def test_only_the_router_bias_is_float32_unless_the_mamba_vectors_are_asked_for():
-    wide = {formats: set() for formats in (RELEASED, MAMBA_FP32)}
-    for formats, leaves in wide.items():
+    choices = {"released": RELEASED, "mamba": MAMBA_FP32}
+    wide: dict[str, set[str]] = {name: set() for name in choices}
+    for name, leaves in wide.items():
+        formats = choices[name]
         for tensor in disk_tensors(disk_parameters(ModelConfig(**NANO), formats)):
             if tensor.dtype == torch.float32:
                 leaves.add(tensor.name.rsplit(".", 1)[-1])
-    assert wide[RELEASED] == {"e_score_correction_bias"}
-    assert wide[MAMBA_FP32] == {"e_score_correction_bias", "A_log", "D", "dt_bias"}
+    assert wide["released"] == {"e_score_correction_bias"}
+    assert wide["mamba"] == {"e_score_correction_bias", "A_log", "D", "dt_bias"}
 
 
 def test_names_are_those_that_transformers_writes(tmp_path: Path):

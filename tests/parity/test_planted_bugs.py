@@ -18,7 +18,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts, MoE
-from nemotron.model.router import Router, Routing
+from nemotron.model.router import GroupChoice, Router, Routing
 from nemotron.ops.attention import attention
 from nemotron.ops.causal_conv1d import causal_conv1d
 from nemotron.ops.rms_norm import gated_rms_norm
@@ -97,8 +97,8 @@ def bias_stored_in_bfloat16(model: HybridLM, _: Patch) -> None:
 def biased_scores_as_weights(_: HybridLM, patch: Patch) -> None:
     right = Router.forward
 
-    def wrong(self: Router, x: Tensor) -> Routing:
-        routing = right(self, x)
+    def wrong(self: Router, x: Tensor, choice: GroupChoice | None = None) -> Routing:
+        routing = right(self, x, choice)
         weights = (routing.scores + self.e_score_correction_bias).gather(1, routing.experts)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
@@ -110,10 +110,10 @@ def biased_scores_as_weights(_: HybridLM, patch: Patch) -> None:
 def softmax_instead_of_sigmoid(_: HybridLM, patch: Patch) -> None:
     right = Router.forward
 
-    def wrong(self: Router, x: Tensor) -> Routing:
+    def wrong(self: Router, x: Tensor, choice: GroupChoice | None = None) -> Routing:
         with Patch.context() as inside:
             inside.setattr(Tensor, "sigmoid", lambda scores: scores.softmax(-1))
-            return right(self, x)
+            return right(self, x, choice)
 
     patch.setattr(Router, "forward", wrong)
 
