@@ -30,7 +30,7 @@ from nemotron.recipe.explain import explain
 from nemotron.recipe.read import read_yaml
 from nemotron.run.files import RunFiles
 from nemotron.train.config import RunConfig
-from nemotron.train.start import InitialModel
+from nemotron.train.initial import InitialModel
 
 
 def load(

@@ -12,11 +12,11 @@ from nemotron.parallel.runtime import Launch, Ranks
 from nemotron.precision.apply import DTYPES
 from nemotron.recipe.load import load_recipe
 from nemotron.train.config import TextConfig
+from nemotron.train.initial import load_initial
 from nemotron.train.layout import check_layout
 from nemotron.train.pretraining import build_trainer, open_data, validate
 from nemotron.train.record import StepResult
 from nemotron.train.schedule import plan_training
-from nemotron.train.start import load_initial
 
 
 class Session:

@@ -1,26 +1,15 @@
 """AdamW, and Muon for matrices, with decayed and undecayed parameters; gradient norms by kind."""
 
-import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nemotron.model.config import LAYER_KINDS, ModelConfig
-from nemotron.model.parameters import correction_parameters
 from nemotron.parallel.shards import local_of
 from nemotron.train.adamw import AdamW
 from nemotron.train.config import OptimizerConfig
 from nemotron.train.muon import Matrices, Muon, is_matrix
-
-PARTS_OF_MOE = {
-    "mixer.experts.": "experts",
-    "mixer.shared_experts.": "shared",
-    "mixer.fc1_latent_proj.": "latent",
-    "mixer.fc2_latent_proj.": "latent",
-}
-"""Kinds inside a mixture layer; the rest, norm and gate, is router."""
 
 
 class Optimizer:
@@ -80,26 +69,6 @@ def decays(name: str, parameter: Tensor) -> bool:
     return parameter.ndim > 1 and not name.endswith(".bias")
 
 
-def kind_of(name: str, config: ModelConfig) -> str:
-    """Return the group under which a parameter's gradient norm is reported."""
-    if name.startswith("mtp."):
-        return "mtp"
-    if name.startswith("backbone.embeddings."):
-        return "embed"
-    if name.startswith(("candidates.", "edit_heads.")):
-        return "correction"
-    if name.startswith("language."):
-        return "language"
-    layer = re.match(r"backbone\.layers\.(\d+)\.(.*)", name)
-    if layer is None:
-        return "head"  # lm_head and the norm before it
-    kind = LAYER_KINDS[config.hybrid_override_pattern[int(layer[1])]]
-    if kind != "moe":
-        return kind
-    parts = (part for start, part in PARTS_OF_MOE.items() if layer[2].startswith(start))
-    return next(parts, "router")
-
-
 class GradientNorms:
     """Euclidean norms of all gradients and of those of each kind, left on the device."""
 
@@ -131,22 +100,3 @@ def squares_by_kind(
 def clip_coefficient(norm: float, limit: float | None) -> float:
     """Return the factor, at most 1, that brings a gradient of this norm down to the limit."""
     return 1.0 if limit is None else min(1.0, limit / (norm + 1e-6))
-
-
-def kinds(config: ModelConfig) -> list[str]:
-    """Return every kind that parameters of this model have, in the order of the stack."""
-    pattern = config.hybrid_override_pattern
-    layers = [LAYER_KINDS[letter] for letter in dict.fromkeys(pattern)]
-    moe = ["router", "experts", "shared", *(["latent"] if config.moe_latent_size else [])]
-    parts = [part for kind in layers for part in (moe if kind == "moe" else [kind])]
-    further = [
-        *(["mtp"] if config.mtp_pattern else []),
-        *(["correction"] if correction_parameters(config) else []),
-        *(["language"] if config.language_experts is not None else []),
-    ]
-    return ["embed", *parts, "head", *further]
-
-
-def parameter_kinds(names: Iterable[str], config: ModelConfig) -> dict[str, str]:
-    """Return the kind of every named parameter."""
-    return {name: kind_of(name, config) for name in names}

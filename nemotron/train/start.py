@@ -1,30 +1,20 @@
 """One run, from its configuration to its exit code: check, build, restore, train."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from nemotron.checkpoint.manifest import steps
-from nemotron.checkpoint.read import read_model
-from nemotron.data.tokenizer import Tokenizer
 from nemotron.device import find_device, measure_matmul_peak
-from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
-from nemotron.model.adapter import is_adapter
-from nemotron.model.build import build_on_meta, shapes
-from nemotron.model.config import ModelConfig
+from nemotron.model.build import build_on_meta
 from nemotron.model.flops import training_flops_per_token
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.init import ADDED, draw
 from nemotron.model.parameters import count_parameters
 from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
-from nemotron.parallel.local import LocalModel
-from nemotron.parallel.runtime import Launch, Ranks, start
+from nemotron.parallel.runtime import Launch, start
 from nemotron.precision.apply import DTYPES
 from nemotron.precision.policy import Assignment, assign, summarize
 from nemotron.run.folder import RunFolder, holds_run
@@ -38,9 +28,15 @@ from nemotron.train.agreement import (
     check_agreement,
     facts_of_data,
     facts_of_start,
-    facts_of_weights,
 )
 from nemotron.train.config import RunConfig
+from nemotron.train.initial import (
+    ReadModel,
+    keep_companions,
+    load_initial,
+    read_checkpoint,
+    read_fitting,
+)
 from nemotron.train.layout import check_layout, describe_ranks, least_world
 from nemotron.train.loop import run
 from nemotron.train.pretraining import Pretraining
@@ -50,25 +46,6 @@ from nemotron.train.reliability.watchdog import Watchdog
 from nemotron.train.save import Saver
 from nemotron.train.setup import Stage
 from nemotron.train.tuning import trained_shares
-
-
-@dataclass(frozen=True)
-class InitialModel:
-    """A model that a run begins with, and what lies beside its weights."""
-
-    config: ModelConfig
-    weights: dict[str, Tensor]
-    tokenizer: Tokenizer | None = None
-    companions: Mapping[str, bytes] = field(default_factory=dict)
-    """Small files by name, such as a chat template; an export brings them along."""
-
-
-ReadModel = Callable[[str], InitialModel]
-
-
-def read_checkpoint(place: str) -> InitialModel:
-    """Return the model of a run or a checkpoint."""
-    return InitialModel(*read_model(Path(place)))
 
 
 def train(
@@ -225,74 +202,3 @@ def _precision_tables(
     for step in (0, *(switch.step for switch in config.precision.switches)):
         preset = config.precision.preset_at(step)
         yield step, preset, assign(model, config.precision, preset, device)
-
-
-def keep_companions(
-    initial: InitialModel, tokenizer: Tokenizer, folder: RunFolder, log: RunLog
-) -> None:
-    """Let the companions of the first weights travel on, if they are about the same tokens."""
-    if initial.tokenizer is None:
-        return
-    if initial.tokenizer.gives_ids_of(tokenizer):
-        folder.write_companions(initial.companions)
-    else:
-        log.info(
-            "warning: init_from: the tokenizer there is another one than data.tokenizer, so the "
-            "weights know other tokens; its chat template and special tokens are left out"
-        )
-
-
-def load_initial(
-    local: LocalModel, path: str, read: ReadModel, ranks: Ranks | None = None, *, seed: int = 0
-) -> InitialModel:
-    """Start from saved weights; every tensor must be there, with its shape, and no other.
-
-    `seed` is that of adapters, and of what correction adds to a model without it; they begin anew.
-
-    Raises:
-        UserError: when they are not those of the recipe, or not those of another rank.
-    """
-    initial = read_fitting(local.config, path, read)
-    weights = initial.weights
-    if ranks is not None and ranks.world > 1:
-        check_agreement(facts_of_weights(weights), ranks)
-
-    def value(name: str, shape: torch.Size, experts: range | None) -> Tensor:
-        if is_adapter(name):
-            return local.first_value(name, shape, seed, weights)
-        if name not in weights:  # text correction adds it to a model that has none
-            return draw(name, shape, local.config, seed)
-        return weights[name] if experts is None else weights[name][experts.start : experts.stop]
-
-    local.fill(value)
-    return initial
-
-
-def read_fitting(config: ModelConfig, path: str, read: ReadModel) -> InitialModel:
-    """Read saved weights, which must be those of a model of this configuration.
-
-    Raises:
-        UserError: when a tensor is absent, has another shape or is not in the model.
-    """
-    initial = read(path)
-    saved_config, weights = initial.config, initial.weights
-    own = shapes(config)
-    problems = [
-        f"{name} is absent" for name in own if name not in weights and not name.startswith(ADDED)
-    ]
-    problems += [f"{name} is not in the model" for name in weights if name not in own]
-    problems += [
-        f"{name} has shape {list(weights[name].shape)} instead of {list(shape)}"
-        for name, shape in own.items()
-        if name in weights and weights[name].shape != shape
-    ]
-    if problems:
-        old, new = saved_config.model_dump(), config.model_dump()
-        keys = [f"model.{key} = {old[key]} there" for key in old if old[key] != new[key]]
-        raise UserError(
-            f"has weights that do not fit the recipe ({', '.join(keys)}): "
-            f"{'; '.join(problems[:10])}.",
-            key="init_from",
-            value=Path(path),
-        )
-    return initial

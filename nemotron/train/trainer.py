@@ -33,15 +33,9 @@ from nemotron.precision.random_bits import Numbers
 from nemotron.run.metrics import Record
 from nemotron.run.signals import StopRequest
 from nemotron.train.config import RunConfig
+from nemotron.train.kinds import kinds, parameter_kinds
 from nemotron.train.loss import Objective, StepSums, compute_sums
-from nemotron.train.optimizer import (
-    GradientNorms,
-    Optimizer,
-    clip_coefficient,
-    kinds,
-    parameter_kinds,
-    squares_by_kind,
-)
+from nemotron.train.optimizer import GradientNorms, Optimizer, clip_coefficient, squares_by_kind
 from nemotron.train.record import StepResult
 from nemotron.train.reliability.faults import Faults
 from nemotron.train.reliability.progress import StepProgress, Stopwatch

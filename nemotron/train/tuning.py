@@ -15,7 +15,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Linear
 from nemotron.model.moe import Experts
 from nemotron.train.config import AdapterConfig, TuneConfig
-from nemotron.train.optimizer import kind_of
+from nemotron.train.kinds import kind_of
 
 ROLES = {
     r"(in_proj|out_proj|q_proj|k_proj|v_proj|o_proj)": None,

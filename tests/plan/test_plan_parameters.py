@@ -18,7 +18,7 @@ from nemotron.model.parameters import (
 from nemotron.plan.published import models
 from nemotron.plan.work import flops_by_format
 from nemotron.precision.config import PrecisionConfig
-from nemotron.train.optimizer import kind_of
+from nemotron.train.kinds import kind_of
 
 MODELS = models()
 NANO, SUPER = MODELS["Nano"], MODELS["Super"]

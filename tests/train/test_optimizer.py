@@ -10,13 +10,12 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.train.adamw import AdamW
 from nemotron.train.config import OptimizerConfig
+from nemotron.train.kinds import kinds, parameter_kinds
 from nemotron.train.optimizer import (
     GradientNorms,
     Optimizer,
     clip_coefficient,
     decays,
-    kinds,
-    parameter_kinds,
     squares_by_kind,
 )
 from tests.support.tiny_run import MODEL

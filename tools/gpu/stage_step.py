@@ -26,14 +26,9 @@ from nemotron.plan.memory import memory
 from nemotron.precision.apply import Quantization
 from nemotron.precision.config import PrecisionConfig
 from nemotron.train.config import PretrainConfig
+from nemotron.train.kinds import kinds, parameter_kinds
 from nemotron.train.loss import PretrainObjective, compute_sums
-from nemotron.train.optimizer import (
-    Optimizer,
-    clip_coefficient,
-    kinds,
-    parameter_kinds,
-    squares_by_kind,
-)
+from nemotron.train.optimizer import Optimizer, clip_coefficient, squares_by_kind
 
 VARIANTS = ("auto", "before", "fp8_current", "fp8_block", "mxfp8", "nvfp4")
 LR = 1e-4
