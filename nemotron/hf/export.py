@@ -50,8 +50,8 @@ def export(
     then uploaded. Returns the exit code: 1 if the check has not passed.
 
     Raises:
-        UserError: when there is no checkpoint, the target may not be written, or engines could not
-            read a layer as it would be quantized; nothing is written.
+        UserError: when the run has no checkpoint, the target may not be written, or engines could
+            not read a layer as it would be quantized; nothing is written.
     """
     if push is not None:
         check_name(push)

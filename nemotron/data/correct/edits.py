@@ -15,18 +15,6 @@ class Change:
     tokens: tuple[str, ...]
 
 
-def count_edits(one: Sequence[Token], other: Sequence[Token]) -> int:
-    """Return the least number of tokens to insert, remove or replace."""
-    previous = list(range(len(other) + 1))
-    for row, token in enumerate(one, 1):
-        current = [row]
-        for column, mate in enumerate(other, 1):
-            replaced = previous[column - 1] + (token != mate)
-            current.append(min(replaced, previous[column] + 1, current[-1] + 1))
-        previous = current
-    return previous[-1]
-
-
 def changes(alignment: Alignment, source: Sequence[str], text: Sequence[str]) -> list[Change]:
     """Return what changes a source into a text; neighboring edits are one change."""
     found: list[Change] = []

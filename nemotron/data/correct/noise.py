@@ -72,7 +72,7 @@ class Confusions:
         return self._known[token]
 
     def draw(self, token: str, rng: random.Random) -> str:
-        """Draw what a token is taken for; never itself, unless there is no other."""
+        """Draw what a token is taken for; another one, if the text has another."""
         if rng.random() < ANY_TOKEN:
             return self.draw_any(rng, token)
         mates = self.of(token)

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from nemotron.data.correct.align import Alignment, align, columns_of
+from nemotron.data.correct.distance import count_edits
 from nemotron.data.correct.edits import (
     changes,
-    count_edits,
     least_edits_of_columns,
     touched,
     vote,

@@ -6,6 +6,7 @@ import sqlite3
 from collections.abc import Callable
 from pathlib import Path
 
+from nemotron.data.correct.distance import count_edits
 from nemotron.data.correct.grammar import pinyin_of
 from nemotron.errors import UserError
 
@@ -32,14 +33,7 @@ def sound_of(language: str) -> Sound:
 @functools.lru_cache(KEPT)
 def distance(one: str, other: str) -> int:
     """Return the least number of letters to insert, remove or replace."""
-    previous = list(range(len(other) + 1))
-    for row, letter in enumerate(one, 1):
-        current = [row]
-        for column, mate in enumerate(other, 1):
-            replaced = previous[column - 1] + (letter != mate)
-            current.append(min(replaced, previous[column] + 1, current[-1] + 1))
-        previous = current
-    return previous[-1]
+    return count_edits(one, other)
 
 
 def is_there(package: str) -> bool:

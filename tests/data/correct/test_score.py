@@ -5,10 +5,10 @@ import random
 import pytest
 
 from nemotron.data.correct.align import align, columns_of
+from nemotron.data.correct.distance import count_edits
 from nemotron.data.correct.edits import (
     Change,
     changes,
-    count_edits,
     least_edits_of_columns,
     touched,
     vote,
