@@ -15,7 +15,7 @@ from nemotron.train.trainer import Trainer, build_local
 from tests.support.layout_run import forget_groups
 from tests.support.other_training import CountedBatches, EverySecondToken
 from tests.support.pool import Pool
-from tests.support.tiny_run import do_step
+from tests.support.tiny_run import PEAK_FLOPS, do_step
 
 pytestmark = pytest.mark.distributed
 
@@ -39,7 +39,7 @@ def steps(values: dict[str, Any]) -> list[dict[str, float]]:
     batches = CountedBatches(4, 64, config.model.vocab_size, reader=reader, num_readers=dims.batch)
     plan, device = plan_training(config), torch.device("cpu")
     local = build_local(config, device, ranks)
-    trainer = Trainer(config, local, EverySecondToken(), batches, plan, device, 1e9, ranks)
+    trainer = Trainer(config, local, EverySecondToken(), batches, plan, device, PEAK_FLOPS, ranks)
     results = [do_step(trainer, step) for step in range(3)]
     forget_groups(trainer)
     return [

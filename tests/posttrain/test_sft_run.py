@@ -18,6 +18,7 @@ from nemotron.train.pretraining import build_trainer, open_data
 from nemotron.train.schedule import plan_training
 from tests.support.fine_tuning import Workplace
 from tests.support.same_run import assert_same_run
+from tests.support.tiny_run import PEAK_FLOPS
 
 
 def lines(folder: Path, kind: str = "train") -> list[dict]:
@@ -29,7 +30,7 @@ def batch_of(workplace: Workplace, name: str, **changes) -> Batch:
     config = SftConfig.model_validate(workplace.values(name, **changes))
     plan = plan_training(config)
     trainer = build_trainer(
-        config, plan, open_data(config, plan), torch.device("cpu"), 1e9, Ranks()
+        config, plan, open_data(config, plan), torch.device("cpu"), PEAK_FLOPS, Ranks()
     )
     return trainer.batches.take(0)
 

@@ -13,7 +13,7 @@ from nemotron.train.config import PretrainConfig
 from nemotron.train.schedule import plan_training
 from nemotron.train.trainer import Trainer, build_local
 from tests.support.other_training import TEMPERATURE, CountedBatches, EverySecondToken
-from tests.support.tiny_run import MODEL, build_trainer, do_step
+from tests.support.tiny_run import MODEL, PEAK_FLOPS, build_trainer, do_step
 
 VOCAB = 61
 
@@ -30,7 +30,7 @@ def build(config: PretrainConfig) -> Trainer:
     plan = plan_training(config)
     device = torch.device("cpu")
     local = build_local(config, device, Ranks())
-    return Trainer(config, local, EverySecondToken(), batches, plan, device, 1e9)
+    return Trainer(config, local, EverySecondToken(), batches, plan, device, PEAK_FLOPS)
 
 
 def expected_loss(trainer: Trainer) -> float:

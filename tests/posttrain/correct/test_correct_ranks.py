@@ -13,7 +13,7 @@ from nemotron.train.layout import check_layout
 from tests.support.layout_run import forget_groups
 from tests.support.pairs import PairPlace
 from tests.support.pool import Pool
-from tests.support.tiny_run import do_step
+from tests.support.tiny_run import PEAK_FLOPS, do_step
 
 pytestmark = pytest.mark.distributed
 
@@ -46,7 +46,7 @@ def steps(values: dict[str, Any]) -> tuple[list[dict[str, float]], dict[str, flo
     stage = Correction()
     plan = stage.plan(config)
     check_layout(config, plan, ranks.world)
-    setup = stage.build(config, plan, torch.device("cpu"), 1e9, ranks)
+    setup = stage.build(config, plan, torch.device("cpu"), PEAK_FLOPS, ranks)
     results = [do_step(setup.trainer, step) for step in range(3)]
     assert setup.validate is not None
     metrics = setup.validate()
