@@ -53,7 +53,8 @@ def quantize(
         print_text(str(skipped))
     if source.run is None:
         raise UserError(
-            f"{model} is not inside a run, so its tokenizer is unknown; give a run's folder."
+            "is not inside a run, so its tokenizer is unknown; give a run's folder.",
+            where=str(model),
         )
     target = output_folder(out)
     _check_target(target, source, source.run, overwrite=overwrite)
@@ -84,7 +85,9 @@ def _check_target(
     target: Path, source: CheckpointSource, run: RunFiles, *, overwrite: bool
 ) -> None:
     if target.resolve().is_relative_to(source.info.folder.resolve().parent):
-        raise UserError(f"{target} is inside the checkpoints folder; choose another folder.")
+        raise UserError(
+            "is inside the checkpoints folder; choose another folder.", where=str(target)
+        )
     inputs = [source.info.folder, run.path]
     check_output(target, COMMAND, inputs, overwrite=overwrite)
     check_output(failed_beside(target), COMMAND, inputs, overwrite=True)

@@ -55,7 +55,8 @@ class Wanted:
                 "--like FOLDER."
             )
         if self.like is not None and (self.keep or self.weights or self.cache is not None):
-            raise UserError("--keep, --weights and --kv-cache contradict --like; leave them out.")
+            rule = "contradict --like; leave them out."
+        raise UserError(rule, key="--keep, --weights and --kv-cache")
         if self.score not in get_args(Score):
             known = ", ".join(get_args(Score))
             raise UserError(f"is unknown; use one of {known}.", key="--score", value=self.score)

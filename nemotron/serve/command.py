@@ -32,7 +32,9 @@ class Address:
 
     def __post_init__(self) -> None:
         if self.key is not None and (not self.key.isascii() or not self.key.strip()):
-            raise UserError("the API key must be ASCII text that is not empty; give another.")
+            raise UserError(
+                "must be ASCII text that is not empty; give another.", key="the API key"
+            )
 
 
 class _Uvicorn(uvicorn.Server):
@@ -109,6 +111,7 @@ def _listen(address: Address) -> socket.socket:
         return socket.create_server((address.host, address.port), family=family)
     except OSError as error:
         raise UserError(
-            f"host = {address.host}, port = {address.port} cannot be listened on: "
-            f"{error.strerror}; give another."
+            f"cannot be listened on: {error.strerror}; give another.",
+            key=f"--host {address.host} --port",
+            value=address.port,
         ) from None

@@ -268,13 +268,17 @@ def test_an_id_outside_the_vocabulary_is_named_before_training(folder: Path):
             writer.add(document)
     source = SourceConfig(name="w", path=str(folder / "wild"))
     text = refuse(folder, sources=[source])
-    assert "wild.bin contains the id 5001 (document 2, position 0), but the vocabulary ends" in text
+    assert (
+        "wild.bin: contains the id 5001 (document 2, position 0), but the vocabulary ends" in text
+    )
 
 
 def test_settings_that_do_not_fit_are_refused(folder: Path, tmp_path: Path):
     source = SourceConfig(name="x", path=str(folder / "missing"))
-    assert "missing.bin does not exist" in refuse(folder, sources=[source])
-    assert "tokens to train on; a row of data.seq_len = 100000" in refuse(folder, seq_len=100_000)
+    assert "missing.bin: does not exist" in refuse(folder, sources=[source])
+    assert "tokens to train on, but a row of data.seq_len = 100000" in refuse(
+        folder, seq_len=100_000
+    )
     (folder / "nothing").mkdir()
     source = SourceConfig(name="x", path=str(folder / "nothing"))
     assert "contains neither manifest.json nor shards" in refuse(folder, sources=[source])

@@ -141,4 +141,4 @@ def test_a_folder_without_text_and_a_short_text_are_refused(texts: Path, tmp_pat
     Path("short.txt").write_text("A few words.")
     assert run([*SMOKE, "data.sources=[short.txt]", "data.validation_fraction=0"]) == 2
     assert "short (" in (said := capfd.readouterr().err)
-    assert "tokens to train on; a row of data.seq_len = 64 takes 65" in said
+    assert "tokens to train on, but a row of data.seq_len = 64 takes 65" in said

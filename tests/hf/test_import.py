@@ -245,12 +245,12 @@ def test_a_flipped_bit_is_found_by_the_hashes_of_our_own_export(run: Path, tmp_p
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("config.json", None, "config.json does not exist"),
-        ("config.json", "{", "config.json is not valid JSON"),
-        ("config.json", "[]", "config.json is not a JSON object"),
-        ("tokenizer.json", None, "tokenizer.json does not exist"),
-        ("tokenizer.json", "{}", "tokenizer.json is not a tokenizer.json"),
-        ("generation_config.json", "{", "generation_config.json is not valid JSON"),
+        ("config.json", None, "config.json: does not exist"),
+        ("config.json", "{", "config.json: is not valid JSON"),
+        ("config.json", "[]", "config.json: is not a JSON object"),
+        ("tokenizer.json", None, "tokenizer.json: does not exist"),
+        ("tokenizer.json", "{}", "tokenizer.json: is not a tokenizer.json"),
+        ("generation_config.json", "{", "generation_config.json: is not valid JSON"),
         (SINGLE, "<html>", "HTML"),
         (SINGLE, None, "holds neither"),
     ],
@@ -304,7 +304,7 @@ def test_no_file_outside_the_folder_is_read(single: Path, tmp_path: Path, name: 
     (single / name).unlink()
     os.mkfifo(single / name)  # a reader would wait for somebody to write
     message = refusal(single, tmp_path / "run")
-    assert "not a regular file" in message or f"{name} does not exist" in message
+    assert "not a regular file" in message or f"{name}: does not exist" in message
 
 
 def test_a_file_too_large_for_its_kind_is_refused(single: Path, tmp_path: Path):

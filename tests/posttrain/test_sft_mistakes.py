@@ -23,7 +23,7 @@ MISTAKES = {
     ),
     "no such file": (
         {"data": {"sources": [{"name": "a", "path": "/absent.jsonl"}]}},
-        "data.sources: a: /absent.jsonl does not exist",
+        "data.sources: a: /absent.jsonl: does not exist",
     ),
     "plain text": ({"prepared": True}, "is text without turns of an assistant"),
     "no checkpoint": ({"init_from": "/absent"}, "/absent does not exist"),

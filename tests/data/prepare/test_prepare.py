@@ -247,7 +247,7 @@ def test_an_interrupt_ends_every_process_without_a_traceback(world: Path, seen: 
         (["in", "--filter", "number"], "--filter 'number' is not a comparison"),
         (["in/a.jsonl", "--filter", "number < 0"], "there is no document to train on"),
         (["hf://nobody/nothing"], "hf://nobody/nothing cannot be loaded"),
-        (["in/c.txt", "--chat"], "c.txt is text; conversations are read from"),
+        (["in/c.txt", "--chat"], "c.txt: is text; conversations are read from"),
     ],
 )
 def test_a_mistake_leaves_nothing_behind(
@@ -363,7 +363,7 @@ def test_an_output_inside_its_source_is_never_read_and_replaced_only_while_all_i
     assert sorted(os.listdir("d")) == [".ipynb_checkpoints", "a.jsonl", "out"]
     Path("d/out/notes.txt").write_text("mine")
     assert run([*arguments, "--overwrite"]) == 2
-    assert "d/out/notes.txt is not of nemotron data prepare" in capsys.readouterr().err
+    assert "d/out/notes.txt: is not of nemotron data prepare" in capsys.readouterr().err
     assert Path("d/out/notes.txt").read_text() == "mine"
 
 
