@@ -55,7 +55,6 @@ def check_contents(saved: Mapping[str, Any], own: Contents, step: int) -> None:
     for place, digest in own.items() if isinstance(found, dict) else ():
         if found.get(place, digest) != digest:
             raise UserError(
-                f"has another content than at step {step} of this run; restore it, or "
-                "begin a new run with init_from.",
-                where=str(place),
+                f"{place} has another content than at step {step} of this run; restore it, or "
+                "begin a new run with init_from."
             )

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
@@ -274,13 +275,23 @@ class RunFolder(RunFiles):
                 "restore it, or give the new run another name.",
                 where=str(self.recipe),
             )
-        old = flatten(read)
+        old = flatten(self._completed(read))
         new = flatten(_plain(self._config.model_dump()))
         return [
             (key, f"{key} was {old.get(key)}, is {new.get(key)}")
             for key in dict.fromkeys([*old, *new])
             if old.get(key) != new.get(key)
         ]
+
+    def _completed(self, read: dict[str, Any]) -> Any:  # Any: nested YAML
+        """Return an earlier recipe with the defaults of the keys that came after its version.
+
+        One that breaks today's rules is returned as it is.
+        """
+        try:
+            return _plain(type(self._config).model_validate(read).model_dump())
+        except ValidationError:
+            return read
 
 
 def _bytes(content: Any) -> bytes:  # Any: text, or whatever JSON can hold

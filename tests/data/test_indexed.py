@@ -206,8 +206,8 @@ BAD: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda p: os.remove(f"{p}.bin"),
         r"s\.bin: does not exist, though s\.idx does; give",
     ),
-    "magic": (lambda p: patch(p, 0, "<9s", b"MMIDIDY"), r"s\.idx .* does not begin with MMIDIDX"),
-    "empty idx": (lambda p: os.truncate(f"{p}.idx", 0), r"s\.idx .* does not begin with MMIDIDX"),
+    "magic": (lambda p: patch(p, 0, "<9s", b"MMIDIDY"), r"s\.idx: .* does not begin with MMIDIDX"),
+    "empty idx": (lambda p: os.truncate(f"{p}.idx", 0), r"s\.idx: .* does not begin with MMIDIDX"),
     "version": (lambda p: patch(p, 9, "<Q", 2), r"s\.idx: has version 2; only version 1"),
     "float ids": (
         lambda p: patch(p, 17, "B", 6),
@@ -268,7 +268,7 @@ def test_a_shard_that_changes_under_way_is_named(tmp_path: Path):
     shard.check_unchanged()
     write_raw(tmp_path / "s", [*PLAIN, [1]])
     with pytest.raises(
-        UserError, match=r"s\.bin was changed while .*\(84 bytes when opened, 88 now"
+        UserError, match=r"s\.bin: was changed while .*\(84 bytes when opened, 88 now"
     ):
         shard.check_unchanged()
 

@@ -312,9 +312,9 @@ def own(tmp_path: Path) -> TrainingData:
 def test_a_shard_replaced_during_the_run_is_named(own: TrainingData, tmp_path: Path):
     own.batch(0)
     write_numbered(tmp_path / "b", 501, 40)
-    with pytest.raises(UserError, match=r"\.bin was changed while it was in use"):
+    with pytest.raises(UserError, match=r"\.bin: was changed while it was in use"):
         own.batch(1)
-    with pytest.raises(UserError, match=r"\.bin was changed while it was in use"):
+    with pytest.raises(UserError, match=r"\.bin: was changed while it was in use"):
         list(own.validation("b", tokens=100, rows=2))
 
 
@@ -325,7 +325,7 @@ def test_bits_that_rot_after_the_first_reading_are_noticed(own: TrainingData, tm
         file.write(b"\xff" * before.st_size)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(
-        UserError, match=r"a contains the id 65535, but the vocabulary ends at 4095"
+        UserError, match=r"a: contains the id 65535, but the vocabulary ends at 4095"
     ):
         own.batch(0)
 
@@ -342,7 +342,7 @@ def test_a_source_prepared_anew_between_runs_is_named(own: TrainingData, tmp_pat
     saved = json.loads(json.dumps(own.fingerprint()))
     write_numbered(tmp_path / "b", 501, 40)
     with pytest.raises(
-        UserError, match=r"b differs from the data that the checkpoint was trained on: it has"
+        UserError, match=r"b: differs from the data that the checkpoint was trained on: it has"
     ):
         make_data(tmp_path).check_fingerprint(saved, 1)
 
@@ -354,7 +354,7 @@ def test_a_foreign_shard_replaced_between_runs_is_named(own: TrainingData, tmp_p
     content[6] ^= 1
     (tmp_path / "b" / "train-00000.bin").write_bytes(content)
     with pytest.raises(
-        UserError, match=r"b differs from the data that the checkpoint was trained on"
+        UserError, match=r"b: differs from the data that the checkpoint was trained on"
     ):
         make_data(tmp_path).check_fingerprint(saved, 1)
 

@@ -58,7 +58,7 @@ def test_a_source_that_changed_is_prepared_anew_and_refused_for_the_old_run(
     (texts / "0.txt").write_text("Another text that was not there before.")
     assert run(["train", "runs/smoke/recipe.yaml", "--resume"]) == 2
     assert (
-        "texts differs from the data that the checkpoint was trained on" in capfd.readouterr().err
+        "texts: differs from the data that the checkpoint was trained on" in capfd.readouterr().err
     )
     # written again with the same bytes, it is the same data, whatever its time of change
     (texts / "0.txt").write_bytes(

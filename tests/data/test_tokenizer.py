@@ -106,9 +106,9 @@ def test_saving_keeps_every_byte(tmp_path: Path):
 def test_what_is_no_tokenizer_is_named(tmp_path: Path):
     missing, broken = tmp_path / "missing.json", tmp_path / "broken.json"
     broken.write_text('{"model": 3}')
-    with pytest.raises(UserError, match=rf"{missing}: does not exist; give the path"):
+    with pytest.raises(UserError, match=rf"{missing} does not exist; give the path"):
         load_tokenizer(str(missing))
-    with pytest.raises(UserError, match=rf"{broken}: is not a tokenizer.json: "):
+    with pytest.raises(UserError, match=rf"{broken} is not a tokenizer.json: "):
         load_tokenizer(str(broken))
     with pytest.raises(UserError, match=r"no token '<eot>'"):
         TOKENIZER.id("<eot>")

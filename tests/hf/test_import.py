@@ -239,7 +239,7 @@ def test_a_flipped_bit_is_found_by_the_hashes_of_our_own_export(run: Path, tmp_p
     content[-100] ^= 1
     shard.write_bytes(content)
     message = refusal(tmp_path / "out", tmp_path / "run")
-    assert f"{shard} is not what was exported" in message
+    assert f"{shard}: is not what was exported" in message
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_a_run_is_replaced_only_when_told_and_only_if_it_was_imported(
     assert f"{out / 'metrics.jsonl'} is not of nemotron import" in refusal(
         single, out, overwrite=True
     )
-    assert f"{single} is an input and lies in {tmp_path}" in refusal(
+    assert f"{single}: is an input and lies in {tmp_path}" in refusal(
         single, tmp_path, overwrite=True
     )
 
@@ -297,7 +297,7 @@ def test_no_file_outside_the_folder_is_read(single: Path, tmp_path: Path, name: 
     (tmp_path / "secret").write_text("PRIVATE KEY")
     (single / name).unlink(missing_ok=True)
     (single / name).symlink_to(tmp_path / "secret")
-    assert f"{single / name} is a link that leads out" in refusal(single, tmp_path / "run")
+    assert f"{single / name}: is a link that leads out" in refusal(single, tmp_path / "run")
     (single / name).unlink()
     (single / name).symlink_to("/dev/zero")
     assert str(single / name) in refusal(single, tmp_path / "run")

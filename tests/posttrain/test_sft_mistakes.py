@@ -26,7 +26,7 @@ MISTAKES = {
         "data.sources: a: /absent.jsonl: does not exist",
     ),
     "plain text": ({"prepared": True}, "is text without turns of an assistant"),
-    "no checkpoint": ({"init_from": "/absent"}, "/absent does not exist"),
+    "no checkpoint": ({"init_from": "/absent"}, "/absent: does not exist"),
     "nothing to begin from": ({"init_from": None}, "init_from is absent"),
     "cut conversations": (
         {"data": {"packing": {"kind": "concatenate"}}},

@@ -161,7 +161,7 @@ def test_damaged_files_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"c\.parquet: row group 1 \(rows 100 on\) cannot be read"):
         read_all([str(tmp_path / "c.parquet")])
     (tmp_path / "d.parquet").write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(UserError, match=r"d\.parquet is not a readable parquet file"):
+    with pytest.raises(UserError, match=r"d\.parquet: is not a readable parquet file"):
         plan([str(tmp_path / "d.parquet")], OPTIONS)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES)[:-300])
     with pytest.raises(UserError, match=r"a\.jsonl\.gz: is damaged"):
