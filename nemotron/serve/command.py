@@ -75,7 +75,8 @@ def serve(
         worker,
         grace_s,
     )
-    logging.getLogger("uvicorn.error").addHandler(logging.StreamHandler())
+    shows = logging.StreamHandler()
+    logging.getLogger("uvicorn.error").addHandler(shows)
     shown = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     say(f"{name} answers at {shown}/ (page) and {shown}/v1; Ctrl-C ends.")
     worker.done.add_done_callback(lambda _: setattr(server, "should_exit", True))
@@ -85,6 +86,7 @@ def serve(
         server.run(sockets=[listener])
     finally:
         _restore(previous)
+        logging.getLogger("uvicorn.error").removeHandler(shows)
         listener.close()
         worker.stop()
     worker.done.result()  # raises what the engine failed with
