@@ -4,7 +4,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from nemotron.data.config import ChatDataConfig
+from nemotron.data.config import ChatDataConfig, ConversationDataConfig
 from nemotron.model.config import MTP_DEPTHS
 from nemotron.section import Section
 from nemotron.train.config import LossConfig, TextConfig, TuneConfig
@@ -18,13 +18,11 @@ class SftLossConfig(LossConfig):
     stays as it is."""
 
 
-class ChatRunConfig(TextConfig):
-    """What the recipe of every stage has that learns from conversations."""
+class TunedConfig(TextConfig):
+    """What the recipe of every stage has that goes on training a model on conversations."""
 
-    data: ChatDataConfig
+    data: ConversationDataConfig
     """Conversations and rows."""
-    loss: SftLossConfig = SftLossConfig()
-    """Weights of the loss terms."""
     tune: TuneConfig = TuneConfig()
     """Which parameters are trained."""
 
@@ -35,6 +33,15 @@ class ChatRunConfig(TextConfig):
             return self.tune
         freeze = dict.fromkeys([*self.tune.freeze, "mtp"])
         return self.tune.model_copy(update={"freeze": tuple(freeze)})
+
+
+class ChatRunConfig(TunedConfig):
+    """What the recipe of every stage has that learns what the assistant says."""
+
+    data: ChatDataConfig
+    """Conversations and rows."""
+    loss: SftLossConfig = SftLossConfig()
+    """Weights of the loss terms."""
 
 
 class SftConfig(ChatRunConfig):
