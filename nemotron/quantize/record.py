@@ -61,10 +61,10 @@ def lines(size: Size, observed: Observed, compared: Mapping[str, Agreement]) -> 
     yield f"{size.of_linears:.3f} bits a weight of linear layers, {size.of_model:.3f} of the model"
     yield ""
     width = max(map(len, compared))
-    heads = ("loss before", "after", "KL", "same top-1")
+    heads = ("loss before", "after", "± of change", "KL", "same top-1")
     yield " " * width + "".join(f"{head:>13}" for head in heads)
     for name, one in compared.items():
-        values = (one.reference_loss, one.loss, one.kl)
+        values = (one.reference_loss, one.loss, one.error, one.kl)
         cells = "".join(f"{value:>13.5f}" for value in values)
         yield f"{name:<{width}}{cells}{one.top1:>13.2%}"
     yield from _rare(observed)
