@@ -33,6 +33,8 @@ def as_json(
         "formats": dict(decision.table),
         "calibration": {
             "tokens": observed.tokens,
+            "inputs": wanted.inputs,
+            "every_expert": wanted.every_expert,
             "experts_below_8_tokens": {
                 name: {str(expert): n for expert, n in few.items()}
                 for name, few in observed.rare().items()
@@ -44,6 +46,7 @@ def as_json(
         else {
             "bits": wanted.bits,
             "score": wanted.score,
+            "cost": wanted.cost,
             "chosen": asdict(found.chosen),
             "groups": dict(found.groups),
             "scores": decision.scores,
