@@ -102,6 +102,7 @@ FILES: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", FILES)
 def test_a_file_is_whole_or_not_there(trained: Path, tmp_path: Path, command: str):
     home = tmp_path / "home"
