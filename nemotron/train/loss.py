@@ -115,6 +115,7 @@ def compute_sums(
         padding=batch.padding,
         candidates=batch.candidates,
         languages=languages_of(batch),
+        experts=batch.experts,
     )
     return objective.sums(model, hidden, batch, routing), routing
 
