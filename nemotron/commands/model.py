@@ -261,7 +261,7 @@ def merge(
 
 @app.command(epilog="Example: nemotron quantize runs/tiny --preset super_nvfp4 --out small/tiny")
 def quantize(
-    run: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     overrides: Overrides = None,
     preset: Annotated[
@@ -294,6 +294,19 @@ def quantize(
         str, typer.Option(help="Sensitivity for --bits: fisher (one backward) or kl.")
     ] = "fisher",
     score_rows: Annotated[int, typer.Option(min=1, help="Rows of text for --bits.")] = 32,
+    cost: Annotated[
+        str,
+        typer.Option(
+            help="Mean that --bits is: over weights, or active ones, of a token's experts."
+        ),
+    ] = "weights",
+    inputs: Annotated[
+        str, typer.Option(help="Reach of the scales of inputs: max, percentile or mse.")
+    ] = "max",
+    every_expert: Annotated[
+        bool,
+        typer.Option("--every-expert", help="Calibrate every expert on all tokens, too."),
+    ] = False,
     recipe: Annotated[
         Path | None,
         typer.Option(help="Recipe whose text is used; default: that of the model's run."),
@@ -309,9 +322,22 @@ def quantize(
     from nemotron.quantize.command import quantize as run_quantize
     from nemotron.quantize.decide import Wanted
 
-    wanted = Wanted(preset, bits, like, keep or (), weights, kv_cache, rows, score, score_rows)
+    wanted = Wanted(
+        preset,
+        bits,
+        like,
+        keep or (),
+        weights,
+        kv_cache,
+        rows,
+        score,
+        score_rows,
+        cost,
+        inputs,
+        every_expert,
+    )
     return run_quantize(
-        run,
+        model,
         out,
         wanted,
         recipe=recipe,

@@ -107,8 +107,10 @@ class Manifest(Section):
     validation: Annotated[tuple[ShardFacts, ...], Field(strict=False)]
 
     @property
-    def form(self) -> Literal["texts", "chats", "pairs"]:
-        """What a document is: a text, a conversation, or the sequences of a pair."""
+    def form(self) -> Literal["texts", "chats", "pairs", "preferences"]:
+        """What a document is: a text, a conversation, the sequences of a pair, or two answers."""
+        if self.options.get("preferences") is not None:
+            return "preferences"
         pairs = self.options.get("pairs") or {}
         if pairs.get("form") == "rows":
             return "pairs"

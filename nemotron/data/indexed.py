@@ -6,7 +6,8 @@ document index, int32 lengths [S] in tokens, int64 offsets [S] in bytes, int64 d
 (0, then the number of sequences up to the end of each document), and int8 modes [S] in files of
 several modalities. Shards of conversations have a third file, ours alone: `PREFIX.loss` holds a
 byte for each token, its role: 1 if it is learned, 2 if it belongs to a source that a model corrects
-and is right, else 0.
+and is right, else 0. A document of a pair of answers is two conversations, the better one first;
+the tokens of the second have 4 more.
 
 Source: NVIDIA/Megatron-LM: megatron/core/datasets/indexed_dataset.py.
 """
@@ -27,6 +28,8 @@ from nemotron.errors import UserError
 LEARNED = 1
 RIGHT = 2
 """Roles of tokens; all others are 0."""
+REJECTED = 4
+"""Added to the role of each token of the second conversation of a pair."""
 ENDS_READ = 4096
 """Bytes at each end of a shard's files that, with the sizes, identify the shard."""
 MAGIC = b"MMIDIDX\x00\x00"

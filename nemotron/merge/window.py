@@ -61,6 +61,11 @@ def read_checkpoints(run: RunFiles, report: Callable[[str], None]) -> Window:
     return tuple(found)
 
 
+def share_of_run(window: Window) -> float:
+    """Return the tokens from the oldest to the newest checkpoint over all tokens until then."""
+    return 1 - window[0].tokens / window[-1].tokens
+
+
 def last_tokens(checkpoints: Window, tokens: float) -> Window:
     """Return the window over the last so many tokens.
 

@@ -15,7 +15,7 @@ from nemotron.model.edit_heads import EditHeads
 from nemotron.model.init import init_weights
 from nemotron.model.language import GatePass, LanguageExperts, Languages
 from nemotron.model.linear import Embedding, Head, Linear, RMSNorm
-from nemotron.model.router import RoutingStats
+from nemotron.model.router import Choice, ExpertChoice, RoutingStats
 
 
 class Backbone(nn.Module):
@@ -121,6 +121,7 @@ class HybridLM(nn.Module):
         padding: Bool[Tensor, "B T"] | None = None,
         candidates: Int[Tensor, "B T K"] | None = None,
         languages: Languages | None = None,
+        experts: Int[Tensor, "B T layers K"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the hidden states after the final norm; the head is applied by whoever needs it.
 
@@ -128,14 +129,19 @@ class HybridLM(nn.Module):
         the rows' texts so far, which are continued. `routing` collects one entry per mixture layer,
         for training; it leaves out the positions that are `padding`. `candidates` are read in place
         of `input_ids`, K at each place. `languages` is what is known of the tokens' language, where
-        experts belong to languages.
+        experts belong to languages. `experts` are those of another pass over the tokens, which the
+        mixture layers use again (`ExpertChoice`).
         """
         hidden = self.embed(input_ids, candidates)
         if cache is not None:
             cache.begin(input_ids.shape[1])
         gate = None if self.language is None else GatePass(self.language, languages, padding)
+        layers = iter([] if experts is None else experts.flatten(0, 1).unbind(1))
+        assert experts is None or gate is None, "the language decides the experts"
         for index, block in self.backbone.layers.named_children():
-            choice = None if gate is None else gate.before(int(index), hidden)
+            choice: Choice | None = None if gate is None else gate.before(int(index), hidden)
+            if experts is not None and block.letter == "E":
+                choice = ExpertChoice(next(layers))
             state = cache.layers[int(index)] if cache is not None else None
             name = f"backbone.layers.{index}" if routing is not None else None
             hidden, stats = block(hidden, seq_idx, state, name, padding, choice)

@@ -85,4 +85,4 @@ def _check(out: Path) -> None:
     with open(out, "rb") as file:
         if file.read(len(HEAD)) != HEAD.encode():
             rule = "is not a report, so it is kept; give another name."
-        raise UserError(rule, key="--out", value=out)
+            raise UserError(rule, key="--out", value=out)

@@ -115,6 +115,7 @@ def compute_sums(
         padding=batch.padding,
         candidates=batch.candidates,
         languages=languages_of(batch),
+        experts=batch.experts,
     )
     return objective.sums(model, hidden, batch, routing), routing
 
@@ -159,6 +160,10 @@ class StepSums:
         return others
 
     def values(self, counts: Float[Tensor, " terms"]) -> dict[str, float]:
-        """Return each term per count; a term that counts nothing is left out."""
+        """Return each term per count; a term that counts nothing is left out.
+
+        Names are those in the metrics: `loss/NAME`, and as they are where they have a section.
+        """
         terms = zip(self._names, self.terms.tolist(), counts.tolist(), strict=True)
-        return {f"loss/{name}": total / count for name, total, count in terms if count}
+        named = ((n if "/" in n else f"loss/{n}", total, count) for n, total, count in terms)
+        return {name: total / count for name, total, count in named if count}

@@ -200,7 +200,7 @@ def _size(path: str) -> int:
 def _cut(path: str, size: int, target: int, options: PrepareOptions) -> Iterator[Piece]:
     """Yield pieces of a file that can be read independently of each other."""
     kind = kind_of(path) or "text"
-    if kind == "text" and (options.chat or options.pairs):
+    if kind == "text" and not options.adds_ends:
         what = "conversations" if options.chat else "pairs"
         raise UserError(f"is text; {what} are read from JSON lines and parquet.", where=str(path))
     if kind == "parquet":

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from nemotron.data.config import ChatOptions
+from nemotron.data.config import ChatOptions, PreferenceOptions
 from nemotron.data.correct.pair import PairOptions
 from nemotron.errors import UserError
 from nemotron.section import Section
@@ -48,20 +48,22 @@ class PrepareOptions(Section):
     hub: HubOptions = HubOptions()
     chat: ChatOptions | None = None
     pairs: PairOptions | None = None
+    preferences: PreferenceOptions | None = None
 
     @property
     def adds_ends(self) -> bool:
         """Whether each document gets the end of document; conversations and pairs do not."""
-        return self.chat is None and self.pairs is None
+        return self.chat is None and self.pairs is None and self.preferences is None
 
     @property
     def is_supervised(self) -> bool:
         """Whether the shards say which tokens are learned."""
-        return self.chat is not None or (self.pairs is not None and self.pairs.form == "chat")
+        chats = self.chat is not None or self.preferences is not None
+        return chats or (self.pairs is not None and self.pairs.form == "chat")
 
     def described(self) -> dict[str, Any]:  # Any: what JSON holds
         """Return the options as a manifest has them."""
-        absent = {"pairs"} if self.pairs is None else set()
+        absent = {name for name in ("pairs", "preferences") if getattr(self, name) is None}
         return self.model_dump(mode="json", exclude=absent)
 
 
