@@ -101,12 +101,12 @@ def _source(
         return
     if recipe is None:
         raise UserError(
-            f"brings no recipe, which names the text; give one: --recipe FILE.", where=str(model)
+            "brings no recipe, which names the text; give one: --recipe FILE.", where=str(model)
         )
     check_output(target, COMMAND, [model], overwrite=overwrite)
     if read_scales(model) is not None:
         raise UserError(
-            f"is quantized already; give the model that it was made from.", where=str(model)
+            "is quantized already; give the model that it was made from.", where=str(model)
         )
     with writing_beside(target.with_name(f"{target.name}.source"), COMMAND) as partial:
         loaded = read_folder(model)
