@@ -51,15 +51,14 @@ class DpoObjective(LanguageObjective):
     row: RowRanks = RowRanks()
 
     @property
-    def factors(self) -> dict[str, float]:
-        """`main` (of pairs), `sft` where it is weighed, and the figures, which weigh nothing."""
-        factors = {"main": self.options.preference_loss_weight}
-        if self.options.sft_loss_weight:
-            factors["sft"] = self.options.sft_loss_weight
-        return factors | dict.fromkeys(FIGURES, 0.0)
+    def factors(self) -> dict[str, float | None]:
+        """`main` (of pairs), `sft` where it is weighed, and the figures, which have no weight."""
+        options = self.options
+        sft = {"sft": options.sft_loss_weight} if options.sft_loss_weight else {}
+        return {"main": options.preference_loss_weight, **sft, **dict.fromkeys(FIGURES)}
 
     def own_counts(self, batch: Batch) -> list[float]:
-        """Return the number of pairs for each own term."""
+        """Return the number of pairs for each term."""
         has_label = (batch.labels != NO_LABEL).double()
         pairs = float(_whole_pairs(_by_answer(has_label[None], batch, 1)[0]).sum())
         return [pairs] * len(self.factors)
