@@ -17,7 +17,7 @@ from nemotron.data.prepare.options import PrepareOptions
 from nemotron.data.prepare.progress import PrepareProgress
 from nemotron.data.prepare.read import Bad, Place, Tick, no_column, read_rows, read_text
 from nemotron.errors import UserError
-from nemotron.files import naming, sync
+from nemotron.files import naming, refuse_device, sync
 from nemotron.outputs import unwritable
 from nemotron.terminal import print_text
 
@@ -160,8 +160,18 @@ def check_file(out: Path, sources: Iterable[str], *, overwrite: bool) -> None:
         raise UserError(f"{out} is a folder; give the name of a file.")
     if any(os.path.realpath(source) == os.path.realpath(out) for source in sources):
         raise UserError(f"{out} is an input; choose another file for the output.")
+    if out.exists() and not out.is_file():
+        raise UserError(f"{out} is not a regular file; give another name.")
     if out.exists() and not overwrite:
         raise UserError(f"{out} exists already; add --overwrite to replace it.")
+    if out.exists() and not _has_lines_of_json(out):
+        raise UserError(f"{out} holds no JSON lines, so it is not replaced; choose another file.")
+
+
+def _has_lines_of_json(path: Path) -> bool:
+    """Say whether a file is empty or begins with an object, as those that we write do."""
+    with open(path, "rb") as file:
+        return file.read(1) in (b"", b"{")
 
 
 @contextmanager
@@ -174,6 +184,7 @@ def new_lines(out: Path) -> Iterator[TextIO]:
     part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        refuse_device(out)
         with naming(out):
             try:
                 with open(part, "wb") as raw:

@@ -118,7 +118,12 @@ def test_what_is_no_run_of_the_stage_and_a_file_that_is_there_are_refused(
     out.write_text("mine")
     assert run(["correct", str(soft), *more]) == 2
     assert "exists already" in capsys.readouterr().err
+    assert run(["correct", str(soft), *more, "--overwrite"]) == 2
+    assert "holds no JSON lines, so it is not replaced" in capsys.readouterr().err
+    assert run(["correct", str(soft), "--in", str(source), "--out", str(source)]) == 2
+    assert "is an input" in capsys.readouterr().err
     assert out.read_text() == "mine"
+    out.write_text("{}\n")
     assert run(["correct", str(soft), *more, "--overwrite"]) == 0
 
 
