@@ -92,10 +92,11 @@ def read_regular(path: Path, most: int = LARGEST_SMALL_FILE) -> bytes:
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is not a regular file; put the file itself there.")
+            raise UserError("is not a regular file; put the file itself there.", where=str(path))
         if found.st_size > most:
             raise UserError(
-                f"{path} has {found.st_size} bytes; a file of this kind has at most {most}."
+                f"has {found.st_size} bytes; a file of this kind has at most {most}.",
+                where=str(path),
             )
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
@@ -117,7 +118,9 @@ def read_text_file(path: Path) -> str:
     except UnicodeDecodeError:
         raise UserError("is not UTF-8 text; give it in that encoding.", where=str(path)) from None
     except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}; give a file of text.") from None
+        raise UserError(
+            f"cannot be read: {error.strerror}; give a file of text.", where=str(path)
+        ) from None
 
 
 def open_lines(path: Path) -> BinaryIO:
@@ -132,7 +135,8 @@ def open_lines(path: Path) -> BinaryIO:
         if error.errno not in NO_FILE_OF_OURS:
             raise
         raise UserError(
-            f"{path} cannot be written: {error.strerror}; name a file in a folder that exists."
+            f"cannot be written: {error.strerror}; name a file in a folder that exists.",
+            where=str(path),
         ) from None
 
 

@@ -87,7 +87,7 @@ def test_no_device_and_no_pipe_is_replaced(tmp_path: Path, capsys: pytest.Captur
             write_text(out, "x")
         words = ["data", "noise", tmp_path / "text.jsonl", "--language", "letters", "--overwrite"]
         assert run([*map(str, words), "--out", str(out)]) == 2
-        assert f"{out} is not a regular file" in capsys.readouterr().err
+        assert f"{out}: is not a regular file" in capsys.readouterr().err
         assert stat.S_ISFIFO(out.stat().st_mode)
     assert (tmp_path / "link").is_symlink()
 

@@ -1,6 +1,5 @@
 """Tasks of lm-eval from others: their code runs only where the environment allows it."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any
 from jinja2.sandbox import SandboxedEnvironment
 
 from nemotron.errors import UserError
-from nemotron.posttrain.sandbox.run import PERMIT
+from nemotron.posttrain.sandbox.run import PERMIT, permits_code
 
 Loads = Callable[..., Any]  # Any: a function of a task, or a metric
 
@@ -21,7 +20,7 @@ def without_code() -> Iterator[None]:
     These are functions that a task names, templates that reach for Python's objects, and metrics
     that lie in a folder as programs. Neither lm-eval nor `evaluate` offers a switch for it.
     """
-    if os.environ.get(PERMIT) == "1":
+    if permits_code():
         yield
         return
     import evaluate

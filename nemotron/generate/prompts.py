@@ -69,11 +69,15 @@ class AnswerFile:
         """
         self._path = path
         if not resume and (path.exists() or path.is_symlink()):
-            raise UserError(f"{path} exists; give another name, or continue it with --resume.")
+            raise UserError(
+                "exists; give another name, or continue it with --resume.", where=str(path)
+            )
         self._file: BinaryIO = open_lines(path)
         try:
             if not try_lock(self._file.fileno(), path):
-                raise UserError(f"{path} is being written by another process; wait for its end.")
+                raise UserError(
+                    "is being written by another process; wait for its end.", where=str(path)
+                )
             self.num_done = self._continue(path, prompts)
         except BaseException:
             self._file.close()
@@ -84,7 +88,7 @@ class AnswerFile:
         self._file.seek(0)
         *whole, rest = self._file.read().split(b"\n")
         foreign = UserError(
-            f"{path} holds other lines than answers to these prompts; name another."
+            "holds other lines than answers to these prompts; name another.", where=str(path)
         )
         if len(whole) > len(prompts):
             raise foreign

@@ -87,8 +87,9 @@ def load_lexicon(name: str) -> Lexicon:
     if not translations:
         reasons = ", ".join(f"{count:,} {why}" for why, count in refused.items()) or "it is empty"
         raise UserError(
-            f"{name}: none of its {len(senses):,} words can be used ({reasons}); give words with "
-            f"one translation of up to {MOST_WORDS} words."
+            f"none of its {len(senses):,} words can be used ({reasons}); give words with "
+            f"one translation of up to {MOST_WORDS} words.",
+            where=str(name),
         )
     pieces = frozenset(tuple(split_mixed(word)) for word in senses)
     return Lexicon(translations, pieces, max(map(len, pieces)))
@@ -118,8 +119,9 @@ def _table(path: Path) -> Iterator[tuple[str, Entry]]:
         cells = [cell.strip() for cell in line.split("\t")]
         if len(cells) not in (2, 3) or not cells[0]:
             raise UserError(
-                f"{path}:{number} has {len(cells)} columns; write a word, a tab and its "
-                "translation, and perhaps a tab and its class."
+                f"has {len(cells)} columns; write a word, a tab and its "
+                "translation, and perhaps a tab and its class.",
+                where=f"{path}:{number}",
             )
         senses = tuple(sense.strip() for sense in cells[1].split("/") if sense.strip())
         yield cells[0], Entry(senses, cells[2] if len(cells) == 3 else "n")

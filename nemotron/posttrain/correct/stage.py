@@ -213,12 +213,13 @@ def read_threshold(run: Path, config: CorrectConfig) -> float:
         value = float(parse_json(read_regular(path))["threshold"])
     except FileNotFoundError:
         raise UserError(
-            f"{run} has found no threshold, because no pairs were held out; give --threshold."
+            "has found no threshold, because no pairs were held out; give --threshold.",
+            where=str(run),
         ) from None
     except (ValueError, KeyError, TypeError):
         value = math.nan
     if not value <= 0:
-        raise UserError(f"{path} is damaged; give --threshold.")
+        raise UserError("is damaged; give --threshold.", where=str(path))
     return value
 
 

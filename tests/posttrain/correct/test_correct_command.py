@@ -81,7 +81,7 @@ def test_scores_of_the_candidates_weigh_in_the_choice(place: PairPlace, tmp_path
         ({"candidates": ["abc", 7]}, "line 2 has a candidate that is not text"),
         ({"candidates": ["", ""]}, "line 2 has only empty candidates"),
         ({"candidates": ["abc"], "scores": [1, 2]}, "not a list of numbers for each candidate"),
-        ({"candidates": ["abc"], "scores": [[1.0, 2.0]]}, "line 2 has 2 scores for 3 tokens"),
+        ({"candidates": ["abc"], "scores": [[1.0, 2.0]]}, "line 2: has 2 scores for 3 tokens"),
     ],
 )
 def test_an_unreadable_line_is_one_sentence(
