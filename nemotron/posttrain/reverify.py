@@ -5,16 +5,18 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
-from nemotron.files import open_regular, parse_json, write_text
+from nemotron.files import NO_FILE_OF_OURS, open_regular, parse_json, write_text
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.environments.base import environment_of
 from nemotron.posttrain.rollout import Rollout, rollout_lines
 from nemotron.posttrain.tasks import Tasks
 from nemotron.posttrain.verify import Verifiers
 from nemotron.run.files import RunFiles
+from nemotron.terminal import print_text
 
 
 @dataclass
@@ -71,7 +73,7 @@ def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
                 out.mkdir(parents=True, exist_ok=True)
                 write_text(out / path.name, rollout_lines(new))
     for name, count in counts.items():
-        print(
+        print_text(
             f"{name:<16} {count.judged} rollouts  {count.changed} changed  {count.faults} faults  "
             f"mean reward {count.before / count.judged:.4f} -> {count.after / count.judged:.4f}"
         )
@@ -84,7 +86,7 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
     Raises:
         UserError: with the line that is not a rollout.
     """
-    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 rollout = Rollout.of_json(parse_json(line))
@@ -95,6 +97,16 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
                     where=f"{path}:{number}",
                 ) from None
             yield rollout
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return os.fdopen(open_regular(path, os.O_RDONLY), "rb")
+    except OSError as error:
+        if error.errno not in NO_FILE_OF_OURS:
+            raise
+        rule = f"cannot be read: {error.strerror}; restore the file, or remove it."
+        raise UserError(rule, where=str(path)) from None
 
 
 def _judge(rollouts: Sequence[Rollout], verifiers: Verifiers, timeout_s: float) -> list[Rollout]:
