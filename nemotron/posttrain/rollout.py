@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -90,6 +91,8 @@ class Sampler:
     def __init__(self, config: RolloutConfig, tasks: Tasks, verifiers: Verifiers) -> None:
         self._config, self._prompts, self.verifiers = config, tasks.prompts, verifiers
         self._how = answering(config, tasks)
+        self.verify_s = 0.0
+        """Seconds in which the answers of the last batch were judged."""
 
     def answerer(self, model: HybridLM) -> Answerer:
         """Return what answers with the weights that the model has now."""
@@ -121,7 +124,9 @@ class Sampler:
         rows = [task.row for _, task in tasks]
         states = [None] * len(rows)
         timeout_s = self._config.verify_timeout_s
+        start = time.perf_counter()
         verdicts = self.verifiers.verify(rows, responses, states, timeout_s)
+        self.verify_s = time.perf_counter() - start
         return [
             Rollout(
                 task=task,
