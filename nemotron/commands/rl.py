@@ -34,7 +34,7 @@ def rl_chats(
         typer.Option("--text", help="Write prompt and answer as one text, for pre-training."),
     ] = False,
     mistakes: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of answers that are wrong.")
+        float, typer.Option(min=0, max=1, help="Share of answers that earn nothing.")
     ] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
 ) -> int:

@@ -25,10 +25,10 @@ class Demonstrates(Protocol):
 
 @runtime_checkable
 class Errs(Demonstrates, Protocol):
-    """An environment that knows wrong answers as well, such as people give."""
+    """An environment that knows answers as well that earn nothing, such as people give."""
 
     def mistake(self, row: Row, rng: random.Random) -> Response:
-        """Return a wrong answer, with reasoning that leads to it."""
+        """Return an answer that is wrong or in a form that is not accepted, with reasoning."""
         ...
 
 
@@ -41,7 +41,7 @@ class Manner:
     is_text: bool = False
     """Whether prompt and answer are one text without a chat format, as pre-training reads it."""
     mistakes: float = 0.0
-    """Share of the answers that are wrong."""
+    """Share of the answers that earn nothing."""
 
 
 @dataclass(frozen=True)
