@@ -35,6 +35,8 @@ class Asked:
     prompt: tuple[int, ...]
     sampling: Sampling
     num_samples: int = 1
+    experts: bool = False
+    """Whether the answer says which experts its tokens went to."""
 
 
 class Answerer:
@@ -74,6 +76,7 @@ class Answerer:
             stop=self.prompts.stop,
             budget=self.how.budget,
             logprobs=True,
+            experts=asked.experts,
         )
 
 

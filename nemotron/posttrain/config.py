@@ -38,6 +38,10 @@ class CorrectionConfig(Section):
     """Upper bound; absent: none."""
     max_sequence_error: float | None = Field(2.0, gt=1)
     """Answers whose mean `exp |log trainer - log sampled|` is above this are left out."""
+    max_prob_error: float | None = Field(1.05, gt=1)
+    """The run stops at a rollout batch for which the mean over all tokens
+    (`rl/token_mult_prob_error`) is above this, before it learns from it; half as far from 1, it
+    warns. Absent: it goes on."""
 
     @model_validator(mode="after")
     def _check(self) -> "CorrectionConfig":
@@ -123,6 +127,9 @@ class RolloutConfig(Section):
     """Strings that end an answer, beside the end of text or of the turn."""
     slots: int = Field(64, gt=0)
     """Answers that are written at the same time on each rank."""
+    router_replay: bool = True
+    """Whether the trainer sends each token to the experts that it went to when it was sampled,
+    weighed by the router's scores of now. Without it a rounding may choose others."""
     truncated: Literal["keep", "mask"] = "mask"
     """Whether answers that reached `max_new_tokens` are learned from. They are compared with the
     others in any case."""

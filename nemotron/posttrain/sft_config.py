@@ -4,19 +4,17 @@ from typing import Literal
 
 from pydantic import Field
 
-from nemotron.data.config import ChatDataConfig
+from nemotron.data.config import ChatDataConfig, ConversationDataConfig
 from nemotron.posttrain.loss_config import FurtherLossConfig, further_tuning
 from nemotron.section import Section
 from nemotron.train.config import TextConfig, TuneConfig
 
 
-class ChatRunConfig(TextConfig):
-    """What the recipe of every stage has that learns from conversations."""
+class TunedConfig(TextConfig):
+    """What the recipe of every stage has that goes on training a model on conversations."""
 
-    data: ChatDataConfig
+    data: ConversationDataConfig
     """Conversations and rows."""
-    loss: FurtherLossConfig = FurtherLossConfig()
-    """Weights of the loss terms."""
     tune: TuneConfig = TuneConfig()
     """Which parameters are trained."""
 
@@ -24,6 +22,15 @@ class ChatRunConfig(TextConfig):
     def tuning(self) -> TuneConfig:
         """What `tune` says; a block for prediction further ahead that is not unrolled is frozen."""
         return further_tuning(self, self.num_depths, self.tune)
+
+
+class ChatRunConfig(TunedConfig):
+    """What the recipe of every stage has that learns what the assistant says."""
+
+    data: ChatDataConfig
+    """Conversations and rows."""
+    loss: FurtherLossConfig = FurtherLossConfig()
+    """Weights of the loss terms."""
 
 
 class SftConfig(ChatRunConfig):
