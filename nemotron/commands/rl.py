@@ -29,16 +29,24 @@ def rl_chats(
     count: Annotated[int, typer.Option(min=1, help="Conversations of each environment.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the tasks.")] = 1,
     thinking: Annotated[bool, typer.Option(help="Write the reasoning, too.")] = True,
+    text: Annotated[
+        bool,
+        typer.Option("--text", help="Write prompt and answer as one text, for pre-training."),
+    ] = False,
+    mistakes: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of answers that earn nothing.")
+    ] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
 ) -> int:
-    """Write conversations in which tasks are answered rightly, as data for fine-tuning."""
+    """Write conversations in which tasks are answered, as data for fine-tuning."""
     from nemotron.exit_codes import DONE
-    from nemotron.posttrain.demonstrations import TaskSet, check_file, write_chats
+    from nemotron.posttrain.demonstrations import Manner, TaskSet, check_file, write_chats
 
     sets = [TaskSet.read(text) for text in tasks]
     check_file(out, overwrite=overwrite)
-    written = write_chats(sets, out, count=count, seed=seed, thinking=thinking)
-    print(f"{written} conversations in {out}")
+    manner = Manner(thinking=thinking, is_text=text, mistakes=mistakes)
+    written = write_chats(sets, out, count=count, seed=seed, manner=manner)
+    print(f"{written} {'texts' if text else 'conversations'} in {out}")
     return DONE
 
 

@@ -139,6 +139,9 @@ class RolloutConfig(Section):
     """Longest time for one answer; a verifier that takes longer is stopped, its answer left out."""
     evaluation_tasks: int = Field(64, gt=0)
     """Prompts of each evaluation, answered once without randomness."""
+    held_out_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the tasks that only evaluations ask; a hash of the prompt decides on each. 0:
+    evaluations draw tasks anew, some of which training may have asked where there are few."""
 
     @model_validator(mode="after")
     def _check(self) -> "RolloutConfig":
