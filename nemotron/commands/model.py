@@ -70,9 +70,10 @@ def generate(
     if bool(prompt) == (prompts is not None):
         raise UserError("the prompts are missing, or given twice; give --prompt or --prompts FILE.")
     if prompts is None and (out is not None or resume):
-        raise UserError("--out and --resume need --prompts FILE; give it, or leave them out.")
+        rule = "need --prompts FILE; give it, or leave them out."
+        raise UserError(rule, key="--out and --resume")
     if resume and out is None:
-        raise UserError("--resume needs the file to continue; give --out FILE.")
+        raise UserError("needs the file to continue; give --out FILE.", key="--resume")
     sampling = answers.sampling
     ops = read_ops(model) if recipe_ops else None
     loaded, tokenizer = load_with_tokenizer(model, ops=ops)
@@ -119,10 +120,11 @@ def evaluate(
     text = Text(recipe, overrides or ())
     if not suites.is_asked:
         if suites.resume:
-            raise UserError("--resume continues an evaluation on suites; name them with --suite.")
+            rule = "continues an evaluation on suites; name them with --suite."
+            raise UserError(rule, key="--resume")
         return run(model, text, out=out, device=device)
     if suites.resume and out is None:
-        raise UserError("--resume needs the folder to continue; give --out FOLDER.")
+        raise UserError("needs the folder to continue; give --out FOLDER.", key="--resume")
     wanted = Wanted(suites.plan(), text, suites.against, out, suites.resume, device)
     return evaluate_suites(model, wanted)
 

@@ -238,7 +238,7 @@ class HarnessLM(TemplateLM):
         """
         chat = self.subject.chat
         if chat is None:
-            raise UserError(f"{self.subject.name} has no chat template; leave --chat out.")
+            raise UserError("has no chat template; leave --chat out.", where=self.subject.name)
         try:
             text = render(
                 chat_history,

@@ -325,8 +325,12 @@ class Engine:
         starts = [self.cache.lengths[slot] for slot in slots]
         ids = [s.tokens[at : at + size] for at, s in zip(starts, samples, strict=True)]
         has_experts = any(sample.request.experts for sample in samples)
-        if self._steps is not None and size == 1 and not has_experts:
-            logits = self._steps.append(self.model, slots, [first for first, *_ in ids])
+        if self._steps is not None and size == 1:
+            first = [first for first, *_ in ids]
+            found = self._steps.append(self.model, slots, first, has_experts=has_experts)
+            logits = found.logits
+            if found.experts is not None:
+                keep_experts(found.experts, samples, starts)
         else:
             if self._rows is None or self._rows.slots != slots:
                 self._rows = self.cache.rows(slots)
@@ -334,7 +338,7 @@ class Engine:
             with recorded(self.model.backbone, on=has_experts) as record:
                 hidden = extend(self.model, self._rows, tokens)
             if record.layers:
-                keep_experts(record, samples, starts)
+                keep_experts(record.experts(len(samples)), samples, starts)
             if self.speculator is not None:
                 self.speculator.drafter.follow(self.model, samples, hidden)
             logits = score(self.model, hidden)

@@ -91,10 +91,12 @@ def merge(
     """
     files, target = RunFiles(run), output_folder(out)
     if not files.checkpoints.is_dir():
-        raise UserError(f"{files.checkpoints} does not exist; give the folder of a run.")
+        raise UserError("does not exist; give the folder of a run.", where=str(files.checkpoints))
     check_output(target, COMMAND, [files.path], overwrite=overwrite)
     if target.resolve().is_relative_to(files.checkpoints.resolve()):
-        raise UserError(f"{target} is inside the checkpoints folder; choose another folder.")
+        raise UserError(
+            "is inside the checkpoints folder; choose another folder.", where=str(target)
+        )
     checkpoints = read_checkpoints(files, print_text)
     windows = choice.windows(checkpoints)
     if choice.search:

@@ -58,7 +58,8 @@ def quantize(
         run = source.run
         if run is None:
             raise UserError(
-                f"{model} is not inside a run, so its tokenizer is unknown; give a run's folder."
+                "is not inside a run, so its tokenizer is unknown; give a run's folder.",
+                where=str(model),
             )
         for skipped in source.skipped:
             print_text(str(skipped))
@@ -115,7 +116,9 @@ def _check_target(
     target: Path, source: CheckpointSource, run: RunFiles, *, overwrite: bool
 ) -> None:
     if target.resolve().is_relative_to(source.info.folder.resolve().parent):
-        raise UserError(f"{target} is inside the checkpoints folder; choose another folder.")
+        raise UserError(
+            "is inside the checkpoints folder; choose another folder.", where=str(target)
+        )
     inputs = [source.info.folder, run.path]
     check_output(target, COMMAND, inputs, overwrite=overwrite)
     check_output(failed_beside(target), COMMAND, inputs, overwrite=True)

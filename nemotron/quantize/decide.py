@@ -64,8 +64,8 @@ class Wanted:
         observes = self.weights or self.inputs != "max" or self.every_expert
         if self.like is not None and (self.keep or observes or self.cache is not None):
             raise UserError(
-                "--keep, --weights, --inputs, --every-expert and --kv-cache contradict --like; "
-                "leave them out."
+                "contradict --like; leave them out.",
+                key="--keep, --weights, --inputs, --every-expert and --kv-cache",
             )
         if self.score not in get_args(Score):
             known = ", ".join(get_args(Score))

@@ -176,6 +176,7 @@ def check_shapes(model: nn.Module, table: Mapping[str, StoredFormat]) -> None:
         if not fits(module, format):
             sizes = sorted({weight.shape[-1] for weight in module.parameters(recurse=False)})
             raise UserError(
-                f"{name} reads {' and '.join(map(str, sizes))} values, but NVFP4 has blocks of "
-                f"{BLOCK}; keep it in bfloat16: --keep '{name}'."
+                f"reads {' and '.join(map(str, sizes))} values, but NVFP4 has blocks of "
+                f"{BLOCK}; keep it in bfloat16: --keep '{name}'.",
+                key=name,
             )

@@ -74,8 +74,8 @@ def _input_scale(key: str, format: StoredFormat, observed: Observed) -> Tensor:
     amax = observed.amax(key, format)
     if amax is None or not torch.isfinite(amax):
         raise UserError(
-            f"{key} saw no finite input during calibration; calibrate on more text, or check the "
-            "model."
+            "saw no finite input during calibration; calibrate on more text, or check the model.",
+            key=key,
         )
     if format == "nvfp4":
         return invertible_scale(positive(amax / GLOBAL_MAX))
