@@ -154,7 +154,7 @@ class LanguageObjective(ABC):
         self, sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"]
     ) -> Float[Tensor, ""]:
         """Return the mean of each term, weighted as the recipe says."""
-        return _weighted_means(sums, counts, [*self.factors.values(), *self.auxiliary.factors])
+        return weighted_means(sums, counts, [*self.factors.values(), *self.auxiliary.factors])
 
 
 def _num_known(batch: Batch) -> int:
@@ -171,7 +171,7 @@ def total_weight(labels: Tensor, weights: Tensor | None) -> float:
     return int(counted.sum()) if weights is None else float(weights[counted].double().sum())
 
 
-def _weighted_means(
+def weighted_means(
     sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"], factors: list[float]
 ) -> Float[Tensor, ""]:
     """Divide each sum by its count, and add up the quotients times their factors."""
