@@ -86,14 +86,22 @@ def rl_evaluate(
 
 @app.command("reverify", epilog="Example: nemotron rl reverify runs/arith-rl")
 def rl_reverify(
-    run: Annotated[Path, typer.Argument(help="Folder of a run with rollouts.", metavar="RUN")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Run with rollouts or suites, or folder of nemotron evaluate --suite."),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the rollouts with their new verdicts.")
+        Path | None, typer.Option(help="Folder for the answers with their new verdicts.")
     ] = None,
 ) -> int:
-    """Judge the stored rollouts of a run again; the exit code is 1 if a verdict changes."""
+    """Judge stored answers again; the exit code is 1 if a verdict changes."""
     from nemotron.posttrain.reverify import reverify
+    from nemotron.posttrain.suites.reverify import answer_files, reverify_answers
+    from nemotron.run.files import RunFiles
 
+    files = [] if any(RunFiles(run).rollouts.glob("step-*.jsonl")) else answer_files(run)
+    if files:
+        return reverify_answers(files, out)
     return reverify(_rl_config(run, []), run, out)
 
 
