@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from nemotron.errors import RuleBroken
 from nemotron.section import Section
-from nemotron.train.config import LossConfig, RunConfig
+from nemotron.train.config import LossConfig, RunConfig, TuneConfig
 
 
 class AdvantageConfig(Section):
@@ -160,6 +160,13 @@ class RlConfig(RunConfig):
     """Loss of the answers."""
     loss: LossConfig = LossConfig(moe_aux_loss_coeff=0.0, mtp_detach_heads=True)
     """Weights of the other terms."""
+    tune: TuneConfig = TuneConfig()
+    """Which parameters are trained."""
+
+    @property
+    def tuning(self) -> TuneConfig:
+        """What `tune` says."""
+        return self.tune
 
     @property
     def num_depths(self) -> int:

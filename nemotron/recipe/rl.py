@@ -6,6 +6,7 @@ from nemotron.divisors import divisors, nearest
 from nemotron.errors import Finding
 from nemotron.posttrain.config import RlConfig
 from nemotron.recipe.read import Idle
+from nemotron.recipe.sft import unknown_parts
 
 
 def impossible(config: RlConfig) -> Iterator[Finding]:
@@ -61,6 +62,11 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
             "and reasoning_grace leave no token of rollout.max_new_tokens = "
             f"{rollout.max_new_tokens} for the answer; lower them.",
             rollout.reasoning_budget,
+        )
+    yield from unknown_parts(config.model, config.tune)
+    if config.tune.adapter is not None:
+        yield Finding(
+            "tune.adapter", "is not rolled out yet; leave it out, or fine-tune with stage: sft."
         )
     if config.precision.quantizes:
         yield Finding(
