@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nemotron.data.tokenizer import Tokenizer
-from nemotron.device import find_device, measure_matmul_peak
+from nemotron.device import find_device, matmul_peak
 from nemotron.errors import UserError
 from nemotron.loading import read_initial
 from nemotron.model.hybrid import HybridLM
@@ -44,7 +44,7 @@ class Session:
         self.data = open_data(self.config, plan)
         """Text to train on and to evaluate on."""
         self.data.check_length()
-        peak = measure_matmul_peak(device, DTYPES[self.config.precision.compute])
+        peak = matmul_peak(device, DTYPES[self.config.precision.compute])
         self.trainer = build_trainer(self.config, plan, self.data, device, peak, Ranks())
         """The trainer, whose `update` does one step on a batch."""
         if self.config.init_from is not None:
@@ -70,5 +70,16 @@ class Session:
             yield trainer.update(step, trainer.batches.take(step))
 
     def evaluate(self) -> dict[str, float]:
-        """Return loss, perplexity and bits per byte of the held-out text, by domain and overall."""
-        return validate(self.trainer, self.data)
+        """Return loss, perplexity and bits per byte of the held-out text, by domain and overall.
+
+        The metrics of the tasks in `evaluation.suites` follow.
+
+        Raises:
+            UserError: when a task is unknown or cannot run here.
+        """
+        found = validate(self.trainer, self.data)
+        if not self.config.evaluation.suites.names:
+            return found
+        from nemotron.posttrain.suites.training import examined
+
+        return found | examined(self.trainer, self.tokenizer)

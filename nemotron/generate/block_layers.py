@@ -10,7 +10,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from nemotron.model.moe import Experts, MoE
-from nemotron.model.router import GroupChoice
+from nemotron.model.router import Choice
 from nemotron.ops.token_step import TokenStepOp
 from nemotron.ops.token_step.stack import Matrix
 
@@ -44,7 +44,7 @@ class BlockMoE(nn.Module):
         moe.experts = _DenseExperts(moe.experts, self.up, self.down)
 
     def forward(
-        self, x: Float[Tensor, "B T D"], choice: GroupChoice | None = None
+        self, x: Float[Tensor, "B T D"], choice: Choice | None = None
     ) -> Float[Tensor, "B T D"]:
         tokens, moe = x.flatten(0, 1), self.moe
         if tokens.shape[0] > FEW_TOKENS:

@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from nemotron.generate.block_layers import BlockLinear, BlockMoE
+from nemotron.generate.graphs import FixedRows
 from nemotron.model.adapter import Adapter
 from nemotron.model.attention import Attention
 from nemotron.model.block import Block
@@ -107,6 +108,8 @@ def _say(fact: str) -> None:
 def _suits(rows: CachedRows, tokens: Int[Tensor, "B T"], dtype: torch.dtype) -> bool:
     """Say whether the cache holds float32 states and the model's keys and values, unrounded."""
     if tokens.numel() > MOST_TOKENS or torch.is_grad_enabled() or rows.cache.replays:
+        return False
+    if isinstance(rows, FixedRows):  # their numbers are read on the device
         return False
     formats = rows.cache.formats
     if formats.state != "fp32" or formats.keys_values_dtype(dtype) != dtype:

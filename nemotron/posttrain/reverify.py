@@ -2,24 +2,26 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
-from nemotron.files import open_regular, parse_json, write_text
+from nemotron.files import NO_FILE_OF_OURS, open_regular, parse_json, write_text
 from nemotron.posttrain.config import RlConfig
-from nemotron.posttrain.environments.base import environment_of
+from nemotron.posttrain.environments.base import Verdict, environment_of
 from nemotron.posttrain.rollout import Rollout, rollout_lines
 from nemotron.posttrain.tasks import Tasks
 from nemotron.posttrain.verify import Verifiers
 from nemotron.run.files import RunFiles
+from nemotron.terminal import print_text
 
 
 @dataclass
 class Count:
-    """Rollouts of one environment."""
+    """Answers that are judged again, of one environment or task."""
 
     judged: int = 0
     changed: int = 0
@@ -29,9 +31,8 @@ class Count:
     after: float = 0.0
     """Sums of rewards."""
 
-    def add(self, old: Rollout, new: Rollout) -> None:
-        """Count a rollout as it is stored, and as it is judged now."""
-        first, second = old.verdict, new.verdict
+    def add(self, first: Verdict, second: Verdict) -> None:
+        """Count a verdict as it is stored, and as it is now."""
         self.judged += 1
         self.faults += second.error is not None
         had, has = first.error is not None, second.error is not None
@@ -52,9 +53,13 @@ def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
     stored = RunFiles(run).rollouts
     files = sorted(stored.glob("step-*.jsonl"))
     if not files:
-        raise UserError(f"{run} has no rollouts/step-*.jsonl; give the folder of a run with some.")
+        raise UserError(
+            "has no rollouts/step-*.jsonl; give the folder of a run with some.", where=str(run)
+        )
     if out is not None and out.resolve() == stored.resolve():
-        raise UserError(f"{out} holds the rollouts to judge; choose another folder for --out.")
+        raise UserError(
+            "holds the rollouts to judge; choose another folder for --out.", where=str(out)
+        )
     counts: dict[str, Count] = {}
     tasks = Tasks(config)
     with Verifiers(config.rollout.verify_workers, tasks.options) as verifiers:
@@ -62,13 +67,19 @@ def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
             old = list(read_rollouts(path))
             new = _judge(old, verifiers, config.rollout.verify_timeout_s)
             for first, second in zip(old, new, strict=True):
-                counts.setdefault(first.task.environment, Count()).add(first, second)
+                count = counts.setdefault(first.task.environment, Count())
+                count.add(first.verdict, second.verdict)
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 write_text(out / path.name, rollout_lines(new))
+    return print_counts(counts, "rollouts")
+
+
+def print_counts(counts: Mapping[str, Count], what: str) -> int:
+    """Print what changed; returns exit code 1 if a verdict did, else 0."""
     for name, count in counts.items():
-        print(
-            f"{name:<16} {count.judged} rollouts  {count.changed} changed  {count.faults} faults  "
+        print_text(
+            f"{name:<16} {count.judged} {what}  {count.changed} changed  {count.faults} faults  "
             f"mean reward {count.before / count.judged:.4f} -> {count.after / count.judged:.4f}"
         )
     return FAILED if any(count.changed for count in counts.values()) else DONE
@@ -80,16 +91,27 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
     Raises:
         UserError: with the line that is not a rollout.
     """
-    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 rollout = Rollout.of_json(parse_json(line))
                 environment_of(rollout.task.row)
             except ValueError:
                 raise UserError(
-                    f"{path}:{number} is not a rollout; restore the file, or remove the line."
+                    "is not a rollout; restore the file, or remove the line.",
+                    where=f"{path}:{number}",
                 ) from None
             yield rollout
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return os.fdopen(open_regular(path, os.O_RDONLY), "rb")
+    except OSError as error:
+        if error.errno not in NO_FILE_OF_OURS:
+            raise
+        rule = f"cannot be read: {error.strerror}; restore the file, or remove it."
+        raise UserError(rule, where=str(path)) from None
 
 
 def _judge(rollouts: Sequence[Rollout], verifiers: Verifiers, timeout_s: float) -> list[Rollout]:

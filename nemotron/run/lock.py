@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemotron.errors import UserError
-from nemotron.files import UNSUPPORTED, open_regular, try_lock
+from nemotron.files import UNSUPPORTED, open_regular, read_regular, try_lock
 
 LOCK = "lock"
 
@@ -61,7 +61,7 @@ class FolderLock:
             self._descriptor = open_regular(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             if self.path.exists() or self.path.is_symlink():
-                raise UserError(f"{self.path}: {error.strerror}; remove it.") from None
+                raise UserError(f"{error.strerror}; remove it.", where=str(self.path)) from None
             raise
         if not try_lock(self._descriptor, self.path):
             self._refuse()
@@ -96,13 +96,13 @@ class FolderLock:
     def _refuse(self) -> NoReturn:
         self.release()
         try:
-            holder = json.loads(self.path.read_text())
+            holder = json.loads(read_regular(self.path))
             who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
             who = "another process"
         raise UserError(
-            f"{self.folder} is in use by {who}; wait for it, stop it, or give this run another "
-            "name."
+            f"is in use by {who}; wait for it, stop it, or give this run another name.",
+            where=str(self.folder),
         )
 
 

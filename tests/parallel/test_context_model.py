@@ -16,13 +16,14 @@ from nemotron.model.router import Router
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.context.apply import SumOverRow, apply_context
 from nemotron.parallel.context.chunks import shard
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 
-OBJECTIVE = PretrainObjective(LossConfig(), num_depths=2)
+OBJECTIVE = PretrainObjective(Auxiliary(LossConfig(), num_depths=2))
 
 
 @dataclass(frozen=True)
@@ -77,7 +78,7 @@ def batch(case: Case) -> Batch:
     weights = torch.rand(2, 40, generator=g)
     padding = torch.arange(40) >= torch.tensor([[40], [33]])
     rows = Batch(tokens[:, :-1], labels, seq_idx, weights, padding=padding)
-    return rows.look_ahead(OBJECTIVE.num_depths)
+    return rows.look_ahead(OBJECTIVE.auxiliary.num_depths)
 
 
 def outcome(model: HybridLM, rows: Batch) -> dict[str, Tensor]:

@@ -17,7 +17,7 @@ from nemotron.data.prepare.options import PrepareOptions
 from nemotron.data.prepare.progress import PrepareProgress
 from nemotron.data.prepare.read import Bad, Place, Tick, no_column, read_rows, read_text
 from nemotron.errors import UserError
-from nemotron.files import naming, sync
+from nemotron.files import naming, refuse_device, sync
 from nemotron.outputs import unwritable
 from nemotron.terminal import print_text
 
@@ -145,7 +145,7 @@ def rewrite(
         if not written:
             first = f"; the first bad one: {rows.bad[0]}" if rows.bad else ""
             raise UserError(
-                f"{', '.join(rows.sources)}: no row could be used{first}; nothing was written."
+                f"no row could be used{first}; nothing was written.", where=", ".join(rows.sources)
             )
     return Written(read, written)
 
@@ -157,11 +157,23 @@ def check_file(out: Path, sources: Iterable[str], *, overwrite: bool) -> None:
         UserError: when it is a folder or an input, or is there and may not be replaced.
     """
     if out.is_dir():
-        raise UserError(f"{out} is a folder; give the name of a file.")
+        raise UserError("is a folder; give the name of a file.", where=str(out))
     if any(os.path.realpath(source) == os.path.realpath(out) for source in sources):
-        raise UserError(f"{out} is an input; choose another file for the output.")
+        raise UserError("is an input; choose another file for the output.", where=str(out))
+    if out.exists() and not out.is_file():
+        raise UserError("is not a regular file; give another name.", where=str(out))
     if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; add --overwrite to replace it.")
+        raise UserError("exists already; add --overwrite to replace it.", where=str(out))
+    if out.exists() and not _has_lines_of_json(out):
+        raise UserError(
+            "holds no JSON lines, so it is not replaced; choose another file.", where=str(out)
+        )
+
+
+def _has_lines_of_json(path: Path) -> bool:
+    """Say whether a file is empty or begins with an object, as those that we write do."""
+    with open(path, "rb") as file:
+        return file.read(1) in (b"", b"{")
 
 
 @contextmanager
@@ -174,6 +186,7 @@ def new_lines(out: Path) -> Iterator[TextIO]:
     part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        refuse_device(out)
         with naming(out):
             try:
                 with open(part, "wb") as raw:
@@ -186,7 +199,7 @@ def new_lines(out: Path) -> Iterator[TextIO]:
             finally:
                 part.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(unwritable(error, out, "nothing was replaced")) from None
+        raise unwritable(error, out, "nothing was replaced") from None
 
 
 def print_bad(rows: Rows) -> None:

@@ -4,13 +4,14 @@ import functools
 import hashlib
 import importlib
 import logging
-import os
 import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
+
+from nemotron.ops.tuning.base import user_folder
 
 log = logging.getLogger(__name__)
 
@@ -32,8 +33,7 @@ def folder() -> Path:
     digest = hashlib.sha256(f"{__version__} {get_host_cpu_name()}".encode())
     for path in sorted(Path(__file__).with_name("kernels").glob("*.py")):
         digest.update(path.read_bytes())
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    found = Path(cache) / "nemotron" / "kernels" / digest.hexdigest()[:16]
+    found = user_folder() / "kernels" / digest.hexdigest()[:16]
     try:
         found.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=found):
