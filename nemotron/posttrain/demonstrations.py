@@ -29,22 +29,25 @@ class TaskSet:
 
     environment: str
     level: float = 0.0
+    tools: bool = False
+    """Whether the environment's option `tools` is on."""
 
     @classmethod
     def read(cls, text: str) -> "TaskSet":
-        """Read `NAME` or `NAME@LEVEL`.
+        """Read `NAME` or `NAME@LEVEL`, with `+tools` at its end or not.
 
         Raises:
             UserError: when the level is not a number from 0.
         """
-        name, _, level = text.partition("@")
+        plain = text.removesuffix("+tools")
+        name, _, level = plain.partition("@")
         try:
             value = float(level or 0)
         except ValueError:
             value = -1.0
         if not 0 <= value < float("inf"):
             raise UserError(f"{text!r} has no level from 0 behind the @; write {name}@1.")
-        return cls(name, value)
+        return cls(name, value, tools=plain != text)
 
 
 def write_chats(
@@ -74,7 +77,8 @@ def check_file(out: Path, *, overwrite: bool) -> None:
 
 
 def _chats(tasks: TaskSet, count: int, seed: int, *, thinking: bool) -> Iterator[dict[str, Any]]:
-    environment = find_environment(tasks.environment)
+    options = {"tools": True} if tasks.tools else {}
+    environment = find_environment(tasks.environment, options)
     if not isinstance(environment, Demonstrates):
         able = [name for name, kind in ENVIRONMENTS.items() if issubclass(kind, Demonstrates)]
         raise UserError(
@@ -82,7 +86,24 @@ def _chats(tasks: TaskSet, count: int, seed: int, *, thinking: bool) -> Iterator
         )
     for row in environment.rows(count, seed, tasks.level):
         answer = environment.demonstrate(row)
-        turn = {"role": "assistant", "content": answer.text}
-        if thinking and answer.reasoning:
-            turn["reasoning_content"] = answer.reasoning
-        yield {"messages": [*messages_of(row), turn]}
+        turns = _turns(answer)
+        for turn in turns if thinking and answer.reasoning else []:
+            if turn["role"] == "assistant":
+                turn["reasoning_content"] = answer.reasoning
+        chat: dict[str, Any] = {"messages": [*messages_of(row), *turns]}
+        if tools := environment.tools(row):
+            chat["tools"] = tools
+        yield chat
+
+
+def _turns(answer: Response) -> list[dict[str, Any]]:
+    """Return the turns of an answer: each call, what the tool says, and the last message."""
+    turns: list[dict[str, Any]] = []
+    for item in answer.output:
+        if item["type"] == "function_call":
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            call = {"type": "function", "function": function}
+            turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        elif item["type"] == "function_call_output":
+            turns.append({"role": "tool", "content": item["output"]})
+    return [*turns, {"role": "assistant", "content": answer.text}]
