@@ -15,6 +15,10 @@ from torch import Tensor
 NO_LABEL = -100
 """Label of a position without a target, as in `torch.nn.functional.cross_entropy`."""
 
+PLACES = "places"
+"""Name in `Batch.extras`: the place of each label in the stream of its source, where rows have it;
+-1 without a label."""
+
 
 @dataclass
 class Batch:
@@ -161,12 +165,14 @@ class Row:
 
     `starts` are the places at which a document begins, for rows of whole documents; without them
     the token after an end of document begins the next one. `weights` weighs the prediction of each
-    token; 0 makes it none at all.
+    token; 0 makes it none at all. `places` are those of the tokens in the stream of their source;
+    with them, something can be stored about each token.
     """
 
     tokens: NDArray[np.int64]
     starts: NDArray[np.int64] | None = None
     weights: NDArray[np.float32] | None = None
+    places: NDArray[np.int64] | None = None
 
 
 def pack(rows: Sequence[Row], seq_len: int, eod_id: int, *, mask_eod_loss: bool) -> Batch:
@@ -198,11 +204,21 @@ def pack(rows: Sequence[Row], seq_len: int, eod_id: int, *, mask_eod_loss: bool)
             labels[number, begins[1:] == 1] = NO_LABEL
         weights[number, : length - 1] = 1.0 if row.weights is None else row.weights[1:]
     labels[weights == 0] = NO_LABEL
+    extras = {} if rows[0].places is None else {PLACES: _places(rows, labels)}
     weighted = np.any((weights != 1) & (labels != NO_LABEL))
     return Batch(
         input_ids=torch.from_numpy(np.ascontiguousarray(tokens[:, :-1])),
         labels=torch.from_numpy(labels),
         seq_idx=torch.from_numpy(seq_idx),
         loss_weight=torch.from_numpy(weights) if weighted else None,
+        extras=extras,
         padding=torch.from_numpy(padding) if padding.any() else None,
     )
+
+
+def _places(rows: Sequence[Row], labels: NDArray[np.int64]) -> Int[Tensor, "B T"]:
+    places = np.full(labels.shape, -1, np.int64)
+    for own, row in zip(places, rows, strict=True):
+        assert row.places is not None
+        own[: len(row.places) - 1] = row.places[1:]
+    return torch.from_numpy(np.where(labels == NO_LABEL, -1, places))

@@ -278,8 +278,33 @@ class ChatSetConfig(ChatOptions):
     """Rows of each source that may be unfit; they are left out."""
 
 
-class ChatDataConfig(DataConfig):
-    """Conversations: whole ones in each row, which do not see each other."""
+class PreferenceOptions(Section):
+    """How pairs of answers are read and rendered."""
+
+    prompt_column: str = "prompt"
+    """Column with the messages before both answers, or with one question as text. A row without it
+    has whole conversations as answers, which begin alike."""
+    chosen_column: str = "chosen"
+    """Column with the better answer: its messages, a whole conversation, or text."""
+    rejected_column: str = "rejected"
+    """Column with the other answer, in the same form."""
+    tools_column: str = "tools"
+    """Column with the functions that the assistant could call."""
+    enable_thinking: bool = True
+    """Whether reasoning is kept."""
+    truncate_history_thinking: bool = True
+    """Whether reasoning before the last user message is left out."""
+
+
+class PreferenceSetConfig(PreferenceOptions):
+    """How sources of pairs of answers are prepared for a run."""
+
+    max_bad_rows: int = Field(0, ge=0)
+    """Rows of each source that may be unfit; they are left out."""
+
+
+class ConversationDataConfig(DataConfig):
+    """What all kinds of conversations have: whole ones in each row, which do not see each other."""
 
     sources: Annotated[tuple[SourceConfig, ...], Field(strict=False, min_length=1)]
     """Files, folders or patterns of JSON lines or parquet, data sets of the hub (hf://OWNER/NAME)
@@ -290,11 +315,23 @@ class ChatDataConfig(DataConfig):
     """Whether attention, convolution and state stop at the bounds of conversations."""
     validation_fraction: float = Field(0.05, ge=0, lt=1)
     """Share of the conversations to hold out; a hash of each decides."""
+
+
+class ChatDataConfig(ConversationDataConfig):
+    """Conversations whose answers are learned."""
+
     chat: ChatSetConfig = ChatSetConfig()
     """How conversations are read and rendered."""
     mask_correct: float = Field(0.0, ge=0, lt=1)
     """Share of the right tokens of a text to be corrected that are hidden in training, others in
     each pass; for conversations from `nemotron data pairs --as chat`."""
+
+
+class PreferenceDataConfig(ConversationDataConfig):
+    """Pairs of answers: both of a pair in one row, in which no answer sees another."""
+
+    chat: PreferenceSetConfig = PreferenceSetConfig()
+    """How pairs are read and rendered."""
 
 
 def check_lengths(lengths: Sequence[LengthConfig]) -> None:

@@ -8,7 +8,13 @@ from pathlib import Path
 import xxhash
 
 from nemotron.data.cache import held_cache
-from nemotron.data.config import ChatDataConfig, ChatOptions, SourceConfig
+from nemotron.data.config import (
+    ChatDataConfig,
+    ChatOptions,
+    PreferenceDataConfig,
+    PreferenceOptions,
+    SourceConfig,
+)
 from nemotron.data.embedded import is_whole
 from nemotron.data.folder import MANIFEST, TokenSet
 from nemotron.data.prepare.inputs import plan
@@ -25,7 +31,10 @@ FORMAT = 1
 
 
 def prepare_conversations(
-    source: SourceConfig, config: ChatDataConfig, tokenizer: Tokenizer, held_out: float
+    source: SourceConfig,
+    config: ChatDataConfig | PreferenceDataConfig,
+    tokenizer: Tokenizer,
+    held_out: float,
 ) -> SourceConfig:
     """Return the source with the path of a prepared folder, made in `config.cache` if it must be.
 
@@ -38,8 +47,7 @@ def prepare_conversations(
     assert source.path is not None, source.name
     if is_prepared(source.path):
         return source
-    chat = ChatOptions(**{name: getattr(config.chat, name) for name in ChatOptions.model_fields})
-    options = PrepareOptions(eod_token=config.eod_token, validation_fraction=held_out, chat=chat)
+    options = _options(config, held_out)
     try:
         inputs = plan([source.path], options).inputs
         hashes = [hash_file(Path(facts["name"])) for facts in inputs if "bytes" in facts]
@@ -60,8 +68,23 @@ def prepare_conversations(
                 )
                 log.info("prepared %s into %s", source.path, folder)
     except UserError as error:
-        raise UserError(f"data.sources: {source.name}: {error}") from None
+        raise error.at(f"data.sources: {source.name}") from None
     return source.model_copy(update={"path": str(folder)})
+
+
+def _options(config: ChatDataConfig | PreferenceDataConfig, held_out: float) -> PrepareOptions:
+    """Return how the sources of a recipe are prepared."""
+    if isinstance(config, PreferenceDataConfig):
+        pairs = {name: getattr(config.chat, name) for name in PreferenceOptions.model_fields}
+        return PrepareOptions(
+            eod_token=config.eod_token,
+            validation_fraction=held_out,
+            preferences=PreferenceOptions(**pairs),
+        )
+    chat = {name: getattr(config.chat, name) for name in ChatOptions.model_fields}
+    return PrepareOptions(
+        eod_token=config.eod_token, validation_fraction=held_out, chat=ChatOptions(**chat)
+    )
 
 
 def is_prepared(path: str) -> bool:
@@ -76,12 +99,32 @@ def check_texts(name: str, tokens: TokenSet) -> None:
     """Check that a source holds texts or conversations.
 
     Raises:
-        UserError: when it holds aligned pairs, whose sequences are no text.
+        UserError: when it holds aligned pairs, whose sequences are no text, or pairs of answers.
     """
+    if tokens.manifest is not None and tokens.manifest.form == "preferences":
+        raise UserError(
+            f"data.sources: {name} = {tokens.path} holds pairs of answers; train on them with "
+            "stage: dpo."
+        )
     if tokens.manifest is not None and tokens.manifest.form == "pairs":
         raise UserError(
-            f"data.sources: {name} = {tokens.path} holds pairs; train on them with stage: correct, "
-            "or make conversations of them with `nemotron data pairs --as chat`."
+            "holds pairs; train on them with stage: correct, or make conversations of them with "
+            "`nemotron data pairs --as chat`.",
+            key=f"data.sources: {name}",
+            value=tokens.path,
+        )
+
+
+def check_preferences(name: str, tokens: TokenSet) -> None:
+    """Check that a source holds pairs of answers.
+
+    Raises:
+        UserError: when it holds anything else.
+    """
+    if tokens.manifest is None or tokens.manifest.form != "preferences":
+        raise UserError(
+            f"data.sources: {name} = {tokens.path} holds no pairs of answers; give rows with "
+            "prompt, chosen and rejected."
         )
 
 
@@ -93,8 +136,10 @@ def check_supervised(name: str, tokens: TokenSet) -> None:
     """
     if not tokens.train.is_supervised:
         raise UserError(
-            f"data.sources: {name} = {tokens.path} is text without turns of an assistant; give "
-            "conversations, or train on text with stage: pretrain."
+            "is text without turns of an assistant; give conversations, or train on text with "
+            "stage: pretrain.",
+            key=f"data.sources: {name}",
+            value=tokens.path,
         )
 
 

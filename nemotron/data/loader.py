@@ -1,14 +1,24 @@
 """The rows of every step, and the held-out rows of every domain."""
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from nemotron.data.batch import NO_LABEL, Batch, Row, pack
-from nemotron.data.config import ChatDataConfig, DataConfig, SourceConfig
-from nemotron.data.conversations import check_supervised, check_texts, prepare_conversations
+from nemotron.data.config import (
+    ChatDataConfig,
+    DataConfig,
+    PreferenceDataConfig,
+    SourceConfig,
+)
+from nemotron.data.conversations import (
+    check_preferences,
+    check_supervised,
+    check_texts,
+    prepare_conversations,
+)
 from nemotron.data.correct.marks import marks_of
 from nemotron.data.embedded import prepare_embedded
 from nemotron.data.fingerprint import check_same_data
@@ -107,17 +117,37 @@ class TrainingData:
         found = [source.row(*at) for source, at in self._rows(step, rows)]
         return self._pack(found, self.seq_len(step))
 
+    def planned(self, source: str, seq_len: int, samples: Sequence[int]) -> Batch:
+        """Return some of a source's rows of whole documents, whatever step reads them.
+
+        Raises:
+            UserError: when a shard was changed since it was opened.
+        """
+        owner = self.mixtures.sources[source, seq_len]
+        return self._pack([owner.row(0, sample) for sample in samples], seq_len)
+
+    def planned_held_out(self, domain: str, samples: Sequence[int]) -> Batch:
+        """Return some of a domain's held-out rows of whole documents."""
+        owner = self._held_out[domain]
+        return self._pack([owner.planned(sample) for sample in samples], self.config.seq_len)
+
+    def num_held_out(self, domain: str, *, tokens: int) -> int:
+        """Return how many rows of a domain an evaluation of so many tokens reads."""
+        return min(self._share(tokens), self._held_out[domain].num_rows)
+
     def validation(self, domain: str, *, tokens: int, rows: int) -> Iterator[ValidationBatch]:
         """Yield held-out rows of a domain, `rows` at a time, always the same ones.
 
         `tokens` is the budget of one evaluation; the domains share it equally, in whole rows.
         """
-        share = max(1, tokens // len(self._held_out) // self.config.seq_len)
-        found = self._held_out[domain].rows(share)
+        found = self._held_out[domain].rows(self._share(tokens))
         for first in range(0, len(found), rows):
             batch = self._pack(found[first : first + rows], self.config.seq_len)
             counted = batch.labels[batch.labels != NO_LABEL].numpy()
             yield ValidationBatch(batch, int(self.tokenizer.token_bytes[counted].sum()))
+
+    def _share(self, tokens: int) -> int:
+        return max(1, tokens // len(self._held_out) // self.config.seq_len)
 
     def tokens_read(self, step: int) -> dict[str, int]:
         """Return the tokens of each source in the rows of all steps before this one."""
@@ -235,7 +265,7 @@ class TrainingData:
     def _open(self, source: SourceConfig, hold_out: float) -> TokenSet:
         """Open a source; what is not tokens yet is made so, with this share held out."""
         config, tokenizer = self.config, self.tokenizer
-        if isinstance(config, ChatDataConfig):
+        if isinstance(config, ChatDataConfig | PreferenceDataConfig):
             return self._open_conversations(source, config, hold_out)
         beside = source.validation
         if source.path is None:
@@ -250,7 +280,7 @@ class TrainingData:
         return opened
 
     def _open_conversations(
-        self, source: SourceConfig, config: ChatDataConfig, hold_out: float
+        self, source: SourceConfig, config: ChatDataConfig | PreferenceDataConfig, hold_out: float
     ) -> TokenSet:
         """Open conversations, which are prepared first if needed."""
         tokenizer, beside = self.tokenizer, source.validation
@@ -264,6 +294,9 @@ class TrainingData:
             held = prepare_conversations(held, config, tokenizer, 0.0)
             source = source.model_copy(update={"validation": held.path})
         opened = open_source(source, config, tokenizer, self._limit)
+        if isinstance(config, PreferenceDataConfig):
+            check_preferences(source.name, opened)
+            return opened
         check_texts(source.name, opened)
         check_supervised(source.name, opened)
         return opened

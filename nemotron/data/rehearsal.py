@@ -4,7 +4,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from nemotron.data.config import ChatDataConfig, DataConfig
+from nemotron.data.config import ConversationDataConfig, DataConfig
 from nemotron.data.loader import TrainingData
 from nemotron.data.prepare.inputs import is_text
 from nemotron.data.raw import TextSource
@@ -27,7 +27,7 @@ def rehearse(config: DataConfig, timeline: Timeline, *, seed: int, vocab_size: i
     tokenizer = load_tokenizer(config.tokenizer)
     tokenizer.id(config.eod_token)
     # conversations are rendered by the run itself, which is quick
-    named = () if isinstance(config, ChatDataConfig) else _paths(config, timeline)
+    named = () if isinstance(config, ConversationDataConfig) else _paths(config, timeline)
     paths = dict.fromkeys(path for path in named if is_text(path))
     texts = [TextSource(path, config, tokenizer, config.validation_fraction) for path in paths]
     waiting = [text for text in texts if not text.is_prepared]

@@ -11,9 +11,9 @@ import xxhash
 from numpy.typing import NDArray
 
 from nemotron.data.batch import Row
-from nemotron.data.config import DataConfig
+from nemotron.data.config import DataConfig, PreferenceDataConfig
 from nemotron.data.folder import TokenSet
-from nemotron.data.indexed import RIGHT, Stream
+from nemotron.data.indexed import LEARNED, REJECTED, RIGHT, Stream
 from nemotron.data.packing import RowPlan, plan_rows
 from nemotron.errors import UserError
 
@@ -43,7 +43,7 @@ class RowReader:
     """Makes rows of up to `seq_len + 1` tokens from a stream; `plan` for rows of whole documents.
 
     `limit` is the number that every id must be below; `per_sample` weighs each document's learned
-    tokens to 1 in all.
+    tokens to 1 in all. With `answers` a document is a pair of answers, which become two.
     """
 
     stream: Stream
@@ -51,6 +51,7 @@ class RowReader:
     limit: int
     plan: RowPlan | None
     per_sample: bool
+    answers: bool = False
 
     def window(self, start: int, count: int) -> Row:
         """Return `count` tokens of the stream from a position on."""
@@ -67,11 +68,22 @@ class RowReader:
         if mask is not None:
             roles = np.concatenate([self.stream.read_roles(*piece) for piece in pieces])
             tokens = mask.hide(tokens, roles, key)
+        if self.answers:
+            return self._pairs(self._checked(tokens), pieces)
         starts = np.cumsum([0, *(length for _, length in pieces)])[:-1]
         if not (self.stream.is_supervised or self.per_sample):
             return Row(self._checked(tokens), starts)
         weights = [self._weights(*piece) for piece in pieces]
         return Row(self._checked(tokens), starts, np.concatenate(weights))
+
+    def _pairs(self, tokens: NDArray[np.int64], pieces: list[tuple[int, int]]) -> Row:
+        """Return a row of pairs: the chosen and the rejected answer of each are two documents."""
+        roles = np.concatenate([self.stream.read_roles(*piece) for piece in pieces])
+        places = np.concatenate([np.arange(start, start + length) for start, length in pieces])
+        is_rejected = roles & REJECTED
+        starts = np.flatnonzero(np.diff(is_rejected, prepend=REJECTED))
+        weights = (roles & ~np.uint8(REJECTED) == LEARNED).astype(np.float32)
+        return Row(tokens, starts, weights, places)
 
     def _weights(self, start: int, length: int) -> NDArray[np.float32]:
         weights = self.stream.read_learned(start, length).astype(np.float32)
@@ -82,10 +94,11 @@ class RowReader:
         if tokens.min() < 0 or tokens.max() >= self.limit:
             wrong = tokens[(tokens < 0) | (tokens >= self.limit)][0]
             raise UserError(
-                f"{self.stream.shards[0].bin.parent} contains the id {wrong}, but the vocabulary "
+                f"contains the id {wrong}, but the vocabulary "
                 "ends "
                 f"at {self.limit - 1}; restore the shards, or use their tokenizer and a "
-                "larger model.vocab_size."
+                "larger model.vocab_size.",
+                where=str(self.stream.shards[0].bin.parent),
             )
         return tokens
 
@@ -124,14 +137,15 @@ class Source:
         self.num_rows = available // seq_len if plan is None else len(plan.row_ends)
         if plan is not None and available and not self.num_rows:
             raise UserError(
-                f"data.packing drops all {plan.counts.documents} documents of {name}, as none "
-                f"fits into a row of data.seq_len = {seq_len}; use longer rows, or "
-                "long_documents: truncate."
+                f"drops all {plan.counts.documents} documents of {name}, as none fits into a row "
+                f"of data.seq_len = {seq_len}; use longer rows, or long_documents: truncate.",
+                key="data.packing",
             )
         if not self.num_rows or (plan is None and available <= seq_len):
             raise UserError(
-                f"{name} ({tokens.path}) has {available} tokens to train on; a row of "
-                f"data.seq_len = {seq_len} takes {seq_len + 1}."
+                f"has {available} tokens to train on, but a row of data.seq_len = {seq_len} takes "
+                f"{seq_len + 1}; give more text, or shorten the rows.",
+                where=f"{name} ({tokens.path})",
             )
 
     @property
@@ -174,6 +188,10 @@ class HeldOut:
         """All rows; none where packing drops every document."""
         plan, tokens = self._reader.plan, self._reader.stream.num_tokens
         return len(plan.row_ends) if plan is not None else -(-max(0, tokens - 1) // self._seq_len)
+
+    def planned(self, number: int) -> Row:
+        """Return one of its rows of whole documents."""
+        return self._reader.planned(number)
 
     def rows(self, count: int) -> list[Row]:
         """Return up to `count` rows; the last one may be shorter."""
@@ -219,7 +237,8 @@ def row_reader(
     plan = None
     if packing.kind != "concatenate":
         plan = plan_rows(stream, identity(), seq_len + 1, packing, Path(data.cache))
-    return RowReader(stream, seq_len, limit, plan, data.objective == "samples")
+    answers = isinstance(data, PreferenceDataConfig)
+    return RowReader(stream, seq_len, limit, plan, data.objective == "samples", answers)
 
 
 def permute(index: int, size: int, key: int) -> int:

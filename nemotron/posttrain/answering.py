@@ -57,7 +57,8 @@ class Answerer:
         total = sum(each.num_samples for each in asked)
         engine = Engine(
             self._view,
-            tokenizer=self.prompts.tokenizer,
+            # without one no text is decoded at every token; `Prompts.response` does it once
+            tokenizer=self.prompts.tokenizer if self.prompts.stop else None,
             slots=min(self.how.slots, total),
             row_by_row=self.how.row_by_row,
         )

@@ -109,7 +109,9 @@ class RolloutBatches:
             )
         check_contents(saved, self._contents, step)
         if type(saved["rollout_batch"]) is not int:
-            raise UserError(f"rollout_batch in the checkpoint of step {step} is not a number.")
+            rule = "is not a number; resume from another checkpoint."
+            place = f"the checkpoint of step {step}"
+            raise UserError(rule, key="rollout_batch", value=saved["rollout_batch"], where=place)
         self._rollouts = self._read_rollouts(saved["rollouts"], step)
         if self._curriculum is not None:
             try:

@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from nemotron.errors import RuleBroken
+from nemotron.posttrain.loss_config import FurtherLossConfig, further_tuning
 from nemotron.section import Section
-from nemotron.train.config import LossConfig, RunConfig
+from nemotron.train.config import RunConfig, TuneConfig
 
 
 class AdvantageConfig(Section):
@@ -191,13 +192,18 @@ class RlConfig(RunConfig):
     """Comparison of rewards."""
     policy: PolicyConfig = PolicyConfig()
     """Loss of the answers."""
-    loss: LossConfig = LossConfig(moe_aux_loss_coeff=0.0, mtp_detach_heads=True)
+    loss: FurtherLossConfig = FurtherLossConfig(moe_aux_loss_coeff=0.0, mtp_detach_heads=True)
     """Weights of the other terms."""
 
     @property
     def num_depths(self) -> int:
         """Depths of multi-token prediction that are trained: none without such a block."""
         return self.loss.mtp_num_depths if self.model.mtp_pattern else 0
+
+    @property
+    def tuning(self) -> TuneConfig:
+        """Which parameters are trained: all, but not a prediction block that is not unrolled."""
+        return further_tuning(self, self.num_depths, TuneConfig())
 
     @property
     def rows_per_update(self) -> float:

@@ -22,10 +22,13 @@ KEY = "contents"
 
 def model_contents(key: str, path: str | Path | None, model: HybridLM | None) -> Contents:
     """Return the hash of a model's weights; nothing without a model."""
-    if model is None:
-        return {}
+    return {} if model is None else weights_contents(key, path, model.state_dict())
+
+
+def weights_contents(key: str, path: str | Path | None, weights: Mapping[str, Tensor]) -> Contents:
+    """Return the hash of weights by their names."""
     digest = xxhash.xxh128()
-    for name, tensor in model.state_dict().items():
+    for name, tensor in weights.items():
         digest.update(f"{name} {checksum(tensor).item():x}\n".encode())
     return {f"{key} = {path}": digest.hexdigest()}
 

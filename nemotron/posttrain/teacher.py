@@ -44,9 +44,7 @@ def load_teacher(
         raise UserError(
             "does not exist; give a run, checkpoint or export.", key="teacher", value=str(path)
         )
-    own, weights = _read(path)
-    run = None if is_exported(path) else RunFiles.around(path)
-    home = path / TOKENIZER if run is None else run.tokenizer
+    own, weights = read_weights(path)
     if own.vocab_size != config.model.vocab_size:
         raise UserError(
             f"has a vocabulary of {own.vocab_size}, but model.vocab_size = "
@@ -54,16 +52,23 @@ def load_teacher(
             key="teacher",
             value=str(path),
         )
-    if home.is_file():
-        theirs = Tokenizer(check_tokenizer(home, own.vocab_size))
-        if theirs.hash != tokenizer.hash:
-            raise UserError(
-                f"has another tokenizer than data.tokenizer = {config.data.tokenizer}; give a "
-                "teacher with the student's tokenizer.",
-                key="teacher",
-                value=str(path),
-            )
+    if not knows_tokens(path, own, tokenizer):
+        raise UserError(
+            f"has another tokenizer than data.tokenizer = {config.data.tokenizer}; give a "
+            "teacher with the student's tokenizer.",
+            key="teacher",
+            value=str(path),
+        )
     return _freeze(own, weights, config, device)
+
+
+def knows_tokens(path: Path, own: ModelConfig, tokenizer: Tokenizer) -> bool:
+    """Say whether a model was trained with this tokenizer, as far as one lies beside it."""
+    run = None if is_exported(path) else RunFiles.around(path)
+    home = path / TOKENIZER if run is None else run.tokenizer
+    if not home.is_file():
+        return True
+    return Tokenizer(check_tokenizer(home, own.vocab_size)).hash == tokenizer.hash
 
 
 def load_reference(config: RlConfig, device: torch.device) -> HybridLM | None:
@@ -75,10 +80,15 @@ def load_reference(config: RlConfig, device: torch.device) -> HybridLM | None:
     if not config.policy.kl_coefficient:
         return None
     assert config.init_from is not None, "a rule of the recipe"
-    return _freeze(*_read(find_folder(config.init_from)), config, device)
+    return _freeze(*read_weights(find_folder(config.init_from)), config, device)
 
 
-def _read(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """Return configuration and weights of a run, a checkpoint or an exported folder, on the CPU.
+
+    Raises:
+        UserError: when there is no model.
+    """
     if is_exported(path):
         loaded = read_folder(path)
         return loaded.config, loaded.weights

@@ -18,6 +18,9 @@ from nemotron.posttrain.workers import Worker, WorkerFault
 
 Result = TypeVar("Result")
 
+MAX_BATCH = 64
+"""Most jobs that a process is given at once."""
+
 
 @dataclass(frozen=True)
 class Beginning:
@@ -60,6 +63,7 @@ class Verifiers:
         self.faults: Counter[str] = Counter()
         """Samples that could not be judged, by environment."""
         self._options = {name: dict(given) for name, given in (options or {}).items()}
+        self._workers = workers
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verify")
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
         for _ in range(workers):
@@ -131,21 +135,33 @@ class Verifiers:
         self,
         jobs: Sequence[dict[str, Any]],
         read: Callable[[Any], Result],
-        fail: Callable[[WorkerFault], Result],
+        fail: Callable[[str], Result],
         timeout_s: float,
     ) -> list[Result]:
         """Have all jobs done at the same time, as far as there are processes."""
 
-        def do(job: dict[str, Any]) -> Result:
-            worker = self._idle.get()
-            try:
-                return read(worker.ask(job, timeout_s))
-            except WorkerFault as problem:
-                return fail(problem)
-            finally:
-                self._idle.put(worker)
+        # several times as many as processes, so that none waits long for the last one
+        size = max(min(MAX_BATCH, -(-len(jobs) // (4 * self._workers))), 1)
+        waiting = [
+            self._threads.submit(self._ask, jobs[first : first + size], timeout_s)
+            for first in range(0, len(jobs), size)
+        ]
+        answers = [answer for each in waiting for answer in each.result()]
+        return [
+            fail(answer.problem) if isinstance(answer, WorkerFault) else read(answer)
+            for answer in answers
+        ]
 
-        return [each.result() for each in [self._threads.submit(do, job) for job in jobs]]
+    def _ask(self, jobs: Sequence[dict[str, Any]], timeout_s: float) -> list[Any]:
+        """Return the answer to each job, a `WorkerFault` where there is none."""
+        worker = self._idle.get()
+        answers: list[Any] = []
+        try:
+            while len(answers) < len(jobs):  # a fault ends the process, and others go on
+                answers += worker.ask(jobs[len(answers) :], timeout_s)
+        finally:
+            self._idle.put(worker)
+        return answers
 
     def _job(self, kind: str, row: Row, **more: Any) -> dict[str, Any]:
         name = environment_of(row)

@@ -6,13 +6,20 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from nemotron.children import module_command
 
 
-class WorkerFault(Exception):
-    """A job without an answer; completes a sentence about what was asked."""
+@dataclass(frozen=True)
+class WorkerFault:
+    """What stands for the answer to a job that got none."""
+
+    problem: str
+    """Completes a sentence about what was asked."""
 
 
 class Worker:
@@ -22,25 +29,29 @@ class Worker:
         self._process: subprocess.Popen[str] | None = None
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
 
-    def ask(self, job: dict[str, Any], timeout_s: float) -> Any:  # Any: JSON
-        """Return what the process answers to a job.
+    def ask(self, jobs: Sequence[dict[str, Any]], timeout_s: float) -> list[Any]:
+        """Return what the process answers to the first jobs, in JSON's types.
 
-        Raises:
-            WorkerFault: when it ends before, or takes longer than `timeout_s`.
+        That is to all of them, or up to the first without an answer, for which there is a
+        `WorkerFault`; the process then has ended.
         """
         process = self._start()
-        late = threading.Event()
-        timer = threading.Timer(timeout_s, self._stop, (process, late))
-        timer.start()
-        answer = _ask(process, json.dumps({**job, "timeout_s": timeout_s}, default=vars))
-        timer.cancel()
-        timer.join()
-        if answer.endswith("\n"):
-            return json.loads(answer)
-        self.kill()
-        if late.is_set():
-            raise WorkerFault(f"took longer than {timeout_s:g} s")
-        raise WorkerFault(f"ended: {self._last_line(process)}")
+        given = [{**job, "timeout_s": timeout_s} for job in jobs]
+        answers: list[Any] = []
+        with _Deadline(process, timeout_s) as deadline:
+            for answer in _ask(process, json.dumps(given, default=vars)):
+                answers.append(json.loads(answer))
+                deadline.renew()
+                if len(answers) == len(jobs):
+                    break
+        has_all = len(answers) == len(jobs)
+        if deadline.has_passed or not has_all:
+            self.kill()
+        if has_all:
+            return answers
+        late = f"took longer than {timeout_s:g} s"
+        reason = late if deadline.has_passed else f"ended: {self._last_line(process)}"
+        return [*answers, WorkerFault(reason)]
 
     def close(self) -> None:
         """End the process for good."""
@@ -72,27 +83,53 @@ class Worker:
             )
         return self._process
 
-    @staticmethod
-    def _stop(process: "subprocess.Popen[str]", late: threading.Event) -> None:
-        late.set()
-        _kill(process)
-
     def _last_line(self, process: "subprocess.Popen[str]") -> str:
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
         return lines[-1][:500] if lines else f"with status {process.returncode}"
 
 
-def _ask(process: "subprocess.Popen[str]", job: str) -> str:
-    """Return the line that answers a job, less than a line if the process ends before."""
+class _Deadline:
+    """Ends a process that says nothing for so long."""
+
+    def __init__(self, process: "subprocess.Popen[str]", timeout_s: float) -> None:
+        self._process, self._timeout_s = process, timeout_s
+        self._at = time.monotonic() + timeout_s
+        self._is_over = threading.Event()
+        self.has_passed = False
+
+    def __enter__(self) -> "_Deadline":
+        self._thread = threading.Thread(target=self._watch, name="deadline")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def renew(self) -> None:
+        """Begin anew, because the process has answered."""
+        self._at = time.monotonic() + self._timeout_s
+
+    def _watch(self) -> None:
+        while (left := self._at - time.monotonic()) > 0:
+            if self._is_over.wait(left):
+                return
+        self.has_passed = True
+        _kill(self._process)
+
+
+def _ask(process: "subprocess.Popen[str]", jobs: str) -> Iterator[str]:
+    """Yield the lines that answer some jobs, fewer than jobs if the process ends before."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        process.stdin.write(job + "\n")
+        process.stdin.write(jobs + "\n")
         process.stdin.flush()
-        return process.stdout.readline()
     except BrokenPipeError:
-        return ""
+        return
+    while (answer := process.stdout.readline()).endswith("\n"):
+        yield answer
 
 
 def _kill(process: "subprocess.Popen[str]") -> None:

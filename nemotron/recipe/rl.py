@@ -105,6 +105,8 @@ def idle(config: RlConfig) -> Iterator[Idle]:
     yield Idle(["rollout.router_replay"], not mixes, replay)
     ahead = [f"loss.{name}" for name in type(config.loss).model_fields if name.startswith("mtp_")]
     yield Idle(ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0")
+    unrolled = [key for key in ahead if key != "loss.mtp_num_depths"]
+    yield Idle(unrolled, not config.loss.mtp_num_depths, "loss.mtp_num_depths = 0")
     fields = [f"advantage.{name}" for name in type(config.advantage).model_fields]
     yield Idle(fields, config.teacher is not None, "the teacher gives every token its advantage")
     clip = ["policy.clip_low", "policy.clip_high", "policy.dual_clip"]

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from nemotron.errors import Finding
 from nemotron.model.parameters import by_kind
-from nemotron.posttrain.sft_config import ChatRunConfig, SftConfig
+from nemotron.posttrain.sft_config import ChatRunConfig, SftConfig, TunedConfig
 from nemotron.recipe import pretrain
 from nemotron.recipe.read import Idle
 
@@ -19,7 +19,7 @@ def impossible(config: SftConfig) -> Iterator[Finding]:
         )
 
 
-def impossible_chats(config: ChatRunConfig) -> Iterator[Finding]:
+def impossible_chats(config: TunedConfig) -> Iterator[Finding]:
     """Yield those of every stage that learns from conversations."""
     yield from pretrain.impossible(config)
     if config.data.packing.kind == "concatenate" or config.data.packing.long_documents == "split":
@@ -31,7 +31,7 @@ def impossible_chats(config: ChatRunConfig) -> Iterator[Finding]:
     yield from untunable(config)
 
 
-def untunable(config: ChatRunConfig) -> Iterator[Finding]:
+def untunable(config: TunedConfig) -> Iterator[Finding]:
     """Yield what cannot be frozen."""
     has = by_kind(config.model)
     for part in config.tune.freeze:
@@ -50,7 +50,7 @@ def untunable(config: ChatRunConfig) -> Iterator[Finding]:
         yield Finding("tune.freeze", "leaves nothing to train; remove a part of the list.")
 
 
-def _unadaptable(config: ChatRunConfig) -> Iterator[Finding]:
+def _unadaptable(config: TunedConfig) -> Iterator[Finding]:
     """Yield what adapters do not work beside."""
     adapter, parallel = config.tune.adapter, config.parallel
     assert adapter is not None
@@ -91,11 +91,20 @@ def idle(config: ChatRunConfig) -> Iterator[Idle]:
     Raises:
         UserError: when the training plan is impossible.
     """
-    read = ("data.validation_fraction", "data.packing.long_documents")
-    for rule in pretrain.idle(config):
-        yield Idle([key for key in rule.keys if key not in read], rule.holds, rule.because)
+    yield from idle_of_chats(config)
     ahead = ["loss.mtp_loss_factor", "loss.mtp_detach_heads"]
     yield Idle(ahead, not config.loss.mtp_num_depths, "loss.mtp_num_depths = 0")
     rates = ["data.chat.reasoning_off_rate", "data.chat.reasoning_budget_rate"]
     thinks = config.data.chat.enable_thinking
     yield Idle(rates, not thinks, "data.chat.enable_thinking = false")
+
+
+def idle_of_chats(config: TunedConfig) -> Iterator[Idle]:
+    """Yield those of every stage that learns from conversations.
+
+    Raises:
+        UserError: when the training plan is impossible.
+    """
+    read = ("data.validation_fraction", "data.packing.long_documents")
+    for rule in pretrain.idle(config):
+        yield Idle([key for key in rule.keys if key not in read], rule.holds, rule.because)

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 from nemotron.errors import Finding, UserError
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.correct.config import CorrectConfig
+from nemotron.posttrain.preference.config import DpoConfig
 from nemotron.posttrain.sft_config import DistillConfig, SftConfig
-from nemotron.recipe import correct, distill, pretrain, rl, sft
+from nemotron.recipe import correct, distill, dpo, pretrain, rl, sft
 from nemotron.recipe.read import Idle, Path_, place_of
 from nemotron.train.config import PretrainConfig, RunConfig
 
@@ -51,6 +52,12 @@ def _distillation() -> "TrainedStage":
     return Distillation()
 
 
+def _preference() -> "TrainedStage":
+    from nemotron.posttrain.preference.stage import PreferenceOptimization
+
+    return PreferenceOptimization()
+
+
 def _reinforcement() -> "TrainedStage":
     from nemotron.posttrain.stage import Reinforcement
 
@@ -67,6 +74,7 @@ STAGES = {
     "pretrain": Stage(PretrainConfig, pretrain.impossible, pretrain.idle, _pretraining),
     "sft": Stage(SftConfig, sft.impossible, sft.idle, _finetuning),
     "distill": Stage(DistillConfig, distill.impossible, sft.idle, _distillation),
+    "dpo": Stage(DpoConfig, dpo.impossible, dpo.idle, _preference),
     "rl": Stage(RlConfig, rl.impossible, rl.idle, _reinforcement),
     "correct": Stage(CorrectConfig, correct.impossible, correct.idle, _correction),
 }

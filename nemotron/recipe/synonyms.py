@@ -42,6 +42,8 @@ KEYS = {
     "checkpoint.keep": "save_total_limit keep_last",
     "evaluation.every_steps": "eval_steps eval_interval eval_every val_check_interval",
     "evaluation.tokens": "eval_tokens eval_iters",
+    "dpo.reference_policy_kl_penalty": "beta ref_policy_kl_penalty",
+    "dpo.sft_loss_weight": "rpo_alpha",
     "logging.every_steps": "log_interval logging_steps log_every",
     "logging.trackers": "wandb tensorboard trackio report_to logger",
     "logging.project": "wandb_project",

@@ -164,4 +164,6 @@ def _validation_line(record: Record) -> str:
         if name.startswith("validation/") and name.endswith("bits_per_byte"):
             domain = name.removeprefix("validation/").removesuffix("bits_per_byte").rstrip("/")
             parts.append(f"{domain or 'all'} {value:.3f}")
+    if (accuracy := record.get("validation/accuracy")) is not None:
+        return f"{parts[0]}  accuracy {accuracy:.3f}"
     return "  ".join(parts[:1]) + "  bits/byte: " + ", ".join(parts[1:])

@@ -64,7 +64,7 @@ def evaluate(
     values: dict[str, float] = {}
     for domain in data.validation_domains:
         sums = Sums()
-        for held_out in _own(data.validation(domain, tokens=tokens, rows=rows), local, rows):
+        for held_out in own_batches(data.validation(domain, tokens=tokens, rows=rows), local, rows):
             progress.move()
             batch = held_out.batch
             batch = batch if data.config.reset_documents else replace(batch, seq_idx=None)
@@ -98,10 +98,13 @@ def _next_token_loss(
     return model.lm_head.loss(hidden, batch.labels)
 
 
-def _own(
+def own_batches(
     batches: Iterator[ValidationBatch], local: LocalModel, rows: int
 ) -> Iterator[ValidationBatch]:
-    """Yield this rank's batches: as many on every rank, and of one size, blank where it must."""
+    """Yield this rank's batches of held-out rows, as many on every rank and of one size.
+
+    Some rows are then blank: they have no labels.
+    """
     if local.mesh is None:
         yield from batches
         return

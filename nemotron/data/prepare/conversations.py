@@ -30,8 +30,8 @@ def encode_conversation(
     messages, tools = row.get(options.messages_column), row.get(options.tools_column)
     if messages is None:
         raise ValueError(no_column(options.messages_column, row))
-    messages = openai_messages(_parsed(messages))
-    tools = openai_tools(_parsed(tools)) or None
+    messages = openai_messages(parsed(messages))
+    tools = openai_tools(parsed(tools)) or None
     rng, off = _random_of(messages), options.reasoning_off_rate
     drawn, cut = rng.random(), off + options.reasoning_budget_rate
     sequences = training_sequences(
@@ -68,7 +68,7 @@ def without_nulls(value: Any) -> Any:  # Any: nested values of a table
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
-def _parsed(value: Any) -> Any:  # Any: nested JSON
+def parsed(value: Any) -> Any:  # Any: nested JSON
     """Return what a column holds; data sets often keep nested values as JSON text."""
     try:
         return json.loads(value) if isinstance(value, str) else value

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from nemotron.data.config import ChatOptions
+from nemotron.data.config import ChatOptions, PreferenceOptions
 from nemotron.data.correct.pair import PairOptions
 from nemotron.errors import UserError
 from nemotron.section import Section
@@ -48,20 +48,22 @@ class PrepareOptions(Section):
     hub: HubOptions = HubOptions()
     chat: ChatOptions | None = None
     pairs: PairOptions | None = None
+    preferences: PreferenceOptions | None = None
 
     @property
     def adds_ends(self) -> bool:
         """Whether each document gets the end of document; conversations and pairs do not."""
-        return self.chat is None and self.pairs is None
+        return self.chat is None and self.pairs is None and self.preferences is None
 
     @property
     def is_supervised(self) -> bool:
         """Whether the shards say which tokens are learned."""
-        return self.chat is not None or (self.pairs is not None and self.pairs.form == "chat")
+        chats = self.chat is not None or self.preferences is not None
+        return chats or (self.pairs is not None and self.pairs.form == "chat")
 
     def described(self) -> dict[str, Any]:  # Any: what JSON holds
         """Return the options as a manifest has them."""
-        absent = {"pairs"} if self.pairs is None else set()
+        absent = {name for name in ("pairs", "preferences") if getattr(self, name) is None}
         return self.model_dump(mode="json", exclude=absent)
 
 
@@ -90,8 +92,10 @@ def parse_filter(text: str) -> Filter:
     match = re.fullmatch(r"\s*([\w.-]+)\s*(==|!=|>=|<=|>|<|~)\s*(.+?)\s*", text)
     if match is None:
         raise UserError(
-            f"--filter {text!r} is not a comparison; write for example 'score >= 0.5', "
-            "'lang == en' or 'url ~ ^https'."
+            "is not a comparison; write for example 'score >= 0.5', 'lang == en' or "
+            "'url ~ ^https'.",
+            key="--filter",
+            value=text,
         )
     column, comparison, value = match.groups()
     try:
@@ -102,5 +106,6 @@ def parse_filter(text: str) -> Filter:
         try:
             re.compile(parsed := value)
         except re.error as error:
-            raise UserError(f"--filter {text!r}: {error}; correct the pattern.") from None
+            rule = f"is not a regular expression: {error}; correct the pattern."
+            raise UserError(rule, key="--filter", value=text) from None
     return Filter(column, comparison, parsed)

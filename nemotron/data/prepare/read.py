@@ -127,6 +127,9 @@ def _columns(options: PrepareOptions) -> list[str]:
     chat = options.chat
     if options.pairs is not None:
         return ["candidates", "target", "scores", "language", *filtered]
+    if (pair := options.preferences) is not None:
+        answers = [pair.chosen_column, pair.rejected_column]
+        return [*answers, pair.prompt_column, pair.tools_column, *filtered]
     own = [options.column] if chat is None else [chat.messages_column, chat.tools_column]
     return [*own, *filtered]
 
@@ -284,7 +287,7 @@ def _damage_named(path: str, file: BinaryIO, read: Callable[[BinaryIO], bytes]) 
         if type(error).__name__ != "ZstdError":
             raise
         reason = _reason(error)
-    raise UserError(f"{path} is damaged: {reason}")
+    raise UserError(f"is damaged: {reason}", where=str(path))
 
 
 def _skip_line(file: BinaryIO) -> None:

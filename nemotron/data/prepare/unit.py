@@ -23,6 +23,7 @@ from nemotron.data.prepare.encode import Ids, encode_documents
 from nemotron.data.prepare.inputs import Piece, Unit
 from nemotron.data.prepare.options import PrepareOptions, parse_filter
 from nemotron.data.prepare.pairs import PairEncoder
+from nemotron.data.prepare.preferences import encode_preference
 from nemotron.data.prepare.read import Bad, Chunk, Place, Tick, no_column, read_rows, read_text
 from nemotron.data.prepare.writer import ShardWriter, id_type
 from nemotron.data.tokenizer import Tokenizer
@@ -239,10 +240,14 @@ def _good(encoded: Iterable[Ids | Bad], tally: Tally) -> Iterator[Ids]:
 
 
 def _encoder(tokenizer: Tokenizer, options: PrepareOptions, tally: Tally) -> Encode:
-    """Return what encodes the rows of conversations or of pairs."""
+    """Return what encodes the rows of conversations, of pairs or of pairs of answers."""
     if options.pairs is not None:
         pairs = PairEncoder(tokenizer, options.pairs)
         return partial(pairs.encode, count=tally.count)
+    if options.preferences is not None:
+        return partial(
+            encode_preference, tokenizer=tokenizer, options=options.preferences, count=tally.count
+        )
     assert options.chat is not None
     return partial(encode_conversation, tokenizer=tokenizer, options=options.chat)
 
