@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -107,6 +108,8 @@ class Sampler:
             config.rollout.verify_timeout_s,
             experts=self._experts is not None,
         )
+        self.verify_s = 0.0
+        """Seconds in which the answers of the last batch were judged."""
 
     def answerer(self, model: HybridLM) -> Answerer:
         """Return what answers with the weights that the model has now."""
@@ -128,6 +131,7 @@ class Sampler:
             for number, task, k in pairs
         ]
         converse(self.answerer(model), self.verifiers, talks, size)
+        start = time.perf_counter()
         verdicts = self.verifiers.verify(
             [talk.row for talk in talks],
             [talk.response for talk in talks],
@@ -135,6 +139,7 @@ class Sampler:
             self._config.verify_timeout_s,
             [talk.fault for talk in talks],
         )
+        self.verify_s = time.perf_counter() - start
         return [
             self._rollout(task, number, talk, verdict, version)
             for (number, task, _), talk, verdict in zip(pairs, talks, verdicts, strict=True)

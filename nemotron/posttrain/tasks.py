@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemotron.data.chat.template import TURN_END
@@ -18,6 +19,7 @@ from nemotron.posttrain.environments.base import (
     params_of,
 )
 from nemotron.posttrain.environments.registry import find_environment
+from nemotron.posttrain.holding_out import draw_rows
 from nemotron.posttrain.prompts import Prompts
 from nemotron.posttrain.suites.examine import Drawing, Item
 
@@ -98,21 +100,21 @@ class Tasks:
         count = self._rollout.num_prompts_per_step
         rng = random.Random(f"{self._config.seed} rollout {number}")
         if curriculum is None:
-            return self._draw(count, rng)
+            return self._draw(count, rng, held=False)
         return self._choose(count, rng, curriculum)
 
     def held_out(self) -> list[Task]:
         """Return the tasks of every evaluation."""
         count = self._rollout.evaluation_tasks
-        return self._draw(count, random.Random(f"{self._config.seed} evaluation"))
+        return self._draw(count, random.Random(f"{self._config.seed} evaluation"), held=True)
 
-    def _draw(self, count: int, rng: random.Random) -> list[Task]:
+    def _draw(self, count: int, rng: random.Random, *, held: bool) -> list[Task]:
         entries = self._rollout.environments
         names = rng.choices(range(len(entries)), [entry.weight for entry in entries], k=count)
         rows = {}
         for index, needed in Counter(names).items():
             entry, seed = entries[index], rng.getrandbits(48)
-            rows[index] = self.environments[entry.name].rows(needed, seed, entry.level)
+            rows[index] = self._rows(entry.name, needed, seed, entry.level, held=held)
         return [
             self._task(entries[index].name, next(rows[index]), entries[index].level)
             for index in names
@@ -125,11 +127,16 @@ class Tasks:
         kinds = [(name, curriculum.level(name, rng)) for name in names]
         rows = {}
         for (name, level), needed in Counter(kinds).items():
-            made = list(self.environments[name].rows(SPARE * needed, rng.getrandbits(48), level))
+            seed = rng.getrandbits(48)
+            made = list(self._rows(name, SPARE * needed, seed, level, held=False))
             asked = [row for row in made if curriculum.accepts(row, rng)]
             # if too few were accepted, the first ones of all come once more
             rows[name, level] = iter([*asked, *made])
         return [self._task(name, next(rows[name, level]), level) for name, level in kinds]
+
+    def _rows(self, name: str, count: int, seed: int, level: float, *, held: bool) -> Iterator[Row]:
+        fraction = self._rollout.held_out_fraction
+        return draw_rows(self.environments[name], count, seed, level, fraction, held=held)
 
     def _task(self, name: str, row: Row, level: float) -> Task:
         try:

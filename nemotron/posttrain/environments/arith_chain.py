@@ -27,6 +27,11 @@ NUMBER = re.compile(r"[-+]?\d+(?:/[1-9]\d*)?")
 TOOL = next(tool for tool in desk.specifications() if tool["name"] == "calculate")
 """The calculator."""
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+WORDY = 0.9
+"""Share of mistakes that have the right value, in a form that is not read as a number."""
+WORDS = ("about {}", "it is {}", "{} or so", "{}?")
+ERRORS = (-3, -2, -1, 1, 2, 3)
+"""By how much the other mistakes are wrong."""
 MAX_LENGTH = 64
 """Characters of the longest answer that is read as a number."""
 
@@ -94,6 +99,15 @@ class ArithChain:
             call = demonstrated_call("calculate", {"expression": question}, value)
             return Response(value, question, output=call)
         return Response(value, "\n".join(_steps(question)))
+
+    def mistake(self, row: Row, rng: random.Random) -> Response:
+        """Return what earns nothing: mostly the value in words around it, else a wrong one."""
+        right = self.demonstrate(row)
+        if rng.random() < WORDY:
+            return Response(rng.choice(WORDS).format(right.text), right.reasoning)
+        wrong = str(int(right.text) + rng.choice(ERRORS))
+        steps, _, _ = right.reasoning.rpartition("=")
+        return Response(wrong, f"{steps}={wrong}" if steps else "")
 
     def verify(self, row: Row, response: Response, state: Any) -> Verdict:
         """Reward 1 if the answer equals the expected one as a number, else 0."""

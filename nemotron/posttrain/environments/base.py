@@ -257,16 +257,19 @@ def _message(item: Any, where: str) -> dict[str, Any]:
 
 
 def _add_call(messages: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
-    """Add a call to the turn of the assistant that makes it."""
+    """Add a call to the assistant's message before it, or to one of its own."""
+    name, arguments = item.get("name"), item.get("arguments")
+    if not isinstance(name, str) or not isinstance(arguments, str):
+        raise BadRow(f"{where} lacks name or arguments; give both as texts")
     try:
-        arguments = json.loads(item.get("arguments") or "{}")
-    except (ValueError, TypeError, RecursionError):
-        arguments = None
-    if not isinstance(item.get("name"), str) or not isinstance(arguments, dict):
-        raise BadRow(f"{where} is a call without a name, or whose arguments are not a JSON object")
+        is_object = isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise BadRow(f"{where}.arguments is not a JSON object; give one, as a text")
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})
-    call = {"type": "function", "function": {"name": item["name"], "arguments": arguments}}
     messages[-1].setdefault("tool_calls", []).append(call)
 
 
