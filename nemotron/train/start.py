@@ -87,6 +87,7 @@ def train(
         stop = stack.enter_context(StopRequest(stop_at))
         screen = Screen(is_silent=not ranks.is_first, panel=panel)
         stack.callback(screen.close)
+        stop.say = screen.say_at_once
         log = RunLog(screen)
         is_on = config.reliability.deterministic
         stack.enter_context(deterministic(device, on=is_on))
