@@ -220,10 +220,10 @@ def fuzz(
     """Try these mutations of each target, in a folder that is removed afterwards."""
     import torch
 
-    import nemotron.cli
-    import nemotron.train.start  # noqa: F401 (imported once, before the children are forked)
-
     torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import tests.support.frozen  # noqa: F401 (once, before the children are forked)
+
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
         fuzzer = Fuzzer(Path(folder), seed, limit_s)
         return {name: fuzzer.run(name, numbers) for name in names}
