@@ -2,8 +2,8 @@
 
 A run is trained once undisturbed. A second one is killed by SIGKILL at random moments, every
 other time while a checkpoint is being written, committed or removed; each next start resumes.
-At the end the two must agree in every tensor and every logged number. With `--stage rl` every other
-kill comes while answers are written, judged or learned from, and rollout files must agree, too.
+At the end the two must agree in every tensor and every logged number. With `--stage rl` the
+kills come while answers are written, judged and learned from, and rollout files must agree, too.
 
     python tools/kill_test.py --kills 30 --seed 1
     python tools/kill_test.py --stage rl --kills 10 --steps 60
@@ -129,9 +129,10 @@ def kill_test(options: argparse.Namespace, folder: Path) -> int:
         f"{'kill':>4}  {'moment':<14} {'after step':>10}  {'checkpoints left behind'}", flush=True
     )
     run = folder / "killed"
-    others = list(PHASES) * 2 if options.stage == "rl" else [ANYTIME] * 6
+    anywhere = [ANYTIME] * 6 + [COMMITTED, REMOVING, *MOMENTS]
+    phases = itertools.cycle(PHASES)
     for number in range(1, options.kills + 1):
-        moment = draw.choice([*others, COMMITTED, REMOVING, *MOMENTS])
+        moment = next(phases) if options.stage == "rl" else draw.choice(anywhere)
         if moment in PHASES:
             process = start_worker(killed, moment, draw.randrange(4))
             kill_inside(process, folder / moment, draw, per_step)

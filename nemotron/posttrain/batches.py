@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -29,6 +29,9 @@ from nemotron.posttrain.suites.examine import Drawing, examine
 from nemotron.posttrain.suites.results import summarize
 from nemotron.posttrain.tasks import Tasks, held_out_items
 from nemotron.run.files import RunFiles
+
+REPLAYED = "replayed"
+"""Key of what a checkpoint says about replayed experts."""
 
 
 class RolloutBatches:
@@ -64,6 +67,8 @@ class RolloutBatches:
         """Number of the rollout batch at hand."""
         self._rollouts: list[Rollout] = []
         self._metrics: dict[str, float] = {}
+        self._differences = Differences()
+        """Between the experts of its answers and those that the trainer would have chosen."""
         self._seconds: dict[str, float] = {}
         """What the rollout batch at hand took; of the step that began with it."""
 
@@ -89,6 +94,7 @@ class RolloutBatches:
             KEY: self._contents,
             "rollout_batch": self._number,
             "rollouts": [json.loads(rollout.as_line()) for rollout in self._rollouts],
+            REPLAYED: asdict(self._differences),
         }
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
@@ -97,7 +103,7 @@ class RolloutBatches:
         Raises:
             UserError: when the checkpoint is of another kind of run, or files or models changed.
         """
-        if saved.keys() | {KEY} != {KEY, "rollout_batch", "rollouts"}:
+        if saved.keys() | {KEY, REPLAYED} != {KEY, REPLAYED, "rollout_batch", "rollouts"}:
             raise UserError(
                 f"the checkpoint of step {step} is of a run without rollouts; begin a new run "
                 "with init_from."
@@ -109,7 +115,8 @@ class RolloutBatches:
             raise UserError(rule, key="rollout_batch", value=saved["rollout_batch"], where=place)
         self._rollouts = self._read_rollouts(saved["rollouts"], step)
         self._number = saved["rollout_batch"]
-        self._metrics = batch_metrics(self._rollouts, self._config) if self._rollouts else {}
+        self._differences = _read_differences(saved.get(REPLAYED, {}), step)
+        self._metrics = self._figures() if self._rollouts else {}
 
     def _read_rollouts(self, saved: list[Any], step: int) -> list[Rollout]:  # Any: JSON
         vocab_size = self._config.model.vocab_size
@@ -167,11 +174,11 @@ class RolloutBatches:
         self._rollouts = sorted(parts, key=lambda rollout: rollout.group)
         rollout_s = time.perf_counter() - start
         start = time.perf_counter()
-        differences = self._score()
+        self._differences = self._score()
         self._compare()
         score_s = time.perf_counter() - start
         self._number = number
-        self._metrics = batch_metrics(self._rollouts, config) | differences.metrics()
+        self._metrics = self._figures()
         verify_s = self._sampler.verify_s
         self._seconds = {
             "rl/rollout_s": rollout_s - verify_s,
@@ -183,6 +190,9 @@ class RolloutBatches:
             path = self._folder / f"step-{step:08}.jsonl"
             write_text(path, rollout_lines(self._rollouts))
         check_agreement(self._metrics[PROB_ERROR], config, step)
+
+    def _figures(self) -> dict[str, float]:
+        return batch_metrics(self._rollouts, self._config) | self._differences.metrics()
 
     def _score(self) -> Differences:
         """Have the trainer's weights, and those of the frozen models, score all answers.
@@ -263,6 +273,19 @@ class RolloutBatches:
         eod = self._tasks.tokenizer.id(self._config.data.eod_token)
         batch = rows.batch(eod, self._config.policy.average)
         return batch if experts is None else replace(batch, experts=rows.line_up_experts(experts))
+
+
+def _read_differences(saved: Any, step: int) -> Differences:  # Any: JSON
+    """Return what `state` saved; checkpoints without router replay have nothing.
+
+    Raises:
+        UserError: when it is something else.
+    """
+    names = {field.name for field in fields(Differences)}
+    known = isinstance(saved, dict) and saved.keys() <= names
+    if not known or not all(type(count) is int for count in saved.values()):
+        raise UserError(f"{REPLAYED} in the checkpoint of step {step} is not counts of tokens.")
+    return Differences(**saved)
 
 
 def sequence_error(rollout: Rollout) -> float:
