@@ -51,6 +51,45 @@ def rl_chats(
 
 
 @app.command(
+    "pivots",
+    epilog="Example: nemotron rl pivots pivot.yaml chats.jsonl --model runs/sft --out pivots.jsonl",
+)
+def rl_pivots(
+    recipe: RecipeFile,
+    trajectories: Annotated[
+        Path, typer.Argument(help="Conversations with tools, as JSON lines.", metavar="FILE")
+    ],
+    out: Annotated[Path, typer.Option(help="File of rows to write.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Run, checkpoint or export; default: what init_from names."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Answers to each turn.")] = 8,
+    max_reward: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest mean reward of a pivot.")
+    ] = 1.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+) -> int:
+    """Find turns of expert trajectories at which a model is sometimes right (PivotRL)."""
+    from nemotron.errors import UserError
+    from nemotron.exit_codes import DONE
+    from nemotron.posttrain.demonstrations import check_file
+    from nemotron.posttrain.pivots import write_pivots
+
+    config = _rl_config(recipe, overrides or [])
+    check_file(out, overwrite=overwrite)
+    place = model or config.init_from
+    if place is None:
+        raise UserError("no model is named; give --model, or init_from in the recipe.")
+    found = write_pivots(
+        _load(place, config), config, trajectories, out, samples=samples, max_reward=max_reward
+    )
+    print(f"{found}, in {out}")
+    return DONE
+
+
+@app.command(
     "evaluate",
     epilog="Example: nemotron rl evaluate recipes/tiny/assistant/rl.yaml --model runs/sft",
 )
@@ -86,14 +125,22 @@ def rl_evaluate(
 
 @app.command("reverify", epilog="Example: nemotron rl reverify runs/arith-rl")
 def rl_reverify(
-    run: Annotated[Path, typer.Argument(help="Folder of a run with rollouts.", metavar="RUN")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Run with rollouts or suites, or folder of nemotron evaluate --suite."),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the rollouts with their new verdicts.")
+        Path | None, typer.Option(help="Folder for the answers with their new verdicts.")
     ] = None,
 ) -> int:
-    """Judge the stored rollouts of a run again; the exit code is 1 if a verdict changes."""
+    """Judge stored answers again; the exit code is 1 if a verdict changes."""
     from nemotron.posttrain.reverify import reverify
+    from nemotron.posttrain.suites.reverify import answer_files, reverify_answers
+    from nemotron.run.files import RunFiles
 
+    files = [] if any(RunFiles(run).rollouts.glob("step-*.jsonl")) else answer_files(run)
+    if files:
+        return reverify_answers(files, out)
     return reverify(_rl_config(run, []), run, out)
 
 

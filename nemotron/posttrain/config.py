@@ -171,6 +171,8 @@ class RlConfig(RunConfig):
     """Loss of the answers."""
     loss: FurtherLossConfig = FurtherLossConfig(moe_aux_loss_coeff=0.0, mtp_detach_heads=True)
     """Weights of the other terms."""
+    tune: TuneConfig = TuneConfig()
+    """Which parameters are trained."""
 
     @property
     def num_depths(self) -> int:
@@ -179,8 +181,8 @@ class RlConfig(RunConfig):
 
     @property
     def tuning(self) -> TuneConfig:
-        """Which parameters are trained: all, but not a prediction block that is not unrolled."""
-        return further_tuning(self, self.num_depths, TuneConfig())
+        """What `tune` says; a block for prediction further ahead that is not unrolled is frozen."""
+        return further_tuning(self, self.num_depths, self.tune)
 
     @property
     def rows_per_update(self) -> float:
