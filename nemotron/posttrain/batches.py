@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,8 @@ from nemotron.run.files import RunFiles
 
 CURRICULUM = "curriculum"
 """Where its pass rates stand in the state of a checkpoint."""
+REPLAYED = "replayed"
+"""Key of what a checkpoint says about replayed experts."""
 
 
 class RolloutBatches:
@@ -70,6 +72,8 @@ class RolloutBatches:
         """Number of the rollout batch at hand."""
         self._rollouts: list[Rollout] = []
         self._metrics: dict[str, float] = {}
+        self._differences = Differences()
+        """Between the experts of its answers and those that the trainer would have chosen."""
         self._seconds: dict[str, float] = {}
         """What the rollout batch at hand took; of the step that began with it."""
 
@@ -96,6 +100,7 @@ class RolloutBatches:
             "rollout_batch": self._number,
             "rollouts": [json.loads(rollout.as_line()) for rollout in self._rollouts],
             **({} if self._curriculum is None else {CURRICULUM: self._curriculum.state()}),
+            REPLAYED: asdict(self._differences),
         }
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
@@ -104,7 +109,8 @@ class RolloutBatches:
         Raises:
             UserError: when the checkpoint is of another kind of run, or files or models changed.
         """
-        if saved.keys() - {CURRICULUM} | {KEY} != {KEY, "rollout_batch", "rollouts"}:
+        known = {KEY, REPLAYED, "rollout_batch", "rollouts"}
+        if (saved.keys() - {CURRICULUM}) | {KEY, REPLAYED} != known:
             raise UserError(
                 f"the checkpoint of step {step} is of a run without rollouts; begin a new run "
                 "with init_from."
@@ -124,7 +130,8 @@ class RolloutBatches:
                     "resume with the recipe of the run, or begin a new run with init_from."
                 ) from None
         self._number = saved["rollout_batch"]
-        self._metrics = batch_metrics(self._rollouts, self._config) if self._rollouts else {}
+        self._differences = _read_differences(saved.get(REPLAYED, {}), step)
+        self._metrics = self._figures() if self._rollouts else {}
 
     def _read_rollouts(self, saved: list[Any], step: int) -> list[Rollout]:  # Any: JSON
         vocab_size = self._config.model.vocab_size
@@ -181,11 +188,12 @@ class RolloutBatches:
         self._rollouts = sorted(parts, key=lambda rollout: rollout.group)
         rollout_s = time.perf_counter() - start
         start = time.perf_counter()
-        differences = self._score()
+        self._differences = self._score()
         self._compare()
         score_s = time.perf_counter() - start
         self._number = number
-        self._metrics = batch_metrics(self._rollouts, config) | differences.metrics()
+        self._learn()
+        self._metrics = self._figures()
         verify_s = self._sampler.verify_s
         self._seconds = {
             "rl/rollout_s": rollout_s - verify_s,
@@ -196,8 +204,11 @@ class RolloutBatches:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"step-{step:08}.jsonl"
             write_text(path, rollout_lines(self._rollouts))
-        self._learn()
         check_agreement(self._metrics[PROB_ERROR], config, step)
+
+    def _figures(self) -> dict[str, float]:
+        figures = batch_metrics(self._rollouts, self._config) | self._differences.metrics()
+        return figures | ({} if self._curriculum is None else self._curriculum.metrics())
 
     def _learn(self) -> None:
         """Let the curriculum see how often each task was solved; faults say nothing."""
@@ -211,7 +222,6 @@ class RolloutBatches:
                 task = answers[0].task
                 rate = float(np.mean(rewards))
                 self._curriculum.learn(task.environment, task.level, task.row, rate)
-        self._metrics |= self._curriculum.metrics()
 
     def _score(self) -> Differences:
         """Have the trainer's weights, and those of the frozen models, score all answers.
@@ -292,6 +302,19 @@ class RolloutBatches:
         eod = self._tasks.tokenizer.id(self._config.data.eod_token)
         batch = rows.batch(eod, self._config.policy.average)
         return batch if experts is None else replace(batch, experts=rows.line_up_experts(experts))
+
+
+def _read_differences(saved: Any, step: int) -> Differences:  # Any: JSON
+    """Return what `state` saved; checkpoints without router replay have nothing.
+
+    Raises:
+        UserError: when it is something else.
+    """
+    names = {field.name for field in fields(Differences)}
+    known = isinstance(saved, dict) and saved.keys() <= names
+    if not known or not all(type(count) is int for count in saved.values()):
+        raise UserError(f"{REPLAYED} in the checkpoint of step {step} is not counts of tokens.")
+    return Differences(**saved)
 
 
 def sequence_error(rollout: Rollout) -> float:

@@ -39,6 +39,13 @@ def metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
+def figures(folder: Path) -> list[dict[str, Any]]:
+    """Return what was logged about each step, but for what a clock measured."""
+    measured = ("perf/", "mem/", "rl/rollout_s", "rl/verify_s", "rl/score_s")
+    lines = metrics(folder, "train")
+    return [{k: v for k, v in line.items() if not k.startswith(measured)} for line in lines]
+
+
 def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
     text = (folder / "rollouts" / f"step-{step:08}.jsonl").read_text()
     return list(map(json.loads, text.splitlines()))
@@ -90,6 +97,9 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path: Path, updates:
         )
         assert second == first
         assert all(answer["experts"] for answer in first)
+    assert figures(tmp_path / "runs" / f"parts{updates}") == figures(
+        tmp_path / "runs" / f"whole{updates}"
+    )
 
 
 @pytest.mark.slow
