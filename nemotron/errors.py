@@ -67,7 +67,10 @@ class UserError(Exception):
         return error
 
     def at(self, where: str) -> "UserError":
-        """Return the error with its place."""
+        """Return the error with its place, before the place within that it has already."""
+        inner = self.finding.where
+        if inner and inner != where:
+            where = f"{where}: {inner}"
         return self.of(replace(self.finding, where=where))
 
 

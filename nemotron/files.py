@@ -90,10 +90,11 @@ def read_regular(path: Path, most: int = LARGEST_SMALL_FILE) -> bytes:
     try:
         found = os.fstat(descriptor)
         if not stat.S_ISREG(found.st_mode):
-            raise UserError(f"{path} is not a regular file; put the file itself there.")
+            raise UserError("is not a regular file; put the file itself there.", where=str(path))
         if found.st_size > most:
             raise UserError(
-                f"{path} has {found.st_size} bytes; a file of this kind has at most {most}."
+                f"has {found.st_size} bytes; a file of this kind has at most {most}.",
+                where=str(path),
             )
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()

@@ -85,7 +85,8 @@ def load_with_tokenizer(
         home = run.tokenizer
     else:
         raise UserError(
-            f"{path} is not inside a run, so its tokenizer is unknown; give a run's folder."
+            "is not inside a run, so its tokenizer is unknown; give a run's folder.",
+            where=str(path),
         )
     return model, Tokenizer(check_tokenizer(home, model.config.vocab_size))
 
@@ -161,7 +162,9 @@ def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
         UserError: when there is no model, or its files are damaged.
     """
     if not path.exists():
-        raise UserError(f"{path.absolute()} does not exist; give a run, checkpoint or export.")
+        raise UserError(
+            "does not exist; give a run, checkpoint or export.", where=str(path.absolute())
+        )
     if is_exported(path):
         loaded = read_folder(path)
         return loaded.config, loaded.weights

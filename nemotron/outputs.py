@@ -40,7 +40,7 @@ def output_folder(path: str | Path) -> Path:
     folder = Path(path)
     folder = folder.resolve() if folder.name in ("", "..") else folder
     if not folder.name:
-        raise UserError(f"{folder} cannot be an output; give the name of a folder.")
+        raise UserError("cannot be an output; give the name of a folder.", where=str(folder))
     return folder
 
 
@@ -54,14 +54,14 @@ def check_output(
             the command did not write, or is there and may not be replaced.
     """
     if target.is_symlink():
-        raise UserError(f"{target} is a link; give the folder that it leads to.")
+        raise UserError("is a link; give the folder that it leads to.", where=str(target))
     if target.exists() and not target.is_dir():
-        raise UserError(f"{target} is a file; give the name of a folder.")
+        raise UserError("is a file; give the name of a folder.", where=str(target))
     refuse_inputs_inside(target, inputs)
     if not target.is_dir() or not any(target.iterdir()):
         return
     if not overwrite:
-        raise UserError(f"{target} exists already; add --overwrite to replace it.")
+        raise UserError("exists already; add --overwrite to replace it.", where=str(target))
     _own_mark(target, made_by)
 
 
@@ -71,8 +71,9 @@ def refuse_inputs_inside(target: Path, inputs: Iterable[Path]) -> None:
     for path in inputs:
         if path.resolve().is_relative_to(home):
             raise UserError(
-                f"{path} is an input and lies in {target}, the folder to write; "
-                "choose another folder for the output."
+                f"is an input and lies in {target}, the folder to write; "
+                "choose another folder for the output.",
+                where=str(path),
             )
 
 
@@ -85,7 +86,7 @@ def begin(folder: Path, made_by: str) -> bool:
         UserError: when there is something else.
     """
     if folder.is_symlink() or (folder.exists() and not folder.is_dir()):
-        raise UserError(f"{folder} is in the way of unfinished output; move it elsewhere.")
+        raise UserError("is in the way of unfinished output; move it elsewhere.", where=str(folder))
     folder.mkdir(parents=True, exist_ok=True)
     mark = _read_mark(folder)
     if mark is None and all(is_unfinished(path, MARK) for path in folder.iterdir()):
@@ -95,8 +96,9 @@ def begin(folder: Path, made_by: str) -> bool:
         return False
     if mark is None or mark.made_by != made_by:
         raise UserError(
-            f"{folder} was not left by an earlier {made_by}, so it is not touched; "
-            "move it elsewhere, or choose another folder for the output."
+            f"was not left by an earlier {made_by}, so it is not touched; "
+            "move it elsewhere, or choose another folder for the output.",
+            where=str(folder),
         )
     return True
 
@@ -120,7 +122,7 @@ def writing_beside(target: Path, made_by: str) -> Iterator[Path]:
                 _clear(partial)
                 shutil.rmtree(partial)
     except OSError as error:
-        raise UserError(unwritable(error, target, "nothing was replaced")) from error
+        raise unwritable(error, target, "nothing was replaced") from error
 
 
 def _clear(partial: Path) -> None:
@@ -158,12 +160,12 @@ def publish(partial: Path, target: Path, made_by: str) -> None:
         _remove_own(replaced, made_by)
 
 
-def unwritable(error: OSError, folder: Path, kept: str) -> str:
-    """Return the sentence for an output that cannot be written; `kept` says what is not lost."""
-    what = f"{folder}: {error.filename or 'a file'} cannot be written: {error.strerror or error}"
+def unwritable(error: OSError, folder: Path, kept: str) -> UserError:
+    """Return the error for an output that cannot be written; `kept` says what is not lost."""
+    what = f"{error.filename or 'a file'} cannot be written: {error.strerror or error}"
     full = error.errno in FULL
     advice = "free some space and run the same command again" if full else "choose another folder"
-    return f"{what}; {advice}: {kept}."
+    return UserError(f"{what}; {advice}: {kept}.", where=str(folder))
 
 
 def _own_mark(folder: Path, made_by: str, *, is_partly_removed: bool = False) -> Mark:
@@ -174,8 +176,9 @@ def _own_mark(folder: Path, made_by: str, *, is_partly_removed: bool = False) ->
     mark = _read_mark(folder)
     if mark is None or mark.made_by != made_by or mark.files is None:
         raise UserError(
-            f"{folder} has no {MARK} of nemotron {made_by}, so it is not replaced; "
-            "choose another folder, or remove it yourself."
+            f"has no {MARK} of nemotron {made_by}, so it is not replaced; "
+            "choose another folder, or remove it yourself.",
+            where=str(folder),
         )
     for name, size in _sizes(folder):
         if is_partly_removed and name.endswith("/") and not (folder / name).is_symlink():
@@ -183,7 +186,8 @@ def _own_mark(folder: Path, made_by: str, *, is_partly_removed: bool = False) ->
         if mark.files.get(name) != size:
             what = "was changed since" if name in mark.files else f"is not of nemotron {made_by}"
             raise UserError(
-                f"{folder / name} {what}, so {folder} is not replaced; move that file elsewhere."
+                f"{what}, so {folder} is not replaced; move that file elsewhere.",
+                where=str(folder / name),
             )
     return mark
 

@@ -70,5 +70,16 @@ class Session:
             yield trainer.update(step, trainer.batches.take(step))
 
     def evaluate(self) -> dict[str, float]:
-        """Return loss, perplexity and bits per byte of the held-out text, by domain and overall."""
-        return validate(self.trainer, self.data)
+        """Return loss, perplexity and bits per byte of the held-out text, by domain and overall.
+
+        The metrics of the tasks in `evaluation.suites` follow.
+
+        Raises:
+            UserError: when a task is unknown or cannot run here.
+        """
+        found = validate(self.trainer, self.data)
+        if not self.config.evaluation.suites.names:
+            return found
+        from nemotron.posttrain.suites.training import examined
+
+        return found | examined(self.trainer, self.tokenizer)

@@ -413,7 +413,7 @@ FOLDER_ROWS = [
         '{"model_type": "llama", "architectures": ["LlamaForCausalLM"]}'), IMPORT, ("llama",)),
     Row("no configuration", remove("exported/config.json"), IMPORT, ("config.json",)),
     Row("34 name of the hub", nothing, ["import", "nvidia/model", "--out", "imported"],
-        ("nvidia/model does not exist", "of a model on the Hub")),
+        ("nvidia/model: does not exist", "of a model on the Hub")),
     Row("62 import onto a file", write("imported", ""), IMPORT, ("imported", "file")),
     Row("62 import below a file", write("imported", ""), [*IMPORT[:-1], "imported/run"],
         ("imported/run", "File exists")),
@@ -594,7 +594,7 @@ def test_a_folder_that_cannot_be_written_is_found_before_training(
     (world / "blocked").write_text("")
     before = snapshot(world)
     assert run([*TRAIN, "output=blocked/runs"]) == 2
-    assert "blocked/runs/new cannot be written" in capsys.readouterr().err
+    assert "blocked/runs/new: cannot be written" in capsys.readouterr().err
     assert snapshot(world) == before
 
 

@@ -4,8 +4,8 @@
     python tools/fixed_losses.py --compare before.json        # at the new one
 
 Each case is a run of `nemotron train` in a process of its own, on one core per rank: the recipes
-smoke, tiny and nano in each number format on one process, and smoke on two ranks of each kind.
-What it logged about losses and gradients is kept with all its digits.
+smoke, tiny and nano in each number format, on one process and on two ranks of each kind. What it
+logged about losses and gradients is kept with all its digits.
 """
 
 import argparse
@@ -29,7 +29,7 @@ LAYOUTS = {
     "pp2": ["parallel.pp=2"],
     "ep2": ["parallel.dp_shard=2", "parallel.ep=2"],
 }
-"""Settings of two ranks, tried with the smallest recipe."""
+"""Settings of two ranks."""
 
 SMALL = ["data.seq_len=64", "batch.global_tokens=256", "batch.micro_batch=2"]
 SHORT = ["schedule.warmup_steps=2", "schedule.decay_steps=2"]
@@ -52,16 +52,15 @@ class Case:
 
 
 def cases() -> list[Case]:
-    found = [
-        Case(f"{recipe} {form}", path, (f"precision={form}",))
-        for recipe, path in RECIPES.items()
-        for form in FORMATS
-    ]
-    found += [
-        Case(f"smoke {form} {layout}", RECIPES["smoke"], (f"precision={form}", *words), world=2)
-        for layout, words in LAYOUTS.items()
-        for form in FORMATS
-    ]
+    found = []
+    for recipe, path in RECIPES.items():
+        for form in FORMATS:
+            words = f"precision={form}"
+            found.append(Case(f"{recipe} {form}", path, (words,)))
+            found += [
+                Case(f"{recipe} {form} {layout}", path, (words, *dims), world=2)
+                for layout, dims in LAYOUTS.items()
+            ]
     return found
 
 

@@ -93,7 +93,9 @@ def convert(path: Path, out: Path | None) -> int:
     """
     found = _old_checkpoints(path)
     if not found:
-        raise UserError(f"{path} contains no checkpoint of the old format; nothing is to be done.")
+        raise UserError(
+            "contains no checkpoint of the old format; nothing is to be done.", where=str(path)
+        )
     code = 0
     for folder in found:
         try:
@@ -103,7 +105,8 @@ def convert(path: Path, out: Path | None) -> int:
             code = 1
         except OSError as error:
             raise UserError(
-                f"{folder} cannot be converted: {error.strerror or error}; it is left as it is."
+                f"cannot be converted: {error.strerror or error}; it is left as it is.",
+                where=str(folder),
             ) from error
         else:
             print_text(f"converted {folder} to {target}")
@@ -116,7 +119,7 @@ def convert(path: Path, out: Path | None) -> int:
 
 def _old_checkpoints(path: Path) -> list[Path]:
     if not path.is_dir():
-        raise UserError(f"{path.absolute()} is not a folder; give a run or a checkpoint.")
+        raise UserError("is not a folder; give a run or a checkpoint.", where=str(path.absolute()))
     if STEP_FOLDER.fullmatch(path.name):
         folders = [path]
     else:
@@ -154,7 +157,7 @@ def _convert(folder: Path, out: Path) -> Path:
     in_place = target.resolve() == folder.resolve()
     for taken in [_aside(folder)] if in_place else [target]:
         if taken.exists():
-            raise UserError(f"{taken} exists already; move it away.")
+            raise UserError("exists already; move it away.", where=str(taken))
     draft = Draft(target, manifest.step, new_partial(out, manifest.step), plan.index)
     try:
         files: Files = {

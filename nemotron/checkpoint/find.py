@@ -79,14 +79,16 @@ def locate(path: Path) -> Search:
         except OldCheckpoint as old:
             raise UserError(f"{old}.") from None
         except DamagedCheckpoint as damage:
-            raise UserError(f"{path} is damaged: {damage}; use an older checkpoint.") from None
+            raise UserError(
+                f"is damaged: {damage}; use an older checkpoint.", where=str(path)
+            ) from None
     folder = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if not path.exists():
-        raise UserError(f"{path.absolute()} does not exist; give a run or a checkpoint.")
+        raise UserError("does not exist; give a run or a checkpoint.", where=str(path.absolute()))
     found = newest(folder)
     if found.info is None:
         reasons = "".join(f"; {skipped}" for skipped in found.skipped)
-        raise UserError(f"{path} contains no complete checkpoint{reasons}.")
+        raise UserError(f"contains no complete checkpoint{reasons}.", where=str(path))
     return found
 
 
@@ -95,8 +97,9 @@ def _refuse_unlike(path: Path, infos: list[CheckpointInfo]) -> None:
     others = [rank for rank, info in enumerate(infos) if info != infos[0]]
     if others:
         raise UserError(
-            f"{path} is another checkpoint on rank {others[0]} than on rank 0; "
-            "give the run a folder that all machines share."
+            f"is another checkpoint on rank {others[0]} than on rank 0; "
+            "give the run a folder that all machines share.",
+            where=str(path),
         )
 
 

@@ -123,8 +123,9 @@ class SavedTensors:
         if found := [problem for problem in problems if problem]:
             more = f"; and {len(found) - 10} more" if len(found) > 10 else ""
             raise UserError(
-                f"{self._info.folder} does not fit the model: {'; '.join(found[:10])}{more}; "
-                f"compare the recipe's model section with {MODEL} in that folder."
+                f"does not fit the model: {'; '.join(found[:10])}{more}; "
+                f"compare the recipe's model section with {MODEL} in that folder.",
+                where=str(self._info.folder),
             )
 
     def lacking(self, tensors: dict[str, Tensor]) -> list[str]:
@@ -231,7 +232,7 @@ def refusing_adapters(info: CheckpointInfo) -> Iterator[None]:
     try:
         yield
     except WrongAdapter as damage:
-        raise UserError(f"{info.folder} is damaged: {damage}; use another one.") from None
+        raise UserError(f"is damaged: {damage}; use another one.", where=str(info.folder)) from None
 
 
 @contextmanager
@@ -239,4 +240,4 @@ def _refusing_damage(info: CheckpointInfo) -> Iterator[None]:
     try:
         yield
     except DamagedCheckpoint as damage:
-        raise UserError(f"{info.folder} is damaged: {damage}; use another one.") from None
+        raise UserError(f"is damaged: {damage}; use another one.", where=str(info.folder)) from None

@@ -96,8 +96,8 @@ def _parallel(
     config = load_recipe(run.path).config if run and run.recipe.is_file() else None
     if run is None or not isinstance(config, CorrectConfig):
         raise UserError(
-            f"{model} is not a run of stage: correct; give one, or use --ar for a model that "
-            "answers chats."
+            "is not a run of stage: correct; give one, or use --ar for a model that answers chats.",
+            where=str(model),
         )
     if language is not None:
         sound_of(language)

@@ -114,7 +114,7 @@ def data_prepare(
     from nemotron.errors import UserError
 
     if reasoning_off_rate + reasoning_budget_rate > 1:
-        raise UserError("--no-reasoning and --cut-reasoning exceed 1; lower one.")
+        raise UserError("exceed 1; lower one.", key="--no-reasoning and --cut-reasoning")
     chats = ChatOptions(
         messages_column=messages,
         tools_column=tools,

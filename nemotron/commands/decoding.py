@@ -65,7 +65,8 @@ class DecodingOptions:
         if self.speculate is None:
             if given:
                 raise UserError(
-                    "--draft-tokens and --draft-method need --speculate; give it or leave them out."
+                    "need --speculate; give it or leave them out.",
+                    key="--draft-tokens and --draft-method",
                 )
             return None
         # it checks the words

@@ -33,7 +33,8 @@ def lm_eval(
             help="Score what follows </think> alone; stop strings count from there.",
         ),
     ] = False,
-    rows: Annotated[int, typer.Option(min=1, help="Texts at a time.")] = 16,
+    rows: Annotated[int, typer.Option(min=1, help="Texts that are scored at a time.")] = 16,
+    slots: Annotated[int, typer.Option(min=1, help="Answers that are written at a time.")] = 64,
     out: Annotated[Path | None, typer.Option(help="File of JSON to write.")] = None,
     samples: Annotated[
         Path | None,
@@ -56,6 +57,7 @@ def lm_eval(
         thinking=thinking,
         strip_reasoning=strip_reasoning,
         rows=rows,
+        slots=slots,
         samples=samples,
     )
     return evaluate_tasks(model, wanted, out=out, device=device)

@@ -70,9 +70,10 @@ def generate(
     if bool(prompt) == (prompts is not None):
         raise UserError("the prompts are missing, or given twice; give --prompt or --prompts FILE.")
     if prompts is None and (out is not None or resume):
-        raise UserError("--out and --resume need --prompts FILE; give it, or leave them out.")
+        rule = "need --prompts FILE; give it, or leave them out."
+        raise UserError(rule, key="--out and --resume")
     if resume and out is None:
-        raise UserError("--resume needs the file to continue; give --out FILE.")
+        raise UserError("needs the file to continue; give --out FILE.", key="--resume")
     sampling = answers.sampling
     ops = read_ops(model) if recipe_ops else None
     loaded, tokenizer = load_with_tokenizer(model, ops=ops)
@@ -119,10 +120,11 @@ def evaluate(
     text = Text(recipe, overrides or ())
     if not suites.is_asked:
         if suites.resume:
-            raise UserError("--resume continues an evaluation on suites; name them with --suite.")
+            rule = "continues an evaluation on suites; name them with --suite."
+            raise UserError(rule, key="--resume")
         return run(model, text, out=out, device=device)
     if suites.resume and out is None:
-        raise UserError("--resume needs the folder to continue; give --out FOLDER.")
+        raise UserError("needs the folder to continue; give --out FOLDER.", key="--resume")
     wanted = Wanted(suites.plan(), text, suites.against, out, suites.resume, device)
     return evaluate_suites(model, wanted)
 
@@ -259,7 +261,7 @@ def merge(
 
 @app.command(epilog="Example: nemotron quantize runs/tiny --preset super_nvfp4 --out small/tiny")
 def quantize(
-    run: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
+    model: Model,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     overrides: Overrides = None,
     preset: Annotated[
@@ -292,6 +294,19 @@ def quantize(
         str, typer.Option(help="Sensitivity for --bits: fisher (one backward) or kl.")
     ] = "fisher",
     score_rows: Annotated[int, typer.Option(min=1, help="Rows of text for --bits.")] = 32,
+    cost: Annotated[
+        str,
+        typer.Option(
+            help="Mean that --bits is: over weights, or active ones, of a token's experts."
+        ),
+    ] = "weights",
+    inputs: Annotated[
+        str, typer.Option(help="Reach of the scales of inputs: max, percentile or mse.")
+    ] = "max",
+    every_expert: Annotated[
+        bool,
+        typer.Option("--every-expert", help="Calibrate every expert on all tokens, too."),
+    ] = False,
     recipe: Annotated[
         Path | None,
         typer.Option(help="Recipe whose text is used; default: that of the model's run."),
@@ -307,9 +322,22 @@ def quantize(
     from nemotron.quantize.command import quantize as run_quantize
     from nemotron.quantize.decide import Wanted
 
-    wanted = Wanted(preset, bits, like, keep or (), weights, kv_cache, rows, score, score_rows)
+    wanted = Wanted(
+        preset,
+        bits,
+        like,
+        keep or (),
+        weights,
+        kv_cache,
+        rows,
+        score,
+        score_rows,
+        cost,
+        inputs,
+        every_expert,
+    )
     return run_quantize(
-        run,
+        model,
         out,
         wanted,
         recipe=recipe,

@@ -137,8 +137,9 @@ def chat(
     loaded, tokenizer, chat_format = _load(model, device)
     if chat_format is None:
         raise UserError(
-            f"{model} has learned no chat format: its tokenizer has no token <|im_end|>, and no "
-            "chat_template.jinja lies with it; use nemotron generate."
+            "has learned no chat format: its tokenizer has no token <|im_end|>, and no "
+            "chat_template.jinja lies with it; use nemotron generate.",
+            where=str(model),
         )
     tokens = answers.think_budget
     budget = None if tokens is None else ReasoningBudget.of(tokenizer, tokens)

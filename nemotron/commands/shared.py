@@ -52,7 +52,10 @@ class CommandGroup(typer.Typer):
 
 
 def _spread(function: Callable[..., int]) -> Callable[..., int]:
-    """Return the function with the fields of its records as parameters of its own."""
+    """Return the function with the fields of its records as parameters of its own.
+
+    Without a record this is the function itself.
+    """
     signature = inspect.signature(function)
     spread: list[inspect.Parameter] = []
     records: dict[str, Any] = {}  # Any: classes of records
@@ -71,6 +74,9 @@ def _spread(function: Callable[..., int]) -> Callable[..., int]:
             )
             for field in fields(record)
         ]
+
+    if not records:
+        return function
 
     @functools.wraps(function)
     def call(**words: Any) -> int:  # Any: values of the options

@@ -32,7 +32,9 @@ class Batch:
     outside of all documents; without it there are no such positions. `candidates` are what a model
     of several candidates reads at each place, the first of which `input_ids` repeats. `languages`
     numbers the language of each token, -1 where it is not known; with `languages_decide` they
-    choose the experts of a model that has some for each language.
+    choose the experts of a model that has some for each language. `experts` (int16) are those that
+    each token went to when it was written, for every mixture layer of the backbone; -1 leaves a
+    token to the routers.
     """
 
     input_ids: Int[Tensor, "B T"]
@@ -45,6 +47,7 @@ class Batch:
     candidates: Int[Tensor, "B T K"] | None = None
     languages: Int[Tensor, "B T"] | None = None
     languages_decide: bool = False
+    experts: Int[Tensor, "B T layers K"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -94,6 +97,7 @@ class Batch:
             padding=None if self.padding is None else function(self.padding),
             candidates=None if self.candidates is None else function(self.candidates),
             languages=None if self.languages is None else function(self.languages),
+            experts=None if self.experts is None else function(self.experts),
         )
 
 

@@ -22,8 +22,9 @@ def held_cache(cache: Path) -> Iterator[None]:
     except OSError as error:
         room = "make room there, or " if error.errno in FULL else ""
         raise UserError(
-            f"data.cache = {cache} cannot be written: {error.strerror or error}; "
-            f"{room}name another folder."
+            f"cannot be written: {error.strerror or error}; {room}name another folder.",
+            key="data.cache",
+            value=cache,
         ) from error
 
 

@@ -68,7 +68,7 @@ def prepare_conversations(
                 )
                 log.info("prepared %s into %s", source.path, folder)
     except UserError as error:
-        raise UserError(f"data.sources: {source.name}: {error}") from None
+        raise error.at(f"data.sources: {source.name}") from None
     return source.model_copy(update={"path": str(folder)})
 
 
@@ -108,8 +108,10 @@ def check_texts(name: str, tokens: TokenSet) -> None:
         )
     if tokens.manifest is not None and tokens.manifest.form == "pairs":
         raise UserError(
-            f"data.sources: {name} = {tokens.path} holds pairs; train on them with stage: correct, "
-            "or make conversations of them with `nemotron data pairs --as chat`."
+            "holds pairs; train on them with stage: correct, or make conversations of them with "
+            "`nemotron data pairs --as chat`.",
+            key=f"data.sources: {name}",
+            value=tokens.path,
         )
 
 
@@ -134,8 +136,10 @@ def check_supervised(name: str, tokens: TokenSet) -> None:
     """
     if not tokens.train.is_supervised:
         raise UserError(
-            f"data.sources: {name} = {tokens.path} is text without turns of an assistant; give "
-            "conversations, or train on text with stage: pretrain."
+            "is text without turns of an assistant; give conversations, or train on text with "
+            "stage: pretrain.",
+            key=f"data.sources: {name}",
+            value=tokens.path,
         )
 
 

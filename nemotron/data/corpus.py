@@ -29,5 +29,7 @@ def load_documents(domain: str) -> list[str]:
     except (lzma.LZMAError, EOFError, FileNotFoundError):
         content = b""
     if hashlib.sha256(content).hexdigest() != corpus_hash(domain):
-        raise UserError(f"{path} is damaged: the hash of its text is wrong; reinstall the package.")
+        raise UserError(
+            "is damaged: the hash of its text is wrong; reinstall the package.", where=str(path)
+        )
     return [json.loads(line)["text"] for line in content.splitlines()]

@@ -95,9 +95,10 @@ def check_same_data(
         known = saved["sources"].get(name)
         if known is not None and known != source:
             raise UserError(
-                f"{files[name]} differs from the data that the checkpoint was trained on: it has "
+                f"differs from the data that the checkpoint was trained on: it has "
                 f"{source['tokens']} tokens with hash {source['content']}, but the checkpoint read "
-                f"{known['tokens']} with hash {known['content']}; restore it or start a new run."
+                f"{known['tokens']} with hash {known['content']}; restore it or start a new run.",
+                where=str(files[name]),
             )
 
 

@@ -155,8 +155,9 @@ def read_manifest(folder: Path) -> Manifest | None:
         return None
     except (ValidationError, ValueError, RecursionError):
         raise UserError(
-            f"{path} is not a manifest of prepared data; prepare the folder again, or remove the "
-            "file to read its shards without one."
+            "is not a manifest of prepared data; prepare the folder again, or remove the "
+            "file to read its shards without one.",
+            where=str(path),
         ) from None
 
 
@@ -183,7 +184,8 @@ def open_tokens(path: str | Path, tokenizer: Tokenizer, eod_token: str, limit: i
                 shard.check()
     if not found.train.num_tokens:
         raise UserError(
-            f"{path.absolute()} contains no tokens to train on; give shards that contain documents."
+            "contains no tokens to train on; give shards that contain documents.",
+            where=str(path.absolute()),
         )
     _check_first_tokens(found.train, limit)
     return found
@@ -221,8 +223,9 @@ def _prefixes(path: Path) -> list[Path]:
     found = sorted(index.with_suffix("") for index in path.glob("*.idx"))
     if not found:
         raise UserError(
-            f"{path.absolute()} contains neither {MANIFEST} nor shards (*.idx), nor text; "
-            "give a prepared folder, a shard without its .bin or .idx ending, or a folder of text."
+            f"contains neither {MANIFEST} nor shards (*.idx), nor text; "
+            "give a prepared folder, a shard without its .bin or .idx ending, or a folder of text.",
+            where=str(path.absolute()),
         )
     return found
 
@@ -233,9 +236,10 @@ def _shards(folder: Path, facts: tuple[ShardFacts, ...]) -> list[Shard]:
         shard = Shard(folder / known.name)
         if shard.num_tokens != known.tokens or shard.num_documents != known.documents:
             raise UserError(
-                f"{shard.prefix} has {shard.num_documents} documents with {shard.num_tokens} "
+                f"has {shard.num_documents} documents with {shard.num_tokens} "
                 f"tokens, where {folder / MANIFEST} says {known.documents} with {known.tokens}; "
-                "restore the shard or prepare the folder again."
+                "restore the shard or prepare the folder again.",
+                where=str(shard.prefix),
             )
         shards.append(shard)
     return shards
@@ -276,8 +280,9 @@ def _check_first_tokens(stream: Stream, limit: int) -> None:
             document = int(np.searchsorted(shard.starts(slice(None)), at, side="right")) - 1
             place = at - int(shard.starts(slice(document, document + 1))[0])
             raise UserError(
-                f"{shard.bin} contains the id {int(shard.tokens[at])} (document {document}, "
+                f"contains the id {int(shard.tokens[at])} (document {document}, "
                 "position "
                 f"{place}), but the vocabulary ends at {limit - 1}; use the tokenizer of this "
-                "shard and a larger model.vocab_size."
+                "shard and a larger model.vocab_size.",
+                where=str(shard.bin),
             )

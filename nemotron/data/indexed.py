@@ -90,8 +90,8 @@ class Shard:
         """
         if (size := self.loss.stat().st_size) != self.num_tokens:
             raise UserError(
-                f"{self.loss} has {size} bytes for {self.num_tokens} tokens; prepare the "
-                "conversations again."
+                f"has {size} bytes for {self.num_tokens} tokens; prepare the conversations again.",
+                where=str(self.loss),
             )
         return _view(self.loss, self._opened[self.bin], "<u1", 0, self.num_tokens)
 
@@ -133,8 +133,9 @@ class Shard:
         for path, opened in self._opened.items():
             if now[path] != opened:
                 raise UserError(
-                    f"{path} was changed while it was in use ({opened[0]} bytes when opened, "
-                    f"{now[path][0]} now); restore the old file and resume."
+                    f"was changed while it was in use ({opened[0]} bytes when opened, "
+                    f"{now[path][0]} now); restore the old file and resume.",
+                    where=str(path),
                 )
 
     def _identities(self) -> dict[Path, Identity]:
@@ -146,8 +147,9 @@ class Shard:
             except (FileNotFoundError, NotADirectoryError):
                 beside = f"though {other.name} does" if other.exists() else f"nor does {other.name}"
                 raise UserError(
-                    f"{path} does not exist, {beside}; "
-                    "give the path of a shard without its .bin or .idx ending, or of text."
+                    f"does not exist, {beside}; "
+                    "give the path of a shard without its .bin or .idx ending, or of text.",
+                    where=str(path),
                 ) from None
             found[path] = (status.st_size, status.st_mtime_ns, status.st_ino)
         return found
@@ -156,27 +158,35 @@ class Shard:
         """Return id type code, number of sequences and length of the document index."""
         size = self._opened[self.idx][0]
         if not header.startswith(MAGIC[: len(header)]) or not header:
-            raise UserError(f"{self.idx} is not a shard index: it does not begin with MMIDIDX.")
+            raise UserError(
+                "is not a shard index: it does not begin with MMIDIDX.", where=str(self.idx)
+            )
         if len(header) < HEADER.size:
             raise UserError(
-                f"{self.idx} is truncated: it has {size} bytes, but its header alone has "
-                f"{HEADER.size}."
+                f"is truncated: it has {size} bytes, but its header alone has {HEADER.size}.",
+                where=str(self.idx),
             )
         _, version, code, num_sequences, num_entries = HEADER.unpack(header)
         if version != VERSION:
-            raise UserError(f"{self.idx} has version {version}; only version {VERSION} is known.")
+            raise UserError(
+                f"has version {version}; only version {VERSION} is known.", where=str(self.idx)
+            )
         if code not in CODES:
             raise UserError(
-                f"{self.idx} has id type code {code}; "
-                f"the codes of token ids are {', '.join(map(str, CODES))}."
+                f"has id type code {code}; "
+                f"the codes of token ids are {', '.join(map(str, CODES))}.",
+                where=str(self.idx),
             )
         if num_entries < 1:
-            raise UserError(f"{self.idx} has an empty document index; its first entry must be 0.")
+            raise UserError(
+                "has an empty document index; its first entry must be 0.", where=str(self.idx)
+            )
         expected = HEADER.size + 12 * num_sequences + 8 * num_entries
         if size not in (expected, expected + num_sequences):
             raise UserError(
-                f"{self.idx} has {size} bytes; with {num_sequences} sequences and "
-                f"{num_entries - 1} documents it must have {expected}."
+                f"has {size} bytes; with {num_sequences} sequences and "
+                f"{num_entries - 1} documents it must have {expected}.",
+                where=str(self.idx),
             )
         return code, num_sequences, num_entries
 
@@ -192,14 +202,15 @@ class Shard:
             (offset,) = struct.unpack("<q", os.pread(index, 8, at + 4 * count + 8 * (count - 1)))
             end = offset + length * self.dtype.itemsize
         if (size := self._opened[self.bin][0]) != end:
-            raise UserError(f"{self.bin} has {size} bytes; {self.idx.name} says {end}.")
+            raise UserError(f"has {size} bytes; {self.idx.name} says {end}.", where=str(self.bin))
         at += 12 * count
         (first,) = struct.unpack("<q", os.pread(index, 8, at))
         (last,) = struct.unpack("<q", os.pread(index, 8, at + 8 * (self._num_entries - 1)))
         if first != 0 or last != count:
             raise UserError(
-                f"{self.idx} is damaged: its documents span the sequences {first} to "
-                f"{last}, but there are 0 to {count}."
+                f"is damaged: its documents span the sequences {first} to "
+                f"{last}, but there are 0 to {count}.",
+                where=str(self.idx),
             )
 
     def check(self) -> None:
@@ -218,16 +229,19 @@ class Shard:
             if wrong.any():
                 i = int(wrong.argmax())
                 raise UserError(
-                    f"{self.idx} is damaged: sequence {first + i} with {lengths[i]} tokens starts "
+                    f"is damaged: sequence {first + i} with {lengths[i]} tokens starts "
                     f"at byte {self.offsets[first + i]} of the .bin, "
-                    f"where byte {ends[i] - lengths[i] * itemsize} is expected."
+                    f"where byte {ends[i] - lengths[i] * itemsize} is expected.",
+                    where=str(self.idx),
                 )
             end = int(ends[-1])
         for first in range(0, len(self.documents) - 1, CHECKED_AT_ONCE):
             falls = np.diff(self.documents[first : first + CHECKED_AT_ONCE + 1]) < 0
             if falls.any():
                 number = first + int(falls.argmax())
-                raise UserError(f"{self.idx} is damaged: document {number} ends before it starts.")
+                raise UserError(
+                    f"is damaged: document {number} ends before it starts.", where=str(self.idx)
+                )
 
 
 class Stream:
@@ -248,7 +262,8 @@ class Stream:
         if self.is_supervised and not all(supervised):
             missing = self.shards[supervised.index(False)].loss
             raise UserError(
-                f"{missing} is missing, but other shards have theirs; prepare the data again."
+                "is missing, but other shards have theirs; prepare the data again.",
+                where=str(missing),
             )
 
     def read(self, start: int, count: int) -> NDArray[np.int64]:

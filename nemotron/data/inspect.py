@@ -143,7 +143,8 @@ def check_all(name: str, path: Path, stream: Stream, vocab_size: int) -> None:
     manifest = read_manifest(path)
     if manifest is not None and (damaged := damaged_files(path, manifest)):
         raise UserError(
-            f"{damaged[0]} does not match its manifest; restore it or prepare {name} again."
+            f"does not match its manifest; restore it or prepare {name} again.",
+            where=str(damaged[0]),
         )
     for shard in stream.shards:
         shard.check()
@@ -153,8 +154,9 @@ def check_all(name: str, path: Path, stream: Stream, vocab_size: int) -> None:
             if len(wrong):
                 at = start + int(wrong[0])
                 raise UserError(
-                    f"{shard.bin}: token {at} is {int(shard.tokens[at])}, but the vocabulary ends "
-                    f"at {vocab_size - 1}; use the tokenizer of this shard."
+                    f"token {at} is {int(shard.tokens[at])}, but the vocabulary ends "
+                    f"at {vocab_size - 1}; use the tokenizer of this shard.",
+                    where=str(shard.bin),
                 )
 
 
@@ -194,12 +196,13 @@ def draw(data: TrainingData, found: Mapping[str, Statistics], folder: Path) -> l
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError(
-            "--plots needs matplotlib; install it with: pip install matplotlib."
+            "needs matplotlib; install it with: pip install matplotlib.", key="--plots"
         ) from None
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"--plots {folder} is, or lies below, a file; give a folder.") from None
+        rule = "is, or lies below, a file; give a folder."
+        raise UserError(rule, key="--plots", value=folder) from None
     lengths = Figure(figsize=(8, 4.5), layout="constrained")
     axes = lengths.subplots()
     for name, facts in list(found.items())[:SOURCES_DRAWN]:

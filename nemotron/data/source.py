@@ -94,10 +94,11 @@ class RowReader:
         if tokens.min() < 0 or tokens.max() >= self.limit:
             wrong = tokens[(tokens < 0) | (tokens >= self.limit)][0]
             raise UserError(
-                f"{self.stream.shards[0].bin.parent} contains the id {wrong}, but the vocabulary "
+                f"contains the id {wrong}, but the vocabulary "
                 "ends "
                 f"at {self.limit - 1}; restore the shards, or use their tokenizer and a "
-                "larger model.vocab_size."
+                "larger model.vocab_size.",
+                where=str(self.stream.shards[0].bin.parent),
             )
         return tokens
 
@@ -136,14 +137,15 @@ class Source:
         self.num_rows = available // seq_len if plan is None else len(plan.row_ends)
         if plan is not None and available and not self.num_rows:
             raise UserError(
-                f"data.packing drops all {plan.counts.documents} documents of {name}, as none "
-                f"fits into a row of data.seq_len = {seq_len}; use longer rows, or "
-                "long_documents: truncate."
+                f"drops all {plan.counts.documents} documents of {name}, as none fits into a row "
+                f"of data.seq_len = {seq_len}; use longer rows, or long_documents: truncate.",
+                key="data.packing",
             )
         if not self.num_rows or (plan is None and available <= seq_len):
             raise UserError(
-                f"{name} ({tokens.path}) has {available} tokens to train on; a row of "
-                f"data.seq_len = {seq_len} takes {seq_len + 1}."
+                f"has {available} tokens to train on, but a row of data.seq_len = {seq_len} takes "
+                f"{seq_len + 1}; give more text, or shorten the rows.",
+                where=f"{name} ({tokens.path})",
             )
 
     @property

@@ -94,8 +94,9 @@ def _seat() -> Seat | None:
     host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
     if not host or not port.isdecimal():
         raise UserError(
-            f"environment: MASTER_ADDR={host}, MASTER_PORT={port or None}; "
-            f"they say where rank 0 can be reached, as a host and a number; torchrun sets both."
+            f"MASTER_ADDR={host}, MASTER_PORT={port or None} must say where rank 0 can be "
+            "reached, as a host and a number; start the ranks with torchrun, which sets both.",
+            where="environment",
         )
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return Seat(launch, host, int(port), hosted)

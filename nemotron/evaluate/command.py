@@ -171,10 +171,14 @@ def _refuse_other_tokenizer(
 
 def _own_recipe(place: Path, model: Path) -> Path:
     if not place.exists():
-        raise UserError(f"{place.absolute()} does not exist; give a run, checkpoint or export.")
+        raise UserError(
+            "does not exist; give a run, checkpoint or export.", where=str(place.absolute())
+        )
     run = None if is_exported(place) else RunFiles.around(place)
     if run is None or not run.recipe.is_file():
-        raise UserError(f"{model} brings no recipe, which names the text; give one: --recipe FILE.")
+        raise UserError(
+            "brings no recipe, which names the text; give one: --recipe FILE.", where=str(model)
+        )
     return run.path
 
 

@@ -34,6 +34,12 @@ Encoded = tuple[tuple[str, str] | None, list[int], list[int]]
 
 DEFAULT_NEW_TOKENS = 256
 """Longest answer where a task names none, as in lm-eval."""
+SLOTS = 64
+"""Answers that are written together, unless another number is given."""
+PREFIXES = 16
+"""States after beginnings of prompts that are kept for others."""
+PREFILL_TOKENS = 4096
+"""Tokens of prompts that the engine reads between two tokens of the answers."""
 SEED = 0
 """Of answers that are drawn; copies of a prompt get different ones."""
 KNOWN = {"temperature", "top_k", "top_p", "min_p", "repetition_penalty"}
@@ -59,15 +65,22 @@ class Subject:
 class HarnessLM(TemplateLM):
     """A model whose probabilities and answers lm-eval asks for.
 
-    Names of special tokens in a text are these tokens, and no token is put in front of it. With
+    `rows` texts are scored at a time, and `slots` answers written. Names of special tokens in a
+    text are these tokens, and no token is put in front of it. With
     `thinks` a chat prompt asks for reasoning; with `strips` reasoning is not part of an answer.
     """
 
     def __init__(
-        self, subject: Subject, rows: int = ROWS, *, thinks: bool = True, strips: bool = False
+        self,
+        subject: Subject,
+        rows: int = ROWS,
+        slots: int = SLOTS,
+        *,
+        thinks: bool = True,
+        strips: bool = False,
     ) -> None:
         super().__init__()
-        self.subject, self.rows = subject, rows
+        self.subject, self._slots = subject, slots
         self._thinks, self._strips = thinks, strips
         self._scorer = Scorer(subject.model, rows)
         self._encode = lru_cache(maxsize=8)(self._tokens)  # choices have their context in common
@@ -166,9 +179,11 @@ class HarnessLM(TemplateLM):
         engine = Engine(
             self.subject.model,
             self.subject.stop_ids,
+            PREFILL_TOKENS,
             tokenizer=self.subject.tokenizer,
-            slots=self.rows,
-            prefixes=self.rows,
+            slots=min(self._slots, max(1, len(asked))),
+            prefixes=PREFIXES,
+            common_pieces=True,
         )
         results = [""] * len(wanted)
         bar = tqdm(order, desc="answers", disable=disable_tqdm)
@@ -223,7 +238,7 @@ class HarnessLM(TemplateLM):
         """
         chat = self.subject.chat
         if chat is None:
-            raise UserError(f"{self.subject.name} has no chat template; leave --chat out.")
+            raise UserError("has no chat template; leave --chat out.", where=self.subject.name)
         try:
             text = render(
                 chat_history,

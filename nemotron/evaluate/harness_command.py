@@ -45,6 +45,7 @@ class Harness:
     thinking: bool = True
     strip_reasoning: bool = False
     rows: int = 16
+    slots: int = 64
     samples: Path | None = None
 
 
@@ -99,6 +100,7 @@ def _evaluate(model: Path, wanted: Harness, device: str) -> dict[str, Any]:  # A
     lm = HarnessLM(
         read_subject(model, device),
         wanted.rows,
+        wanted.slots,
         thinks=wanted.thinking,
         strips=wanted.strip_reasoning,
     )

@@ -39,7 +39,7 @@ class SampleFile:
         try:
             if not try_lock(self._file.fileno(), self.path):
                 rule = "is being written by another process; wait for its end."
-                raise UserError(f"{self.path} {rule}")
+                raise UserError(rule, where=str(self.path))
             self._stored = self._read()
         except BaseException:
             self._file.close()
@@ -60,7 +60,9 @@ class SampleFile:
         found = self._stored[: len(wanted)]
         given = [(s.task, s.number, s.sample, s.budget) for s in found]
         if given != wanted[: len(found)]:
-            raise UserError(f"{self.path} holds other answers than these; name another folder.")
+            raise UserError(
+                "holds other answers than these; name another folder.", where=str(self.path)
+            )
         if len(found) < len(wanted):
             self._cut(found)
             return None
@@ -88,7 +90,8 @@ class SampleFile:
                 samples.append(Sample.of_json(parse_json(line)))
             except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"{self.path}, line {len(samples) + 1} is not an answer; name another folder."
+                    "is not an answer; name another folder.",
+                    where=f"{self.path}, line {len(samples) + 1}",
                 ) from None
             end += len(line)
         self._file.truncate(end)
@@ -140,7 +143,7 @@ def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
     except ValueError:
         before = None
     if not isinstance(before, dict):
-        raise UserError(f"{place} is damaged; name another folder.")
+        raise UserError("is damaged; name another folder.", where=str(place))
     for key in sorted(settings.keys() | before.keys()):
         if settings.get(key) != before.get(key):
             rule = f"is not {before.get(key)!r:.80}, as in {path.parent}; name another folder."

@@ -19,7 +19,7 @@ from nemotron.model.linear import Linear
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts, MoE
-from nemotron.model.router import GroupChoice, Routing
+from nemotron.model.router import Choice, Routing
 from nemotron.model.state import AttentionState, MambaState
 from nemotron.precision.static import is_attached
 
@@ -213,7 +213,7 @@ class FewTokensMoE(nn.Module):
         )
 
     def forward(
-        self, x: Float[Tensor, "B T D"], choice: GroupChoice | None = None
+        self, x: Float[Tensor, "B T D"], choice: Choice | None = None
     ) -> Float[Tensor, "B T D"]:
         tokens, moe = x.flatten(0, 1), self.moe  # [M, D]
         if tokens.shape[0] > FEW_TOKENS:

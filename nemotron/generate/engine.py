@@ -66,15 +66,18 @@ class Engine:
     `stop` are the tokens that end every answer. At most `slots` answers are written at a time. The
     attention layers have `blocks` key-value blocks of `block_size` tokens, or as many as needed; if
     they run out, the youngest answer waits and is read again later. A step reads at most
-    `prefill_tokens` tokens of prompts. With `prefixes`, so many states after beginnings of texts
-    are kept for texts that begin alike. Text and stop strings need the `tokenizer`. With
-    `row_by_row` every text passes the model by itself, so that its answer is the same to the bit
-    whatever others there are, as long as none of them takes its blocks; this is slower. Steps of
-    one token have `fixed_sizes` on a GPU, which captures them as CUDA graphs. With `speculation`
-    a step may bring several tokens of an answer. `formats` are those of the cache. With
-    `mamba_decode` "replay" the engine computes by the operations of `exact_view`, and scans the
-    newest chunk of a text again for each token: its probabilities are to the bit those of one pass
-    of `exact_view(model)` over the text. The model's weights must not be packed.
+    `prefill_tokens` tokens of prompts, in pieces of at most 512 tokens. With `common_pieces` these
+    have powers of two as lengths, and longer ones go first: prompts of many lengths then pass the
+    model together, which is faster for many prompts, and later for the first of them. With
+    `prefixes`, so many states after beginnings of texts are kept for texts that begin alike. Text
+    and stop strings need the `tokenizer`. With `row_by_row` every text passes the model by itself,
+    so that its answer is the same to the bit whatever others there are, as long as none of them
+    takes its blocks; this is slower. Steps of one token have `fixed_sizes` on a GPU, which captures
+    them as CUDA graphs. With `speculation` a step may bring several tokens of an answer. `formats`
+    are those of the cache. With `mamba_decode` "replay" the engine computes by the operations of
+    `exact_view`, and scans the newest chunk of a text again for each token: its probabilities are
+    to the bit those of one pass of `exact_view(model)` over the text. The model's weights must not
+    be packed.
     """
 
     def __init__(
@@ -89,6 +92,7 @@ class Engine:
         block_size: int = BLOCK_SIZE,
         prefixes: int = 0,
         row_by_row: bool = False,
+        common_pieces: bool = False,
         fixed_sizes: bool | None = None,
         speculation: Speculation | None = None,
         formats: CacheFormats = UNCHANGED,
@@ -99,6 +103,7 @@ class Engine:
         self.model, self.tokenizer = self._prepare(model), tokenizer
         self.stop = frozenset(stop)
         self.prefill_tokens, self._row_by_row = prefill_tokens, row_by_row
+        self._piece, self._common_pieces = min(prefill_tokens, PIECE), common_pieces
         self.version = 0
         """Of the weights, as `Answer.versions` names it."""
         self.timing = Timing()
@@ -283,14 +288,9 @@ class Engine:
     def _prefill(self) -> list[Scores]:
         """Read pieces of prompts, the oldest first; pieces of one length are read together."""
         room, ready = self.prefill_tokens, []
-        pieces: dict[Sample, int] = {}
-        for sample in self.scheduler.running:
-            if left := self._num_to_prefill(sample):
-                assert sample.slot is not None
-                place = self.cache.lengths[sample.slot] % self.prefill_tokens
-                pieces[sample] = min(left, self.prefill_tokens - place)
+        pieces = self._pieces()
         while pieces:
-            size = next(iter(pieces.values()))
+            size = max(pieces.values()) if self._common_pieces else next(iter(pieces.values()))
             if size > room:
                 break
             most = 1 if self._row_by_row else room // size
@@ -300,10 +300,22 @@ class Engine:
                 ready.append(self._append(here, size))
             room -= size * len(here)
             self.timing.prompt_tokens += size * len(here)
-            pieces = {
-                s: other for s, other in pieces.items() if s not in alike and s.slot is not None
-            }
+            if self._common_pieces:
+                pieces = self._pieces()
+            else:
+                left = pieces.items()
+                pieces = {s: other for s, other in left if s not in alike and s.slot is not None}
         return ready
+
+    def _pieces(self) -> dict[Sample, int]:
+        """Return how many tokens of each prompt are to be read next, the oldest prompt first."""
+        pieces: dict[Sample, int] = {}
+        for sample in self.scheduler.running:
+            if left := self._num_to_prefill(sample):
+                assert sample.slot is not None
+                size = min(left, self._piece - self.cache.lengths[sample.slot] % self._piece)
+                pieces[sample] = 1 << size.bit_length() - 1 if self._common_pieces else size
+        return pieces
 
     def _append(self, samples: list[Sample], size: int) -> Scores:
         """Pass the next `size` tokens of each sample; return those that lack none, with logits."""
@@ -313,8 +325,12 @@ class Engine:
         starts = [self.cache.lengths[slot] for slot in slots]
         ids = [s.tokens[at : at + size] for at, s in zip(starts, samples, strict=True)]
         has_experts = any(sample.request.experts for sample in samples)
-        if self._steps is not None and size == 1 and not has_experts:
-            logits = self._steps.append(self.model, slots, [first for first, *_ in ids])
+        if self._steps is not None and size == 1:
+            first = [first for first, *_ in ids]
+            found = self._steps.append(self.model, slots, first, has_experts=has_experts)
+            logits = found.logits
+            if found.experts is not None:
+                keep_experts(found.experts, samples, starts)
         else:
             if self._rows is None or self._rows.slots != slots:
                 self._rows = self.cache.rows(slots)
@@ -322,7 +338,7 @@ class Engine:
             with recorded(self.model.backbone, on=has_experts) as record:
                 hidden = extend(self.model, self._rows, tokens)
             if record.layers:
-                keep_experts(record, samples, starts)
+                keep_experts(record.experts(len(samples)), samples, starts)
             if self.speculator is not None:
                 self.speculator.drafter.follow(self.model, samples, hidden)
             logits = score(self.model, hidden)
@@ -330,7 +346,8 @@ class Engine:
             length = self.cache.lengths[slot]
             if sample.followers and length == len(sample.tokens):
                 self._share(sample, row)
-            if size > 1:
+            is_end = not length % self._piece or not self._num_left(sample)
+            if size > 1 and is_end:
                 self.prefixes.store(sample.tokens[:length], slot, sample.experts)
         rows = [row for row, sample in enumerate(samples) if not self._num_left(sample)]
         if len(rows) == len(samples):

@@ -24,7 +24,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Linear
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.moe import Experts
-from nemotron.model.router import GroupChoice, Router, Routing
+from nemotron.model.router import Choice, Router, Routing
 from nemotron.model.state import CHUNK, MambaSlots, MambaState, Partial
 
 ROWS, KEYS = 16, 64
@@ -153,7 +153,7 @@ class ExactRouter(Router):
     def __init__(self, router: Router) -> None:
         take_over(self, router)
 
-    def forward(self, x: Float[Tensor, "M D"], choice: GroupChoice | None = None) -> Routing:
+    def forward(self, x: Float[Tensor, "M D"], choice: Choice | None = None) -> Routing:
         """As `Router.forward`."""
         if choice is not None:  # the gate before it is not exact either
             return super().forward(x, choice)

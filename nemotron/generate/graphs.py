@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron.generate.routing import recorded
 from nemotron.model.cache import Cache, CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import AttentionState, MambaState, Places
@@ -32,6 +33,16 @@ class Size:
     blocks: int
     in_order: bool
     """Whether the rows are the slots after the spare one, whose states need no copies."""
+
+
+@dataclass(frozen=True)
+class Appended:
+    """What a step of one token found."""
+
+    logits: Float[Tensor, "B V"]
+    """Of the next token of each text."""
+    experts: Int[Tensor, "B 1 layers K"] | None
+    """Where they are recorded: those of the token, int16 on the host."""
 
 
 class FixedRows(CachedRows):
@@ -80,14 +91,19 @@ class Steps:
         assert cache.num_free_slots == len(cache.lengths), "the cache is in use"
         self._cache, self._spare = cache, cache.admit()
         cache.extend(self._spare, 1)
-        self._steps: dict[Size, _Step] = {}
+        self._steps: dict[tuple[Size, bool], _Step] = {}
         self._made_for: tuple[HybridLM, int] | None = None
 
     @torch.inference_mode()
     def append(
-        self, model: HybridLM, slots: Sequence[int], tokens: Sequence[int]
-    ) -> Float[Tensor, "B V"]:
-        """Append a token to the text of each slot; return the logits of the next one.
+        self,
+        model: HybridLM,
+        slots: Sequence[int],
+        tokens: Sequence[int],
+        *,
+        has_experts: bool = False,
+    ) -> Appended:
+        """Append a token to the text of each slot; `has_experts` records where routers sent it.
 
         Raises:
             OutOfBlocks: when there is no block for a token; no text has changed then.
@@ -99,13 +115,17 @@ class Steps:
             # keys and values have moved, or the weights are others
             self._steps, self._made_for = {}, made_for
         numbers = torch.tensor(self._numbers(size, slots, tokens))
-        step = self._steps.get(size)
+        step = self._steps.get((size, has_experts))
         if step is None:
-            step = self._steps[size] = _Step(model, FixedRows(self._cache, size), numbers)
+            step = _Step(model, FixedRows(self._cache, size), numbers, has_experts=has_experts)
+            self._steps[size, has_experts] = step
         step.rows.numbers.copy_(numbers)
-        logits = step.run()[: len(slots)].clone()
+        found, count = step.run(), len(slots)
         self._cache.count(slots, 1)
-        return logits
+        experts = found.experts
+        return Appended(
+            found.logits[:count].clone(), None if experts is None else experts[:count].cpu()
+        )
 
     def _size(self, slots: Sequence[int]) -> Size:
         count, cache = len(slots), self._cache
@@ -130,24 +150,29 @@ class Steps:
 class _Step:
     """One call of a model at one size; on a GPU it is captured, if nothing in it needs the host."""
 
-    def __init__(self, model: HybridLM, rows: FixedRows, numbers: Int[Tensor, "B N"]) -> None:
-        self._model, self.rows = model, rows
+    def __init__(
+        self, model: HybridLM, rows: FixedRows, numbers: Int[Tensor, "B N"], *, has_experts: bool
+    ) -> None:
+        self._model, self.rows, self._has_experts = model, rows, has_experts
         self._graph: torch.cuda.CUDAGraph | None = None
-        self._logits = torch.empty(0)
+        self._found = Appended(torch.empty(0), None)
         if rows.numbers.device.type == "cuda":
             rows.numbers.copy_(numbers)
             self._capture()
 
-    def run(self) -> Float[Tensor, "B V"]:
+    def run(self) -> Appended:
         """Do the step for the numbers in `rows`; the next call overwrites the result."""
         if self._graph is None:
             return self._call()
         self._graph.replay()
-        return self._logits
+        return self._found
 
-    def _call(self) -> Float[Tensor, "B V"]:
+    def _call(self) -> Appended:
         model = self._model
-        return model.logits(model(self.rows.tokens, cache=self.rows)[:, -1])
+        with recorded(model.backbone, on=self._has_experts) as record:
+            hidden = model(self.rows.tokens, cache=self.rows)
+        experts = record.experts(self.rows.size.rows) if record.layers else None
+        return Appended(model.logits(hidden[:, -1]), experts)
 
     def _capture(self) -> None:
         kept = self.rows.cache.copies(self.rows.chosen)
@@ -164,7 +189,7 @@ class _Step:
         else:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph):
-                self._logits = self._call()
+                self._found = self._call()
             self._graph = graph
         finally:
             self.rows.cache.restore(self.rows.chosen, kept)

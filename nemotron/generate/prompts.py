@@ -37,7 +37,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
         raise UserError("is not UTF-8 text; give it in that encoding.", where=str(path)) from None
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
         raise UserError(
-            f"{path} cannot be read: {error.strerror}; give a file of prompts."
+            f"cannot be read: {error.strerror}; give a file of prompts.", where=str(path)
         ) from None
     read = _read_json if path.suffix == ".jsonl" else _read_plain
     lines = enumerate(text.split("\n"), 1)
@@ -76,16 +76,21 @@ class AnswerFile:
         """
         self._path = path
         if not resume and path.exists():
-            raise UserError(f"{path} exists; give another name, or continue it with --resume.")
+            raise UserError(
+                "exists; give another name, or continue it with --resume.", where=str(path)
+            )
         try:
             self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115 (closed by `close`)
         except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             raise UserError(
-                f"{path} cannot be written: {error.strerror}; name a file in a folder that exists."
+                f"cannot be written: {error.strerror}; name a file in a folder that exists.",
+                where=str(path),
             ) from None
         try:
             if not try_lock(self._file.fileno(), path):
-                raise UserError(f"{path} is being written by another process; wait for its end.")
+                raise UserError(
+                    "is being written by another process; wait for its end.", where=str(path)
+                )
             self.num_done = self._continue(path, prompts)
         except BaseException:
             self._file.close()
@@ -96,7 +101,7 @@ class AnswerFile:
         self._file.seek(0)
         *whole, rest = self._file.read().split(b"\n")
         foreign = UserError(
-            f"{path} holds other lines than answers to these prompts; name another."
+            "holds other lines than answers to these prompts; name another.", where=str(path)
         )
         if len(whole) > len(prompts):
             raise foreign

@@ -18,8 +18,8 @@ class RoutingRecord:
         self.layers: list[Int[Tensor, "M K"]] = []
 
     def experts(self, num_rows: int) -> Int[Tensor, "B T layers K"]:
-        """Return the experts of every token of the pass, as int16 on the host."""
-        stacked = torch.stack(self.layers, dim=1).to("cpu", torch.int16)  # [M, layers, K]
+        """Return the experts of every token of the pass, as int16."""
+        stacked = torch.stack(self.layers, dim=1).to(torch.int16)  # [M, layers, K]
         return stacked.unflatten(0, (num_rows, -1))
 
 
@@ -42,7 +42,7 @@ def recorded(backbone: nn.Module, *, on: bool) -> Iterator[RoutingRecord]:
 
 
 def keep_experts(
-    record: RoutingRecord,
+    experts: Int[Tensor, "B T layers K"],
     samples: Sequence[Sample],
     starts: Sequence[int],
     counts: Sequence[int] | None = None,
@@ -51,7 +51,7 @@ def keep_experts(
 
     `starts` are the places in the texts where the pass began.
     """
-    experts = record.experts(len(samples))
+    experts = experts.cpu()
     for row, (sample, start) in enumerate(zip(samples, starts, strict=True)):
         if sample.request.experts:
             own = experts[row] if counts is None else experts[row, : counts[row]]

@@ -132,7 +132,7 @@ class Speculator:
         events, counts = _decide(samples, drafts, model.logits(hidden), version)
         self._rollback.keep_first(model, rows, tokens, counts)
         if record.layers:
-            keep_experts(record, samples, starts, counts)
+            keep_experts(record.experts(len(samples)), samples, starts, counts)
         for row, (sample, count) in enumerate(zip(samples, counts, strict=True)):
             self.drafter.keep(sample, hidden[row, :count])
             self._note(sample, DraftedPass(len(drafts[row]), count - 1))

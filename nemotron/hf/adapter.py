@@ -44,11 +44,12 @@ def export_adapter(
         print_text(str(skipped))
     found = read_adapters(source)
     if not found:
-        raise UserError(f"{run} has no adapters; export it without --adapter.")
+        raise UserError("has no adapters; export it without --adapter.", where=str(run))
     if any(name.endswith(REFUSED) for name in found):
         raise UserError(
-            f"{run}: PEFT reads no adapters of Mamba's out_proj; export the merged model without "
-            "--adapter, or train with tune.adapter.targets that leave it out."
+            "PEFT reads no adapters of Mamba's out_proj; export the merged model without "
+            "--adapter, or train with tune.adapter.targets that leave it out.",
+            where=str(run),
         )
     home = run if source.run is None else source.run.path
     target = output_folder(out if out is not None else home / "adapter")

@@ -60,7 +60,7 @@ def export(
         print_text(str(skipped))
     if source.run is None:
         raise UserError(
-            f"{run} is not inside a run, so its tokenizer is unknown; give a run's folder."
+            "is not inside a run, so its tokenizer is unknown; give a run's folder.", where=str(run)
         )
     target = output_folder(out if out is not None else source.run.path / "export")
     check_readable(source.config)
@@ -103,7 +103,9 @@ def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> 
         UserError: when it is taken, lies among the run's checkpoints, or holds the run.
     """
     if target.resolve().is_relative_to(source.info.folder.resolve().parent):
-        raise UserError(f"{target} is inside the checkpoints folder; export to another folder.")
+        raise UserError(
+            "is inside the checkpoints folder; export to another folder.", where=str(target)
+        )
     inputs = [source.info.folder] + ([source.run.path] if source.run else [])
     check_output(target, COMMAND, inputs, overwrite=overwrite)
     check_output(failed_beside(target), COMMAND, inputs, overwrite=True)

@@ -71,8 +71,9 @@ def read_folder(folder: Path, formats: Sequence[DiskFormat] = FORMATS) -> Loaded
     stored = ShardedFolder(folder)
     if (named := count_parameters(read.model)) > MOST_MISSING + len(stored.tensors):
         raise UserError(
-            f"{folder}: {CONFIG} describes {named:,} tensors, but there are "
-            f"{len(stored.tensors):,}; the tensors must be those of {CONFIG}."
+            f"{CONFIG} describes {named:,} tensors, but there are "
+            f"{len(stored.tensors):,}; the tensors must be those of {CONFIG}.",
+            where=str(folder),
         )
     parameters = [
         replace(parameter, format=_format_of(parameter, formats, stored))
@@ -161,8 +162,9 @@ def _refuse_packed(stored: ShardedFolder, expected: Sequence[DiskTensor]) -> Non
     if kinds or scales:
         sign = f"it has {scales[0]}" if scales else f"its tensors are {', '.join(sorted(dtypes))}"
         raise UserError(
-            f"{stored.folder} is a packed {' or '.join(kinds) or 'quantized'} checkpoint "
-            f"({sign}); use the bfloat16 checkpoint of this model."
+            f"is a packed {' or '.join(kinds) or 'quantized'} checkpoint "
+            f"({sign}); use the bfloat16 checkpoint of this model.",
+            where=str(stored.folder),
         )
 
 
@@ -187,7 +189,7 @@ def _check_names(folder: Path, expected: Sequence[DiskTensor], found: Sequence[s
             "transformers drops them when it saves: take the original folder, or set "
             f"num_nextn_predict_layers to 0 in {CONFIG}"
         )
-    raise UserError(f"{folder}: {'; '.join(problems)}; {advice}.")
+    raise UserError(f"{'; '.join(problems)}; {advice}.", where=str(folder))
 
 
 def _check_stored(
@@ -209,7 +211,7 @@ def _check_stored(
                 problems.append(f"{tensor.name} is {entry.dtype} instead of {known}")
     if problems:
         more = f"; and {len(problems) - 10} more" if len(problems) > 10 else ""
-        raise UserError(f"{folder}: {'; '.join(problems[:10])}{more}.")
+        raise UserError(f"{'; '.join(problems[:10])}{more}.", where=str(folder))
 
 
 def _check_hashes(folder: Path, files: set[str]) -> None:
@@ -218,10 +220,11 @@ def _check_hashes(folder: Path, files: set[str]) -> None:
         return
     hashes = read_json(folder / REPORT).get("xxh128", {})
     if not isinstance(hashes, dict):
-        raise UserError(f"{folder / REPORT} is not a report of an export; remove it.")
+        raise UserError("is not a report of an export; remove it.", where=str(folder / REPORT))
     for name in sorted(files):
         if name in hashes and hash_file(folder / name) != hashes[name]:
             raise UserError(
-                f"{folder / name} is not what was exported: its content does not match its hash in "
-                f"{REPORT}; remove that file if the change was intentional."
+                f"is not what was exported: its content does not match its hash in "
+                f"{REPORT}; remove that file if the change was intentional.",
+                where=str(folder / name),
             )

@@ -37,8 +37,9 @@ def find_folder(place: str | Path) -> Path:
     except _failures() as error:
         problem = f"{constants.ENDPOINT} did not give it: {_first_line(error)}"
     raise UserError(
-        f"{path.absolute()} does not exist, and {problem}; give a run, checkpoint or export, or "
-        "OWNER/NAME of a model on the Hub."
+        f"does not exist, and {problem}; give a run, checkpoint or export, or "
+        "OWNER/NAME of a model on the Hub.",
+        where=str(path.absolute()),
     )
 
 
@@ -63,8 +64,10 @@ def push_folder(folder: Path, repo: str) -> str:
         )
     except _failures() as error:
         raise UserError(
-            f"--push {repo}: {constants.ENDPOINT} did not take it: {_first_line(error)}; set "
-            f"HF_TOKEN to a token that may write; the export is in {folder}."
+            f"was refused by {constants.ENDPOINT}: {_first_line(error)}; set HF_TOKEN to a token "
+            f"that may write; the export is in {folder}.",
+            key="--push",
+            value=repo,
         ) from None
     return str(created)
 
@@ -77,7 +80,7 @@ def check_name(repo: str) -> None:
     """
     named = NAME.fullmatch(repo)
     if named is None or named["revision"] is not None:
-        raise UserError(f"--push {repo} is not a name on the Hub; give OWNER/NAME.")
+        raise UserError("is not a name on the Hub; give OWNER/NAME.", key="--push", value=repo)
 
 
 def _failures() -> tuple[type[Exception], ...]:

@@ -34,7 +34,7 @@ def import_(folder: str | Path, out: str | Path, *, overwrite: bool = False) -> 
     origin, target = find_folder(folder), output_folder(out)
     if not is_exported(origin):
         raise UserError(
-            f"{origin / CONFIG} does not exist; give a folder in Hugging Face's layout."
+            "does not exist; give a folder in Hugging Face's layout.", where=str(origin / CONFIG)
         )
     check_output(target, COMMAND, [origin], overwrite=overwrite)
     loaded = read_folder(origin)

@@ -25,11 +25,15 @@ def inside(path: Path) -> Path:
             raise
         real = path.resolve()
     except (OSError, RuntimeError):
-        raise UserError(f"{path} is a link that leads nowhere; copy the file there.") from None
+        raise UserError(
+            "is a link that leads nowhere; copy the file there.", where=str(path)
+        ) from None
     if real.parent not in allowed:
-        raise UserError(f"{path} is a link that leads out of the folder; copy the file there.")
+        raise UserError(
+            "is a link that leads out of the folder; copy the file there.", where=str(path)
+        )
     if not real.is_file():
-        raise UserError(f"{path} is not a regular file; put the file itself there.")
+        raise UserError("is not a regular file; put the file itself there.", where=str(path))
     return path
 
 

@@ -138,7 +138,7 @@ def _recipe(run: RunFiles | None) -> Mapping[str, object]:
     try:
         text = read_regular(run.recipe).decode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{run.recipe} is damaged: {error}.") from None
+        raise UserError(f"is damaged: {error}.", where=str(run.recipe)) from None
     read = parse_yaml(text, str(run.recipe), {})
     return read if isinstance(read, Mapping) else {}
 

@@ -134,15 +134,19 @@ class ShardedFolder:
         path = self.folder / INDEX
         if not path.exists():
             if not (self.folder / SINGLE).exists():
-                raise UserError(f"{self.folder} holds neither {INDEX} nor {SINGLE}.")
+                raise UserError(f"holds neither {INDEX} nor {SINGLE}.", where=str(self.folder))
             return {}
         index = read_json(path)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise UserError(f"{path} has no weight_map; it is not an index of safetensors files.")
+            raise UserError(
+                "has no weight_map; it is not an index of safetensors files.", where=str(path)
+            )
         for key, name in weight_map.items():
             if not isinstance(name, str):
-                raise UserError(f"{path}: weight_map.{key} = {name!r} is not a plain file name.")
+                raise UserError(
+                    f"weight_map.{key} = {name!r} is not a plain file name.", where=str(path)
+                )
         metadata = index.get("metadata")
         if isinstance(metadata, dict):
             self.total_size = metadata.get("total_size")
@@ -158,11 +162,15 @@ def read_json(path: Path) -> dict:
     try:
         content = parse_json(read_inside(path))
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist.") from None
+        raise UserError(
+            "does not exist; give a folder in Hugging Face's layout.", where=str(path)
+        ) from None
     except (OSError, ValueError) as error:
-        raise UserError(f"{path} is not valid JSON: {error}.") from None
+        raise UserError(
+            f"is not valid JSON: {error}; download it again.", where=str(path)
+        ) from None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is not a JSON object.")
+        raise UserError("is not a JSON object.", where=str(path))
     return content
 
 
@@ -174,12 +182,13 @@ def _inside(folder: Path, name: object) -> Path:
     """
     if not isinstance(name, str) or not _is_plain(name) or name in ("", ".", ".."):
         raise UserError(
-            f"{folder / INDEX}: {str(name)[:80]!r} is not a plain file name inside the folder."
+            f"{str(name)[:80]!r} is not a plain file name inside the folder.",
+            where=str(folder / INDEX),
         )
     try:
         return inside(folder / name)
     except FileNotFoundError:
-        raise UserError(f"{folder / name} is missing; the index names it.") from None
+        raise UserError("is missing; the index names it.", where=str(folder / name)) from None
 
 
 def _is_plain(name: str) -> bool:
@@ -190,25 +199,28 @@ def _open(path: Path) -> safe_open:
     try:
         return safe_open(path, framework="pt")
     except SafetensorError as error:
-        raise UserError(f"{path} is not a safetensors file: {error}.") from None
+        raise UserError(f"is not a safetensors file: {error}.", where=str(path)) from None
 
 
 def _read_header(path: Path) -> dict[str, StoredTensor]:
     """Read and check the header of a safetensors file against the file's size."""
     size = path.stat().st_size
     if size == 0:
-        raise UserError(f"{path} is empty.")
+        raise UserError("is empty; download it again.", where=str(path))
     with open(path, "rb") as file:
         start = file.read(8)
         beginning = start + file.read(24)
         for mark, meaning in NOT_SAFETENSORS.items():
             if beginning.lstrip().startswith(mark):
-                raise UserError(f"{path} {meaning}.")
+                raise UserError(f"{meaning}.", where=str(path))
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else HEADER_LIMIT
         if length >= HEADER_LIMIT:
-            raise UserError(f"{path} ({size} bytes) is not a safetensors file.")
+            raise UserError(f"is not a safetensors file: it has {size} bytes.", where=str(path))
         if size < 8 + length:
-            raise UserError(f"{path} is truncated: {size} bytes, the header alone is {8 + length}.")
+            raise UserError(
+                f"is truncated: {size} bytes, the header alone is {8 + length}; download it again.",
+                where=str(path),
+            )
         file.seek(8)
         header = file.read(length)
     try:
@@ -220,7 +232,11 @@ def _read_header(path: Path) -> dict[str, StoredTensor]:
             for name, entry in entries.items()
         }
     except (ValueError, AttributeError, KeyError, TypeError, IndexError):
-        raise UserError(f"{path} is not a safetensors file: its header is damaged.") from None
+        raise UserError(
+            "is not a safetensors file: its header is damaged; download it again.", where=str(path)
+        ) from None
     if size != end:
-        raise UserError(f"{path} is truncated: {size} bytes instead of {end}.")
+        raise UserError(
+            f"is truncated: {size} bytes instead of {end}; download it again.", where=str(path)
+        )
     return tensors

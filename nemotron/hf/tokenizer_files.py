@@ -77,11 +77,12 @@ def check_tokenizer(path: Path, vocab_size: int) -> bytes:
     try:
         tokenizer = Tokenizer(content)
     except ValueError as error:
-        raise UserError(f"{path} is not a tokenizer.json: {error}.") from None
+        raise UserError(f"is not a tokenizer.json: {error}.", where=str(path)) from None
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{path} has {tokenizer.vocab_size} tokens, vocab_size is {vocab_size}; "
-            "this is not the tokenizer of the model."
+            f"has {tokenizer.vocab_size} tokens, vocab_size is {vocab_size}; "
+            "this is not the tokenizer of the model.",
+            where=str(path),
         )
     return content
 
@@ -95,7 +96,7 @@ def read_tokenizer(path: Path) -> bytes:
     try:
         return read_inside(path)
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist; the model needs its tokenizer.") from None
+        raise UserError("does not exist; the model needs its tokenizer.", where=str(path)) from None
 
 
 def read_kept_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
@@ -115,7 +116,7 @@ def read_kept_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
             try:
                 values = parse_json(content)
             except ValueError as error:
-                raise UserError(f"{path} is not valid JSON: {error}.") from None
+                raise UserError(f"is not valid JSON: {error}.", where=str(path)) from None
             if isinstance(values, dict) and values.pop("auto_map", None) is not None:
                 notes.append(
                     f"auto_map in {name} names remote code, which was left out and not executed"
@@ -137,8 +138,10 @@ def read_stop_ids(folder: Path) -> frozenset[int]:
     ids = found if isinstance(found, list) else [found] * (found is not None)
     if not all(type(i) is int for i in ids):
         raise UserError(
-            f"{folder / GENERATION}: eos_token_id = {found!r}; it must be a token or a list of "
-            "them."
+            "must be the id of a token, or a list of them; correct the file.",
+            key="eos_token_id",
+            value=found,
+            where=str(folder / GENERATION),
         )
     return frozenset(ids)
 

@@ -53,7 +53,7 @@ class Average:
         if not total.isfinite().all():
             steps = ", ".join(str(one.step) for one in self.window)
             raise UserError(
-                f"{name} is not finite in one of the checkpoints {steps}; leave it out."
+                f"is not finite in one of the checkpoints {steps}; leave it out.", key=name
             )
         return total
 

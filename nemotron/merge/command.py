@@ -15,7 +15,14 @@ from nemotron.hf.inside import read_inside
 from nemotron.merge.average import Average
 from nemotron.merge.coefficients import EMA_DECAY, SHAPES, Shape
 from nemotron.merge.search import Candidate, candidates
-from nemotron.merge.window import Window, last, last_tokens, of_steps, read_checkpoints
+from nemotron.merge.window import (
+    Window,
+    last,
+    last_tokens,
+    of_steps,
+    read_checkpoints,
+    share_of_run,
+)
 from nemotron.outputs import check_output, output_folder, publish, writing_beside
 from nemotron.recipe.load import load_recipe
 from nemotron.run.files import RunFiles
@@ -23,6 +30,8 @@ from nemotron.run.provenance import Facts, read_provenance, record_merge
 from nemotron.terminal import print_text
 
 COMMAND = "merge"
+WIDE = 0.1
+"""Share of a run's tokens from which a window is said to be long; Super's longest is 2.5 %."""
 
 
 @dataclass(frozen=True)
@@ -82,16 +91,23 @@ def merge(
     """
     files, target = RunFiles(run), output_folder(out)
     if not files.checkpoints.is_dir():
-        raise UserError(f"{files.checkpoints} does not exist; give the folder of a run.")
+        raise UserError("does not exist; give the folder of a run.", where=str(files.checkpoints))
     check_output(target, COMMAND, [files.path], overwrite=overwrite)
     if target.resolve().is_relative_to(files.checkpoints.resolve()):
-        raise UserError(f"{target} is inside the checkpoints folder; choose another folder.")
+        raise UserError(
+            "is inside the checkpoints folder; choose another folder.", where=str(target)
+        )
     checkpoints = read_checkpoints(files, print_text)
     windows = choice.windows(checkpoints)
     if choice.search:
         chosen = _search(files, windows, choice, device)
     else:
         chosen = Candidate(windows[0], choice.shape or SHAPES[0])
+        if (share := share_of_run(chosen.window)) > WIDE:
+            print_text(
+                f"note: the checkpoints lie {share:.0%} of the run's tokens apart, and the oldest "
+                "ones count most; with --search or a smaller window the average may be better"
+            )
     average = chosen.average(choice.ema_decay)
     try:
         with writing_beside(target, COMMAND) as partial:

@@ -53,11 +53,17 @@ def read_checkpoints(run: RunFiles, report: Callable[[str], None]) -> Window:
             report(f"{path.name} is damaged ({damage}); left out")
     if len(found) < 2:
         raise UserError(
-            f"{run.path} has {len(found)} whole checkpoint{'s' * (len(found) != 1)}, and two or "
-            "more are averaged; train on, or keep more of them with checkpoint.keep."
+            f"has {len(found)} whole checkpoint{'s' * (len(found) != 1)}, and two or "
+            "more are averaged; train on, or keep more of them with checkpoint.keep.",
+            where=str(run.path),
         )
     _check_alike(found)
     return tuple(found)
+
+
+def share_of_run(window: Window) -> float:
+    """Return the tokens from the oldest to the newest checkpoint over all tokens until then."""
+    return 1 - window[0].tokens / window[-1].tokens
 
 
 def last_tokens(checkpoints: Window, tokens: float) -> Window:
@@ -132,8 +138,9 @@ def _open(info: CheckpointInfo) -> Trained:
     state = read_state(info)
     if state.trainer is None:
         raise UserError(
-            f"{info.folder} was not trained here, so the tokens between it and others are unknown; "
-            "give a run that was trained."
+            "was not trained here, so the tokens between it and others are unknown; "
+            "give a run that was trained.",
+            where=str(info.folder),
         )
     source = CheckpointSource(info, read_model_config(info))
     return Trained(source, source.reader(), state.trainer.tokens)
@@ -144,12 +151,14 @@ def _check_alike(checkpoints: list[Trained]) -> None:
     for before, after in pairwise(checkpoints):
         if before.tokens >= after.tokens:
             raise UserError(
-                f"{after.source.info.folder} is damaged: it has seen {after.tokens:,} tokens, and "
-                f"step {before.step:,} {before.tokens:,}; move one of them out of the run."
+                f"is damaged: it has seen {after.tokens:,} tokens, and "
+                f"step {before.step:,} {before.tokens:,}; move one of them out of the run.",
+                where=str(after.source.info.folder),
             )
     for one in checkpoints:
         if one.source.config != newest.config:
             raise UserError(
-                f"{one.source.info.folder} has another model than {newest.info.folder.name}; "
-                "move it out of the run's checkpoints."
+                f"has another model than {newest.info.folder.name}; "
+                "move it out of the run's checkpoints.",
+                where=str(one.source.info.folder),
             )

@@ -14,7 +14,7 @@ from nemotron.model.linear import RMSNorm
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.moe import MoE
-from nemotron.model.router import GroupChoice, RoutingStats
+from nemotron.model.router import Choice, RoutingStats
 from nemotron.model.state import AttentionState, MambaState
 
 
@@ -48,7 +48,7 @@ class Block(nn.Module):
         state: MambaState | AttentionState | None = None,
         stats_name: str | None = None,
         padding: Bool[Tensor, "B S"] | None = None,
-        choice: GroupChoice | None = None,
+        choice: Choice | None = None,
         is_again: bool = False,
     ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
         """Apply the layer; the second result is the router's statistics if they were asked for.

@@ -16,7 +16,7 @@ from nemotron.model.edit_heads import EditHeads
 from nemotron.model.init import init_weights
 from nemotron.model.language import LanguageExperts, Languages
 from nemotron.model.linear import Embedding, Head, Linear, RMSNorm
-from nemotron.model.router import RoutingStats
+from nemotron.model.router import Choice, ExpertChoice, GroupChoice, RoutingStats
 
 
 class Backbone(nn.Module):
@@ -121,6 +121,7 @@ class HybridLM(nn.Module):
         padding: Bool[Tensor, "B T"] | None = None,
         candidates: Int[Tensor, "B T K"] | None = None,
         languages: Languages | None = None,
+        experts: Int[Tensor, "B T layers K"] | None = None,
     ) -> Float[Tensor, "B T D"]:
         """Return the hidden states after the final norm; the head is applied by whoever needs it.
 
@@ -128,16 +129,22 @@ class HybridLM(nn.Module):
         the rows' texts so far, which are continued. `routing` collects one entry per mixture layer,
         for training; it leaves out the positions that are `padding`. `candidates` are read in place
         of `input_ids`, K at each place. `languages` is what is known of the tokens' language, where
-        experts belong to languages.
+        experts belong to languages. `experts` are those of another pass over the tokens, which the
+        mixture layers use again (`ExpertChoice`).
         """
         hidden = self.embed(input_ids, candidates)
         if cache is not None:
             cache.begin(input_ids.shape[1])
-        choice = language_loss = None
+        choice: Choice | None = None
+        language_loss = None
+        layers = iter([] if experts is None else experts.flatten(0, 1).unbind(1))
+        assert experts is None or self.language is None, "the language decides the experts"
         first = self.config.hybrid_override_pattern.find("E")
         for index, block in self.backbone.layers.named_children():
             if self.language is not None and int(index) == first:
                 choice, language_loss = self.language.choose(hidden, languages, padding)
+            if experts is not None and block.letter == "E":
+                choice = ExpertChoice(next(layers))
             state = cache.layers[int(index)] if cache is not None else None
             name = f"backbone.layers.{index}" if routing is not None else None
             hidden, stats = block(hidden, seq_idx, state, name, padding, choice)
@@ -148,7 +155,7 @@ class HybridLM(nn.Module):
         if cache is not None:
             cache.end(input_ids.shape[1])
         hidden = self.backbone.norm_f(hidden)
-        if self.language is not None and choice is not None:
+        if self.language is not None and isinstance(choice, GroupChoice):
             hidden = self.language.add_linear(hidden, choice)
         return hidden
 

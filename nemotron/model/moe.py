@@ -12,7 +12,7 @@ from nemotron.model.adapter import Adapter
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear
 from nemotron.model.mlp import MLP
-from nemotron.model.router import GroupChoice, Router, Routing, RoutingStats
+from nemotron.model.router import Choice, Router, Routing, RoutingStats
 from nemotron.ops.grouped_linear import grouped_linear, row_multiple
 from nemotron.ops.squared_relu import squared_relu
 from nemotron.ops.token_copies import TokenCopiesOp, token_copies
@@ -42,12 +42,12 @@ class MoE(nn.Module):
         x: Float[Tensor, "B T D"],
         stats_name: str | None = None,
         padding: Bool[Tensor, "B S"] | None = None,
-        choice: GroupChoice | None = None,
+        choice: Choice | None = None,
     ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
         """Return the layer's output and, when `stats_name` is given, the router's statistics.
 
-        `padding` says which tokens of the whole rows these leave out. `choice` is the group of
-        experts of each token, where it is not the router that chooses it.
+        `padding` says which tokens of the whole rows these leave out. `choice` says of each token
+        its experts or their group, where it is not the router that chooses them.
         """
         tokens = x.flatten(0, 1)  # [M, D]
         routing = self.gate(tokens, choice)

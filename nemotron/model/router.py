@@ -24,6 +24,8 @@ class Routing:
     scores: Float[Tensor, "M E"]
     experts: Int[Tensor, "M K"]
     weights: Float[Tensor, "M K"]
+    own: Int[Tensor, "M K"] | None = None
+    """What the router chose by itself, where the experts were given."""
 
     @functools.cached_property
     def counts(self) -> Int[Tensor, " E"]:
@@ -68,6 +70,21 @@ class GroupChoice:
     """Probability of each group."""
 
 
+@dataclass(frozen=True)
+class ExpertChoice:
+    """The experts of each token as another pass chose them; -1 leaves a token to the router.
+
+    The router weighs them by its scores of now, with gradients.
+    Source: NVIDIA/Megatron-LM: megatron/core/transformer/moe/router_replay.py.
+    """
+
+    experts: Int[Tensor, "M K"]
+
+
+Choice = GroupChoice | ExpertChoice
+"""What is decided about a token's experts before its router is asked."""
+
+
 class Router(nn.Module):
     """Sigmoid router in float32: the bias chooses, the unbiased score weighs.
 
@@ -96,21 +113,25 @@ class Router(nn.Module):
             "e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32)
         )
 
-    def forward(self, x: Float[Tensor, "M D"], choice: GroupChoice | None = None) -> Routing:
-        """Choose experts, of the group that was chosen already if there is one."""
+    def forward(self, x: Float[Tensor, "M D"], choice: Choice | None = None) -> Routing:
+        """Choose experts, of the group that was chosen already if there is one, or weigh given."""
         scores = self.wide_linear(x, self.weight).sigmoid()  # never rounded to bfloat16
         biased = scores.detach() + self.e_score_correction_bias
-        if choice is None:
-            experts = self._choose(biased)
-        else:
+        own = None
+        if isinstance(choice, GroupChoice):
             experts = self._inside(biased, choice.group).topk(self.top_k, dim=-1).indices
+        else:
+            experts = self._choose(biased)
+        if isinstance(choice, ExpertChoice):
+            own, given = experts, choice.experts.long()
+            experts = torch.where(given < 0, own, given)
         weights = scores.gather(1, experts)
         if self.normalize:
             weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
         weights = weights * self.scaling
-        if choice is not None and choice.factor is not None:
+        if isinstance(choice, GroupChoice) and choice.factor is not None:
             weights = weights * choice.factor
-        return Routing(scores, experts, weights)
+        return Routing(scores, experts, weights, own)
 
     def _inside(
         self, scores: Float[Tensor, "M E"], group: Int[Tensor, " M"], outside: float = -math.inf

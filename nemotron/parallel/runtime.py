@@ -49,7 +49,8 @@ class Launch:
             rank, world, local = (int(value or "") for value in values)
         except ValueError:
             given = ", ".join(f"{n}={v}" for n, v in zip(names, values, strict=True))
-            raise UserError(f"environment: {given}; torchrun sets all three to numbers.") from None
+            rule = f"{given} must be three numbers; start the ranks with torchrun, which sets them."
+            raise UserError(rule, where="environment") from None
         return cls(rank, world, local)
 
 

@@ -40,9 +40,11 @@ def plan(
         UserError: when something that the user gave is wrong.
     """
     if efficiency is not None and not 0 < efficiency <= 1:
-        raise UserError(f"--efficiency {efficiency:g} must lie above 0 and at most at 1.")
+        rule = "must lie above 0 and at most at 1; give for example 0.4."
+        raise UserError(rule, key="--efficiency", value=f"{efficiency:g}")
     if tokens is not None and not 0 < tokens < 1e30:
-        raise UserError(f"--tokens {tokens:g} must be a number above 0, for example 25e12.")
+        rule = "must be a number above 0, for example 25e12."
+        raise UserError(rule, key="--tokens", value=f"{tokens:g}")
     system = find_hardware(hardware, gpus)
     setting = read_setting(config, system)
     constants = constants_for(system, efficiency)

@@ -119,7 +119,8 @@ def find_hardware(name: str, processes: int) -> Hardware:
     if name == "cpu":
         return _this_machine(processes)
     if name not in SYSTEMS:
-        raise UserError(f"--hardware {name} is unknown; use one of {', '.join(NAMES)}.")
+        rule = f"is unknown; use one of {', '.join(NAMES)}."
+        raise UserError(rule, key="--hardware", value=name)
     return SYSTEMS[name]
 
 

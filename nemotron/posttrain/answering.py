@@ -35,6 +35,8 @@ class Asked:
     prompt: tuple[int, ...]
     sampling: Sampling
     num_samples: int = 1
+    experts: bool = False
+    """Whether the answer says which experts its tokens went to."""
 
 
 class Answerer:
@@ -53,7 +55,8 @@ class Answerer:
         total = sum(each.num_samples for each in asked)
         engine = Engine(
             self._view,
-            tokenizer=self.prompts.tokenizer,
+            # without one no text is decoded at every token; `Prompts.response` does it once
+            tokenizer=self.prompts.tokenizer if self.prompts.stop else None,
             slots=min(self.how.slots, total),
             row_by_row=self.how.row_by_row,
         )
@@ -73,6 +76,7 @@ class Answerer:
             stop=self.prompts.stop,
             budget=self.how.budget,
             logprobs=True,
+            experts=asked.experts,
         )
 
 

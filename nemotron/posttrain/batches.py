@@ -19,8 +19,9 @@ from nemotron.posttrain.advantages import advantages
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.contents import KEY, check_contents, model_contents
 from nemotron.posttrain.gather import whole_model
-from nemotron.posttrain.metrics import batch_metrics
+from nemotron.posttrain.metrics import PROB_ERROR, batch_metrics, check_agreement
 from nemotron.posttrain.objective import ADVANTAGE, OLD, REFERENCE, SAMPLED
+from nemotron.posttrain.replay import Differences, Experts
 from nemotron.posttrain.rollout import Rollout, Sampler, rollout_lines
 from nemotron.posttrain.rows import Rows, pack_answers
 from nemotron.posttrain.scoring import score
@@ -58,6 +59,7 @@ class RolloutBatches:
             **model_contents("teacher", config.teacher, teacher),
         }
         self._folder = RunFiles(config.run_path).rollouts
+        self._experts = Experts.of(config)
         self._number = -1
         """Number of the rollout batch at hand."""
         self._rollouts: list[Rollout] = []
@@ -100,18 +102,24 @@ class RolloutBatches:
             )
         check_contents(saved, self._contents, step)
         if type(saved["rollout_batch"]) is not int:
-            raise UserError(f"rollout_batch in the checkpoint of step {step} is not a number.")
+            rule = "is not a number; resume from another checkpoint."
+            place = f"the checkpoint of step {step}"
+            raise UserError(rule, key="rollout_batch", value=saved["rollout_batch"], where=place)
         self._rollouts = self._read_rollouts(saved["rollouts"], step)
         self._number = saved["rollout_batch"]
         self._metrics = batch_metrics(self._rollouts, self._config) if self._rollouts else {}
 
     def _read_rollouts(self, saved: list[Any], step: int) -> list[Rollout]:  # Any: JSON
-        size = self._config.model.vocab_size
+        vocab_size = self._config.model.vocab_size
         try:
             found = [Rollout.of_json(values) for values in saved]
             ids = (i for r in found for i in (*r.task.prompt, *r.tokens))
-            if not all(0 <= i < size for i in ids):
+            if not all(0 <= i < vocab_size for i in ids):
                 raise ValueError("an id is not in the vocabulary")
+            if self._experts is not None:
+                for rollout in found:
+                    size = len(rollout.task.prompt) + len(rollout.tokens)
+                    self._experts.check(rollout.experts, size)
         except (ValueError, TypeError) as error:
             problem = str(error).splitlines()[0]
             raise UserError(
@@ -153,43 +161,56 @@ class RolloutBatches:
         self._rollouts = sorted(parts, key=lambda rollout: rollout.group)
         rollout_s = time.perf_counter() - start
         start = time.perf_counter()
-        self._score()
+        differences = self._score()
         self._compare()
         score_s = time.perf_counter() - start
         self._number = number
-        self._metrics = batch_metrics(self._rollouts, config)
+        self._metrics = batch_metrics(self._rollouts, config) | differences.metrics()
         self._metrics |= {"rl/rollout_s": rollout_s, "rl/score_s": score_s}
         if ranks.is_first:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"step-{step:08}.jsonl"
             write_text(path, rollout_lines(self._rollouts))
+        check_agreement(self._metrics[PROB_ERROR], config, step)
 
-    def _score(self) -> None:
-        """Have the trainer's weights, and those of the frozen models, score all answers."""
+    def _score(self) -> Differences:
+        """Have the trainer's weights, and those of the frozen models, score all answers.
+
+        Returns how the trainer's choice of experts differs from the one that it replays.
+        """
         [model] = self._local.models
-        for rollout, values in zip(self._rollouts, self._scores(model), strict=True):
+        found, differences = self._scores(model, self._experts)
+        for rollout, values in zip(self._rollouts, found, strict=True):
             rollout.old_logprobs = values
         self._local.drop_gathered()
         if self._reference is not None:
-            found = self._scores(self._reference)
+            found, _ = self._scores(self._reference)
             for rollout, values in zip(self._rollouts, found, strict=True):
                 rollout.reference_logprobs = values
         if self._teacher is not None:
-            found = self._scores(self._teacher)
+            found, _ = self._scores(self._teacher)
             for rollout, values in zip(self._rollouts, found, strict=True):
                 rollout.teacher_logprobs = values
+        return differences
 
-    def _scores(self, model: HybridLM) -> list[list[float]]:
-        """Return the log-probabilities of each answer's tokens; every rank scores a share."""
+    def _scores(
+        self, model: HybridLM, experts: Experts | None = None
+    ) -> tuple[list[list[float]], Differences]:
+        """Return the log-probabilities of each answer's tokens; every rank scores a share.
+
+        Models with other weights choose their own experts.
+        """
         ranks, rollouts = self._ranks, self._rollouts
         rows = pack_answers(rollouts, self._config, ranks.world)
         share = len(rows.answers) // ranks.world
         own = rows.part(ranks.rank * share, share)
-        values = score(self._config, model, self._local.device, self._batch_of(own))
+        found = score(self._config, model, self._local.device, self._batch_of(own, experts))
         numbers = {id(rollout): number for number, rollout in enumerate(rollouts)}
-        scores = {numbers[key]: found for key, found in own.take_apart(values).items()}
-        every = {number: v for part in ranks.gather(scores) for number, v in part.items()}
-        return [every[number] for number in range(len(rollouts))]
+        scores = {numbers[key]: each for key, each in own.take_apart(found.logprobs).items()}
+        parts = ranks.gather((scores, found.differences))
+        every = {number: values for own, _ in parts for number, values in own.items()}
+        differences = sum((differences for _, differences in parts), Differences())
+        return [every[number] for number in range(len(rollouts))], differences
 
     def _compare(self) -> None:
         config, rollouts = self._config, self._rollouts
@@ -214,7 +235,7 @@ class RolloutBatches:
         return limit is not None and sequence_error(rollout) > limit
 
     def _batch(self, rows: Rows) -> Batch:
-        batch = self._batch_of(rows)
+        batch = self._batch_of(rows, self._experts)
         mask = batch.labels != NO_LABEL
         own = [rollout for answers in rows.answers for rollout in answers]
         found = {
@@ -227,9 +248,10 @@ class RolloutBatches:
         extras = {n: torch.where(mask, rows.line_up(values), 0) for n, values in found.items()}
         return replace(batch, extras=extras).look_ahead(self._config.num_depths)
 
-    def _batch_of(self, rows: Rows) -> Batch:
+    def _batch_of(self, rows: Rows, experts: Experts | None) -> Batch:
         eod = self._tasks.tokenizer.id(self._config.data.eod_token)
-        return rows.batch(eod, self._config.policy.average)
+        batch = rows.batch(eod, self._config.policy.average)
+        return batch if experts is None else replace(batch, experts=rows.line_up_experts(experts))
 
 
 def sequence_error(rollout: Rollout) -> float:

@@ -5,8 +5,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from nemotron.errors import RuleBroken
+from nemotron.posttrain.loss_config import FurtherLossConfig, further_tuning
 from nemotron.section import Section
-from nemotron.train.config import LossConfig, RunConfig, TuneConfig
+from nemotron.train.config import RunConfig, TuneConfig
 
 
 class AdvantageConfig(Section):
@@ -37,6 +38,10 @@ class CorrectionConfig(Section):
     """Upper bound; absent: none."""
     max_sequence_error: float | None = Field(2.0, gt=1)
     """Answers whose mean `exp |log trainer - log sampled|` is above this are left out."""
+    max_prob_error: float | None = Field(1.05, gt=1)
+    """The run stops at a rollout batch for which the mean over all tokens
+    (`rl/token_mult_prob_error`) is above this, before it learns from it; half as far from 1, it
+    warns. Absent: it goes on."""
 
     @model_validator(mode="after")
     def _check(self) -> "CorrectionConfig":
@@ -122,6 +127,9 @@ class RolloutConfig(Section):
     """Strings that end an answer, beside the end of text or of the turn."""
     slots: int = Field(64, gt=0)
     """Answers that are written at the same time on each rank."""
+    router_replay: bool = True
+    """Whether the trainer sends each token to the experts that it went to when it was sampled,
+    weighed by the router's scores of now. Without it a rounding may choose others."""
     truncated: Literal["keep", "mask"] = "mask"
     """Whether answers that reached `max_new_tokens` are learned from. They are compared with the
     others in any case."""
@@ -158,20 +166,20 @@ class RlConfig(RunConfig):
     """Comparison of rewards."""
     policy: PolicyConfig = PolicyConfig()
     """Loss of the answers."""
-    loss: LossConfig = LossConfig(moe_aux_loss_coeff=0.0, mtp_detach_heads=True)
+    loss: FurtherLossConfig = FurtherLossConfig(moe_aux_loss_coeff=0.0, mtp_detach_heads=True)
     """Weights of the other terms."""
     tune: TuneConfig = TuneConfig()
     """Which parameters are trained."""
 
     @property
-    def tuning(self) -> TuneConfig:
-        """What `tune` says."""
-        return self.tune
-
-    @property
     def num_depths(self) -> int:
         """Depths of multi-token prediction that are trained: none without such a block."""
         return self.loss.mtp_num_depths if self.model.mtp_pattern else 0
+
+    @property
+    def tuning(self) -> TuneConfig:
+        """What `tune` says; a block for prediction further ahead that is not unrolled is frozen."""
+        return further_tuning(self, self.num_depths, self.tune)
 
     @property
     def rows_per_update(self) -> float:

@@ -43,7 +43,8 @@ class TaskSet:
         except ValueError:
             value = -1.0
         if not 0 <= value < float("inf"):
-            raise UserError(f"{text!r} has no level from 0 behind the @; write {name}@1.")
+            rule = f"has no level from 0 behind the @; write {name}@1."
+            raise UserError(rule, key=repr(text))
         return cls(name, value)
 
 
@@ -68,9 +69,9 @@ def write_chats(
 def check_file(out: Path, *, overwrite: bool) -> None:
     """Raise UserError unless a file may be written."""
     if out.exists() and not out.is_file():
-        raise UserError(f"{out} is not a file; give the name of one.")
+        raise UserError("is not a file; give the name of one.", where=str(out))
     if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; add --overwrite to replace it.")
+        raise UserError("exists already; add --overwrite to replace it.", where=str(out))
 
 
 def _chats(tasks: TaskSet, count: int, seed: int, *, thinking: bool) -> Iterator[dict[str, Any]]:

@@ -14,14 +14,13 @@ from nemotron.hf.read_scales import read_like
 from nemotron.model.build import build_on_meta
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Head
-from nemotron.model.router import RoutingStats
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.contents import scales_contents
 from nemotron.posttrain.divergence import divergence
 from nemotron.posttrain.sft_config import DistillationConfig, DistillConfig
 from nemotron.posttrain.teacher import HIDDEN, TaughtBatches, load_teacher
 from nemotron.precision.static import ModelScales, attach
-from nemotron.train.auxiliary import Auxiliary, total_weight, weighted_means
+from nemotron.train.auxiliary import Auxiliary, LanguageObjective, total_weight
 from nemotron.train.pretraining import open_data, text_batches, validate
 from nemotron.train.schedule import TrainingPlan, plan_training
 from nemotron.train.setup import Setup
@@ -31,7 +30,7 @@ LIKE = "quantization.like"
 
 
 @dataclass(frozen=True)
-class DistillObjective:
+class DistillObjective(LanguageObjective):
     """Divergence from the teacher, cross entropy of the labels if it is weighed, and the rest."""
 
     config: DistillationConfig
@@ -40,35 +39,23 @@ class DistillObjective:
     """The teacher's, frozen."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """`kl`, `main` where it is weighed, then those of the auxiliary terms."""
-        return ("kl", *(["main"] if self.config.cross_entropy else []), *self.auxiliary.names)
+    def factors(self) -> dict[str, float]:
+        """`kl`, and `main` where it is weighed."""
+        weight = self.config.cross_entropy
+        return {"kl": 1.0, **({"main": weight} if weight else {})}
 
-    @property
-    def local_names(self) -> frozenset[str]:
-        """Those of the auxiliary terms."""
-        return self.auxiliary.local_names
+    def own_counts(self, batch: Batch) -> list[float]:
+        """Return the weight of the labels; both terms are averaged over the same."""
+        return [total_weight(batch.labels, batch.loss_weight)] * len(self.factors)
 
-    def counts(self, batch: Batch) -> Float[Tensor, " terms"]:
-        """Return the weight of the labels; both own terms are averaged over the same."""
-        own = [total_weight(batch.labels, batch.loss_weight)] * (
-            1 + bool(self.config.cross_entropy)
-        )
-        return torch.tensor([*own, *self.auxiliary.counts(batch)], dtype=torch.float64)
-
-    def sums(
-        self,
-        model: HybridLM,
-        hidden: Float[Tensor, "B T D"] | None,
-        batch: Batch,
-        routing: list[RoutingStats],
-    ) -> Float[Tensor, " terms"]:
+    def own_sums(
+        self, model: HybridLM, hidden: Float[Tensor, "B T D"], batch: Batch
+    ) -> list[Float[Tensor, ""]]:
         """Return sums of nats."""
-        assert hidden is not None, "no stages of a pipeline"
         own = [self._divergence(model, hidden, batch)]
         if self.config.cross_entropy:
             own.append(model.lm_head.loss(hidden, batch.labels, batch.loss_weight))
-        return torch.stack([*own, *self.auxiliary.sums(model, hidden, batch, routing)])
+        return own
 
     def _divergence(self, model: HybridLM, hidden: Tensor, batch: Batch) -> Float[Tensor, ""]:
         counted = batch.labels != NO_LABEL
@@ -80,13 +67,6 @@ class DistillObjective:
             return (values if weights is None else values * weights[which]).sum()
 
         return model.lm_head.compare(hidden[counted], of_rows)
-
-    def combine(
-        self, sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"]
-    ) -> Float[Tensor, ""]:
-        """Return the mean of each term, weighted as the recipe says."""
-        own = [self.config.cross_entropy] if self.config.cross_entropy else []
-        return weighted_means(sums, counts, [1.0, *own, *self.auxiliary.factors])
 
 
 class Distillation:

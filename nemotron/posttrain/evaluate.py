@@ -36,7 +36,8 @@ def evaluate(
             answers, or there is nothing to plot.
     """
     if plot is not None and len(budgets) < 2:
-        raise UserError("--plot draws reward over budgets; give --budget at least twice.")
+        rule = "draws reward over budgets; give --budget at least twice."
+        raise UserError(rule, key="--plot")
     model = model.to(find_device(config.device)).requires_grad_(False)
     model.compute_dtype = DTYPES[config.precision.compute]
     results: list[Result] = []

@@ -1,18 +1,25 @@
 """What is logged about a rollout batch; names are NeMo RL's where it has one."""
 
+import logging
 from collections import defaultdict
 from collections.abc import Sequence
 
 import numpy as np
 
+from nemotron.errors import RunFailed
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.rollout import Rollout
+
+log = logging.getLogger(__name__)
+
+PROB_ERROR = "rl/token_mult_prob_error"
+"""Mean over the policy's own tokens of `exp |log trainer - log sampled|`."""
 
 
 def batch_metrics(rollouts: Sequence[Rollout], config: RlConfig) -> dict[str, float]:
     """Return rewards, lengths, agreement with the trainer, and what of the batch has no signal.
 
-    `token_mult_prob_error` is the mean `exp |log trainer - log sampled|`, 1 if both agree;
+    `PROB_ERROR` is 1 if trainer and engine agree;
     `teacher_kl` is the divergence of the policy from a teacher (k1), in nats a token;
     `gen_kl_error` the divergence of the trainer from the rollout policy (k3).
     Source: NVIDIA-NeMo/RL: docs/guides/grpo.md.
@@ -45,10 +52,34 @@ def batch_metrics(rollouts: Sequence[Rollout], config: RlConfig) -> dict[str, fl
         "rl/masked_reward": _mean([r.verdict.reward for r in masked]),
         "rl/groups_without_signal": _mean(by_group.max(1) == by_group.min(1)),
         "rl/advantage_sum": float(sum(r.advantage for r in rollouts)),
-        "rl/token_mult_prob_error": _mean(np.exp(np.abs(difference))),
+        PROB_ERROR: _mean(np.exp(np.abs(difference))),
         "rl/gen_kl_error": _mean(np.exp(difference) - 1 - difference),
         "rl/approx_entropy": -_mean(old),
     }
+
+
+def check_agreement(error: float, config: RlConfig, step: int) -> None:
+    """Warn, or end the run, when trainer and engine disagree about a rollout batch.
+
+    Raises:
+        RunFailed: when `PROB_ERROR` is above the limit of the recipe.
+    """
+    limit = config.policy.correction.max_prob_error
+    if limit is None or error <= 1 + (limit - 1) / 2:
+        return
+    said = (
+        f"{PROB_ERROR} = {error:.4f} at step {step}: trainer and engine give the sampled tokens "
+        "different probabilities"
+    )
+    if error <= limit:
+        log.warning("%s; above policy.correction.max_prob_error = %s the run stops", said, limit)
+        return
+    replays = config.rollout.router_replay or not config.model.moe_layers
+    advice = "compare them with nemotron check-parity" if replays else "use router_replay: true"
+    raise RunFailed(
+        f"{said}, more than policy.correction.max_prob_error = {limit}; {advice}, or raise the "
+        "limit. Nothing was learned from these answers."
+    )
 
 
 def _own_logprobs(rollouts: Sequence[Rollout]) -> tuple[np.ndarray, np.ndarray]:

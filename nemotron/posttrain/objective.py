@@ -8,10 +8,9 @@ from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.router import RoutingStats
 from nemotron.posttrain.config import PolicyConfig
 from nemotron.posttrain.policy import Answers, correction, kl_divergence, policy_loss
-from nemotron.train.auxiliary import Auxiliary, total_weight, weighted_means
+from nemotron.train.auxiliary import Auxiliary, LanguageObjective, total_weight
 
 ADVANTAGE, OLD, SAMPLED, REFERENCE = (
     "advantages",
@@ -25,7 +24,7 @@ the policy that sampled it, and for the weights that the run began with."""
 
 
 @dataclass(frozen=True)
-class PolicyObjective:
+class PolicyObjective(LanguageObjective):
     """The policy loss, the divergence from a reference, and the auxiliary terms.
 
     Labels are the tokens that the policy sampled; all other positions have none. `loss_weight`
@@ -39,41 +38,23 @@ class PolicyObjective:
     """Temperature at which answers were sampled, and are scored."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """`policy`, `kl` where it is weighed, then those of the auxiliary terms."""
-        return ("policy", *(["kl"] if self._has_kl else []), *self.auxiliary.names)
-
-    @property
-    def local_names(self) -> frozenset[str]:
-        """Those of the auxiliary terms."""
-        return self.auxiliary.local_names
+    def factors(self) -> dict[str, float]:
+        """`policy`, and `kl` where it is weighed."""
+        return {"policy": 1.0, **({"kl": self.policy.kl_coefficient} if self._has_kl else {})}
 
     @property
     def _has_kl(self) -> bool:
         return self.policy.kl_coefficient > 0
 
-    def counts(self, batch: Batch) -> Float[Tensor, " terms"]:
+    def own_counts(self, batch: Batch) -> list[float]:
         """Return the sampled tokens, or answers; the divergence is averaged over the same."""
-        own = [total_weight(batch.labels, batch.loss_weight)] * (1 + self._has_kl)
-        return torch.tensor([*own, *self.auxiliary.counts(batch)], dtype=torch.float64)
+        return [total_weight(batch.labels, batch.loss_weight)] * (1 + self._has_kl)
 
-    def sums(
-        self,
-        model: HybridLM,
-        hidden: Float[Tensor, "B T D"] | None,
-        batch: Batch,
-        routing: list[RoutingStats],
-    ) -> Float[Tensor, " terms"]:
+    def own_sums(
+        self, model: HybridLM, hidden: Float[Tensor, "B T D"], batch: Batch
+    ) -> list[Float[Tensor, ""]]:
         """Return the weighted sums over the sampled tokens of these rows."""
-        zero = torch.zeros((), device=batch.labels.device)
-        own = [zero] * (1 + self._has_kl)
-        if hidden is not None:
-            own = self._policy_terms(
-                model.lm_head.token_logprobs(hidden, batch.labels, self.temperature), batch
-            )
-        return torch.stack([*own, *self.auxiliary.sums(model, hidden, batch, routing)])
-
-    def _policy_terms(self, logprobs: Float[Tensor, "B T"], batch: Batch) -> list[Tensor]:
+        logprobs = model.lm_head.token_logprobs(hidden, batch.labels, self.temperature)
         answers = answers_of(batch)
         old, sampled = batch.extras[OLD], batch.extras[SAMPLED]
         loss = policy_loss(logprobs, old, batch.extras[ADVANTAGE], answers, self.policy)
@@ -92,13 +73,6 @@ class PolicyObjective:
             terms.append(torch.where(answers.mask, ratio * divergence, 0))
         weight = batch.loss_weight
         return [(term if weight is None else term * weight).sum() for term in terms]
-
-    def combine(
-        self, sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"]
-    ) -> Float[Tensor, ""]:
-        """Return the mean of each term, weighted as the recipe says."""
-        own = [1.0, *([self.policy.kl_coefficient] if self._has_kl else [])]
-        return weighted_means(sums, counts, [*own, *self.auxiliary.factors])
 
 
 def answers_of(batch: Batch) -> Answers:

@@ -52,9 +52,13 @@ def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
     stored = RunFiles(run).rollouts
     files = sorted(stored.glob("step-*.jsonl"))
     if not files:
-        raise UserError(f"{run} has no rollouts/step-*.jsonl; give the folder of a run with some.")
+        raise UserError(
+            "has no rollouts/step-*.jsonl; give the folder of a run with some.", where=str(run)
+        )
     if out is not None and out.resolve() == stored.resolve():
-        raise UserError(f"{out} holds the rollouts to judge; choose another folder for --out.")
+        raise UserError(
+            "holds the rollouts to judge; choose another folder for --out.", where=str(out)
+        )
     counts: dict[str, Count] = {}
     tasks = Tasks(config)
     with Verifiers(config.rollout.verify_workers, tasks.options) as verifiers:
@@ -87,7 +91,8 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
                 environment_of(rollout.task.row)
             except ValueError:
                 raise UserError(
-                    f"{path}:{number} is not a rollout; restore the file, or remove the line."
+                    "is not a rollout; restore the file, or remove the line.",
+                    where=f"{path}:{number}",
                 ) from None
             yield rollout
 

@@ -14,8 +14,9 @@ from nemotron.generate.request import Answer
 from nemotron.generate.sampling import Sampling
 from nemotron.model.hybrid import HybridLM
 from nemotron.posttrain.answering import Answerer, Answering, Asked, seed_of
-from nemotron.posttrain.config import RolloutConfig
+from nemotron.posttrain.config import RlConfig, RolloutConfig
 from nemotron.posttrain.environments.base import Response, Verdict
+from nemotron.posttrain.replay import Experts
 from nemotron.posttrain.tasks import Task, Tasks
 from nemotron.posttrain.verify import Verifiers
 
@@ -48,6 +49,9 @@ class Rollout:
     """Of each token under the teacher's weights; empty without a teacher."""
     is_masked: bool = False
     """Whether the answer is left out of the loss."""
+    experts: str = ""
+    """Experts of each token of prompt and answer but the last (`replay.Experts`); empty if they
+    were not recorded."""
 
     @property
     def token_advantages(self) -> list[float]:
@@ -87,9 +91,10 @@ def _adapter() -> TypeAdapter[Rollout]:
 class Sampler:
     """Answers tasks with a model in training, which it leaves as it is, and has them verified."""
 
-    def __init__(self, config: RolloutConfig, tasks: Tasks, verifiers: Verifiers) -> None:
-        self._config, self._prompts, self.verifiers = config, tasks.prompts, verifiers
-        self._how = answering(config, tasks)
+    def __init__(self, config: RlConfig, tasks: Tasks, verifiers: Verifiers) -> None:
+        self._config, self._prompts, self.verifiers = config.rollout, tasks.prompts, verifiers
+        self._how = answering(config.rollout, tasks)
+        self._experts = Experts.of(config)
 
     def answerer(self, model: HybridLM) -> Answerer:
         """Return what answers with the weights that the model has now."""
@@ -104,7 +109,12 @@ class Sampler:
         """
         size, at = self._config.num_generations_per_prompt, self._config.temperature
         asked = [
-            Asked(task.prompt, Sampling(at, seed=seed_of(seed, number)), size)
+            Asked(
+                task.prompt,
+                Sampling(at, seed=seed_of(seed, number)),
+                size,
+                experts=self._experts is not None,
+            )
             for number, task in tasks
         ]
         answers = self.answerer(model).answer(asked)
@@ -133,11 +143,17 @@ class Sampler:
                 version=version,
                 response=response,
                 verdict=verdict,
+                experts=self._written(answer),
             )
             for (number, task), answer, response, verdict in zip(
                 tasks, answers, responses, verdicts, strict=True
             )
         ]
+
+    def _written(self, answer: Answer) -> str:
+        if self._experts is None or answer.experts is None:
+            return ""
+        return self._experts.encode(answer.experts)
 
 
 def rollout_lines(rollouts: Sequence[Rollout]) -> str:

@@ -5,11 +5,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.data.batch import Batch, Row, pack
 from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.replay import UNKNOWN, Experts
 from nemotron.posttrain.rollout import Rollout
 
 ROWS_MULTIPLE = 16
@@ -50,6 +51,17 @@ class Rows:
         """Return inputs, and as labels the tokens that count; all others have none."""
         rows = [_row(rollouts, eod_id, average) for rollouts in self.answers]
         return pack(rows, self.length, eod_id, mask_eod_loss=False)
+
+    def line_up_experts(self, experts: Experts) -> Int[Tensor, "B T layers K"]:
+        """Return the experts that each input went to when it was written, int16; -1 elsewhere."""
+        shape = (len(self.answers), self.length, experts.layers, experts.top_k)
+        lined_up = torch.full(shape, UNKNOWN, dtype=torch.int16)
+        for row, rollout, first in self._places():
+            if rollout.experts:
+                own = experts.decode(rollout.experts)
+                start = first - len(rollout.task.prompt) + 1
+                lined_up[row, start : start + len(own)] = own
+        return lined_up
 
     def _places(self) -> list[tuple[int, Rollout, int]]:
         """Return each answer with its row and the position that predicts its first token."""

@@ -5,17 +5,9 @@ from typing import Literal
 from pydantic import Field
 
 from nemotron.data.config import ChatDataConfig, ConversationDataConfig
-from nemotron.model.config import MTP_DEPTHS
+from nemotron.posttrain.loss_config import FurtherLossConfig, further_tuning
 from nemotron.section import Section
-from nemotron.train.config import LossConfig, TextConfig, TuneConfig
-
-
-class SftLossConfig(LossConfig):
-    """Weights of the terms beside cross entropy of the assistant's tokens."""
-
-    mtp_num_depths: int = Field(MTP_DEPTHS, ge=0)
-    """How many tokens ahead the multi-token-prediction block is unrolled in training; 0: the block
-    stays as it is."""
+from nemotron.train.config import TextConfig, TuneConfig
 
 
 class TunedConfig(TextConfig):
@@ -29,10 +21,7 @@ class TunedConfig(TextConfig):
     @property
     def tuning(self) -> TuneConfig:
         """What `tune` says; a block for prediction further ahead that is not unrolled is frozen."""
-        if self.num_depths or not self.model.mtp_pattern:
-            return self.tune
-        freeze = dict.fromkeys([*self.tune.freeze, "mtp"])
-        return self.tune.model_copy(update={"freeze": tuple(freeze)})
+        return further_tuning(self, self.num_depths, self.tune)
 
 
 class ChatRunConfig(TunedConfig):
@@ -40,7 +29,7 @@ class ChatRunConfig(TunedConfig):
 
     data: ChatDataConfig
     """Conversations and rows."""
-    loss: SftLossConfig = SftLossConfig()
+    loss: FurtherLossConfig = FurtherLossConfig()
     """Weights of the loss terms."""
 
 

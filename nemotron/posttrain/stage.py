@@ -7,6 +7,7 @@ from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.batches import RolloutBatches
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.objective import PolicyObjective
+from nemotron.posttrain.replay import describe
 from nemotron.posttrain.rollout import Sampler
 from nemotron.posttrain.tasks import Tasks
 from nemotron.posttrain.teacher import load_reference, load_teacher
@@ -43,7 +44,7 @@ class Reinforcement:
         tasks.held_out()
         if config.teacher:
             load_teacher(config, tasks.tokenizer, torch.device("cpu"))
-        return tasks.describe()
+        return [*tasks.describe(), *describe(config)]
 
     def build(
         self,
@@ -63,7 +64,7 @@ class Reinforcement:
         check_end_of_text(config, tasks.tokenizer, is_chat=tasks.is_chat)
         tasks.held_out()  # prompts that do not fit are found before anything is computed
         verifiers = Verifiers(config.rollout.verify_workers, tasks.options)
-        sampler = Sampler(config.rollout, tasks, verifiers)
+        sampler = Sampler(config, tasks, verifiers)
         local = build_local(config, device, ranks)
         reference = load_reference(config, device)
         teacher = load_teacher(config, tasks.tokenizer, device) if config.teacher else None

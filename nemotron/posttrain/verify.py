@@ -12,14 +12,18 @@ import signal
 import subprocess
 import tempfile
 import threading
+import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from nemotron.children import module_command
 from nemotron.posttrain.environments.base import Response, Row, Verdict, environment_of
 from nemotron.posttrain.environments.wire import fault, read_verdict
+
+MAX_BATCH = 64
+"""Most answers that a process is given at once."""
 
 
 class Verifiers:
@@ -32,6 +36,7 @@ class Verifiers:
         self.faults: Counter[str] = Counter()
         """Samples that could not be judged, by environment."""
         self._options = {name: dict(given) for name, given in (options or {}).items()}
+        self._workers = workers
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verify")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         for _ in range(workers):
@@ -51,9 +56,15 @@ class Verifiers:
         timeout_s: float,
     ) -> list[Verdict]:
         """Return the verdict of each response; one that took longer than `timeout_s` is a fault."""
-        jobs = zip(rows, responses, states, strict=True)
-        waiting = [self._threads.submit(self._judge, *job, timeout_s) for job in jobs]
-        verdicts = [each.result() for each in waiting]
+        triples = zip(rows, responses, states, strict=True)
+        jobs = [self._job(*triple, timeout_s) for triple in triples]
+        # several times as many as processes, so that none waits long for the last one
+        size = min(MAX_BATCH, -(-len(jobs) // (4 * self._workers)))
+        waiting = [
+            self._threads.submit(self._judge, jobs[first : first + size], timeout_s)
+            for first in range(0, len(jobs), max(size, 1))
+        ]
+        verdicts = [verdict for each in waiting for verdict in each.result()]
         for row, verdict in zip(rows, verdicts, strict=True):
             self.faults[environment_of(row)] += verdict.error is not None
         return verdicts
@@ -64,9 +75,9 @@ class Verifiers:
         while not self._idle.empty():
             self._idle.get().close()
 
-    def _judge(self, row: Row, response: Response, state: Any, timeout_s: float) -> Verdict:
+    def _job(self, row: Row, response: Response, state: Any, timeout_s: float) -> dict[str, Any]:
         name = environment_of(row)
-        job = {
+        return {
             "environment": name,
             "options": self._options.get(name, {}),
             "row": row,
@@ -74,11 +85,16 @@ class Verifiers:
             "state": state,
             "timeout_s": timeout_s,
         }
+
+    def _judge(self, jobs: Sequence[dict[str, Any]], timeout_s: float) -> list[Verdict]:
         worker = self._idle.get()
+        verdicts: list[Verdict] = []
         try:
-            return worker.judge(json.dumps(job, default=vars), timeout_s)
+            while len(verdicts) < len(jobs):  # a fault ends the process, and others go on
+                verdicts += worker.judge(jobs[len(verdicts) :], timeout_s)
         finally:
             self._idle.put(worker)
+        return verdicts
 
 
 class _Worker:
@@ -88,21 +104,24 @@ class _Worker:
         self._process: subprocess.Popen[str] | None = None
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
 
-    def judge(self, job: str, timeout_s: float) -> Verdict:
-        """Return the verdict, or a fault with its reason."""
+    def judge(self, jobs: Sequence[dict[str, Any]], timeout_s: float) -> list[Verdict]:
+        """Return the verdicts of the first jobs: of all, or up to the first fault."""
         process = self._start()
-        late = threading.Event()
-        timer = threading.Timer(timeout_s, self._stop, (process, late))
-        timer.start()
-        answer = _ask(process, job)
-        timer.cancel()
-        timer.join()
-        if answer.endswith("\n"):
-            return read_verdict(json.loads(answer))
-        self.kill()
-        if late.is_set():
-            return fault(f"the verifier took longer than {timeout_s:g} s")
-        return fault(f"the verifier ended: {self._last_line(process)}")
+        verdicts: list[Verdict] = []
+        with _Deadline(process, timeout_s) as deadline:
+            for answer in _ask(process, json.dumps(jobs, default=vars)):
+                verdicts.append(read_verdict(json.loads(answer)))
+                deadline.renew()
+                if len(verdicts) == len(jobs):
+                    break
+        has_all = len(verdicts) == len(jobs)
+        if deadline.has_passed or not has_all:
+            self.kill()
+        if has_all:
+            return verdicts
+        late = f"took longer than {timeout_s:g} s"
+        reason = late if deadline.has_passed else f"ended: {self._last_line(process)}"
+        return [*verdicts, fault(f"the verifier {reason}")]
 
     def close(self) -> None:
         """End the process for good."""
@@ -134,27 +153,53 @@ class _Worker:
             )
         return self._process
 
-    @staticmethod
-    def _stop(process: "subprocess.Popen[str]", late: threading.Event) -> None:
-        late.set()
-        _kill(process)
-
     def _last_line(self, process: "subprocess.Popen[str]") -> str:
         self._said.seek(0)
         lines = self._said.read().decode(errors="replace").strip().splitlines()
         return lines[-1][:500] if lines else f"with status {process.returncode}"
 
 
-def _ask(process: "subprocess.Popen[str]", job: str) -> str:
-    """Return the line that answers a job, less than a line if the process ends before."""
+class _Deadline:
+    """Ends a process that says nothing for so long."""
+
+    def __init__(self, process: "subprocess.Popen[str]", timeout_s: float) -> None:
+        self._process, self._timeout_s = process, timeout_s
+        self._at = time.monotonic() + timeout_s
+        self._is_over = threading.Event()
+        self.has_passed = False
+
+    def __enter__(self) -> "_Deadline":
+        self._thread = threading.Thread(target=self._watch, name="deadline")
+        self._thread.start()
+        return self
+
+    def __exit__(self, *raised: object) -> None:
+        self._is_over.set()
+        self._thread.join()
+
+    def renew(self) -> None:
+        """Begin anew, because the process has answered."""
+        self._at = time.monotonic() + self._timeout_s
+
+    def _watch(self) -> None:
+        while (left := self._at - time.monotonic()) > 0:
+            if self._is_over.wait(left):
+                return
+        self.has_passed = True
+        _kill(self._process)
+
+
+def _ask(process: "subprocess.Popen[str]", jobs: str) -> Iterator[str]:
+    """Yield the lines that answer some jobs, fewer than jobs if the process ends before."""
     assert process.stdin is not None
     assert process.stdout is not None
     try:
-        process.stdin.write(job + "\n")
+        process.stdin.write(jobs + "\n")
         process.stdin.flush()
-        return process.stdout.readline()
     except BrokenPipeError:
-        return ""
+        return
+    while (answer := process.stdout.readline()).endswith("\n"):
+        yield answer
 
 
 def _kill(process: "subprocess.Popen[str]") -> None:

@@ -1,4 +1,4 @@
-"""Judges one response a line, from standard input to standard output.
+"""Judges responses, a list of them a line, and answers each with a line of its own.
 
 What a verifier raises is not caught: the process ends with its traceback, and the pool that
 started it (`nemotron.posttrain.verify`) counts a fault and starts another.
@@ -24,12 +24,13 @@ def main() -> None:
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what a library prints is not an answer
     environments: dict[str, Environment] = {}
     for line in sys.stdin:
-        job = json.loads(line)
-        # ends this process in the middle of a job when no process is left to kill it
-        signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + SPARE_S)
-        answers.write(json.dumps(_judge(job, environments)) + "\n")
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        answers.flush()
+        for job in json.loads(line):
+            # ends this process in the middle of a job when no process is left to kill it
+            signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + SPARE_S)
+            answers.write(json.dumps(_judge(job, environments)) + "\n")
+            # at once: what follows may hang, and this verdict would be lost with it
+            answers.flush()
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _judge(job: dict[str, Any], environments: dict[str, Environment]) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from nemotron.hf.read_scales import read_like
 from nemotron.precision.scales import StoredFormat
 from nemotron.precision.static import ModelScales
 from nemotron.quantize.calibrate import Observed, calibrate
-from nemotron.quantize.groups import FORMATS, Group, find_groups
+from nemotron.quantize.groups import FORMATS, Cost, Group, find_groups
 from nemotron.quantize.presets import (
     EVERY,
     QuantizationPreset,
     WeightObserver,
     assign,
+    find_input_observer,
     find_observer,
     find_preset,
     quantizable,
@@ -47,6 +48,12 @@ class Wanted:
     score: str = "fisher"
     score_rows: int = 32
     """Of training text, for the search."""
+    cost: str = "weights"
+    """What the bits of a search are a mean over."""
+    inputs: str = "max"
+    """How far the fixed scales of inputs reach."""
+    every_expert: bool = False
+    """Whether calibration lets every expert read all tokens."""
 
     def __post_init__(self) -> None:
         if [self.preset, self.bits, self.like].count(None) != 2:
@@ -54,12 +61,20 @@ class Wanted:
                 "the formats are missing, or given twice; give --preset NAME, --bits NUMBER or "
                 "--like FOLDER."
             )
-        if self.like is not None and (self.keep or self.weights or self.cache is not None):
-            raise UserError("--keep, --weights and --kv-cache contradict --like; leave them out.")
+        observes = self.weights or self.inputs != "max" or self.every_expert
+        if self.like is not None and (self.keep or observes or self.cache is not None):
+            raise UserError(
+                "contradict --like; leave them out.",
+                key="--keep, --weights, --inputs, --every-expert and --kv-cache",
+            )
         if self.score not in get_args(Score):
             known = ", ".join(get_args(Score))
             raise UserError(f"is unknown; use one of {known}.", key="--score", value=self.score)
+        if self.cost not in get_args(Cost):
+            known = ", ".join(get_args(Cost))
+            raise UserError(f"is unknown; use one of {known}.", key="--cost", value=self.cost)
         find_observer(self.weights, self.base)
+        find_input_observer(self.inputs)
 
     @property
     def base(self) -> QuantizationPreset:
@@ -100,13 +115,18 @@ def decide(subject: Subject, wanted: Wanted) -> Decision:
         return Decision(_formats(subject, scales), scales, Observed())
     base = wanted.base
     table = assign(subject.model, base, wanted.keep)  # what does not fit is found before any work
-    observed = calibrate(subject.model, subject.rows(wanted.rows))
+    observed = calibrate(
+        subject.model,
+        subject.rows(wanted.rows),
+        find_input_observer(wanted.inputs),
+        every_expert=wanted.every_expert,
+    )
     if wanted.bits is None:
         scales = _scales(subject, table, observed, wanted)
         return Decision(table, scales, observed)
     groups = [
         group
-        for group in find_groups(subject.model)
+        for group in find_groups(subject.model, "active" if wanted.cost == "active" else "weights")
         if any(layer in table for layer in group.layers)
     ]
     scores = _score(subject, groups, observed, wanted)

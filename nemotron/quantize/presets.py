@@ -14,6 +14,9 @@ from nemotron.precision.scales import StoredFormat
 
 WeightObserver = Literal["max", "mse", "four_over_six"]
 """How the scales of NVFP4 weights are found; FP8 always takes the largest magnitude."""
+InputObserver = Literal["max", "percentile", "mse"]
+"""How far the fixed scale of an input reaches: to the largest magnitude that calibration saw, to
+that which 99.99 % do not exceed, or to that of the smallest squared error in FP8."""
 
 EXPERTS = ("moe.experts", "moe.shared_experts", "mlp")
 MAMBA = ("mamba.*",)
@@ -109,6 +112,19 @@ def find_observer(name: str | None, preset: QuantizationPreset) -> WeightObserve
     return observer
 
 
+def find_input_observer(name: str) -> InputObserver:
+    """Return the observer of inputs of that name.
+
+    Raises:
+        UserError: when there is none.
+    """
+    known: tuple[InputObserver, ...] = get_args(InputObserver)
+    for observer in known:
+        if observer == name:
+            return observer
+    raise UserError(f"is unknown; use one of {', '.join(known)}.", key="--inputs", value=name)
+
+
 def quantizable(model: nn.Module) -> list[str]:
     """Return the linear layers that a format may be given to, in order."""
     return [name for name in linear_layers(model) if not name.startswith("mtp.")]
@@ -160,6 +176,7 @@ def check_shapes(model: nn.Module, table: Mapping[str, StoredFormat]) -> None:
         if not fits(module, format):
             sizes = sorted({weight.shape[-1] for weight in module.parameters(recurse=False)})
             raise UserError(
-                f"{name} reads {' and '.join(map(str, sizes))} values, but NVFP4 has blocks of "
-                f"{BLOCK}; keep it in bfloat16: --keep '{name}'."
+                f"reads {' and '.join(map(str, sizes))} values, but NVFP4 has blocks of "
+                f"{BLOCK}; keep it in bfloat16: --keep '{name}'.",
+                key=name,
             )

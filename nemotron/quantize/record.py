@@ -33,6 +33,8 @@ def as_json(
         "formats": dict(decision.table),
         "calibration": {
             "tokens": observed.tokens,
+            "inputs": wanted.inputs,
+            "every_expert": wanted.every_expert,
             "experts_below_8_tokens": {
                 name: {str(expert): n for expert, n in few.items()}
                 for name, few in observed.rare().items()
@@ -44,6 +46,7 @@ def as_json(
         else {
             "bits": wanted.bits,
             "score": wanted.score,
+            "cost": wanted.cost,
             "chosen": asdict(found.chosen),
             "groups": dict(found.groups),
             "scores": decision.scores,
@@ -61,10 +64,10 @@ def lines(size: Size, observed: Observed, compared: Mapping[str, Agreement]) -> 
     yield f"{size.of_linears:.3f} bits a weight of linear layers, {size.of_model:.3f} of the model"
     yield ""
     width = max(map(len, compared))
-    heads = ("loss before", "after", "KL", "same top-1")
+    heads = ("loss before", "after", "± of change", "KL", "same top-1")
     yield " " * width + "".join(f"{head:>13}" for head in heads)
     for name, one in compared.items():
-        values = (one.reference_loss, one.loss, one.kl)
+        values = (one.reference_loss, one.loss, one.error, one.kl)
         cells = "".join(f"{value:>13.5f}" for value in values)
         yield f"{name:<{width}}{cells}{one.top1:>13.2%}"
     yield from _rare(observed)

@@ -71,11 +71,11 @@ def _parts(key: str, weight: Tensor) -> list[tuple[str, Tensor]]:
 
 
 def _input_scale(key: str, format: StoredFormat, observed: Observed) -> Tensor:
-    amax = observed.inputs.get(key)
+    amax = observed.amax(key, format)
     if amax is None or not torch.isfinite(amax):
         raise UserError(
-            f"{key} saw no finite input during calibration; calibrate on more text, or check the "
-            "model."
+            "saw no finite input during calibration; calibrate on more text, or check the model.",
+            key=key,
         )
     if format == "nvfp4":
         return invertible_scale(positive(amax / GLOBAL_MAX))

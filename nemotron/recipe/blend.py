@@ -39,8 +39,9 @@ def read_blend(path: Path, budget: Budget | None = None) -> Document:
         return Document(read_megatron_blend(content, str(path)))
     if not isinstance(content, dict) or "sources" not in content:
         raise UserError(
-            f"{path} is not a blend; it must have the key sources, or be a list of weights and "
-            "prefixes as Megatron reads it."
+            "is not a blend; it must have the key sources, or be a list of weights and "
+            "prefixes as Megatron reads it.",
+            where=str(path),
         )
     if unknown := [key for key in content if key not in KEYS]:
         raise UserError(
@@ -130,15 +131,17 @@ def _pairs(items: Sequence[Any], place: str) -> list[tuple[float, str]]:
         return [(1.0, str(item)) for item in items]
     if len(items) % 2:
         raise UserError(
-            f"{place} has {len(items)} entries; write weight and prefix in turn, or prefixes alone."
+            f"has {len(items)} entries; write weight and prefix in turn, or prefixes alone.",
+            where=str(place),
         )
     pairs = []
     for at in range(0, len(items), 2):
         weight, prefix = _number(items[at]), items[at + 1]
         if weight is None or not weight > 0 or not isinstance(prefix, str):
             raise UserError(
-                f"{place}, entries {at} and {at + 1}: {items[at]!r}, {prefix!r} must be a weight "
-                "above 0 and the path of a shard without its ending."
+                f"{items[at]!r}, {prefix!r} must be a weight above 0 and the path of a shard "
+                "without its ending.",
+                where=f"{place}, entries {at} and {at + 1}",
             )
         pairs.append((weight, prefix))
     return pairs

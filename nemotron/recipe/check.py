@@ -43,8 +43,9 @@ def _is_default(section: BaseModel, path: Path_, default: BaseModel | None = Non
 def _findings(config: RunConfig, stage: Stage, given: set[str]) -> Iterator[Finding]:
     """Yield contradictions, then keys that were given a value of their own but change nothing."""
     yield from stage.impossible(config)
-    yield from languages.impossible(config)
-    for conditions in (stage.idle(config), languages.idle(config), _idle(config)):
+    if (experts := config.model.language_experts) is not None:
+        yield from languages.impossible(config, experts.languages)
+    for conditions in (stage.idle(config), _idle(config)):
         for idle in conditions:
             for key in idle.keys if idle.holds else ():
                 if key in given:
@@ -95,5 +96,9 @@ def _idle(config: RunConfig) -> Iterator[Idle]:
     yield Idle(thinking, suites.prompt == "text", "evaluation.suites.prompt = text")
     profile = ["profile.ranks", "profile.memory"]
     yield Idle(profile, not config.profile.steps, "profile.steps is empty")
+    languages = ["loss.lid_coeff", "loss.lid_oracle_steps", "data.language_of"]
+    yield Idle(languages, model.language_experts is None, "model.language_experts is absent")
+    unknown = getattr(config.data, "language_of", "none") == "none"
+    yield Idle(["loss.lid_coeff"], unknown, "data.language_of = none")
     trackers = config.logging.trackers
     yield Idle(["logging.project"], not trackers, "logging.trackers is empty")

@@ -1,19 +1,15 @@
 """Rules about experts that belong to languages. Reads like a list."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from nemotron.data.config import MIXED, SourceConfig, leaves
 from nemotron.errors import Finding
-from nemotron.recipe.read import Idle
 from nemotron.train.config import RunConfig, TextConfig
 from nemotron.train.schedule import plan_training
 
 
-def impossible(config: RunConfig) -> Iterator[Finding]:
-    """Yield the values that contradict each other, in every stage."""
-    experts = config.model.language_experts
-    if experts is None:
-        return
+def impossible(config: RunConfig, languages: Sequence[str]) -> Iterator[Finding]:
+    """Yield the values that contradict each other, in every stage with experts of languages."""
     if config.parallel.pp != 1:
         yield Finding(
             "parallel.pp",
@@ -22,7 +18,7 @@ def impossible(config: RunConfig) -> Iterator[Finding]:
         )
     if not isinstance(config, TextConfig):
         return
-    names = ", ".join(experts.languages)
+    names = ", ".join(languages)
     if config.data.language_of == "source":
         for source in _sources(config):
             if source.language is None:
@@ -30,7 +26,7 @@ def impossible(config: RunConfig) -> Iterator[Finding]:
                     "data.sources",
                     f"has {source.name} without language; give it one of {names}, or {MIXED}.",
                 )
-            elif source.language not in (*experts.languages, MIXED):
+            elif source.language not in (*languages, MIXED):
                 yield Finding(
                     "data.sources",
                     f"has {source.name} with language = {source.language}, which is none of "
@@ -49,15 +45,6 @@ def impossible(config: RunConfig) -> Iterator[Finding]:
             f"is not below the {steps} steps of the run, which would never use the gate; lower it.",
             config.loss.lid_oracle_steps,
         )
-
-
-def idle(config: RunConfig) -> Iterator[Idle]:
-    """Yield keys that nothing reads."""
-    without = config.model.language_experts is None
-    keys = ["loss.lid_coeff", "loss.lid_oracle_steps", "data.language_of"]
-    yield Idle(keys, without, "model.language_experts is absent")
-    unread = getattr(config.data, "language_of", "none") == "none"
-    yield Idle(["loss.lid_coeff"], unread, "data.language_of = none")
 
 
 def _sources(config: TextConfig) -> Iterator[SourceConfig]:

@@ -77,7 +77,9 @@ def read_yaml(path: Path, budget: Budget | None = None) -> Document:
     """
     document = read_yaml_values(path, budget)
     if document.values is None:
-        raise UserError(f"{path} is empty; a recipe is a YAML mapping such as `name: my-run`.")
+        raise UserError(
+            "is empty; a recipe is a YAML mapping such as `name: my-run`.", where=str(path)
+        )
     if not isinstance(document.values, dict):
         rule = "the top must be a mapping such as `name: my-run`."
         raise UserError(rule, where=f"{path}:1")
@@ -110,15 +112,19 @@ def _read_regular(path: Path, size: int) -> bytes:
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         with open(descriptor, "rb") as file:
             if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                raise UserError(f"{path} is not a regular file; name a recipe file (.yaml).")
+                raise UserError(
+                    "is not a regular file; name a recipe file (.yaml).", where=str(path)
+                )
             return file.read(size + 1)
     except FileNotFoundError as error:
         rule = "there is no such file; name an existing recipe."
         raise UserError(rule, where=str(path)) from error
     except IsADirectoryError as error:
-        raise UserError(f"{path} is a folder; name a recipe file (.yaml).") from error
+        raise UserError("is a folder; name a recipe file (.yaml).", where=str(path)) from error
     except OSError as error:
         shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
-        raise UserError(f"{shown} cannot be read: {error.strerror}.") from error
+        raise UserError(f"cannot be read: {error.strerror}.", where=shown) from error
     except ValueError as error:
-        raise UserError(f"{str(path)!r} is not a path; remove the null character.") from error
+        raise UserError(
+            "is not a path; remove the null character.", where=f"{str(path)!r}"
+        ) from error

@@ -68,6 +68,14 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
         yield Finding(
             "tune.adapter", "is not rolled out yet; leave it out, or fine-tune with stage: sft."
         )
+    mixes = "E" in model.hybrid_override_pattern
+    if rollout.router_replay and mixes and model.language_experts is not None:
+        yield Finding(
+            "rollout.router_replay",
+            "replays the choices of routers, but with model.language_experts a gate makes them; "
+            "use false.",
+            rollout.router_replay,
+        )
     if config.precision.quantizes:
         yield Finding(
             "precision.preset",
@@ -90,8 +98,13 @@ def idle(config: RlConfig) -> Iterator[Idle]:
     yield Idle([f"data.{n}" for n in type(config.data).model_fields if n not in read], True, text)
     layers = model.hybrid_override_pattern + model.mtp_pattern
     yield Idle(["loss.moe_aux_loss_coeff"], "E" not in layers, "the pattern has no E layer")
+    replay = "the backbone has no E layer"
+    mixes = "E" in model.hybrid_override_pattern
+    yield Idle(["rollout.router_replay"], not mixes, replay)
     ahead = [f"loss.{name}" for name in type(config.loss).model_fields if name.startswith("mtp_")]
     yield Idle(ahead, not model.mtp_pattern, "model.num_nextn_predict_layers = 0")
+    unrolled = [key for key in ahead if key != "loss.mtp_num_depths"]
+    yield Idle(unrolled, not config.loss.mtp_num_depths, "loss.mtp_num_depths = 0")
     fields = [f"advantage.{name}" for name in type(config.advantage).model_fields]
     yield Idle(fields, config.teacher is not None, "the teacher gives every token its advantage")
     clip = ["policy.clip_low", "policy.clip_high", "policy.dual_clip"]

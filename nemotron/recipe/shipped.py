@@ -42,7 +42,8 @@ def find(path: Path, name: str) -> Path:
         return own
     if os.path.isdir(path) and name not in names():
         raise UserError(
-            f"{path} is a folder without {RECIPE_OF_A_RUN}; give a recipe, or the folder of a run."
+            f"is a folder without {RECIPE_OF_A_RUN}; give a recipe, or the folder of a run.",
+            where=str(path),
         )
     if os.path.isfile(path) or path.suffix:
         return path
@@ -103,7 +104,8 @@ def copy(files: Iterable[Path], out: Path, launch: Path | None = None) -> list[P
     for item in missing:
         if item.target.exists():
             raise UserError(
-                f"{item.target} exists with other content; copy into another folder with --out."
+                "exists with other content; copy into another folder with --out.",
+                where=str(item.target),
             )
     for item in missing:
         item.target.parent.mkdir(parents=True, exist_ok=True)

@@ -75,11 +75,14 @@ def _check(out: Path) -> None:
         UserError: when there is no such folder, or something that is not a report.
     """
     if not out.parent.is_dir():
-        raise UserError(f"--out {out}: {out.parent} is not a folder; create it, or name another.")
+        rule = f"lies in {out.parent}, which is not a folder; create it, or name another."
+        raise UserError(rule, key="--out", value=out)
     if out.is_symlink() or (out.exists() and not out.is_file()):
-        raise UserError(f"--out {out} is a folder, a link or a device; give the name of a file.")
+        rule = "is a folder, a link or a device; give the name of a file."
+        raise UserError(rule, key="--out", value=out)
     if not os.path.exists(out):
         return
     with open(out, "rb") as file:
         if file.read(len(HEAD)) != HEAD.encode():
-            raise UserError(f"--out {out} is not a report; it is kept. Give another name.")
+            rule = "is not a report, so it is kept; give another name."
+            raise UserError(rule, key="--out", value=out)

@@ -51,7 +51,7 @@ def list_runs(folder: Path) -> int:
         UserError: when there is no such folder.
     """
     if not folder.is_dir():
-        raise UserError(f"{folder} is not a folder; give the one that holds your runs.")
+        raise UserError("is not a folder; give the one that holds your runs.", where=str(folder))
     found = sorted(_find(folder, 0), key=_written, reverse=True)
     if not found:
         print_text(f"no runs in {folder}")

@@ -145,7 +145,7 @@ def read_runs(paths: list[Path]) -> list[Run]:
     folders = [run.files.path.resolve() for run in runs]
     for folder in folders:
         if folders.count(folder) > 1:
-            raise UserError(f"{folder} is named twice; give each run once.")
+            raise UserError("is named twice; give each run once.", where=str(folder))
     names = [run.label for run in runs]
     for run, path in zip(runs, paths, strict=True):
         if names.count(run.label) > 1:

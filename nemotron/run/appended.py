@@ -22,7 +22,7 @@ class AppendedFile:
         self._descriptor = -1
         self._kept: deque[bytes] = deque()
         if path.is_symlink() or (path.exists() and not path.is_file()):
-            raise UserError(f"{path} is a link, or not a regular file; move it away.")
+            raise UserError("is a link, or not a regular file; move it away.", where=str(path))
 
     def write(self, line: bytes) -> None:
         """Append a line; it is in the file when this returns, or kept."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from pydantic import ValidationError
 from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
@@ -83,14 +84,16 @@ class RunFolder(RunFiles):
         if not self.path.exists():
             return
         if not self.path.is_dir():
-            raise UserError(f"{self.path} is a file; give the run another name.")
+            raise UserError("is a file; give the run another name.", where=str(self.path))
         self._lock.check()
         if not holds_run(self):
             return
         known = flatten(self._config.model_dump())
         for key in allow_changed:
             if not any(_covers([key], name) for name in known):
-                raise UserError(f"--allow-changed {key}: the recipe has no such key; name one.")
+                raise UserError(
+                    "is not a key of the recipe; name one.", key="--allow-changed", value=key
+                )
         done = max(steps(self.checkpoints), default=0)
         allowed = (*FREE_TO_CHANGE, *allow_changed)
         changed = self._changes()
@@ -101,20 +104,22 @@ class RunFolder(RunFiles):
             free = [f"--allow-changed {key}" for key in changes if not _covers(FIXED, key)]
             allow = f"allow the change with {' '.join(free[:5])}, " if free else ""
             raise UserError(
-                f"{self.path} contains a run with a different recipe: "
+                f"contains a run with a different recipe: "
                 f"{'; '.join([*changes.values()][:5])}{more}; "
-                f"restore these keys, {allow}or give the new run another name."
+                f"restore these keys, {allow}or give the new run another name.",
+                where=str(self.path),
             )
         if resume:
             return
         if done >= num_steps:
             raise UserError(
-                f"{self.path} contains a finished run of {done} steps; give the new run another "
-                "name."
+                f"contains a finished run of {done} steps; give the new run another name.",
+                where=str(self.path),
             )
         raise UserError(
-            f"{self.path} contains a run at step {done} of {num_steps}; "
-            f"add --resume to continue it, or give the new run another name."
+            f"contains a run at step {done} of {num_steps}; "
+            f"add --resume to continue it, or give the new run another name.",
+            where=str(self.path),
         )
 
     def __enter__(self) -> "RunFolder":
@@ -133,8 +138,9 @@ class RunFolder(RunFiles):
             full = error.errno in FULL
             advice = "make room there, or " if full else ""
             raise UserError(
-                f"{self.path} cannot be written: {error.strerror or error}; "
-                f"{advice}set `output` to a {'larger' if full else 'writable'} folder."
+                f"cannot be written: {error.strerror or error}; "
+                f"{advice}set `output` to a {'larger' if full else 'writable'} folder.",
+                where=str(self.path),
             ) from error
         return self
 
@@ -248,10 +254,11 @@ class RunFolder(RunFiles):
         for key, line in allowed:
             if _covers(FIXED, key):
                 raise UserError(
-                    f"{self.path}: {line}, and decides which rows the steps so far read, so "
+                    f"{line}, and decides which rows the steps so far read, so "
                     f"--allow-changed does not help; restore it, change it for a phase that has "
                     f"not begun (phases, with --allow-changed phases), or start a new run with "
-                    f"init_from={self.path}."
+                    f"init_from={self.path}.",
+                    where=str(self.path),
                 )
 
     def _changes(self) -> list[tuple[str, str]]:
@@ -264,16 +271,27 @@ class RunFolder(RunFiles):
             read = None
         if not isinstance(read, dict):
             raise UserError(
-                f"{self.recipe} is damaged, so the settings of this run are unknown; "
-                f"restore it, or give the new run another name."
+                "is damaged, so the settings of this run are unknown; "
+                "restore it, or give the new run another name.",
+                where=str(self.recipe),
             )
-        old = flatten(read)
+        old = flatten(self._completed(read))
         new = flatten(_plain(self._config.model_dump()))
         return [
             (key, f"{key} was {old.get(key)}, is {new.get(key)}")
             for key in dict.fromkeys([*old, *new])
             if old.get(key) != new.get(key)
         ]
+
+    def _completed(self, read: dict[str, Any]) -> Any:  # Any: nested YAML
+        """Return an earlier recipe with the defaults of the keys that came after its version.
+
+        One that breaks today's rules is returned as it is.
+        """
+        try:
+            return _plain(type(self._config).model_validate(read).model_dump())
+        except ValidationError:
+            return read
 
 
 def _bytes(content: Any) -> bytes:  # Any: text, or whatever JSON can hold
@@ -316,9 +334,10 @@ def check_recipe_home(recipe: Path, run: Path) -> None:
         return
     if run.resolve() != home.path.resolve():
         raise UserError(
-            f"{recipe} is the recipe of the run in {home.path}, but its name and output lead to "
+            f"is the recipe of the run in {home.path}, but its name and output lead to "
             f"{run.absolute()}; to resume the run, add output={home.path.parent} "
-            f"name={home.path.name}."
+            f"name={home.path.name}.",
+            where=str(recipe),
         )
 
 

@@ -61,7 +61,7 @@ class FolderLock:
             self._descriptor = open_regular(self.path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             if self.path.exists() or self.path.is_symlink():
-                raise UserError(f"{self.path}: {error.strerror}; remove it.") from None
+                raise UserError(f"{error.strerror}; remove it.", where=str(self.path)) from None
             raise
         if not try_lock(self._descriptor, self.path):
             self._refuse()
@@ -101,8 +101,8 @@ class FolderLock:
         except (OSError, ValueError, KeyError, TypeError, RecursionError):
             who = "another process"
         raise UserError(
-            f"{self.folder} is in use by {who}; wait for it, stop it, or give this run another "
-            "name."
+            f"is in use by {who}; wait for it, stop it, or give this run another name.",
+            where=str(self.folder),
         )
 
 

@@ -101,7 +101,9 @@ def read_provenance(path: Path) -> Provenance:
     except ValidationError as error:
         problem = error.errors(include_url=False, include_input=False)[0]
         key = ".".join(map(str, problem["loc"])) or "the content"
-        raise UserError(f"{path}: {key}: {problem['msg']}; restore it or move it away.") from None
+        raise UserError(
+            f"{key}: {problem['msg']}; restore it or move it away.", where=str(path)
+        ) from None
 
 
 def _now() -> str:

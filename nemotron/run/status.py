@@ -46,10 +46,13 @@ def find_run(path: Path) -> RunFiles:
         if is_run(files := RunFiles(folder)):
             return files
     if not path.exists():
-        raise UserError(f"{path} does not exist; give the folder of a run, such as runs/tiny.")
+        raise UserError(
+            "does not exist; give the folder of a run, such as runs/tiny.", where=str(path)
+        )
     raise UserError(
-        f"{path} is not the folder of a run; give one that nemotron train wrote, such as "
-        "runs/tiny, or list them with nemotron runs."
+        "is not the folder of a run; give one that nemotron train wrote, such as "
+        "runs/tiny, or list them with nemotron runs.",
+        where=str(path),
     )
 
 
@@ -67,7 +70,7 @@ def read_status(files: RunFiles) -> RunStatus:
     state, step = content.get("state"), content.get("step")
     code = content.get("exit_code")
     if not isinstance(state, str) or not isinstance(step, int):
-        raise UserError(f"{files.status} is damaged: it has no state and step; remove it.")
+        raise UserError("is damaged: it has no state and step; remove it.", where=str(files.status))
     if is_held:
         state = "running"
     elif state == "running":
@@ -85,9 +88,13 @@ def read_json(path: Path, kind: type[dict] | type[list]) -> Any:  # Any: nested 
     try:
         value = parse_json(content)
     except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}; remove it, or restore it.") from None
+        raise UserError(
+            f"is damaged: {error}; remove it, or restore it.", where=str(path)
+        ) from None
     if not isinstance(value, kind):
-        raise UserError(f"{path} is damaged: it is not a JSON {kind.__name__}; remove it.")
+        raise UserError(
+            f"is damaged: it is not a JSON {kind.__name__}; remove it.", where=str(path)
+        )
     return value
 
 
@@ -101,7 +108,9 @@ def read_small(path: Path) -> bytes:
         with open(open_regular(path, os.O_RDONLY), "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"cannot be read: {error.strerror}.", where=str(path)) from None
     if len(content) > MAX_BYTES:
-        raise UserError(f"{path} is larger than {MAX_BYTES >> 20} MiB, so a run did not write it.")
+        raise UserError(
+            f"is larger than {MAX_BYTES >> 20} MiB, so a run did not write it.", where=str(path)
+        )
     return content

@@ -32,7 +32,9 @@ class Address:
 
     def __post_init__(self) -> None:
         if self.key is not None and (not self.key.isascii() or not self.key.strip()):
-            raise UserError("the API key must be ASCII text that is not empty; give another.")
+            raise UserError(
+                "must be ASCII text that is not empty; give another.", key="the API key"
+            )
 
 
 class _Uvicorn(uvicorn.Server):
@@ -73,7 +75,8 @@ def serve(
         worker,
         grace_s,
     )
-    logging.getLogger("uvicorn.error").addHandler(logging.StreamHandler())
+    shows = logging.StreamHandler()
+    logging.getLogger("uvicorn.error").addHandler(shows)
     shown = f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
     say(f"{name} answers at {shown}/ (page) and {shown}/v1; Ctrl-C ends.")
     worker.done.add_done_callback(lambda _: setattr(server, "should_exit", True))
@@ -83,6 +86,7 @@ def serve(
         server.run(sockets=[listener])
     finally:
         _restore(previous)
+        logging.getLogger("uvicorn.error").removeHandler(shows)
         listener.close()
         worker.stop()
     worker.done.result()  # raises what the engine failed with
@@ -109,6 +113,7 @@ def _listen(address: Address) -> socket.socket:
         return socket.create_server((address.host, address.port), family=family)
     except OSError as error:
         raise UserError(
-            f"host = {address.host}, port = {address.port} cannot be listened on: "
-            f"{error.strerror}; give another."
+            f"cannot be listened on: {error.strerror}; give another.",
+            key=f"--host {address.host} --port",
+            value=address.port,
         ) from None

@@ -28,4 +28,4 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("length", "answer", "body_bytes", "open_answers"):
             if getattr(self, name) < 1:
-                raise UserError(f"{name} = {getattr(self, name)} must be at least 1.")
+                raise UserError("must be at least 1.", key=name, value=getattr(self, name))

@@ -1,5 +1,6 @@
-"""The terms that go beside the main loss: multi-token prediction and the routers' balance."""
+"""The terms that objectives share, multi-token prediction and the balance loss, and their sums."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -98,6 +99,64 @@ class Auxiliary:
         return factors + ([self.config.lid_coeff] if self.has_languages else [])
 
 
+class LanguageObjective(ABC):
+    """An `Objective` with terms of its own, and the auxiliary ones after them.
+
+    A subclass says what its own terms count, sum up and weigh.
+    """
+
+    auxiliary: Auxiliary
+
+    @property
+    @abstractmethod
+    def factors(self) -> dict[str, float]:
+        """What the mean of each own term is multiplied by in the loss, by its name."""
+
+    @abstractmethod
+    def own_counts(self, batch: Batch) -> list[float]:
+        """Return the divisor of each own term."""
+
+    @abstractmethod
+    def own_sums(
+        self, model: HybridLM, hidden: Float[Tensor, "B T D"], batch: Batch
+    ) -> list[Float[Tensor, ""]]:
+        """Return the own terms of a micro-batch, with gradients."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of the own terms, then those of the auxiliary ones."""
+        return (*self.factors, *self.auxiliary.names)
+
+    @property
+    def local_names(self) -> frozenset[str]:
+        """Those of the auxiliary terms."""
+        return self.auxiliary.local_names
+
+    def counts(self, batch: Batch) -> Float[Tensor, " terms"]:
+        """Return the divisor of each term, float64, on the CPU."""
+        counts = [*self.own_counts(batch), *self.auxiliary.counts(batch)]
+        return torch.tensor(counts, dtype=torch.float64)
+
+    def sums(
+        self,
+        model: HybridLM,
+        hidden: Float[Tensor, "B T D"] | None,
+        batch: Batch,
+        routing: list[RoutingStats],
+    ) -> Float[Tensor, " terms"]:
+        """Return the terms of a micro-batch; the own ones are 0 on a stage without the head."""
+        own = [torch.zeros((), device=batch.labels.device)] * len(self.factors)
+        if hidden is not None:
+            own = self.own_sums(model, hidden, batch)
+        return torch.stack([*own, *self.auxiliary.sums(model, hidden, batch, routing)])
+
+    def combine(
+        self, sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"]
+    ) -> Float[Tensor, ""]:
+        """Return the mean of each term, weighted as the recipe says."""
+        return _weighted_means(sums, counts, [*self.factors.values(), *self.auxiliary.factors])
+
+
 def _num_known(batch: Batch) -> int:
     """Return how many tokens inside documents have a language that is known."""
     if batch.languages is None:
@@ -112,7 +171,7 @@ def total_weight(labels: Tensor, weights: Tensor | None) -> float:
     return int(counted.sum()) if weights is None else float(weights[counted].double().sum())
 
 
-def weighted_means(
+def _weighted_means(
     sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"], factors: list[float]
 ) -> Float[Tensor, ""]:
     """Divide each sum by its count, and add up the quotients times their factors."""

@@ -13,8 +13,8 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.language import Languages
 from nemotron.model.router import RoutingStats
 from nemotron.parallel.runtime import Ranks
-from nemotron.train.auxiliary import Auxiliary, total_weight, weighted_means
-from nemotron.train.config import LossConfig, TextConfig
+from nemotron.train.auxiliary import Auxiliary, LanguageObjective, total_weight
+from nemotron.train.config import TextConfig
 
 
 class Objective(Protocol):
@@ -69,60 +69,31 @@ class Objective(Protocol):
 
 
 @dataclass(frozen=True)
-class PretrainObjective:
+class PretrainObjective(LanguageObjective):
     """Next-token cross entropy, multi-token prediction and the routers' balance loss."""
 
-    config: LossConfig
-    num_depths: int
-    """Depths of multi-token prediction; batches are looked ahead as far."""
-    has_routers: bool = True
-    has_languages: bool = False
-    """Whether batches say of tokens which language they are."""
+    auxiliary: Auxiliary
 
     @classmethod
     def of(cls, config: TextConfig) -> "PretrainObjective":
         """Return the objective of a run, with the terms that its model has."""
-        has_languages = config.knows_languages
-        return cls(config.loss, config.num_depths, bool(config.model.moe_layers), has_languages)
+        has_routers, has_languages = bool(config.model.moe_layers), config.knows_languages
+        return cls(Auxiliary(config.loss, config.num_depths, has_routers, has_languages))
 
     @property
-    def auxiliary(self) -> Auxiliary:
-        """The terms beside the next token's."""
-        return Auxiliary(self.config, self.num_depths, self.has_routers, self.has_languages)
+    def factors(self) -> dict[str, float]:
+        """`main`, the next token's."""
+        return {"main": 1.0}
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        """`main`, then those of the auxiliary terms."""
-        return ("main", *self.auxiliary.names)
+    def own_counts(self, batch: Batch) -> list[float]:
+        """Return the weight of the labels, their number where all count 1."""
+        return [total_weight(batch.labels, batch.loss_weight)]
 
-    @property
-    def local_names(self) -> frozenset[str]:
-        """Those of the auxiliary terms."""
-        return self.auxiliary.local_names
-
-    def counts(self, batch: Batch) -> Float[Tensor, " terms"]:
-        """Return the weight of each term's targets, their number where all count 1."""
-        main = total_weight(batch.labels, batch.loss_weight)
-        return torch.tensor([main, *self.auxiliary.counts(batch)], dtype=torch.float64)
-
-    def sums(
-        self,
-        model: HybridLM,
-        hidden: Float[Tensor, "B T D"] | None,
-        batch: Batch,
-        routing: list[RoutingStats],
-    ) -> Float[Tensor, " terms"]:
-        """Return sums of nats."""
-        main = torch.zeros((), device=batch.labels.device)
-        if hidden is not None:
-            main = model.lm_head.loss(hidden, batch.labels, batch.loss_weight)
-        return torch.stack([main, *self.auxiliary.sums(model, hidden, batch, routing)])
-
-    def combine(
-        self, sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"]
-    ) -> Float[Tensor, ""]:
-        """Return the mean of each term, weighted as the recipe says."""
-        return weighted_means(sums, counts, [1.0, *self.auxiliary.factors])
+    def own_sums(
+        self, model: HybridLM, hidden: Float[Tensor, "B T D"], batch: Batch
+    ) -> list[Float[Tensor, ""]]:
+        """Return a sum of nats."""
+        return [model.lm_head.loss(hidden, batch.labels, batch.loss_weight)]
 
 
 def languages_of(batch: Batch) -> Languages | None:
@@ -144,6 +115,7 @@ def compute_sums(
         padding=batch.padding,
         candidates=batch.candidates,
         languages=languages_of(batch),
+        experts=batch.experts,
     )
     return objective.sums(model, hidden, batch, routing), routing
 

@@ -31,7 +31,7 @@ class Optimizer:
         every = {name: local_of(p) for name, p in self.parameters.items()}
         is_on = config.name == "muon"
         own = {name: p for name, p in every.items() if is_on and is_matrix(name, p)}
-        self._muon = Muon(own, config.muon, config.weight_decay, matrices)
+        self._muon = Muon(own, config.muon, config.weight_decay, matrices) if own else None
         self._local = {name: p for name, p in every.items() if name not in own}
         decay = {n: config.weight_decay if decays(n, p) else 0.0 for n, p in self._local.items()}
         self._adamw = AdamW(self._local, decay, config.betas, config.eps)
@@ -49,15 +49,15 @@ class Optimizer:
     def step(self, lr: float, clip_coefficient: float = 1.0) -> None:
         """Scale the gradients by the coefficient and update the parameters."""
         gradients = self.gradients()
-        self._muon.step(gradients, lr, clip_coefficient)
+        if self._muon is not None:
+            self._muon.step(gradients, lr, clip_coefficient)
         rest = {name: gradients[name] for name in self._local if name in gradients}
         self._adamw.step(rest, lr, clip_coefficient)
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the optimizer's state as it is, by key and parameter, for saving or loading."""
-        return self._adamw.state | (
-            {"momentum": self._muon.momentum} if self._muon.momentum else {}
-        )
+        momentum = {} if self._muon is None else {"momentum": self._muon.momentum}
+        return self._adamw.state | momentum
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -37,8 +37,9 @@ class Saver:
         if found.info is None:
             if damaged := [one for one in found.skipped if one.damage is not None]:
                 raise UserError(
-                    f"{self._folder} holds no complete checkpoint: {damaged[0]}; "
-                    f"remove the damaged ones to start at step 0, or give the run another name."
+                    f"holds no complete checkpoint: {damaged[0]}; "
+                    f"remove the damaged ones to start at step 0, or give the run another name.",
+                    where=str(self._folder),
                 )
             self._log.info(f"{self._folder.parent} has no checkpoint; starting at step 0")
             return False

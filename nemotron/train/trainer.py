@@ -213,8 +213,9 @@ class Trainer:
         saved = read_state(info)
         if saved.trainer is None or saved.data is None:
             raise UserError(
-                f"{info.folder} holds weights only, nothing to go on from; "
-                f"start a new run with init_from: {info.folder}."
+                f"holds weights only, nothing to go on from; "
+                f"start a new run with init_from: {info.folder}.",
+                where=str(info.folder),
             )
         self.batches.restore(saved.data, info.step)
         tensors, stored = self.tensors(), SavedTensors(info)

@@ -58,7 +58,8 @@ def _main(options: argparse.Namespace) -> int:
     chosen = targets(options.operation, sizes)
     if not chosen:
         names = sorted({t.tunable.operation for t in targets("all", sizes)})
-        raise UserError(f"operation {options.operation}: there are all, {', '.join(names)}.")
+        rule = f"is unknown; use all or one of {', '.join(names)}."
+        raise UserError(rule, key="operation", value=options.operation)
     if options.compile_only:
         return compile_only(chosen, options)
     if not torch.cuda.is_available():

@@ -242,7 +242,7 @@ def test_a_forged_record_with_good_hashes_is_refused_with_file_and_key(tmp_path,
     name, change, words = FORGERIES[forgery]
     fill(tmp_path, 10)
     forge(tmp_path / folder_name(10), name, change)
-    with pytest.raises(UserError, match=f"step-00000010 is damaged: .*{words}") as error:
+    with pytest.raises(UserError, match=f"step-00000010: is damaged: .*{words}") as error:
         read_model(tmp_path)
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500

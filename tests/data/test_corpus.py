@@ -62,7 +62,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path, monkeypatch):
     for damaged in (content, content[:1000], b""):
         (tmp_path / "verse.jsonl.xz").write_bytes(damaged)
         with pytest.raises(
-            UserError, match=r"verse\.jsonl\.xz is damaged: .* reinstall the package"
+            UserError, match=r"verse\.jsonl\.xz: is damaged: .* reinstall the package"
         ):
             load_documents("verse")
 

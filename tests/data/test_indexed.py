@@ -198,31 +198,40 @@ def cut(path: str, by: int) -> None:
 
 
 BAD: dict[str, tuple[Callable[[Path], object], str]] = {
-    "no idx": (lambda p: os.remove(f"{p}.idx"), r"s\.idx does not exist, though s\.bin does; give"),
-    "no bin": (lambda p: os.remove(f"{p}.bin"), r"s\.bin does not exist, though s\.idx does; give"),
-    "magic": (lambda p: patch(p, 0, "<9s", b"MMIDIDY"), r"s\.idx .* does not begin with MMIDIDX"),
-    "empty idx": (lambda p: os.truncate(f"{p}.idx", 0), r"s\.idx .* does not begin with MMIDIDX"),
-    "version": (lambda p: patch(p, 9, "<Q", 2), r"s\.idx has version 2; only version 1"),
+    "no idx": (
+        lambda p: os.remove(f"{p}.idx"),
+        r"s\.idx: does not exist, though s\.bin does; give",
+    ),
+    "no bin": (
+        lambda p: os.remove(f"{p}.bin"),
+        r"s\.bin: does not exist, though s\.idx does; give",
+    ),
+    "magic": (lambda p: patch(p, 0, "<9s", b"MMIDIDY"), r"s\.idx: .* does not begin with MMIDIDX"),
+    "empty idx": (lambda p: os.truncate(f"{p}.idx", 0), r"s\.idx: .* does not begin with MMIDIDX"),
+    "version": (lambda p: patch(p, 9, "<Q", 2), r"s\.idx: has version 2; only version 1"),
     "float ids": (
         lambda p: patch(p, 17, "B", 6),
-        r"s\.idx has id type code 6; .* 1, 2, 3, 4, 5, 8",
+        r"s\.idx: has id type code 6; .* 1, 2, 3, 4, 5, 8",
     ),
     "header": (
         lambda p: os.truncate(f"{p}.idx", 20),
         r"it has 20 bytes, but its header alone has 34",
     ),
-    "idx cut": (lambda p: cut(f"{p}.idx", 8), r"s\.idx has 94 bytes; with 3 .* must have 102"),
-    "bin cut": (lambda p: cut(f"{p}.bin", 4), r"s\.bin has 28 bytes; s\.idx says 32"),
-    "bin longer": (lambda p: os.truncate(f"{p}.bin", 36), r"s\.bin has 36 bytes; s\.idx says 32"),
-    "no documents": (lambda p: patch(p, 26, "<Q", 0), r"s\.idx has an empty document index"),
+    "idx cut": (lambda p: cut(f"{p}.idx", 8), r"s\.idx: has 94 bytes; with 3 .* must have 102"),
+    "bin cut": (lambda p: cut(f"{p}.bin", 4), r"s\.bin: has 28 bytes; s\.idx says 32"),
+    "bin longer": (lambda p: os.truncate(f"{p}.bin", 36), r"s\.bin: has 36 bytes; s\.idx says 32"),
+    "no documents": (lambda p: patch(p, 26, "<Q", 0), r"s\.idx: has an empty document index"),
     "offset": (lambda p: patch(p, 54, "<q", 8), r"sequence 1 with 1 tokens starts at byte 8 .* 12"),
-    "negative": (lambda p: patch(p, 34, "<i", -1), r"s\.idx is damaged: sequence 0 with -1 tokens"),
+    "negative": (
+        lambda p: patch(p, 34, "<i", -1),
+        r"s\.idx: is damaged: sequence 0 with -1 tokens",
+    ),
     "first": (lambda p: patch(p, 70, "<q", 1), r"span the sequences 1 to 3, .* there are 0 to 3"),
     "last": (lambda p: patch(p, 94, "<q", 4), r"span the sequences 0 to 4, .* there are 0 to 3"),
-    "order": (lambda p: patch(p, 78, "<q", 3), r"s\.idx is damaged: document 1 ends before it"),
+    "order": (lambda p: patch(p, 78, "<q", 3), r"s\.idx: is damaged: document 1 ends before it"),
     "huge count": (
         lambda p: patch(p, 18, "<Q", 2**60),
-        r"s\.idx has 102 bytes; with 1152921504606",
+        r"s\.idx: has 102 bytes; with 1152921504606",
     ),
 }
 
@@ -248,7 +257,7 @@ def test_modes_of_a_file_of_several_modalities_are_allowed(tmp_path: Path):
 def test_a_missing_shard_is_named_as_resolved(tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(
-        UserError, match=rf"{tmp_path}/none\.bin does not exist, nor does none\.idx"
+        UserError, match=rf"{tmp_path}/none\.bin: does not exist, nor does none\.idx"
     ):
         Shard("none")
 
@@ -259,7 +268,7 @@ def test_a_shard_that_changes_under_way_is_named(tmp_path: Path):
     shard.check_unchanged()
     write_raw(tmp_path / "s", [*PLAIN, [1]])
     with pytest.raises(
-        UserError, match=r"s\.bin was changed while .*\(84 bytes when opened, 88 now"
+        UserError, match=r"s\.bin: was changed while .*\(84 bytes when opened, 88 now"
     ):
         shard.check_unchanged()
 
@@ -271,7 +280,7 @@ def test_a_manifest_names_files_inside_its_folder_only(tmp_path: Path, name: str
     content = json.loads((folder / "manifest.json").read_text())
     content["train"][0]["name"] = name
     (folder / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"manifest.json is not a manifest of prepared data"):
+    with pytest.raises(UserError, match=r"manifest.json: is not a manifest of prepared data"):
         open_tokens(folder, load_tokenizer("embedded"), "</s>", 4096)
 
 

@@ -130,7 +130,7 @@ def test_a_flipped_bit_is_found_by_the_check_alone(folder: Path, capsys):
     assert run(["data", "inspect", str(folder / "rotten")]) == 0
     capsys.readouterr()
     assert run(["data", "inspect", str(folder / "rotten"), "--check"]) == 2
-    assert "train-00000.bin does not match its manifest" in capsys.readouterr().err
+    assert "train-00000.bin: does not match its manifest" in capsys.readouterr().err
 
 
 def test_the_plan_counts_tokens_and_passes_of_every_phase(folder: Path, capsys):

@@ -268,13 +268,17 @@ def test_an_id_outside_the_vocabulary_is_named_before_training(folder: Path):
             writer.add(document)
     source = SourceConfig(name="w", path=str(folder / "wild"))
     text = refuse(folder, sources=[source])
-    assert "wild.bin contains the id 5001 (document 2, position 0), but the vocabulary ends" in text
+    assert (
+        "wild.bin: contains the id 5001 (document 2, position 0), but the vocabulary ends" in text
+    )
 
 
 def test_settings_that_do_not_fit_are_refused(folder: Path, tmp_path: Path):
     source = SourceConfig(name="x", path=str(folder / "missing"))
-    assert "missing.bin does not exist" in refuse(folder, sources=[source])
-    assert "tokens to train on; a row of data.seq_len = 100000" in refuse(folder, seq_len=100_000)
+    assert "missing.bin: does not exist" in refuse(folder, sources=[source])
+    assert "tokens to train on, but a row of data.seq_len = 100000" in refuse(
+        folder, seq_len=100_000
+    )
     (folder / "nothing").mkdir()
     source = SourceConfig(name="x", path=str(folder / "nothing"))
     assert "contains neither manifest.json nor shards" in refuse(folder, sources=[source])
@@ -308,9 +312,9 @@ def own(tmp_path: Path) -> TrainingData:
 def test_a_shard_replaced_during_the_run_is_named(own: TrainingData, tmp_path: Path):
     own.batch(0)
     write_numbered(tmp_path / "b", 501, 40)
-    with pytest.raises(UserError, match=r"\.bin was changed while it was in use"):
+    with pytest.raises(UserError, match=r"\.bin: was changed while it was in use"):
         own.batch(1)
-    with pytest.raises(UserError, match=r"\.bin was changed while it was in use"):
+    with pytest.raises(UserError, match=r"\.bin: was changed while it was in use"):
         list(own.validation("b", tokens=100, rows=2))
 
 
@@ -321,7 +325,7 @@ def test_bits_that_rot_after_the_first_reading_are_noticed(own: TrainingData, tm
         file.write(b"\xff" * before.st_size)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(
-        UserError, match=r"a contains the id 65535, but the vocabulary ends at 4095"
+        UserError, match=r"a: contains the id 65535, but the vocabulary ends at 4095"
     ):
         own.batch(0)
 
@@ -338,7 +342,7 @@ def test_a_source_prepared_anew_between_runs_is_named(own: TrainingData, tmp_pat
     saved = json.loads(json.dumps(own.fingerprint()))
     write_numbered(tmp_path / "b", 501, 40)
     with pytest.raises(
-        UserError, match=r"b differs from the data that the checkpoint was trained on: it has"
+        UserError, match=r"b: differs from the data that the checkpoint was trained on: it has"
     ):
         make_data(tmp_path).check_fingerprint(saved, 1)
 
@@ -350,7 +354,7 @@ def test_a_foreign_shard_replaced_between_runs_is_named(own: TrainingData, tmp_p
     content[6] ^= 1
     (tmp_path / "b" / "train-00000.bin").write_bytes(content)
     with pytest.raises(
-        UserError, match=r"b differs from the data that the checkpoint was trained on"
+        UserError, match=r"b: differs from the data that the checkpoint was trained on"
     ):
         make_data(tmp_path).check_fingerprint(saved, 1)
 

@@ -58,7 +58,7 @@ def test_a_source_that_changed_is_prepared_anew_and_refused_for_the_old_run(
     (texts / "0.txt").write_text("Another text that was not there before.")
     assert run(["train", "runs/smoke/recipe.yaml", "--resume"]) == 2
     assert (
-        "texts differs from the data that the checkpoint was trained on" in capfd.readouterr().err
+        "texts: differs from the data that the checkpoint was trained on" in capfd.readouterr().err
     )
     # written again with the same bytes, it is the same data, whatever its time of change
     (texts / "0.txt").write_bytes(
@@ -141,4 +141,4 @@ def test_a_folder_without_text_and_a_short_text_are_refused(texts: Path, tmp_pat
     Path("short.txt").write_text("A few words.")
     assert run([*SMOKE, "data.sources=[short.txt]", "data.validation_fraction=0"]) == 2
     assert "short (" in (said := capfd.readouterr().err)
-    assert "tokens to train on; a row of data.seq_len = 64 takes 65" in said
+    assert "tokens to train on, but a row of data.seq_len = 64 takes 65" in said

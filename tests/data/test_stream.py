@@ -47,14 +47,14 @@ def test_what_is_learned_is_read_at_the_same_places(tmp_path: Path):
 
 def test_a_shard_that_does_not_say_what_is_learned_is_named_beside_one_that_does(tmp_path: Path):
     shards = [write(tmp_path / "a", SHARDS[0], learned=True), write(tmp_path / "b", SHARDS[2])]
-    with pytest.raises(UserError, match=r"b\.loss is missing, but other shards have theirs"):
+    with pytest.raises(UserError, match=r"b\.loss: is missing, but other shards have theirs"):
         Stream(shards)
 
 
 def test_a_file_of_learned_tokens_that_is_cut_off_is_named(tmp_path: Path):
     stream = Stream([write(tmp_path / "a", SHARDS[2], learned=True)])
     (tmp_path / "a.loss").write_bytes(b"\1\1")
-    with pytest.raises(UserError, match=r"a\.loss has 2 bytes for 5 tokens"):
+    with pytest.raises(UserError, match=r"a\.loss: has 2 bytes for 5 tokens"):
         stream.read_learned(0, 1)
 
 

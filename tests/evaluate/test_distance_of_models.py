@@ -56,14 +56,33 @@ def test_parts_are_pooled_by_their_tokens():
     whole = agreement(model, reference, batches())
     parts = [agreement(model, reference, [batch]) for batch in batches()]
     assert len(parts) > 1
-    for value, wanted in zip(astuple(pooled(parts)), astuple(whole), strict=True):
+    found = pooled(parts)
+    for value, wanted in zip(astuple(found)[:-1], astuple(whole)[:-1], strict=True):
         assert value == pytest.approx(wanted, rel=1e-6)
+    # as of strata: each part has a mean of its own
+    weighed = [(part.error * part.tokens / whole.tokens) ** 2 for part in parts]
+    assert found.error == pytest.approx(sum(weighed) ** 0.5)
+
+
+def test_the_error_is_that_of_means_over_rows_on_the_same_tokens():
+    model, reference = build(0), build(5)
+    ids = tokens(64, 11)
+    given = [Batch(part, part.roll(-1, 1), None) for part in ids.split(16)]
+    found = agreement(model, reference, given)
+    losses = [
+        cross_entropy(one.logits(one(ids)).mT, ids.roll(-1, 1), reduction="none").mean(1)
+        for one in (model, reference)
+    ]
+    changes = (losses[0] - losses[1]).detach().numpy()
+    assert found.change == pytest.approx(changes.mean(), rel=1e-4)
+    # rows are of one length, so that this is the error of a mean of rows
+    assert found.error == pytest.approx(changes.std() / 8, rel=1e-4)
 
 
 def test_a_model_agrees_with_itself():
     model = build(0)
     found = agreement(model, model, batches())
-    assert (found.kl, found.top1) == (0.0, 1.0)
+    assert (found.kl, found.top1, found.change, found.error) == (0.0, 1.0, 0.0, 0.0)
 
 
 def test_models_that_cannot_be_compared_are_refused():

@@ -46,7 +46,7 @@ def both(model: HybridLM, lengths: list[int], order: list[int], new: int) -> flo
     worst = 0.0
     for step in range(new):
         tokens = [int(row[length + step]) for row, length in zip(ids, lengths, strict=True)]
-        ours = steps.append(model, places[fixed], tokens)
+        ours = steps.append(model, places[fixed], tokens).logits
         given = torch.tensor(tokens, device=device)[:, None]
         theirs = model.logits(model(given, cache=free.rows(places[free]))[:, -1])
         worst = max(worst, ((ours - theirs).abs().max() / theirs.abs().max()).item())
@@ -86,15 +86,27 @@ def test_rows_that_fill_up_change_no_text(model: HybridLM) -> None:
         assert all(map(torch.equal, old, new))
 
 
-def answers(engine: Engine) -> list[list[int]]:
+def answers(engine: Engine) -> list[tuple[list[int], list[int] | None]]:
+    """Return the tokens of each answer, and of every second request their experts."""
     sampling = [Sampling(0.0), Sampling(0.8, top_p=0.9, seed=3), Sampling(1.0, top_k=5, seed=4)]
     requests = [
-        Request(random_ids(1, 2 + 3 * k)[0].tolist(), 4 + 2 * k, sampling[k % 3], 1 + k % 2)
+        Request(
+            random_ids(1, 2 + 3 * k)[0].tolist(),
+            4 + 2 * k,
+            sampling[k % 3],
+            1 + k % 2,
+            experts=k % 2 == 0,
+        )
         for k in range(7)
     ]
     ended = [event for event in engine.run(requests) if event.finish]
     ended.sort(key=lambda event: (event.request, event.sample))
-    return [event.answer.tokens for event in ended]
+    experts = [event.answer.experts for event in ended]
+    assert any(each is not None for each in experts)
+    return [
+        (event.answer.tokens, None if each is None else each.tolist())
+        for event, each in zip(ended, experts, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("settings", [{}, {"slots": 3}, {"blocks": 9, "block_size": 8}])

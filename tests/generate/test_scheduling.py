@@ -5,14 +5,16 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from nemotron.errors import UserError
+from nemotron.generate import engine as engine_module
 from nemotron.generate.decode_layers import decode_view
 from nemotron.generate.engine import Engine
 from nemotron.generate.request import Answer, Event, Request, requests_of
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.speculate import Speculation
-from nemotron.model.cache import Cache
+from nemotron.model.cache import Cache, CachedRows
 from nemotron.model.hybrid import HybridLM
 from tests.support.models import build
 
@@ -307,3 +309,30 @@ def test_row_by_row_an_answer_is_the_same_to_the_bit_in_any_company(dtype: torch
         alone = collect(list(small_engine(view, slots=1, row_by_row=True).run([request])))
         for sample in range(request.num_samples):
             assert together[number, sample] == alone[0, sample]
+
+
+def test_prompts_of_many_lengths_pass_the_model_together(
+    model: HybridLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = random.Random(5)
+    requests = [Request(prompt(generator, 30), 3, GREEDY) for _ in range(9)]
+    wanted = collect(list(small_engine(model, 64, slots=9).run(requests)))
+    passes: list[tuple[int, int]] = []
+    extend = engine_module.extend
+
+    def watched(model: HybridLM, rows: CachedRows, tokens: Tensor) -> Tensor:
+        passes.append((tokens.shape[0], tokens.shape[1]))
+        return extend(model, rows, tokens)
+
+    monkeypatch.setattr(engine_module, "extend", watched)
+    engine = small_engine(model, 512, slots=9, prefixes=2, common_pieces=True)
+    found = collect(list(engine.run(requests)))
+    assert [found[key].tokens for key in wanted] == [one.tokens for one in wanted.values()]
+    lengths = [len(request.prompt) for request in requests]
+    assert len(set(lengths)) > 5
+    # one pass for each power of two from 16 to 2; a single token is read with the answers
+    read = [length for _, length in passes if length > 1]
+    assert read == [16, 8, 4, 2]
+    assert sum(rows * length for rows, length in passes) == sum(lengths) + 2 * len(requests)
+    # states are kept after whole prompts alone
+    assert engine.prefixes.find(requests[-1].prompt[:15], with_experts=False) is None

@@ -236,14 +236,14 @@ def test_a_failed_check_leaves_the_old_export_alone(
 def test_an_export_replaces_another_only_when_told(run: Path, tmp_path: Path):
     out = tmp_path / "exported/mine"  # its parent does not exist yet
     assert export(run, out, check=False) == 0
-    assert f"{out} exists already; add --overwrite" in refusal(run, out)
+    assert f"{out}: exists already; add --overwrite" in refusal(run, out)
     card = (out / "README.md").read_text()
     assert export(run, out, overwrite=True, check=False) == 0
     (out / "model.gguf").write_text("made of it")
     assert f"{out / 'model.gguf'} is not of nemotron export" in refusal(run, out, overwrite=True)
     (out / "model.gguf").unlink()
     (out / "README.md").write_text(f"{card} and my own words")
-    assert "README.md was changed since" in refusal(run, out, overwrite=True)
+    assert "README.md: was changed since" in refusal(run, out, overwrite=True)
     assert "my own words" in (out / "README.md").read_text()
     assert os.listdir(out.parent) == ["mine"]
 
@@ -332,7 +332,7 @@ def test_a_missing_tokenizer_is_named_and_nothing_is_left(run: Path, tmp_path: P
     copy = tmp_path / "run"
     copy.mkdir()
     (copy / "checkpoints").symlink_to(run / "checkpoints")
-    assert "tokenizer.json does not exist" in refusal(copy, tmp_path / "out")
+    assert "tokenizer.json: does not exist" in refusal(copy, tmp_path / "out")
     assert os.listdir(tmp_path) == ["run"]
 
 

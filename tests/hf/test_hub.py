@@ -111,10 +111,10 @@ def test_an_upload_that_fails_leaves_the_export_and_says_so(nemotron: Callable, 
     arguments = ["export", run, "--no-check", "--push"]
     code, text = nemotron(*arguments, NAME, "--out", "out", endpoint="http://127.0.0.1:9")
     assert code == 2
-    assert f"--push {NAME}: http://127.0.0.1:9 did not take it" in text
+    assert f"--push = {NAME} was refused by http://127.0.0.1:9" in text
     assert Path("out/config.json").is_file()
     assert "Traceback" not in text
     code, text = nemotron(*arguments, "no-owner", "--out", "other")
     assert code == 2
-    assert "--push no-owner is not a name on the Hub; give OWNER/NAME" in text
+    assert "--push = no-owner is not a name on the Hub; give OWNER/NAME" in text
     assert not Path("other").exists()

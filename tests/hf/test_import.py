@@ -239,18 +239,18 @@ def test_a_flipped_bit_is_found_by_the_hashes_of_our_own_export(run: Path, tmp_p
     content[-100] ^= 1
     shard.write_bytes(content)
     message = refusal(tmp_path / "out", tmp_path / "run")
-    assert f"{shard} is not what was exported" in message
+    assert f"{shard}: is not what was exported" in message
 
 
 @pytest.mark.parametrize(
     ("name", "content", "words"),
     [
-        ("config.json", None, "config.json does not exist"),
-        ("config.json", "{", "config.json is not valid JSON"),
-        ("config.json", "[]", "config.json is not a JSON object"),
-        ("tokenizer.json", None, "tokenizer.json does not exist"),
-        ("tokenizer.json", "{}", "tokenizer.json is not a tokenizer.json"),
-        ("generation_config.json", "{", "generation_config.json is not valid JSON"),
+        ("config.json", None, "config.json: does not exist"),
+        ("config.json", "{", "config.json: is not valid JSON"),
+        ("config.json", "[]", "config.json: is not a JSON object"),
+        ("tokenizer.json", None, "tokenizer.json: does not exist"),
+        ("tokenizer.json", "{}", "tokenizer.json: is not a tokenizer.json"),
+        ("generation_config.json", "{", "generation_config.json: is not valid JSON"),
         (SINGLE, "<html>", "HTML"),
         (SINGLE, None, "holds neither"),
     ],
@@ -284,7 +284,7 @@ def test_a_run_is_replaced_only_when_told_and_only_if_it_was_imported(
     assert f"{out / 'metrics.jsonl'} is not of nemotron import" in refusal(
         single, out, overwrite=True
     )
-    assert f"{single} is an input and lies in {tmp_path}" in refusal(
+    assert f"{single}: is an input and lies in {tmp_path}" in refusal(
         single, tmp_path, overwrite=True
     )
 
@@ -297,14 +297,14 @@ def test_no_file_outside_the_folder_is_read(single: Path, tmp_path: Path, name: 
     (tmp_path / "secret").write_text("PRIVATE KEY")
     (single / name).unlink(missing_ok=True)
     (single / name).symlink_to(tmp_path / "secret")
-    assert f"{single / name} is a link that leads out" in refusal(single, tmp_path / "run")
+    assert f"{single / name}: is a link that leads out" in refusal(single, tmp_path / "run")
     (single / name).unlink()
     (single / name).symlink_to("/dev/zero")
     assert str(single / name) in refusal(single, tmp_path / "run")
     (single / name).unlink()
     os.mkfifo(single / name)  # a reader would wait for somebody to write
     message = refusal(single, tmp_path / "run")
-    assert "not a regular file" in message or f"{name} does not exist" in message
+    assert "not a regular file" in message or f"{name}: does not exist" in message
 
 
 def test_a_file_too_large_for_its_kind_is_refused(single: Path, tmp_path: Path):

@@ -51,7 +51,7 @@ def test_a_loaded_model_can_be_trained(exported: Path):
 
 
 def test_a_path_without_a_model_is_named(tmp_path: Path):
-    with pytest.raises(UserError, match="nowhere does not exist"):
+    with pytest.raises(UserError, match="nowhere: does not exist"):
         load(tmp_path / "nowhere")
     with pytest.raises(UserError, match="no complete checkpoint"):
         load(tmp_path)

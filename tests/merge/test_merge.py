@@ -110,6 +110,18 @@ def test_a_search_writes_the_average_with_the_lowest_loss(
     assert ("no average is better" in said) == (losses[best] >= alone)
 
 
+def test_a_long_window_is_named(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    said = {}
+    for last in (2, 4):
+        capsys.readouterr()
+        out = ["--out", str(tmp_path / f"of-{last}")]
+        assert run(["merge", str(trained), *out, "--last", str(last)]) == 0
+        said[last] = capsys.readouterr().out
+    # steps 2 to 8 of 8, and steps 6 to 8
+    assert "lie 75% of the run's tokens apart" in said[4]
+    assert "lie 25% of the run's tokens apart" in said[2]
+
+
 def test_a_damaged_checkpoint_is_left_out_and_named(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):

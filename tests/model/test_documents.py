@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from nemotron.data.batch import NO_LABEL, Batch
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, gradients, tokens
@@ -53,7 +54,7 @@ def test_no_gradient_reaches_another_document():
 
 
 def test_losses_and_gradients_of_a_packed_row_are_the_sums_of_its_documents():
-    objective = PretrainObjective(LossConfig(), num_depths=2)
+    objective = PretrainObjective(Auxiliary(LossConfig(), num_depths=2))
     model, ids = build(), tokens(1, sum(LENGTHS) + 1)
     labels = ids[:, 1:].clone()
     labels[0, torch.tensor(LENGTHS).cumsum(0) - 1] = NO_LABEL

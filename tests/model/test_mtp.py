@@ -5,6 +5,7 @@ import torch.nn.functional as F
 
 from nemotron.data.batch import NO_LABEL, Batch, shift_left
 from nemotron.model.hybrid import HybridLM
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, gradients, tokens
@@ -37,7 +38,7 @@ def test_every_depth_follows_the_formulas():
     ids, labels = row[:, :-1], row[:, 1:]
     config = LossConfig(mtp_num_depths=2, mtp_loss_factor=0.3, moe_aux_loss_coeff=0.0)
     batch = Batch(ids, labels, None).look_ahead(2)
-    objective = PretrainObjective(config, num_depths=2)
+    objective = PretrainObjective(Auxiliary(config, num_depths=2))
     (sums, _), counts = compute_sums(objective, model, batch), objective.counts(batch)
     expected = by_depth(model, ids, labels, 2)
     assert objective.names == ("main", "mtp_1", "mtp_2", "aux")
@@ -59,7 +60,7 @@ def test_detached_heads_train_only_the_block():
     batch = Batch(row[:, :-1], row[:, 1:], None).look_ahead(2)
 
     def reach(config: LossConfig) -> list[str]:
-        sums, _ = compute_sums(PretrainObjective(config, num_depths=2), model, batch)
+        sums, _ = compute_sums(PretrainObjective(Auxiliary(config, num_depths=2)), model, batch)
         found = gradients(model, sums[1:3].sum())  # the main loss gets a gradient of 0
         return [name for name, gradient in found.items() if gradient.any()]
 

@@ -1,13 +1,14 @@
 import torch
 
 from nemotron.data.batch import Batch
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, gradients, recompute, tokens
 
 
 def test_computing_blocks_again_changes_no_bit_and_counts_no_token_twice():
-    objective = PretrainObjective(LossConfig(), num_depths=2)
+    objective = PretrainObjective(Auxiliary(LossConfig(), num_depths=2))
     batch = Batch(tokens(2, 33), tokens(2, 33, seed=1), torch.arange(33).ge(20).int().expand(2, 33))
     batch = batch.look_ahead(2)
     results = []

@@ -6,6 +6,7 @@ import torch
 
 from nemotron.data.batch import Batch, Row, pack
 from nemotron.model.router import Router, routers
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, build_config, tokens
@@ -88,7 +89,9 @@ def test_the_bias_moves_towards_balance_by_its_rate():
 def test_the_bias_of_a_model_is_stored_in_float32_and_moves_with_the_counts_of_a_step():
     model = build(dtype=torch.float32)
     batch = Batch(tokens(2, 31), tokens(2, 31, seed=1), None).look_ahead(2)
-    _, routing = compute_sums(PretrainObjective(LossConfig(), num_depths=2), model, batch)
+    _, routing = compute_sums(
+        PretrainObjective(Auxiliary(LossConfig(), num_depths=2)), model, batch
+    )
     names = [stats.name for stats in routing]
     assert names == ["backbone.layers.1", "mtp.layers.1", "mtp.layers.1"]
     assert [int(stats.counts.sum()) for stats in routing] == [2 * 31 * 3] * 3
@@ -103,7 +106,7 @@ def test_the_bias_of_a_model_is_stored_in_float32_and_moves_with_the_counts_of_a
 
 def test_padding_counts_as_no_expert_s_load_and_costs_no_balance():
     """Rows of whole documents, short ones filled up, beside the same documents alone."""
-    model, objective = build(), PretrainObjective(LossConfig(), num_depths=2)
+    model, objective = build(), PretrainObjective(Auxiliary(LossConfig(), num_depths=2))
     ids = tokens(1, 24)[0].numpy()
     rows = [Row(ids[:stop], np.asarray(starts)) for stop, starts in [(24, [0, 9]), (15, [0, 9])]]
     packed = pack(rows, 23, eod_id=2, mask_eod_loss=False).look_ahead(2)

@@ -23,6 +23,7 @@ from nemotron.ops.apply import ALL, apply
 from nemotron.ops.config import OpsConfig
 from nemotron.ops.registry import Operation
 from nemotron.parallel.stages import Stage, cut
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, recompute, tokens
@@ -53,7 +54,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[tuple[str, str]]:
 
 def train(model: HybridLM) -> None:
     """Forward and backward over every part of the model."""
-    objective = PretrainObjective(LossConfig(), num_depths=1)
+    objective = PretrainObjective(Auxiliary(LossConfig(), num_depths=1))
     ids = torch.arange(20).ge(13).int().expand(2, 20)
     batch = Batch(tokens(2, 20), tokens(2, 20, seed=1), ids).look_ahead(1)
     sums, _ = compute_sums(objective, model, batch)

@@ -16,13 +16,14 @@ from nemotron.model.router import Router
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.context.apply import SumOverRow, apply_context
 from nemotron.parallel.context.chunks import shard
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.pool import Pool
 
 pytestmark = pytest.mark.distributed
 
-OBJECTIVE = PretrainObjective(LossConfig(), num_depths=2)
+OBJECTIVE = PretrainObjective(Auxiliary(LossConfig(), num_depths=2))
 
 
 @dataclass(frozen=True)

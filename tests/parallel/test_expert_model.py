@@ -11,6 +11,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import Router
 from nemotron.parallel.expert import apply_experts
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.pool import Pool
@@ -38,7 +39,7 @@ MODEL = ModelConfig(
     mtp_hybrid_override_pattern="*E",
 )
 WIDE = MODEL.model_copy(update={"moe_latent_size": None})
-OBJECTIVE = PretrainObjective(LossConfig(moe_aux_loss_coeff=0.1), num_depths=2)
+OBJECTIVE = PretrainObjective(Auxiliary(LossConfig(moe_aux_loss_coeff=0.1), num_depths=2))
 ROWS, LENGTH = 4, 33
 
 each = pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from nemotron.model.router import RoutingStats
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.pipeline import Pipeline, sync_copies
 from nemotron.parallel.stages import Stage, cut, shared_parameters, split_stages
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, recompute, tokens
@@ -48,7 +49,7 @@ class Case:
     @property
     def objective(self) -> PretrainObjective:
         config = LossConfig(moe_aux_loss_coeff=0.3, mtp_detach_heads=self.detach)
-        return PretrainObjective(config, 2 if self.build().mtp is not None else 0)
+        return PretrainObjective(Auxiliary(config, 2 if self.build().mtp is not None else 0))
 
     @property
     def depths(self) -> int:

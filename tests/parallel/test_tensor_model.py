@@ -19,6 +19,7 @@ from nemotron.parallel import tensor
 from nemotron.parallel.collectives import Group
 from nemotron.parallel.shards import Shard
 from nemotron.parallel.tensor import PLACEMENTS, Placement, apply_tensor
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, recompute, tokens
@@ -53,7 +54,7 @@ class Case:
         config = LossConfig(
             mtp_loss_factor=0.7, mtp_detach_heads=self.detach, moe_aux_loss_coeff=0.5
         )
-        return PretrainObjective(config, num_depths=2)
+        return PretrainObjective(Auxiliary(config, num_depths=2))
 
     def build(self) -> HybridLM:
         model = build(dtype=self.dtype, **(DIVISIBLE | self.changes))

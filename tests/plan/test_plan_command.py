@@ -109,9 +109,9 @@ def test_a_stated_efficiency_replaces_the_fit(capsys: pytest.CaptureFixture[str]
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--efficiency", "1.5"], "--efficiency 1.5 must lie above 0 and at most at 1."),
-        (["--tokens", "-3"], "--tokens -3 must be a number above 0, for example 25e12."),
-        (["--hardware", "tpu"], "--hardware tpu is unknown; use one of h100, h200, b200"),
+        (["--efficiency", "1.5"], "--efficiency = 1.5 must lie above 0 and at most at 1;"),
+        (["--tokens", "-3"], "--tokens = -3 must be a number above 0, for example 25e12."),
+        (["--hardware", "tpu"], "--hardware = tpu is unknown; use one of h100, h200, b200"),
     ],
 )
 def test_wrong_input_is_one_sentence(

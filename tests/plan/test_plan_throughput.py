@@ -118,7 +118,7 @@ def test_a_format_that_a_system_lacks_runs_as_the_next_wider_one():
 
 def test_every_system_is_found_and_an_unknown_one_named():
     assert set(SYSTEMS) | {"cpu"} == set(NAMES)
-    with pytest.raises(UserError, match="--hardware v100 is unknown; use one of h100, h200"):
+    with pytest.raises(UserError, match="--hardware = v100 is unknown; use one of h100, h200"):
         find_hardware("v100", 8)
 
 

@@ -178,7 +178,7 @@ def test_verdicts_that_changed_are_counted(folder: Path, tmp_path: Path, capsys)
     ):
         path.write_bytes(first.encode() + damaged)
         assert run(["rl", "reverify", str(home)]) == 2
-        assert f"{path}:2 is not a rollout" in capsys.readouterr().err
+        assert f"{path}:2: is not a rollout" in capsys.readouterr().err
     path.write_text(stored)
 
 

@@ -51,6 +51,7 @@ def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
         found[name] = read_model(job.run)[1]
         lines = (job.run / "rollouts" / "step-00000000.jsonl").read_text().splitlines()
         assert any(json.loads(line)["advantage"] for line in lines)
+        assert all(json.loads(line)["experts"] for line in lines)
     for name, weights in found.items():
         for key, tensor in found["one"].items():
             # float32 gradients summed in another order

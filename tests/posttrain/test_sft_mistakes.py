@@ -23,10 +23,10 @@ MISTAKES = {
     ),
     "no such file": (
         {"data": {"sources": [{"name": "a", "path": "/absent.jsonl"}]}},
-        "data.sources: a: /absent.jsonl does not exist",
+        "data.sources: a: /absent.jsonl: does not exist",
     ),
     "plain text": ({"prepared": True}, "is text without turns of an assistant"),
-    "no checkpoint": ({"init_from": "/absent"}, "/absent does not exist"),
+    "no checkpoint": ({"init_from": "/absent"}, "/absent: does not exist"),
     "nothing to begin from": ({"init_from": None}, "init_from is absent"),
     "cut conversations": (
         {"data": {"packing": {"kind": "concatenate"}}},

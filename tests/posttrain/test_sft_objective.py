@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from nemotron.data.batch import NO_LABEL, Row, pack
 from nemotron.model.hybrid import HybridLM
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from tests.support.models import build, tokens
@@ -35,7 +36,7 @@ def test_loss_and_gradient_equal_plain_torch(per_sample: bool) -> None:
     batch = pack(packed, 13, 0, mask_eod_loss=False)
     if batch.loss_weight is not None:
         batch = replace(batch, loss_weight=batch.loss_weight.double())
-    own = PretrainObjective(LossConfig(), num_depths=0, has_routers=False)
+    own = PretrainObjective(Auxiliary(LossConfig(), num_depths=0, has_routers=False))
     sums, _ = compute_sums(own, model, batch)
     loss = own.combine(sums, own.counts(batch))
     model.zero_grad()

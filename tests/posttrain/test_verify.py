@@ -87,10 +87,11 @@ def test_a_verifier_that_hangs_is_killed_and_its_sample_masked():
 
 def test_a_verifier_that_raises_masks_its_sample_and_no_other(verifiers: Verifiers):
     before = verifiers.faults["arith_chain"]
-    rows = [chain(), build_row("arith_chain", "?"), chain("8")]
-    verdicts = verifiers.verify(rows, [Response("7")] * 3, [None] * 3, LIMIT_S)
-    assert [verdict.reward for verdict in verdicts] == [1, 0, 0]
-    assert [verdict.mask for verdict in verdicts] == [False, True, False]
+    rows = [chain()] * 24  # three at once for each process
+    rows[1], rows[2] = build_row("arith_chain", "?"), chain("8")
+    verdicts = verifiers.verify(rows, [Response("7")] * 24, [None] * 24, LIMIT_S)
+    assert [verdict.reward for verdict in verdicts] == [1, 0, 0] + [1] * 21
+    assert [verdict.mask for verdict in verdicts] == [False, True] + [False] * 22
     assert "BadRow: expected_answer is absent" in str(verdicts[1].error)
     assert verifiers.faults["arith_chain"] == before + 1
 

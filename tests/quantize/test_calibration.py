@@ -7,11 +7,19 @@ from torch import Tensor
 from nemotron.data.batch import Batch
 from nemotron.errors import UserError
 from nemotron.model.hybrid import HybridLM
-from nemotron.precision.fixed_scales import round_input, round_weight
+from nemotron.precision.fixed_scales import round_fp8, round_input, round_weight
 from nemotron.precision.policy import kind_of
+from nemotron.precision.scales import StoredFormat
 from nemotron.precision.static import attach, detach, store_weights
 from nemotron.quantize.calibrate import calibrate
-from nemotron.quantize.presets import PRESETS, assign, find_observer, find_preset
+from nemotron.quantize.histogram import Histogram
+from nemotron.quantize.presets import (
+    PRESETS,
+    assign,
+    find_input_observer,
+    find_observer,
+    find_preset,
+)
 from nemotron.quantize.scales import model_scales
 from tests.support.models import build, tokens
 
@@ -237,3 +245,79 @@ def test_a_layer_without_a_finite_input_is_named():
     observed.inputs[f"{LAYER}.0.mixer.in_proj"] = torch.tensor(float("nan"))
     with pytest.raises(UserError, match=r"layers\.0\.mixer\.in_proj saw no finite input"):
         model_scales(model, assign(model, PRESETS["fp8"]), observed)
+
+
+def test_every_expert_may_read_all_tokens():
+    model, name = small(n_group=2, topk_group=1), f"{LAYER}.1.mixer.experts"
+    router = model.get_submodule(f"{LAYER}.1.mixer.gate")
+    with torch.no_grad():
+        router.e_score_correction_bias[5] = -100.0  # nothing reaches it
+        model.get_submodule(name).up_proj[5] *= 50.0  # and it would answer with the largest values
+    few = calibrate(model, batches())
+    all_ = calibrate(model, batches(), every_expert=True)
+    assert torch.equal(few.routed[name], all_.routed[name])
+    assert all_.routed[name][5] == 0
+    assert all_.inputs[f"{name}.down_proj"] > 10 * few.inputs[f"{name}.down_proj"]
+    same = [key for key in few.inputs if not key.startswith(f"{LAYER}.1.mixer.experts")]
+    assert all(few.inputs[key] == all_.inputs[key] for key in same)
+    assert (router.top_k, router.num_groups) == (2, 2)
+    # by hand: the weight of an expert among all of them
+    largest = torch.zeros(())
+    for batch in batches():
+        x = recorded(model, f"{LAYER}.1.mixer", batch.input_ids).flatten(0, 1)
+        latent = model.get_submodule(f"{LAYER}.1.mixer.fc1_latent_proj")(x)
+        scores = (x @ router.weight.T).sigmoid()
+        weights = scores / scores.sum(-1, keepdim=True) * router.scaling
+        hidden = (latent @ model.get_submodule(name).up_proj[5].T).relu().square()
+        largest = torch.maximum(largest, (hidden * weights[:, 5:6]).abs().max())
+    torch.testing.assert_close(all_.inputs[f"{name}.down_proj"], largest.detach())
+
+
+def test_a_histogram_knows_what_few_values_exceed():
+    x = torch.randn(3, 40_000, generator=torch.Generator().manual_seed(0))
+    histogram = Histogram()
+    for part in (*x, torch.zeros(0)):
+        histogram.add(part)
+    assert histogram.counts.sum() == x.numel()
+    assert histogram.largest == x.abs().max()
+    # bins are at most a 64th wide
+    wanted = torch.quantile(x.abs().flatten(), 0.999).item()
+    assert wanted <= histogram.percentile(0.999).item() <= wanted * (1 + 1 / 32)
+    assert histogram.percentile(1.0) == x.abs().max()
+
+
+def test_an_outlier_is_clipped_where_that_lessens_the_error():
+    x = torch.randn(20_000, generator=torch.Generator().manual_seed(0))
+    x[7] = 100.0
+    histogram = Histogram()
+    histogram.add(x)
+    found = histogram.mse()
+
+    def error(amax: float) -> float:
+        return (round_fp8(x, torch.tensor(amax / 448)) - x).double().square().sum().item()
+
+    tried = [100.0 * 2 ** (-k / 64) for k in range(4 * 64)]
+    # the histogram knows values to a 128th
+    assert error(found.item()) <= min(map(error, tried)) * 1.02
+    calm = Histogram()
+    calm.add(torch.linspace(0.5, 1, 100))
+    assert 0.9 < calm.mse() <= 1
+    assert Histogram().mse() == 0
+
+
+def test_scales_follow_the_observer_of_inputs():
+    model, name = small(), f"{LAYER}.0.mixer.in_proj"
+    table: dict[str, StoredFormat] = {name: "fp8", f"{LAYER}.0.mixer.out_proj": "nvfp4"}
+    found = {}
+    for observer in ("max", "percentile", "mse"):
+        observed = calibrate(model, batches(), find_input_observer(observer))
+        found[observer] = model_scales(model, table, observed).linears
+    inputs = torch.cat([recorded(model, name, b.input_ids).flatten() for b in batches()]).abs()
+    scale = {observer: one[name].input_scale.item() * 448 for observer, one in found.items()}
+    assert scale["max"] == pytest.approx(inputs.max().item(), rel=1e-6)
+    assert scale["percentile"] <= scale["max"]
+    assert 0.05 * scale["max"] < scale["mse"] <= scale["max"] * (1 + 1e-6)
+    other = f"{LAYER}.0.mixer.out_proj"  # blocks have scales of their own
+    assert torch.equal(found["mse"][other].input_scale, found["max"][other].input_scale)
+    with pytest.raises(UserError, match="use one of max, percentile, mse"):
+        find_input_observer("entropy")

@@ -93,6 +93,40 @@ def test_the_same_scales_give_the_same_files_in_both_layouts(
 
 
 @pytest.mark.slow
+def test_an_exported_folder_is_quantized_as_its_run_is(
+    trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    export, rounded = tmp_path / "export", tmp_path / "rounded"
+    assert run(["export", str(trained), "--out", str(export), "--no-check"]) == 0
+    assert run(["import", str(export), "--out", str(rounded)]) == 0
+    words = ["--preset", "nvfp4", "--inputs", "percentile", "--every-expert", "--rows", "4"]
+    words += ["--recipe", str(trained)]
+    assert run(["quantize", str(export), *words, "--out", str(tmp_path / "one")]) == 0
+    words += ["--no-check"]
+    assert run(["quantize", str(rounded), *words, "--out", str(tmp_path / "other")]) == 0
+    one, other = tensors_of(tmp_path / "one"), tensors_of(tmp_path / "other")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(other[k].view(-1), v.view(-1)) for k, v in one.items())
+    found = report_of(tmp_path / "one")
+    assert (found["calibration"]["inputs"], found["calibration"]["every_expert"]) == (
+        "percentile",
+        True,
+    )
+    assert found["held_out"]["all"]["error"] > 0
+    # nothing is left of the run that was made for the time being
+    assert {path.name for path in tmp_path.iterdir()} == {"export", "rounded", "one", "other"}
+    for place, more, said in (
+        (export, [], "brings no recipe"),
+        (tmp_path / "one", ["--recipe", str(trained)], "is quantized already"),
+    ):
+        capsys.readouterr()
+        asked = ["quantize", str(place), "--preset", "fp8", *more, "--out", str(tmp_path / "two")]
+        assert run(asked) == 2
+        assert said in capsys.readouterr().err
+        assert not (tmp_path / "two").exists()
+
+
+@pytest.mark.slow
 def test_a_search_writes_its_curve_and_keeps_to_its_bits(trained: Path, tmp_path: Path):
     words = ["quantize", str(trained), *QUICK, "--score-rows", "2"]
     for score in ("fisher", "kl"):
@@ -191,6 +225,9 @@ def test_wrong_input_is_one_sentence_and_writes_nothing(
         ([run_, "--out", str(out), *nvfp4, "--keep", "layer9"], "--keep = layer9 fits no linear"),
         ([run_, "--out", str(out), "--bits", "4", "--rows", "1"], "give at least 4.5"),
         ([run_, "--out", str(out), "--bits", "5", "--score", "magnitude"], "use one of fisher, kl"),
+        ([run_, "--out", str(out), "--bits", "5", "--cost", "price"], "use one of weights, active"),
+        ([run_, "--out", str(out), *nvfp4, "--inputs", "entropy"], "use one of max, percentile"),
+        ([run_, "--out", str(out), "--like", str(foreign), "--every-expert"], "contradict --like"),
         ([run_, "--out", str(out), "--like", str(foreign)], "is not a folder of a quantized model"),
         ([run_, "--out", str(foreign), *nvfp4], "exists already"),
         ([run_, "--out", str(trained / "checkpoints" / "q"), *nvfp4], "inside the checkpoints"),

@@ -54,6 +54,28 @@ def test_the_frontier_is_what_trying_out_every_choice_finds(seed: int):
     assert (np.diff(frontier.losses) < 0).all()
 
 
+def test_a_cost_may_count_the_experts_of_one_token_alone():
+    model = small()
+    every, active = (
+        {g.name: g for g in find_groups(model, cost)} for cost in ("weights", "active")
+    )
+    experts = [name for name in every if name.endswith("experts")]
+    assert experts
+    for name, group in every.items():
+        share = 6 if name in experts else 1  # 2 of 12 experts are chosen
+        assert group.weights == share * active[name].weights
+    # experts are then cheap, so that they are the last to lose bits
+    losses = {"nvfp4": 2.0, "fp8": 1.0}
+    scores = dict.fromkeys(every, losses)
+    found = {
+        cost: search(list(groups.values()), scores, 8.0).groups
+        for cost, groups in (("weights", every), ("active", active))
+    }
+    bits = {"nvfp4": 4.5, "fp8": 8, "bf16": 16}
+    assert all(bits[found["active"][n]] >= bits[found["weights"][n]] for n in experts)
+    assert any(bits[found["active"][n]] > bits[found["weights"][n]] for n in experts)
+
+
 def test_groups_are_what_engines_fuse_and_all_experts_of_a_layer():
     model = small(hidden_size=40)
     groups = {group.name: group for group in find_groups(model)}

@@ -96,9 +96,9 @@ def test_scalars_are_those_of_yaml_1_2(text: str, value: object):
 def test_a_device_or_pipe_is_not_read(name: str, tmp_path: Path):
     os.mkfifo(tmp_path / "fifo")
     path = tmp_path / name
-    assert f"{path} is not a regular file" in refusal(path)
+    assert f"{path}: is not a regular file" in refusal(path)
     (tmp_path / "b.yaml").write_text(f"extends: {SMOKE}\ndata: {{blend: {path}}}\n")
-    assert f"{path} is not a regular file" in refusal(tmp_path / "b.yaml")
+    assert f"{path}: is not a regular file" in refusal(tmp_path / "b.yaml")
     assert threading.active_count() < 20
 
 

@@ -78,7 +78,7 @@ def test_a_copy_keeps_what_is_there(empty: Path, capsys: pytest.CaptureFixture):
     Path("recipes/tiny/model.yaml").write_text("mine\n")
     capsys.readouterr()
     assert run(["recipe", "copy", "tiny/pretrain"]) == 2
-    assert "recipes/tiny/model.yaml exists with other content" in capsys.readouterr().err
+    assert "recipes/tiny/model.yaml: exists with other content" in capsys.readouterr().err
     assert Path("recipes/tiny/model.yaml").read_text() == "mine\n"
     assert not Path("recipes/tiny/pretrain.yaml").exists()
 

@@ -26,21 +26,30 @@ def listing(folder: Path) -> dict[str, bytes | None]:
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["report", "absent"], "absent does not exist; give the folder of a run"),
-        (["report", "empty"], "empty is not the folder of a run; give one that"),
-        (["report", "runs/mine", "runs/mine"], "mine is named twice; give each run once."),
-        (["report", "runs/mine", "--out", "no/x.html"], "--out no/x.html: no is not a folder;"),
-        (["report", "runs/mine", "--out", "empty"], "--out empty is a folder, a link or a device"),
-        (["report", "runs/mine", "--out", "notes"], "--out notes is not a report; it is kept."),
+        (["report", "absent"], "absent: does not exist; give the folder of a run"),
+        (["report", "empty"], "empty: is not the folder of a run; give one that"),
+        (["report", "runs/mine", "runs/mine"], "mine: is named twice; give each run once."),
+        (
+            ["report", "runs/mine", "--out", "no/x.html"],
+            "--out = no/x.html lies in no, which is not a folder;",
+        ),
+        (
+            ["report", "runs/mine", "--out", "empty"],
+            "--out = empty is a folder, a link or a",
+        ),
+        (
+            ["report", "runs/mine", "--out", "notes"],
+            "--out = notes is not a report, so it is",
+        ),
         (
             ["report", "runs/mine", "--every", "0"],
             "'--every': Input should be greater than",
         ),
         (["report", "runs/mine", "--prompt", ""], "prompt 1"),
         (["compare", "runs/mine"], "Missing argument"),
-        (["compare", "runs/mine", "absent"], "absent does not exist"),
-        (["runs", "absent"], "absent is not a folder; give the one that holds your runs."),
-        (["runs", "notes"], "notes is not a folder"),
+        (["compare", "runs/mine", "absent"], "absent: does not exist"),
+        (["runs", "absent"], "absent: is not a folder; give the one that holds your runs."),
+        (["runs", "notes"], "notes: is not a folder"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_writes_nothing(

@@ -199,7 +199,7 @@ def test_damage_is_counted_and_the_rest_is_shown(copy: Copy, capsys: pytest.Capt
     for text in (
         f"4 damaged lines of {metrics} are left out.",
         "provenance.json: id: Field required",
-        "experts.json is damaged",
+        "experts.json: is damaged",
         "recipe.yaml: byte 0 is not UTF-8 text",
         "step-00000009 manifest.json",
     ):

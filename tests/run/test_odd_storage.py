@@ -44,13 +44,13 @@ def test_lock_log_and_metrics_are_files_of_the_folder_or_refused(config, tmp_pat
     for name in ("log.txt", "metrics.jsonl", "metrics.damaged.jsonl"):
         put(name)
     screen = Screen(is_silent=True)
-    with pytest.raises(UserError, match=r"log\.txt is a link, or not a regular file; move it"):
+    with pytest.raises(UserError, match=r"log\.txt: is a link, or not a regular file; move it"):
         screen.open_log(folder / "log.txt")
     screen.close()
-    with pytest.raises(UserError, match=r"metrics\.jsonl is a link"):
+    with pytest.raises(UserError, match=r"metrics\.jsonl: is a link"):
         MetricsFile(folder / "metrics.jsonl", 0)
     (folder / "metrics.jsonl").unlink()
-    with pytest.raises(UserError, match=r"metrics\.damaged\.jsonl is a link"):
+    with pytest.raises(UserError, match=r"metrics\.damaged\.jsonl: is a link"):
         MetricsFile(folder / "metrics.jsonl", 0)
     assert foreign.read_text() == "not ours\n"
 

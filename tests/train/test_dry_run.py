@@ -49,10 +49,10 @@ def test_it_says_what_would_happen_with_memory_and_time(world: Path, capfd):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["data.sources=[nowhere]"], "nowhere.bin does not exist"),
+        (["data.sources=[nowhere]"], "nowhere.bin: does not exist"),
         (
             ["data.tokenizer=none.json"],
-            "none.json does not exist; give the path of a tokenizer.json",
+            "none.json: does not exist; give the path of a tokenizer.json",
         ),
         (["data.eod_token=<end>"], "the tokenizer has no token '<end>'"),
         (["data.max_epochs=0.001"], "passes, where max_epochs = 0.001"),
@@ -88,4 +88,4 @@ def test_the_folder_of_a_run_is_its_recipe_also_when_it_was_moved(world: Path, c
         1, 2, 3, 4, 5, 6,
     ]  # fmt: skip
     assert run(["train", "moved"]) == 2
-    assert "moved is a folder without recipe.yaml; give a recipe" in capfd.readouterr().err
+    assert "moved: is a folder without recipe.yaml; give a recipe" in capfd.readouterr().err

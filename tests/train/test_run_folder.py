@@ -90,6 +90,20 @@ def test_a_resume_with_another_recipe_lists_the_changed_keys(recipe):
     folder.check(STEPS, resume=True, allow_changed=["schedule.peak"])
 
 
+def test_a_key_that_came_after_the_version_of_a_run_is_no_change(recipe):
+    config = pretend_run(recipe)
+    folder = RunFolder(config.run_path, config)
+    values = YAML(typ="safe").load(folder.recipe.read_text())
+    del values["optimizer"]["muon"], values["loss"]["lid_coeff"], values["data"]["packing"]
+    for source in values["data"]["sources"]:
+        del source["language"]
+    YAML().dump(values, folder.recipe)
+    folder.check(STEPS, resume=True)
+    other = recipe(optimizer={"muon": {"momentum": 0.9}, "name": "muon"})
+    with pytest.raises(UserError, match=r"optimizer\.muon\.momentum was 0\.95, is 0\.9"):
+        RunFolder(other.run_path, other).check(STEPS, resume=True)
+
+
 def test_what_changes_no_result_may_change_on_resume(recipe):
     pretend_run(recipe)
     changed = recipe(
@@ -109,7 +123,7 @@ def test_a_folder_that_cannot_be_written_is_found_out_at_the_start(recipe, tmp_p
 
 def test_a_mistake_after_the_checks_leaves_no_folder(recipe):
     config = recipe(init_from="nowhere")
-    with pytest.raises(UserError, match="nowhere does not exist"):
+    with pytest.raises(UserError, match="nowhere: does not exist"):
         train(config)
     assert not (Path(config.output) / config.name).exists()
 

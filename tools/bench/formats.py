@@ -39,6 +39,7 @@ from nemotron.precision.policy import kind_of, linear_layers
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import SCHEMES
 from nemotron.recipe.load import load_recipe
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import Optimizer
 
@@ -127,7 +128,7 @@ def serve(parent: Connection, recipe: str, preset: str, device: str) -> None:
     model.compute_dtype = torch.bfloat16
     quantization = Quantization(model, config.precision, config.seed)
     optimizer = Optimizer(dict(model.named_parameters()), config.optimizer)
-    objective = PretrainObjective(config.loss, num_depths=0)  # the next token alone
+    objective = PretrainObjective(Auxiliary(config.loss, num_depths=0))  # the next token alone
     rows, length = config.batch.micro_batch, config.data.seq_len
     num_micro = config.batch.global_tokens // (rows * length)
     step = 0

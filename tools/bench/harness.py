@@ -1,6 +1,7 @@
 """Compare the adapter for lm-evaluation-harness with its own `hf` backend, on the same tasks.
 
-Usage: python tools/bench/harness.py EXPORT [--questions 40] [--rows 16] [--only TASK]
+Usage: python tools/bench/harness.py EXPORT [--questions 40] [--rows 16] [--slots 64] [--theirs 16]
+       [--only TASK]
 
 Tasks are made of the text that ships with the package. Loading the model is not timed. On a CPU the
 seconds are those of the processor, which other programs do not lengthen. Needs
@@ -79,11 +80,11 @@ def write_tasks(folder: Path, questions: int) -> None:
         (folder / f"{name}.yaml").write_text(json.dumps(common | task))
 
 
-def our_model(export: Path, rows: int, device: str) -> Any:
+def our_model(export: Path, rows: int, slots: int, device: str) -> Any:
     from nemotron.evaluate.harness import HarnessLM
     from nemotron.evaluate.harness_command import read_subject
 
-    return HarnessLM(read_subject(export, device), rows)
+    return HarnessLM(read_subject(export, device), rows, slots)
 
 
 def their_model(export: Path, rows: int, device: str) -> Any:
@@ -117,6 +118,8 @@ def main() -> None:
     parser.add_argument("export", type=Path)
     parser.add_argument("--questions", type=int, default=40)
     parser.add_argument("--rows", type=int, default=16)
+    parser.add_argument("--slots", type=int, default=64)
+    parser.add_argument("--theirs", type=int, default=16, help="texts at a time of the hf backend")
     parser.add_argument("--only", choices=TASKS, action="append", help="repeatable; default: all")
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -126,11 +129,15 @@ def main() -> None:
     name = (
         torch.cuda.get_device_name() if device == "cuda" else f"{torch.get_num_threads()} threads"
     )
-    print(f"{given.export}, {given.questions} questions, {given.rows} texts at a time, {name}")
+    print(f"{given.export}, {given.questions} questions, {name}")
+    print(f"{given.rows} texts and {given.slots} answers at a time, hf {given.theirs}")
     print(f"{'task':<20} {'hf, s':>8} {'ours, s':>8} {'ratio':>6}  largest difference")
     with tempfile.TemporaryDirectory() as folder:
         write_tasks(Path(folder), given.questions)
-        models = [make(given.export, given.rows, device) for make in (their_model, our_model)]
+        models = [
+            their_model(given.export, given.theirs, device),
+            our_model(given.export, given.rows, given.slots, device),
+        ]
         for lm in models:
             timed(lm, "4 letters, 5 shots", Path(folder))  # the first calls are slower
         for task in given.only or TASKS:

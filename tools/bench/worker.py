@@ -23,6 +23,7 @@ from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.forward import append, read
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.ssd import ssd
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig, OptimizerConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import Optimizer
@@ -75,7 +76,7 @@ class Ours:
         labels = torch.full_like(tokens, NO_LABEL)
         labels[:, :-1] = tokens[:, 1:]
         batch = Batch(tokens, labels, seq_idx=None)
-        objective = PretrainObjective(config, num_depths=0)
+        objective = PretrainObjective(Auxiliary(config, num_depths=0))
         sums, _ = compute_sums(objective, self.model, batch)
         return objective.combine(sums, objective.counts(batch))
 

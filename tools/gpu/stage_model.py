@@ -18,6 +18,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import apply
 from nemotron.ops.config import OpsConfig
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 
@@ -91,7 +92,7 @@ def gradients(
     model.init_weights(1)
     model.to(device).compute_dtype = dtype
     objective = PretrainObjective(
-        LossConfig(moe_aux_loss_coeff=1e-2), len(batch.ahead), bool(config.moe_layers)
+        Auxiliary(LossConfig(moe_aux_loss_coeff=1e-2), len(batch.ahead), bool(config.moe_layers))
     )
     with balanced_experts() if balanced else nullcontext():
         sums, _ = compute_sums(objective, model, batch.to(device))

@@ -21,6 +21,7 @@ from nemotron.data.batch import NO_LABEL
 from nemotron.model.config import ModelConfig
 from nemotron.model.flops import training_flops_per_token
 from nemotron.ops.causal_conv1d import causal_conv1d
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 
@@ -123,7 +124,7 @@ def _same_weights(
     batch = random_batch(config, ROWS, tokens_of(stage.tiny), 0)
     batch.labels[:, -1] = NO_LABEL  # transformers gives the last token none
     with torch.no_grad():
-        objective = PretrainObjective(LossConfig(moe_aux_loss_coeff=0.0), num_depths=0)
+        objective = PretrainObjective(Auxiliary(LossConfig(moe_aux_loss_coeff=0.0), num_depths=0))
         sums, _ = compute_sums(objective, ours, batch.to(stage.device))
         loss = objective.combine(sums, objective.counts(batch)).item()
     values: dict[str, Any] = config.model_dump(exclude_none=True)

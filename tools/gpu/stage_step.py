@@ -25,6 +25,7 @@ from nemotron.plan.hardware import find_hardware
 from nemotron.plan.memory import memory
 from nemotron.precision.apply import Quantization
 from nemotron.precision.config import PrecisionConfig
+from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import PretrainConfig
 from nemotron.train.kinds import kinds, parameter_kinds
 from nemotron.train.loss import PretrainObjective, compute_sums
@@ -55,7 +56,7 @@ class Training:
         batches = [random_batch(config.model, ROWS, self.tokens, seed) for seed in range(3)]
         self.batches = [b.pin() if stage.clock.is_gpu else b for b in batches]
         # no batch is looked ahead, so that nothing but the next token is predicted
-        self.objective = PretrainObjective(config.loss, 0, bool(config.model.moe_layers))
+        self.objective = PretrainObjective(Auxiliary(config.loss, 0, bool(config.model.moe_layers)))
         self.counts = self.objective.counts(self.batches[0])
         self.loss = 0.0
 

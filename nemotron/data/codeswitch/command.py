@@ -107,7 +107,8 @@ def _check(mode: str, segment: str, lexicon: str | None) -> None:
         if value not in known:
             raise UserError(f"is unknown; use {' or '.join(known)}.", key=key, value=value)
     if mode == "insert" and lexicon is None:
-        raise UserError("--mode insert needs --lexicon; give a file, or cedict.")
+        rule = "needs --lexicon; give a file, or cedict."
+        raise UserError(rule, key="--mode", value="insert")
 
 
 def _words(lexicon: Lexicon | None, segment: str) -> Words:

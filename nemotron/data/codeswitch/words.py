@@ -86,8 +86,9 @@ def load_lexicon(name: str) -> Lexicon:
     if not translations:
         reasons = ", ".join(f"{count:,} {why}" for why, count in refused.items()) or "it is empty"
         raise UserError(
-            f"{name}: none of its {len(senses):,} words can be used ({reasons}); give words with "
-            f"one translation of up to {MOST_WORDS} words."
+            f"none of its {len(senses):,} words can be used ({reasons}); give words with "
+            f"one translation of up to {MOST_WORDS} words.",
+            where=str(name),
         )
     pieces = frozenset(tuple(split_mixed(word)) for word in senses)
     return Lexicon(translations, pieces, max(map(len, pieces)))
@@ -111,7 +112,7 @@ def _table(path: Path) -> Iterator[tuple[str, Entry]]:
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as that.") from None
+        raise UserError("is not UTF-8 text; save it as that.", where=str(path)) from None
     except OSError as error:
         raise UserError(
             f"cannot be read ({error.strerror}); give a file, or cedict.",
@@ -124,8 +125,9 @@ def _table(path: Path) -> Iterator[tuple[str, Entry]]:
         cells = [cell.strip() for cell in line.split("\t")]
         if len(cells) not in (2, 3) or not cells[0]:
             raise UserError(
-                f"{path}:{number} has {len(cells)} columns; write a word, a tab and its "
-                "translation, and perhaps a tab and its class."
+                f"has {len(cells)} columns; write a word, a tab and its "
+                "translation, and perhaps a tab and its class.",
+                where=f"{path}:{number}",
             )
         senses = tuple(sense.strip() for sense in cells[1].split("/") if sense.strip())
         yield cells[0], Entry(senses, cells[2] if len(cells) == 3 else "n")

@@ -89,8 +89,8 @@ def read_row(shard: Shard, number: int) -> PairRow:
         return row_of(np.split(ids, np.cumsum(lengths)[:-1]))
     except ValueError as error:
         raise UserError(
-            f"{shard.prefix}: document {number} {error}; make pairs with "
-            "`nemotron data pairs --as rows`."
+            f"document {number} {error}; make pairs with `nemotron data pairs --as rows`.",
+            where=str(shard.prefix),
         ) from None
 
 

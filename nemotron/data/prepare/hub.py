@@ -49,7 +49,7 @@ def read_hub(
         except (ValueError, OverflowError, OSError) as error:
             reason = " ".join(str(error).split())[:200]
             raise UserError(
-                f"{source} cannot be read after row {number} of part {start}: {reason}"
+                f"cannot be read after row {number} of part {start}: {reason}", where=source
             ) from None
         return
     for number in range(start, stop):
@@ -82,4 +82,4 @@ def _load(source: str, options: HubOptions) -> Any:  # Any: a Dataset or an Iter
         )
     except Exception as error:  # the library and its readers raise many kinds
         reason = " ".join(str(error).split())[:200]
-        raise UserError(f"{source} cannot be loaded: {reason}") from None
+        raise UserError(f"cannot be loaded: {reason}", where=source) from None

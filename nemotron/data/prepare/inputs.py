@@ -94,7 +94,7 @@ def plan(sources: Sequence[str], options: PrepareOptions, outputs: Sequence[Path
     known: set[str] = set()
     for path in files:
         if (real := os.path.realpath(path)) in known:
-            raise UserError(f"{path} is named twice; name each file once.")
+            raise UserError("is named twice; name each file once.", where=str(path))
         known.add(real)
     target = max(SMALLEST_UNIT, -(-sum(sizes) // MOST_UNITS))
     for path, size in zip(files, sizes, strict=True):
@@ -142,7 +142,7 @@ def open_parquet(path: str) -> Any:  # Any: pyarrow has no types
         return file
     except (OSError, UnicodeDecodeError, pyarrow.ArrowException) as error:
         raise UserError(
-            f"{path} is not a readable parquet file: {' '.join(str(error).split())[:200]}"
+            f"is not a readable parquet file: {' '.join(str(error).split())[:200]}", where=str(path)
         ) from None
 
 
@@ -152,8 +152,9 @@ def _files(source: str, outputs: Sequence[Path]) -> Iterator[str]:
         readable = [str(path) for path in found if kind_of(str(path))]
         if not readable:
             raise UserError(
-                f"{source} contains no file to read ({', '.join(KINDS)}, also with "
-                f"{' or '.join(COMPRESSED)}); name the files one by one to read them as text."
+                f"contains no file to read ({', '.join(KINDS)}, also with "
+                f"{' or '.join(COMPRESSED)}); name the files one by one to read them as text.",
+                where=source,
             )
         yield from readable
         return
@@ -163,8 +164,9 @@ def _files(source: str, outputs: Sequence[Path]) -> Iterator[str]:
     matched = sorted(path for path in glob.glob(source, recursive=True) if os.path.isfile(path))
     if not matched:
         raise UserError(
-            f"{source} does not exist; name files, folders or patterns, or a data set of the hub "
-            f"as {HUB}owner/name."
+            f"does not exist; name files, folders or patterns, or a data set of the hub "
+            f"as {HUB}owner/name.",
+            where=source,
         )
     yield from matched
 
@@ -192,7 +194,7 @@ def _size(path: str) -> int:
         with open(path, "rb"):
             return os.stat(path).st_size
     except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror}.") from None
+        raise UserError(f"cannot be read: {error.strerror}.", where=str(path)) from None
 
 
 def _cut(path: str, size: int, target: int, options: PrepareOptions) -> Iterator[Piece]:
@@ -200,7 +202,7 @@ def _cut(path: str, size: int, target: int, options: PrepareOptions) -> Iterator
     kind = kind_of(path) or "text"
     if kind == "text" and not options.adds_ends:
         what = "conversations" if options.chat else "pairs"
-        raise UserError(f"{path} is text; {what} are read from JSON lines and parquet.")
+        raise UserError(f"is text; {what} are read from JSON lines and parquet.", where=str(path))
     if kind == "parquet":
         groups = open_parquet(path).metadata
         for number in range(groups.num_row_groups):

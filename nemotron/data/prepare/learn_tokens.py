@@ -38,8 +38,9 @@ def learn_tokenizer(
     least = len(SPECIALS) + len(specials) + NUM_BYTES
     if not least <= vocab_size <= MOST_TOKENS:
         raise UserError(
-            f"--vocab-size {vocab_size} must be from {least} ({NUM_BYTES} bytes and the special "
-            f"tokens) to {MOST_TOKENS}."
+            f"must be from {least} ({NUM_BYTES} bytes and the special tokens) to {MOST_TOKENS}.",
+            key="--vocab-size",
+            value=vocab_size,
         )
     check_target(out, overwrite=overwrite)
     options = PrepareOptions(column=column)
@@ -50,12 +51,12 @@ def learn_tokenizer(
         content = train_bpe(texts, vocab_size, specials)
     if not tally.counts["text_bytes"]:
         why = f"; the first bad row: {tally.bad_rows[0]}" if tally.bad_rows else ""
-        raise UserError(f"{', '.join(sources)}: there is no text to learn from{why}.")
+        raise UserError(f"there is no text to learn from{why}.", where=", ".join(sources))
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, content)
     except OSError as error:
-        raise UserError(unwritable(error, out, "nothing was replaced")) from None
+        raise unwritable(error, out, "nothing was replaced") from None
     for line in _describe(Tokenizer(content.encode()), out, vocab_size, tally):
         print_text(line)
     return DONE
@@ -68,16 +69,18 @@ def check_target(out: Path, *, overwrite: bool) -> None:
         UserError: when the file is a folder, or is there and may not be replaced.
     """
     if out.is_dir():
-        raise UserError(f"{out} is a folder; give the file, such as {out / 'tokenizer.json'}.")
+        raise UserError(
+            f"is a folder; give the file, such as {out / 'tokenizer.json'}.", where=str(out)
+        )
     if not out.exists():
         return
     if not overwrite:
-        raise UserError(f"{out} exists already; add --overwrite to replace it.")
+        raise UserError("exists already; add --overwrite to replace it.", where=str(out))
     try:
         Tokenizer(read_regular(out))
     except (ValueError, KeyError, OSError):
         raise UserError(
-            f"{out} is not a tokenizer.json, so it is not replaced; choose another file."
+            "is not a tokenizer.json, so it is not replaced; choose another file.", where=str(out)
         ) from None
 
 

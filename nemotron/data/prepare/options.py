@@ -92,8 +92,10 @@ def parse_filter(text: str) -> Filter:
     match = re.fullmatch(r"\s*([\w.-]+)\s*(==|!=|>=|<=|>|<|~)\s*(.+?)\s*", text)
     if match is None:
         raise UserError(
-            f"--filter {text!r} is not a comparison; write for example 'score >= 0.5', "
-            "'lang == en' or 'url ~ ^https'."
+            "is not a comparison; write for example 'score >= 0.5', 'lang == en' or "
+            "'url ~ ^https'.",
+            key="--filter",
+            value=text,
         )
     column, comparison, value = match.groups()
     try:
@@ -104,5 +106,6 @@ def parse_filter(text: str) -> Filter:
         try:
             re.compile(parsed := value)
         except re.error as error:
-            raise UserError(f"--filter {text!r}: {error}; correct the pattern.") from None
+            rule = f"is not a regular expression: {error}; correct the pattern."
+            raise UserError(rule, key="--filter", value=text) from None
     return Filter(column, comparison, parsed)

@@ -287,7 +287,7 @@ def _damage_named(path: str, file: BinaryIO, read: Callable[[BinaryIO], bytes]) 
         if type(error).__name__ != "ZstdError":
             raise
         reason = _reason(error)
-    raise UserError(f"{path} is damaged: {reason}")
+    raise UserError(f"is damaged: {reason}", where=str(path))
 
 
 def _skip_line(file: BinaryIO) -> None:

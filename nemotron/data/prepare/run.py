@@ -98,8 +98,9 @@ def prepare(
             receipts = _write_units(made, job, workers)
             if not any(receipt.train for receipt in receipts):
                 raise UserError(
-                    f"{', '.join(sources)}: there is no document to train on "
-                    f"({_why_empty(receipts)}); nothing was written."
+                    f"there is no document to train on ({_why_empty(receipts)}); nothing was "
+                    "written.",
+                    where=", ".join(sources),
                 )
             hashed = _hashed_inputs(made)
             _remove_unfinished(folder)  # what an orphan of a killed command began while it died
@@ -107,7 +108,7 @@ def prepare(
             publish(folder, out, COMMAND)
             _remove_work(work)
     except OSError as error:
-        raise UserError(unwritable(error, out, "finished shards are kept")) from None
+        raise unwritable(error, out, "finished shards are kept") from None
     return manifest
 
 
@@ -136,7 +137,9 @@ def _hashed_inputs(made: Plan) -> list[dict[str, Any]]:  # Any: strings and numb
         found.append(facts | {"xxh128": hash_file(Path(path))})
         status = os.stat(path)
         if (status.st_size, status.st_mtime_ns) != (facts["bytes"], stamp):
-            raise UserError(f"{path} was changed while it was read; run the command again.")
+            raise UserError(
+                "was changed while it was read; run the command again.", where=str(path)
+            )
     return found
 
 
@@ -144,19 +147,21 @@ def _finished(out: Path, work: Path, made: Plan, identity: dict[str, Any]) -> Ma
     """Return the manifest of an output that is there and is what would be made."""
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
-        raise UserError(f"{out} exists and is not prepared data; choose another --out.")
+        raise UserError("exists and is not prepared data; choose another --out.", where=str(out))
     known = manifest.model_dump(mode="json")
     hashes = [facts.pop("xxh128", None) for facts in known["inputs"]]
     if any(known[key] != value for key, value in identity.items()):
         raise UserError(
-            f"{out} was prepared from other input or with other options; choose another --out, "
-            "or replace it with --overwrite."
+            "was prepared from other input or with other options; choose another --out, "
+            "or replace it with --overwrite.",
+            where=str(out),
         )
     for facts, before in zip(_hashed_inputs(made), hashes, strict=True):
         if facts.get("xxh128") != before:
             raise UserError(
-                f"{facts['name']} was changed since {out} was prepared from it; choose another "
-                "--out, or replace it with --overwrite."
+                f"was changed since {out} was prepared from it; choose another --out, or replace "
+                "it with --overwrite.",
+                where=facts["name"],
             )
     if work.is_dir():  # a command that was killed at its very end left it
         _adopt(work, WORK_FILE)
@@ -173,12 +178,15 @@ def _workplace(job: PrepareJob, made: Plan, tokenizer: Tokenizer) -> Iterator[No
     path = job.work / "lock"
     with open(open_regular(path, os.O_WRONLY | os.O_CREAT), "a") as lock:
         if not try_lock(lock.fileno(), path):
-            raise UserError(f"{job.work} is in use by another preparation; wait for it to end.")
+            raise UserError(
+                "is in use by another preparation; wait for it to end.", where=str(job.work)
+            )
         if plan_file.exists() and not _holds(plan_file, identity):
             raise UserError(
-                f"{job.folder} was started with other input or options; run the command that "
+                f"was started with other input or options; run the command that "
                 "started "
-                f"it, or remove {job.folder} and {job.work}."
+                f"it, or remove {job.folder} and {job.work}.",
+                where=str(job.folder),
             )
         _adopt(job.folder, SHARD_FILE)
         _remove_unfinished(job.folder)
@@ -205,8 +213,8 @@ def _adopt(folder: Path, pattern: re.Pattern[str]) -> None:
         known = path.name == MARK or path.name == MANIFEST or pattern.fullmatch(path.name)
         if not known or path.is_symlink() or not path.is_file():
             raise UserError(
-                f"{path} is not a file of nemotron {COMMAND}; move it elsewhere, or choose "
-                "another --out."
+                f"is not a file of nemotron {COMMAND}; move it elsewhere, or choose another --out.",
+                where=str(path),
             )
 
 

@@ -52,13 +52,13 @@ def learn_characters(
             rows.refuse(place(), str(error))
     if not counts:
         why = f"; the first bad row: {rows.bad[0]}" if rows.bad else ""
-        raise UserError(f"{', '.join(sources)}: there is no text to learn from{why}.")
+        raise UserError(f"there is no text to learn from{why}.", where=", ".join(sources))
     content = character_tokenizer(counts, vocab_size, special)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         write_text(out, content)
     except OSError as error:
-        raise UserError(unwritable(error, out, "nothing was replaced")) from None
+        raise unwritable(error, out, "nothing was replaced") from None
     size = Tokenizer(content.encode()).vocab_size
     known = size - len(CHARACTER_SPECIALS) - len(special)
     print_text(f"{out}: {known:,} of {len(counts):,} characters, {size:,} ids")

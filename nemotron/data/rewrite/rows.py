@@ -145,7 +145,7 @@ def rewrite(
         if not written:
             first = f"; the first bad one: {rows.bad[0]}" if rows.bad else ""
             raise UserError(
-                f"{', '.join(rows.sources)}: no row could be used{first}; nothing was written."
+                f"no row could be used{first}; nothing was written.", where=", ".join(rows.sources)
             )
     return Written(read, written)
 
@@ -157,11 +157,11 @@ def check_file(out: Path, sources: Iterable[str], *, overwrite: bool) -> None:
         UserError: when it is a folder or an input, or is there and may not be replaced.
     """
     if out.is_dir():
-        raise UserError(f"{out} is a folder; give the name of a file.")
+        raise UserError("is a folder; give the name of a file.", where=str(out))
     if any(os.path.realpath(source) == os.path.realpath(out) for source in sources):
-        raise UserError(f"{out} is an input; choose another file for the output.")
+        raise UserError("is an input; choose another file for the output.", where=str(out))
     if out.exists() and not overwrite:
-        raise UserError(f"{out} exists already; add --overwrite to replace it.")
+        raise UserError("exists already; add --overwrite to replace it.", where=str(out))
 
 
 @contextmanager
@@ -186,7 +186,7 @@ def new_lines(out: Path) -> Iterator[TextIO]:
             finally:
                 part.unlink(missing_ok=True)
     except OSError as error:
-        raise UserError(unwritable(error, out, "nothing was replaced")) from None
+        raise unwritable(error, out, "nothing was replaced") from None
 
 
 def print_bad(rows: Rows) -> None:

@@ -44,7 +44,9 @@ def _read_pairs(path: Path) -> dict[str, Pair]:
         try:
             pair = pair_of(row)
         except ValueError as error:
-            raise UserError(f"{where} {error}; give pairs with candidates and target.") from None
+            raise UserError(
+                f"{error}; give pairs with candidates and target.", where=where
+            ) from None
         _add(pairs, _name(row, number), pair, where)
     return pairs
 
@@ -54,9 +56,13 @@ def _read_answers(path: Path) -> dict[str, Answer]:
     for number, (where, row) in enumerate(_rows(path)):
         text, selected, ms = row.get("answer"), row.get("selected"), row.get("ms")
         if not isinstance(text, str):
-            raise UserError(f"{where} has no answer; give a file that `nemotron correct` wrote.")
+            raise UserError(
+                "has no answer; give a file that `nemotron correct` wrote.", where=where
+            )
         if not isinstance(selected, str | None) or not isinstance(ms, int | float | None):
-            raise UserError(f"{where} has a selected that is not text, or ms that are no number.")
+            raise UserError(
+                "has a selected that is not text, or ms that are not a number.", where=where
+            )
         _add(answers, _name(row, number), Answer(text, selected, ms), where)
     return answers
 
@@ -73,7 +79,9 @@ def _name(row: Row, number: int) -> str:
 
 def _add(found: dict[str, T], name: str, value: T, where: str) -> None:
     if name in found:
-        raise UserError(f"{where} has the id {name}, which an earlier row has; give each its own.")
+        raise UserError(
+            f"has the id {name}, which an earlier row has; give each its own.", where=where
+        )
     found[name] = value
 
 
@@ -84,12 +92,13 @@ def _matched(
         if name not in answers:
             lacking = sum(name not in answers for name in pairs)
             raise UserError(
-                f"{path} has no answer for {lacking:,} of {len(pairs):,} pairs of {references}, "
-                f"such as {name}; correct all of them, or give their references alone."
+                f"has no answer for {lacking:,} of {len(pairs):,} pairs of {references}, "
+                f"such as {name}; correct all of them, or give their references alone.",
+                where=str(path),
             )
     for name in answers:
         if name not in pairs:
-            raise UserError(f"{path} has an answer to {name}, which {references} lacks.")
+            raise UserError(f"has an answer to {name}, which {references} lacks.", where=str(path))
     for name, pair in pairs.items():
         yield pair, answers[name]
 

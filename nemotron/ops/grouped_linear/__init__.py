@@ -1,10 +1,12 @@
 """Matrix products of the routed experts: rows sorted by expert, one matrix each."""
 
+from typing import Any
+
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.grouped_linear import grouped_mm, loop
 from nemotron.ops.registry import Backend, Operation
 
 
@@ -28,8 +30,79 @@ def reference(
     return torch.cat([part @ matrix.T for part, matrix in zip(parts, weight, strict=True)])
 
 
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.groups = groups_of(counts)
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        for expert, rows in ctx.groups:
+            torch.mm(x[rows], weight[expert].T, out=y[rows])
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = torch.empty_like(x)
+            for expert, rows in ctx.groups:
+                torch.mm(grad[rows], weight[expert], out=grad_x[rows])
+        if ctx.needs_input_grad[1]:
+            used = len(ctx.groups) == weight.shape[0]
+            grad_weight = torch.empty_like(weight) if used else torch.zeros_like(weight)
+            for expert, rows in ctx.groups:
+                torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])
+        return grad_x, grad_weight, None
+
+
+def groups_of(counts: Tensor) -> list[tuple[int, slice]]:
+    """Return each expert that has rows, with its rows; waits for the device of the counts."""
+    groups, start = [], 0
+    for expert, count in enumerate(counts.tolist()):
+        if count:
+            groups.append((expert, slice(start, start + count)))
+        start += count
+    return groups
+
+
+def loop(
+    x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
+) -> Float[Tensor, "R N"]:
+    """One product per expert that has rows, written into one output; on CPUs the fastest."""
+    return _GroupedLinear.apply(x, weight, counts)
+
+
+def grouped_mm(
+    x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
+) -> Float[Tensor, "R N"]:
+    """All products in one kernel of torch's, on Hopper and newer.
+
+    Widths must be multiples of 8 (16 bytes in bf16).
+    """
+    ends = counts.cumsum(0, dtype=torch.int32)
+    return F.grouped_mm(x, weight.mT, offs=ends)
+
+
+def _limit(*widths: int) -> str | None:
+    if any(width % 8 for width in widths):
+        return f"takes widths that 8 divides, not {' x '.join(map(str, widths))}"
+    return None
+
+
 grouped_linear = GroupedLinearOp(
-    "grouped_linear", [grouped_mm.backend, loop.backend, Backend("reference", reference)]
+    "grouped_linear",
+    [
+        Backend(
+            "grouped_mm",
+            grouped_mm,
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({torch.bfloat16}),
+            limit=_limit,
+        ),
+        Backend("loop", loop),
+        Backend("reference", reference),
+    ],
 )
 
 

@@ -5,14 +5,14 @@ Both functions describe the same matrix of R rows. `token` says which token each
 begin in it: a token may have any number of copies, and rows of padding are in no list.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.registry import Backend, Operation, lazy
-from nemotron.ops.token_copies import embedding_bag
 
 Direction = Literal["copy", "add"]
 
@@ -50,7 +50,7 @@ def reference(
     token: Int[Tensor, " R"],
     place: Int[Tensor, " copies"],
     starts: Int[Tensor, " M"],
-    direction: Literal["copy", "add"],
+    direction: Direction,
 ) -> Float[Tensor, "after I"]:
     """Return the rows of tokens for `copy`, the tokens' sums of rows for `add`."""
     if direction == "copy":
@@ -60,6 +60,49 @@ def reference(
     number = torch.arange(place.shape[0], device=place.device)
     belongs = (number >= starts[:, None]) & (number < ends[:, None])  # [M, copies]
     return (belongs.to(wide) @ values.to(wide)[place]).to(values.dtype)
+
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Tensor, place: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(place, starts)
+        return x[token]
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _sum(grad, *ctx.saved_tensors), None, None, None
+
+
+class _Add(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, token: Tensor, place: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(token)
+        return _sum(rows, place, starts)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        (token,) = ctx.saved_tensors
+        return grad[token], None, None, None
+
+
+def _sum(rows: Tensor, place: Tensor, starts: Tensor) -> Tensor:
+    # no atomic adds, one rounding, and no intermediate with a row for each copy
+    return F.embedding_bag(place, rows.contiguous(), starts, mode="sum")
+
+
+def embedding_bag(
+    values: Float[Tensor, "before I"],
+    token: Int[Tensor, " R"],
+    place: Int[Tensor, " copies"],
+    starts: Int[Tensor, " M"],
+    direction: Direction,
+) -> Float[Tensor, "after I"]:
+    """Copies by index; sums as bags of an embedding, whose rows torch adds up where they lie.
+
+    Each direction's gradient is the other direction.
+    """
+    function = _Copy if direction == "copy" else _Add
+    return function.apply(values, token, place, starts)
 
 
 token_copies = TokenCopiesOp(
@@ -74,7 +117,7 @@ token_copies = TokenCopiesOp(
             install="comes with torch for CUDA",
             imports=("nemotron.ops.token_copies.triton",),
         ),
-        embedding_bag.backend,
+        Backend("embedding_bag", embedding_bag),
         Backend("reference", reference),
     ],
 )

@@ -115,7 +115,7 @@ def read(path: Path, architecture: str) -> Base:
         first = problem.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the file"
         raise UserError(
-            f"{path}: {where}: {first['msg']}; delete the file, or tune again."
+            f"{where}: {first['msg']}; delete the file, or tune again.", where=str(path)
         ) from None
     if found.architecture != architecture:
         rule, value = f"is not {architecture}; delete the file.", found.architecture

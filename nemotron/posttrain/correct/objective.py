@@ -11,23 +11,15 @@ from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.data.correct.marks import Marks
 from nemotron.model.edit_heads import EditPredictions
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.router import RoutingStats
 from nemotron.posttrain.correct.anti_copy import anti_copy
 from nemotron.posttrain.correct.config import CorrectOptions
 from nemotron.posttrain.correct.layout import ANSWER, DETECT, DURATION, END, RUN, WRONG
 from nemotron.posttrain.correct.span_ctc import span_ctc
-from nemotron.train.auxiliary import Auxiliary, weighted_means
-
-TERMS = {
-    "tag": ("main",),
-    "ctc": ("main",),
-    "soft": ("detect", "span", "keep"),
-    "duration": ("main", "duration", "edit", "candidate"),
-}
+from nemotron.train.auxiliary import Auxiliary, LanguageObjective
 
 
 @dataclass(frozen=True)
-class CorrectObjective:
+class CorrectObjective(LanguageObjective):
     """The terms of one kind of correction, and the balance loss of the routers.
 
     tag: cross entropy at each place. ctc: CTC by token of the targets. soft: the
@@ -41,64 +33,48 @@ class CorrectObjective:
     marks: Marks
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Those of the kind, then those of the auxiliary terms."""
-        return (*TERMS[self.options.kind], *self.auxiliary.names)
-
-    @property
-    def local_names(self) -> frozenset[str]:
-        """Those of the auxiliary terms."""
-        return self.auxiliary.local_names
-
-    def counts(self, batch: Batch) -> Float[Tensor, " terms"]:
-        """Return how many places each term is a sum over."""
-        labels = _count(batch.labels)
-        own = {
-            "tag": lambda: [labels],
-            "ctc": lambda: [_count(batch.extras[ANSWER])],
-            "soft": lambda: [_count(batch.extras[DETECT]), _count(batch.extras[ANSWER]), labels],
-            "duration": lambda: [
-                labels,
-                *(_count(batch.extras[name]) for name in (DURATION, WRONG, END)),
-            ],
-        }[self.options.kind]()
-        return torch.tensor([*own, *self.auxiliary.counts(batch)], dtype=torch.float64)
-
-    def sums(
-        self,
-        model: HybridLM,
-        hidden: Float[Tensor, "B T D"] | None,
-        batch: Batch,
-        routing: list[RoutingStats],
-    ) -> Float[Tensor, " terms"]:
-        """Return sums of nats, and of squared errors."""
-        own = [torch.zeros((), device=batch.labels.device)] * len(TERMS[self.options.kind])
-        if hidden is not None:
-            own = {
-                "tag": lambda: [model.lm_head.loss(hidden, batch.labels)],
-                "ctc": lambda: [self._runs(model, hidden, batch)],
-                "soft": lambda: self._soft(model, hidden, batch),
-                "duration": lambda: self._duration(model, hidden, batch),
-            }[self.options.kind]()
-        return torch.stack([*own, *self.auxiliary.sums(model, hidden, batch, routing)])
-
-    def combine(
-        self, sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"]
-    ) -> Float[Tensor, ""]:
-        """Return the mean of each term, weighted as the recipe says."""
+    def factors(self) -> dict[str, float]:
+        """The terms of the kind; the recipe weighs squared errors and kept slots."""
         options = self.options
-        own = {
-            "tag": [1.0],
-            "ctc": [1.0],
-            "soft": [1.0, 1.0, options.keep_loss],
-            "duration": [
-                1.0,
-                options.duration_coeff,
-                options.edit_coeff,
-                options.candidate_coeff,
-            ],
+        return {
+            "tag": {"main": 1.0},
+            "ctc": {"main": 1.0},
+            "soft": {"detect": 1.0, "span": 1.0, "keep": options.keep_loss},
+            "duration": {
+                "main": 1.0,
+                "duration": options.duration_coeff,
+                "edit": options.edit_coeff,
+                "candidate": options.candidate_coeff,
+            },
         }[options.kind]
-        return weighted_means(sums, counts, [*own, *self.auxiliary.factors])
+
+    def own_counts(self, batch: Batch) -> list[float]:
+        """Return how many places each term is a sum over."""
+        extras: list[str] = {
+            "tag": [],
+            "ctc": [ANSWER],
+            "soft": [DETECT, ANSWER],
+            "duration": [DURATION, WRONG, END],
+        }[self.options.kind]
+        counts = [float(_count(batch.extras[name])) for name in extras]
+        labels = float(_count(batch.labels))
+        return {
+            "tag": [labels],
+            "ctc": counts,
+            "soft": [*counts, labels],
+            "duration": [labels, *counts],
+        }[self.options.kind]
+
+    def own_sums(
+        self, model: HybridLM, hidden: Float[Tensor, "B T D"], batch: Batch
+    ) -> list[Float[Tensor, ""]]:
+        """Return sums of nats, and of squared errors."""
+        if self.options.kind == "tag":
+            return [model.lm_head.loss(hidden, batch.labels)]
+        if self.options.kind == "ctc":
+            return [self._runs(model, hidden, batch)]
+        terms = self._soft if self.options.kind == "soft" else self._duration
+        return terms(model, hidden, batch)
 
     def _runs(self, model: HybridLM, hidden: Tensor, batch: Batch) -> Tensor:
         """Return the CTC of all runs."""

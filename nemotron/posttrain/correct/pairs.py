@@ -74,9 +74,10 @@ def check_candidates(shard: Shard, candidates: int) -> None:
         return
     if (count := read_row(shard, 0).num_candidates) != candidates:
         raise UserError(
-            f"{shard.prefix} has {count} candidates a pair, but model.correction.candidates = "
+            f"has {count} candidates a pair, but model.correction.candidates = "
             f"{candidates}; write candidates: {count}, or make the pairs with --candidates "
-            f"{candidates}."
+            f"{candidates}.",
+            where=str(shard.prefix),
         )
 
 

@@ -48,7 +48,7 @@ class InParallel:
                 [len(tokens) for tokens in self.tokenizer.encode_batch(pair.candidates)]
             )
         except ValueError as error:
-            raise UserError(f"{line.where} {error}.") from None
+            raise UserError(f"{error}.", where=line.where) from None
         scores = [*pair.scores, *[pair.scores[0]] * wanted][:wanted]
         placed = np.zeros(filled.shape)
         for place, own, values in zip(placed, filled, scores, strict=True):

@@ -212,10 +212,11 @@ def read_threshold(run: Path, config: CorrectConfig) -> float:
         return float(parse_json(path.read_text())["threshold"])
     except FileNotFoundError:
         raise UserError(
-            f"{run} has found no threshold, because no pairs were held out; give --threshold."
+            "has found no threshold, because no pairs were held out; give --threshold.",
+            where=str(run),
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path} is damaged; give --threshold.") from None
+        raise UserError("is damaged; give --threshold.", where=str(path)) from None
 
 
 def write_threshold(run: Path, value: float) -> None:

@@ -11,7 +11,7 @@ NOTHING = -1e9
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold, and how well it tells wrong tokens from right ones."""
+    """A threshold, and how well it separates wrong tokens from right ones."""
 
     value: float
     f1: float

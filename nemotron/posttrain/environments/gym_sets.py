@@ -55,8 +55,10 @@ class ReasoningGym(WithoutTools):
             from reasoning_gym import factory
         except ImportError:
             raise UserError(
-                "environments: reasoning_gym needs the package reasoning-gym; "
-                "install it with: pip install 'reasoning-gym>=0.1.25'"
+                "needs the package reasoning-gym; install it with: "
+                "pip install 'reasoning-gym>=0.1.25'",
+                key="environments",
+                value="reasoning_gym",
             ) from None
         self._factory = factory
         if isinstance(datasets, str) or not isinstance(datasets, Sequence) or not datasets:

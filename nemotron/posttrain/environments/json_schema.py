@@ -44,8 +44,9 @@ class JsonSchema:
             import jsonschema
         except ImportError:
             raise UserError(
-                "environments: json_schema needs the package jsonschema; "
-                "install it with: pip install 'jsonschema>=4.26'"
+                "needs the package jsonschema; install it with: pip install 'jsonschema>=4.26'",
+                key="environments",
+                value="json_schema",
             ) from None
         self._jsonschema = jsonschema
 

@@ -52,8 +52,9 @@ class MathSymbolic(WithoutTools):
             import math_verify
         except ImportError:
             raise UserError(
-                "environments: math_symbolic needs the package math-verify; "
-                "install it with: pip install 'math-verify>=0.9'"
+                "needs the package math-verify; install it with: pip install 'math-verify>=0.9'",
+                key="environments",
+                value="math_symbolic",
             ) from None
         # says at each call that its own limit of time is off; ours is the pool's
         logging.getLogger("math_verify").setLevel(logging.ERROR)

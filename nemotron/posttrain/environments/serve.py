@@ -31,8 +31,8 @@ class EnvironmentServer:
             self._server = http.server.ThreadingHTTPServer((host, port), handler)
         except OSError as error:
             raise UserError(
-                f"environments: {host}:{port} cannot be offered: {error.strerror}; "
-                "give another port, or 0 for a free one."
+                f"cannot be listened on: {error.strerror}; give another port, or 0 for a free one.",
+                where=f"environments: {host}:{port}",
             ) from None
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)

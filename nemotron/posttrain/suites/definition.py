@@ -15,7 +15,7 @@ from nemotron.posttrain.environments.registry import ENVIRONMENTS
 LIKELIHOOD = "_likelihood"
 """Ending of the name of an environment whose options are scored, in place of an answer."""
 PERPLEXITY = "perplexity"
-"""The suite that is no set of tasks: the loss on held-out text."""
+"""The suite without tasks: the loss on held-out text."""
 RULER = "ruler"
 
 

@@ -149,7 +149,7 @@ class Suites:
                 )
             self._prompt(row)
         except BadRow as problem:
-            raise UserError(f"a row of {task.name}: {problem}") from None
+            raise UserError(str(problem), where=f"a row of {task.name}") from None
 
     def _prompt(self, row: Row) -> tuple[int, ...]:
         tools = params_of(row).get("tools") or ()

@@ -1,6 +1,7 @@
 """Suites while a model is trained: any stage, with tasks that the model answers now and then."""
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -68,7 +69,8 @@ class WithSuites:
         suites = open_suites(config, tokenizer, _learns_chats(config))
         setup = self._stage.build(config, plan, device, peak_flops, ranks)
         verifiers = suites.verifiers()
-        examination = Examination(setup.trainer, suites, verifiers)
+        folder = RunFiles(config.run_path).suites
+        examination = Examination(setup.trainer, suites, verifiers, folder)
 
         def close() -> None:
             verifiers.close()
@@ -80,10 +82,13 @@ class WithSuites:
 class Examination:
     """Answers the same rows each time, shared over the ranks."""
 
-    def __init__(self, trainer: Trainer, suites: Suites, verifiers: Verifiers) -> None:
+    def __init__(
+        self, trainer: Trainer, suites: Suites, verifiers: Verifiers, folder: Path | None
+    ) -> None:
+        """`folder` gets the answers; None: nobody does."""
         self._trainer, self._suites, self._verifiers = trainer, suites, verifiers
         self._config: SuitesConfig = trainer.config.evaluation.suites
-        self._folder = RunFiles(trainer.config.run_path).suites
+        self._folder = folder
 
     def run(self) -> dict[str, float]:
         """Return the metrics of the present weights; the first rank writes the answers."""
@@ -101,7 +106,7 @@ class Examination:
                 found = [sample for part in parts for sample in part]
                 samples += sorted(found, key=lambda sample: (sample.number, sample.sample))
         trainer.local.drop_gathered()
-        if ranks.is_first:
+        if ranks.is_first and self._folder is not None:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"step-{trainer.state.step:08}.jsonl"
             write_text(path, "".join(sample.as_line() for sample in samples))
@@ -149,6 +154,17 @@ def open_suites(config: RunConfig, tokenizer: Tokenizer, learns_chats: bool) -> 
         if problem.finding.key != "suite":
             raise
         raise UserError.of(dataclasses.replace(problem.finding, key=KEY)) from None
+
+
+def examined(trainer: Trainer, tokenizer: Tokenizer) -> dict[str, float]:
+    """Return the metrics of the suites that a trainer's recipe names, and write nothing.
+
+    Raises:
+        UserError: when one is unknown or cannot run here.
+    """
+    suites = open_suites(trainer.config, tokenizer, _learns_chats(trainer.config))
+    with suites.verifiers() as verifiers:
+        return Examination(trainer, suites, verifiers, None).run()
 
 
 def _learns_chats(config: Any) -> bool:  # Any: the configuration of any stage

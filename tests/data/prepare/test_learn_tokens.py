@@ -54,12 +54,12 @@ def test_the_same_text_gives_the_same_file_and_a_sample_another(text: Path, capf
 
 def test_nothing_foreign_is_replaced_and_mistakes_are_sentences(text: Path, capfd):
     assert learn("verse.jsonl", "--out", "a", "--vocab-size", "100") == 2
-    assert "--vocab-size 100 must be from 288" in capfd.readouterr().err
+    assert "--vocab-size = 100 must be from 288" in capfd.readouterr().err
     Path("mine.txt").write_text("a diary")
     size = ["--vocab-size", "300"]
     assert learn("verse.jsonl", "--out", "mine.txt", *size) == 2
     assert learn("verse.jsonl", "--out", "mine.txt", *size, "--overwrite") == 2
-    assert "mine.txt is not a tokenizer.json, so it is not replaced" in capfd.readouterr().err
+    assert "mine.txt: is not a tokenizer.json, so it is not replaced" in capfd.readouterr().err
     assert Path("mine.txt").read_text() == "a diary"
     assert learn("verse.jsonl", "--out", "a", *size) == 0
     assert learn("verse.jsonl", "--out", "a", *size) == 2

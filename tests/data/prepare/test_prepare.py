@@ -175,7 +175,7 @@ def test_a_preparation_begun_with_other_options_is_not_mixed_with_this_one(
     assert "bad.jsonl:2 has no column text (its columns: none)" in capsys.readouterr().err
     assert (world / "mixed.work").exists()
     assert run([*arguments, "--hold-out", "0.5"]) == 2
-    assert "mixed.partial was started with other input or options" in capsys.readouterr().err
+    assert "mixed.partial: was started with other input or options" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -238,16 +238,16 @@ def test_an_interrupt_ends_every_process_without_a_traceback(world: Path, seen: 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["nowhere"], "nowhere does not exist; name files, folders or patterns"),
+        (["nowhere"], "nowhere: does not exist; name files, folders or patterns"),
         (["empty.jsonl"], "there is no document to train on"),
         (["blank.txt"], "there is no document to train on (rows 1, empty 1)"),
         (["in", "--column", "body"], "has no column body (its columns: text, number)"),
         (["in", "--tokenizer", "none.json"], "--tokenizer = "),
         (["in", "--eod-token", "<end>"], "has no token '<end>'"),
-        (["in", "--filter", "number"], "--filter 'number' is not a comparison"),
+        (["in", "--filter", "number"], "--filter = number is not a comparison"),
         (["in/a.jsonl", "--filter", "number < 0"], "there is no document to train on"),
-        (["hf://nobody/nothing"], "hf://nobody/nothing cannot be loaded"),
-        (["in/c.txt", "--chat"], "c.txt is text; conversations are read from"),
+        (["hf://nobody/nothing"], "hf://nobody/nothing: cannot be loaded"),
+        (["in/c.txt", "--chat"], "c.txt: is text; conversations are read from"),
     ],
 )
 def test_a_mistake_leaves_nothing_behind(
@@ -315,17 +315,21 @@ def tree(folder: Path) -> dict[str, bytes]:
 @pytest.mark.parametrize(
     ("sources", "out", "sentence"),
     [
-        (["d"], "d", "a.jsonl is an input and lies in d"),
-        (["d/deep"], "d", "b.jsonl is an input and lies in d"),
-        (["d/*.jsonl"], "d", "a.jsonl is an input and lies in d"),
-        (["linked"], "d", "a.jsonl is an input and lies in d"),
-        (["d"], "linked", "a.jsonl is an input and lies in linked"),
-        (["d/a.jsonl"], ".", "a.jsonl is an input and lies in /"),
-        (["d/a.jsonl", "--tokenizer", "keep/tokenizer.json"], "keep", "tokenizer.json is an input"),
-        (["d"], "other", "other has no .nemotron.json of nemotron data prepare"),
-        (["d"], "half", "half.partial was not left by an earlier data prepare"),
-        (["d"], "work", "work.work was not left by an earlier data prepare"),
-        (["half.partial"], "half", "c.txt is an input and lies in half.partial"),
+        (["d"], "d", "a.jsonl: is an input and lies in d"),
+        (["d/deep"], "d", "b.jsonl: is an input and lies in d"),
+        (["d/*.jsonl"], "d", "a.jsonl: is an input and lies in d"),
+        (["linked"], "d", "a.jsonl: is an input and lies in d"),
+        (["d"], "linked", "a.jsonl: is an input and lies in linked"),
+        (["d/a.jsonl"], ".", "a.jsonl: is an input and lies in /"),
+        (
+            ["d/a.jsonl", "--tokenizer", "keep/tokenizer.json"],
+            "keep",
+            "tokenizer.json: is an input",
+        ),
+        (["d"], "other", "other: has no .nemotron.json of nemotron data prepare"),
+        (["d"], "half", "half.partial: was not left by an earlier data prepare"),
+        (["d"], "work", "work.work: was not left by an earlier data prepare"),
+        (["half.partial"], "half", "c.txt: is an input and lies in half.partial"),
     ],
 )
 def test_overwriting_deletes_nothing_that_the_command_did_not_write(
@@ -363,7 +367,7 @@ def test_an_output_inside_its_source_is_never_read_and_replaced_only_while_all_i
     assert sorted(os.listdir("d")) == [".ipynb_checkpoints", "a.jsonl", "out"]
     Path("d/out/notes.txt").write_text("mine")
     assert run([*arguments, "--overwrite"]) == 2
-    assert "d/out/notes.txt is not of nemotron data prepare" in capsys.readouterr().err
+    assert "d/out/notes.txt: is not of nemotron data prepare" in capsys.readouterr().err
     assert Path("d/out/notes.txt").read_text() == "mine"
 
 
@@ -540,6 +544,6 @@ def test_an_output_is_not_used_again_when_a_source_has_changed_at_equal_size(
     Path("a.jsonl").write_text('{"text": "other"}\n')
     os.utime("a.jsonl", ns=(stamp, stamp))
     assert run(arguments) == 2
-    assert "a.jsonl was changed since out was prepared from it" in capsys.readouterr().err
+    assert "a.jsonl: was changed since out was prepared from it" in capsys.readouterr().err
     assert run([*arguments, "--overwrite"]) == 0
     assert texts_of(Path("out"), "train") == ["other"]

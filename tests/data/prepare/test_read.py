@@ -143,7 +143,7 @@ def test_a_compressed_file_that_was_cut_is_refused_wherever_it_was(tmp_path: Pat
     boundary = len(zstandard.compress(LINES[:3000])) if ending == "zst" else 0
     for stop in (len(whole) // 3, len(whole) // 2, len(whole) - 1, boundary + 2):
         path.write_bytes(whole[:stop])
-        with pytest.raises(UserError, match=f"a.jsonl.{ending} is damaged: .*end"):
+        with pytest.raises(UserError, match=f"a.jsonl.{ending}: is damaged: .*end"):
             read_all([str(path)])
 
 
@@ -161,10 +161,10 @@ def test_damaged_files_are_named(tmp_path: Path):
     with pytest.raises(UserError, match=r"c\.parquet: row group 1 \(rows 100 on\) cannot be read"):
         read_all([str(tmp_path / "c.parquet")])
     (tmp_path / "d.parquet").write_bytes(b"PAR1 nothing PAR1")
-    with pytest.raises(UserError, match=r"d\.parquet is not a readable parquet file"):
+    with pytest.raises(UserError, match=r"d\.parquet: is not a readable parquet file"):
         plan([str(tmp_path / "d.parquet")], OPTIONS)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(LINES)[:-300])
-    with pytest.raises(UserError, match=r"a\.jsonl\.gz is damaged"):
+    with pytest.raises(UserError, match=r"a\.jsonl\.gz: is damaged"):
         read_all([str(tmp_path / "a.jsonl.gz")])
 
 
@@ -180,7 +180,7 @@ def test_sources_that_hold_nothing_are_refused(tmp_path: Path):
 
 def test_a_file_that_is_named_twice_is_refused(tmp_path: Path):
     (tmp_path / "a.txt").write_text("Once.")
-    with pytest.raises(UserError, match=r"a\.txt is named twice; name each file once"):
+    with pytest.raises(UserError, match=r"a\.txt: is named twice; name each file once"):
         plan([str(tmp_path), str(tmp_path / "a*")], OPTIONS)
 
 

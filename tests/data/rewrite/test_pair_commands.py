@@ -300,7 +300,7 @@ def test_answers_are_scored_by_their_ids(tmp_path: Path, capsys: pytest.CaptureF
         ([{"id": "1", "answer": "a"}], "has no answer for 1 of 2 pairs"),
         ([{"id": "1", "answer": "a"}] * 2, "has the id 1, which an earlier row has"),
         ([{"id": n, "answer": "a"} for n in "123"], "has an answer to 3, which"),
-        ([{"id": "1"}], "fixed.jsonl:1 has no answer"),
+        ([{"id": "1"}], "fixed.jsonl:1: has no answer"),
     ],
 )
 def test_answers_that_do_not_fit_their_references_are_refused(

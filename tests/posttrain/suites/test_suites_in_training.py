@@ -12,6 +12,7 @@ from nemotron.evaluate.model import Asking, Evaluated
 from nemotron.evaluate.suites import Plan, run_suites
 from nemotron.posttrain.suites.suites import SuiteSettings
 from nemotron.recipe.load import load_recipe
+from nemotron.session import Session
 from tests.support.fine_tuning import Workplace, write_recipe
 from tests.support.job import Job
 
@@ -73,6 +74,21 @@ def test_training_is_the_same_to_the_bit_and_metrics_are_those_of_the_answers(
             own = [line["verdict"]["reward"] for line in lines if line["task"] == key]
             reward = record[f"suites/{key.replace('@', '-')}/reward"]
             assert reward == pytest.approx(sum(own) / 5)
+
+
+@pytest.mark.slow
+def test_a_session_answers_as_the_run_does(workplace: Workplace, whole: Path):
+    session = Session(workplace.folder / "whole.yaml")
+    before = sorted(whole.rglob("*"))
+    for _ in session.steps():
+        pass
+    found = session.evaluate()
+    assert sorted(whole.rglob("*")) == before
+    [*_, last] = records(whole, "suites")
+    wanted = {key: value for key, value in last.items() if key.startswith("suites/")}
+    assert wanted
+    assert {key: found[key] for key in wanted} == wanted
+    assert found["validation/loss"] == records(whole, "validation")[-1]["validation/loss"]
 
 
 @pytest.mark.slow
