@@ -29,16 +29,63 @@ def rl_chats(
     count: Annotated[int, typer.Option(min=1, help="Conversations of each environment.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the tasks.")] = 1,
     thinking: Annotated[bool, typer.Option(help="Write the reasoning, too.")] = True,
+    text: Annotated[
+        bool,
+        typer.Option("--text", help="Write prompt and answer as one text, for pre-training."),
+    ] = False,
+    mistakes: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of answers that earn nothing.")
+    ] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
 ) -> int:
-    """Write conversations in which tasks are answered rightly, as data for fine-tuning."""
+    """Write conversations in which tasks are answered, as data for fine-tuning."""
     from nemotron.exit_codes import DONE
-    from nemotron.posttrain.demonstrations import TaskSet, check_file, write_chats
+    from nemotron.posttrain.demonstrations import Manner, TaskSet, check_file, write_chats
 
     sets = [TaskSet.read(text) for text in tasks]
     check_file(out, overwrite=overwrite)
-    written = write_chats(sets, out, count=count, seed=seed, thinking=thinking)
-    print(f"{written} conversations in {out}")
+    manner = Manner(thinking=thinking, is_text=text, mistakes=mistakes)
+    written = write_chats(sets, out, count=count, seed=seed, manner=manner)
+    print(f"{written} {'texts' if text else 'conversations'} in {out}")
+    return DONE
+
+
+@app.command(
+    "pivots",
+    epilog="Example: nemotron rl pivots pivot.yaml chats.jsonl --model runs/sft --out pivots.jsonl",
+)
+def rl_pivots(
+    recipe: RecipeFile,
+    trajectories: Annotated[
+        Path, typer.Argument(help="Conversations with tools, as JSON lines.", metavar="FILE")
+    ],
+    out: Annotated[Path, typer.Option(help="File of rows to write.")],
+    overrides: Overrides = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="Run, checkpoint or export; default: what init_from names."),
+    ] = None,
+    samples: Annotated[int, typer.Option(min=2, help="Answers to each turn.")] = 8,
+    max_reward: Annotated[
+        float, typer.Option(min=0, max=1, help="Largest mean reward of a pivot.")
+    ] = 1.0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+) -> int:
+    """Find turns of expert trajectories at which a model is sometimes right (PivotRL)."""
+    from nemotron.errors import UserError
+    from nemotron.exit_codes import DONE
+    from nemotron.posttrain.demonstrations import check_file
+    from nemotron.posttrain.pivots import write_pivots
+
+    config = _rl_config(recipe, overrides or [])
+    check_file(out, overwrite=overwrite)
+    place = model or config.init_from
+    if place is None:
+        raise UserError("no model is named; give --model, or init_from in the recipe.")
+    found = write_pivots(
+        _load(place, config), config, trajectories, out, samples=samples, max_reward=max_reward
+    )
+    print(f"{found}, in {out}")
     return DONE
 
 

@@ -64,6 +64,8 @@ class RolloutBatches:
         """Number of the rollout batch at hand."""
         self._rollouts: list[Rollout] = []
         self._metrics: dict[str, float] = {}
+        self._seconds: dict[str, float] = {}
+        """What the rollout batch at hand took; of the step that began with it."""
 
     def take(self, step: int) -> Batch:
         """Return this rank's rows of a step; first of all let the policy write them, if due."""
@@ -129,8 +131,12 @@ class RolloutBatches:
         return found
 
     def metrics(self, step: int) -> dict[str, float]:
-        """Return the figures of the rollout batch at hand."""
-        return self._metrics
+        """Return the figures of the rollout batch of the last of so many steps.
+
+        Its seconds stand beside them only if that step began with it.
+        """
+        begins = (step - 1) % self._config.rollout.updates_per_step == 0
+        return self._metrics | (self._seconds if begins else {})
 
     def evaluate(self) -> dict[str, float]:
         """Return the mean reward of the likeliest answers to held-out tasks, by environment."""
@@ -166,7 +172,12 @@ class RolloutBatches:
         score_s = time.perf_counter() - start
         self._number = number
         self._metrics = batch_metrics(self._rollouts, config) | differences.metrics()
-        self._metrics |= {"rl/rollout_s": rollout_s, "rl/score_s": score_s}
+        verify_s = self._sampler.verify_s
+        self._seconds = {
+            "rl/rollout_s": rollout_s - verify_s,
+            "rl/verify_s": verify_s,
+            "rl/score_s": score_s,
+        }
         if ranks.is_first:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"step-{step:08}.jsonl"

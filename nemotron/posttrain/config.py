@@ -139,6 +139,9 @@ class RolloutConfig(Section):
     """Longest time for one answer; a verifier that takes longer is stopped, its answer left out."""
     evaluation_tasks: int = Field(64, gt=0)
     """Prompts of each evaluation, answered once without randomness."""
+    held_out_fraction: float = Field(0.0, ge=0, lt=1)
+    """Share of the tasks that only evaluations ask; a hash of the prompt decides on each. 0:
+    evaluations draw tasks anew, some of which training may have asked where there are few."""
 
     @model_validator(mode="after")
     def _check(self) -> "RolloutConfig":
@@ -168,6 +171,8 @@ class RlConfig(RunConfig):
     """Loss of the answers."""
     loss: FurtherLossConfig = FurtherLossConfig(moe_aux_loss_coeff=0.0, mtp_detach_heads=True)
     """Weights of the other terms."""
+    tune: TuneConfig = TuneConfig()
+    """Which parameters are trained."""
 
     @property
     def num_depths(self) -> int:
@@ -176,8 +181,8 @@ class RlConfig(RunConfig):
 
     @property
     def tuning(self) -> TuneConfig:
-        """Which parameters are trained: all, but not a prediction block that is not unrolled."""
-        return further_tuning(self, self.num_depths, TuneConfig())
+        """What `tune` says; a block for prediction further ahead that is not unrolled is frozen."""
+        return further_tuning(self, self.num_depths, self.tune)
 
     @property
     def rows_per_update(self) -> float:

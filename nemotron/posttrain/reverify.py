@@ -2,41 +2,19 @@
 
 import dataclasses
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 
 from nemotron.errors import UserError
-from nemotron.exit_codes import DONE, FAILED
-from nemotron.files import open_regular, parse_json, write_text
+from nemotron.files import NO_FILE_OF_OURS, open_regular, parse_json, write_text
 from nemotron.posttrain.config import RlConfig
-from nemotron.posttrain.environments.base import Verdict, environment_of
+from nemotron.posttrain.environments.base import environment_of
+from nemotron.posttrain.recount import Count, print_counts
 from nemotron.posttrain.rollout import Rollout, rollout_lines
 from nemotron.posttrain.tasks import Tasks
 from nemotron.posttrain.verify import Verifiers
 from nemotron.run.files import RunFiles
-
-
-@dataclass
-class Count:
-    """Answers that are judged again, of one environment or task."""
-
-    judged: int = 0
-    changed: int = 0
-    """Those with another reward than is stored, or with a fault now or then alone."""
-    faults: int = 0
-    before: float = 0.0
-    after: float = 0.0
-    """Sums of rewards."""
-
-    def add(self, first: Verdict, second: Verdict) -> None:
-        """Count a verdict as it is stored, and as it is now."""
-        self.judged += 1
-        self.faults += second.error is not None
-        had, has = first.error is not None, second.error is not None
-        self.changed += had != has or (not has and first.reward != second.reward)
-        self.before += first.reward
-        self.after += second.reward
 
 
 def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
@@ -73,23 +51,13 @@ def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
     return print_counts(counts, "rollouts")
 
 
-def print_counts(counts: Mapping[str, Count], what: str) -> int:
-    """Print what changed; returns exit code 1 if a verdict did, else 0."""
-    for name, count in counts.items():
-        print(
-            f"{name:<16} {count.judged} {what}  {count.changed} changed  {count.faults} faults  "
-            f"mean reward {count.before / count.judged:.4f} -> {count.after / count.judged:.4f}"
-        )
-    return FAILED if any(count.changed for count in counts.values()) else DONE
-
-
 def read_rollouts(path: Path) -> Iterator[Rollout]:
     """Yield the rollouts of a file.
 
     Raises:
         UserError: with the line that is not a rollout.
     """
-    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 rollout = Rollout.of_json(parse_json(line))
@@ -100,6 +68,16 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
                     where=f"{path}:{number}",
                 ) from None
             yield rollout
+
+
+def _open(path: Path) -> BinaryIO:
+    try:
+        return os.fdopen(open_regular(path, os.O_RDONLY), "rb")
+    except OSError as error:
+        if error.errno not in NO_FILE_OF_OURS:
+            raise
+        rule = f"cannot be read: {error.strerror}; restore the file, or remove it."
+        raise UserError(rule, where=str(path)) from None
 
 
 def _judge(rollouts: Sequence[Rollout], verifiers: Verifiers, timeout_s: float) -> list[Rollout]:

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -95,6 +96,8 @@ class Sampler:
         self._config, self._prompts, self.verifiers = config.rollout, tasks.prompts, verifiers
         self._how = answering(config.rollout, tasks)
         self._experts = Experts.of(config)
+        self.verify_s = 0.0
+        """Seconds in which the answers of the last batch were judged."""
 
     def answerer(self, model: HybridLM) -> Answerer:
         """Return what answers with the weights that the model has now."""
@@ -131,7 +134,9 @@ class Sampler:
         rows = [task.row for _, task in tasks]
         states = [None] * len(rows)
         timeout_s = self._config.verify_timeout_s
+        start = time.perf_counter()
         verdicts = self.verifiers.verify(rows, responses, states, timeout_s)
+        self.verify_s = time.perf_counter() - start
         return [
             Rollout(
                 task=task,

@@ -17,6 +17,7 @@ from nemotron.posttrain.environments.base import (
     params_of,
 )
 from nemotron.posttrain.environments.registry import find_environment
+from nemotron.posttrain.holding_out import draw_rows
 from nemotron.posttrain.prompts import Prompts
 from nemotron.posttrain.suites.examine import Item
 
@@ -90,20 +91,23 @@ class Tasks:
             UserError: when a prompt does not leave room for an answer.
         """
         count = self._rollout.num_prompts_per_step
-        return self._draw(count, random.Random(f"{self._config.seed} rollout {number}"))
+        rng = random.Random(f"{self._config.seed} rollout {number}")
+        return self._draw(count, rng, held=False)
 
     def held_out(self) -> list[Task]:
         """Return the tasks of every evaluation."""
         count = self._rollout.evaluation_tasks
-        return self._draw(count, random.Random(f"{self._config.seed} evaluation"))
+        return self._draw(count, random.Random(f"{self._config.seed} evaluation"), held=True)
 
-    def _draw(self, count: int, rng: random.Random) -> list[Task]:
+    def _draw(self, count: int, rng: random.Random, *, held: bool) -> list[Task]:
         entries = self._rollout.environments
         names = rng.choices(range(len(entries)), [entry.weight for entry in entries], k=count)
         rows = {}
         for index, needed in Counter(names).items():
             entry, seed = entries[index], rng.getrandbits(48)
-            rows[index] = self.environments[entry.name].rows(needed, seed, entry.level)
+            environment = self.environments[entry.name]
+            fraction = self._rollout.held_out_fraction
+            rows[index] = draw_rows(environment, needed, seed, entry.level, fraction, held=held)
         return [self._task(entries[index].name, next(rows[index])) for index in names]
 
     def _task(self, name: str, row: Row) -> Task:

@@ -6,6 +6,7 @@ from nemotron.divisors import divisors, nearest
 from nemotron.errors import Finding
 from nemotron.posttrain.config import RlConfig
 from nemotron.recipe.read import Idle
+from nemotron.recipe.sft import unknown_parts
 
 
 def impossible(config: RlConfig) -> Iterator[Finding]:
@@ -69,6 +70,11 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
             "replays the choices of routers, but with model.language_experts a gate makes them; "
             "use false.",
             rollout.router_replay,
+        )
+    yield from unknown_parts(config.model, config.tune)
+    if config.tune.adapter is not None:
+        yield Finding(
+            "tune.adapter", "is not rolled out yet; leave it out, or fine-tune with stage: sft."
         )
     if config.precision.quantizes:
         yield Finding(

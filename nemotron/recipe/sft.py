@@ -3,10 +3,12 @@
 from collections.abc import Iterator
 
 from nemotron.errors import Finding
+from nemotron.model.config import ModelConfig
 from nemotron.model.parameters import by_kind
 from nemotron.posttrain.sft_config import ChatRunConfig, SftConfig, TunedConfig
 from nemotron.recipe import pretrain
 from nemotron.recipe.read import Idle
+from nemotron.train.config import TuneConfig
 
 
 def impossible(config: SftConfig) -> Iterator[Finding]:
@@ -33,12 +35,8 @@ def impossible_chats(config: TunedConfig) -> Iterator[Finding]:
 
 def untunable(config: TunedConfig) -> Iterator[Finding]:
     """Yield what cannot be frozen."""
+    yield from unknown_parts(config.model, config.tune)
     has = by_kind(config.model)
-    for part in config.tune.freeze:
-        if part not in has:
-            yield Finding(
-                "tune.freeze", f"is not a part of this model; it has {', '.join(has)}.", part
-            )
     is_partial = config.tuning.freeze and config.tune.adapter is None
     if is_partial and config.parallel.pp != 1:
         yield Finding(
@@ -48,6 +46,16 @@ def untunable(config: TunedConfig) -> Iterator[Finding]:
         yield from _unadaptable(config)
     if set(has) <= set(config.tuning.freeze):
         yield Finding("tune.freeze", "leaves nothing to train; remove a part of the list.")
+
+
+def unknown_parts(model: ModelConfig, tune: TuneConfig) -> Iterator[Finding]:
+    """Yield frozen parts that a model does not have."""
+    has = by_kind(model)
+    for part in tune.freeze:
+        if part not in has:
+            yield Finding(
+                "tune.freeze", f"is not a part of this model; it has {', '.join(has)}.", part
+            )
 
 
 def _unadaptable(config: TunedConfig) -> Iterator[Finding]:

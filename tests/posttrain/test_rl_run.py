@@ -82,6 +82,23 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path: Path, updates:
         assert torch.equal(found[name], tensor), name
 
 
+@pytest.mark.slow
+def test_a_prediction_block_that_is_not_unrolled_stays(recipe, tmp_path: Path) -> None:
+    path = recipe("still", rollout=arithmetic(), loss={"mtp_num_depths": 0})
+    assert run(["train", str(path), "--stop-at", "1"]) == 75
+    first = weights(tmp_path / "runs" / "still")
+    assert run(["train", str(path), "--resume"]) == 0
+    last = weights(tmp_path / "runs" / "still")
+    changed = {
+        name.startswith("mtp.") for name in first if not torch.equal(first[name], last[name])
+    }
+    assert changed == {False}
+    assert any(name.startswith("mtp.") for name in first)
+    assert not any(
+        key.startswith("loss/mtp") for key in metrics(tmp_path / "runs" / "still", "train")[-1]
+    )
+
+
 def test_several_environments_share_the_prompts(recipe, tmp_path: Path, capsys) -> None:
     path = recipe("two", data={"seq_len": 255}, batch={"global_tokens": 12 * 255})
     assert run(["train", str(path), "--stop-at", "2"]) == 75

@@ -23,6 +23,11 @@ from nemotron.posttrain.environments.base import (
 NUMBER = re.compile(r"[-+]?\d+(?:/[1-9]\d*)?")
 """An integer or a fraction, without spaces."""
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
+WORDY = 0.9
+"""Share of mistakes that have the right value, in a form that is not read as a number."""
+WORDS = ("about {}", "it is {}", "{} or so", "{}?")
+ERRORS = (-3, -2, -1, 1, 2, 3)
+"""By how much the other mistakes are wrong."""
 MAX_LENGTH = 64
 """Characters of the longest answer that is read as a number."""
 
@@ -60,6 +65,15 @@ class ArithChain(WithoutTools):
         """Return the value; the reasoning computes it in steps, products first."""
         question = str(find_field(row, "question"))
         return Response(str(find_field(row, "expected_answer")), "\n".join(_steps(question)))
+
+    def mistake(self, row: Row, rng: random.Random) -> Response:
+        """Return what earns nothing: mostly the value in words around it, else a wrong one."""
+        right = self.demonstrate(row)
+        if rng.random() < WORDY:
+            return Response(rng.choice(WORDS).format(right.text), right.reasoning)
+        wrong = str(int(right.text) + rng.choice(ERRORS))
+        steps, _, _ = right.reasoning.rpartition("=")
+        return Response(wrong, f"{steps}={wrong}" if steps else "")
 
     def verify(self, row: Row, response: Response, state: Any) -> Verdict:
         """Reward 1 if the answer equals the expected one as a number, else 0."""

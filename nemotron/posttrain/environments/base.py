@@ -216,15 +216,33 @@ def messages_of(row: Row) -> list[dict[str, Any]]:
         return [{"role": "user", "content": given}]
     if not isinstance(given, list) or not given:
         raise BadRow("responses_create_params.input is empty; give a text or a list of messages")
-    messages = []
+    messages: list[dict[str, Any]] = []
     for number, item in enumerate(given):
+        where = f"responses_create_params.input.{number}"
+        if isinstance(item, dict) and item.get("type") == "function_call":
+            _add_call(messages, item, where)
+            continue
+        if isinstance(item, dict) and item.get("type") == "function_call_output":
+            messages.append({"role": "tool", "content": _text(item.get("output"))})
+            continue
         if not isinstance(item, dict) or "role" not in item or "content" not in item:
-            raise BadRow(f"responses_create_params.input.{number} lacks role or content")
+            raise BadRow(f"{where} lacks role or content")
         role = "system" if item["role"] == "developer" else item["role"]
         if not isinstance(role, str):
-            raise BadRow(f"responses_create_params.input.{number}.role is not a text")
+            raise BadRow(f"{where}.role is not a text")
         messages.append({"role": role, "content": _text(item["content"])})
     return messages
+
+
+def _add_call(messages: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
+    """Add a call to the assistant's message before it, or to one of its own."""
+    name, arguments = item.get("name"), item.get("arguments")
+    if not isinstance(name, str) or not isinstance(arguments, str):
+        raise BadRow(f"{where} lacks name or arguments; give both as texts")
+    call = {"type": "function", "function": {"name": name, "arguments": arguments}}
+    if not messages or messages[-1]["role"] != "assistant":
+        messages.append({"role": "assistant", "content": ""})
+    messages[-1].setdefault("tool_calls", []).append(call)
 
 
 def _text(content: Any) -> str:

@@ -12,9 +12,11 @@ from nemotron.posttrain.environments.code_exec import CodeExec
 from nemotron.posttrain.environments.gym_sets import ReasoningGym
 from nemotron.posttrain.environments.if_constraints import IfConstraints
 from nemotron.posttrain.environments.json_schema import JsonSchema
+from nemotron.posttrain.environments.judge import Judge
 from nemotron.posttrain.environments.long_context import LongContext
 from nemotron.posttrain.environments.math_symbolic import MathSymbolic
 from nemotron.posttrain.environments.mcqa import MultipleChoice
+from nemotron.posttrain.environments.pivot import Pivot
 from nemotron.posttrain.environments.remote import HttpEnv
 from nemotron.posttrain.environments.text_to_sql import TextToSql
 from nemotron.posttrain.environments.tool_calc_db import ToolCalcDb
@@ -24,9 +26,11 @@ ENVIRONMENTS: dict[str, type[Environment]] = {
     "code_exec": CodeExec,
     "if_constraints": IfConstraints,
     "json_schema": JsonSchema,
+    "judge": Judge,
     "long_context": LongContext,
     "math_symbolic": MathSymbolic,
     "mcqa": MultipleChoice,
+    "pivot": Pivot,
     "reasoning_gym": ReasoningGym,
     "text_to_sql": TextToSql,
     "tool_calc_db": ToolCalcDb,
@@ -49,10 +53,28 @@ def find_environment(name: str, options: Mapping[str, Any] | None = None) -> Env
             if option not in known:
                 rule = f"is not an option; it has {', '.join(known) or 'none'}."
                 raise UserError(rule, key=option[:60], where=f"environments: {name}")
+        if kind is Pivot and given.get("verifier") is not None:
+            given["verifier"] = _verifier(given["verifier"])
         return HttpEnv(name, **given) if kind is HttpEnv else kind(**given)
     near = difflib.get_close_matches(name, list(ENVIRONMENTS), 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ENVIRONMENTS)}."
     raise UserError(f"is unknown; {hint}", key="name", value=name, where="environments")
+
+
+def _verifier(given: Any) -> Environment:  # Any: a value of a recipe
+    """Return the environment that judges in place of another: its name, or also its options.
+
+    Raises:
+        UserError: when there is none.
+    """
+    named = given if isinstance(given, Mapping) else {"name": given}
+    if not isinstance(named.get("name"), str) or named.keys() - {"name", "options"}:
+        raise UserError(
+            "is not an environment; give its name, or {name: NAME, options: {...}}.",
+            key="verifier",
+            where="environments: pivot",
+        )
+    return find_environment(named["name"], named.get("options"))
 
 
 def _options_of(kind: type[Environment]) -> list[str]:

@@ -10,9 +10,8 @@ from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.router import RoutingStats
 from nemotron.posttrain.preference.config import DpoOptions
-from nemotron.train.auxiliary import Auxiliary, weighted_means
+from nemotron.train.auxiliary import Auxiliary, LanguageObjective
 
 REFERENCE = "reference_logprobs"
 """Name in `Batch.extras`: the log-probability of each label for the reference, [B, T]."""
@@ -37,7 +36,7 @@ class RowRanks:
 
 
 @dataclass(frozen=True)
-class DpoObjective:
+class DpoObjective(LanguageObjective):
     """The loss of pairs, cross entropy of chosen answers if it is weighed, and auxiliary terms.
 
     Documents of a row are a chosen answer, its rejected one, and so on. Terms are means over pairs.
@@ -52,38 +51,23 @@ class DpoObjective:
     row: RowRanks = RowRanks()
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """`main` (of pairs), `sft` where it is weighed, the figures, then the auxiliary terms."""
-        sft = ["sft"] if self.options.sft_loss_weight else []
-        return ("main", *sft, *FIGURES, *self.auxiliary.names)
+    def factors(self) -> dict[str, float | None]:
+        """`main` (of pairs), `sft` where it is weighed, and the figures, which have no weight."""
+        options = self.options
+        sft = {"sft": options.sft_loss_weight} if options.sft_loss_weight else {}
+        return {"main": options.preference_loss_weight, **sft, **dict.fromkeys(FIGURES)}
 
-    @property
-    def local_names(self) -> frozenset[str]:
-        """Those of the auxiliary terms."""
-        return self.auxiliary.local_names
-
-    def counts(self, batch: Batch) -> Float[Tensor, " terms"]:
-        """Return the number of pairs for each own term."""
+    def own_counts(self, batch: Batch) -> list[float]:
+        """Return the number of pairs for each term."""
         has_label = (batch.labels != NO_LABEL).double()
         pairs = float(_whole_pairs(_by_answer(has_label[None], batch, 1)[0]).sum())
-        own = [pairs] * (len(self.names) - len(self.auxiliary.names))
-        return torch.tensor([*own, *self.auxiliary.counts(batch)], dtype=torch.float64)
+        return [pairs] * len(self.factors)
 
-    def sums(
-        self,
-        model: HybridLM,
-        hidden: Float[Tensor, "B T D"] | None,
-        batch: Batch,
-        routing: list[RoutingStats],
-    ) -> Float[Tensor, " terms"]:
+    def own_sums(
+        self, model: HybridLM, hidden: Float[Tensor, "B T D"], batch: Batch
+    ) -> list[Float[Tensor, ""]]:
         """Return sums over the pairs of these rows; ranks that share them return equal parts."""
-        zero = torch.zeros((), device=batch.labels.device)
-        own = [zero] * (len(self.names) - len(self.auxiliary.names))
-        if hidden is not None:
-            own = self._own(model.lm_head.token_logprobs(hidden, batch.labels), batch)
-        return torch.stack([*own, *self.auxiliary.sums(model, hidden, batch, routing)])
-
-    def _own(self, logprobs: Float[Tensor, "B T"], batch: Batch) -> list[Tensor]:
+        logprobs = model.lm_head.token_logprobs(hidden, batch.labels)
         options = self.options
         has_label = batch.labels != NO_LABEL
         gains = torch.where(has_label, logprobs - batch.extras[REFERENCE], 0)
@@ -102,16 +86,6 @@ class DpoObjective:
         chosen, rejected = chosen.detach(), rejected.detach()
         terms += [(chosen > rejected).to(chosen.dtype), chosen, rejected, chosen - rejected]
         return [torch.where(is_pair, term, 0).sum() / self.row.size for term in terms]
-
-    def combine(
-        self, sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"]
-    ) -> Float[Tensor, ""]:
-        """Return the mean of each term, weighted as the recipe says; figures have no weight."""
-        options = self.options
-        own = [options.preference_loss_weight]
-        own += [options.sft_loss_weight] if options.sft_loss_weight else []
-        keep = [i for i, name in enumerate(self.names) if name not in FIGURES]
-        return weighted_means(sums[keep], counts[keep], [*own, *self.auxiliary.factors])
 
 
 def preference_loss(

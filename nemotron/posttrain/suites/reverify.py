@@ -8,7 +8,7 @@ from pathlib import Path
 from nemotron.errors import UserError
 from nemotron.files import open_regular, parse_json, write_text
 from nemotron.posttrain.environments.base import environment_of
-from nemotron.posttrain.reverify import Count, print_counts
+from nemotron.posttrain.recount import Count, print_counts
 from nemotron.posttrain.suites.definition import LIKELIHOOD
 from nemotron.posttrain.suites.samples import Sample
 from nemotron.posttrain.suites.suites import SuiteSettings

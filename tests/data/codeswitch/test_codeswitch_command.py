@@ -90,7 +90,7 @@ def test_translations_are_mixed_where_words_keep_their_order(home: Path):
         (["--mode", "mix"], "--mode = mix is unknown; use insert or parallel."),
         (["--segment", "short"], "--segment = short is unknown; use longest or jieba."),
         ([], "--mode = insert needs --lexicon; give a file, or cedict."),
-        (["--lexicon", "none.tsv"], "--lexicon = none.tsv cannot be read (No such file"),
+        (["--lexicon", "none.tsv"], "--lexicon = none.tsv does not exist; give a file, or cedict"),
         (["--lexicon", "bad.tsv"], "bad.tsv:2: has 1 columns; write a word, a tab and its"),
         (["--lexicon", "useless.tsv"], "none of its 2 words can be used (1 have several"),
         (["--lexicon", "empty.tsv"], "none of its 0 words can be used (it is empty)"),

@@ -3,10 +3,8 @@
 import http.client
 import json
 import socket
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from nemotron.posttrain.environments.remote import HttpEnv
 from nemotron.posttrain.environments.serve import serve_env
 from nemotron.posttrain.environments.wire import read_response, write_response
 from nemotron.posttrain.verify import Verifiers
+from tests.support.listening import listening, saying
 from tests.support.verdicts import calls
 
 CHAIN = build_row("arith_chain", "3+4=", expected_answer="7")
@@ -157,42 +156,6 @@ def test_an_address_that_is_taken_is_refused():
         serve_env(find_environment("mcqa"), port=int(server.url.rsplit(":", 1)[1]))
 
 
-@contextmanager
-def listening(answer: Callable[[socket.socket], None]) -> Iterator[str]:
-    """Give the address of a server that reads a request and then does what it is given."""
-    server = socket.create_server(("127.0.0.1", 0))
-    stopped = threading.Event()
-
-    def serve() -> None:
-        while not stopped.is_set():
-            try:
-                connection, _ = server.accept()
-            except OSError:
-                return
-            with connection:
-                connection.recv(65536)
-                try:
-                    answer(connection)
-                except OSError:
-                    continue
-
-    thread = threading.Thread(target=serve)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.getsockname()[1]}"
-    finally:
-        stopped.set()
-        server.shutdown(socket.SHUT_RDWR)
-        server.close()
-        thread.join()
-
-
-def saying(body: str, status: str = "200 OK") -> Callable[[socket.socket], None]:
-    content = body.encode()
-    head = f"HTTP/1.1 {status}\r\nContent-Length: {len(content)}\r\n\r\n".encode()
-    return lambda connection: connection.sendall(head + content)
-
-
 def drip(connection: socket.socket) -> None:
     """Send a header that never ends."""
     connection.sendall(b"HTTP/1.1 200 OK\r\n")
@@ -242,9 +205,7 @@ def test_a_server_that_fails_masks_the_sample_and_is_named(
 ):
     with listening(answer) as url:
         remote = HttpEnv("theirs", url, timeout_s=0.4)
-        started = time.monotonic()
         verdict = remote.verify(CHAIN, Response("7"), {"cookies": {}, "error": None})
-        assert time.monotonic() - started < 2
     assert verdict.mask
     assert said in str(verdict.error)
     assert verdict.reward == 0
