@@ -5,11 +5,11 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-# tests of ranks start several processes each, which more workers would let wait too long
-WORKERS ?= 2
+# one more than cores: tests of ranks and launchers wait for much of their time
+WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv train assistant test test-fast check format typed bench docs clean
+.PHONY: help venv train assistant test test-all test-fast check format typed bench docs clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -28,6 +28,9 @@ assistant: $(STAMP)  ## Train a small assistant: text, conversations, rewards; e
 
 test: check  ## Run all checks and tests, and name the slowest
 	$(PYTEST) --durations 30 --durations-min 1
+
+test-all: check  ## Run `make test` with the further cases marked `nightly`
+	$(PYTEST) --nightly --durations 30 --durations-min 1
 
 test-fast: $(STAMP)  ## Run the tests that are neither slow nor start ranks
 	$(PYTEST) -m "not distributed and not slow"

@@ -1,11 +1,12 @@
 """The command line: each command calls one function, and user errors become one sentence."""
 
+import functools
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 import typer.main
@@ -158,7 +159,7 @@ def run(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code; whatever goes wrong becomes one sentence."""
     words = sys.argv[1:] if arguments is None else arguments
     try:
-        result = app(words, standalone_mode=False)
+        result = command_line()(words, standalone_mode=False)
         sys.stdout.flush()
         return result if isinstance(result, int) else DONE
     except typer.Exit as error:
@@ -172,6 +173,12 @@ def run(arguments: list[str] | None = None) -> int:
         if DEBUG in words:
             traceback.print_exception(error)
         return _report(sentence, code) if sentence else code
+
+
+@functools.cache
+def command_line() -> Callable[..., Any]:  # Any: what a command returns
+    """Return all commands, which a process that runs several builds once."""
+    return typer.main.get_command(app)
 
 
 def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, int]:

@@ -1,5 +1,6 @@
 """The device that a process computes on: which one, how much memory it took, how fast it is."""
 
+import functools
 import os
 import resource
 import time
@@ -83,6 +84,12 @@ def measure_matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float
         synchronize(device)
         times.append(time.perf_counter() - start)
     return 2.0 * size**3 / min(times)
+
+
+@functools.cache
+def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """Return the FLOP/s of `measure_matmul_peak`, which a process measures once."""
+    return measure_matmul_peak(device, dtype)
 
 
 def synchronize(device: torch.device) -> None:

@@ -20,6 +20,8 @@ UNSUPPORTED = {errno.EBADF, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.
 """What a file system answers that does not offer an operation at all."""
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 """What a disk, a quota or a limit on the size of files answers when there is no room."""
+NO_FILE_OF_OURS = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ELOOP, errno.ENODEV)
+"""What `open_regular` answers to a path at which no file of ours is or can be."""
 
 LARGEST_SMALL_FILE = 1 << 28
 """Bytes of a file that is read whole, such as a configuration, an index or a tokenizer."""
@@ -98,8 +100,44 @@ def read_regular(path: Path, most: int = LARGEST_SMALL_FILE) -> bytes:
             )
         with open(descriptor, "rb", closefd=False) as file:
             return file.read()
+    except OSError as error:  # as of files in /proc
+        error.filename = str(path)
+        raise
     finally:
         os.close(descriptor)
+
+
+def read_text_file(path: Path) -> str:
+    """Return the UTF-8 text of a file that a user names, without its byte order mark.
+
+    Raises:
+        UserError: when it is absent, no regular file, too large, or not UTF-8.
+    """
+    try:
+        return read_regular(path).decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError("is not UTF-8 text; give it in that encoding.", where=str(path)) from None
+    except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+        raise UserError(
+            f"cannot be read: {error.strerror}; give a file of text.", where=str(path)
+        ) from None
+
+
+def open_lines(path: Path) -> BinaryIO:
+    """Open a file of our own to read its lines and append others, or create it.
+
+    Raises:
+        UserError: when it has no place, or is a folder, a link, a pipe or a device.
+    """
+    try:
+        return open(open_regular(path, os.O_RDWR | os.O_CREAT | os.O_APPEND), "a+b")
+    except OSError as error:
+        if error.errno not in NO_FILE_OF_OURS:
+            raise
+        raise UserError(
+            f"cannot be written: {error.strerror}; name a file in a folder that exists.",
+            where=str(path),
+        ) from None
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -108,6 +146,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     Raises:
         OSError: naming `path`, when the file system refuses.
     """
+    refuse_device(path)
     with naming(path):
         descriptor, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
         try:
@@ -121,6 +160,20 @@ def write_bytes(path: Path, content: bytes) -> None:
             Path(name).unlink(missing_ok=True)
             raise
         sync_folder(path.parent)
+
+
+def refuse_device(path: Path) -> None:
+    """Refuse to put a file in the place of a device, a pipe or a socket, or of a link to one.
+
+    Raises:
+        OSError: when it is one.
+    """
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return
+    if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+        raise PermissionError(errno.EPERM, "it is not a regular file", str(path))
 
 
 def is_unfinished(path: Path, name: str) -> bool:

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from nemotron.data.tokenizer import Tokenizer
-from nemotron.device import find_device, measure_matmul_peak
+from nemotron.device import find_device, matmul_peak
 from nemotron.errors import UserError
 from nemotron.loading import read_initial
 from nemotron.model.hybrid import HybridLM
@@ -44,7 +44,7 @@ class Session:
         self.data = open_data(self.config, plan)
         """Text to train on and to evaluate on."""
         self.data.check_length()
-        peak = measure_matmul_peak(device, DTYPES[self.config.precision.compute])
+        peak = matmul_peak(device, DTYPES[self.config.precision.compute])
         self.trainer = build_trainer(self.config, plan, self.data, device, peak, Ranks())
         """The trainer, whose `update` does one step on a batch."""
         if self.config.init_from is not None:

@@ -24,6 +24,10 @@ if not HAS_CUDA:
     os.environ["TRITON_INTERPRET"] = "1"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--nightly", action="store_true", help="run the tests marked nightly, too")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # who starts in the background of a shell ignores it, and so would all that tests start
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -39,10 +43,15 @@ def pytest_configure(config: pytest.Config) -> None:
         config.addinivalue_line("filterwarnings", "ignore:Synchronization debug mode:UserWarning")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    # files that take long begin first, so that no worker waits for another at the end
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--nightly"):
+        for item in items:
+            if item.get_closest_marker("nightly"):
+                item.add_marker(pytest.mark.skip(reason=NIGHTLY))
+    # files that wait or take long begin first, so that no worker waits for another at the end
+    waiting = {item.path for item in items if item.get_closest_marker("distributed")}
     long = {item.path for item in items if is_long(item)}
-    items.sort(key=lambda item: item.path not in long)
+    items.sort(key=lambda item: (item.path not in waiting, item.path not in long))
     if HAS_CUDA:
         return
     for item in items:
@@ -61,6 +70,8 @@ def is_long(item: pytest.Item) -> bool:
     """Say whether daily work leaves a test out."""
     return any(item.get_closest_marker(name) for name in ("distributed", "slow"))
 
+
+NIGHTLY = "more cases of what another test shows: make test-all"
 
 SLOW_S = 2.0
 """Seconds of a core from which on a test must be marked as slow."""

@@ -4,8 +4,9 @@
 
 Builds the wheel of this tree with the first Python, installs it for each one in an environment of
 its own (FOLDER/3.13, used again if it is there), and trains, resumes, generates and exports from
-an empty folder. Then each Python resumes a run that every other one began: checkpoints must not
-depend on the version. Prints each command with its time, and what an installation weighs on disk.
+an empty folder, and follows the README. Then each Python resumes a run that every other one began:
+checkpoints must not depend on the version. Prints each command with its time, and what an
+installation weighs on disk.
 Exits with 1 at the first command that does something else than expected. Needs a package index.
 """
 
@@ -89,6 +90,7 @@ def main() -> None:
         environments = [install(python, wheel, options.torch, folder) for python in options.python]
         for environment in environments:
             use(environment)
+            follow_readme(environment)
         cross(environments, folder)
     except Failed as error:
         sys.exit(f"first_hour.py: {error}")
@@ -153,6 +155,76 @@ def use(environment: Environment) -> None:
         text = "\n".join(f"{number} {line} {PARAGRAPH}" for line in range(40))
         (texts / f"{number}.txt").write_text(text)
     environment.run("nemotron", "train", RECIPE, "name=own", "data.sources=[texts/]")
+
+
+MINE = """\
+extends: smoke.yaml
+name: mine
+schedule: {peak: 2.0e-3}
+checkpoint: {every_steps: 2, keep: 3}
+"""
+LOADED = """\
+import torch
+import nemotron
+model = nemotron.load("runs/mine", device="cpu", dtype=torch.float32)
+print(model.logits(model(torch.tensor([[5, 6, 7]]))).shape)
+"""
+OF_TRANSFORMERS = """\
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("exported/mine", dtype=torch.float32)
+tokenizer = AutoTokenizer.from_pretrained("exported/mine")
+tokens = model.generate(**tokenizer("Once upon a time", return_tensors="pt"), max_new_tokens=4)
+print(tokenizer.decode(tokens[0]))
+"""
+TORCHRUN = "torchrun --standalone --nproc-per-node 2"
+README: tuple[tuple[int, str], ...] = (
+    (0, "nemotron recipe copy tiny/pretrain"),
+    (0, "nemotron recipe copy tiny/smoke"),
+    (0, "nemotron recipe show recipes/tiny/mine.yaml"),
+    (0, "nemotron recipe check recipes/tiny/mine.yaml"),
+    (0, "nemotron recipe diff recipes/tiny/smoke.yaml recipes/tiny/mine.yaml"),
+    (0, "nemotron train recipes/tiny/mine.yaml --dry-run"),
+    (2, "nemotron train recipes/tiny/mine.yaml schedule.peek=1e-3"),
+    (STOPPED, "nemotron train recipes/tiny/mine.yaml --stop-at 3"),
+    (0, "nemotron train runs/mine --resume"),
+    (0, "nemotron train recipes/tiny/mine.yaml name=mine-2 schedule.peak=1e-3 seed=7"),
+    (0, "nemotron train recipes/tiny/mine.yaml name=letters data.sources=[texts/]"),
+    (0, "nemotron data inspect texts"),
+    (0, "nemotron runs"),
+    (0, "nemotron compare runs/mine runs/mine-2"),
+    (0, "nemotron report runs/mine runs/mine-2 --out both.html"),
+    (0, "nemotron train recipes/tiny/mine.yaml name=four precision=nvfp4"),
+    (0, f"{TORCHRUN} -m nemotron train recipes/tiny/mine.yaml name=two"),
+    (0, "nemotron plan super/pretrain_64xh100 --gpus 64 --hardware h100"),
+    (0, "nemotron generate runs/mine --prompt def --max-new-tokens 8 --seed 1"),
+    (0, "nemotron export runs/mine --out exported/mine"),
+    (0, "python transformers_mine.py"),
+    (0, "python load_mine.py"),
+    (0, "nemotron import exported/mine --out runs/imported"),
+    (0, "nemotron evaluate runs/mine"),
+    (0, "nemotron merge runs/mine --out runs/merged"),
+    (0, "nemotron quantize runs/mine --preset super_nvfp4 --rows 4 --out small"),
+    (0, "nemotron doctor"),
+)
+"""Every command of the README with its exit code, on the smallest recipe."""
+
+
+def follow_readme(environment: Environment) -> None:
+    """Give every command of the README, from the empty folder in which `use` made texts.
+
+    Raises:
+        Failed: when a command fails.
+    """
+    home = environment.empty
+    for folder in ("recipes", "runs/mine", "exported/mine", "small"):
+        shutil.rmtree(home / folder, ignore_errors=True)
+    (home / "transformers_mine.py").write_text(OF_TRANSFORMERS)
+    (home / "load_mine.py").write_text(LOADED)
+    for code, command in README:
+        if command.startswith("nemotron recipe show"):
+            (home / "recipes" / "tiny" / "mine.yaml").write_text(MINE)
+        environment.run(*command.split(), code=code)
 
 
 def cross(environments: Sequence[Environment], folder: Path) -> None:

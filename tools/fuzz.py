@@ -23,7 +23,9 @@ from pathlib import Path
 from select import select
 from typing import NoReturn
 
-from fuzz_targets import TARGETS, Target, build_world
+from fuzz_target import Target
+from fuzz_targets import TARGETS
+from fuzz_world import build_world
 
 ALLOWED = (0, 1, 2, 75)
 LIMIT_S = 20.0
@@ -51,8 +53,8 @@ class Report:
 class Fuzzer:
     """Damages copies of a world; a forked child calls the commands until it fails."""
 
-    def __init__(self, folder: Path, seed: int) -> None:
-        self.folder, self.seed = folder, seed
+    def __init__(self, folder: Path, seed: int, limit_s: float) -> None:
+        self.folder, self.seed, self.limit_s = folder, seed, limit_s
         self.valid = folder / "valid"
         self.valid.mkdir()
         if _wait(_fork(self._build, self.folder / "built.txt")):
@@ -82,7 +84,7 @@ class Fuzzer:
         done, problem = 0, None
         with os.fdopen(reader) as results:
             while done < len(numbers) and problem is None:
-                problem = _watch(child, results.fileno())
+                problem = _watch(child, results.fileno(), self.limit_s)
                 if problem is None and (line := results.readline()):
                     report.codes[int(line)] += 1
                     done += 1
@@ -98,7 +100,7 @@ class Fuzzer:
         report.tried += 1
         text = said.read_text(errors="replace").strip()
         kinds = {
-            "hangs": (report.hangs, f"no end after {LIMIT_S:.0f} s"),
+            "hangs": (report.hangs, f"no end after {self.limit_s:.0f} s"),
             "bomb": (report.bombs, f"more than {LIMIT_KIB >> 20} GiB"),
             "ended": (report.tracebacks, f"exit {status}"),
         }
@@ -115,7 +117,7 @@ class Fuzzer:
             if code not in ALLOWED or b"Traceback (most" in Path("/proc/self/fd/1").read_bytes():
                 return code or 1
             os.write(results, f"{code}\n".encode())
-        time.sleep(LIMIT_S)  # until the parent has read the last line
+        time.sleep(self.limit_s)  # until the parent has read the last line
         return 0
 
     def _try(self, target: Target, seed: str) -> int:
@@ -149,9 +151,9 @@ class Fuzzer:
                 os.chdir(self.folder)
 
 
-def _watch(child: int, results: int) -> str | None:
+def _watch(child: int, results: int, limit_s: float) -> str | None:
     """Wait until the child says something; returns what is wrong with it instead."""
-    deadline = time.monotonic() + LIMIT_S
+    deadline = time.monotonic() + limit_s
     while not select([results], [], [], POLL_S)[0]:
         if time.monotonic() > deadline:
             return "hangs"
@@ -212,16 +214,18 @@ def table(reports: dict[str, Report]) -> str:
     return "\n".join(lines)
 
 
-def fuzz(names: Sequence[str], numbers: Sequence[int], seed: int) -> dict[str, Report]:
+def fuzz(
+    names: Sequence[str], numbers: Sequence[int], seed: int, limit_s: float = LIMIT_S
+) -> dict[str, Report]:
     """Try these mutations of each target, in a folder that is removed afterwards."""
     import torch
 
-    import nemotron.cli
-    import nemotron.train.start  # noqa: F401 (imported once, before the children are forked)
-
     torch.set_num_threads(1)
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    import tests.support.frozen  # noqa: F401 (once, before the children are forked)
+
     with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
-        fuzzer = Fuzzer(Path(folder), seed)
+        fuzzer = Fuzzer(Path(folder), seed, limit_s)
         return {name: fuzzer.run(name, numbers) for name in names}
 
 
@@ -230,13 +234,16 @@ def main() -> int:
     parser.add_argument("words", nargs="*", metavar="[NUMBER] TARGET", help="300 of all if absent")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="the number of one mutation")
+    parser.add_argument(
+        "--limit", type=float, default=LIMIT_S, help="seconds of a command, on a busy machine"
+    )
     parser.add_argument("--debug", action="store_true", help="show tracebacks of mistakes, too")
     options = parser.parse_args()
     count, targets = 300, options.words
     if targets and targets[0].isdecimal():
         count, targets = int(targets[0]), targets[1:]
     numbers = range(count) if options.only is None else [options.only]
-    reports = fuzz(targets or list(TARGETS), numbers, options.seed)
+    reports = fuzz(targets or list(TARGETS), numbers, options.seed, options.limit)
     print(table(reports))
     return any(report.failures for report in reports.values())
 

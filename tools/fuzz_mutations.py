@@ -112,6 +112,18 @@ def of_header(content: bytes, draw: random.Random) -> bytes:
     return struct.pack("<Q", length) + changed + data
 
 
+def of_tensors(content: bytes, draw: random.Random) -> bytes:
+    """Change numbers behind the JSON header of a safetensors file, whose length stays."""
+    (length,) = struct.unpack("<Q", content[:8])
+    data = bytearray(content[8 + length :])
+    for _ in range(draw.choice((1, 4, 64))):
+        width = draw.choice((1, 2, 4))
+        start = draw.randrange(len(data) // width) * width
+        value = draw.choice((0, -1, 0x7F, 0x7F80, 0xFF80, 0x7FC00000, 0x7F800000, *NUMBERS))
+        data[start : start + width] = (value & ((1 << 8 * width) - 1)).to_bytes(width, "little")
+    return content[: 8 + length] + bytes(data)
+
+
 def _changed(value: Any, draw: random.Random) -> Any:
     """Return JSON in which one value, chosen at random on the way down, is another."""
     if isinstance(value, dict) and value and draw.random() < 0.9:

@@ -5,6 +5,9 @@ from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
+from nemotron.errors import UserError
+from nemotron.files import read_regular
+
 T = TypeVar("T")
 
 MAX_BYTES = 1 << 28
@@ -22,11 +25,11 @@ def read_record(path: Path, kind: type[T]) -> T:
         DamagedCheckpoint: naming the file and the key that is unknown, absent or of another type.
     """
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise DamagedCheckpoint(f"{path.name} has {size:,} bytes, the limit is {MAX_BYTES:,}")
-        content = path.read_bytes()
+        content = read_regular(path, MAX_BYTES)
     except OSError as error:
         raise DamagedCheckpoint(f"{path.name} cannot be read: {error.strerror}") from None
+    except UserError as error:
+        raise DamagedCheckpoint(str(error).partition(";")[0]) from None
     try:
         return TypeAdapter(kind).validate_json(content)
     except ValidationError as error:

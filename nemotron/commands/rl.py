@@ -22,23 +22,32 @@ def rl_chats(
     tasks: Annotated[
         list[str],
         typer.Argument(
-            help="Environments, with their level behind an @.", metavar="NAME[@LEVEL]..."
+            help="Environments, with their level behind an @; `+tools` adds a calculator.",
+            metavar="NAME[@LEVEL]...",
         ),
     ],
     out: Annotated[Path, typer.Option(help="File of JSON lines to write.")],
     count: Annotated[int, typer.Option(min=1, help="Conversations of each environment.")] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the tasks.")] = 1,
     thinking: Annotated[bool, typer.Option(help="Write the reasoning, too.")] = True,
+    text: Annotated[
+        bool,
+        typer.Option("--text", help="Write prompt and answer as one text, for pre-training."),
+    ] = False,
+    mistakes: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of answers that earn nothing.")
+    ] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
 ) -> int:
-    """Write conversations in which tasks are answered rightly, as data for fine-tuning."""
+    """Write conversations in which tasks are answered, as data for fine-tuning."""
     from nemotron.exit_codes import DONE
-    from nemotron.posttrain.demonstrations import TaskSet, check_file, write_chats
+    from nemotron.posttrain.demonstrations import Manner, TaskSet, check_file, write_chats
 
     sets = [TaskSet.read(text) for text in tasks]
     check_file(out, overwrite=overwrite)
-    written = write_chats(sets, out, count=count, seed=seed, thinking=thinking)
-    print(f"{written} conversations in {out}")
+    manner = Manner(thinking=thinking, is_text=text, mistakes=mistakes)
+    written = write_chats(sets, out, count=count, seed=seed, manner=manner)
+    print(f"{written} {'texts' if text else 'conversations'} in {out}")
     return DONE
 
 
@@ -117,14 +126,22 @@ def rl_evaluate(
 
 @app.command("reverify", epilog="Example: nemotron rl reverify runs/arith-rl")
 def rl_reverify(
-    run: Annotated[Path, typer.Argument(help="Folder of a run with rollouts.", metavar="RUN")],
+    run: Annotated[
+        Path,
+        typer.Argument(help="Run with rollouts or suites, or folder of nemotron evaluate --suite."),
+    ],
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the rollouts with their new verdicts.")
+        Path | None, typer.Option(help="Folder for the answers with their new verdicts.")
     ] = None,
 ) -> int:
-    """Judge the stored rollouts of a run again; the exit code is 1 if a verdict changes."""
+    """Judge stored answers again; the exit code is 1 if a verdict changes."""
     from nemotron.posttrain.reverify import reverify
+    from nemotron.posttrain.suites.reverify import answer_files, reverify_answers
+    from nemotron.run.files import RunFiles
 
+    files = [] if any(RunFiles(run).rollouts.glob("step-*.jsonl")) else answer_files(run)
+    if files:
+        return reverify_answers(files, out)
     return reverify(_rl_config(run, []), run, out)
 
 

@@ -22,16 +22,21 @@ def _debug(
     """Declare the option that every command has; `run` reads it."""
 
 
+@functools.cache
+def _debug_option() -> Any:  # Any: typer's own kind of option
+    probe = typer.Typer(add_completion=False)
+    probe.command()(_debug)
+    [option] = typer.main.get_command(probe).params
+    option.expose_value = False
+    return option
+
+
 class Command(TyperCommand):
     """A command with the options that every command has."""
 
     def __init__(self, *arguments: Any, **keywords: Any) -> None:  # Any: those of typer
         super().__init__(*arguments, **keywords)
-        probe = typer.Typer(add_completion=False)
-        probe.command()(_debug)
-        [option] = typer.main.get_command(probe).params
-        option.expose_value = False
-        self.params.append(option)
+        self.params.append(_debug_option())
 
 
 class CommandGroup(typer.Typer):

@@ -4,6 +4,7 @@ import difflib
 import importlib.util
 import json
 import os
+import traceback
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,8 +30,8 @@ BOOTSTRAP = 1000
 """Resamplings for the standard error of a metric that has no formula for it."""
 SHOWN = ("results", "groups", "versions", "n-shot", "n-samples", "higher_is_better")
 """What of lm-eval's results is written."""
-BROKEN_TASK = (AttributeError, KeyError, OSError, TemplateError, TypeError, ValueError)
-"""What a task that is wrong, or whose data is absent, makes lm-eval raise."""
+ADAPTER = "nemotron.evaluate.harness"
+"""Module that lm-eval calls."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,9 @@ def evaluate_tasks(model: Path, wanted: Harness, *, out: Path | None, device: st
         raise UserError(
             "is not a folder; give one.", key="--include-path", value=wanted.include_path
         )
-    with _quiet():
+    from nemotron.evaluate.foreign_tasks import without_code
+
+    with _quiet(), without_code():
         found = _evaluate(model, wanted, device)
     from lm_eval.utils import make_table
 
@@ -117,6 +120,11 @@ def _evaluate(model: Path, wanted: Harness, device: str) -> dict[str, Any]:  # A
         )
     except TemplateError as error:
         raise UserError(f"a task's template fails: {error}; correct its YAML file.") from None
+    except Exception as error:
+        if isinstance(error, UserError) or _is_ours(error):
+            raise
+        rule = f"a task cannot be asked: {_cause(error)}; correct its YAML file or its data."
+        raise UserError(rule) from error
     assert found is not None, "this process has rank 0"
     return dict(found)
 
@@ -165,11 +173,22 @@ def _find_tasks(wanted: Harness) -> tuple[list[Any], Any]:  # Any: classes of lm
     for name in wanted.tasks:
         try:
             manager.load([name])
-        except BROKEN_TASK as error:
-            cause = " ".join(str(error).split()) or type(error).__name__
-            rule = f"cannot be read: {cause}; mend its YAML file, or bring its data here."
+        except UserError:
+            raise
+        except Exception as error:  # what lm-eval makes of a task that is wrong, or has no data
+            rule = f"cannot be read: {_cause(error)}; mend its YAML file, or bring its data here."
             raise UserError(rule, key="TASK", value=name) from error
     return list(wanted.tasks), manager
+
+
+def _cause(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _is_ours(error: Exception) -> bool:
+    """Say whether our adapter was at work, and not what lm-eval does with a task's data."""
+    modules = {frame.f_globals["__name__"] for frame, _ in traceback.walk_tb(error.__traceback__)}
+    return ADAPTER in modules
 
 
 def _unknown(names: Sequence[str], manager: Any) -> list[str]:  # Any: lm-eval's index

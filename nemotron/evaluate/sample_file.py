@@ -9,6 +9,7 @@ from nemotron.errors import UserError
 from nemotron.files import (
     is_unfinished,
     naming,
+    open_lines,
     parse_json,
     read_regular,
     sync,
@@ -34,8 +35,7 @@ class SampleFile:
         """
         _keep_settings(path, settings)
         self.path = path
-        with naming(self.path):
-            self._file: BinaryIO = open(self.path, "a+b")  # noqa: SIM115 (closed by `close`)
+        self._file: BinaryIO = open_lines(self.path)
         try:
             if not try_lock(self._file.fileno(), self.path):
                 rule = "is being written by another process; wait for its end."
@@ -57,14 +57,14 @@ class SampleFile:
             for item, count in zip(items, each, strict=True)
             for k in range(count)
         ]
-        found = self._stored[: len(wanted)]
+        found = [sample for sample, _ in self._stored[: len(wanted)]]
         given = [(s.task, s.number, s.sample, s.budget) for s in found]
         if given != wanted[: len(found)]:
             raise UserError(
                 "holds other answers than these; name another folder.", where=str(self.path)
             )
         if len(found) < len(wanted):
-            self._cut(found)
+            self._cut()
             return None
         self._stored = self._stored[len(wanted) :]
         return found
@@ -79,16 +79,17 @@ class SampleFile:
         """Close the file."""
         self._file.close()
 
-    def _read(self) -> list[Sample]:
-        """Return the whole lines, and cut what follows them."""
+    def _read(self) -> list[tuple[Sample, int]]:
+        """Return the answer of each whole line and its bytes, and cut what follows them."""
         self._file.seek(0)
-        samples, end = [], 0
+        samples: list[tuple[Sample, int]] = []
+        end = 0
         for line in self._file:
             if not line.endswith(b"\n"):
                 break
             try:
-                samples.append(Sample.of_json(parse_json(line)))
-            except (ValueError, KeyError, TypeError):
+                samples.append((Sample.of_json(parse_json(line)), len(line)))
+            except ValueError:
                 raise UserError(
                     "is not an answer; name another folder.",
                     where=f"{self.path}, line {len(samples) + 1}",
@@ -97,9 +98,9 @@ class SampleFile:
         self._file.truncate(end)
         return samples
 
-    def _cut(self, samples: Sequence[Sample]) -> None:
+    def _cut(self) -> None:
         """Remove answers to a part of a group, whose others would be computed differently alone."""
-        size = sum(len(sample.as_line().encode()) for sample in samples)
+        size = sum(length for _, length in self._stored)
         with naming(self.path):
             self._file.truncate(self._file.seek(0, 2) - size)
         self._stored = []

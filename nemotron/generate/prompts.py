@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from nemotron.errors import UserError
-from nemotron.files import naming, parse_json, sync, try_lock
+from nemotron.files import naming, open_lines, parse_json, read_text_file, sync, try_lock
 from nemotron.generate.request import Answer
 
 OWN_KEYS = ("line", "answer", "finish", "num_tokens")
@@ -31,14 +31,7 @@ def read_prompts(path: Path) -> list[PromptLine]:
     Raises:
         UserError: when the file is absent, has no prompt, or a line is wrong.
     """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError("is not UTF-8 text; give it in that encoding.", where=str(path)) from None
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise UserError(
-            f"cannot be read: {error.strerror}; give a file of prompts.", where=str(path)
-        ) from None
+    text = read_text_file(path)
     read = _read_json if path.suffix == ".jsonl" else _read_plain
     lines = enumerate(text.split("\n"), 1)
     found = [read(path, number, line.rstrip("\r")) for number, line in lines if line.strip()]
@@ -75,17 +68,11 @@ class AnswerFile:
             UserError: when it may not be continued, holds anything else, or is being written.
         """
         self._path = path
-        if not resume and path.exists():
+        if not resume and (path.exists() or path.is_symlink()):
             raise UserError(
                 "exists; give another name, or continue it with --resume.", where=str(path)
             )
-        try:
-            self._file: BinaryIO = open(path, "a+b")  # noqa: SIM115 (closed by `close`)
-        except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-            raise UserError(
-                f"cannot be written: {error.strerror}; name a file in a folder that exists.",
-                where=str(path),
-            ) from None
+        self._file: BinaryIO = open_lines(path)
         try:
             if not try_lock(self._file.fileno(), path):
                 raise UserError(

@@ -1,7 +1,7 @@
 """The language model: embedding, a stack of mixed layers, a head, and multi-token prediction."""
 
 from collections.abc import Sequence
-from dataclasses import replace
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -14,9 +14,10 @@ from nemotron.model.candidates import CandidateNet
 from nemotron.model.config import ModelConfig
 from nemotron.model.edit_heads import EditHeads
 from nemotron.model.init import init_weights
-from nemotron.model.language import LanguageExperts, Languages
+from nemotron.model.language import GatePass, LanguageExperts, Languages
 from nemotron.model.linear import Embedding, Head, Linear, RMSNorm
-from nemotron.model.router import Choice, ExpertChoice, GroupChoice, RoutingStats
+from nemotron.model.router import Choice, ExpertChoice, RoutingStats
+from nemotron.ops.token_step import token_step
 
 
 class Backbone(nn.Module):
@@ -82,6 +83,18 @@ class MTP(nn.Module):
         return last.get_submodule("final_layernorm")(x), routing
 
 
+class Steps(Protocol):
+    """Computes calls that continue the texts of a cache in another way than layer by layer."""
+
+    record: list[Int[Tensor, "M K"]] | None
+    """Gets the experts that every mixture layer chooses; absent: nobody asks."""
+
+    def __call__(
+        self, model: "HybridLM", tokens: Int[Tensor, "B T"], rows: CachedRows
+    ) -> Float[Tensor, "B T D"] | None:
+        """Return the hidden states after the final norm; None leaves the call to the layers."""
+
+
 class HybridLM(nn.Module):
     """Hybrid Mamba-2 / attention / mixture-of-experts language model (Nemotron 3).
 
@@ -98,6 +111,8 @@ class HybridLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
         self.mtp = MTP(config) if config.mtp_pattern else None
+        self.token_step = token_step
+        self.steps: Steps | None = None
         self.candidates = self.edit_heads = None
         size, count = config.hidden_size, config.num_candidates
         if count > 1:
@@ -106,7 +121,8 @@ class HybridLM(nn.Module):
             self.edit_heads = EditHeads(size, count, config.edit_heads)
         self.language = None
         if config.language_experts is not None:
-            self.language = LanguageExperts(config.language_experts, size)
+            first = config.hybrid_override_pattern.index("E")
+            self.language = LanguageExperts(config.language_experts, size, first)
 
     def init_weights(self, seed: int) -> None:
         """Draw every parameter anew; the same seed gives the same tensors in any layout."""
@@ -132,32 +148,30 @@ class HybridLM(nn.Module):
         experts belong to languages. `experts` are those of another pass over the tokens, which the
         mixture layers use again (`ExpertChoice`).
         """
+        is_plain = candidates is None and languages is None and experts is None
+        if cache is not None and self.steps is not None and is_plain and routing is None:
+            found = self.steps(self, input_ids, cache)
+            if found is not None:
+                return found
         hidden = self.embed(input_ids, candidates)
         if cache is not None:
             cache.begin(input_ids.shape[1])
-        choice: Choice | None = None
-        language_loss = None
+        gate = None if self.language is None else GatePass(self.language, languages, padding)
         layers = iter([] if experts is None else experts.flatten(0, 1).unbind(1))
-        assert experts is None or self.language is None, "the language decides the experts"
-        first = self.config.hybrid_override_pattern.find("E")
+        assert experts is None or gate is None, "the language decides the experts"
         for index, block in self.backbone.layers.named_children():
-            if self.language is not None and int(index) == first:
-                choice, language_loss = self.language.choose(hidden, languages, padding)
+            choice: Choice | None = None if gate is None else gate.before(int(index), hidden)
             if experts is not None and block.letter == "E":
                 choice = ExpertChoice(next(layers))
             state = cache.layers[int(index)] if cache is not None else None
             name = f"backbone.layers.{index}" if routing is not None else None
             hidden, stats = block(hidden, seq_idx, state, name, padding, choice)
-            if stats is not None and int(index) == first:
-                stats = replace(stats, language_loss_sum=language_loss)
             if stats is not None and routing is not None:
                 routing.append(stats)
         if cache is not None:
             cache.end(input_ids.shape[1])
         hidden = self.backbone.norm_f(hidden)
-        if self.language is not None and isinstance(choice, GroupChoice):
-            hidden = self.language.add_linear(hidden, choice)
-        return hidden
+        return hidden if gate is None else gate.after(hidden, routing)
 
     def embed(
         self, input_ids: Int[Tensor, "B T"], candidates: Int[Tensor, "B T K"] | None = None

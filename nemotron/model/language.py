@@ -1,7 +1,7 @@
 """Experts by language: a gate that all mixture layers share, and linear experts before the head."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from nemotron.model.config import LanguageExpertsConfig
-from nemotron.model.router import GroupChoice
+from nemotron.model.router import GroupChoice, RoutingStats
 from nemotron.ops.linear import wide_linear
 
 UNKNOWN = -1
@@ -39,8 +39,10 @@ class LanguageExperts(nn.Module):
     own_tokens: Callable[[Shaped[Tensor, "B T"]], Shaped[Tensor, "B Tl"]] | None
     """Picks what this rank computes of values over a row's tokens; absent: all of them."""
 
-    def __init__(self, config: LanguageExpertsConfig, hidden_size: int) -> None:
+    def __init__(self, config: LanguageExpertsConfig, hidden_size: int, first_layer: int) -> None:
+        """Make a gate that reads what `first_layer`, the first mixture layer, reads."""
         super().__init__()
+        self.first_layer = first_layer
         count = len(config.languages)
         self.soft, self.own_tokens = config.soft, None
         self.wide_linear = wide_linear
@@ -95,3 +97,37 @@ class LanguageExperts(nn.Module):
             for share, matrix in zip(shares.unbind(-1), self.linear.unbind(), strict=True)
         ]
         return hidden + torch.stack(added).sum(0)
+
+
+class GatePass:
+    """One forward pass as the gate sees it: the choice that all mixture layers share, its loss."""
+
+    def __init__(
+        self,
+        experts: LanguageExperts,
+        known: Languages | None,
+        padding: Bool[Tensor, "B S"] | None,
+    ) -> None:
+        self._experts, self._known, self._padding = experts, known, padding
+        self._choice: GroupChoice | None = None
+        self._loss: Float[Tensor, ""] | None = None
+
+    def before(self, layer: int, hidden: Float[Tensor, "B T D"]) -> GroupChoice | None:
+        """Return the choice for a layer, which is made before the first mixture layer."""
+        if layer == self._experts.first_layer:
+            self._choice, self._loss = self._experts.choose(hidden, self._known, self._padding)
+        return self._choice
+
+    def after(
+        self, hidden: Float[Tensor, "B T D"], routing: list[RoutingStats] | None
+    ) -> Float[Tensor, "B T D"]:
+        """Return the last hidden states with the linear experts' part.
+
+        The statistics of the first mixture layer get the gate's loss.
+        """
+        first = f"backbone.layers.{self._experts.first_layer}"
+        if routing is not None:
+            place = [stats.name for stats in routing].index(first)
+            routing[place] = replace(routing[place], language_loss_sum=self._loss)
+        assert self._choice is not None, "the pattern has a mixture layer"
+        return self._experts.add_linear(hidden, self._choice)

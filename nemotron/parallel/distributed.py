@@ -101,7 +101,7 @@ class DistributedModel(LocalModel):
             sum_partial_gradients(self.parameters(), self.partial, self.mesh.group("tp"))
         if self.mesh.ends is not None:
             for name in shared_parameters(self.config):
-                sync_copies(self.parameters()[name], self.mesh.ends)
+                sync_copies(self.parameter(name), self.mesh.ends)
 
     def counts(self, name: str) -> bool:
         """Say whether this rank counts a parameter where each element counts once."""
@@ -114,7 +114,7 @@ class DistributedModel(LocalModel):
 
     def sharded(self, name: str, local: Tensor) -> Tensor:
         """Return a tensor of the shape of the local parameter as shards of the whole."""
-        parameter = self.parameters()[name]
+        parameter = self.parameter(name)
         offsets: tuple[int, ...] = (0,) * parameter.ndim
         if isinstance(parameter, DTensor):
             _, offsets = compute_local_shape_and_global_offset(

@@ -45,19 +45,27 @@ class LocalModel:
         """Return the parameters by their name in the whole model."""
         return {n: p for model in self.models for n, p in model.named_parameters()}
 
+    def parameter(self, name: str) -> nn.Parameter:
+        """Return the parameter of that name, without a walk over all of them.
+
+        Raises:
+            KeyError: when there is none here.
+        """
+        owner, _, own = name.rpartition(".")
+        for model in reversed(self.models):
+            found = getattr(_submodule(model, owner), "_parameters", {}).get(own)
+            if found is not None:
+                return found
+        raise KeyError(name)
+
     def buffers(self) -> dict[str, Tensor]:
         """Return the buffers, each of them whole."""
         return {n: b for model in self.models for n, b in model.named_buffers()}
 
     def module(self, name: str) -> nn.Module | None:
         """Return the module of that name, if it is here."""
-        for model in self.models:
-            found: nn.Module | None = model
-            for part in name.split("."):
-                found = getattr(found, "_modules", {}).get(part)
-            if found is not None:
-                return found
-        return None
+        found = (_submodule(model, name) for model in self.models)
+        return next((module for module in found if module is not None), None)
 
     @property
     def batch_rank(self) -> int:
@@ -159,6 +167,13 @@ class LocalModel:
                 _fill_shard(name, whole.shape, offsets, tensor, read)
         for name, buffer in self.buffers().items():
             buffer.copy_(read(name, buffer.shape, None))
+
+
+def _submodule(model: nn.Module, name: str) -> nn.Module | None:
+    found: nn.Module | None = model
+    for part in name.split("."):
+        found = getattr(found, "_modules", {}).get(part)
+    return found
 
 
 def _fill_shard(name: str, shape: torch.Size, at: Offsets, tensor: Tensor, read: Read) -> None:

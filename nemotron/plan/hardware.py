@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from nemotron.device import host_memory, measure_matmul_peak
+from nemotron.device import host_memory, matmul_peak
 from nemotron.errors import UserError
 
 T = 1e12
@@ -129,7 +129,7 @@ def _this_machine(processes: int) -> Hardware:
     device = torch.device("cpu")
     memory = host_memory()
     peaks = {
-        name: measure_matmul_peak(device, dtype) / processes
+        name: matmul_peak(device, dtype) / processes
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
     }
     return Hardware(

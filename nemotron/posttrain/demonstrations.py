@@ -1,4 +1,4 @@
-"""Conversations in which tasks of environments are answered rightly, to learn the form from."""
+"""Conversations in which tasks of environments are answered, to learn the form from."""
 
 import itertools
 import json
@@ -23,21 +23,45 @@ class Demonstrates(Protocol):
         ...
 
 
+@runtime_checkable
+class Errs(Demonstrates, Protocol):
+    """An environment that knows answers as well that earn nothing, such as people give."""
+
+    def mistake(self, row: Row, rng: random.Random) -> Response:
+        """Return an answer that is wrong or in a form that is not accepted, with reasoning."""
+        ...
+
+
+@dataclass(frozen=True)
+class Manner:
+    """How tasks are answered, and how that is written."""
+
+    thinking: bool = True
+    """Whether the reasoning is written, too."""
+    is_text: bool = False
+    """Whether prompt and answer are one text without a chat format, as pre-training reads it."""
+    mistakes: float = 0.0
+    """Share of the answers that earn nothing."""
+
+
 @dataclass(frozen=True)
 class TaskSet:
     """Tasks of one environment and difficulty."""
 
     environment: str
     level: float = 0.0
+    tools: bool = False
+    """Whether the environment's option `tools` is on."""
 
     @classmethod
     def read(cls, text: str) -> "TaskSet":
-        """Read `NAME` or `NAME@LEVEL`.
+        """Read `NAME` or `NAME@LEVEL`, with `+tools` at its end or not.
 
         Raises:
             UserError: when the level is not a number from 0.
         """
-        name, _, level = text.partition("@")
+        plain = text.removesuffix("+tools")
+        name, _, level = plain.partition("@")
         try:
             value = float(level or 0)
         except ValueError:
@@ -45,20 +69,20 @@ class TaskSet:
         if not 0 <= value < float("inf"):
             rule = f"has no level from 0 behind the @; write {name}@1."
             raise UserError(rule, key=repr(text))
-        return cls(name, value)
+        return cls(name, value, tools=plain != text)
 
 
 def write_chats(
-    sets: Sequence[TaskSet], out: Path, *, count: int, seed: int, thinking: bool
+    sets: Sequence[TaskSet], out: Path, *, count: int, seed: int, manner: Manner
 ) -> int:
-    """Write `count` conversations of each set, mixed, as rows with `messages`; return how many.
+    """Write `count` conversations of each set, mixed; return how many.
+
+    They are rows with `messages`, or with `text`.
 
     Raises:
         UserError: when an environment is unknown, cannot run here or has no answers of its own.
     """
-    rows = itertools.chain.from_iterable(
-        _chats(each, count, seed, thinking=thinking) for each in sets
-    )
+    rows = itertools.chain.from_iterable(_chats(each, count, seed, manner) for each in sets)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     random.Random(seed).shuffle(lines)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -74,16 +98,46 @@ def check_file(out: Path, *, overwrite: bool) -> None:
         raise UserError("exists already; add --overwrite to replace it.", where=str(out))
 
 
-def _chats(tasks: TaskSet, count: int, seed: int, *, thinking: bool) -> Iterator[dict[str, Any]]:
-    environment = find_environment(tasks.environment)
-    if not isinstance(environment, Demonstrates):
-        able = [name for name, kind in ENVIRONMENTS.items() if issubclass(kind, Demonstrates)]
-        raise UserError(
-            f"{tasks.environment} does not answer its own tasks; choose from {', '.join(able)}."
-        )
+def _chats(tasks: TaskSet, count: int, seed: int, manner: Manner) -> Iterator[dict[str, Any]]:
+    environment = find_environment(tasks.environment, {"tools": True} if tasks.tools else {})
+    needed = Errs if manner.mistakes else Demonstrates
+    if not isinstance(environment, needed):
+        able = [name for name, kind in ENVIRONMENTS.items() if issubclass(kind, needed)]
+        what = "make mistakes" if manner.mistakes else "answer its own tasks"
+        raise UserError(f"{tasks.environment} does not {what}; choose from {', '.join(able)}.")
+    rng = random.Random(f"{seed} mistakes of {tasks.environment} {tasks.level}")
     for row in environment.rows(count, seed, tasks.level):
         answer = environment.demonstrate(row)
-        turn = {"role": "assistant", "content": answer.text}
-        if thinking and answer.reasoning:
+        if manner.mistakes and rng.random() < manner.mistakes:
+            assert isinstance(environment, Errs)
+            answer = environment.mistake(row, rng)
+        chat = _written(messages_of(row), answer, manner)
+        tools = environment.tools(row)
+        yield {**chat, "tools": tools} if tools and not manner.is_text else chat
+
+
+def _written(
+    prompt: list[dict[str, Any]], answer: Response, manner: Manner
+) -> dict[str, Any]:  # Any: a row of JSON
+    has_reasoning = manner.thinking and answer.reasoning
+    if manner.is_text:
+        reasoning = f"{answer.reasoning}\n" if has_reasoning else ""
+        return {"text": f"{prompt[-1]['content']}{reasoning}{answer.text}"}
+    turns = _turns(answer)
+    for turn in turns if has_reasoning else []:
+        if turn["role"] == "assistant":
             turn["reasoning_content"] = answer.reasoning
-        yield {"messages": [*messages_of(row), turn]}
+    return {"messages": [*prompt, *turns]}
+
+
+def _turns(answer: Response) -> list[dict[str, Any]]:
+    """Return the turns of an answer: each call, what the tool says, and the last message."""
+    turns: list[dict[str, Any]] = []
+    for item in answer.output:
+        if item["type"] == "function_call":
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            call = {"type": "function", "function": function}
+            turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        elif item["type"] == "function_call_output":
+            turns.append({"role": "tool", "content": item["output"]})
+    return [*turns, {"role": "assistant", "content": answer.text}]

@@ -3,41 +3,18 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 from nemotron.errors import UserError
-from nemotron.exit_codes import DONE, FAILED
-from nemotron.files import open_regular, parse_json, write_text
+from nemotron.files import NO_FILE_OF_OURS, open_regular, parse_json, write_text
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.environments.base import environment_of
+from nemotron.posttrain.recount import Count, print_counts
 from nemotron.posttrain.rollout import Rollout, rollout_lines
 from nemotron.posttrain.tasks import Tasks
 from nemotron.posttrain.verify import Verifiers
 from nemotron.run.files import RunFiles
-
-
-@dataclass
-class Count:
-    """Rollouts of one environment."""
-
-    judged: int = 0
-    changed: int = 0
-    """Those with another reward than is stored, or with a fault now or then alone."""
-    faults: int = 0
-    before: float = 0.0
-    after: float = 0.0
-    """Sums of rewards."""
-
-    def add(self, old: Rollout, new: Rollout) -> None:
-        """Count a rollout as it is stored, and as it is judged now."""
-        first, second = old.verdict, new.verdict
-        self.judged += 1
-        self.faults += second.error is not None
-        had, has = first.error is not None, second.error is not None
-        self.changed += had != has or (not has and first.reward != second.reward)
-        self.before += first.reward
-        self.after += second.reward
 
 
 def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
@@ -66,16 +43,12 @@ def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
             old = list(read_rollouts(path))
             new = _judge(old, verifiers, config.rollout.verify_timeout_s)
             for first, second in zip(old, new, strict=True):
-                counts.setdefault(first.task.environment, Count()).add(first, second)
+                count = counts.setdefault(first.task.environment, Count())
+                count.add(first.verdict, second.verdict)
             if out is not None:
                 out.mkdir(parents=True, exist_ok=True)
                 write_text(out / path.name, rollout_lines(new))
-    for name, count in counts.items():
-        print(
-            f"{name:<16} {count.judged} rollouts  {count.changed} changed  {count.faults} faults  "
-            f"mean reward {count.before / count.judged:.4f} -> {count.after / count.judged:.4f}"
-        )
-    return FAILED if any(count.changed for count in counts.values()) else DONE
+    return print_counts(counts, "rollouts")
 
 
 def read_rollouts(path: Path) -> Iterator[Rollout]:
@@ -84,7 +57,7 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
     Raises:
         UserError: with the line that is not a rollout.
     """
-    with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
+    with _open(path) as file:
         for number, line in enumerate(file, 1):
             try:
                 rollout = Rollout.of_json(parse_json(line))
@@ -97,10 +70,21 @@ def read_rollouts(path: Path) -> Iterator[Rollout]:
             yield rollout
 
 
+def _open(path: Path) -> BinaryIO:
+    try:
+        return os.fdopen(open_regular(path, os.O_RDONLY), "rb")
+    except OSError as error:
+        if error.errno not in NO_FILE_OF_OURS:
+            raise
+        rule = f"cannot be read: {error.strerror}; restore the file, or remove it."
+        raise UserError(rule, where=str(path)) from None
+
+
 def _judge(rollouts: Sequence[Rollout], verifiers: Verifiers, timeout_s: float) -> list[Rollout]:
     rows = [rollout.task.row for rollout in rollouts]
     responses = [rollout.response for rollout in rollouts]
-    verdicts = verifiers.verify(rows, responses, [None] * len(rows), timeout_s)
+    faults = [rollout.tool_fault for rollout in rollouts]
+    verdicts = verifiers.verify(rows, responses, [None] * len(rows), timeout_s, faults)
     return [
         dataclasses.replace(rollout, verdict=verdict)
         for rollout, verdict in zip(rollouts, verdicts, strict=True)

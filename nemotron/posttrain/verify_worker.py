@@ -1,6 +1,6 @@
-"""Judges responses, a list of them a line, and answers each with a line of its own.
+"""Does jobs, a list of them a line, and answers each with a line of its own.
 
-What a verifier raises is not caught: the process ends with its traceback, and the pool that
+What an environment raises is not caught: the process ends with its traceback, and the pool that
 started it (`nemotron.posttrain.verify`) counts a fault and starts another.
 """
 
@@ -27,19 +27,27 @@ def main() -> None:
         for job in json.loads(line):
             # ends this process in the middle of a job when no process is left to kill it
             signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + SPARE_S)
-            answers.write(json.dumps(_judge(job, environments)) + "\n")
+            answers.write(json.dumps(_do(job, environments)) + "\n")
             # at once: what follows may hang, and this verdict would be lost with it
             answers.flush()
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
-def _judge(job: dict[str, Any], environments: dict[str, Environment]) -> dict[str, Any]:
-    name = job["environment"]
+def _do(job: dict[str, Any], environments: dict[str, Environment]) -> dict[str, Any]:
+    name, row = job["environment"], job["row"]
     if name not in environments:
         environments[name] = find_environment(name, job["options"])
+    environment = environments[name]
+    if job["kind"] == "begin":
+        state = environment.seed(row)
+        return {"state": state, "has_tools": state is not None and bool(environment.tools(row))}
+    state = job["state"]
+    if job["kind"] == "call":
+        said = [environment.call(state, call["name"], call["arguments"]) for call in job["calls"]]
+        return {"said": said, "state": state}
     given = job["response"]
     response = Response(**{**given, "output": tuple(given["output"])})
-    return dataclasses.asdict(environments[name].verify(job["row"], response, job["state"]))
+    return dataclasses.asdict(environment.verify(row, response, state))
 
 
 if __name__ == "__main__":

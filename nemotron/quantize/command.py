@@ -100,10 +100,14 @@ def _source(
         yield open_checkpoint(model)
         return
     if recipe is None:
-        raise UserError(f"{model} brings no recipe, which names the text; give one: --recipe FILE.")
+        raise UserError(
+            "brings no recipe, which names the text; give one: --recipe FILE.", where=str(model)
+        )
     check_output(target, COMMAND, [model], overwrite=overwrite)
     if read_scales(model) is not None:
-        raise UserError(f"{model} is quantized already; give the model that it was made from.")
+        raise UserError(
+            "is quantized already; give the model that it was made from.", where=str(model)
+        )
     with writing_beside(target.with_name(f"{target.name}.source"), COMMAND) as partial:
         loaded = read_folder(model)
         for note in (*loaded.notes, *write_run(model, loaded, RunFiles(partial))):

@@ -35,6 +35,14 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
             f"{data.seq_len}; write {tokens}.",
             config.batch.global_tokens,
         )
+    for number, entry in enumerate(rollout.environments):
+        if rollout.curriculum is not None and entry.level > rollout.curriculum.max_level:
+            yield Finding(
+                f"rollout.environments.{number}.level",
+                f"is above rollout.curriculum.max_level = {rollout.curriculum.max_level:g}; lower "
+                "it, or raise that limit.",
+                entry.level,
+            )
     if policy.on_policy and rollout.updates_per_step > 1:
         yield Finding(
             "policy.on_policy",
@@ -63,11 +71,6 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
             f"{rollout.max_new_tokens} for the answer; lower them.",
             rollout.reasoning_budget,
         )
-    yield from unknown_parts(config.model, config.tune)
-    if config.tune.adapter is not None:
-        yield Finding(
-            "tune.adapter", "is not rolled out yet; leave it out, or fine-tune with stage: sft."
-        )
     mixes = "E" in model.hybrid_override_pattern
     if rollout.router_replay and mixes and model.language_experts is not None:
         yield Finding(
@@ -75,6 +78,11 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
             "replays the choices of routers, but with model.language_experts a gate makes them; "
             "use false.",
             rollout.router_replay,
+        )
+    yield from unknown_parts(config.model, config.tune)
+    if config.tune.adapter is not None:
+        yield Finding(
+            "tune.adapter", "is not rolled out yet; leave it out, or fine-tune with stage: sft."
         )
     if config.precision.quantizes:
         yield Finding(

@@ -1,12 +1,13 @@
 """Texts that a model wrote: answers of a reinforcement run, or continuations of prompts."""
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from nemotron.files import parse_json
+from nemotron.files import open_regular, parse_json
 
 Item = TypeVar("Item")
 
@@ -42,7 +43,7 @@ def read_rollouts(folder: Path, problems: list[str]) -> list[Sample]:
         if not digits.isdecimal():
             continue
         try:
-            with open(path, "rb") as file:
+            with os.fdopen(open_regular(path, os.O_RDONLY), "rb") as file:
                 lines = [file.readline(LONGEST_LINE) for _ in range(LINES_SHOWN)]
             samples += [_sample(int(digits), parse_json(line)) for line in lines if line]
         except (OSError, ValueError, KeyError, TypeError) as error:

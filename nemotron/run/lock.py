@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from nemotron.errors import UserError
-from nemotron.files import UNSUPPORTED, open_regular, try_lock
+from nemotron.files import UNSUPPORTED, open_regular, read_regular, try_lock
 
 LOCK = "lock"
 
@@ -96,9 +96,9 @@ class FolderLock:
     def _refuse(self) -> NoReturn:
         self.release()
         try:
-            holder = json.loads(self.path.read_text())
+            holder = json.loads(read_regular(self.path))
             who = f"process {holder['pid']} on {holder['host']} since {holder['since']}"
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, UserError, ValueError, KeyError, TypeError, RecursionError):
             who = "another process"
         raise UserError(
             f"is in use by {who}; wait for it, stop it, or give this run another name.",

@@ -1,6 +1,7 @@
 """Provenance of a run: versions, code, machine, command line; one entry per start."""
 
 import datetime
+import functools
 import importlib.metadata
 import os
 import platform
@@ -110,6 +111,7 @@ def _now() -> str:
     return datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
 
 
+@functools.cache
 def versions() -> dict[str, str]:
     """Return the versions of what can change a result."""
     found = {"python": platform.python_version()}
@@ -121,6 +123,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache
 def _commit() -> dict[str, str | bool]:
     """Return the commit of the source folder, when the package runs from a git checkout."""
     root = Path(__file__).parents[2]

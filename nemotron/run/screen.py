@@ -9,13 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
-from rich.console import Console
+from rich.console import Console, ConsoleDimensions
 from rich.live import Live
 
 from nemotron.run.appended import AppendedFile
 from nemotron.run.metrics import Record
 from nemotron.run.panel import Progress, suites_text
 from nemotron.run.redaction import redact_text
+from nemotron.run.signals import write_error
 from nemotron.terminal import printable
 
 
@@ -37,6 +38,9 @@ class Screen:
         self._early: list[str] = []
         self._progress: Progress | None = None
         self._live: Live | None = None
+        self._size: ConsoleDimensions | None = None
+        self._is_drawing = self._is_displaced = False
+        self._unsaid: str | None = None
         self._handler = _Forward(self.info)
         logger = logging.getLogger("nemotron")
         self._level_before = logger.level
@@ -92,10 +96,22 @@ class Screen:
         else:
             self._print(text)
 
+    def say_at_once(self, sentence: str) -> None:
+        """Write a line to the error stream, below the panel; for the handler of a signal.
+
+        Raises:
+            OSError: when the terminal is gone.
+        """
+        if self._is_drawing:
+            self._unsaid = sentence  # else the panel, half drawn, would cover it
+        else:
+            write_error(sentence)
+            self._is_displaced = True
+
     def stop(self) -> None:
         """Leave the panel as it is; later lines are printed below it."""
         if self._live is not None:
-            self._guard(self._live.stop)
+            self._draw(self._live, self._live.stop)
             self._live = None
 
     def close(self) -> None:
@@ -116,7 +132,28 @@ class Screen:
     def _refresh(self) -> None:
         if self._live is not None and self._progress is not None:
             live, panel = self._live, self._progress.render()
-            self._guard(lambda: live.update(panel, refresh=True))
+            self._draw(live, lambda: live.update(panel, refresh=True))
+
+    def _draw(self, live: Live, write: Callable[[], Any]) -> None:  # Any: the result is not used
+        self._is_drawing = True
+        self._guard(lambda: self._leave_displaced(live))
+        self._guard(write)
+        self._is_drawing = False
+        if self._unsaid is not None:
+            sentence, self._unsaid = self._unsaid, None
+            self._guard(lambda: self.say_at_once(sentence))
+
+    def _leave_displaced(self, live: Live) -> None:
+        """Let a panel stay from which the cursor was moved: by a line, or by a new size.
+
+        Rich would go up as many lines as it has drawn, and overwrite others.
+        """
+        size, before, displaced = live.console.size, self._size, self._is_displaced
+        self._size, self._is_displaced = size, False
+        if displaced or before not in (None, size):
+            live._live_render._shape = None
+            if not displaced:
+                live.console.file.write("\n")
 
     def _print(self, text: str) -> None:
         if self._stream is not None:

@@ -31,6 +31,11 @@ def _leave_an_import(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
+def write_error(sentence: str) -> None:
+    """Write a line to the error stream, past Python's buffers, which a handler may not touch."""
+    os.write(2, f"\n{sentence}\n".encode())
+
+
 class StopRequest:
     """Remembers the first stop signal while it is entered; restores the handlers afterwards.
 
@@ -41,6 +46,8 @@ class StopRequest:
         self.signal: str | None = None
         self.before_leaving: Callable[[], None] = lambda: None
         """Called before the second Ctrl-C ends the process."""
+        self.say: Callable[[str], None] = write_error
+        """Shows a sentence from within the handler of a signal."""
         self._after = after
 
     def is_due(self, steps: int) -> bool:
@@ -75,4 +82,4 @@ class StopRequest:
             os._exit(INTERRUPTED)
         self.signal = self.signal or signal.Signals(number).name
         with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nstopping after this step; Ctrl-C again leaves at once\n")
+            self.say("stopping after this step; Ctrl-C again leaves at once")

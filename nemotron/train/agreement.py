@@ -1,5 +1,6 @@
 """Whether all ranks run the same: recipe, versions, code, data and initial weights."""
 
+import functools
 import json
 from collections import defaultdict
 from collections.abc import Mapping
@@ -62,6 +63,7 @@ def _digest(facts: Facts) -> str:
     return xxhash.xxh128(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+@functools.cache
 def _code() -> str:
     """Return the hash of this package's files: a version says little of one that is worked on."""
     digest, root = xxhash.xxh128(), Path(__file__).parents[1]

@@ -1,6 +1,7 @@
 """The terms that objectives share, multi-token prediction and the balance loss, and their sums."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -109,8 +110,11 @@ class LanguageObjective(ABC):
 
     @property
     @abstractmethod
-    def factors(self) -> dict[str, float]:
-        """What the mean of each own term is multiplied by in the loss, by its name."""
+    def factors(self) -> Mapping[str, float | None]:
+        """What the mean of each own term is multiplied by in the loss, by its name.
+
+        A term without a factor is only logged; the first one has a factor.
+        """
 
     @abstractmethod
     def own_counts(self, batch: Batch) -> list[float]:
@@ -154,7 +158,8 @@ class LanguageObjective(ABC):
         self, sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"]
     ) -> Float[Tensor, ""]:
         """Return the mean of each term, weighted as the recipe says."""
-        return _weighted_means(sums, counts, [*self.factors.values(), *self.auxiliary.factors])
+        factors = [*self.factors.values(), *self.auxiliary.factors]
+        return _weighted_means(sums, counts, factors)
 
 
 def _num_known(batch: Batch) -> int:
@@ -172,12 +177,16 @@ def total_weight(labels: Tensor, weights: Tensor | None) -> float:
 
 
 def _weighted_means(
-    sums: Float[Tensor, " terms"], counts: Float[Tensor, " terms"], factors: list[float]
+    sums: Float[Tensor, " terms"],
+    counts: Float[Tensor, " terms"],
+    factors: Sequence[float | None],
 ) -> Float[Tensor, ""]:
     """Divide each sum by its count, and add up the quotients times their factors."""
     (first, count), *others = zip(sums.unbind(), counts.tolist(), strict=True)
     (own, *further) = factors
+    assert own is not None, "the first term is a part of the loss"
     loss = first / max(count, 1) if own == 1 else own * first / max(count, 1)
     for factor, (term, count) in zip(further, others, strict=True):
-        loss = loss + factor * term / max(count, 1)
+        if factor is not None:
+            loss = loss + factor * term / max(count, 1)
     return loss

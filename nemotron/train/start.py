@@ -6,7 +6,7 @@ from contextlib import ExitStack
 import torch
 
 from nemotron.checkpoint.manifest import steps
-from nemotron.device import find_device, measure_matmul_peak
+from nemotron.device import find_device, matmul_peak
 from nemotron.exit_codes import DONE
 from nemotron.model.build import build_on_meta
 from nemotron.model.flops import training_flops_per_token
@@ -87,11 +87,12 @@ def train(
         stop = stack.enter_context(StopRequest(stop_at))
         screen = Screen(is_silent=not ranks.is_first, panel=panel)
         stack.callback(screen.close)
+        stop.say = screen.say_at_once
         log = RunLog(screen)
         is_on = config.reliability.deterministic
         stack.enter_context(deterministic(device, on=is_on))
         bind(config.ops)  # a backend that is not there is found before data is read
-        own_peak = measure_matmul_peak(device, DTYPES[config.precision.compute])
+        own_peak = matmul_peak(device, DTYPES[config.precision.compute])
         setup = trained.build(config, plan, device, sum(ranks.gather(own_peak)), ranks)
         stack.callback(setup.close)
         trainer = setup.trainer

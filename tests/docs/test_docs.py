@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
-import typer.main
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
@@ -31,16 +30,22 @@ def name_of(item: Command | Block | Path) -> str:
     return item.name if isinstance(item, Path) else item.where
 
 
-@pytest.fixture
-def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def recipes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the recipes, and with those that the pages tell the reader to write."""
-    shutil.copytree(ROOT / "recipes", tmp_path / "recipes")
+    folder = tmp_path_factory.mktemp("newcomer")
+    shutil.copytree(ROOT / "recipes", folder / "recipes")
     for block in blocks("yaml"):
         if path := written_to(block):
-            (tmp_path / path).parent.mkdir(exist_ok=True)
-            (tmp_path / path).write_text(block.text)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+            (folder / path).parent.mkdir(exist_ok=True)
+            (folder / path).write_text(block.text)
+    return folder
+
+
+@pytest.fixture
+def newcomer(recipes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Be in that folder, into which no test writes."""
+    monkeypatch.chdir(recipes)
 
 
 def written_to(block: Block) -> str | None:
@@ -51,7 +56,7 @@ def written_to(block: Block) -> str | None:
 
 def parse(words: tuple[str, ...], in_sentence: bool = False) -> tuple[str, dict[str, Any]]:
     """Return the subcommand and its parameters as the command line understands them."""
-    command: Any = typer.main.get_command(cli.app)
+    command: Any = cli.command_line()
     context, names, rest = None, ["nemotron"], list(words[1:])
     while hasattr(command, "resolve_command"):
         context = command.make_context(names[-1], rest, parent=context)
@@ -79,7 +84,7 @@ def test_a_command_that_does_not_exist_would_be_noticed():
 
 
 @pytest.mark.parametrize("command", OURS, ids=name_of)
-def test_recipes_and_overrides_in_commands_are_valid(command: Command, newcomer: Path):
+def test_recipes_and_overrides_in_commands_are_valid(command: Command, newcomer: None):
     _, given = parse(command.words, command.in_sentence)
     if command.answer.startswith("nemotron: "):
         return  # shown because it is wrong; its answer is compared below
@@ -99,7 +104,7 @@ def is_cheap(command: Command) -> bool:
 
 @pytest.mark.parametrize("command", [c for c in OURS if is_cheap(c)], ids=name_of)
 def test_commands_that_only_read_recipes_succeed(
-    command: Command, newcomer: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, newcomer: None, capsys: pytest.CaptureFixture[str]
 ):
     assert cli.run(list(command.words[1:])) == 0, capsys.readouterr().err
     assert capsys.readouterr().out
@@ -109,7 +114,7 @@ def test_commands_that_only_read_recipes_succeed(
     "command", [c for c in OURS if c.answer.startswith("nemotron: ")], ids=name_of
 )
 def test_mistakes_are_answered_as_the_pages_show(
-    command: Command, newcomer: Path, capsys: pytest.CaptureFixture[str]
+    command: Command, newcomer: None, capsys: pytest.CaptureFixture[str]
 ):
     assert cli.run(list(command.words[1:])) == 2
     assert capsys.readouterr().err == command.answer
@@ -119,7 +124,7 @@ def test_mistakes_are_answered_as_the_pages_show(
 def test_options_named_in_sentences_exist(page: Path):
     for span in spans(page):
         if match := re.match(r"(--[a-z-]+[a-z0-9-]*)", span):
-            assert match[1] in known_options(typer.main.get_command(cli.app)), span
+            assert match[1] in known_options(cli.command_line()), span
 
 
 def known_options(command: Any) -> set[str]:
@@ -169,7 +174,8 @@ def test_links_lead_somewhere(page: Path):
 def test_files_named_in_sentences_exist(page: Path):
     for span in spans(page):
         if span.startswith(FOLDERS) and not re.search(r"[<>A-Z ]", span):
-            assert list(ROOT.glob(span)), f"{page.name}: {span}"
+            file = span.partition("::")[0]  # a test of a file is checked by `test_strangers.py`
+            assert list(ROOT.glob(file)), f"{page.name}: {span}"
 
 
 @pytest.mark.parametrize("block", blocks("python"), ids=name_of)
@@ -199,7 +205,7 @@ def unknown_keys(values: dict[str, Any], section: type[BaseModel], prefix: str =
 
 
 @pytest.mark.parametrize("block", blocks("yaml"), ids=name_of)
-def test_recipes_in_the_pages_are_valid(block: Block, newcomer: Path):
+def test_recipes_in_the_pages_are_valid(block: Block, newcomer: None):
     path = written_to(block)
     if path and "/blends/" in path:
         BlendConfig.model_validate(read_blend(Path(path)).values)

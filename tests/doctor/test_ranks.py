@@ -17,6 +17,7 @@ from tests.support.cluster import (
     clean_environment,
     free_port,
 )
+from tests.support.quick_python import environment
 
 pytestmark = pytest.mark.distributed
 
@@ -104,11 +105,11 @@ def test_a_port_in_use_is_told(together: Together):
 
 
 def test_equal_ranks_of_torchrun_are_fine_and_told_once_in_a_table():
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    torchrun = ["python", "-m", "torch.distributed.run", "--standalone"]
     command = [*torchrun, "--nproc-per-node", "2", *DOCTOR]
     done = subprocess.run(
         command,
-        env=clean_environment(),
+        env=clean_environment() | environment(),
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,

@@ -74,6 +74,25 @@ def test_what_was_interrupted_goes_on_to_the_same_bits(
 
 
 @pytest.mark.slow
+def test_forged_answers_are_refused_and_cut_by_their_own_length(
+    trained: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    found = (out / "samples.jsonl").read_bytes().splitlines(keepends=True)
+    values = json.loads(found[0])
+    values["verdict"]["reward"] = "much"
+    (out / "samples.jsonl").write_text(json.dumps(values) + "\n")
+    assert evaluate(trained, [*SUITES, *HOW, "--batch", "4", "--resume"], out) == 2
+    assert "samples.jsonl, line 1: is not an answer" in capsys.readouterr().err
+    assert json.loads((out / "samples.jsonl").read_text()) == values
+    # another program may write the same JSON with more spaces; the last line is half a group
+    spaced = [line.replace(b'": ', b'":   ') for line in found[:13]]
+    (out / "samples.jsonl").write_bytes(b"".join(spaced))
+    assert evaluate(trained, [*SUITES, *HOW, "--batch", "4", "--resume"], out) == 0
+    assert lines(out) == lines(whole)
+
+
 def test_answers_row_by_row_are_the_same_bits_for_every_batch(trained: Path, tmp_path: Path):
     asked = ["--suite", "arith_chain", *HOW, "--row-by-row"]
     for batch in ("1", "6"):

@@ -240,7 +240,7 @@ def test_an_export_replaces_another_only_when_told(run: Path, tmp_path: Path):
     card = (out / "README.md").read_text()
     assert export(run, out, overwrite=True, check=False) == 0
     (out / "model.gguf").write_text("made of it")
-    assert f"{out / 'model.gguf'} is not of nemotron export" in refusal(run, out, overwrite=True)
+    assert f"{out / 'model.gguf'}: is not of nemotron export" in refusal(run, out, overwrite=True)
     (out / "model.gguf").unlink()
     (out / "README.md").write_text(f"{card} and my own words")
     assert "README.md: was changed since" in refusal(run, out, overwrite=True)

@@ -281,7 +281,7 @@ def test_a_run_is_replaced_only_when_told_and_only_if_it_was_imported(
     assert import_(single, out, overwrite=True) == 0
     assert "not replaced" in refusal(single, run, overwrite=True)
     (out / "metrics.jsonl").write_text("trained since")
-    assert f"{out / 'metrics.jsonl'} is not of nemotron import" in refusal(
+    assert f"{out / 'metrics.jsonl'}: is not of nemotron import" in refusal(
         single, out, overwrite=True
     )
     assert f"{single}: is an input and lies in {tmp_path}" in refusal(

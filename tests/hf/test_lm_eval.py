@@ -219,6 +219,14 @@ def test_wrong_tasks_are_one_sentence(
     for name, changes in (("long", {"max_gen_toks": LONGEST}), ("beams", {"num_beams": 4})):
         values = {**long, "task": name, "generation_kwargs": {**UNTIL, "until": [], **changes}}
         (tmp_path / f"{name}.yaml").write_text(json.dumps(values))
+    (tmp_path / "broken.yaml").write_text("task: broken\nx: {")
+    endless = {**long, "task": "loops", "doc_to_text": "{% for i in range(10**9) %}{% endfor %}"}
+    (tmp_path / "loops.yaml").write_text(json.dumps(endless))
+    choose = json.loads((both.tasks / "choose.yaml").read_text())
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"text": "a", "choices": None}) + "\n")
+    choose |= {"task": "no_choices"}
+    choose["dataset_kwargs"] |= {"data_files": {"test": str(tmp_path / "rows.jsonl")}}
+    (tmp_path / "no_choices.yaml").write_text(json.dumps(choose))
     full = tmp_path / "full.json"
     full.write_text("{}")
     model, names = [str(both.folder)], ["--include-path", str(tmp_path)]
@@ -227,6 +235,9 @@ def test_wrong_tasks_are_one_sentence(
         (["absent", *names], "TASK = absent cannot be read"),
         (["long", *names], f"max_gen_toks = {LONGEST} must be below {LONGEST}"),
         (["beams", *names], "generation_kwargs.num_beams = 4 is unknown"),
+        ([str(tmp_path / "broken.yaml")], "cannot be read: while parsing a flow"),
+        (["loops", *names], "Range too big"),
+        (["no_choices", *names], "a task cannot be asked"),
         (["absent", "--include-path", str(full)], "is not a folder"),
         (["absent", *names, "--samples", str(full)], "exists already"),
     ]
@@ -236,3 +247,40 @@ def test_wrong_tasks_are_one_sentence(
         [sentence] = [line for line in capsys.readouterr().err.splitlines() if "nemotron: " in line]
         assert said in sentence
     assert full.read_text() == "{}"
+
+
+EVIL = """
+import pathlib
+pathlib.Path(__file__).with_name("executed").touch()
+def text(row):
+    return "x"
+"""
+TEMPLATE_OF_CODE = "{{ cycler.__init__.__globals__.os.system('touch executed') }}"
+
+
+def test_no_code_of_a_task_is_executed_unless_the_environment_allows_it(
+    both: Both,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "evil.py").write_text(EVIL)
+    task = json.loads((both.tasks / "choose.yaml").read_text())
+    attacks = {
+        "function": "doc_to_text: !function evil.text",
+        "module": "doc_to_text: !function os.system",
+        "template": f"doc_to_text: {json.dumps(TEMPLATE_OF_CODE)}",
+        "metric": 'metric_list: [{"metric": "./evil.py", "hf_evaluate": true}]',
+    }
+    for name, line in attacks.items():
+        key = line.partition(":")[0]
+        lines = [f"{k}: {json.dumps(v)}" for k, v in {**task, "task": name}.items() if k != key]
+        (tmp_path / f"{name}.yaml").write_text("\n".join([*lines, line]))
+        words = ["lm-eval", str(both.folder), name, "--include-path", str(tmp_path)]
+        assert run(words) == 2, capsys.readouterr().err
+        assert not (tmp_path / "executed").exists(), name
+    monkeypatch.setenv("NEMOTRON_ALLOW_UNSAFE_CODE", "1")
+    words = ["lm-eval", str(both.folder), "function", "--include-path", str(tmp_path)]
+    assert run(words) == 0, capsys.readouterr().err
+    assert (tmp_path / "executed").exists()

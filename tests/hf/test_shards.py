@@ -133,7 +133,7 @@ def test_links_of_the_hub_cache_are_followed(tmp_path: Path):
 
 def test_a_missing_file_is_named(folder: Path):
     (folder / SECOND).unlink()
-    assert f"{folder / SECOND} is missing" in refusal(folder)
+    assert f"{folder / SECOND}: is missing" in refusal(folder)
 
 
 def test_a_tensor_that_is_not_where_the_index_says_is_named(folder: Path):

@@ -198,7 +198,7 @@ def test_a_damaged_list_of_ends_is_one_sentence(
     shutil.copytree(exported, tmp_path / "theirs")
     change_json(tmp_path / "theirs/generation_config.json", eos_token_id=["</s>"])
     assert cli.run(["generate", str(tmp_path / "theirs"), "--prompt", "a"]) == 2
-    assert "eos_token_id = ['</s>']; it must be a token or a list" in capsys.readouterr().err
+    assert "eos_token_id = ['</s>'] must be the id of a token, or a list" in capsys.readouterr().err
 
 
 @pytest.mark.slow

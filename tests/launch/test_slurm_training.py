@@ -2,12 +2,13 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.cluster import SMOKE, Cluster, Launched, num_logged, state, wait_until
+from tests.support.cluster import SHORT, SMOKE, Cluster, Launched, num_logged, state, wait_until
+from tests.support.quick_client import SERVER
+from tests.support.quick_python import environment
 
 pytestmark = pytest.mark.distributed
 
@@ -15,13 +16,13 @@ pytestmark = pytest.mark.distributed
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
     cluster = Cluster(tmp_path)
-    cluster.env["NEMOTRON"] = f"{sys.executable} -m nemotron"
+    quick = environment()
+    cluster.env |= {SERVER: quick[SERVER], "NEMOTRON": f"{quick['PYTHON_EXEC']} -m nemotron"}
     return cluster
 
 
 def start(cluster: Cluster, **more) -> Launched:
-    settings = ["device=cpu", "parallel.dp_shard=2", "schedule.total_steps=24", "output=runs"]
-    return cluster.start(SMOKE, *settings, "checkpoint.every_steps=3", **more)
+    return cluster.start(SMOKE, *SHORT, "checkpoint.every_steps=3", **more)
 
 
 def test_a_warned_run_is_requeued_and_finishes(cluster: Cluster):

@@ -16,6 +16,7 @@ from tests.support.cluster import (
     records,
     wait_until,
 )
+from tests.support.quick_python import environment
 
 pytestmark = pytest.mark.distributed
 
@@ -26,7 +27,7 @@ def run(tmp_path: Path) -> Path:
 
 
 def start(run: Path, play: str, *options: str, after: tuple[str, ...] = ()) -> Launched:
-    env = clean_environment() | {"NEMOTRON": STAND_IN, "PLAY": play}
+    env = clean_environment() | environment() | {"NEMOTRON": STAND_IN, "PLAY": play}
     words = [*options, "-n", "2", "some.yaml", f"output={run.parent}", *after]
     return Launched([str(TORCHRUN), *words], env, run.parents[1])
 
@@ -104,7 +105,7 @@ def test_a_dry_run_is_one_process_that_knows_of_both(run: Path):
     ],
 )
 def test_a_wrong_command_line_is_2_and_told(tmp_path: Path, words: list[str], sentence: str):
-    env = clean_environment() | {"NEMOTRON": STAND_IN, "PLAY": "done"}
+    env = clean_environment() | environment() | {"NEMOTRON": STAND_IN, "PLAY": "done"}
     done = subprocess.run(
         [str(TORCHRUN), *words], env=env, cwd=tmp_path, capture_output=True, text=True, check=False
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import (
+    SHORT,
     SMOKE,
     TORCHRUN,
     Launched,
@@ -15,14 +16,14 @@ from tests.support.cluster import (
     state,
     wait_until,
 )
+from tests.support.quick_python import environment
 
 pytestmark = pytest.mark.distributed
 
 
-def start(folder: Path, *words: str) -> Launched:
-    settings = ["device=cpu", "parallel.dp_shard=2", "schedule.total_steps=24", "output=runs"]
-    env = clean_environment() | {"OMP_NUM_THREADS": "1"}
-    return Launched([str(TORCHRUN), "-n", "2", str(SMOKE), *settings, *words], env, folder)
+def start(folder: Path, *words: str, quick: bool = True) -> Launched:
+    env = clean_environment() | (environment() if quick else {}) | {"OMP_NUM_THREADS": "1"}
+    return Launched([str(TORCHRUN), "-n", "2", str(SMOKE), *SHORT, *words], env, folder)
 
 
 def test_a_run_on_two_ranks_is_stopped_refused_and_resumed(tmp_path: Path):
@@ -52,6 +53,6 @@ def test_a_layout_for_another_number_of_ranks_is_a_mistake(tmp_path: Path):
 def test_a_dry_run_checks_the_layout_of_all_ranks(tmp_path: Path):
     fine = start(tmp_path, "--dry-run")
     assert fine.wait() == 0, fine.text
-    wrong = start(tmp_path, "parallel.dp_shard=3", "--dry-run")
+    wrong = start(tmp_path, "parallel.dp_shard=3", "--dry-run", quick=False)
     assert wrong.wait() == 2, wrong.text
     assert not (tmp_path / "runs").exists()

@@ -42,7 +42,7 @@ GATE = torch.tensor([[0.2, 1.2]], dtype=torch.float64)
 
 def gate(**experts: object) -> LanguageExperts:
     own = {"languages": ["yue", "en"], **experts}
-    return LanguageExperts(LanguageExpertsConfig.model_validate(own), 2)
+    return LanguageExperts(LanguageExpertsConfig.model_validate(own), 2, 1)
 
 
 def test_the_gate_chooses_the_group_and_weighs_its_experts() -> None:

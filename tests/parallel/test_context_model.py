@@ -78,7 +78,7 @@ def batch(case: Case) -> Batch:
     weights = torch.rand(2, 40, generator=g)
     padding = torch.arange(40) >= torch.tensor([[40], [33]])
     rows = Batch(tokens[:, :-1], labels, seq_idx, weights, padding=padding)
-    return rows.look_ahead(OBJECTIVE.num_depths)
+    return rows.look_ahead(OBJECTIVE.auxiliary.num_depths)
 
 
 def outcome(model: HybridLM, rows: Batch) -> dict[str, Tensor]:

@@ -53,7 +53,7 @@ class Case:
 
     @property
     def depths(self) -> int:
-        return self.objective.num_depths
+        return self.objective.auxiliary.num_depths
 
     def build(self) -> HybridLM:
         narrow = self.compute_dtype != torch.float64

@@ -1,6 +1,8 @@
 """Commands around reinforcement learning: chats, evaluation, verdicts of stored rollouts."""
 
 import json
+import random
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,8 @@ import pytest
 
 from nemotron.cli import run
 from nemotron.posttrain.demonstrations import Demonstrates
-from nemotron.posttrain.environments.base import messages_of
+from nemotron.posttrain.environments.arith_chain import ArithChain
+from nemotron.posttrain.environments.base import Response, messages_of
 from nemotron.posttrain.environments.registry import ENVIRONMENTS, find_environment
 from tests.support.fine_tuning import write_recipe
 from tests.support.tiny_run import MODEL
@@ -86,9 +89,33 @@ def test_chats_are_rows_of_the_environments_and_the_same_again(tmp_path: Path) -
     assert "reasoning_content" not in out.read_text()
 
 
+def test_texts_hold_as_many_mistakes_as_asked(tmp_path: Path) -> None:
+    out = tmp_path / "sums.jsonl"
+    command = ["rl", "chats", "arith_chain", "--text", "--no-thinking", "--mistakes", "0.75"]
+    assert run([*command, "--count", "400", "--out", str(out)]) == 0
+    texts = [json.loads(line)["text"].split("=") for line in out.read_text().splitlines()]
+    environment = ArithChain()
+    rewards = [
+        environment.verify({"expected_answer": eval(question)}, Response(answer), None).reward
+        for question, answer in texts
+    ]
+    assert 0.2 < sum(rewards) / 400 < 0.3
+    assert {"about", "or so", "?"} <= {word.strip(" -0123456789") for _, word in texts}
+
+
+def test_a_mistake_earns_no_reward_and_its_reasoning_leads_to_it() -> None:
+    environment = ArithChain()
+    for number, row in enumerate(environment.rows(30, 5, 1)):
+        answer = environment.mistake(row, random.Random(number))
+        assert environment.verify(row, answer, None).reward == 0
+        [value] = re.findall(r"-?\d+", answer.text)
+        assert answer.reasoning.endswith(f"={value}")
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["mcqa", "--mistakes", "0.5"], "mcqa does not make mistakes; choose from arith_chain."),
         (["if_constraints"], "does not answer its own tasks; choose from arith_chain"),
         (["arith_chain@hard"], "write arith_chain@1"),
         (["arith_chian"], "did you mean arith_chain?"),

@@ -76,7 +76,7 @@ def test_a_verifier_that_hangs_is_killed_and_its_sample_masked():
     with Verifiers(1) as verifiers:
         started = time.monotonic()
         verdict = judge(verifiers, row, text, 1.0)
-        assert time.monotonic() - started < 10
+        assert time.monotonic() - started < 60  # it would take years
         assert verdict.error == "the verifier took longer than 1 s"
         assert verdict.mask
         assert verifiers.faults == {"json_schema": 1}

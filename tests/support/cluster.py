@@ -16,6 +16,11 @@ HERE = Path(__file__).parent
 SBATCH = ROOT / "launch" / "slurm.sbatch"
 TORCHRUN = ROOT / "launch" / "torchrun.sh"
 SMOKE = ROOT / "recipes" / "tiny" / "smoke.yaml"
+SHORT = [
+    *("device=cpu", "parallel.dp_shard=2", "output=runs", "schedule.total_steps=24"),
+    *("batch.global_tokens=128", "batch.micro_batch=1"),
+]
+"""Settings of a run of `SMOKE` on two ranks."""
 STAND_IN = f"{sys.executable} {HERE / 'stand_in_trainer.py'}"
 PATIENCE_S = 120.0
 

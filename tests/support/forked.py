@@ -1,7 +1,7 @@
 """Processes that begin with torch and the trainer imported: forked in 0.1 s, not started in 5.
 
-A server that has imported everything, but computed nothing and started no thread, is forked for
-each of them. They share no state with the tests, as if each had been started by itself.
+A server that has imported everything, but started no thread, is forked for each of them. They
+share no state with the tests, as if each had been started by itself.
 """
 
 import contextlib
@@ -25,7 +25,7 @@ CLONE_NEWNET = 0x40000000
 IMPORTED = (
     "nemotron.train.start",
     "nemotron.cli",
-    "torch.distributed.fsdp",
+    "nemotron.parallel.distributed",
     "tests.support.frozen",
 )
 """What the server imports once."""

@@ -11,8 +11,15 @@ from nemotron.train.config import RunConfig
 from tests.support import forked
 from tests.support.hosts import Host
 
-TIMEOUT_S = 3.0
-"""Of any step but the first."""
+
+def busy() -> float:
+    """Return how much longer all takes beside what else runs: 1 on an idle machine, at most 5."""
+    return min(5.0, max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1)))
+
+
+def limits(start_s: float = 60.0) -> dict[str, float]:
+    """Return the section `parallel` of a test that waits for the limit of a step."""
+    return {"timeout_s": 3.0 * busy(), "start_timeout_s": start_s}
 
 
 class Job:

@@ -6,7 +6,9 @@ import sys
 from pathlib import Path
 
 from nemotron.cli import run
-from tests.support.killed import CHANGES, WRITES
+
+CHANGES = {"os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.link", "os.symlink", "os.truncate"}
+WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 
 def watch_moments(words: list[str], folder: Path, copies: Path) -> int:

@@ -1,10 +1,11 @@
 """A run that `torchrun` starts on every host, as `launch/README.md` says."""
 
+import contextlib
+import itertools
 import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,10 +14,16 @@ from nemotron.run.folder import dump_recipe
 from nemotron.train.config import RunConfig
 from tests.support.cluster import ROOT, clean_environment
 from tests.support.hosts import Host
+from tests.support.quick_python import environment
+
+MARK = "NODE_OF_TEST"
+"""The variable that says to which node of which start a process belongs."""
 
 
 class TorchrunJob:
     """One start of a run, with one rank on each host."""
+
+    _starts = itertools.count()
 
     def __init__(self, config: RunConfig, hosts: Sequence[Host], *arguments: str) -> None:
         self.run = Path(config.output) / config.name
@@ -27,15 +34,20 @@ class TorchrunJob:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         self._outputs = [self.run.parent / f"node-{number}.txt" for number in range(len(hosts))]
-        self.nodes = []
+        self.nodes: list[subprocess.Popen] = []
+        self._marks: list[str] = []
         for number, host in enumerate(hosts):
+            python = environment()["PYTHON_EXEC"]
             torchrun = [
-                *("ip", "netns", "exec", host.name, sys.executable, "-P"),
+                *("ip", "netns", "exec", host.name, python, "-P"),
                 *("-m", "torch.distributed.run", "--nnodes", str(len(hosts))),
                 *("--node-rank", str(number), "--nproc-per-node", "1"),
                 *("--master-addr", hosts[0].address, "--master-port", str(port)),
             ]
-            environment = {
+            mark = f"{os.getpid()}-{next(self._starts)}"
+            self._marks.append(mark)
+            values = environment() | {
+                MARK: mark,
                 "OMP_NUM_THREADS": "1",
                 "PYTHONPATH": str(ROOT),
                 "GLOO_SOCKET_IFNAME": host.device,
@@ -44,7 +56,7 @@ class TorchrunJob:
                 self.nodes.append(
                     subprocess.Popen(
                         [*torchrun, "-m", "nemotron", "train", recipe, *arguments],
-                        env=clean_environment() | environment,
+                        env=clean_environment() | values,
                         stdin=subprocess.DEVNULL,
                         stdout=output,
                         stderr=subprocess.STDOUT,
@@ -84,8 +96,9 @@ class TorchrunJob:
     def kill(self, number: int) -> None:
         """End all processes of a node without a word."""
         node = self.nodes[number]
-        for child in _children_of(node.pid):
-            os.kill(child, signal.SIGKILL)
+        for pid in _marked(self._marks[number]):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         if node.poll() is None:
             os.killpg(node.pid, signal.SIGKILL)
         node.wait()
@@ -96,10 +109,11 @@ class TorchrunJob:
             self.kill(number)
 
 
-def _children_of(pid: int) -> list[int]:
-    """Return the processes below one: the ranks of a node have sessions of their own."""
-    try:
-        direct = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    except OSError:
-        return []
-    return [found for child in map(int, direct) for found in (*_children_of(child), child)]
+def _marked(mark: str) -> list[int]:
+    """Return the processes that were started with a mark in their environment."""
+    found, wanted = [], f"{MARK}={mark}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if wanted in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+    return found

@@ -8,7 +8,6 @@ import torch
 
 from nemotron.train.config import PretrainConfig
 from nemotron.train.start import train
-from tests.support.job import TIMEOUT_S
 from tests.support.prepared import write_prepared
 from tests.support.tiny_run import build_recipe
 
@@ -51,7 +50,7 @@ def on_two(recipe):
             "schedule": {"kind": "constant", "peak": 1e-3, "total_steps": steps},
             "evaluation": {"tokens": 62},
             "reliability": {"faults": list(faults)},
-            "parallel": {"timeout_s": TIMEOUT_S, "start_timeout_s": 60.0},
+            "parallel": {"timeout_s": 60.0, "start_timeout_s": 60.0},
         }
         return recipe(name, **(values | changes))
 

@@ -12,6 +12,7 @@ from nemotron.checkpoint.state import PassedOver
 from nemotron.run.metrics import ABANDONED, read_metrics
 from nemotron.train.start import train
 from tests.support.same_run import assert_same_run, final_tensors
+from tests.support.tiny_run import build_recipe
 
 SCHEDULE = {"peak": 1e-2, "total_steps": 12, "warmup_steps": 2, "decay_steps": 3}
 BAD = [{"kind": "nan_gradient", "step": step} for step in (6, 7, 9)]
@@ -29,15 +30,23 @@ def rolling(recipe):
     return build
 
 
+@pytest.fixture(scope="module")
+def rolled_back(tmp_path_factory, shards) -> Path:
+    """The folder of such a run that nothing interrupted."""
+    reliability = {"rollback_after": 3, "rollback_window": 8, "faults": BAD}
+    changes = {"schedule": SCHEDULE, "checkpoint": SAVED, "reliability": reliability}
+    config = build_recipe(tmp_path_factory.mktemp("rolled"), shards, "rolled", **changes)
+    assert train(config) == 0
+    return folder_of(config)
+
+
 def folder_of(config) -> Path:
     return Path(config.output) / config.name
 
 
-def test_a_run_goes_back_before_the_bad_steps_and_passes_over_them(rolling, capsys):
-    config = rolling("back")
-    assert train(config) == 0
-    run = folder_of(config)
-    out = capsys.readouterr().out
+def test_a_run_goes_back_before_the_bad_steps_and_passes_over_them(rolled_back):
+    run = rolled_back
+    out = (run / "log.txt").read_text()
     assert "warning    a fault is injected: nan_gradient in step 6 on all ranks" in out
     assert "3 steps from 6 to 9 were skipped; rolled back to step-00000004" in out
     records = read_metrics(run / "metrics.jsonl")
@@ -59,7 +68,9 @@ def test_a_run_goes_back_before_the_bad_steps_and_passes_over_them(rolling, caps
 
 
 @pytest.mark.slow
-def test_after_going_back_every_bit_is_that_of_a_run_that_never_met_those_steps(rolling):
+def test_after_going_back_every_bit_is_that_of_a_run_that_never_met_those_steps(
+    rolling, rolled_back
+):
     # stopped at the checkpoint, told to pass over, and resumed
     other = rolling("told", faults=[])
     assert train(other, stop_at=4) == 75
@@ -71,29 +82,27 @@ def test_after_going_back_every_bit_is_that_of_a_run_that_never_met_those_steps(
     replace_in_manifest(info.folder, "state.json")
     assert train(other, resume=True) == 0
 
-    config = rolling("gone")
-    assert train(config) == 0
-    tensors, others = final_tensors(folder_of(config)), final_tensors(folder_of(other))
+    tensors, others = final_tensors(rolled_back), final_tensors(folder_of(other))
     assert all(torch.equal(tensors[name], others[name]) for name in others)
 
 
 @pytest.mark.slow
-def test_going_back_is_the_same_when_checkpoints_are_written_beside_training(rolling):
-    runs = [rolling("beside", SAVED | {"background": True}), rolling("between")]
-    for config in runs:
-        assert train(config) == 0
-    assert_same_run(*map(folder_of, runs))
+def test_going_back_is_the_same_when_checkpoints_are_written_beside_training(rolling, rolled_back):
+    config = rolling("beside", SAVED | {"background": True})
+    assert train(config) == 0
+    assert_same_run(folder_of(config), rolled_back)
 
 
 @pytest.mark.parametrize("stops", [[6], [8], [4, 7, 11]])
 @pytest.mark.slow
-def test_a_run_that_is_stopped_around_a_rollback_resumes_to_the_same_bits(rolling, stops):
-    whole, parts = rolling("whole"), rolling("parts")
-    assert train(whole) == 0
+def test_a_run_that_is_stopped_around_a_rollback_resumes_to_the_same_bits(
+    rolling, rolled_back, stops
+):
+    parts = rolling("parts")
     for stop in stops:
         assert train(parts, stop_at=stop, resume=True) == 75
     assert train(parts, resume=True) == 0
-    assert_same_run(folder_of(parts), folder_of(whole))
+    assert_same_run(folder_of(parts), rolled_back)
 
 
 def test_a_run_that_keeps_failing_from_one_checkpoint_gives_up(rolling, capsys):

@@ -13,7 +13,7 @@ from nemotron.train.start import train
 def test_a_peak_that_was_measured_too_low_is_found_out(
     recipe, monkeypatch, capsys, again: float, known: bool
 ):
-    monkeypatch.setattr(start, "measure_matmul_peak", lambda *_: 1e3)
+    monkeypatch.setattr(start, "matmul_peak", lambda *_: 1e3)
     monkeypatch.setattr(loop, "measure_matmul_peak", lambda *_: again)
     config = recipe("busy")
     assert train(config, stop_at=4) == 75

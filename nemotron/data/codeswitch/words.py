@@ -11,6 +11,7 @@ from nemotron.data.codeswitch.measures import UNIVERSAL
 from nemotron.data.correct.mixed import is_character, join_mixed, split_mixed
 from nemotron.data.correct.sound import EXTRA, is_there
 from nemotron.errors import UserError
+from nemotron.files import read_text_file
 
 MOST_WORDS = 2
 """Words of a translation that is inserted."""
@@ -109,17 +110,10 @@ def _why_not(entries: Sequence[Entry]) -> str:
 
 
 def _table(path: Path) -> Iterator[tuple[str, Entry]]:
-    try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
-    except UnicodeDecodeError:
-        raise UserError("is not UTF-8 text; save it as that.", where=str(path)) from None
-    except OSError as error:
-        raise UserError(
-            f"cannot be read ({error.strerror}); give a file, or cedict.",
-            key="--lexicon",
-            value=path,
-        ) from None
-    for number, line in enumerate(lines, 1):
+    if not path.exists():
+        rule = "does not exist; give a file, or cedict."
+        raise UserError(rule, key="--lexicon", value=path)
+    for number, line in enumerate(read_text_file(path).splitlines(), 1):
         if not line.strip():
             continue
         cells = [cell.strip() for cell in line.split("\t")]

@@ -2,6 +2,7 @@
 
 import glob
 import os
+import stat
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -191,10 +192,17 @@ def _is_ours(folder: Path) -> bool:
 
 def _size(path: str) -> int:
     try:
-        with open(path, "rb"):
-            return os.stat(path).st_size
+        # a pipe that nobody writes would block the call
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}.", where=str(path)) from None
+        raise UserError(f"cannot be read: {error.strerror}.", where=path) from None
+    try:
+        found = os.fstat(descriptor)
+    finally:
+        os.close(descriptor)
+    if not stat.S_ISREG(found.st_mode):
+        raise UserError("is not a regular file; write its content into one.", where=path)
+    return found.st_size
 
 
 def _cut(path: str, size: int, target: int, options: PrepareOptions) -> Iterator[Piece]:

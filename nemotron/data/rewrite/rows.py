@@ -17,7 +17,7 @@ from nemotron.data.prepare.options import PrepareOptions
 from nemotron.data.prepare.progress import PrepareProgress
 from nemotron.data.prepare.read import Bad, Place, Tick, no_column, read_rows, read_text
 from nemotron.errors import UserError
-from nemotron.files import naming, sync
+from nemotron.files import naming, refuse_device, sync
 from nemotron.outputs import unwritable
 from nemotron.terminal import print_text
 
@@ -160,8 +160,20 @@ def check_file(out: Path, sources: Iterable[str], *, overwrite: bool) -> None:
         raise UserError("is a folder; give the name of a file.", where=str(out))
     if any(os.path.realpath(source) == os.path.realpath(out) for source in sources):
         raise UserError("is an input; choose another file for the output.", where=str(out))
+    if out.exists() and not out.is_file():
+        raise UserError("is not a regular file; give another name.", where=str(out))
     if out.exists() and not overwrite:
         raise UserError("exists already; add --overwrite to replace it.", where=str(out))
+    if out.exists() and not _has_lines_of_json(out):
+        raise UserError(
+            "holds no JSON lines, so it is not replaced; choose another file.", where=str(out)
+        )
+
+
+def _has_lines_of_json(path: Path) -> bool:
+    """Say whether a file is empty or begins with an object, as those that we write do."""
+    with open(path, "rb") as file:
+        return file.read(1) in (b"", b"{")
 
 
 @contextmanager
@@ -174,6 +186,7 @@ def new_lines(out: Path) -> Iterator[TextIO]:
     part = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
+        refuse_device(out)
         with naming(out):
             try:
                 with open(part, "wb") as raw:

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from nemotron.data.correct.pair import Pair, pair_of
+from nemotron.data.rewrite.rows import check_file, new_lines
 from nemotron.errors import UserError
-from nemotron.files import parse_json, write_text
+from nemotron.files import parse_json, read_text_file
 
 AT_ONCE = 256
 """Lines that are corrected together."""
@@ -89,14 +90,11 @@ def correct_file(files: Files, corrects: Corrects) -> Counts:
     out = files.out
     if not out.parent.is_dir():
         raise UserError("is in a folder that does not exist.", key="--out", value=out)
-    if out.exists() and not files.overwrite:
-        raise UserError(
-            "exists already; name another file, or add --overwrite.", key="--out", value=out
-        )
+    check_file(out, [str(files.source)], overwrite=files.overwrite)
     counts = Counts()
     lines = list(_read(files, counts))
-    written = "".join(f"{text}\n" for text in _answered(lines, corrects, counts, files.timed))
-    write_text(out, written)
+    with new_lines(out) as file:
+        file.writelines(f"{text}\n" for text in _answered(lines, corrects, counts, files.timed))
     return counts
 
 
@@ -118,14 +116,7 @@ def _answered(
 
 def _read(files: Files, counts: Counts) -> Iterator[Line]:
     path = files.source
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise UserError("is not UTF-8 text; give it in that encoding.", where=str(path)) from None
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        rule = f"cannot be read: {error.strerror}; give a file of JSON lines."
-        raise UserError(rule, key="--in", value=path) from None
-    for number, content in enumerate(text.split("\n"), 1):
+    for number, content in enumerate(read_text_file(path).split("\n"), 1):
         if not content.strip():
             continue
         where = f"{path}, line {number}"

@@ -1,5 +1,6 @@
 """Parallel correction as a stage: pairs laid out in rows, and held-out ones corrected."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,7 +14,7 @@ from nemotron.data.folder import open_source
 from nemotron.data.timeline import Phase, RowLength, Timeline
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
-from nemotron.files import parse_json, write_json
+from nemotron.files import parse_json, read_regular, write_json
 from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.local import LocalModel
@@ -209,14 +210,17 @@ def read_threshold(run: Path, config: CorrectConfig) -> float:
         return config.correct.threshold
     path = RunFiles(run).threshold
     try:
-        return float(parse_json(path.read_text())["threshold"])
+        value = float(parse_json(read_regular(path))["threshold"])
     except FileNotFoundError:
         raise UserError(
             "has found no threshold, because no pairs were held out; give --threshold.",
             where=str(run),
         ) from None
     except (ValueError, KeyError, TypeError):
-        raise UserError("is damaged; give --threshold.", where=str(path)) from None
+        value = math.nan
+    if not value <= 0:
+        raise UserError("is damaged; give --threshold.", where=str(path))
+    return value
 
 
 def write_threshold(run: Path, value: float) -> None:

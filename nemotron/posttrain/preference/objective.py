@@ -51,11 +51,11 @@ class DpoObjective(LanguageObjective):
     row: RowRanks = RowRanks()
 
     @property
-    def factors(self) -> dict[str, float]:
+    def factors(self) -> dict[str, float | None]:
         """`main` (of pairs), `sft` where it is weighed, and the figures, which have no weight."""
         options = self.options
         sft = {"sft": options.sft_loss_weight} if options.sft_loss_weight else {}
-        return {"main": options.preference_loss_weight, **sft, **dict.fromkeys(FIGURES, 0.0)}
+        return {"main": options.preference_loss_weight, **sft, **dict.fromkeys(FIGURES)}
 
     def own_counts(self, batch: Batch) -> list[float]:
         """Return the number of pairs for each term."""

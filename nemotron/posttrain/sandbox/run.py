@@ -24,6 +24,11 @@ PERMIT = "NEMOTRON_ALLOW_UNSAFE_CODE"
 """Variable of the environment, which is trusted as recipes are not."""
 
 
+def permits_code() -> bool:
+    """Say whether the environment allows code of others to run without isolation."""
+    return os.environ.get(PERMIT) == "1"
+
+
 class SandboxFailed(RuntimeError):
     """The sandbox itself did not start; says nothing about the program."""
 
@@ -64,7 +69,7 @@ class Sandbox:
                 rule = f"does not work here: {found}."
                 raise UserError(rule, key="kind", value="bwrap", where="sandbox")
             self._isolation = found
-        elif os.environ.get(PERMIT) != "1":
+        elif not permits_code():
             rule = (
                 "runs code of a model without isolation, which a recipe cannot allow; set "
                 f"{PERMIT}=1 in the environment of a machine that may be damaged, or use bwrap."

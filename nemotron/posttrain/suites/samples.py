@@ -1,8 +1,11 @@
 """One answer to a task, and all that is needed to judge it again or to average it."""
 
+import functools
 import json
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
+
+from pydantic import ConfigDict, TypeAdapter
 
 from nemotron.posttrain.environments.base import Response, Row, Verdict
 
@@ -10,6 +13,8 @@ from nemotron.posttrain.environments.base import Response, Row, Verdict
 @dataclass(frozen=True)
 class Sample:
     """A judged answer."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid")
 
     task: str
     """Name of what the row belongs to, such as `arith_chain@1`."""
@@ -31,17 +36,15 @@ class Sample:
         return json.dumps(self, default=vars, ensure_ascii=False) + "\n"
 
     @classmethod
-    def of_json(cls, values: dict[str, Any]) -> "Sample":
+    def of_json(cls, values: Any) -> "Sample":  # Any: whatever stands in a file of others
         """Return what `as_line` wrote.
 
         Raises:
-            KeyError, TypeError, ValueError: when the values are something else.
+            ValueError: when a key is unknown, absent or of another type.
         """
-        response = values["response"]
-        return cls(
-            **values
-            | {
-                "response": Response(**response | {"output": tuple(response["output"])}),
-                "verdict": Verdict(**values["verdict"]),
-            }
-        )
+        return _adapter().validate_python(values)
+
+
+@functools.cache
+def _adapter() -> TypeAdapter[Sample]:
+    return TypeAdapter(Sample)

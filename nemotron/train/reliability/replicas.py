@@ -110,7 +110,7 @@ def _find(local: LocalModel, optimizer: Optimizer) -> list[Replicas]:
     def of(names: list[str]) -> dict[str, Tensor | None]:
         tensors: dict[str, Tensor | None] = {}
         for name in names:
-            tensors[name] = local_of(local.parameters()[name])
+            tensors[name] = local_of(local.parameter(name))
             for key, named in moments.items():
                 if key != "step" and name in named:
                     tensors[f"{key} of {name}"] = named[name]

@@ -81,7 +81,7 @@ def test_scores_of_the_candidates_weigh_in_the_choice(place: PairPlace, tmp_path
         ({"candidates": ["abc", 7]}, "line 2 has a candidate that is not text"),
         ({"candidates": ["", ""]}, "line 2 has only empty candidates"),
         ({"candidates": ["abc"], "scores": [1, 2]}, "not a list of numbers for each candidate"),
-        ({"candidates": ["abc"], "scores": [[1.0, 2.0]]}, "line 2 has 2 scores for 3 tokens"),
+        ({"candidates": ["abc"], "scores": [[1.0, 2.0]]}, "line 2: has 2 scores for 3 tokens"),
     ],
 )
 def test_an_unreadable_line_is_one_sentence(
@@ -118,7 +118,12 @@ def test_what_is_no_run_of_the_stage_and_a_file_that_is_there_are_refused(
     out.write_text("mine")
     assert run(["correct", str(soft), *more]) == 2
     assert "exists already" in capsys.readouterr().err
+    assert run(["correct", str(soft), *more, "--overwrite"]) == 2
+    assert "holds no JSON lines, so it is not replaced" in capsys.readouterr().err
+    assert run(["correct", str(soft), "--in", str(source), "--out", str(source)]) == 2
+    assert "is an input" in capsys.readouterr().err
     assert out.read_text() == "mine"
+    out.write_text("{}\n")
     assert run(["correct", str(soft), *more, "--overwrite"]) == 0
 
 

@@ -205,9 +205,7 @@ def test_a_server_that_fails_masks_the_sample_and_is_named(
 ):
     with listening(answer) as url:
         remote = HttpEnv("theirs", url, timeout_s=0.4)
-        started = time.monotonic()
         verdict = remote.verify(CHAIN, Response("7"), {"cookies": {}, "error": None})
-        assert time.monotonic() - started < 2
     assert verdict.mask
     assert said in str(verdict.error)
     assert verdict.reward == 0

@@ -114,7 +114,7 @@ def test_a_query_with_the_right_results_earns_one(query: str, answer: str):
 def test_any_other_query_earns_nothing(query: str, answer: str):
     started = time.monotonic()
     assert judge(TextToSql(), row(query), answer) == 0
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 60  # some would never end
 
 
 def test_the_tables_are_long_enough():

@@ -76,6 +76,34 @@ def test_training_is_the_same_to_the_bit_and_metrics_are_those_of_the_answers(
             assert reward == pytest.approx(sum(own) / 5)
 
 
+def test_stored_answers_are_judged_again(
+    whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert run(["rl", "reverify", str(whole)]) == 0
+    said = capsys.readouterr().out
+    assert "arith_chain@0    10 answers  0 changed  0 faults" in said
+    assert "mcqa_likelihood@1 has no verifier" in said
+    copied = tmp_path / "run" / "suites"
+    copied.mkdir(parents=True)
+    [file, *_] = sorted((whole / "suites").iterdir())
+    first, *others = file.read_text().splitlines(keepends=True)
+    changed = json.loads(first)
+    right = changed["verdict"]["reward"]
+    changed["verdict"]["reward"] = 0.5
+    (copied / file.name).write_text(json.dumps(changed) + "\n" + "".join(others))
+    words = ["rl", "reverify", str(tmp_path / "run"), "--out", str(tmp_path / "again")]
+    assert run(words) == 1
+    assert "5 answers  1 changed" in capsys.readouterr().out
+    assert (tmp_path / "again" / file.name).read_text() == file.read_text()
+    assert right != 0.5
+    for damaged in ("{}", "[1]", json.dumps(changed | {"row": {}})):
+        (copied / file.name).write_text(first + damaged)
+        assert run(words) == 2
+        assert f"{copied / file.name}:2: is not an answer" in capsys.readouterr().err
+    assert run([*words[:3], "--out", str(copied)]) == 2
+    assert "choose another folder" in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_session_answers_as_the_run_does(workplace: Workplace, whole: Path):
     session = Session(workplace.folder / "whole.yaml")

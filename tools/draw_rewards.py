@@ -1,0 +1,73 @@
+"""Draw the mean reward of several runs over their steps, of sampled and of held-out answers.
+
+    python tools/draw_rewards.py rewards.svg runs/arith-rl runs/arith-rl-2
+
+Prints of each run its first and last rewards, and which share of its steps each phase took.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+
+from nemotron.drawing.chart import HEIGHT, Line, line_chart
+from nemotron.drawing.colors import standalone
+from nemotron.drawing.series import Series
+from nemotron.files import write_text
+from nemotron.run.files import RunFiles
+from nemotron.run.metrics import Record, read_metrics
+
+TITLE = "Mean reward: sampled answers, and likeliest ones to held-out tasks (dots)"
+ENDS = 10
+"""Steps at either end over which rewards are averaged."""
+PHASES = ("rl/rollout_s", "rl/verify_s", "rl/score_s", "perf/forward_backward_s")
+
+
+def main() -> None:
+    """Read the runs, print their figures and write the drawing."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("out", type=Path, help="SVG file to write")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of runs")
+    given = parser.parse_args()
+    lines: list[Line] = []
+    for color, folder in enumerate(given.runs):
+        records = read_metrics(RunFiles(folder).metrics)
+        trained = [r for r in records if r["kind"] == "train"]
+        checked = [r for r in records if r["kind"] == "validation"]
+        sampled = series(trained, "rl/reward")
+        lines.append(Line(folder.name, sampled, color))
+        held = series(checked, "validation/reward")
+        lines.append(Line(f"{folder.name}, held out", held, color, has_dots=True))
+        print(folder.name, summary(sampled, held), shares(trained), sep="; ")
+    legend = {line.label: f"c{line.color % 8}" for line in lines if not line.has_dots}
+    svg = line_chart(lines, title=TITLE, x_label="step")
+    write_text(given.out, standalone(svg, HEIGHT, TITLE, legend))
+
+
+def series(records: list[Record], key: str) -> Series:
+    """Return the values of a key over the steps."""
+    found = [(float(r["step"]), float(r[key])) for r in records if r.get(key) is not None]
+    x, y = np.array(found, np.float64).reshape(-1, 2).T
+    return Series(x, y)
+
+
+def summary(sampled: Series, held: Series) -> str:
+    """Return rewards at both ends of a run."""
+    first, last = sampled.y[:ENDS].mean(), sampled.y[-ENDS:].mean()
+    checked = f"{held.y[0]:.3f} -> {held.y[-1]:.3f}" if len(held.y) else "none"
+    return f"{len(sampled.y)} steps, sampled {first:.3f} -> {last:.3f}, held out {checked}"
+
+
+def shares(records: list[Record]) -> str:
+    """Return which share of the steps each phase took."""
+    whole = sum(float(record["perf/step_s"]) for record in records)
+    parts = {key: sum(float(record.get(key) or 0) for record in records) for key in PHASES}
+    named = ", ".join(
+        f"{key.partition('/')[2].removesuffix('_s')} {value / whole:.0%}"
+        for key, value in parts.items()
+    )
+    return f"{named} of {whole:.0f} s"
+
+
+if __name__ == "__main__":
+    main()
