@@ -162,7 +162,8 @@ def publish(partial: Path, target: Path, made_by: str) -> None:
 
 def unwritable(error: OSError, folder: Path, kept: str) -> UserError:
     """Return the error for an output that cannot be written; `kept` says what is not lost."""
-    what = f"{error.filename or 'a file'} cannot be written: {error.strerror or error}"
+    named = "" if error.filename == str(folder) else f"{error.filename or 'a file'} "
+    what = f"{named}cannot be written: {error.strerror or error}"
     full = error.errno in FULL
     advice = "free some space and run the same command again" if full else "choose another folder"
     return UserError(f"{what}; {advice}: {kept}.", where=str(folder))

@@ -19,8 +19,8 @@ ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 OTHER_NAMES = {"ruamel.yaml": "ruamel", "nemotron-train": "nemotron"}
 """Distributions whose module has another name."""
-WITH_TORCH = {"triton"}
-"""Comes with torch where it exists, and is imported by kernels alone."""
+OF_KERNELS = {"triton", "numba", "llvmlite"}
+"""Compilers, imported by kernels alone: with CUDA builds of torch, or from the extra `cpu`."""
 OF_THE_SYSTEM = {"seccomp"}
 """Comes with libseccomp's own packages, never from an index."""
 
@@ -172,7 +172,7 @@ def test_what_is_imported_is_declared_and_what_is_declared_is_imported():
         later |= second - ours
     needed = declared(PROJECT["dependencies"])
     extras = declared([r for rs in PROJECT["optional-dependencies"].values() for r in rs])
-    assert at_once - needed - WITH_TORCH == set()
+    assert at_once - needed - OF_KERNELS == set()
     assert later - needed - extras - OF_THE_SYSTEM == set()
     assert needed - at_once - later == set()
 

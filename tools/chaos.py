@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.support.job import Job  # noqa: E402
+from tests.support.job import Job, busy  # noqa: E402
 from tests.support.prepared import write_prepared  # noqa: E402
 from tests.support.same_run import assert_same_run  # noqa: E402
 from tests.support.small_disk import Filler  # noqa: E402
@@ -33,7 +33,7 @@ from tests.support.tiny_run import build_recipe  # noqa: E402
 
 BOUND_S = 60.0
 """Seconds in which all ranks must have ended after they were disturbed; most of them are load."""
-TIMEOUT_S = 4.0
+TIMEOUT_S = 4.0 * busy()
 """Of the run: seconds that a step may wait for another rank."""
 REMOVED = ("metrics.jsonl", "status.json", "provenance.json", "lock", "log.txt", "recipe.yaml")
 

@@ -12,7 +12,10 @@ pip="$venv/bin/python -m pip --disable-pip-version-check install --quiet --const
 echo "setting up $venv (a few minutes the first time)"
 # torch first and by its exact version: whatever depends on it then asks for nothing more
 $pip torch
-$pip --editable '.[hf,plot,rl,serve,track,dev]'
+$pip --editable '.[hf,plot,rl,serve,cpu,track,dev]'
+
+# compiled once here instead of when they are first used
+"$venv/bin/python" -m nemotron.ops.token_step.storage
 
 # References that only tests read. Neither is compiled, and tests say so where one is missing.
 $pip --no-deps --only-binary :all: megatron-core || echo "no megatron-core for this Python" >&2

@@ -46,8 +46,10 @@ def plan(
     from nemotron.plan.command import plan as run
     from nemotron.recipe.load import load_recipe
 
+    loaded = load_recipe(recipe, overrides or [])
     return run(
-        load_recipe(recipe, overrides or []).text,
+        loaded.updates,
+        loaded.trained.plan(loaded.config),
         gpus=gpus,
         hardware=hardware,
         search=search,

@@ -22,7 +22,8 @@ def rl_chats(
     tasks: Annotated[
         list[str],
         typer.Argument(
-            help="Environments, with their level behind an @.", metavar="NAME[@LEVEL]..."
+            help="Environments, with their level behind an @; `+tools` adds a calculator.",
+            metavar="NAME[@LEVEL]...",
         ),
     ],
     out: Annotated[Path, typer.Option(help="File of JSON lines to write.")],

@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
+from nemotron.generate.block_layers import BlockLinear, BlockMoE
+from nemotron.generate.token_steps import TokenSteps, operation_of
 from nemotron.model.attention import Attention
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Linear
@@ -21,6 +23,7 @@ from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import Choice, Routing
 from nemotron.model.state import AttentionState, MambaState
+from nemotron.ops.token_step import TokenStepOp
 from nemotron.precision.static import is_attached
 
 FEW_TOKENS = 8
@@ -78,21 +81,32 @@ def prepare_weights(model: HybridLM) -> HybridLM:
     can only generate afterwards.
     """
     dtype = model.compute_dtype or model.backbone.embeddings.weight.dtype
-    _replace(model, dtype)
+    lay_out(model, dtype, operation_of(model, dtype))
     return model
 
 
-def _replace(parent: nn.Module, dtype: torch.dtype) -> None:
+@torch.no_grad()
+def lay_out(model: HybridLM, dtype: torch.dtype, operation: TokenStepOp | None) -> None:
+    """Replace the layers by those that decode; with an operation for steps, by those it reads."""
+    _replace(model, dtype, operation)
+    if operation is not None:
+        model.steps = TokenSteps()
+
+
+def _replace(parent: nn.Module, dtype: torch.dtype, blocks: TokenStepOp | None) -> None:
     """Put what decodes faster in the place of every module below `parent`.
 
-    No parameter changes: another model may have it, too. Layers with fixed scales stay.
+    No parameter changes: another model may have it, too. Layers with fixed scales stay. `blocks` is
+    the operation that reads weights in blocks, if there is one.
     """
     for name, child in list(parent.named_children()):
         if is_attached(child):
             continue  # computes by fixed scales, with its own float32 weights
         if isinstance(child, Linear):
             _cast(child, dtype)
-            if _can_pack(child.weight):
+            if blocks is not None:
+                setattr(parent, name, BlockLinear(child.weight, blocks))
+            elif _can_pack(child.weight):
                 setattr(parent, name, PackedLinear(child.weight))
             continue
         if isinstance(child, MoE) and not any(map(is_attached, child.modules())):
@@ -100,14 +114,15 @@ def _replace(parent: nn.Module, dtype: torch.dtype) -> None:
             if child.experts.up_proj.device.type == "cpu":
                 for part in (child.shared_experts.up_proj, child.shared_experts.down_proj):
                     _cast(part, dtype)
-                setattr(parent, name, FewTokensMoE(child))
+                is_few = FewTokensMoE(child) if blocks is None else BlockMoE(child, blocks)
+                setattr(parent, name, is_few)
         elif isinstance(child, Mamba2):
             child = MambaStep(child, copies=True)
             setattr(parent, name, child)
         elif isinstance(child, Attention) and not any(map(is_attached, child.children())):
             child = JointAttention(child)
             setattr(parent, name, child)
-        _replace(child, dtype)
+        _replace(child, dtype, blocks)
 
 
 def _cast(module: nn.Module, dtype: torch.dtype) -> None:

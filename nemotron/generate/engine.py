@@ -335,7 +335,7 @@ class Engine:
             if self._rows is None or self._rows.slots != slots:
                 self._rows = self.cache.rows(slots)
             tokens = torch.tensor(ids, device=self.cache.device)
-            with recorded(self.model.backbone, on=has_experts) as record:
+            with recorded(self.model, on=has_experts) as record:
                 hidden = extend(self.model, self._rows, tokens)
             if record.layers:
                 keep_experts(record.experts(len(samples)), samples, starts)

@@ -169,7 +169,7 @@ class _Step:
 
     def _call(self) -> Appended:
         model = self._model
-        with recorded(model.backbone, on=self._has_experts) as record:
+        with recorded(model, on=self._has_experts) as record:
             hidden = model(self.rows.tokens, cache=self.rows)
         experts = record.experts(self.rows.size.rows) if record.layers else None
         return Appended(model.logits(hidden[:, -1]), experts)

@@ -8,6 +8,7 @@ from jaxtyping import Int
 from torch import Tensor, nn
 
 from nemotron.generate.sample import Sample
+from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import Routing, routers
 
 
@@ -24,7 +25,7 @@ class RoutingRecord:
 
 
 @contextmanager
-def recorded(backbone: nn.Module, *, on: bool) -> Iterator[RoutingRecord]:
+def recorded(model: HybridLM, *, on: bool) -> Iterator[RoutingRecord]:
     """Record the routers' choices of one pass, at no cost where `on` is false."""
     record = RoutingRecord()
 
@@ -33,10 +34,15 @@ def recorded(backbone: nn.Module, *, on: bool) -> Iterator[RoutingRecord]:
 
     handles = []
     if on:
-        handles = [router.register_forward_hook(keep) for router in routers(backbone).values()]
+        found = routers(model.backbone).values()
+        handles = [router.register_forward_hook(keep) for router in found]
+        if model.steps is not None:
+            model.steps.record = record.layers
     try:
         yield record
     finally:
+        if model.steps is not None:
+            model.steps.record = None
         for handle in handles:
             handle.remove()
 

@@ -127,7 +127,7 @@ class Speculator:
         starts = [self._cache.lengths[slot] for slot in rows.slots]
         tokens = self._tokens(samples, drafts)
         has_experts = any(sample.request.experts for sample in samples)
-        with recorded(model.backbone, on=has_experts) as record:
+        with recorded(model, on=has_experts) as record:
             hidden = model(tokens, cache=rows)
         events, counts = _decide(samples, drafts, model.logits(hidden), version)
         self._rollback.keep_first(model, rows, tokens, counts)

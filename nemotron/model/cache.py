@@ -1,7 +1,7 @@
 """What a model remembers of several texts that are continued independently of each other."""
 
 import heapq
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -312,6 +312,9 @@ class CachedRows:
         self.cache, self.slots = cache, slots
         self.layers = cache.states_of(slots_of(slots, cache.device), keep=keep)
         self._has_attention = any(isinstance(layer, KeyValues) for layer in cache.layers)
+        self.advance: Callable[[Int[Tensor, " B"]], None] | None = None
+        """Changes the states by the first tokens of the newest call, if the layers did not keep
+        its inputs themselves."""
 
     def begin(self, num_tokens: int) -> None:
         """Prepare a call that appends `num_tokens` tokens to every row.
@@ -350,8 +353,12 @@ class CachedRows:
         deferred = [
             layer for layer in self.layers if isinstance(layer, MambaState) and layer.keeps_inputs
         ]
-        for layer in deferred:
-            layer.advance(self._tensor(list(counts)))
+        if self.advance is not None:
+            self.advance(self._tensor(list(counts)))
+            self.advance = None
+        else:
+            for layer in deferred:
+                layer.advance(self._tensor(list(counts)))
         for slot, count in zip(self.slots, counts, strict=True):
             length = cache.lengths[slot] - num_tokens + count
             if deferred:

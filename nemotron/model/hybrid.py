@@ -1,6 +1,7 @@
 """The language model: embedding, a stack of mixed layers, a head, and multi-token prediction."""
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -16,6 +17,7 @@ from nemotron.model.init import init_weights
 from nemotron.model.language import GatePass, LanguageExperts, Languages
 from nemotron.model.linear import Embedding, Head, Linear, RMSNorm
 from nemotron.model.router import Choice, ExpertChoice, RoutingStats
+from nemotron.ops.token_step import token_step
 
 
 class Backbone(nn.Module):
@@ -81,6 +83,18 @@ class MTP(nn.Module):
         return last.get_submodule("final_layernorm")(x), routing
 
 
+class Steps(Protocol):
+    """Computes calls that continue the texts of a cache in another way than layer by layer."""
+
+    record: list[Int[Tensor, "M K"]] | None
+    """Gets the experts that every mixture layer chooses; absent: nobody asks."""
+
+    def __call__(
+        self, model: "HybridLM", tokens: Int[Tensor, "B T"], rows: CachedRows
+    ) -> Float[Tensor, "B T D"] | None:
+        """Return the hidden states after the final norm; None leaves the call to the layers."""
+
+
 class HybridLM(nn.Module):
     """Hybrid Mamba-2 / attention / mixture-of-experts language model (Nemotron 3).
 
@@ -97,6 +111,8 @@ class HybridLM(nn.Module):
         if config.tie_word_embeddings:
             self.lm_head.weight = self.backbone.embeddings.weight
         self.mtp = MTP(config) if config.mtp_pattern else None
+        self.token_step = token_step
+        self.steps: Steps | None = None
         self.candidates = self.edit_heads = None
         size, count = config.hidden_size, config.num_candidates
         if count > 1:
@@ -132,6 +148,11 @@ class HybridLM(nn.Module):
         experts belong to languages. `experts` are those of another pass over the tokens, which the
         mixture layers use again (`ExpertChoice`).
         """
+        is_plain = candidates is None and languages is None and experts is None
+        if cache is not None and self.steps is not None and is_plain and routing is None:
+            found = self.steps(self, input_ids, cache)
+            if found is not None:
+                return found
         hidden = self.embed(input_ids, candidates)
         if cache is not None:
             cache.begin(input_ids.shape[1])

@@ -13,6 +13,7 @@ from nemotron.ops.rms_norm import gated_rms_norm, rms_norm
 from nemotron.ops.squared_relu import squared_relu
 from nemotron.ops.ssd import ssd
 from nemotron.ops.token_copies import token_copies
+from nemotron.ops.token_step import token_step
 
 ALL: tuple[Operation, ...] = (
     attention,
@@ -25,6 +26,7 @@ ALL: tuple[Operation, ...] = (
     squared_relu,
     ssd,
     token_copies,
+    token_step,
     wide_linear,
 )
 """Every operation, free to choose among its backends."""

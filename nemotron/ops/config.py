@@ -18,6 +18,8 @@ class OpsConfig(Section):
     """Matrix products of the routed experts."""
     token_copies: str = "auto"
     """Copies of tokens for the routed experts, and the sums of their results."""
+    token_step: str = "auto"
+    """A few tokens through all layers, for generation on a CPU; `reference`: layer by layer."""
     wide_linear: str = "auto"
     """Matrix product of the router, in float32 whatever the activations are."""
     linear_cross_entropy: str = "auto"

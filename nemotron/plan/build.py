@@ -10,9 +10,9 @@ from nemotron.plan.hardware import Hardware
 from nemotron.plan.job import Job
 from nemotron.plan.throughput import FITTED, ON_CPU, Constants, predict, stated_efficiency
 from nemotron.plan.work import flops_by_format
-from nemotron.train.config import TextConfig
+from nemotron.train.config import RunConfig
 from nemotron.train.layout import findings
-from nemotron.train.schedule import TrainingPlan, plan_training
+from nemotron.train.schedule import TrainingPlan
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def main_stretch(stretches: list[Stretch]) -> Stretch:
 class Setting:
     """All of a recipe that the cost depends on, but its layout, read once."""
 
-    config: TextConfig
+    config: RunConfig
     hardware: Hardware
     training: TrainingPlan
     stretches: tuple[Stretch, ...]
@@ -100,13 +100,12 @@ def _dispatch(parallel: ParallelConfig) -> str:
     return "all_gather" if parallel.expert_dispatch == "all_gather" else "per_rank"
 
 
-def read_setting(config: TextConfig, hardware: Hardware) -> Setting:
+def read_setting(config: RunConfig, training: TrainingPlan, hardware: Hardware) -> Setting:
     """Read from a recipe what its cost depends on.
 
     Raises:
         UserError: when the recipe's lengths or its rules of precision do not fit.
     """
-    training = plan_training(config)
     stretches = stretches_of(training)
     formats = {
         length: tuple(

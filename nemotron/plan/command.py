@@ -9,6 +9,7 @@ from nemotron.console import PrintableConsole
 from nemotron.device import GIB, find_device
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
+from nemotron.model.parameters import count_parameters
 from nemotron.parallel.runtime import Launch
 from nemotron.plan.build import constants_for, layout_of, main_stretch, read_setting
 from nemotron.plan.hardware import SYSTEMS, find_hardware
@@ -16,12 +17,15 @@ from nemotron.plan.report import DAY, Report, as_json, describe_layout, nearest_
 from nemotron.plan.search import search as find_layouts
 from nemotron.plan.tables import grids_of, show
 from nemotron.plan.trace import trace_blocks
+from nemotron.terminal import print_text
 from nemotron.train.config import RunConfig, TextConfig
 from nemotron.train.layout import least_world
+from nemotron.train.schedule import TrainingPlan, plan_training
 
 
 def plan(
-    config: TextConfig,
+    config: RunConfig,
+    training: TrainingPlan,
     *,
     gpus: int,
     hardware: str,
@@ -33,6 +37,7 @@ def plan(
 ) -> int:
     """Print the predicted cost of a recipe's layout; returns 1 if it breaks a rule or does not fit.
 
+    Of reinforcement learning these are the updates, for `training` steps of full rows.
     `efficiency` is the share of the peak that replaces the fitted time model;
     `tokens` is a length in place of the recipe's.
 
@@ -46,7 +51,7 @@ def plan(
         rule = "must be a number above 0, for example 25e12."
         raise UserError(rule, key="--tokens", value=f"{tokens:g}")
     system = find_hardware(hardware, gpus)
-    setting = read_setting(config, system)
+    setting = read_setting(config, training, system)
     constants = constants_for(system, efficiency)
     stretch = main_stretch(list(setting.stretches))
     dims, violations = layout_of(setting, gpus)
@@ -65,9 +70,22 @@ def plan(
     )
     if as_text:
         show(grids_of(report, constants), PrintableConsole())
+        for line in _not_predicted(config):
+            print_text(line)
     else:
         print(json.dumps(as_json(report), indent=2))
     return DONE if report.fits else FAILED
+
+
+def _not_predicted(config: RunConfig) -> list[str]:
+    """Return lines about what comes beside the updates."""
+    if config.stage != "rl":
+        return []
+    whole = 4 * count_parameters(config.model).total / GIB
+    return [
+        "Rollouts are not predicted. With several ranks each of them holds the whole model once "
+        f"more for them, in float32: {whole:,.1f} GiB."
+    ]
 
 
 def estimate(config: RunConfig) -> list[str]:
@@ -81,7 +99,7 @@ def estimate(config: RunConfig) -> list[str]:
         return []
     world = launch.world if launch else least_world(config.parallel)
     system = find_hardware(name, world)
-    setting = read_setting(config, system)
+    setting = read_setting(config, plan_training(config), system)
     dims, violations = layout_of(setting, world)
     if violations:
         return []

@@ -37,6 +37,8 @@ class Asked:
     num_samples: int = 1
     experts: bool = False
     """Whether the answer says which experts its tokens went to."""
+    room: int | None = None
+    """Tokens that there may be at most, where that is fewer than of other answers."""
 
 
 class Answerer:
@@ -67,9 +69,10 @@ class Answerer:
         return [found[key] for key in sorted(found)]
 
     def _request(self, asked: Asked) -> Request:
+        longest = self.how.max_new_tokens
         return Request(
             asked.prompt,
-            self.how.max_new_tokens,
+            longest if asked.room is None else min(longest, asked.room),
             asked.sampling,
             asked.num_samples,
             stop_ids=self.prompts.stop_ids,

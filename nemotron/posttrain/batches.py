@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.advantages import advantages
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.contents import KEY, check_contents, model_contents
+from nemotron.posttrain.curriculum import Curriculum
 from nemotron.posttrain.gather import whole_model
 from nemotron.posttrain.metrics import PROB_ERROR, batch_metrics, check_agreement
 from nemotron.posttrain.objective import ADVANTAGE, OLD, REFERENCE, SAMPLED
@@ -25,10 +26,15 @@ from nemotron.posttrain.replay import Differences, Experts
 from nemotron.posttrain.rollout import Rollout, Sampler, rollout_lines
 from nemotron.posttrain.rows import Rows, pack_answers
 from nemotron.posttrain.scoring import score
-from nemotron.posttrain.suites.examine import Drawing, examine
+from nemotron.posttrain.suites.examine import examine
 from nemotron.posttrain.suites.results import summarize
-from nemotron.posttrain.tasks import Tasks, held_out_items
+from nemotron.posttrain.tasks import Tasks, held_out_drawing, held_out_items
 from nemotron.run.files import RunFiles
+
+CURRICULUM = "curriculum"
+"""Where its pass rates stand in the state of a checkpoint."""
+REPLAYED = "replayed"
+"""Key of what a checkpoint says about replayed experts."""
 
 
 class RolloutBatches:
@@ -60,10 +66,14 @@ class RolloutBatches:
         }
         self._folder = RunFiles(config.run_path).rollouts
         self._experts = Experts.of(config)
+        plan = config.rollout.curriculum
+        self._curriculum = None if plan is None else Curriculum(plan, config.rollout)
         self._number = -1
         """Number of the rollout batch at hand."""
         self._rollouts: list[Rollout] = []
         self._metrics: dict[str, float] = {}
+        self._differences = Differences()
+        """Between the experts of its answers and those that the trainer would have chosen."""
         self._seconds: dict[str, float] = {}
         """What the rollout batch at hand took; of the step that began with it."""
 
@@ -89,6 +99,8 @@ class RolloutBatches:
             KEY: self._contents,
             "rollout_batch": self._number,
             "rollouts": [json.loads(rollout.as_line()) for rollout in self._rollouts],
+            **({} if self._curriculum is None else {CURRICULUM: self._curriculum.state()}),
+            REPLAYED: asdict(self._differences),
         }
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:
@@ -97,7 +109,8 @@ class RolloutBatches:
         Raises:
             UserError: when the checkpoint is of another kind of run, or files or models changed.
         """
-        if saved.keys() | {KEY} != {KEY, "rollout_batch", "rollouts"}:
+        known = {KEY, REPLAYED, "rollout_batch", "rollouts"}
+        if (saved.keys() - {CURRICULUM}) | {KEY, REPLAYED} != known:
             raise UserError(
                 f"the checkpoint of step {step} is of a run without rollouts; begin a new run "
                 "with init_from."
@@ -108,8 +121,17 @@ class RolloutBatches:
             place = f"the checkpoint of step {step}"
             raise UserError(rule, key="rollout_batch", value=saved["rollout_batch"], where=place)
         self._rollouts = self._read_rollouts(saved["rollouts"], step)
+        if self._curriculum is not None:
+            try:
+                self._curriculum.restore(saved.get(CURRICULUM))
+            except (ValueError, TypeError, AttributeError) as error:
+                raise UserError(
+                    f"rollout.curriculum cannot go on from the checkpoint of step {step}: {error}; "
+                    "resume with the recipe of the run, or begin a new run with init_from."
+                ) from None
         self._number = saved["rollout_batch"]
-        self._metrics = batch_metrics(self._rollouts, self._config) if self._rollouts else {}
+        self._differences = _read_differences(saved.get(REPLAYED, {}), step)
+        self._metrics = self._figures() if self._rollouts else {}
 
     def _read_rollouts(self, saved: list[Any], step: int) -> list[Rollout]:  # Any: JSON
         vocab_size = self._config.model.vocab_size
@@ -140,9 +162,8 @@ class RolloutBatches:
 
     def evaluate(self) -> dict[str, float]:
         """Return the mean reward of the likeliest answers to held-out tasks, by environment."""
-        ranks, rollout = self._ranks, self._config.rollout
+        ranks, drawing = self._ranks, held_out_drawing(self._config)
         items = held_out_items(self._tasks)[ranks.rank :: ranks.world]
-        drawing = Drawing(verify_timeout_s=rollout.verify_timeout_s)
         with whole_model(self._local, ranks) as model:
             own = examine(self._sampler.answerer(model), self._sampler.verifiers, items, drawing)
         samples = [sample for part in ranks.gather(own) for sample in part]
@@ -158,7 +179,7 @@ class RolloutBatches:
         """Roll out, verify, score and compare a batch; all ranks then have all of it."""
         config, ranks = self._config, self._ranks
         start = time.perf_counter()
-        tasks = list(enumerate(self._tasks.batch(number)))
+        tasks = list(enumerate(self._tasks.batch(number, self._curriculum)))
         with whole_model(self._local, ranks) as model:
             own = self._sampler.roll_out(
                 model, tasks[ranks.rank :: ranks.world], f"{config.seed} {number}", step
@@ -167,11 +188,12 @@ class RolloutBatches:
         self._rollouts = sorted(parts, key=lambda rollout: rollout.group)
         rollout_s = time.perf_counter() - start
         start = time.perf_counter()
-        differences = self._score()
+        self._differences = self._score()
         self._compare()
         score_s = time.perf_counter() - start
         self._number = number
-        self._metrics = batch_metrics(self._rollouts, config) | differences.metrics()
+        self._learn()
+        self._metrics = self._figures()
         verify_s = self._sampler.verify_s
         self._seconds = {
             "rl/rollout_s": rollout_s - verify_s,
@@ -183,6 +205,23 @@ class RolloutBatches:
             path = self._folder / f"step-{step:08}.jsonl"
             write_text(path, rollout_lines(self._rollouts))
         check_agreement(self._metrics[PROB_ERROR], config, step)
+
+    def _figures(self) -> dict[str, float]:
+        figures = batch_metrics(self._rollouts, self._config) | self._differences.metrics()
+        return figures | ({} if self._curriculum is None else self._curriculum.metrics())
+
+    def _learn(self) -> None:
+        """Let the curriculum see how often each task was solved; faults say nothing."""
+        if self._curriculum is None:
+            return
+        size = self._config.rollout.num_generations_per_prompt
+        for first in range(0, len(self._rollouts), size):
+            answers = self._rollouts[first : first + size]
+            rewards = [a.verdict.reward for a in answers if a.verdict.error is None]
+            if rewards:
+                task = answers[0].task
+                rate = float(np.mean(rewards))
+                self._curriculum.learn(task.environment, task.level, task.row, rate)
 
     def _score(self) -> Differences:
         """Have the trainer's weights, and those of the frozen models, score all answers.
@@ -263,6 +302,19 @@ class RolloutBatches:
         eod = self._tasks.tokenizer.id(self._config.data.eod_token)
         batch = rows.batch(eod, self._config.policy.average)
         return batch if experts is None else replace(batch, experts=rows.line_up_experts(experts))
+
+
+def _read_differences(saved: Any, step: int) -> Differences:  # Any: JSON
+    """Return what `state` saved; checkpoints without router replay have nothing.
+
+    Raises:
+        UserError: when it is something else.
+    """
+    names = {field.name for field in fields(Differences)}
+    known = isinstance(saved, dict) and saved.keys() <= names
+    if not known or not all(type(count) is int for count in saved.values()):
+        raise UserError(f"{REPLAYED} in the checkpoint of step {step} is not counts of tokens.")
+    return Differences(**saved)
 
 
 def sequence_error(rollout: Rollout) -> float:

@@ -97,6 +97,25 @@ class EnvironmentConfig(Section):
     """Difficulty of the tasks, from 0."""
 
 
+class CurriculumConfig(Section):
+    """How tasks become harder as the policy learns.
+
+    The pass rate of a task is the mean reward of its answers, between 0 and 1.
+    """
+
+    raise_at: float = Field(0.8, gt=0, le=1)
+    """Pass rate of an environment's newest level at which the next one is added to it."""
+    step: float = Field(1.0, gt=0)
+    """Distance of one level from the next; the first is that of the environment."""
+    max_level: float = Field(10.0, gt=0)
+    """Highest level."""
+    window: int = Field(64, gt=0)
+    """Newest tasks of a level over which its pass rate is the mean; fewer decide nothing."""
+    least_weight: float = Field(0.1, gt=0, le=1)
+    """How often a level or task that is always or never solved comes, relative to one that is
+    solved half the time; in between, pass rate p has weight 4 p (1 - p)."""
+
+
 class RolloutConfig(Section):
     """What the policy is asked in each rollout batch, and how it answers."""
 
@@ -104,6 +123,9 @@ class RolloutConfig(Section):
         EnvironmentConfig(name="arith_chain"),
     )
     """Where the prompts come from."""
+    curriculum: CurriculumConfig | None = None
+    """Levels that rise with the pass rate, and tasks that come less often when they teach nothing.
+    Absent: levels stay. Held-out tasks have the first level in any case."""
     num_prompts_per_step: int = Field(gt=0)
     """Prompts of one rollout batch."""
     num_generations_per_prompt: int = Field(gt=1)
@@ -125,6 +147,9 @@ class RolloutConfig(Section):
     """Tokens beyond the budget after which it is closed in the middle of a line."""
     stop: Annotated[tuple[str, ...], Field(strict=False)] = ()
     """Strings that end an answer, beside the end of text or of the turn."""
+    max_turns: int = Field(16, gt=0)
+    """Answers in one conversation with tools, which ends with the calls of the last one. Each
+    answer has at most `max_new_tokens`; all of it fits into a row of `data.seq_len`."""
     slots: int = Field(64, gt=0)
     """Answers that are written at the same time on each rank."""
     router_replay: bool = True
@@ -136,7 +161,8 @@ class RolloutConfig(Section):
     verify_workers: int = Field(1, gt=0)
     """Processes that verify answers, on each rank."""
     verify_timeout_s: float = Field(10.0, gt=0)
-    """Longest time for one answer; a verifier that takes longer is stopped, its answer left out."""
+    """Longest time for the verdict on an answer, or for the calls of one turn; what takes longer is
+    stopped, and the answer left out."""
     evaluation_tasks: int = Field(64, gt=0)
     """Prompts of each evaluation, answered once without randomness."""
     held_out_fraction: float = Field(0.0, ge=0, lt=1)

@@ -50,15 +50,18 @@ class TaskSet:
 
     environment: str
     level: float = 0.0
+    tools: bool = False
+    """Whether the environment's option `tools` is on."""
 
     @classmethod
     def read(cls, text: str) -> "TaskSet":
-        """Read `NAME` or `NAME@LEVEL`.
+        """Read `NAME` or `NAME@LEVEL`, with `+tools` at its end or not.
 
         Raises:
             UserError: when the level is not a number from 0.
         """
-        name, _, level = text.partition("@")
+        plain = text.removesuffix("+tools")
+        name, _, level = plain.partition("@")
         try:
             value = float(level or 0)
         except ValueError:
@@ -66,7 +69,7 @@ class TaskSet:
         if not 0 <= value < float("inf"):
             rule = f"has no level from 0 behind the @; write {name}@1."
             raise UserError(rule, key=repr(text))
-        return cls(name, value)
+        return cls(name, value, tools=plain != text)
 
 
 def write_chats(
@@ -96,7 +99,7 @@ def check_file(out: Path, *, overwrite: bool) -> None:
 
 
 def _chats(tasks: TaskSet, count: int, seed: int, manner: Manner) -> Iterator[dict[str, Any]]:
-    environment = find_environment(tasks.environment)
+    environment = find_environment(tasks.environment, {"tools": True} if tasks.tools else {})
     needed = Errs if manner.mistakes else Demonstrates
     if not isinstance(environment, needed):
         able = [name for name, kind in ENVIRONMENTS.items() if issubclass(kind, needed)]
@@ -108,7 +111,9 @@ def _chats(tasks: TaskSet, count: int, seed: int, manner: Manner) -> Iterator[di
         if manner.mistakes and rng.random() < manner.mistakes:
             assert isinstance(environment, Errs)
             answer = environment.mistake(row, rng)
-        yield _written(messages_of(row), answer, manner)
+        chat = _written(messages_of(row), answer, manner)
+        tools = environment.tools(row)
+        yield {**chat, "tools": tools} if tools and not manner.is_text else chat
 
 
 def _written(
@@ -118,7 +123,21 @@ def _written(
     if manner.is_text:
         reasoning = f"{answer.reasoning}\n" if has_reasoning else ""
         return {"text": f"{prompt[-1]['content']}{reasoning}{answer.text}"}
-    turn = {"role": "assistant", "content": answer.text}
-    if has_reasoning:
-        turn["reasoning_content"] = answer.reasoning
-    return {"messages": [*prompt, turn]}
+    turns = _turns(answer)
+    for turn in turns if has_reasoning else []:
+        if turn["role"] == "assistant":
+            turn["reasoning_content"] = answer.reasoning
+    return {"messages": [*prompt, *turns]}
+
+
+def _turns(answer: Response) -> list[dict[str, Any]]:
+    """Return the turns of an answer: each call, what the tool says, and the last message."""
+    turns: list[dict[str, Any]] = []
+    for item in answer.output:
+        if item["type"] == "function_call":
+            function = {"name": item["name"], "arguments": item["arguments"]}
+            call = {"type": "function", "function": function}
+            turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
+        elif item["type"] == "function_call_output":
+            turns.append({"role": "tool", "content": item["output"]})
+    return [*turns, {"role": "assistant", "content": answer.text}]

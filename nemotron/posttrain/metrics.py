@@ -46,6 +46,9 @@ def batch_metrics(rollouts: Sequence[Rollout], config: RlConfig) -> dict[str, fl
     return values | {
         "rl/reward": _mean([r.verdict.reward for r in judged]),
         "rl/answer_tokens": _mean([len(r.tokens) for r in rollouts]),
+        "rl/turns": _mean([r.turns for r in rollouts]),
+        "rl/tool_calls": _mean([r.tool_calls for r in rollouts]),
+        "rl/tool_faults": float(sum(r.tool_fault is not None for r in rollouts)),
         "rl/truncated": _mean([r.is_truncated for r in rollouts]),
         "rl/verifier_faults": float(len(rollouts) - len(judged)),
         "rl/masked": float(len(masked)),

@@ -83,7 +83,7 @@ def write_pivots(
             found.turns += len(part)
             lines += _pivots(part, answerer, verifiers, config, samples, max_reward, found)
     if not lines:
-        raise UserError(f"{trajectories} has no pivots ({found}); nothing was written.")
+        raise UserError(f"has no pivots ({found}); nothing was written.", where=str(trajectories))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(lines))
     return found
@@ -137,13 +137,15 @@ def _numbered(path: Path) -> Iterator[tuple[int, Row]]:
                         raise ValueError("is not a JSON object.")
                     turns = list(turns_of(row)) if row is not None else []
                 except ValueError as problem:
-                    raise UserError(f"{path}:{line} {problem}") from None
+                    raise UserError(str(problem), where=f"{path}:{line}") from None
                 for turn in turns:
                     yield number, turn
                     number += 1
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(f"{path} cannot be read: {reason}; give a file of JSON lines.") from None
+        raise UserError(
+            f"cannot be read: {reason}; give a file of JSON lines.", where=str(path)
+        ) from None
 
 
 def _pivots(

@@ -38,15 +38,37 @@ class Prompts:
         if not self.is_chat:
             return tuple(self.tokenizer.encode(str(messages[-1]["content"]), specials=False))
         try:
-            text = render(
-                messages,
-                tools or None,
-                enable_thinking=self.enable_thinking,
-                add_generation_prompt=True,
-                template=self.template,
-            ).text
+            return self._ids(messages, tools, is_answered=False)
         except TemplateError as problem:
             raise BadRow(str(problem)) from None
+
+    def go_on(self, turn: dict[str, Any], said: Messages, last: int) -> tuple[int, ...]:
+        """Return the tokens between an answer and the next one: what tools said in between.
+
+        `turn` is the answer as a message, and `last` its last token. The answer itself is not
+        written again: a model may have written it otherwise than the chat format does.
+
+        Raises:
+            BadRow: when the chat format writes the answer otherwise once tools have spoken.
+        """
+        messages = [{"role": "user", "content": ""}, turn]
+        before = self._ids(messages, (), is_answered=True)
+        whole = self._ids([*messages, *said], (), is_answered=False)
+        ends = [place for place, token in enumerate(before) if token in self.stop_ids]
+        start = ends[-1] if ends else -1
+        if start < 0 or whole[: start + 1] != before[: start + 1]:
+            raise BadRow("the chat format changes an answer when tools speak after it")
+        # an answer that ended otherwise is ended as the format does
+        return whole[start + (last == before[start]) :]
+
+    def _ids(self, messages: Messages, tools: Messages, *, is_answered: bool) -> tuple[int, ...]:
+        text = render(
+            messages,
+            tools or None,
+            enable_thinking=self.enable_thinking,
+            add_generation_prompt=not is_answered,
+            template=self.template,
+        ).text
         return tuple(self.tokenizer.encode(text, specials=True))
 
     def response(self, answer: Sequence[int], *, is_truncated: bool) -> Response:

@@ -83,7 +83,8 @@ def _open(path: Path) -> BinaryIO:
 def _judge(rollouts: Sequence[Rollout], verifiers: Verifiers, timeout_s: float) -> list[Rollout]:
     rows = [rollout.task.row for rollout in rollouts]
     responses = [rollout.response for rollout in rollouts]
-    verdicts = verifiers.verify(rows, responses, [None] * len(rows), timeout_s)
+    faults = [rollout.tool_fault for rollout in rollouts]
+    verdicts = verifiers.verify(rows, responses, [None] * len(rows), timeout_s, faults)
     return [
         dataclasses.replace(rollout, verdict=verdict)
         for rollout, verdict in zip(rollouts, verdicts, strict=True)

@@ -11,14 +11,14 @@ from typing import Any, ClassVar
 from pydantic import ConfigDict, TypeAdapter
 
 from nemotron.generate.budget import ReasoningBudget
-from nemotron.generate.request import Answer
 from nemotron.generate.sampling import Sampling
 from nemotron.model.hybrid import HybridLM
-from nemotron.posttrain.answering import Answerer, Answering, Asked, seed_of
+from nemotron.posttrain.answering import Answerer, Answering, seed_of
 from nemotron.posttrain.config import RlConfig, RolloutConfig
 from nemotron.posttrain.environments.base import Response, Verdict
 from nemotron.posttrain.replay import Experts
 from nemotron.posttrain.tasks import Task, Tasks
+from nemotron.posttrain.turns import Conversation, Limits, converse
 from nemotron.posttrain.verify import Verifiers
 
 
@@ -50,6 +50,12 @@ class Rollout:
     """Of each token under the teacher's weights; empty without a teacher."""
     is_masked: bool = False
     """Whether the answer is left out of the loss."""
+    turns: int = 1
+    """Answers of the policy; between them stands, forced, what tools said."""
+    tool_calls: int = 0
+    """Calls that it made in all of them."""
+    tool_fault: str | None = None
+    """Why tools did not answer; the verdict then is a fault."""
     experts: str = ""
     """Experts of each token of prompt and answer but the last (`replay.Experts`); empty if they
     were not recorded."""
@@ -96,6 +102,12 @@ class Sampler:
         self._config, self._prompts, self.verifiers = config.rollout, tasks.prompts, verifiers
         self._how = answering(config.rollout, tasks)
         self._experts = Experts.of(config)
+        self._limits = Limits(
+            config.rollout.max_turns,
+            config.data.seq_len + 1,
+            config.rollout.verify_timeout_s,
+            experts=self._experts is not None,
+        )
         self.verify_s = 0.0
         """Seconds in which the answers of the last batch were judged."""
 
@@ -111,54 +123,48 @@ class Sampler:
         The random numbers of an answer depend on `seed`, the number of its task and its own.
         """
         size, at = self._config.num_generations_per_prompt, self._config.temperature
-        asked = [
-            Asked(
-                task.prompt,
-                Sampling(at, seed=seed_of(seed, number)),
-                size,
-                experts=self._experts is not None,
+        pairs = [(number, task, k) for number, task in tasks for k in range(size)]
+        talks = [
+            Conversation.about(
+                task.row, task.prompt, Sampling(at, seed=seed_of(seed, number) + k), self._limits
             )
-            for number, task in tasks
+            for number, task, k in pairs
         ]
-        answers = self.answerer(model).answer(asked)
-        pairs = [pair for pair in tasks for _ in range(size)]
-        return self._judge(pairs, answers, version)
-
-    def _judge(
-        self, tasks: Sequence[tuple[int, Task]], answers: Sequence[Answer], version: int
-    ) -> list[Rollout]:
-        responses = [
-            self._prompts.response(answer.tokens, is_truncated=answer.finish == "length")
-            for answer in answers
-        ]
-        rows = [task.row for _, task in tasks]
-        states = [None] * len(rows)
-        timeout_s = self._config.verify_timeout_s
+        converse(self.answerer(model), self.verifiers, talks, size)
         start = time.perf_counter()
-        verdicts = self.verifiers.verify(rows, responses, states, timeout_s)
+        verdicts = self.verifiers.verify(
+            [talk.row for talk in talks],
+            [talk.response for talk in talks],
+            [talk.state for talk in talks],
+            self._config.verify_timeout_s,
+            [talk.fault for talk in talks],
+        )
         self.verify_s = time.perf_counter() - start
         return [
-            Rollout(
-                task=task,
-                group=number,
-                tokens=list(answer.tokens),
-                logprobs=list(answer.logprobs),
-                forced=list(answer.forced),
-                is_truncated=answer.finish == "length",
-                version=version,
-                response=response,
-                verdict=verdict,
-                experts=self._written(answer),
-            )
-            for (number, task), answer, response, verdict in zip(
-                tasks, answers, responses, verdicts, strict=True
-            )
+            self._rollout(task, number, talk, verdict, version)
+            for (number, task, _), talk, verdict in zip(pairs, talks, verdicts, strict=True)
         ]
 
-    def _written(self, answer: Answer) -> str:
-        if self._experts is None or answer.experts is None:
-            return ""
-        return self._experts.encode(answer.experts)
+    def _rollout(
+        self, task: Task, group: int, talk: Conversation, verdict: Verdict, version: int
+    ) -> Rollout:
+        said = talk.transcript
+        experts = said.experts
+        return Rollout(
+            task=task,
+            group=group,
+            tokens=said.tokens,
+            logprobs=said.logprobs,
+            forced=said.forced,
+            is_truncated=talk.response.is_truncated,
+            version=version,
+            response=talk.response,
+            verdict=verdict,
+            experts="" if experts is None or not self._experts else self._experts.encode(experts),
+            turns=talk.turns,
+            tool_calls=talk.num_calls,
+            tool_fault=talk.fault,
+        )
 
 
 def rollout_lines(rollouts: Sequence[Rollout]) -> str:

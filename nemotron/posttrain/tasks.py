@@ -2,6 +2,7 @@
 
 import random
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nemotron.data.chat.template import TURN_END
@@ -9,6 +10,7 @@ from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.contents import Contents
+from nemotron.posttrain.curriculum import Curriculum
 from nemotron.posttrain.environments.base import (
     BadRow,
     ReadsFile,
@@ -19,7 +21,10 @@ from nemotron.posttrain.environments.base import (
 from nemotron.posttrain.environments.registry import find_environment
 from nemotron.posttrain.holding_out import draw_rows
 from nemotron.posttrain.prompts import Prompts
-from nemotron.posttrain.suites.examine import Item
+from nemotron.posttrain.suites.examine import Drawing, Item
+
+SPARE = 4
+"""Tasks that a curriculum chooses from, for each that is asked."""
 
 
 @dataclass(frozen=True)
@@ -29,6 +34,8 @@ class Task:
     environment: str
     row: Row
     prompt: tuple[int, ...]
+    level: float = 0.0
+    """Difficulty that it was made with."""
 
 
 class Tasks:
@@ -84,15 +91,17 @@ class Tasks:
             for entry in self._rollout.environments
         ]
 
-    def batch(self, number: int) -> list[Task]:
-        """Return the tasks of a rollout batch, in their order.
+    def batch(self, number: int, curriculum: Curriculum | None = None) -> list[Task]:
+        """Return the tasks of a rollout batch, in their order; a curriculum chooses among them.
 
         Raises:
             UserError: when a prompt does not leave room for an answer.
         """
         count = self._rollout.num_prompts_per_step
         rng = random.Random(f"{self._config.seed} rollout {number}")
-        return self._draw(count, rng, held=False)
+        if curriculum is None:
+            return self._draw(count, rng, held=False)
+        return self._choose(count, rng, curriculum)
 
     def held_out(self) -> list[Task]:
         """Return the tasks of every evaluation."""
@@ -105,20 +114,39 @@ class Tasks:
         rows = {}
         for index, needed in Counter(names).items():
             entry, seed = entries[index], rng.getrandbits(48)
-            environment = self.environments[entry.name]
-            fraction = self._rollout.held_out_fraction
-            rows[index] = draw_rows(environment, needed, seed, entry.level, fraction, held=held)
-        return [self._task(entries[index].name, next(rows[index])) for index in names]
+            rows[index] = self._rows(entry.name, needed, seed, entry.level, held=held)
+        return [
+            self._task(entries[index].name, next(rows[index]), entries[index].level)
+            for index in names
+        ]
 
-    def _task(self, name: str, row: Row) -> Task:
+    def _choose(self, count: int, rng: random.Random, curriculum: Curriculum) -> list[Task]:
+        """Draw levels and tasks by their pass rates."""
+        entries = self._rollout.environments
+        names = rng.choices([e.name for e in entries], [e.weight for e in entries], k=count)
+        kinds = [(name, curriculum.level(name, rng)) for name in names]
+        rows = {}
+        for (name, level), needed in Counter(kinds).items():
+            seed = rng.getrandbits(48)
+            made = list(self._rows(name, SPARE * needed, seed, level, held=False))
+            asked = [row for row in made if curriculum.accepts(row, rng)]
+            # if too few were accepted, the first ones of all come once more
+            rows[name, level] = iter([*asked, *made])
+        return [self._task(name, next(rows[name, level]), level) for name, level in kinds]
+
+    def _rows(self, name: str, count: int, seed: int, level: float, *, held: bool) -> Iterator[Row]:
+        fraction = self._rollout.held_out_fraction
+        return draw_rows(self.environments[name], count, seed, level, fraction, held=held)
+
+    def _task(self, name: str, row: Row, level: float) -> Task:
         try:
-            offers_tools = bool(params_of(row).get("tools"))
-            prompt = self.prompts.write(messages_of(row))
+            tools = params_of(row).get("tools") or ()
+            prompt = self.prompts.write(messages_of(row), tools)
         except BadRow as problem:
             raise UserError(f"a row of {name}: {problem}", key="rollout.environments") from None
-        if offers_tools:
+        if tools and not self.is_chat:
             raise UserError(
-                "offers tools, whose turns are not rolled out yet; use one without tools.",
+                "offers tools, which need the chat format; use rollout.prompt: chat.",
                 key="rollout.environments",
                 value=name,
             )
@@ -129,7 +157,18 @@ class Tasks:
                 key="data.seq_len",
                 value=self._config.data.seq_len,
             )
-        return Task(name, row, prompt)
+        return Task(name, row, prompt, level)
+
+
+def held_out_drawing(config: RlConfig, budget: int | None = None) -> Drawing:
+    """Return how the held-out tasks of a recipe are answered: once, by the likeliest tokens."""
+    rollout = config.rollout
+    return Drawing(
+        verify_timeout_s=rollout.verify_timeout_s,
+        budget=budget,
+        max_turns=rollout.max_turns,
+        max_tokens=config.data.seq_len + 1,
+    )
 
 
 def held_out_items(tasks: Tasks) -> list[Item]:

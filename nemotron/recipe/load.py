@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 
 from nemotron.errors import UserError
+from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.sft_config import DistillConfig
 from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check
@@ -70,6 +71,15 @@ class Recipe:
             )
             raise UserError(rule, key="stage", value=self.config.stage, where=place)
         return self.config
+
+    @property
+    def updates(self) -> RunConfig:
+        """The configuration, for a command that predicts the cost of updates.
+
+        Raises:
+            UserError: when the recipe is for a stage whose updates are not predicted.
+        """
+        return self.config if isinstance(self.config, RlConfig) else self.text
 
     @property
     def trained(self) -> "TrainedStage":

@@ -35,6 +35,14 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
             f"{data.seq_len}; write {tokens}.",
             config.batch.global_tokens,
         )
+    for number, entry in enumerate(rollout.environments):
+        if rollout.curriculum is not None and entry.level > rollout.curriculum.max_level:
+            yield Finding(
+                f"rollout.environments.{number}.level",
+                f"is above rollout.curriculum.max_level = {rollout.curriculum.max_level:g}; lower "
+                "it, or raise that limit.",
+                entry.level,
+            )
     if policy.on_policy and rollout.updates_per_step > 1:
         yield Finding(
             "policy.on_policy",

@@ -140,7 +140,8 @@ def test_the_trace_is_shown_beside_the_formula(capsys: pytest.CaptureFixture[str
 
 @pytest.mark.parametrize(("recipe", "gpus", "system"), [(SUPER, 64, "h100"), (NANO, 24, "b200")])
 def test_the_search_finds_layouts_that_are_legal_and_fit(recipe: str, gpus: int, system: str):
-    setting = read_setting(load_recipe(recipe).config, SYSTEMS[system])
+    config = load_recipe(recipe).config
+    setting = read_setting(config, plan_training(config), SYSTEMS[system])
     found = search(setting, gpus, FITTED)
     assert len(found.best) == 10
     assert found.legal >= found.fitting >= 10
@@ -172,6 +173,7 @@ def test_when_nothing_fits_the_leanest_is_told(capsys: pytest.CaptureFixture[str
 
 def test_the_layout_is_read_from_the_recipe():
     overrides = ["parallel.pp=2", "parallel.tp=2", "parallel.ep=16"]
-    setting = read_setting(load_recipe(SUPER, overrides).config, SYSTEMS["h100"])
+    config = load_recipe(SUPER, overrides).config
+    setting = read_setting(config, plan_training(config), SYSTEMS["h100"])
     dims, found = layout_of(setting, 64)
     assert (dims.pp, dims.dp_shard, dims.tp, dims.ep, found) == (2, 16, 2, 16, [])

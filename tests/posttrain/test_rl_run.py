@@ -39,6 +39,13 @@ def metrics(folder: Path, kind: str) -> list[dict[str, Any]]:
     return [line for line in lines if line["kind"] == kind]
 
 
+def figures(folder: Path) -> list[dict[str, Any]]:
+    """Return what was logged about each step, but for what a clock measured."""
+    measured = ("perf/", "mem/", "rl/rollout_s", "rl/verify_s", "rl/score_s")
+    lines = metrics(folder, "train")
+    return [{k: v for k, v in line.items() if not k.startswith(measured)} for line in lines]
+
+
 def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
     text = (folder / "rollouts" / f"step-{step:08}.jsonl").read_text()
     return list(map(json.loads, text.splitlines()))
@@ -65,9 +72,13 @@ def test_a_run_writes_its_rollouts_and_their_figures(recipe, tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize("updates", [1, 2])
 def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path: Path, updates: int) -> None:
-    """With two updates for each rollout batch the stop lies between them."""
+    """With two updates for each rollout batch the stop lies between them.
+
+    A curriculum that raises the level at nothing draws by what it learned before the stop.
+    """
     batch = {"global_tokens": 12 // updates * 47}
-    rollout = arithmetic(updates_per_step=updates)
+    plan = {"raise_at": 1e-9, "window": 4, "least_weight": 0.3}
+    rollout = arithmetic(updates_per_step=updates, curriculum=plan)
     whole = recipe(f"whole{updates}", rollout=rollout, batch=batch)
     parts = recipe(f"parts{updates}", rollout=rollout, batch=batch)
     assert run(["train", str(whole)]) == 0
@@ -80,6 +91,15 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path: Path, updates:
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
+    for step in range(0, 4, updates):
+        first, second = (
+            rollouts(tmp_path / "runs" / f"{name}{updates}", step) for name in ("whole", "parts")
+        )
+        assert second == first
+        assert all(answer["experts"] for answer in first)
+    assert figures(tmp_path / "runs" / f"parts{updates}") == figures(
+        tmp_path / "runs" / f"whole{updates}"
+    )
 
 
 @pytest.mark.slow

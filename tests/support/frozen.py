@@ -16,8 +16,11 @@ import nemotron
 from nemotron.cli import command_line
 from nemotron.device import matmul_peak
 
+BARRED = ("nemotron.__main__", "nemotron.evaluate.harness")
+"""The start of the program, and what imports lm-eval, which no forked process uses."""
+
 for module in pkgutil.walk_packages(nemotron.__path__, "nemotron."):
-    if module.name != "nemotron.__main__":
+    if module.name not in BARRED:
         with contextlib.suppress(ImportError):  # of packages that only some runs need
             importlib.import_module(module.name)
 command_line()

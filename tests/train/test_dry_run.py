@@ -52,7 +52,7 @@ def test_it_says_what_would_happen_with_memory_and_time(world: Path, capfd):
         (["data.sources=[nowhere]"], "nowhere.bin: does not exist"),
         (
             ["data.tokenizer=none.json"],
-            "none.json: does not exist; give the path of a tokenizer.json",
+            "none.json does not exist; give the path of a tokenizer.json",
         ),
         (["data.eod_token=<end>"], "the tokenizer has no token '<end>'"),
         (["data.max_epochs=0.001"], "passes, where max_epochs = 0.001"),

@@ -27,7 +27,7 @@ def parallel() -> dict[str, float]:
 @pytest.fixture
 def bound_s(parallel) -> float:
     """The longest of them, that of the store, and of the answers to an alarm; the rest is load."""
-    return parallel["start_timeout_s"] + 3 * parallel["timeout_s"] + 15.0 * busy()
+    return parallel["start_timeout_s"] + 3 * parallel["timeout_s"] + 30.0 * busy()
 
 
 @pytest.fixture

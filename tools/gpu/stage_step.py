@@ -30,6 +30,7 @@ from nemotron.train.config import PretrainConfig
 from nemotron.train.kinds import kinds, parameter_kinds
 from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import Optimizer, clip_coefficient, squares_by_kind
+from nemotron.train.schedule import plan_training
 
 VARIANTS = ("auto", "before", "fp8_current", "fp8_block", "mxfp8", "nvfp4")
 LR = 1e-4
@@ -170,7 +171,7 @@ def _preset(variant: str) -> str:
 
 def planned_memory(config: PretrainConfig) -> tuple[float, dict[str, float]]:
     """Return what `nemotron plan` says of one GPU, in GiB, in all and by term."""
-    setting = read_setting(config, find_hardware("h100", 1))
+    setting = read_setting(config, plan_training(config), find_hardware("h100", 1))
     dims, _ = layout_of(setting, 1)
     found = memory(setting.job(main_stretch(list(setting.stretches)), dims))
     return found.total / 2**30, {k: round(v / 2**30, 2) for k, v in found.terms.items()}

@@ -16,6 +16,8 @@ from nemotron.terminal import print_text
 
 MODES = ("insert", "parallel")
 SEGMENTS = ("longest", "jieba")
+MOST_WORDS = 1_000
+"""Of a text in the mode parallel: words are aligned in time by the product of two lengths."""
 NEAR = 0.75
 """Part of the wanted share below which the command says that it was not reached."""
 
@@ -135,12 +137,16 @@ def _of_translations(rows: Rows, columns: tuple[str, str], words: Words) -> Segm
     for _, row in rows:
         texts = [row.get(column) for column in columns]
         if all(isinstance(text, str) and text.strip() for text in texts):
-            known.append((words(str(texts[0])), words(str(texts[1]))))
+            pair = words(str(texts[0])), words(str(texts[1]))
+            if max(map(len, pair)) <= MOST_WORDS:
+                known.append(pair)
     translations = Translations(known)
 
     def segments(row: Row) -> tuple[str, list[Segment]]:
         text, other = (text_of(row, column) for column in columns)
         source, target = words(text), words(other)
+        if (longest := max(len(source), len(target))) > MOST_WORDS:
+            raise ValueError(f"has {longest:,} words; at most {MOST_WORDS:,} are aligned")
         return text, list(equivalents(source, target, translations.links(source, target)))
 
     return segments

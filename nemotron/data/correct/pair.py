@@ -9,6 +9,8 @@ from pydantic import Field
 from nemotron.data.correct.pairs import MOST_CANDIDATES
 from nemotron.section import Section
 
+MOST_CHARACTERS = 2_000
+"""Of a text: alignment takes time and memory by the product of two lengths."""
 ONE = "Correct this text:"
 SEVERAL = "Write the text that these candidates stand for, the likeliest first:"
 
@@ -76,6 +78,10 @@ def pair_of(row: Mapping[str, Any], *, targets: bool = True) -> Pair:  # Any: wh
         raise ValueError("has only empty candidates")
     for text in (target or "", *candidates):
         _check_characters(text)
+        if len(text) > MOST_CHARACTERS:
+            raise ValueError(
+                f"has a text of {len(text):,} characters, at most {MOST_CHARACTERS:,} are aligned"
+            )
     language = row.get("language")
     return Pair(
         id="" if row.get("id") is None else str(row["id"]),

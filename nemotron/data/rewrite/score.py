@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
 
-from nemotron.data.correct.pair import Pair, pair_of
+from nemotron.data.correct.pair import MOST_CHARACTERS, Pair, pair_of
 from nemotron.data.correct.score import Answer, score
 from nemotron.data.rewrite.rows import Row, Rows
 from nemotron.errors import UserError
@@ -13,6 +13,8 @@ from nemotron.exit_codes import DONE
 from nemotron.terminal import print_text
 
 T = TypeVar("T")
+LONGEST_ANSWER = 10 * MOST_CHARACTERS
+"""Characters of an answer; edits are counted in time by the product of two lengths."""
 TITLES = {
     "source": "first candidate",
     "selected": "selected",
@@ -59,6 +61,9 @@ def _read_answers(path: Path) -> dict[str, Answer]:
             raise UserError(
                 "has no answer; give a file that `nemotron correct` wrote.", where=where
             )
+        if len(text) > LONGEST_ANSWER:
+            rule = f"has an answer of {len(text):,} characters; at most {LONGEST_ANSWER:,} do."
+            raise UserError(rule, where=where)
         if not isinstance(selected, str | None) or not isinstance(ms, int | float | None):
             raise UserError(
                 "has a selected that is not text, or ms that are not a number.", where=where

@@ -93,8 +93,13 @@ def shipped_file(architecture: str) -> Path:
 
 def user_file(architecture: str) -> Path:
     """Return the file of this user, which need not exist."""
+    return user_folder() / "tuning" / f"{architecture}.json"
+
+
+def user_folder() -> Path:
+    """Return the folder of what this project keeps for a user and can make again."""
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(cache) / "nemotron" / "tuning" / f"{architecture}.json"
+    return Path(cache) / "nemotron"
 
 
 def read(path: Path, architecture: str) -> Base:

@@ -7,14 +7,16 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 
+from nemotron.errors import UserError
+from nemotron.posttrain.environments import desk
 from nemotron.posttrain.environments.answer import BOX, last_boxed
 from nemotron.posttrain.environments.base import (
     BadRow,
     Response,
     Row,
     Verdict,
-    WithoutTools,
     build_row,
+    demonstrated_call,
     find_field,
     random_of,
     whole_level,
@@ -22,6 +24,8 @@ from nemotron.posttrain.environments.base import (
 
 NUMBER = re.compile(r"[-+]?\d+(?:/[1-9]\d*)?")
 """An integer or a fraction, without spaces."""
+TOOL = next(tool for tool in desk.specifications() if tool["name"] == "calculate")
+"""The calculator."""
 OPERATORS = {"+": operator.add, "-": operator.sub, "*": operator.mul}
 WORDY = 0.9
 """Share of mistakes that have the right value, in a form that is not read as a number."""
@@ -32,21 +36,34 @@ MAX_LENGTH = 64
 """Characters of the longest answer that is read as a number."""
 
 
-class ArithChain(WithoutTools):
+class ArithChain:
     """Compute a chain of additions, subtractions and, at higher levels, multiplications.
 
     Level 0 adds or subtracts two digits; every further level adds a term, larger numbers and,
     from level 1, products. The answer is the whole text, or what stands in its last `\\boxed{}`.
+    With the option `tools` there is a calculator, which nobody has to use.
+
+    Raises:
+        UserError: when `tools` is not true or false.
     """
 
     name = "arith_chain"
+
+    def __init__(self, tools: bool = False) -> None:
+        if not isinstance(tools, bool):
+            where = f"environments: {self.name}"
+            raise UserError("must be true or false.", key="tools", value=tools, where=where)
+        self._tools = [TOOL] if tools else []
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
         """Yield tasks; each depends on `seed`, `level` and its number alone."""
         for number in range(count):
             rng = random_of(self.name, seed, level, number)
             question, value = _chain(rng, level)
-            yield build_row(self.name, f"{question}=", question=question, expected_answer=value)
+            row = build_row(self.name, f"{question}=", question=question, expected_answer=value)
+            if self._tools:
+                row["responses_create_params"]["tools"] = self.tools(row)
+            yield row
 
     def check(self, row: Row) -> None:
         """Check the expected answer.
@@ -61,10 +78,27 @@ class ArithChain(WithoutTools):
                 "give an integer or a fraction such as 3/4"
             )
 
+    def tools(self, row: Row) -> list[dict[str, Any]]:
+        """Return the calculator, if the rows offer it."""
+        return [dict(tool) for tool in self._tools]
+
+    def seed(self, row: Row) -> dict[str, Any] | None:
+        """Return the calculator's state, which is empty; None without one."""
+        return {} if self._tools else None
+
+    def call(self, state: Any, name: str, arguments: Any) -> str:
+        """Compute an expression."""
+        if not self._tools or name != TOOL["name"]:
+            return f"error: there is no tool {name}"
+        return desk.run_tool({}, name, arguments)
+
     def demonstrate(self, row: Row) -> Response:
-        """Return the value; the reasoning computes it in steps, products first."""
-        question = str(find_field(row, "question"))
-        return Response(str(find_field(row, "expected_answer")), "\n".join(_steps(question)))
+        """Return the value; the reasoning computes it in steps, products first, or a call does."""
+        question, value = str(find_field(row, "question")), str(find_field(row, "expected_answer"))
+        if self._tools:
+            call = demonstrated_call("calculate", {"expression": question}, value)
+            return Response(value, question, output=call)
+        return Response(value, "\n".join(_steps(question)))
 
     def mistake(self, row: Row, rng: random.Random) -> Response:
         """Return what earns nothing: mostly the value in words around it, else a wrong one."""

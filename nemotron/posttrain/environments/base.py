@@ -3,6 +3,7 @@
 Rows, responses and verdicts have the form of NVIDIA-NeMo/Gym, so that its data and servers fit.
 """
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -193,6 +194,13 @@ def calls_of(response: Response) -> list[Call]:
     ]
 
 
+def demonstrated_call(name: str, arguments: dict[str, Any], said: str) -> tuple[Any, ...]:
+    """Return a call of a tool and what it says, as items of a response."""
+    call = {"type": "function_call", "name": name, "arguments": json.dumps(arguments)}
+    output = {"type": "function_call_output", "call_id": "call_0", "output": said}
+    return ({**call, "call_id": "call_0"}, output)
+
+
 def params_of(row: Row) -> dict[str, Any]:
     """Return what a row asks of the model.
 
@@ -208,6 +216,9 @@ def params_of(row: Row) -> dict[str, Any]:
 def messages_of(row: Row) -> list[dict[str, Any]]:
     """Return the prompt of a row as chat messages; a plain text is a message of the user.
 
+    Reasoning, calls of tools and what they said may stand between messages, as items of OpenAI's
+    Responses format.
+
     Raises:
         BadRow: when there is none.
     """
@@ -217,21 +228,32 @@ def messages_of(row: Row) -> list[dict[str, Any]]:
     if not isinstance(given, list) or not given:
         raise BadRow("responses_create_params.input is empty; give a text or a list of messages")
     messages: list[dict[str, Any]] = []
+    thought = ""
     for number, item in enumerate(given):
         where = f"responses_create_params.input.{number}"
-        if isinstance(item, dict) and item.get("type") == "function_call":
+        kind = item.get("type") if isinstance(item, dict) else None
+        if kind == "reasoning":
+            thought = _text(item.get("summary") or item.get("content"))
+            continue
+        if kind == "function_call":
             _add_call(messages, item, where)
-            continue
-        if isinstance(item, dict) and item.get("type") == "function_call_output":
+        elif kind == "function_call_output":
             messages.append({"role": "tool", "content": _text(item.get("output"))})
-            continue
-        if not isinstance(item, dict) or "role" not in item or "content" not in item:
-            raise BadRow(f"{where} lacks role or content")
-        role = "system" if item["role"] == "developer" else item["role"]
-        if not isinstance(role, str):
-            raise BadRow(f"{where}.role is not a text")
-        messages.append({"role": role, "content": _text(item["content"])})
+        else:
+            messages.append(_message(item, where))
+        if thought and messages[-1]["role"] == "assistant":
+            messages[-1]["reasoning_content"] = thought
+        thought = ""
     return messages
+
+
+def _message(item: Any, where: str) -> dict[str, Any]:
+    if not isinstance(item, dict) or "role" not in item or "content" not in item:
+        raise BadRow(f"{where} lacks role or content")
+    role = "system" if item["role"] == "developer" else item["role"]
+    if not isinstance(role, str):
+        raise BadRow(f"{where}.role is not a text")
+    return {"role": role, "content": _text(item["content"])}
 
 
 def _add_call(messages: list[dict[str, Any]], item: dict[str, Any], where: str) -> None:
@@ -239,6 +261,12 @@ def _add_call(messages: list[dict[str, Any]], item: dict[str, Any], where: str) 
     name, arguments = item.get("name"), item.get("arguments")
     if not isinstance(name, str) or not isinstance(arguments, str):
         raise BadRow(f"{where} lacks name or arguments; give both as texts")
+    try:
+        is_object = isinstance(json.loads(arguments), dict)
+    except (ValueError, RecursionError):
+        is_object = False
+    if not is_object:
+        raise BadRow(f"{where}.arguments is not a JSON object; give one, as a text")
     call = {"type": "function", "function": {"name": name, "arguments": arguments}}
     if not messages or messages[-1]["role"] != "assistant":
         messages.append({"role": "assistant", "content": ""})

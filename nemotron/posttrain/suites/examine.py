@@ -1,15 +1,15 @@
 """Answers to rows of environments: drawn, judged, and brought into one form."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from nemotron.generate.sampling import Sampling
 from nemotron.posttrain.answering import Answerer, Asked, seed_of
-from nemotron.posttrain.environments.base import Environment, Response, Row, Verdict, params_of
+from nemotron.posttrain.environments.base import Response, Row, Verdict, params_of
 from nemotron.posttrain.suites.likelihood import likeliest
 from nemotron.posttrain.suites.samples import Sample
-from nemotron.posttrain.turns import converse
+from nemotron.posttrain.turns import MAX_TURNS, Conversation, Limits, converse
 from nemotron.posttrain.verify import Verifiers
 
 
@@ -36,6 +36,10 @@ class Drawing:
     verify_timeout_s: float = 10.0
     budget: int | None = None
     """Noted with each sample."""
+    max_turns: int = MAX_TURNS
+    """Answers to a row with tools."""
+    max_tokens: int | None = None
+    """Tokens of a whole conversation with tools; absent: no limit."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class _Given:
     response: Response
     num_tokens: int
     is_truncated: bool
+    state: Any = None  # Any: JSON, where the tools are at the end
+    fault: str | None = None
+    """Why tools did not answer."""
 
 
 def examine(
@@ -52,27 +59,25 @@ def examine(
     verifiers: Verifiers,
     items: Sequence[Item],
     how: Drawing,
-    environments: Mapping[str, Environment] | None = None,
 ) -> list[Sample]:
     """Return the judged answers to the rows, samples of one row side by side.
 
     The random numbers of an answer depend on the seed, its task, its row's number and its own, and
-    on nothing else. `environments`, by name of the task, run the tools of rows that offer some.
+    on nothing else. Tools of rows that offer some are run by the processes of `verifiers`.
     """
     chosen = [item for item in items if item.by_likelihood]
     talks = [item for item in items if not item.by_likelihood and _tools(item)]
     plain = [item for item in items if not item.by_likelihood and not _tools(item)]
     given = _answers(answerer, plain, how)
-    for item in talks:
-        assert environments is not None, f"{item.task} has tools, and nothing runs them"
-    given |= _conversations(answerer, talks, how, environments or {})
+    given |= _conversations(answerer, verifiers, talks, how)
     asked = [item for item in items if not item.by_likelihood]
     every = [(item, k, answer) for item in asked for k, answer in enumerate(given[_key(item)])]
     verdicts = verifiers.verify(
         [item.row for item, _, _ in every],
         [answer.response for _, _, answer in every],
-        [None] * len(every),
+        [answer.state for _, _, answer in every],
         how.verify_timeout_s,
+        [answer.fault for _, _, answer in every],
     )
     found = {_key(item): [likeliest(answerer, item.task, item.number, item.row)] for item in chosen}
     for (item, k, answer), verdict in zip(every, verdicts, strict=True):
@@ -112,21 +117,30 @@ def _answers(
 
 
 def _conversations(
-    answerer: Answerer,
-    items: Sequence[Item],
-    how: Drawing,
-    environments: Mapping[str, Environment],
+    answerer: Answerer, verifiers: Verifiers, items: Sequence[Item], how: Drawing
 ) -> dict[tuple[str, int], list[_Given]]:
     """Return the answers to rows with tools, over as many turns as they take."""
     pairs = [(item, k) for item in items for k in range(how.samples)]
-    talks = converse(
-        answerer,
-        [(environments[item.task], item.row) for item, _ in pairs],
-        [Sampling(how.temperature, seed=_seed(item, how) + k) for item, k in pairs],
-    )
+    limits = Limits(how.max_turns, how.max_tokens, how.verify_timeout_s)
+    talks = [
+        Conversation.about(
+            item.row,
+            item.prompt,
+            Sampling(how.temperature, seed=_seed(item, how) + k),
+            limits,
+        )
+        for item, k in pairs
+    ]
+    converse(answerer, verifiers, talks, how.samples)
     given: dict[tuple[str, int], list[_Given]] = {}
     for (item, _), talk in zip(pairs, talks, strict=True):
-        answer = _Given(talk.response, talk.num_tokens, talk.response.is_truncated)
+        answer = _Given(
+            talk.response,
+            talk.transcript.num_sampled,
+            talk.response.is_truncated,
+            talk.state,
+            talk.fault,
+        )
         given.setdefault(_key(item), []).append(answer)
     return given
 

@@ -36,7 +36,9 @@ def reverify_answers(files: Sequence[Path], out: Path | None) -> int:
         UserError: when a file is damaged, or an environment cannot run.
     """
     if out is not None and out.resolve() == files[0].parent.resolve():
-        raise UserError(f"{out} holds the answers to judge; choose another folder for --out.")
+        raise UserError(
+            "holds the answers to judge; choose another folder for --out.", where=str(out)
+        )
     counts: dict[str, Count] = {}
     kept: set[str] = set()
     settings = SuiteSettings()
@@ -79,6 +81,7 @@ def _read(path: Path) -> Iterator[Sample]:
                 environment_of(sample.row)
             except (ValueError, KeyError, TypeError):
                 raise UserError(
-                    f"{path}:{number} is not an answer; restore the file, or remove the line."
+                    "is not an answer; restore the file, or remove the line.",
+                    where=f"{path}:{number}",
                 ) from None
             yield sample

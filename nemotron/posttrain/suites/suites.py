@@ -127,7 +127,7 @@ class Suites:
             settings.verify_timeout_s,
             None if budget is None else budget.tokens,
         )
-        return examine(answerer, verifiers, items, how, self.environments)
+        return examine(answerer, verifiers, items, how)
 
     def _make(self, task: SuiteTask, environment: Environment, count: int) -> list[Row]:
         seed = seed_of("suite", self.settings.seed)

@@ -65,6 +65,16 @@ def test_a_share_that_is_not_reached_is_said(home: Path, capsys: pytest.CaptureF
     assert "--share 0.9 was not reached: 0." in capsys.readouterr().out
 
 
+def test_words_of_texts_that_are_too_long_are_not_aligned(
+    home: Path, capsys: pytest.CaptureFixture[str]
+):
+    row = {"text": "a " * 1001, "translation": "b " * 1001}
+    Path("long.jsonl").write_text(json.dumps(row) + "\n")
+    words = ["data", "codeswitch", "long.jsonl", "--mode", "parallel", "--out", "cs.jsonl"]
+    assert run(words) == 2
+    assert "long.jsonl:1 has 1,001 words; at most 1,000 are aligned" in capsys.readouterr().err
+
+
 def test_translations_are_mixed_where_words_keep_their_order(home: Path):
     nouns = {"狗": "gou", "猫": "mao", "人": "ren"}
     colors = {"红": "hong", "蓝": "lan"}

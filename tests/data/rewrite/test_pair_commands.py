@@ -152,6 +152,7 @@ BAD = [
     ({"target": "a", "candidates": ["a", 3]}, "has a candidate that is not text: candidates[1]"),
     ({"target": "a", "candidates": ["", ""]}, "has only empty candidates"),
     ({"target": "abc", "candidates": ["a b c"], "scores": [[0.1, 0.2]]}, "has 2 scores for"),
+    ({"target": "abc", "candidates": ["a" * 2001]}, "has a text of 2,001 characters, at most"),
     ({"target": "a", "candidates": ["a"], "scores": [0.1]}, "not a list of numbers for each"),
     ({"target": "a", "candidates": ["a"], "scores": [["x"]]}, "has a score that is not a number"),
     ({"target": "a", "candidates": ["a"], "scores": [[], []]}, "of 2 candidates for 1"),
@@ -301,6 +302,7 @@ def test_answers_are_scored_by_their_ids(tmp_path: Path, capsys: pytest.CaptureF
         ([{"id": "1", "answer": "a"}] * 2, "has the id 1, which an earlier row has"),
         ([{"id": n, "answer": "a"} for n in "123"], "has an answer to 3, which"),
         ([{"id": "1"}], "fixed.jsonl:1: has no answer"),
+        ([{"id": "1", "answer": "a" * 20_001}], "has an answer of 20,001 characters; at most"),
     ],
 )
 def test_answers_that_do_not_fit_their_references_are_refused(

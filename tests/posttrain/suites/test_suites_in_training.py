@@ -99,7 +99,7 @@ def test_stored_answers_are_judged_again(
     for damaged in ("{}", "[1]", json.dumps(changed | {"row": {}})):
         (copied / file.name).write_text(first + damaged)
         assert run(words) == 2
-        assert f"{copied / file.name}:2 is not an answer" in capsys.readouterr().err
+        assert f"{copied / file.name}:2: is not an answer" in capsys.readouterr().err
     assert run([*words[:3], "--out", str(copied)]) == 2
     assert "choose another folder" in capsys.readouterr().err
 

@@ -1,0 +1,224 @@
+"""Steps of few tokens as one operation: the layers of a prepared model, and the rows of a cache."""
+
+import functools
+import logging
+import math
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from nemotron.generate.block_layers import BlockLinear, BlockMoE
+from nemotron.generate.graphs import FixedRows
+from nemotron.model.adapter import Adapter
+from nemotron.model.attention import Attention
+from nemotron.model.block import Block
+from nemotron.model.cache import CachedRows
+from nemotron.model.hybrid import HybridLM
+from nemotron.model.mamba2 import Mamba2
+from nemotron.model.mlp import MLP
+from nemotron.model.state import KeyValues, MambaSlots, MambaState
+from nemotron.ops.registry import Call
+from nemotron.ops.token_step import TokenStepOp
+from nemotron.ops.token_step.stack import (
+    AttentionWeights,
+    DenseWeights,
+    ExpertsWeights,
+    KeysPlace,
+    LayerWeights,
+    MambaPlace,
+    MambaWeights,
+    Matrix,
+    Stack,
+    Step,
+)
+from nemotron.precision.static import is_attached
+
+log = logging.getLogger(__name__)
+
+MOST_TOKENS = 2048
+"""In one call; beyond, layers one by one take less time."""
+
+
+class TokenSteps:
+    """Passes the tokens of a call through all layers of a prepared model, where it can.
+
+    The weights are those of the first call.
+    """
+
+    def __init__(self) -> None:
+        self._stack: Stack | None = None
+        self.record: list[Int[Tensor, "M K"]] | None = None
+        """Gets the chosen experts of every mixture layer, if it is there."""
+
+    def __call__(
+        self, model: HybridLM, tokens: Int[Tensor, "B T"], rows: CachedRows
+    ) -> Float[Tensor, "B T D"] | None:
+        """Return the hidden states; None for a call that the layers themselves must compute."""
+        dtype = model.compute_dtype or torch.float32
+        if not _suits(rows, tokens, dtype):
+            return None
+        if self._stack is None:
+            self._stack = stack_of(model, dtype)
+        step, stack = _step_of(rows, tokens), self._stack
+        hidden = model.token_step(stack, step)
+        if self.record is not None:
+            self.record += [experts for experts in step.chosen if experts is not None]
+        if step.keeps_inputs:
+            rows.advance = lambda counts: model.token_step.advance(stack, step, counts)
+        rows.end(tokens.shape[1])
+        return hidden
+
+
+def operation_of(model: HybridLM, dtype: torch.dtype) -> TokenStepOp | None:
+    """Return the operation for steps of a model whose weights are prepared for it.
+
+    None where the layers themselves take the operation's place.
+
+    Raises:
+        UserError: when the recipe names a backend that cannot take the model.
+    """
+    config, modules = model.config, list(model.modules())
+    needs = {
+        "adapters": any(isinstance(module, Adapter) for module in modules),
+        "fixed_scales": any(map(is_attached, modules)),
+        "language_experts": model.language is not None,
+        "candidates": model.candidates is not None,
+        "groups_of_experts": config.n_group > 1,
+    }
+    operation = model.token_step
+    assert isinstance(operation, TokenStepOp), operation
+    device = model.backbone.embeddings.weight.device.type
+    needed = frozenset(name for name, is_needed in needs.items() if is_needed)
+    call = Call(device, dtype, needed)
+    chosen = operation.choose(call)
+    if chosen.name != "reference":
+        return operation
+    if operation.pinned is None and device == "cpu":
+        for backend in operation.backends[:-1]:
+            _say(f"{backend.name} is not used to decode: {backend.unfit(call)}")
+    return None
+
+
+@functools.cache
+def _say(fact: str) -> None:
+    log.warning("%s", fact)
+
+
+def _suits(rows: CachedRows, tokens: Int[Tensor, "B T"], dtype: torch.dtype) -> bool:
+    """Say whether the cache holds float32 states and the model's keys and values, unrounded."""
+    if tokens.numel() > MOST_TOKENS or torch.is_grad_enabled() or rows.cache.replays:
+        return False
+    if isinstance(rows, FixedRows):  # their numbers are read on the device
+        return False
+    formats = rows.cache.formats
+    if formats.state != "fp32" or formats.keys_values_dtype(dtype) != dtype:
+        return False
+    return all(la.history is None for la in rows.layers if isinstance(la, MambaState))
+
+
+def _step_of(rows: CachedRows, tokens: Int[Tensor, "B T"]) -> Step:
+    """Take the blocks that the tokens need, and say where everything lies."""
+    cache, length = rows.cache, tokens.shape[1]
+    before = [cache.lengths[slot] for slot in rows.slots]
+    places: list[MambaPlace | KeysPlace | None] = []
+    has_keys = any(isinstance(layer, KeyValues) for layer in cache.layers)
+    if has_keys:
+        for slot in rows.slots:
+            cache.extend(slot, cache.lengths[slot] + length)
+    for layer in cache.layers:
+        if isinstance(layer, MambaSlots):
+            places.append(MambaPlace(layer.conv, layer.ssm))
+        else:
+            places.append(None if layer is None else KeysPlace(layer.keys, layer.values))
+    tables = [cache.tables[slot] for slot in rows.slots]
+    longest = max(1, *map(len, tables))
+    return Step(
+        tokens.contiguous(),
+        torch.tensor(rows.slots),
+        torch.tensor(before),
+        torch.tensor([table + [0] * (longest - len(table)) for table in tables]),
+        tuple(places),
+        any(la.keeps_inputs for la in rows.layers if isinstance(la, MambaState)),
+    )
+
+
+def stack_of(model: HybridLM, dtype: torch.dtype) -> Stack:
+    """Return the layers of a model that `block_layers` has prepared."""
+    norm = model.backbone.norm_f
+    return Stack(
+        model.backbone.embeddings.weight.detach(),
+        tuple(_weights_of(block) for block in model.backbone.layers if isinstance(block, Block)),
+        _vector(norm.weight),
+        norm.eps,
+        dtype,
+    )
+
+
+def _weights_of(block: Block) -> LayerWeights:
+    norm, eps, mixer = _vector(block.norm.weight), block.norm.eps, block.mixer
+    if isinstance(mixer, Mamba2):
+        return _mamba(norm, eps, mixer)
+    if isinstance(mixer, BlockMoE):
+        return _experts(norm, eps, mixer)
+    if isinstance(mixer, MLP):
+        return DenseWeights(norm, _matrix(mixer.up_proj), _matrix(mixer.down_proj), eps)
+    assert isinstance(mixer, Attention), mixer
+    qkv = _matrix(mixer.get_submodule("qkv_proj"))
+    size, o_proj = mixer.head_dim, _matrix(mixer.o_proj)
+    queries = o_proj.num_inputs // size
+    keys = (qkv.num_outputs // size - queries) // 2
+    return AttentionWeights(norm, qkv, o_proj, queries, keys, size, eps)
+
+
+def _mamba(norm: Tensor, eps: float, mixer: Mamba2) -> MambaWeights:
+    bias = mixer.conv1d.bias
+    smallest, largest = mixer.time_step_limit
+    return MambaWeights(
+        norm=norm,
+        in_proj=_matrix(mixer.in_proj),
+        kernel=_vector(mixer.conv1d.weight.squeeze(1).T),
+        bias=None if bias is None else _vector(bias),
+        decay=_vector(-mixer.A_log.detach().exp()),
+        skip=_vector(mixer.D),
+        dt_bias=_vector(mixer.dt_bias),
+        limits=(smallest, largest if largest < math.inf else torch.finfo(torch.float32).max),
+        gate_norm=_vector(mixer.norm.weight),
+        out_proj=_matrix(mixer.out_proj),
+        num_groups=mixer.num_groups,
+        state_size=mixer.state_size,
+        eps=eps,
+        gate_eps=mixer.norm.eps,
+    )
+
+
+def _experts(norm: Tensor, eps: float, mixer: BlockMoE) -> ExpertsWeights:
+    moe, gate = mixer.moe, mixer.moe.gate
+    to_latent, from_latent = (
+        None if part is None else _matrix(part)
+        for part in (moe.fc1_latent_proj, moe.fc2_latent_proj)
+    )
+    return ExpertsWeights(
+        norm=norm,
+        router=Matrix.of(gate.weight, torch.float32),
+        router_bias=_vector(gate.e_score_correction_bias),
+        top_k=gate.top_k,
+        normalize=gate.normalize,
+        scaling=gate.scaling,
+        up=mixer.up,
+        down=mixer.down,
+        shared_up=_matrix(moe.shared_experts.up_proj),
+        shared_down=_matrix(moe.shared_experts.down_proj),
+        to_latent=to_latent,
+        from_latent=from_latent,
+        eps=eps,
+    )
+
+
+def _matrix(module: nn.Module) -> Matrix:
+    assert isinstance(module, BlockLinear), module
+    return module.matrix
+
+
+def _vector(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().contiguous()

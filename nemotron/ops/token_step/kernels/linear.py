@@ -1,0 +1,58 @@
+"""Norms and matrix products of a few tokens; threads share the blocks of outputs."""
+
+import math
+
+import numpy as np
+from numba import njit
+
+from nemotron.ops.token_step.kernels.scalars import decode, encode, floats, item_size, share
+from nemotron.ops.token_step.kernels.vectors import BLOCK, dot, tile
+
+
+@njit
+def linear(xs, ys, rows, weight, count, blocks, fresh, thread, threads, kind):
+    """y (+)= x W for rows at the addresses in `xs` and `ys`; W is [blocks, count, 64]."""
+    first, last = share(blocks, thread, threads)
+    for block in range(first, last):
+        begin = weight + block * count * BLOCK * item_size(kind)
+        tile(xs, ys, rows, block * BLOCK * 4, begin, count, fresh, kind)
+
+
+@njit
+def normalize(source, target, size, width, weight, eps):
+    """Scale a row to unit root mean square, then by `weight`; both are 0 beyond `size`."""
+    scale = np.float32(1.0) / np.float32(
+        math.sqrt(dot(source, source, width, np.float32) / np.float32(size) + eps)
+    )
+    x, y, gain = floats(source, width), floats(target, width), floats(weight, width)
+    for i in range(width):
+        y[i] = x[i] * scale * gain[i]
+
+
+@njit
+def normalize_rows(call, target, weight, eps, thread, threads):
+    """Normalize this thread's share of the residual stream's rows."""
+    first, last = share(call.rows * call.length, thread, threads)
+    for row in range(first, last):
+        offset = row * call.width * 4
+        normalize(call.hidden + offset, target + offset, call.size, call.width, weight, eps)
+
+
+@njit
+def square_relu(address, count):
+    """x <- relu(x)^2."""
+    x = floats(address, count)
+    for i in range(count):
+        positive = max(x[i], np.float32(0.0))
+        x[i] = positive * positive
+
+
+@njit
+def embed(call, tokens, thread, threads, kind):
+    """Look up this thread's share of the tokens, rounded as the model's activations are."""
+    first, last = share(call.rows * call.length, thread, threads)
+    for row in range(first, last):
+        source = floats(call.embeddings + tokens[row] * call.size * 4, call.size)
+        target = floats(call.hidden + row * call.width * 4, call.size)
+        for i in range(call.size):
+            target[i] = decode(encode(source[i], kind))

@@ -1,0 +1,163 @@
+"""What a step needs of a model and of a cache: weights laid out for it, and where states lie."""
+
+from dataclasses import dataclass, field
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+BLOCK = 64
+"""Outputs whose weights lie side by side."""
+
+
+@dataclass(frozen=True, eq=False)
+class Matrix:
+    """Weights of a product, or of one for each expert, in blocks of outputs.
+
+    A block is read from its beginning to its end for all rows of a step. Outputs that fill up the
+    last block have the weight 0.
+    """
+
+    blocks: Float[Tensor, "*experts blocks I 64"]
+    num_outputs: int
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "*experts O I"], dtype: torch.dtype) -> "Matrix":
+        """Lay out a weight in a number format."""
+        *experts, outputs, inputs = weight.shape
+        whole = torch.zeros(*experts, -(-outputs // BLOCK) * BLOCK, inputs, dtype=dtype)
+        whole[..., :outputs, :] = weight.detach()
+        return cls(whole.unflatten(-2, (-1, BLOCK)).mT.contiguous(), outputs)
+
+    @property
+    def num_inputs(self) -> int:
+        """Inputs of the product."""
+        return self.blocks.shape[-2]
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of one product."""
+        return self.blocks.shape[-3]
+
+    def dense(self) -> Float[Tensor, "*experts O I"]:
+        """Return a copy in the usual layout."""
+        return self.blocks.mT.flatten(-3, -2)[..., : self.num_outputs, :]
+
+
+@dataclass(frozen=True, eq=False)
+class MambaWeights:
+    """A Mamba-2 layer; `kernel` is transposed, `decay` is -exp(A_log). Vectors are float32."""
+
+    norm: Float[Tensor, " D"]
+    in_proj: Matrix
+    kernel: Float[Tensor, "W C"]
+    bias: Float[Tensor, " C"] | None
+    decay: Float[Tensor, " H"]
+    skip: Float[Tensor, " H"]
+    dt_bias: Float[Tensor, " H"]
+    limits: tuple[float, float]
+    gate_norm: Float[Tensor, " I"]
+    out_proj: Matrix
+    num_groups: int
+    state_size: int
+    eps: float
+    gate_eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class AttentionWeights:
+    """An attention layer; `qkv_proj` has the outputs of queries, keys and values."""
+
+    norm: Float[Tensor, " D"]
+    qkv_proj: Matrix
+    o_proj: Matrix
+    num_queries: int
+    num_keys: int
+    head_size: int
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class ExpertsWeights:
+    """A mixture layer; the router's matrix and bias are float32."""
+
+    norm: Float[Tensor, " D"]
+    router: Matrix
+    router_bias: Float[Tensor, " E"]
+    top_k: int
+    normalize: bool
+    scaling: float
+    up: Matrix
+    down: Matrix
+    shared_up: Matrix
+    shared_down: Matrix
+    to_latent: Matrix | None
+    from_latent: Matrix | None
+    eps: float
+
+
+@dataclass(frozen=True, eq=False)
+class DenseWeights:
+    """A squared-ReLU feed-forward layer."""
+
+    norm: Float[Tensor, " D"]
+    up: Matrix
+    down: Matrix
+    eps: float
+
+
+LayerWeights = MambaWeights | AttentionWeights | ExpertsWeights | DenseWeights
+
+
+@dataclass(frozen=True, eq=False)
+class Stack:
+    """Layers from the embedding to the final norm, for activations of a dtype."""
+
+    embeddings: Float[Tensor, "V D"]
+    layers: tuple[LayerWeights, ...]
+    final_norm: Float[Tensor, " D"]
+    eps: float
+    dtype: torch.dtype
+
+    @property
+    def empty(self) -> Float[Tensor, " 0"]:
+        """A tensor of the stack's dtype and device, by which a backend is chosen."""
+        return self.final_norm.new_empty(0, dtype=self.dtype)
+
+
+@dataclass(frozen=True, eq=False)
+class MambaPlace:
+    """The states of one Mamba-2 layer, of all slots; changed in place."""
+
+    conv: Float[Tensor, "slots W C"]
+    ssm: Float[Tensor, "slots H P N"]
+
+
+@dataclass(frozen=True, eq=False)
+class KeysPlace:
+    """Keys and values of one attention layer, in blocks; changed in place."""
+
+    keys: Float[Tensor, "blocks size Hkv Dh"]
+    values: Float[Tensor, "blocks size Hkv Dh"]
+
+
+@dataclass(eq=False)
+class Step:
+    """A call: some tokens of each of several texts, which go on where their slots stand.
+
+    With `keeps_inputs` the Mamba-2 states stay as they are; `kept` is then what `advance` needs to
+    change them by the first of these tokens.
+    """
+
+    tokens: Int[Tensor, "B T"]
+    slots: Int[Tensor, " B"]
+    lengths: Int[Tensor, " B"]
+    """Tokens of each text before the call."""
+    tables: Int[Tensor, "B blocks"]
+    """The blocks of keys and values of each text; those after its end may be any."""
+    places: tuple[MambaPlace | KeysPlace | None, ...]
+    keeps_inputs: bool = False
+    kept: list[Float[Tensor, "B T CH"] | None] = field(default_factory=list)
+    """For each layer, if it is Mamba-2: inputs of the convolution, then the time step's."""
+    chosen: list[Int[Tensor, "M K"] | None] = field(default_factory=list)
+    """For each layer, if it is a mixture: the experts of every token."""

@@ -1,0 +1,81 @@
+"""Where compiled kernels are kept, so that only the first process of a machine compiles them."""
+
+import functools
+import hashlib
+import importlib
+import logging
+import tempfile
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+from nemotron.ops.tuning.base import user_folder
+
+log = logging.getLogger(__name__)
+
+COMPILE_S = 20
+"""About how long a core compiles the kernels for one dtype."""
+
+
+@functools.cache
+def folder() -> Path:
+    """Return where this version of the kernels is kept: in the user's cache folder.
+
+    numba does not notice a change of a file other than the one of the outermost function, so what
+    all were compiled from and for names the folder. XDG_CACHE_HOME may place it elsewhere; where
+    nothing can be written, the kernels are compiled for this process alone.
+    """
+    from llvmlite.binding import get_host_cpu_name
+    from numba import __version__
+
+    digest = hashlib.sha256(f"{__version__} {get_host_cpu_name()}".encode())
+    for path in sorted(Path(__file__).with_name("kernels").glob("*.py")):
+        digest.update(path.read_bytes())
+    found = user_folder() / "kernels" / digest.hexdigest()[:16]
+    try:
+        found.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=found):
+            return found
+    except OSError as problem:
+        log.warning("compiled kernels cannot be kept: %s", problem)
+        return Path(tempfile.mkdtemp())
+
+
+@functools.cache
+def load() -> ModuleType:
+    """Import the kernels; numba looks for its folder only while a function is defined."""
+    from numba.core import config
+
+    before, config.CACHE_DIR = config.CACHE_DIR, str(folder())
+    try:
+        return importlib.import_module("nemotron.ops.token_step.kernels.run")
+    finally:
+        config.CACHE_DIR = before
+
+
+@functools.cache
+def kernels(dtype: str) -> tuple[Any, Any, Any]:
+    """Return the step, the product, and how they are told the dtype; compile or load them."""
+    mark = folder() / f"{dtype}.compiled"
+    if not mark.exists():
+        log.warning(
+            "kernels for decoding in %s are compiled now, about %d s of a core, and kept in %s",
+            dtype,
+            COMPILE_S,
+            folder(),
+        )
+    module = load()
+    from nemotron.ops.token_step.kernels.records import CALL, LAYER
+
+    kind = module.FORMATS[dtype]
+    module.run(np.zeros(1, CALL), np.zeros(0, LAYER), 0, 1, kind)
+    module.multiply(0, 0, 0, 0, 0, 0, 0, 0, 1, kind)
+    mark.touch()
+    return module.run, module.multiply, kind
+
+
+if __name__ == "__main__":
+    for name in ("float32", "bfloat16"):
+        kernels(name)

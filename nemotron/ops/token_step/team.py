@@ -1,0 +1,69 @@
+"""Threads that do one compiled call together, and sleep between calls."""
+
+import os
+import queue
+import threading
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+
+class Team:
+    """As many threads as PyTorch uses: the calling one, and others that wait for work.
+
+    A call takes its threads' number as its last but one argument, waits for all of them before it
+    returns, and releases the interpreter's lock. One call runs at a time; a forked process starts
+    threads of its own.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counter = np.zeros(8, dtype=np.int64)
+        self._queues: list[queue.SimpleQueue[Any]] = []
+        self._process = os.getpid()
+        self._finalizer = weakref.finalize(self, _end, self._queues)
+
+    def __deepcopy__(self, memo: object) -> "Team":
+        return Team()
+
+    @property
+    def counter(self) -> int:
+        """Address of the number with which the threads wait for each other."""
+        return int(self._counter.ctypes.data)
+
+    def run(self, function: Callable[..., None], *arguments: Any, kind: Any) -> None:
+        """Call function(*arguments, thread, threads, kind) in every thread."""
+        with self._lock:
+            threads = torch.get_num_threads()
+            if threads > 1:
+                # only ever more: a thread may still have to see that the others came
+                self._counter[0] += -self._counter[0] % threads
+                self._hire(threads - 1)
+                for thread, work in enumerate(self._queues[: threads - 1], 1):
+                    work.put((function, (*arguments, thread, threads, kind)))
+            function(*arguments, 0, threads, kind)
+
+    def _hire(self, count: int) -> None:
+        if self._process != os.getpid():  # threads stay behind in a fork
+            self._queues.clear()
+            self._process = os.getpid()
+        while len(self._queues) < count:
+            work: queue.SimpleQueue[Any] = queue.SimpleQueue()
+            self._queues.append(work)
+            name = f"token-step-{len(self._queues)}"
+            threading.Thread(target=_work, args=(work,), name=name, daemon=True).start()
+
+
+def _work(work: queue.SimpleQueue[Any]) -> None:
+    while (task := work.get()) is not None:
+        function, arguments = task
+        function(*arguments)
+        del task, function, arguments
+
+
+def _end(queues: list[queue.SimpleQueue[Any]]) -> None:
+    for work in queues:
+        work.put(None)

@@ -1,0 +1,158 @@
+"""Measure rollouts: answers of a small model, beside transformers' `generate` and TRL's GRPO.
+
+python tools/bench/rollouts.py recipes/tiny/arith/rl.yaml runs/arith-base runs/arith-base/export
+
+The recipe says how many answers are sampled, and how. MODEL is a run, EXPORT its weights for
+transformers. All ways take turns; the least processor seconds of several rounds count. Whoever
+has `trl` sees whole steps of its GRPOTrainer as well, with the same number of answers.
+"""
+
+import argparse
+import importlib.util
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from nemotron.generate.sampling import Sampling
+from nemotron.loading import load
+from nemotron.posttrain.answering import Answerer, Asked
+from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.rollout import answering
+from nemotron.posttrain.tasks import Tasks
+from nemotron.recipe.load import load_recipe
+
+
+def main() -> None:
+    """Print tokens per second of the processor of each way, and their ratio to ours."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", type=Path)
+    parser.add_argument("model")
+    parser.add_argument("export", type=Path)
+    parser.add_argument("--rounds", type=int, default=3)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    config = load_recipe(given.recipe, []).config
+    assert isinstance(config, RlConfig)
+    ways = {
+        "nemotron": ours(config, given.model),
+        "transformers generate": generate(config, given.export),
+    }
+    speeds = dict.fromkeys(ways, 0.0)
+    for _ in range(given.rounds):
+        for name, way in ways.items():
+            speeds[name] = max(speeds[name], speed(way))
+    for name, value in speeds.items():
+        ratio = speeds["nemotron"] / value
+        print(f"{name:<22} {value:8,.0f} sampled tokens per CPU second; ours is {ratio:.2f} times")
+    if importlib.util.find_spec("trl") is None:
+        print("trl is not installed; pip install trl shows its GRPO as well")
+        return
+    print(f"TRL GRPO: {grpo_step(config, given.export):.2f} CPU seconds a step")
+
+
+def speed(way: Callable[[], int]) -> float:
+    """Return the tokens per processor second of one call."""
+    start = time.process_time()
+    tokens = way()
+    return tokens / (time.process_time() - start)
+
+
+def prompts(config: RlConfig) -> list[tuple[int, ...]]:
+    """Return the prompts of the first rollout batch that are as long as most, for no padding."""
+    found = [task.prompt for task in Tasks(config).batch(0)]
+    length = max({len(p) for p in found}, key=[len(p) for p in found].count)
+    return [prompt for prompt in found if len(prompt) == length]
+
+
+def ours(config: RlConfig, place: str) -> Callable[[], int]:
+    """Return what samples all answers with our engine, and their number of tokens."""
+    tasks, size = Tasks(config), config.rollout.num_generations_per_prompt
+    model = load(place).requires_grad_(False)
+    at, how = config.rollout.temperature, answering(config.rollout, tasks)
+    asked = [Asked(p, Sampling(at, seed=i), size) for i, p in enumerate(prompts(config))]
+
+    def run() -> int:
+        # as in a step: the weights are prepared anew for each rollout batch
+        return sum(len(a.tokens) for a in Answerer(model, tasks.prompts, how).answer(asked))
+
+    return run
+
+
+def generate(config: RlConfig, export: Path) -> Callable[[], int]:
+    """Return the same with `generate` of transformers, without its log-probabilities."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(export, dtype=torch.float32).eval()
+    tasks, rollout = Tasks(config), config.rollout
+    rows = torch.tensor(prompts(config)).repeat_interleave(rollout.num_generations_per_prompt, 0)
+    ends = torch.tensor(sorted(tasks.prompts.stop_ids))
+
+    @torch.inference_mode()
+    def run() -> int:
+        found = model.generate(
+            rows,
+            attention_mask=torch.ones_like(rows),
+            do_sample=True,
+            top_k=0,
+            temperature=rollout.temperature,
+            max_new_tokens=rollout.max_new_tokens,
+            eos_token_id=ends.tolist(),
+            pad_token_id=int(ends[0]),
+        )
+        answers = found[:, rows.shape[1] :]
+        # up to and including the first end
+        ended = torch.isin(answers, ends).int().cumsum(1)
+        return int(((ended == 0) | ((ended == 1) & torch.isin(answers, ends))).sum())
+
+    return run
+
+
+def grpo_step(config: RlConfig, export: Path, steps: int = 4) -> float:
+    """Return the processor seconds of a step of TRL's GRPO with as many answers and updates."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    tasks, rollout = Tasks(config), config.rollout
+    batch = [task for number in range(steps) for task in tasks.batch(number)]
+    rows = [
+        {"prompt": tasks.tokenizer.decode(t.prompt), "answer": str(t.row["expected_answer"])}
+        for t in batch
+    ]
+    answers = rollout.num_prompts_per_step * rollout.num_generations_per_prompt
+
+    def reward(completions: list[str], answer: list[str], **others: object) -> list[float]:
+        return [float(c.strip() == a) for c, a in zip(completions, answer, strict=True)]
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = GRPOConfig(
+            output_dir=folder,
+            use_cpu=True,
+            bf16=False,
+            per_device_train_batch_size=answers // rollout.updates_per_step,
+            steps_per_generation=rollout.updates_per_step,
+            num_generations=rollout.num_generations_per_prompt,
+            max_completion_length=rollout.max_new_tokens,
+            temperature=rollout.temperature,
+            max_steps=steps * rollout.updates_per_step,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to=[],
+        )
+        trainer = GRPOTrainer(
+            str(export),
+            reward,
+            args=settings,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=AutoTokenizer.from_pretrained(export, padding_side="left"),
+        )
+        start = time.process_time()
+        trainer.train()
+        return (time.process_time() - start) / steps
+
+
+if __name__ == "__main__":
+    main()
