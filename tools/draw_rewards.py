@@ -18,8 +18,8 @@ from nemotron.run.files import RunFiles
 from nemotron.run.metrics import Record, read_metrics
 
 TITLE = "Mean reward: sampled answers, and likeliest ones to held-out tasks (dots)"
-ENDS = 10
-"""Steps at either end over which rewards are averaged."""
+LAST = 20
+"""Steps at the end over which rewards are averaged."""
 PHASES = ("rl/rollout_s", "rl/verify_s", "rl/score_s", "perf/forward_backward_s")
 
 
@@ -52,8 +52,8 @@ def series(records: list[Record], key: str) -> Series:
 
 
 def summary(sampled: Series, held: Series) -> str:
-    """Return rewards at both ends of a run."""
-    first, last = sampled.y[:ENDS].mean(), sampled.y[-ENDS:].mean()
+    """Return rewards at both ends of a run; those of held-out tasks begin at the first check."""
+    first, last = sampled.y[0], sampled.y[-LAST:].mean()
     checked = f"{held.y[0]:.3f} -> {held.y[-1]:.3f}" if len(held.y) else "none"
     return f"{len(sampled.y)} steps, sampled {first:.3f} -> {last:.3f}, held out {checked}"
 

@@ -204,7 +204,7 @@ README: tuple[tuple[int, str], ...] = (
     (0, "nemotron import exported/mine --out runs/imported"),
     (0, "nemotron evaluate runs/mine"),
     (0, "nemotron merge runs/mine --out runs/merged"),
-    (0, "nemotron quantize runs/mine --preset super_nvfp4 --rows 4 --out small"),
+    (0, "nemotron quantize runs/mine --preset fp8 --rows 4 --out small"),
     (0, "nemotron doctor"),
 )
 """Every command of the README with its exit code, on the smallest recipe."""

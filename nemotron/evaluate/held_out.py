@@ -10,10 +10,10 @@ from nemotron.errors import UserError
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.runtime import Ranks
+from nemotron.train.build import build_local
 from nemotron.train.config import TextConfig
 from nemotron.train.pretraining import open_data
 from nemotron.train.schedule import plan_training
-from nemotron.train.trainer import build_local
 from nemotron.train.validation import evaluate
 
 

@@ -21,10 +21,11 @@ from nemotron.posttrain.sft_config import DistillationConfig, DistillConfig
 from nemotron.posttrain.teacher import HIDDEN, TaughtBatches, load_teacher
 from nemotron.precision.static import ModelScales, attach
 from nemotron.train.auxiliary import Auxiliary, LanguageObjective, total_weight
+from nemotron.train.build import build_local
 from nemotron.train.pretraining import open_data, text_batches, validate
 from nemotron.train.schedule import TrainingPlan, plan_training
 from nemotron.train.setup import Setup
-from nemotron.train.trainer import Trainer, build_local
+from nemotron.train.trainer import Trainer
 
 LIKE = "quantization.like"
 

@@ -13,9 +13,10 @@ from nemotron.posttrain.tasks import Tasks
 from nemotron.posttrain.teacher import load_reference, load_teacher
 from nemotron.posttrain.verify import Verifiers
 from nemotron.train.auxiliary import Auxiliary
+from nemotron.train.build import build_local
 from nemotron.train.schedule import TrainingPlan, build_schedule
 from nemotron.train.setup import Setup, check_end_of_text
-from nemotron.train.trainer import Trainer, build_local
+from nemotron.train.trainer import Trainer
 
 
 class Reinforcement:

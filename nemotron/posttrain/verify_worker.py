@@ -13,6 +13,7 @@ from typing import Any
 
 from nemotron.posttrain.environments.base import Environment, Response
 from nemotron.posttrain.environments.registry import find_environment
+from nemotron.posttrain.environments.wire import LOADED
 
 SPARE_S = 1.0
 """Time in which the pool has killed this process, if the pool is alive."""
@@ -25,6 +26,9 @@ def main() -> None:
     environments: dict[str, Environment] = {}
     for line in sys.stdin:
         for job in json.loads(line):
+            if _load(job, environments):
+                answers.write(json.dumps(LOADED) + "\n")
+                answers.flush()
             # ends this process in the middle of a job when no process is left to kill it
             signal.setitimer(signal.ITIMER_REAL, job["timeout_s"] + SPARE_S)
             answers.write(json.dumps(_do(job, environments)) + "\n")
@@ -33,11 +37,17 @@ def main() -> None:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
 
+def _load(job: dict[str, Any], environments: dict[str, Environment]) -> bool:
+    """Load the environment of a job; returns whether it was not there yet."""
+    name = job["environment"]
+    if name in environments:
+        return False
+    environments[name] = find_environment(name, job["options"])
+    return True
+
+
 def _do(job: dict[str, Any], environments: dict[str, Environment]) -> dict[str, Any]:
-    name, row = job["environment"], job["row"]
-    if name not in environments:
-        environments[name] = find_environment(name, job["options"])
-    environment = environments[name]
+    environment, row = environments[job["environment"]], job["row"]
     if job["kind"] == "begin":
         state = environment.seed(row)
         return {"state": state, "has_tools": state is not None and bool(environment.tools(row))}

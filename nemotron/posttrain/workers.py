@@ -12,6 +12,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from nemotron.children import module_command
+from nemotron.posttrain.environments.wire import LOADED
+
+START_S = 180.0
+"""Most seconds in which a process begins and loads an environment, beside those of an answer."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,8 @@ class Worker:
 
     def __init__(self) -> None:
         self._process: subprocess.Popen[str] | None = None
+        self._loaded: set[str] = set()
+        """Environments that the process has loaded."""
         self._said = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the worker
 
     def ask(self, jobs: Sequence[dict[str, Any]], timeout_s: float) -> list[Any]:
@@ -38,18 +44,26 @@ class Worker:
         process = self._start()
         given = [{**job, "timeout_s": timeout_s} for job in jobs]
         answers: list[Any] = []
-        with _Deadline(process, timeout_s) as deadline:
-            for answer in _ask(process, json.dumps(given, default=vars)):
-                answers.append(json.loads(answer))
-                deadline.renew()
+
+        def limit_s() -> float:
+            is_loaded = jobs[len(answers)]["environment"] in self._loaded
+            return timeout_s + (0.0 if is_loaded else START_S)
+
+        with _Deadline(process, limit_s()) as deadline:
+            for line in _ask(process, json.dumps(given, default=vars)):
+                if (answer := json.loads(line)) == LOADED:
+                    self._loaded.add(jobs[len(answers)]["environment"])
+                else:
+                    answers.append(answer)
                 if len(answers) == len(jobs):
                     break
+                deadline.renew(limit_s())
         has_all = len(answers) == len(jobs)
         if deadline.has_passed or not has_all:
             self.kill()
         if has_all:
             return answers
-        late = f"took longer than {timeout_s:g} s"
+        late = f"took longer than {deadline.seconds:g} s"
         reason = late if deadline.has_passed else f"ended: {self._last_line(process)}"
         return [*answers, WorkerFault(reason)]
 
@@ -70,6 +84,7 @@ class Worker:
     def _start(self) -> "subprocess.Popen[str]":
         if self._process is None or self._process.poll() is not None:
             self.kill()
+            self._loaded.clear()
             self._said.seek(0)
             self._said.truncate()
             self._process = subprocess.Popen(
@@ -93,10 +108,10 @@ class _Deadline:
     """Ends a process that says nothing for so long."""
 
     def __init__(self, process: "subprocess.Popen[str]", timeout_s: float) -> None:
-        self._process, self._timeout_s = process, timeout_s
+        self._process, self.seconds = process, timeout_s
         self._at = time.monotonic() + timeout_s
-        self._is_over = threading.Event()
-        self.has_passed = False
+        self._changed = threading.Condition()
+        self._is_over = self.has_passed = False
 
     def __enter__(self) -> "_Deadline":
         self._thread = threading.Thread(target=self._watch, name="deadline")
@@ -104,18 +119,24 @@ class _Deadline:
         return self
 
     def __exit__(self, *raised: object) -> None:
-        self._is_over.set()
+        with self._changed:
+            self._is_over = True
+            self._changed.notify()
         self._thread.join()
 
-    def renew(self) -> None:
+    def renew(self, timeout_s: float) -> None:
         """Begin anew, because the process has answered."""
-        self._at = time.monotonic() + self._timeout_s
+        with self._changed:
+            self.seconds, self._at = timeout_s, time.monotonic() + timeout_s
+            self._changed.notify()
 
     def _watch(self) -> None:
-        while (left := self._at - time.monotonic()) > 0:
-            if self._is_over.wait(left):
+        with self._changed:
+            while not self._is_over and (left := self._at - time.monotonic()) > 0:
+                self._changed.wait(left)
+            if self._is_over:
                 return
-        self.has_passed = True
+            self.has_passed = True
         _kill(self._process)
 
 

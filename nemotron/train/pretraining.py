@@ -11,12 +11,13 @@ from nemotron.data.rehearsal import rehearse
 from nemotron.model.language import UNKNOWN
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
+from nemotron.train.build import build_local
 from nemotron.train.config import TextConfig
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.loss import PretrainObjective
 from nemotron.train.schedule import TrainingPlan, plan_training
 from nemotron.train.setup import Setup, check_end_of_text
-from nemotron.train.trainer import Trainer, build_local
+from nemotron.train.trainer import Trainer
 from nemotron.train.validation import evaluate
 
 log = logging.getLogger(__name__)

@@ -14,21 +14,14 @@ from nemotron.checkpoint.state import Counters, SavedState
 from nemotron.data.batch import Batch, Batches
 from nemotron.device import memory_values
 from nemotron.errors import UserError
-from nemotron.model.block import Block
 from nemotron.model.build import build_on_meta
-from nemotron.model.config import LAYER_KINDS
 from nemotron.model.flops import training_flops_per_token
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats, routers
-from nemotron.ops.apply import apply as apply_ops
-from nemotron.parallel.apply import distribute
-from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.local import LocalModel
-from nemotron.parallel.mesh import Mesh
 from nemotron.parallel.quantized import connect
 from nemotron.parallel.runtime import Ranks
 from nemotron.precision.apply import Quantization
-from nemotron.precision.apply import apply as apply_precision
 from nemotron.precision.random_bits import Numbers
 from nemotron.run.metrics import Record
 from nemotron.run.signals import StopRequest
@@ -42,7 +35,6 @@ from nemotron.train.reliability.progress import StepProgress, Stopwatch
 from nemotron.train.reliability.replicas import ReplicaCheck
 from nemotron.train.schedule import TrainingPlan
 from nemotron.train.state import RNG, Skip, TrainerState, snapshot
-from nemotron.train.tuning import apply_tuning
 
 
 class Trainer:
@@ -264,38 +256,3 @@ def _reason_to_skip(
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
         return Skip.NOT_FINITE
     return Skip.SPIKE if skips_spike else None
-
-
-def build_local(config: RunConfig, device: torch.device, ranks: Ranks) -> LocalModel:
-    """Seed this process, lay the ranks out, and build what this one holds of the model."""
-    torch.manual_seed(config.seed)
-    dims = resolve_dims(config.parallel, ranks.world)
-    mesh = Mesh(dims, device.type) if ranks.grouped else None
-    return build_model(config, device, mesh)
-
-
-def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = None) -> LocalModel:
-    """Build what this rank holds of the recipe's model, with fresh weights."""
-
-    def build() -> HybridLM:
-        # on meta first, so that no memory is spent on what other ranks hold
-        model = build_on_meta(config.model)
-        apply_ops(model, config.ops)
-        apply_precision(model, config.precision)
-        apply_tuning(model, config.tuning)
-        for block in model.modules():
-            if isinstance(block, Block):
-                block.recompute = config.recomputes(LAYER_KINDS[block.letter])
-        return model
-
-    local = distribute(
-        build,
-        mesh,
-        config.parallel,
-        seq_len=config.data.seq_len,
-        num_depths=config.num_depths,
-        device=device,
-    )
-    local.materialize(device)
-    local.init_weights(config.seed)
-    return local

@@ -141,11 +141,11 @@ REST = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT":
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
-        ({"RANK": "0"}, "RANK=0, WORLD_SIZE=None, LOCAL_RANK=None; torchrun sets all three"),
-        (REST | {"RANK": "one"}, "RANK=one, WORLD_SIZE=2, LOCAL_RANK=0; torchrun sets all three"),
+        ({"RANK": "0"}, "RANK=0, WORLD_SIZE=None, LOCAL_RANK=None must be three numbers"),
+        (REST | {"RANK": "one"}, "RANK=one, WORLD_SIZE=2, LOCAL_RANK=0 must be three numbers"),
         (REST | {"RANK": "2"}, "RANK = 2 is not below WORLD_SIZE = 2."),
-        (REST | {"RANK": "1", "MASTER_ADDR": ""}, "MASTER_ADDR=, MASTER_PORT=1; they say where"),
-        (REST | {"RANK": "1", "MASTER_PORT": "x"}, "MASTER_ADDR=x, MASTER_PORT=x; they say where"),
+        (REST | {"RANK": "1", "MASTER_ADDR": ""}, "MASTER_ADDR=, MASTER_PORT=1 must say where"),
+        (REST | {"RANK": "1", "MASTER_PORT": "x"}, "MASTER_ADDR=x, MASTER_PORT=x must say where"),
     ],
 )
 def test_half_an_environment_is_a_mistake(

@@ -8,10 +8,11 @@ import torch.distributed as dist
 
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
+from nemotron.train.build import build_local
 from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.schedule import plan_training
-from nemotron.train.trainer import Trainer, build_local
+from nemotron.train.trainer import Trainer
 from tests.support.layout_run import forget_groups
 from tests.support.other_training import CountedBatches, EverySecondToken
 from tests.support.pool import Pool

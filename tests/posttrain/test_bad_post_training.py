@@ -15,6 +15,7 @@ from nemotron.posttrain.environments.remote import HttpEnv
 from nemotron.posttrain.environments.wire import read_verdict
 from tests.support.conversations import QUESTION, TOOLS
 from tests.support.fine_tuning import Workplace, write_rows
+from tests.support.fine_tuning import write_recipe as write_sft
 from tests.support.listening import Answer, listening, saying
 from tests.support.rl import rl_values, write_recipe
 
@@ -41,8 +42,10 @@ def gym(workplace: Workplace, row: dict[str, Any], name: str) -> Path:
 
 
 def adapted(workplace: Workplace) -> Path:
-    model = {**workplace.common("x")["model"], "hybrid_override_pattern": "M*"}
-    return workplace.recipe("bad", model=model, tune={"adapter": {"targets": ["experts"]}})
+    values = workplace.values("bad", tune={"adapter": {"targets": ["mlp"]}})
+    model = {key: value for key, value in values["model"].items() if key != "intermediate_size"}
+    model["hybrid_override_pattern"] = model["hybrid_override_pattern"].replace("-", "M")
+    return write_sft(workplace.folder / "bad.yaml", {**values, "model": model})
 
 
 PIVOT = {"responses_create_params": {"input": "Q", "tools": TOOLS}}

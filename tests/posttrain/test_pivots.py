@@ -48,16 +48,18 @@ def trajectory(question: str, value: str) -> dict[str, Any]:
 def test_a_model_keeps_the_turns_at_which_it_is_sometimes_right(
     workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
-    # to one question it learns two answers, to the other always the same
+    # to one question it learns two answers; what is asked for at the other it never does
     chats = [trajectory("A", "a" if n % 2 else "b") for n in range(8)]
     chats += [trajectory("B", "b") for _ in range(8)]
     data = {
         "sources": [{"name": "calls", "path": str(write_rows(tmp_path / "c.jsonl", chats))}],
+        "seq_len": 400,
         "validation_fraction": 0.0,
         "chat": {"enable_thinking": False},
     }
     changes = {
         "data": data,
+        "batch": {"global_tokens": 4 * 400},
         "optimizer": {"eps": 1e-8},
         "schedule": {"peak": 1e-2, "total_steps": 60},
     }
@@ -79,8 +81,8 @@ def test_a_model_keeps_the_turns_at_which_it_is_sometimes_right(
     recipe = workplace.folder / "pivot.yaml"
     made = {**workplace.common("pivot"), **values, "schedule": {"peak": 1e-3, "total_steps": 1}}
     recipe.write_text(json.dumps({**made, "schedule": {**made["schedule"], "kind": "constant"}}))
-    few = write_rows(tmp_path / "few.jsonl", [chats[0], chats[1], chats[8]])
-    command = ["rl", "pivots", str(recipe), str(few), "--out", str(out), "--samples", "12"]
+    few = write_rows(tmp_path / "few.jsonl", [chats[0], chats[1], trajectory("B", "quartz")])
+    command = ["rl", "pivots", str(recipe), str(few), "--out", str(out), "--samples", "16"]
     capsys.readouterr()
     assert run(command) == 0
     said = capsys.readouterr().out
@@ -90,7 +92,7 @@ def test_a_model_keeps_the_turns_at_which_it_is_sometimes_right(
     assert "2 pivots of 3 turns; left out: 1 that are always right" in said
     for row in rows:
         assert 0 < row["pivot"]["mean"] < 1
-        assert len(row["pivot"]["rewards"]) == 12
+        assert len(row["pivot"]["rewards"]) == 16
     assert len(list(Pivot(str(out)).rows(2, 1, 0))) == 2
     assert run(command) == 2
     assert "add --overwrite" in capsys.readouterr().err

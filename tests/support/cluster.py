@@ -11,6 +11,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.support.job import busy
+
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 SBATCH = ROOT / "launch" / "slurm.sbatch"
@@ -22,7 +24,7 @@ SHORT = [
 ]
 """Settings of a run of `SMOKE` on two ranks."""
 STAND_IN = f"{sys.executable} {HERE / 'stand_in_trainer.py'}"
-PATIENCE_S = 120.0
+PATIENCE_S = 60.0 * min(4.0, 2.0 * busy())
 
 LOG_CALL = """#!{python}
 import json, os, sys

@@ -9,9 +9,10 @@ from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.write import Content, save
 from nemotron.errors import UserError
 from nemotron.parallel.runtime import Ranks
+from nemotron.train.build import build_local
 from nemotron.train.config import PretrainConfig
 from nemotron.train.schedule import plan_training
-from nemotron.train.trainer import Trainer, build_local
+from nemotron.train.trainer import Trainer
 from tests.support.other_training import TEMPERATURE, CountedBatches, EverySecondToken
 from tests.support.tiny_run import MODEL, PEAK_FLOPS, build_trainer, do_step
 

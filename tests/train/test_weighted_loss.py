@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from nemotron.data.batch import Batch
+from nemotron.train.build import build_model
 from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.pretraining import open_data
 from nemotron.train.schedule import plan_training
-from nemotron.train.trainer import build_model
 
 
 def test_the_objective_is_the_weighted_mean_of_each_term(recipe):

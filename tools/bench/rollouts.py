@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("export", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=2, help="rollout batches of TRL")
     given = parser.parse_args()
     torch.set_num_threads(1)
     config = load_recipe(given.recipe, []).config
@@ -50,7 +51,9 @@ def main() -> None:
     if importlib.util.find_spec("trl") is None:
         print("trl is not installed; pip install trl shows its GRPO as well")
         return
-    print(f"TRL GRPO: {grpo_step(config, given.export):.2f} CPU seconds a step")
+    print(
+        f"TRL GRPO: {grpo_step(config, given.export, given.steps):.2f} CPU seconds a rollout batch"
+    )
 
 
 def speed(way: Callable[[], int]) -> float:
@@ -110,8 +113,8 @@ def generate(config: RlConfig, export: Path) -> Callable[[], int]:
     return run
 
 
-def grpo_step(config: RlConfig, export: Path, steps: int = 4) -> float:
-    """Return the processor seconds of a step of TRL's GRPO with as many answers and updates."""
+def grpo_step(config: RlConfig, export: Path, steps: int) -> float:
+    """Return the processor seconds of a rollout batch of TRL's GRPO, with as many updates."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import GRPOConfig, GRPOTrainer

@@ -36,10 +36,11 @@ from nemotron.posttrain.correct.threshold import NOTHING
 from nemotron.posttrain.gather import whole_model
 from nemotron.run.files import RunFiles
 from nemotron.train.auxiliary import Auxiliary
+from nemotron.train.build import build_local
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.schedule import TrainingPlan, build_schedule
 from nemotron.train.setup import Setup, check_end_of_text
-from nemotron.train.trainer import Trainer, build_local
+from nemotron.train.trainer import Trainer
 
 START = "<s>"
 """Token before each source."""

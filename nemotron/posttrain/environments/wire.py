@@ -7,6 +7,8 @@ from nemotron.posttrain.environments.base import Response, Verdict
 Json = dict[str, Any]
 LARGEST = 1e9
 """Size of the largest reward."""
+LOADED = "loaded"
+"""What a worker says once it has loaded an environment, before its verdicts."""
 
 
 def fault(reason: str) -> Verdict:

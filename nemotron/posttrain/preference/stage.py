@@ -19,12 +19,13 @@ from nemotron.posttrain.preference.config import DpoConfig
 from nemotron.posttrain.preference.objective import FIGURES, DpoObjective, RowRanks
 from nemotron.posttrain.preference.references import References, collect, read_reference
 from nemotron.train.auxiliary import Auxiliary
+from nemotron.train.build import build_local
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.loss import StepSums
 from nemotron.train.pretraining import open_data, text_batches
 from nemotron.train.schedule import TrainingPlan, plan_training
 from nemotron.train.setup import Setup
-from nemotron.train.trainer import Trainer, build_local
+from nemotron.train.trainer import Trainer
 from nemotron.train.validation import own_batches
 
 
