@@ -37,7 +37,8 @@ def _is_default(section: BaseModel, path: Path_, default: BaseModel | None = Non
         usual = getattr(default, key)
     if rest and isinstance(value, BaseModel):
         return _is_default(value, tuple(rest), usual if type(usual) is type(value) else None)
-    return bool(value == usual)
+    # a section that is given in part has its class's own default for the rest
+    return bool(value in (usual, field.get_default(call_default_factory=True)))
 
 
 def _findings(config: RunConfig, stage: Stage, given: set[str]) -> Iterator[Finding]:
