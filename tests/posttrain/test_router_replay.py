@@ -52,9 +52,10 @@ def trainer_flips(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "score", score)
 
 
-def recipe(folder: Path, compute: str, **rollout: object) -> str:
+def recipe(folder: Path, compute: str, scale: float = 0.4, **rollout: object) -> str:
     given = {"environments": [{"name": "arith_chain"}], "verify_timeout_s": 100.0, **rollout}
-    values = rl_values(rollout=given, model=LOUD, precision={"compute": compute})
+    model = {"initializer_range": scale}
+    values = rl_values(rollout=given, model=model, precision={"compute": compute})
     return str(write_recipe(folder, compute, values))
 
 
@@ -78,11 +79,16 @@ def test_a_flip_stops_a_run_that_does_not_replay(tmp_path: Path, capsys) -> None
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("trainer_flips")
-@pytest.mark.parametrize(("compute", "limit"), [("fp32", 1 + 1e-4), ("bf16", 1.02)])
+@pytest.mark.parametrize(
+    # the rounding of bfloat16 alone gives 1.007 with weights of 0.2, and up to 1.020 with 0.4;
+    # without replay the flip gives at least 1.066 with 0.2, which stops a run
+    ("compute", "scale", "limit"),
+    [("fp32", 0.4, 1 + 1e-4), ("bf16", 0.2, 1.02)],
+)
 def test_a_flip_changes_nothing_where_choices_are_replayed(
-    tmp_path: Path, compute: str, limit: float
+    tmp_path: Path, compute: str, scale: float, limit: float
 ) -> None:
-    assert run(["train", recipe(tmp_path, compute), "--stop-at", "1"]) == 75
+    assert run(["train", recipe(tmp_path, compute, scale), "--stop-at", "1"]) == 75
     [line] = figures(tmp_path, compute)
     assert 1 <= line["rl/token_mult_prob_error"] <= limit
     assert line["rl/replay_tokens_differ"] > 0.5
@@ -126,7 +132,7 @@ def test_the_loss_and_its_gradients_are_those_of_the_replayed_choice(recompute: 
         objective.combine(terms, objective.counts(batch)).backward()
         return [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
-    with recorded(model.backbone, on=True) as record:
+    with recorded(model, on=True) as record:
         model(ids, seq_idx)
     batch.experts = record.experts(2)
     expected = gradients(batch)
