@@ -9,6 +9,7 @@ import torch
 
 from nemotron.checkpoint.read import read_model
 from nemotron.cli import run
+from nemotron.posttrain import workers
 from tests.support.rl import rl_values, write_recipe
 
 
@@ -156,8 +157,11 @@ def test_a_mistake_is_one_sentence(recipe, tmp_path: Path, capsys, changes, said
     assert not (tmp_path / "runs" / "bad" / "checkpoints").exists()
 
 
-def test_answers_beside_a_verifier_fault_are_left_out(recipe, tmp_path: Path) -> None:
+def test_answers_beside_a_verifier_fault_are_left_out(
+    recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """No verifier of a new process answers within a millisecond, so every answer is a fault."""
+    monkeypatch.setattr(workers, "START_S", 0.0)
     path = recipe("faults", rollout=arithmetic(verify_timeout_s=0.001))
     assert run(["train", str(path), "--stop-at", "1"]) == 75
     [line] = metrics(tmp_path / "runs" / "faults", "train")

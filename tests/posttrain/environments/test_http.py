@@ -151,7 +151,7 @@ def test_a_length_that_is_none_is_refused(length: str):
 def test_an_address_that_is_taken_is_refused():
     with (
         serve_env(find_environment("mcqa")) as server,
-        pytest.raises(UserError, match="cannot be offered: Address already in use"),
+        pytest.raises(UserError, match="cannot be listened on: Address already in use"),
     ):
         serve_env(find_environment("mcqa"), port=int(server.url.rsplit(":", 1)[1]))
 
