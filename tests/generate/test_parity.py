@@ -1,5 +1,7 @@
 """The check that engine and model agree: it passes, and it notices a faulty state."""
 
+import copy
+
 import pytest
 import torch
 
@@ -9,16 +11,26 @@ from nemotron.generate.parity import check_parity, report
 from nemotron.generate.request import Answer, Request
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.speculate import Speculation
+from nemotron.generate.token_steps import TokenSteps
+from nemotron.model.cache import CachedRows, MambaSlots
 from nemotron.model.few_tokens import Inputs
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import AttentionState, MambaState
+from nemotron.ops.token_step import token_step
 from tests.support.models import build
 
 
 @pytest.fixture(scope="module")
 def model() -> HybridLM:
-    model = build(dtype=torch.float32)
-    return model
+    return build(dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def layered(model: HybridLM) -> HybridLM:
+    """The same model, whose layers decode whether or not compiled steps are there."""
+    layered = copy.deepcopy(model)
+    layered.token_step = token_step.bind("reference")
+    return layered
 
 
 def test_engine_and_model_agree(model: HybridLM) -> None:
@@ -48,26 +60,49 @@ def keep_old_state(state: MambaState, conv: torch.Tensor, ssm: torch.Tensor) -> 
 
 @pytest.mark.parametrize("fault", [forget_last_input, keep_old_state])
 def test_a_faulty_state_is_noticed(
-    model: HybridLM,
+    layered: HybridLM,
     fault: object,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    assert report(model, (20,), (1,), 12) == 0
+    assert report(layered, (20,), (1,), 12) == 0
     assert "above" not in capsys.readouterr().out
     monkeypatch.setattr(MambaState, "store", fault)
-    assert report(model, (20,), (1,), 12) == 1
+    assert report(layered, (20,), (1,), 12) == 1
     assert "above 1.05" in capsys.readouterr().out
 
 
-def test_a_lost_key_is_noticed(model: HybridLM, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_faulty_state_of_compiled_steps_is_noticed(
+    model: HybridLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if reason := token_step.backend("numba").missing():
+        pytest.skip(reason)
+    step, calls = TokenSteps.__call__, []
+
+    def halve(
+        steps: TokenSteps, model: HybridLM, tokens: torch.Tensor, rows: CachedRows
+    ) -> torch.Tensor | None:
+        hidden = step(steps, model, tokens, rows)
+        calls.append(hidden)
+        for layer in rows.cache.layers:
+            if isinstance(layer, MambaSlots):
+                layer.ssm.mul_(0.5)
+        return hidden
+
+    monkeypatch.setattr(TokenSteps, "__call__", halve)
+    assert report(model, (20,), (1,), 12) == 1
+    assert calls
+    assert all(hidden is not None for hidden in calls)
+
+
+def test_a_lost_key_is_noticed(layered: HybridLM, monkeypatch: pytest.MonkeyPatch) -> None:
     append = AttentionState.append
 
     def lose(state: AttentionState, k: torch.Tensor, v: torch.Tensor) -> object:
         return append(state, k, v.roll(1, dims=-1) if v.shape[1] == 1 else v)
 
     monkeypatch.setattr(AttentionState, "append", lose)
-    [greedy, sampled] = check_parity(model, (20,), (1,), 12)
+    [greedy, sampled] = check_parity(layered, (20,), (1,), 12)
     assert max(greedy.largest, sampled.largest) > 1e-3
 
 
