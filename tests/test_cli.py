@@ -49,6 +49,7 @@ def test_these_are_the_commands():
         "recipe schema",
         "rl chats",
         "rl evaluate",
+        "rl pivots",
         "rl reverify",
         "data prepare",
         "data tokenizer",

@@ -53,7 +53,8 @@ def rl_chats(
 
 @app.command(
     "pivots",
-    epilog="Example: nemotron rl pivots pivot.yaml chats.jsonl --model runs/sft --out pivots.jsonl",
+    epilog="Example: nemotron rl pivots recipes/super/swe.yaml chats.jsonl --model runs/sft "
+    "--out pivots.jsonl",
 )
 def rl_pivots(
     recipe: RecipeFile,

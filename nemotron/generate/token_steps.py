@@ -18,7 +18,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.state import KeyValues, MambaSlots, MambaState
-from nemotron.ops.registry import Call
+from nemotron.ops.registry import Call, Operation
 from nemotron.ops.token_step import TokenStepOp
 from nemotron.ops.token_step.stack import (
     AttentionWeights,
@@ -73,7 +73,8 @@ class TokenSteps:
 def operation_of(model: HybridLM, dtype: torch.dtype) -> TokenStepOp | None:
     """Return the operation for steps of a model whose weights are prepared for it.
 
-    None where the layers themselves take the operation's place.
+    None where the layers themselves take the operation's place, as they do when the recipe names a
+    backend of an operation inside them.
 
     Raises:
         UserError: when the recipe names a backend that cannot take the model.
@@ -89,6 +90,11 @@ def operation_of(model: HybridLM, dtype: torch.dtype) -> TokenStepOp | None:
     operation = model.token_step
     assert isinstance(operation, TokenStepOp), operation
     device = model.backbone.embeddings.weight.device.type
+    named = _named_inside(modules, operation)
+    if named is not None and operation.pinned is None:
+        if device == "cpu":
+            _say(f"layers decode one by one, because {named} is named")
+        return None
     needed = frozenset(name for name, is_needed in needs.items() if is_needed)
     call = Call(device, dtype, needed)
     chosen = operation.choose(call)
@@ -97,6 +103,14 @@ def operation_of(model: HybridLM, dtype: torch.dtype) -> TokenStepOp | None:
     if operation.pinned is None and device == "cpu":
         for backend in operation.backends[:-1]:
             _say(f"{backend.name} is not used to decode: {backend.unfit(call)}")
+    return None
+
+
+def _named_inside(modules: list[nn.Module], step: TokenStepOp) -> str | None:
+    for module in modules:
+        for value in vars(module).values():
+            if isinstance(value, Operation) and value is not step and value.pinned is not None:
+                return f"ops.{value.name} = {value.pinned}"
     return None
 
 

@@ -75,11 +75,11 @@ def test_without_a_stage_a_recipe_is_one_of_pretraining():
 
 def test_an_unknown_stage_is_refused_with_the_known_ones(correct):
     assert refusal(SMOKE, "stage=tune") == (
-        "command line: stage = tune is unknown; known are pretrain, sft, distill, rl, correct."
+        "command line: stage = tune is unknown; known are pretrain, sft, distill, dpo, rl, correct."
     )
     assert refusal(SMOKE, "stage=corect") == (
-        "command line: stage = corect is unknown; known are pretrain, sft, distill, rl, correct; "
-        "did you mean correct?"
+        "command line: stage = corect is unknown; known are pretrain, sft, distill, dpo, rl, "
+        "correct; did you mean correct?"
     )
     assert "stage = [1] is unknown" in refusal(SMOKE, "stage=[1]")
 
@@ -129,6 +129,7 @@ def test_the_schema_has_the_keys_of_every_stage():
         "pretrain",
         "sft",
         "distill",
+        "dpo",
         "rl",
         "correct",
     ]

@@ -69,9 +69,10 @@ def served(trained: Path) -> Iterator[tuple[subprocess.Popen[str], str]]:
     )
     try:
         assert process.stderr is not None
-        line = process.stderr.readline()
-        found = re.search(r"http://127\.0\.0\.1:\d+", line)
-        assert found is not None, line + process.stderr.read()
+        lines: list[str] = []
+        while (found := re.search(r"http://127\.0\.0\.1:\d+", "".join(lines))) is None:
+            lines.append(process.stderr.readline())
+            assert lines[-1], "".join(lines)
         yield process, found[0]
     finally:
         process.kill()

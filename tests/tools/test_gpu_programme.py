@@ -106,7 +106,8 @@ def test_balanced_experts_get_the_same_tokens_and_no_token_one_expert_twice(modu
 def test_every_registered_operation_has_a_workload(module):
     workloads, operations = module("workloads"), importlib.import_module("nemotron.ops.apply")
     found = workloads.workloads(workloads.TINY, workloads.Rows(2, 32))
-    assert {op.name for op in operations.ALL} <= {w.operation for w in found}
+    on_gpus = {op.name for op in operations.ALL if op.name != "token_step"}
+    assert on_gpus <= {w.operation for w in found}
 
 
 def test_the_script_names_a_stage_that_does_not_exist():

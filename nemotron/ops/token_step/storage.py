@@ -4,6 +4,7 @@ import functools
 import hashlib
 import importlib
 import logging
+import os
 import tempfile
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,8 @@ def folder() -> Path:
 
     numba does not notice a change of a file other than the one of the outermost function, so what
     all were compiled from and for names the folder. XDG_CACHE_HOME may place it elsewhere; where
-    nothing can be written, the kernels are compiled for this process alone.
+    nothing can be written, or others could have, the kernels are compiled for this process alone:
+    numba unpickles what it finds.
     """
     from llvmlite.binding import get_host_cpu_name
     from numba import __version__
@@ -35,12 +37,22 @@ def folder() -> Path:
         digest.update(path.read_bytes())
     found = user_folder() / "kernels" / digest.hexdigest()[:16]
     try:
-        found.mkdir(parents=True, exist_ok=True)
+        found.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found.mkdir(mode=0o700, exist_ok=True)
+        for place in (found.parent, found):
+            _check_own(place)
         with tempfile.TemporaryFile(dir=found):
             return found
     except OSError as problem:
         log.warning("compiled kernels cannot be kept: %s", problem)
         return Path(tempfile.mkdtemp())
+
+
+def _check_own(place: Path) -> None:
+    """Raise PermissionError for a folder into which another user can write."""
+    known = place.lstat()
+    if known.st_uid != os.getuid() or known.st_mode & 0o022 or place.is_symlink():
+        raise PermissionError(f"{place} is not a folder that this user alone can write to")
 
 
 @functools.cache
