@@ -53,7 +53,7 @@ def _of_package(loads: Loads, home: Path) -> Loads:
 
 
 def _of_name(loads: Loads) -> Loads:
-    """Return what finds a metric by its name, if that is no path."""
+    """Return what finds a metric by its name, unless that is a path."""
 
     def load(path: str, *rest: Any, **options: Any) -> Any:
         if "/" in path or Path(path).exists():

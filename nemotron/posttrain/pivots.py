@@ -93,7 +93,7 @@ def turns_of(row: Message) -> Iterator[Row]:
     """Yield a row for each turn of a conversation in which the assistant called tools.
 
     Raises:
-        ValueError: when the row is no conversation, in one sentence.
+        ValueError: when the row is not a conversation, in one sentence.
     """
     messages, tools = openai_messages(row.get("messages")), openai_tools(row.get("tools"))
     check_messages(messages, tools)

@@ -30,7 +30,7 @@ class Preference:
         """Return the chosen and the rejected conversation; of each the answer alone is supervised.
 
         Raises:
-            ValueError: when one of them is no conversation.
+            ValueError: when one of them is not a conversation.
         """
         # what the assistant said before is part of the prompt
         before = [{**m, "weight": 0} if m.get("role") == "assistant" else m for m in self.prompt]

@@ -69,7 +69,7 @@ def load() -> ModuleType:
 
 @functools.cache
 def kernels(dtype: str) -> tuple[Any, Any, Any]:
-    """Return the step, the product, and how they are told the dtype; compile or load them."""
+    """Return the step, the product, and what names the dtype; compile or load them."""
     mark = folder() / f"{dtype}.compiled"
     if not mark.exists():
         log.warning(

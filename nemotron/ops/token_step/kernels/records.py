@@ -1,4 +1,4 @@
-"""What a kernel is told of a call and of each layer: addresses and sizes."""
+"""What a kernel reads about a call and each layer: addresses and sizes."""
 
 import numpy as np
 

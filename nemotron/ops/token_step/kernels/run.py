@@ -80,4 +80,4 @@ def multiply(xs, ys, rows, weight, count, blocks, counter, thread, threads, kind
 
 
 FORMATS = {"float32": np.float32, "bfloat16": np.uint16}
-"""How kernels are told the number format of weights and caches."""
+"""What names the number format of weights and caches for a kernel."""
