@@ -16,7 +16,7 @@ from nemotron.posttrain.environments.wire import read_verdict
 from tests.support.conversations import QUESTION, TOOLS
 from tests.support.fine_tuning import Workplace, write_rows
 from tests.support.fine_tuning import write_recipe as write_sft
-from tests.support.listening import Answer, listening, saying
+from tests.support.listening import Answer, listening, saying, silent
 from tests.support.rl import rl_values, write_recipe
 
 CHAIN = build_row("arith_chain", "3+4=", expected_answer="7")
@@ -107,12 +107,6 @@ def test_a_recipe_is_refused_in_one_sentence(
     assert said in sentence
     assert len(sentence.splitlines()) == 1
     assert not (workplace.runs / "bad" / "checkpoints").exists()
-
-
-def silent(connection: socket.socket) -> None:
-    """Read until the other side has had enough."""
-    while connection.recv(65536):
-        pass
 
 
 SERVERS: dict[str, tuple[Answer, str]] = {

@@ -12,7 +12,7 @@ from nemotron.posttrain.environments.base import Response, build_row
 from nemotron.posttrain.environments.judge import Judge
 from nemotron.posttrain.environments.registry import find_environment
 from nemotron.posttrain.verify import Verifiers
-from tests.support.listening import listening, saying
+from tests.support.listening import listening, read_request, saying, silent
 from tests.support.serving import Running
 
 ROW = build_row("judge", "Name a river.", expected_answer="the Rhine")
@@ -51,7 +51,7 @@ LIARS = {
     "no choice": (saying('{"choices": []}'), "not a chat completion"),
     "no text": (saying(completion(None)), "not a chat completion"),
     "an error": (saying("busy", "503 Busy"), "answered with status 503: busy"),
-    "silent": (lambda connection: connection.recv(1), "took longer than 0.4 s"),
+    "silent": (silent, "took longer than 0.4 s"),
 }
 
 
@@ -75,7 +75,7 @@ def test_the_last_grade_counts_and_the_judge_reads_the_reference(tmp_path: Path)
     asked: list[bytes] = []
 
     def answer(connection: socket.socket) -> None:
-        asked.append(connection.recv(1 << 16))
+        asked.append(read_request(connection))
         saying(completion("\\boxed{1}, no: \\boxed{5}"))(connection)
 
     with listening(answer, reads=False) as url:

@@ -1,5 +1,6 @@
 """Servers that answer as a test says, such as badly."""
 
+import re
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -21,9 +22,9 @@ def listening(answer: Answer, *, reads: bool = True) -> Iterator[str]:
             except OSError:
                 return
             with connection:
-                if reads:
-                    connection.recv(65536)
                 try:
+                    if reads:
+                        read_request(connection)
                     answer(connection)
                 except OSError:
                     continue
@@ -37,6 +38,31 @@ def listening(answer: Answer, *, reads: bool = True) -> Iterator[str]:
         server.shutdown(socket.SHUT_RDWR)
         server.close()
         thread.join()
+
+
+def read_request(connection: socket.socket) -> bytes:
+    """Return a whole request, however many pieces it comes in."""
+    found = b""
+    while b"\r\n\r\n" not in found:
+        found += _more(connection)
+    head, _, body = found.partition(b"\r\n\r\n")
+    length = re.search(rb"(?i)content-length: *(\d+)", head)
+    while length is not None and len(body) < int(length[1]):
+        body += _more(connection)
+    return head + b"\r\n\r\n" + body
+
+
+def silent(connection: socket.socket) -> None:
+    """Say nothing until the other side has had enough."""
+    while connection.recv(65536):
+        pass
+
+
+def _more(connection: socket.socket) -> bytes:
+    piece = connection.recv(65536)
+    if not piece:
+        raise ConnectionError("the request ends too early")
+    return piece
 
 
 def saying(body: str, status: str = "200 OK") -> Answer:
