@@ -87,7 +87,7 @@ def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return configuration and weights of a run, a checkpoint or an exported folder, on the CPU.
 
     Raises:
-        UserError: when there is no model.
+        UserError: when the model is absent.
     """
     if is_exported(path):
         loaded = read_folder(path)

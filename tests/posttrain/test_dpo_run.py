@@ -149,7 +149,7 @@ MISTAKES = {
     "one answer": ({"rows": [{"prompt": "Q", "chosen": "A"}]}, "has no column rejected"),
     "no prompt": (
         {"rows": [{"chosen": "A", "rejected": "B"}]},
-        "there is no prompt, and chosen and rejected are not whole conversations",
+        "the prompt is absent, and chosen and rejected are not whole conversations",
     ),
     "two forms": (
         {"rows": [{"prompt": "Q", "chosen": "A", "rejected": [QUESTION, ANSWER]}]},

@@ -83,7 +83,9 @@ def _prompt(prompt: Json) -> list[Message]:
         parsed = _parsed(prompt)
         prompt = parsed if isinstance(parsed, list) else [{"role": "user", "content": prompt}]
     if prompt is None:
-        raise ValueError("there is no prompt, and chosen and rejected are not whole conversations.")
+        raise ValueError(
+            "the prompt is absent, and chosen and rejected are not whole conversations."
+        )
     prompt = openai_messages(prompt)
     if not isinstance(prompt, list) or not all(isinstance(m, Mapping) for m in prompt):
         raise ValueError("prompt is neither a list of messages nor text; give one of them.")

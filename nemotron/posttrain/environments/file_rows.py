@@ -34,7 +34,7 @@ class FileRows:
         """Yield rows in an order that depends on `seed`, again from the start if needed.
 
         Raises:
-            UserError: when there is no file, or a line of it is not a row.
+            UserError: when the file is absent, or a line of it is not a row.
         """
         found = self.load()
         for number in range(count):
@@ -48,7 +48,7 @@ class FileRows:
         """Return the hash of the file.
 
         Raises:
-            UserError: when there is no such file.
+            UserError: when the file is absent.
         """
         self.load()
         assert self._data is not None
@@ -59,7 +59,7 @@ class FileRows:
         """Return all rows, each as one of this environment.
 
         Raises:
-            UserError: when there is no file, or a line of it is not a row.
+            UserError: when the file is absent, or a line of it is not a row.
         """
         where = f"environments: {self._name}"
         if self._data is None:
@@ -77,6 +77,28 @@ class FileRows:
         if not rows:
             raise UserError("has no rows.", key="data", value=self._data, where=where)
         return [{**row, "agent_ref": {**_reference(row), "name": self._name}} for row in rows]
+
+
+class FromFile:
+    """What environments have in common whose tasks stand in a file."""
+
+    _rows: FileRows
+
+    def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
+        """Yield rows in an order that depends on `seed`, again from the start if needed.
+
+        Raises:
+            UserError: when the file is absent, or a line of it is not a row.
+        """
+        yield from self._rows.rows(count, seed)
+
+    def contents(self) -> dict[str, str]:
+        """Return the hash of the file.
+
+        Raises:
+            UserError: when the file is absent.
+        """
+        return self._rows.contents()
 
 
 def _parse_row(line: bytes) -> Row:

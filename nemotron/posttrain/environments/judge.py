@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Iterator
 from typing import Any
 
 from nemotron.errors import UserError
@@ -15,7 +14,7 @@ from nemotron.posttrain.environments.base import (
     messages_of,
     optional_field,
 )
-from nemotron.posttrain.environments.file_rows import FileRows
+from nemotron.posttrain.environments.file_rows import FileRows, FromFile
 from nemotron.posttrain.environments.wire import fault
 
 GRADE = (
@@ -31,7 +30,7 @@ LOWEST, HIGHEST = 1.0, 5.0
 VERDICT = re.compile(r"\\boxed\{\s*(-?\d+(?:\.\d+)?)\s*\}")
 
 
-class Judge(WithoutTools):
+class Judge(FromFile, WithoutTools):
     """Answer as a judge likes it: a model behind an OpenAI-compatible address grades the answer.
 
     `base_url` is what OpenAI's clients call so, such as http://127.0.0.1:8000/v1 of
@@ -66,22 +65,6 @@ class Judge(WithoutTools):
             "top_p": top_p,
             "max_tokens": max_tokens,
         }
-
-    def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
-        """Yield rows of `data` in an order that depends on `seed`, again from the start if needed.
-
-        Raises:
-            UserError: when there is no file, or a line of it is not a row.
-        """
-        yield from self._rows.rows(count, seed)
-
-    def contents(self) -> dict[str, str]:
-        """Return the hash of `data`.
-
-        Raises:
-            UserError: when there is no such file.
-        """
-        return self._rows.contents()
 
     def check(self, row: Row) -> None:
         """Check the prompt.

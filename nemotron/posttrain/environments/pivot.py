@@ -16,10 +16,10 @@ from nemotron.posttrain.environments.base import (
     find_field,
     params_of,
 )
-from nemotron.posttrain.environments.file_rows import FileRows
+from nemotron.posttrain.environments.file_rows import FileRows, FromFile
 
 
-class Pivot(WithoutTools):
+class Pivot(FromFile, WithoutTools):
     """Act as the expert did after the same conversation: one turn, in which no tool is run.
 
     A row has the conversation, the tools, and `expected_action` as in NVIDIA-NeMo/Gym: a call
@@ -40,25 +40,17 @@ class Pivot(WithoutTools):
         self._verifier = verifier
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
-        """Yield rows of `data` in an order that depends on `seed`, again from the start if needed.
+        """Yield checked rows in an order that depends on `seed`, again from the start if needed.
 
         Raises:
-            UserError: when there is no file, or a line of it is not a row.
+            UserError: when the file is absent, or a line of it is not a row of this environment.
         """
-        for row in self._rows.rows(count, seed):
+        for row in super().rows(count, seed, level):
             try:
                 self.check(row)
             except BadRow as problem:
                 raise UserError(f"a row: {problem}.", where=f"environments: {self.name}") from None
             yield row
-
-    def contents(self) -> dict[str, str]:
-        """Return the hash of `data`.
-
-        Raises:
-            UserError: when there is no such file.
-        """
-        return self._rows.contents()
 
     def check(self, row: Row) -> None:
         """Check the expected action, or what the named verifier reads.

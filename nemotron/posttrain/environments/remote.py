@@ -2,7 +2,7 @@
 
 import json
 import urllib.parse
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 
@@ -14,14 +14,14 @@ from nemotron.posttrain.environments.base import (
     messages_of,
     params_of,
 )
-from nemotron.posttrain.environments.file_rows import FileRows
+from nemotron.posttrain.environments.file_rows import FileRows, FromFile
 from nemotron.posttrain.environments.wire import fault, read_gym_verdict, write_response
 
 MAX_TEXT = 100_000
 """Characters of a tool's answer that the model reads."""
 
 
-class HttpEnv:
+class HttpEnv(FromFile):
     """An environment behind an address; a server that fails masks the sample.
 
     Rows come from `data`, a JSONL file of NVIDIA-NeMo/Gym's form. A state holds the cookies of the
@@ -38,22 +38,6 @@ class HttpEnv:
         self.name = name
         self._address = Address(name, "url", url, timeout_s)
         self._rows = FileRows(name, data)
-
-    def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
-        """Yield rows of `data` in an order that depends on `seed`, again from the start if needed.
-
-        Raises:
-            UserError: when there is no file, or a line of it is not a row.
-        """
-        yield from self._rows.rows(count, seed)
-
-    def contents(self) -> dict[str, str]:
-        """Return the hash of `data`.
-
-        Raises:
-            UserError: when there is no such file.
-        """
-        return self._rows.contents()
 
     def check(self, row: Row) -> None:
         """Check the prompt; the server checks the rest.
