@@ -90,7 +90,7 @@ def operation_of(model: HybridLM, dtype: torch.dtype) -> TokenStepOp | None:
     operation = model.token_step
     assert isinstance(operation, TokenStepOp), operation
     device = model.backbone.embeddings.weight.device.type
-    named = _named_inside(modules, operation)
+    named = _named_inside(model.backbone, operation)
     if named is not None and operation.pinned is None:
         if device == "cpu":
             _say(f"layers decode one by one, because {named} is named")
@@ -106,8 +106,9 @@ def operation_of(model: HybridLM, dtype: torch.dtype) -> TokenStepOp | None:
     return None
 
 
-def _named_inside(modules: list[nn.Module], step: TokenStepOp) -> str | None:
-    for module in modules:
+def _named_inside(layers: nn.Module, step: TokenStepOp) -> str | None:
+    # not that of the head's loss, which no step computes
+    for module in layers.modules():
         for value in vars(module).values():
             if isinstance(value, Operation) and value is not step and value.pinned is not None:
                 return f"ops.{value.name} = {value.pinned}"

@@ -16,6 +16,7 @@ from nemotron.generate.forward import append, extend, read
 from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.speculate import Speculation
+from nemotron.generate.token_steps import operation_of
 from nemotron.model.cache import Cache
 from nemotron.model.cache_formats import CacheFormats
 from nemotron.model.hybrid import HybridLM
@@ -222,3 +223,16 @@ def test_weights_in_blocks_are_those_that_came() -> None:
         matrix = Matrix.of(weight, torch.float32)
         assert matrix.dense().equal(weight)
         assert matrix.blocks.shape[-1] == 64
+
+
+def test_a_backend_that_is_named_inside_the_layers_is_used(model: HybridLM) -> None:
+    if reason := token_step.backend("numba").missing():
+        pytest.skip(reason)
+    for choices, steps in (
+        (OpsConfig(ssd="reference"), False),
+        (OpsConfig(ssd="reference", token_step="numba"), True),
+        (OpsConfig(linear_cross_entropy="reference"), True),
+    ):
+        named = copy.deepcopy(model)
+        apply(named, choices)
+        assert (operation_of(named, torch.float32) is not None) == steps, choices
