@@ -138,6 +138,10 @@ def test_several_environments_share_the_prompts(recipe, tmp_path: Path, capsys) 
     [
         ({"rollout": arithmetic(environments=environments("arith"))}, "arith_chain"),
         ({"rollout": {"environments": []}}, "rollout.environments"),
+        (
+            {"rollout": {"environments": environments("mcqa", "mcqa")}},
+            "names mcqa twice; give each",
+        ),
         ({"batch": {"global_tokens": 47}}, "write 564"),
         ({"rollout": arithmetic(updates_per_step=3)}, "the nearest is 2"),
         ({"policy": {"clip_low": 0.1}}, "has no effect because rollout.updates_per_step = 1"),
