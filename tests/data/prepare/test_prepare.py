@@ -20,13 +20,13 @@ from nemotron.data.folder import read_manifest
 from nemotron.data.indexed import LEARNED, Shard
 from nemotron.data.prepare import inputs
 from nemotron.data.tokenizer import load_tokenizer
+from tests.support.cases import further
 
 TOKENIZER = load_tokenizer("embedded")
 PREPARE = """
 import sys
 from nemotron.data.prepare import inputs
 from nemotron.cli import main
-from tests.support.cases import further
 if __name__ == "__main__":
     inputs.SMALLEST_UNIT = 40_000
     main(sys.argv[1:])
