@@ -41,13 +41,15 @@ def export(
     check: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     push: str | None = None,
+    trunk_only: bool = False,
 ) -> int:
     """Write the newest complete checkpoint of a run in the layout of released checkpoints.
 
     `out` is the run's folder `export` when absent. All is written beside it and takes its place
     once the check, in a process of its own, has passed. `quantized` names the layers that are
     written in FP8 or NVFP4, with their scales. `push` is a name on the Hub, to which the folder is
-    then uploaded. Returns the exit code: 1 if the check has not passed.
+    then uploaded. `trunk_only` leaves out what text correction adds to a model. Returns the exit
+    code: 1 if the check has not passed.
 
     Raises:
         UserError: when the run has no checkpoint, the target may not be written, or engines could
@@ -56,6 +58,8 @@ def export(
     if push is not None:
         check_name(push)
     source = open_checkpoint(Path(run))
+    if trunk_only:
+        source = source.trunk
     for skipped in source.skipped:
         print_text(str(skipped))
     if source.run is None:

@@ -42,7 +42,7 @@ def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
             check_new(out / path.name, "--out")
     counts: dict[str, Count] = {}
     tasks = Tasks(config)
-    with Verifiers(config.rollout.verify_workers, tasks.options) as verifiers:
+    with tasks.verifiers() as verifiers:
         for path in files:
             old = list(read_rollouts(path))
             new = _judge(old, verifiers, config.rollout.verify_timeout_s)
