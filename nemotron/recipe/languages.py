@@ -64,8 +64,7 @@ def _scripts(languages: Sequence[str]) -> Iterator[Finding]:
         if common := shared(one, other):
             yield Finding(
                 "data.language_of",
-                f"cannot part {one} from {other}, which share the script {common[0].title()}; use "
-                "source.",
+                f"cannot part {one} from {other}, which share the script {common[0]}; use source.",
                 "script",
             )
 
