@@ -12,19 +12,22 @@ the paired differences over the seeds, and its standard error.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
-import os
-import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from correction_arms import ARMS, COMPARISONS, DATA, Arm, Comparison, Figure, arms_of
+
+import nemotron.cli
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (1, 2, 3)
@@ -85,21 +88,16 @@ class Folder:
         Raises:
             SystemExit: when it fails.
         """
-        start = ["-m", "nemotron"]
-        if words[0] == "two_languages":
-            start, words = [str(ROOT / "tools/two_languages.py")], words[1:]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        ran = subprocess.run(
-            [sys.executable, *start, *words],
-            cwd=self.path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if ran.returncode:
-            raise SystemExit(f"{' '.join(words)}\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
-        return ran.stdout
+        said = io.StringIO()
+        with contextlib.chdir(self.path), contextlib.redirect_stdout(said):
+            if words[0] == "two_languages":
+                tool = [sys.executable, str(ROOT / "tools/two_languages.py"), *words[1:]]
+                code = subprocess.run(tool, check=False).returncode
+            else:
+                code = nemotron.cli.run(list(words))
+        if code:
+            raise SystemExit(f"{' '.join(words)}\n{said.getvalue()[-2000:]}ended with {code}")
+        return said.getvalue()
 
     def make_data(self) -> None:
         """Make what is missing of the data.
@@ -121,16 +119,16 @@ class Folder:
     def train(self, arm: Arm, seed: int) -> Result:
         """Train an arm and return its measures."""
         name = f"{arm.name}-{seed}"
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        start = time.process_time()
         if not self.is_trained(name):
             resumes = any((self.path / "runs" / name / "checkpoints").glob("step-*"))
             self.run("train", *settings(arm, seed), *(["--resume"] if resumes else []))
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken = time.process_time() - start
         measured = self.measured(arm, f"runs/{name}")
         return {
             "arm": arm.name,
             "seed": seed,
-            "train_cpu_s": round(after.ru_utime - before.ru_utime, 1),
+            "train_cpu_s": round(taken, 1),
             **measured,
         }
 
