@@ -188,19 +188,19 @@ def data_demo(
     kind: Annotated[
         str,
         typer.Argument(
-            help="grammar, a small made-up language, or yue, 120,000 Cantonese sentences of the "
-            "package pycantonese."
+            help="grammar, a small made-up language; en, English verse; or yue, 112,000 Cantonese "
+            "sentences of the package pycantonese, and 1,500 with English words."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder in which text.jsonl is written.")],
     number: Annotated[
-        int | None, typer.Option(min=1, help="Sentences; default: 5000, of yue all.")
+        int | None, typer.Option(min=1, help="Sentences; default: all, 5000 of the grammar.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides the sentences of the grammar.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> int:
     """Write sentences to try text correction on."""
-    from nemotron.data.rewrite.demo import write_demo
+    from nemotron.data.codeswitch.demo import write_demo
 
     return write_demo(kind, out, number=number, seed=seed, overwrite=overwrite)
 

@@ -89,12 +89,20 @@ class EnvironmentConfig(Section):
 
     name: str = Field(min_length=1)
     """Name of a built-in environment, or of one on the server that `options.url` names."""
+    label: str | None = Field(None, min_length=1)
+    """Name of its tasks in rollouts, metrics and evaluations; absent: `name`. Where one environment
+    stands twice, with other options, each entry needs its own."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What the environment is made with, such as the address of a server."""
     weight: float = Field(1.0, gt=0)
     """Share of the prompts, relative to the other environments."""
     level: Annotated[float, Field(ge=0)] = 0.0
     """Difficulty of the tasks, from 0."""
+
+    @property
+    def title(self) -> str:
+        """Name of its tasks."""
+        return self.label or self.name
 
 
 class CurriculumConfig(Section):
@@ -171,11 +179,13 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RolloutConfig":
-        names = [entry.name for entry in self.environments]
-        for name in names:
-            if names.count(name) > 1:
+        titles = [entry.title for entry in self.environments]
+        for title in titles:
+            if titles.count(title) > 1:
                 raise RuleBroken(
-                    "environments", f"names {name} twice; a level such as 1.5 mixes two levels"
+                    "environments",
+                    f"names {title} twice; give each a label of its own, or mix two levels by one "
+                    "such as 1.5",
                 )
         return self
 

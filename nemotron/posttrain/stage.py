@@ -11,7 +11,6 @@ from nemotron.posttrain.replay import describe
 from nemotron.posttrain.rollout import Sampler
 from nemotron.posttrain.tasks import Tasks
 from nemotron.posttrain.teacher import load_reference, load_teacher
-from nemotron.posttrain.verify import Verifiers
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.build import build_local
 from nemotron.train.schedule import TrainingPlan, build_schedule
@@ -64,7 +63,7 @@ class Reinforcement:
         tasks = Tasks(config)
         check_end_of_text(config, tasks.tokenizer, is_chat=tasks.is_chat)
         tasks.held_out()  # prompts that do not fit are found before anything is computed
-        verifiers = Verifiers(config.rollout.verify_workers, tasks.options)
+        verifiers = tasks.verifiers()
         sampler = Sampler(config, tasks, verifiers)
         local = build_local(config, device, ranks)
         reference = load_reference(config, device)

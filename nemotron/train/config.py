@@ -413,7 +413,7 @@ class TextConfig(RunConfig):
     @property
     def knows_languages(self) -> bool:
         """Whether experts belong to languages, and the data says which tokens are of which."""
-        return self.model.language_experts is not None and self.data.language_of == "source"
+        return self.model.language_experts is not None and self.data.language_of != "none"
 
 
 class PretrainConfig(TextConfig):

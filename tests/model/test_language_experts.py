@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nemotron.errors import UserError
 from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.forward import append, new_cache
+from nemotron.loading import fix_language
 from nemotron.model.config import LanguageExpertsConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.language import LanguageExperts, Languages
@@ -174,3 +176,17 @@ def test_a_cached_model_prepared_for_decoding_answers_as_in_training() -> None:
 def test_a_mistake_names_both_numbers_or_what_to_write(changes: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         build_config(**(EXPERTS | TWO | changes))
+
+
+def test_a_fixed_language_reads_all_tokens_as_a_label_would() -> None:
+    model, ids = bilingual(), tokens(2, 9)
+    assert model.language is not None
+    expected = model(ids, languages=Languages(torch.ones_like(ids), decide=True))
+    by_gate = model(ids)
+    fix_language(model, "en")
+    torch.testing.assert_close(model(ids), expected, rtol=0, atol=0)
+    assert not torch.equal(by_gate, expected)
+    with pytest.raises(UserError, match="is none of the model's languages; use yue or en"):
+        fix_language(model, "fr")
+    with pytest.raises(UserError, match="has no experts by language"):
+        fix_language(build(hybrid_override_pattern="M*"), "en")

@@ -10,6 +10,7 @@ import torch
 from nemotron.checkpoint.read import read_model
 from nemotron.cli import run
 from nemotron.posttrain import workers
+from tests.support.cases import further
 from tests.support.rl import rl_values, write_recipe
 
 
@@ -71,7 +72,7 @@ def test_a_run_writes_its_rollouts_and_their_figures(recipe, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("updates", [1, 2])
+@pytest.mark.parametrize("updates", [further(1), 2])
 def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path: Path, updates: int) -> None:
     """With two updates for each rollout batch the stop lies between them.
 
@@ -138,6 +139,10 @@ def test_several_environments_share_the_prompts(recipe, tmp_path: Path, capsys) 
     [
         ({"rollout": arithmetic(environments=environments("arith"))}, "arith_chain"),
         ({"rollout": {"environments": []}}, "rollout.environments"),
+        (
+            {"rollout": {"environments": environments("mcqa", "mcqa")}},
+            "names mcqa twice; give each",
+        ),
         ({"batch": {"global_tokens": 47}}, "write 564"),
         ({"rollout": arithmetic(updates_per_step=3)}, "the nearest is 2"),
         ({"policy": {"clip_low": 0.1}}, "has no effect because rollout.updates_per_step = 1"),

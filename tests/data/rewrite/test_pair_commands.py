@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nemotron.cli import run
+from nemotron.data.codeswitch.real import has_latin
 from nemotron.data.correct.grammar import pinyin_of
 from nemotron.data.correct.marks import marks_of
 from nemotron.data.correct.pair import prompt_of
@@ -205,7 +206,7 @@ def test_candidates_are_repeated_or_cut_and_counted(
         ),
         (["noise", "{text}", "--language", "fr", "--out", "o"], "--language = fr is unknown; use"),
         (["noise", "{text}", "--language", "letters", "--out", "{text}"], "is an input"),
-        (["demo", "german", "--out", "o"], "KIND = german is unknown; use grammar or yue."),
+        (["demo", "german", "--out", "o"], "KIND = german is unknown; use grammar, en, yue."),
         (["characters", "{text}", "--vocab-size", "9", "--out", "o"], "must be from 33"),
         (["characters", "{text}", "--column", "a", "--out", "o"], "has no column a"),
         (["noise", "{bare}", "--language", "letters", "--out", "o"], "has no column text"),
@@ -273,6 +274,11 @@ def test_cantonese_sentences_get_candidates_that_sound_alike(tmp_path: Path):
     assert run([*words, "--out", str(tmp_path / "pairs.jsonl")]) == 0
     pairs = written(tmp_path / "pairs.jsonl")
     assert len(pairs) == 30
+    assert not any(has_latin(pair["target"]) for pair in pairs)
+    real = written(tmp_path / "mixed.jsonl")
+    assert len(real) == 30
+    assert all({"yue", "en"} <= set(row["languages"]) for row in real)
+    assert real[0]["text"] == "".join(real[0]["words"])
     assert np.mean([pair["candidates"][0] != pair["target"] for pair in pairs]) > 0.3
 
 
