@@ -39,46 +39,6 @@ class Errors:
         }
 
 
-@dataclass(frozen=True)
-class Durations:
-    """Tokens of all candidates whose duration was predicted, and those predicted rightly."""
-
-    tokens: int = 0
-    right: int = 0
-    others: int = 0
-    """Tokens that stand for none or several."""
-    others_right: int = 0
-
-    def __add__(self, other: "Durations") -> "Durations":
-        return Durations(
-            self.tokens + other.tokens,
-            self.right + other.right,
-            self.others + other.others,
-            self.others_right + other.others_right,
-        )
-
-    def metrics(self) -> dict[str, float]:
-        """Return the shares predicted rightly; without predictions nothing."""
-        if not self.tokens:
-            return {}
-        return {
-            "validation/duration_accuracy": self.right / self.tokens,
-            "validation/duration_one": 1 - self.others / self.tokens,
-            "validation/duration_accuracy_others": self.others_right / max(1, self.others),
-        }
-
-
-def durations_of(row: PairRow, answer: Answer, marks: Marks, longest: int) -> Durations:
-    """Compare rounded predictions with the durations of a pair, both at most `longest`."""
-    if answer.durations is None:
-        return Durations()
-    has_token = row.columns != marks.void
-    expected = row.durations[has_token].clip(max=longest)
-    right = answer.durations[has_token].round().clip(0, longest) == expected
-    other = expected != 1
-    return Durations(len(expected), int(right.sum()), int(other.sum()), int(right[other].sum()))
-
-
 def errors_of(row: PairRow, answer: Answer, marks: Marks) -> Errors:
     """Compare an answer with the target."""
     target, first = row.target.tolist(), row.columns[0]

@@ -42,8 +42,6 @@ class Answer:
     """Of the chosen token of each column, holes included, where tokens are judged."""
     columns: NDArray[np.int64] | None = None
     """The chosen tokens, holes included."""
-    durations: NDArray[np.float64] | None = None
-    """[K, n] how many tokens of the answer each token is expected to stand for, not rounded."""
 
 
 @dataclass(frozen=True)
@@ -161,12 +159,9 @@ class Corrector:
             for row, count in zip(chosen.tolist(), times.tolist(), strict=True)
         ]
         found = self._answer(cache, slots)
-        expected = durations.transpose(1, 2).double().cpu().numpy()
         return [
-            Answer(tokens, self._without_holes(source.columns[number]), durations=own)
-            for tokens, source, number, own in zip(
-                found, sources, candidate.tolist(), expected, strict=True
-            )
+            Answer(tokens, self._without_holes(source.columns[number]))
+            for tokens, source, number in zip(found, sources, candidate.tolist(), strict=True)
         ]
 
     def _rewrite(self, cache: CachedRows, runs: list[list[tuple[int, bool]]]) -> list[list[int]]:

@@ -22,10 +22,8 @@ from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.correct.batches import PairBatches
 from nemotron.posttrain.correct.config import CorrectConfig
 from nemotron.posttrain.correct.evaluate import (
-    Durations,
     Errors,
     correct_rows,
-    durations_of,
     errors_of,
     find_threshold,
     judged,
@@ -33,7 +31,7 @@ from nemotron.posttrain.correct.evaluate import (
 from nemotron.posttrain.correct.layout import Specials, least_length
 from nemotron.posttrain.correct.objective import CorrectObjective
 from nemotron.posttrain.correct.pairs import PairSource
-from nemotron.posttrain.correct.run import Answer, Corrector, text_ids
+from nemotron.posttrain.correct.run import Corrector, text_ids
 from nemotron.posttrain.correct.threshold import NOTHING
 from nemotron.posttrain.gather import whole_model
 from nemotron.run.files import RunFiles
@@ -183,8 +181,8 @@ class Validation:
                 if self.ranks.is_first:
                     write_threshold(self.config.run_path, best.value)
             corrector = self._corrector(model, threshold or 0.0)
-            answers = correct_rows(corrector, own)
-        return self._metrics(own, answers) | values
+            errors = self._errors(corrector, own)
+        return errors.metrics() | values
 
     def _corrector(self, model: HybridLM, threshold: float) -> Corrector:
         tokenizer = self.data.tokenizer
@@ -193,15 +191,14 @@ class Validation:
         options, specials = self.config.correct, self.data.specials
         return Corrector(model, options, specials, allowed, threshold)
 
-    def _metrics(self, own: Sequence[PairRow], answers: Sequence[Answer]) -> dict[str, float]:
-        marks, longest = self.data.specials.marks, self.config.correct.max_duration
-        errors, durations = Errors(), Durations()
-        for row, answer in zip(own, answers, strict=True):
-            errors += errors_of(row, answer, marks)
-            durations += durations_of(row, answer, marks, longest)
-        every = self.ranks.gather((errors, durations))
-        errors = sum((each for each, _ in every), Errors())
-        return errors.metrics() | sum((each for _, each in every), Durations()).metrics()
+    def _errors(self, corrector: Corrector, own: Sequence[PairRow]) -> Errors:
+        marks = self.data.specials.marks
+        answers = correct_rows(corrector, own)
+        found = sum(
+            (errors_of(row, answer, marks) for row, answer in zip(own, answers, strict=True)),
+            Errors(),
+        )
+        return sum(self.ranks.gather(found), Errors())
 
 
 def read_threshold(run: Path, config: CorrectConfig) -> float:

@@ -8,12 +8,11 @@ import torch
 
 from nemotron.checkpoint.read import read_model
 from nemotron.cli import run
-from nemotron.data.correct.pairs import PairRow
 from nemotron.posttrain.correct.choose import choose
 from nemotron.posttrain.correct.config import CorrectOptions
-from nemotron.posttrain.correct.evaluate import Durations, distance, durations_of
+from nemotron.posttrain.correct.evaluate import distance
 from nemotron.posttrain.correct.layout import Specials
-from nemotron.posttrain.correct.run import Answer, Corrector, Source, text_ids
+from nemotron.posttrain.correct.run import Corrector, Source, text_ids
 from nemotron.posttrain.correct.threshold import NOTHING, best_threshold
 from tests.support.cases import further
 from tests.support.models import build
@@ -132,24 +131,6 @@ def test_the_threshold_is_that_of_the_best_f1() -> None:
     found = best_threshold(scores, wrong)
     assert (found.value, found.f1) == (-3, pytest.approx(6 / 7))
     assert best_threshold(scores, ~wrong & wrong).value == NOTHING
-
-
-def test_durations_are_right_when_rounded_at_tokens_of_all_candidates() -> None:
-    void = marks().void
-    row = PairRow(
-        np.array([[40, void, 42], [40, 41, 42]]),
-        np.array([40, 41, 43, 44, 45, 46, 47]),
-        np.array([[1, 0, 6], [0, 1, 6]]),
-    )
-    guess = np.array([[1.4, 0.0, 3.2], [0.6, 0.8, 2.2]])  # 6 counts as the longest, 3
-    found = durations_of(row, Answer([], [], durations=guess), marks(), longest=3)
-    assert found == Durations(tokens=5, right=3, others=3, others_right=1)
-    assert (found + found).metrics() == {
-        "validation/duration_accuracy": pytest.approx(3 / 5),
-        "validation/duration_one": pytest.approx(2 / 5),
-        "validation/duration_accuracy_others": pytest.approx(1 / 3),
-    }
-    assert durations_of(row, Answer([], []), marks(), longest=3).metrics() == {}
 
 
 @pytest.mark.parametrize(
