@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -99,22 +99,22 @@ class Folder:
             raise SystemExit(f"{' '.join(words)}\n{said.getvalue()[-2000:]}ended with {code}")
         return said.getvalue()
 
-    def make_data(self) -> None:
+    def make_data(self, names: Iterable[str]) -> None:
         """Make what is missing of the data.
 
         Raises:
             SystemExit: when a sentence to be tested is one to train on.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for made, words in DATA.items():
-            if not (self.path / made).exists():
-                self.run(*words.split())
-        texts = [
-            set((self.path / name).read_text().splitlines())
-            for name in ("data/correct/text.jsonl", "data/test/text.jsonl")
-        ]
-        if texts[0] & texts[1]:
-            raise SystemExit("data/test: has sentences of data/correct")
+        for name in names:
+            for made, words in DATA[name].items():
+                if not (self.path / made).exists():
+                    self.run(*words.split())
+        files = [self.path / f"data/{name}/text.jsonl" for name in ("correct", "test")]
+        if all(file.is_file() for file in files):
+            trained, tested = (texts_of(file) for file in files)
+            if trained & tested:
+                raise SystemExit("data/test: has sentences of data/correct")
 
     def train(self, arm: Arm, seed: int) -> Result:
         """Train an arm and return its measures."""
@@ -156,6 +156,10 @@ class Folder:
         self.run(*words, "--timed", *(["--ar"] if measure == "ar" else []))
         answers = (self.path / out).read_text().splitlines()[WARM_UP:]
         return statistics.median(json.loads(line)["ms"] for line in answers)
+
+
+def texts_of(file: Path) -> set[str]:
+    return {json.loads(line)["text"] for line in file.read_text().splitlines()}
 
 
 def settings(arm: Arm, seed: int) -> list[str]:
@@ -216,9 +220,10 @@ def latencies(folder: Folder, seed: int) -> Iterator[str]:
 
 def work(folder: Folder, comparisons: Sequence[Comparison], seeds: Sequence[int]) -> None:
     """Train what is missing: every arm of the first seed, then of the next."""
-    folder.make_data()
+    arms = arms_of(comparisons)
+    folder.make_data({arm.data: None for arm in arms})
     for seed in seeds:
-        for arm in arms_of(comparisons):
+        for arm in arms:
             if (arm.name, seed) not in folder.results():
                 result = folder.train(arm, seed)
                 folder.append(result)
