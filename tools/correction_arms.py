@@ -140,7 +140,14 @@ COMPARISONS = (
         "`duration.yaml`: the chosen candidate, or what is made of it",
         "duration",
         "duration",
-        (Figure("CER", "answer_cer", "selected_cer"),),
+        (
+            Figure("CER", "answer_cer", "selected_cer"),
+            Figure(
+                "right durations; without: of one for each token",
+                "validation/duration_accuracy",
+                "duration_one",
+            ),
+        ),
     ),
 )
 

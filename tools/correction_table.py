@@ -25,9 +25,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from correction_arms import ARMS, COMPARISONS, DATA, Arm, Comparison, Figure, arms_of
 
 import nemotron.cli
+from nemotron.data.correct.marks import marks_of
+from nemotron.data.correct.pairs import read_rows
+from nemotron.data.indexed import Shard
+from nemotron.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (1, 2, 3)
@@ -139,6 +144,8 @@ class Folder:
     def measured(self, arm: Arm, run: str) -> Result:
         """Return the measures of a trained arm."""
         found = validation(self.path / run)
+        if arm.recipe == "duration":
+            found["duration_one"] = self.share_of_ones()
         if arm.measure in ("parallel", "ar"):
             out = f"{run}/answers.jsonl"
             words = ("correct", run, "--in", "data/test/pairs.jsonl", "--out", out, "--overwrite")
@@ -146,6 +153,13 @@ class Folder:
             scores = self.run("score", out, "--references", "data/test/pairs.jsonl", "--json")
             found |= json.loads(scores)
         return found
+
+    def share_of_ones(self) -> float:
+        """Return the share of held-out tokens that stand for one: who says one is as often right."""
+        marks = marks_of(load_tokenizer(str(self.path / "data/correct/tokenizer.json")))
+        shard = Shard(self.path / "data/correct/pairs4/validation-00000")
+        lines = [row.durations[row.columns != marks.void] for row in read_rows(shard)]
+        return float((np.concatenate(lines) == 1).mean())
 
     def latency(self, name: str, measure: str | None) -> float:
         """Return the median time of a sentence, in ms, each corrected by itself."""
@@ -184,7 +198,9 @@ def pairs_of(
     seeds = sorted({seed for _, seed in results})
     found = [(results.get((each.without, s)), results.get((each.with_, s))) for s in seeds]
     other = figure.other or figure.key
-    return [(a[other], b[figure.key]) for a, b in found if a and b]
+    return [
+        (a[other], b[figure.key]) for a, b in found if a and b and other in a and figure.key in b
+    ]
 
 
 def table(results: dict[tuple[str, int], Result]) -> Iterator[str]:
