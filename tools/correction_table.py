@@ -155,7 +155,7 @@ class Folder:
         return found
 
     def share_of_ones(self) -> float:
-        """Return the share of held-out tokens that stand for one: who says one is as often right."""
+        """Return how often one would be right as the duration of a held-out token."""
         marks = marks_of(load_tokenizer(str(self.path / "data/correct/tokenizer.json")))
         shard = Shard(self.path / "data/correct/pairs4/validation-00000")
         lines = [row.durations[row.columns != marks.void] for row in read_rows(shard)]
