@@ -56,13 +56,23 @@ class Program:
         self._buffers: dict[str, Any] = {}
         self._set(size=size, width=rounded(size), eps=stack.eps, counter=self._team.counter)
         self._set(embeddings=stack.embeddings.data_ptr(), final_norm=self._pad(stack.final_norm))
+        if (join := stack.join) is not None:
+            self._set(
+                embedding_norm=self._pad(join.embedding_norm),
+                hidden_norm=self._pad(join.hidden_norm),
+                proj=join.proj.blocks.data_ptr(),
+                join_eps=join.eps,
+            )
 
     def step(self, step: Step) -> Float[Tensor, "B T D"]:
         """Do a step."""
         rows, length = step.tokens.shape
+        given = None if step.hidden is None else step.hidden.float().contiguous()
+        assert (given is None) == (self._stack.join is None), "a join needs what it joins"
         with self._lock:
             self._take(step)
-            self._set(tokens=step.tokens.data_ptr(), counts=0)
+            self._set(tokens=step.tokens.data_ptr(), counts=0, skipped=step.skipped)
+            self._set(given=0 if given is None else given.data_ptr())
             self._team.run(self._run, self._call, self._layers, kind=self._kind)
             result = self._buffers["result"].numbers[: rows * length, : self._size]
             return result.to(self._stack.dtype, copy=True).view(rows, length, -1)
@@ -116,7 +126,9 @@ class Program:
     def _grow(self, tokens: int, longest: int) -> None:
         """Make the buffers large enough for so many tokens, and texts of so many."""
         needed = max(_scratch_of(layer) for layer in self._stack.layers)
-        needed, threads = rounded(max(needed, longest)) * 4, torch.get_num_threads()
+        from nemotron.ops.token_step.kernels.attention import QUERIES
+
+        needed, threads = rounded(max(needed, QUERIES * longest)) * 4, torch.get_num_threads()
         if needed > self._scratch_bytes or threads > self._threads:
             self._scratch_bytes = max(needed, 2 * self._scratch_bytes)
             self._threads = max(threads, self._threads)
@@ -136,7 +148,7 @@ class Program:
             "hidden": self._size,
             "x": self._size,
             "result": self._size,
-            "wide": max(_first(layer).num_outputs for layer in layers),
+            "wide": max(2 * rounded(self._size), *(_first(la).num_outputs for la in layers)),
             "mid": max(_last(layer).num_inputs for layer in layers),
             "latent": latent,
             "routed": latent,

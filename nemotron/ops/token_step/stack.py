@@ -106,18 +106,33 @@ class DenseWeights:
     eps: float
 
 
+@dataclass(frozen=True, eq=False)
+class JoinWeights:
+    """How a multi-token-prediction block joins embeddings and hidden states: norms, a product."""
+
+    embedding_norm: Float[Tensor, " D"]
+    hidden_norm: Float[Tensor, " D"]
+    proj: Matrix
+    """Reads both, the embedding first."""
+    eps: float
+
+
 LayerWeights = MambaWeights | AttentionWeights | ExpertsWeights | DenseWeights
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Layers from the embedding to the final norm, for activations of a dtype."""
+    """Layers from the embedding to the final norm, for activations of a dtype.
+
+    With a `join`, the first layer reads embeddings and what a step brings as `hidden`.
+    """
 
     embeddings: Float[Tensor, "V D"]
     layers: tuple[LayerWeights, ...]
     final_norm: Float[Tensor, " D"]
     eps: float
     dtype: torch.dtype
+    join: JoinWeights | None = None
 
     @property
     def empty(self) -> Float[Tensor, " 0"]:
@@ -157,6 +172,10 @@ class Step:
     """The blocks of keys and values of each text; those after its end may be any."""
     places: tuple[MambaPlace | KeysPlace | None, ...]
     keeps_inputs: bool = False
+    hidden: Float[Tensor, "B T D"] | None = None
+    """What is joined with the embeddings, if the stack has a `join`."""
+    skipped: int = 0
+    """Places at the beginning of each text that hold no keys and values; counted in `lengths`."""
     kept: list[Float[Tensor, "B T CH"] | None] = field(default_factory=list)
     """For each layer, if it is Mamba-2: inputs of the convolution, then the time step's."""
     chosen: list[Int[Tensor, "M K"] | None] = field(default_factory=list)

@@ -4,8 +4,9 @@ import numpy as np
 from numba import njit
 
 from nemotron.ops.token_step.kernels.barrier import wait
+from nemotron.ops.token_step.kernels.elementwise import apply_sigmoid
 from nemotron.ops.token_step.kernels.linear import linear, normalize_rows, square_relu
-from nemotron.ops.token_step.kernels.scalars import floats, integers, item_size, share, sigmoid
+from nemotron.ops.token_step.kernels.scalars import floats, integers, item_size, share
 from nemotron.ops.token_step.kernels.vectors import BLOCK, tile
 
 
@@ -64,8 +65,7 @@ def _route(call, layer, token):
     bias = floats(layer.router_bias, experts)
     chosen = integers(layer.chosen + token * count * 8, count)
     weights = floats(call.weights + token * count * 4, count)
-    for expert in range(experts):
-        scores[expert] = sigmoid(scores[expert])
+    apply_sigmoid(call.scores + token * call.scores_width * 4, experts)
     total = np.float32(0.0)
     for place in range(count):
         best, highest = -1, np.float32(-np.inf)

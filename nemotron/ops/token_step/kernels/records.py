@@ -11,6 +11,7 @@ CALL = np.dtype(
             "rows", "length",  # texts, and tokens of each
             "size", "width",  # of the residual stream; rounded up to whole blocks
             "embeddings", "tokens", "slots", "lengths",
+            "given", "embedding_norm", "hidden_norm", "proj",  # of a join; 0: there is none
             "tables", "table_length", "block_size", "skipped",  # blocks of keys and values
             # float32 buffers, and the addresses of their rows
             "hidden", "hidden_rows", "x", "x_rows",
@@ -29,7 +30,7 @@ CALL = np.dtype(
             "final_norm", "result",
         )
     ]
-    + [("eps", np.float32)],
+    + [(name, np.float32) for name in ("eps", "join_eps")],
     align=True,
 )  # fmt: skip
 

@@ -9,6 +9,7 @@ from nemotron.ops.token_step.kernels.barrier import wait
 from nemotron.ops.token_step.kernels.experts import mix_experts
 from nemotron.ops.token_step.kernels.linear import (
     embed,
+    join,
     linear,
     normalize_rows,
     square_relu,
@@ -33,6 +34,8 @@ def run(calls, layers, thread, threads, kind):
         tokens = integers(call.tokens, call.rows * call.length)
         embed(call, tokens, thread, threads, kind)
         wait(call.counter, threads)
+    if call.given:
+        join(call, thread, threads, kind)
     for number in range(layers.shape[0]):
         layer = layers[number]
         if layer.kind == _EXPERTS:
