@@ -66,9 +66,10 @@ class TokenSteps:
         if self._stack is None:
             self._stack = stack_of(model, dtype)
         step, stack = _step_of(rows, tokens), self._stack
+        step.has_experts = self.record is not None
         hidden = model.token_step(stack, step)
         if self.record is not None:
-            self.record += [experts for experts in step.chosen if experts is not None]
+            self.record += step.chosen
         if step.keeps_inputs:
             rows.advance = lambda counts: model.token_step.advance(stack, step, counts)
         rows.end(tokens.shape[1])

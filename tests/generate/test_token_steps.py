@@ -28,6 +28,7 @@ from nemotron.ops.token_step import TokenStepOp, token_step
 from nemotron.ops.token_step.stack import Matrix
 
 PROMPTS = [[5, 3, 60, 1, 17, 17, 2], [9, 4], [8, 8, 30], [40], [2, 3, 4, 5, 6]]
+GREEDY = Sampling(0.0)
 NAMES = [backend.name for backend in token_step.backends]
 
 
@@ -150,8 +151,8 @@ def test_an_answer_has_the_same_bits_whoever_comes_and_goes(model: HybridLM) -> 
 @pytest.mark.parametrize("backend", NAMES)
 def test_drafts_change_no_bit_of_an_answer(model: HybridLM, backend: str, source: Source) -> None:
     model = stepping(model, backend)
-    requests = [Request((3, 4, 3, 4, 3, *prompt), 12, Sampling(0.0)) for prompt in PROMPTS]
-    requests += [Request((5, 6), 20, Sampling(0.0), forced=(9, 1, 9, 1, 9, 1, 9, 1))]
+    requests = [Request((3, 4, 3, 4, 3, *prompt), 12, GREEDY, logprobs=True) for prompt in PROMPTS]
+    requests += [Request((5, 6), 20, GREEDY, forced=(9, 1, 9, 1, 9, 1, 9, 1), logprobs=True)]
     expected = answers(Engine(model), requests)
     engine = Engine(model, speculation=Speculation(source, 3, adaptive=False))
     assert answers(engine, requests) == expected

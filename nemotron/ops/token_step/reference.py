@@ -35,7 +35,7 @@ def token_step(stack: Stack, step: Step) -> Float[Tensor, "B T D"]:
     hidden = F.embedding(step.tokens, stack.embeddings).to(stack.dtype).to(wide)
     if stack.join is not None:
         hidden = _join(stack.join, hidden, step)
-    step.kept, step.chosen = [None] * len(stack.layers), [None] * len(stack.layers)
+    step.kept = [None] * len(stack.layers)
     for number, layer in enumerate(stack.layers):
         x = rms_norm(hidden, layer.norm, layer.eps)
         if isinstance(layer, MambaWeights):
@@ -43,7 +43,7 @@ def token_step(stack: Stack, step: Step) -> Float[Tensor, "B T D"]:
         elif isinstance(layer, AttentionWeights):
             hidden = hidden + _attention(layer, step, number, x)
         elif isinstance(layer, ExpertsWeights):
-            hidden = hidden + _experts(layer, step, number, x)
+            hidden = hidden + _experts(layer, step, x)
         else:
             assert isinstance(layer, DenseWeights), layer
             hidden = hidden + multiply(multiply(x, layer.up).relu().square(), layer.down)
@@ -135,14 +135,15 @@ def _attention(layer: AttentionWeights, step: Step, number: int, x: Tensor) -> T
     return multiply(torch.cat(results).flatten(2), layer.o_proj)
 
 
-def _experts(layer: ExpertsWeights, step: Step, number: int, x: Tensor) -> Tensor:
+def _experts(layer: ExpertsWeights, step: Step, x: Tensor) -> Tensor:
     tokens = x.flatten(0, 1)
     scores = multiply(tokens, layer.router).sigmoid()
     chosen = (scores + layer.router_bias).topk(layer.top_k, dim=-1).indices
     weights = scores.gather(1, chosen)
     if layer.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    step.chosen[number], weights = chosen, weights * layer.scaling
+    step.chosen.append(chosen)
+    weights = weights * layer.scaling
     latent = tokens if layer.to_latent is None else multiply(tokens, layer.to_latent)
     routed = torch.zeros_like(latent)
     for token, expert, weight in zip(

@@ -140,7 +140,7 @@ class Stack:
         return self.final_norm.new_empty(0, dtype=self.dtype)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class MambaPlace:
     """The states of one Mamba-2 layer, of all slots; changed in place."""
 
@@ -148,7 +148,7 @@ class MambaPlace:
     ssm: Float[Tensor, "slots H P N"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class KeysPlace:
     """Keys and values of one attention layer, in blocks; changed in place."""
 
@@ -160,8 +160,8 @@ class KeysPlace:
 class Step:
     """A call: some tokens of each of several texts, which go on where their slots stand.
 
-    With `keeps_inputs` the Mamba-2 states stay as they are; `kept` is then what `advance` needs to
-    change them by the first of these tokens.
+    With `keeps_inputs`, `advance` must follow, which brings the Mamba-2 states to those after the
+    first of these tokens, at least one of each text; `kept` is what it needs.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -176,7 +176,9 @@ class Step:
     """What is joined with the embeddings, if the stack has a `join`."""
     skipped: int = 0
     """Places at the beginning of each text that hold no keys and values; counted in `lengths`."""
-    kept: list[Float[Tensor, "B T CH"] | None] = field(default_factory=list)
-    """For each layer, if it is Mamba-2: inputs of the convolution, then the time step's."""
-    chosen: list[Int[Tensor, "M K"] | None] = field(default_factory=list)
-    """For each layer, if it is a mixture: the experts of every token."""
+    has_experts: bool = False
+    """Whether the experts that are chosen are asked for."""
+    kept: list[Float[Tensor, "..."] | None] = field(default_factory=list)
+    """What a backend keeps: inputs of the convolutions, and the time steps'."""
+    chosen: list[Int[Tensor, "M K"]] = field(default_factory=list)
+    """The experts of every token in each mixture layer, if they are asked for."""

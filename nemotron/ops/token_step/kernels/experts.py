@@ -58,12 +58,18 @@ def mix_experts(call, layer, thread, threads, kind):
 
 
 @njit
+def _chosen(call, layer):
+    """Return where the experts of a layer are noted."""
+    return call.chosen + layer.chosen_before * call.rows * call.length * 8
+
+
+@njit
 def _route(call, layer, token):
     """Choose the experts of a token: the bias chooses, the unbiased score weighs."""
     experts, count = layer.num_experts, layer.top_k
     scores = floats(call.scores + token * call.scores_width * 4, experts)
     bias = floats(layer.router_bias, experts)
-    chosen = integers(layer.chosen + token * count * 8, count)
+    chosen = integers(_chosen(call, layer) + token * count * 8, count)
     weights = floats(call.weights + token * count * 4, count)
     apply_sigmoid(call.scores + token * call.scores_width * 4, experts)
     total = np.float32(0.0)
@@ -88,7 +94,7 @@ def _route(call, layer, token):
 def _group(call, layer, tokens):
     """List the copies of each expert in the order of the tokens, by the addresses of their rows."""
     copies = tokens * layer.top_k
-    chosen, order = integers(layer.chosen, copies), integers(call.order, copies)
+    chosen, order = integers(_chosen(call, layer), copies), integers(call.order, copies)
     begins = integers(call.order + copies * 8, layer.num_experts + 1)
     begins[:] = 0
     for copy in range(copies):

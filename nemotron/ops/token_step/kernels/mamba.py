@@ -30,10 +30,10 @@ from nemotron.ops.token_step.kernels.vectors import LANES, advance, dot
 def mix(call, layer, thread, threads, kind):
     """Mix this thread's share of texts and groups: from `wide` [z, x, B, C, dt] to `mid`.
 
-    With `layer.kept`, the states stay as they are, and what would change them is kept there.
+    With `call.kept`, only the first token of each text changes the states, and what the others
+    would change them by is kept there.
     """
     inner = layer.heads * layer.head_size
-    channels = inner + 2 * layer.groups * layer.state_size
     scratch = call.scratch + thread * call.scratch_size
     first, last = share(call.rows * layer.groups, thread, threads)
     for unit in range(first, last):
@@ -43,22 +43,23 @@ def mix(call, layer, thread, threads, kind):
         for token in range(call.length):
             _round_inputs(layer, inputs + token * stride, group, kind)
         ssm = _ssm(call, layer, row, group)
-        if layer.kept:
-            kept = layer.kept + row * call.length * (channels + layer.heads) * 4
+        if call.kept:
+            kept = _kept(call, layer, row)
             _keep_inputs(call, layer, inputs, stride, kept, group)
-            ssm = _copy(layer, ssm, scratch)
         for token in range(call.length):
+            if call.kept and token == 1:
+                ssm = _copy(layer, ssm, scratch)
             y = call.mid + (row * call.length + token) * call.mid_width * 4
             y += group * inner // layer.groups * 4
             _step(call, layer, row, group, token, inputs, stride, ssm, y, scratch, kind)
             _gate(layer, y, begin + token * stride, group)
-        if not layer.kept:
+        if not call.kept:
             _shift(call, layer, row, group, call.length, inputs, stride, kind)
 
 
 @njit
 def change_states(call, layer, thread, threads, kind):
-    """Change the states by the first tokens of what a call kept."""
+    """Change the states by the first tokens of what a call kept, but for the very first one."""
     channels = layer.heads * layer.head_size + 2 * layer.groups * layer.state_size
     counts = integers(call.counts, call.rows)
     scratch = call.scratch + thread * call.scratch_size
@@ -66,12 +67,20 @@ def change_states(call, layer, thread, threads, kind):
     stride = (channels + layer.heads) * 4
     for unit in range(first, last):
         row, group = unit // layer.groups, unit % layer.groups
-        inputs = layer.kept + row * call.length * stride
+        inputs = _kept(call, layer, row)
         ssm = _ssm(call, layer, row, group)
         y = scratch + _scratch_after_convolution(layer)
-        for token in range(counts[row]):
+        for token in range(1, counts[row]):
             _step(call, layer, row, group, token, inputs, stride, ssm, y, scratch, kind)
         _shift(call, layer, row, group, counts[row], inputs, stride, kind)
+
+
+@njit
+def _kept(call, layer, row):
+    """Return where a layer keeps its inputs of a row."""
+    channels = layer.heads * layer.head_size + 2 * layer.groups * layer.state_size
+    before = layer.kept_before * call.rows + row * (channels + layer.heads)
+    return call.kept + call.length * before * 4
 
 
 @njit
