@@ -14,7 +14,6 @@ from nemotron.posttrain.environments.base import Response, Row, messages_of
 from nemotron.posttrain.environments.registry import ENVIRONMENTS, find_environment
 from nemotron.posttrain.holding_out import draw_rows
 
-
 REASONING = "reasoning_content"
 """Key of a message's reasoning."""
 
