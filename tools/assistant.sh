@@ -20,15 +20,16 @@ timed() {  # timed NAME COMMAND...
     printf '%-10s %5d s %5d s\n' "$name" $(($(date +%s) - begin)) \
         $(($(cat "$spent.new") - $(cat "$spent.old"))) >> "$times"
 }
-chats() {  # chats FILE TASKS...
-    out=$1; shift
-    [ -e "$out" ] || timed chats $nemotron rl chats "$@" --count 4000 --held-out-fraction 0.2 --out "$out"
+chats() {  # chats FILE COUNT TASKS...
+    out=$1; count=$2; shift 2
+    [ -e "$out" ] || timed chats $nemotron rl chats "$@" --count "$count" \
+        --held-out-fraction 0.2 --out "$out"
 }
 
 mkdir -p $results
 : > "$times"
-chats runs/assistant-chats.jsonl arith_chain@0.5 mcqa
-chats runs/assistant-calls.jsonl arith_chain@1+tools
+chats runs/assistant-chats.jsonl 5000 arith_chain@0.5 mcqa
+chats runs/assistant-calls.jsonl 2000 arith_chain@1+tools
 for stage in pretrain sft rl heal; do
     timed $stage $nemotron train $recipes/$stage.yaml --resume
 done
