@@ -76,3 +76,6 @@ def test_conversations_leave_held_out_tasks_to_evaluations(tmp_path: Path) -> No
     assert len(rows) == 800
     asked = [build_row("arith_chain", row["messages"][0]["content"]) for row in rows]
     assert not any(is_held_out(row, 0.25) for row in asked)
+    for question, call, said, answer in (r["messages"] for r in rows if "tools" in r):
+        assert call["reasoning_content"] == question["content"].rstrip("=")
+        assert answer["reasoning_content"] == answer["content"] == said["content"]
