@@ -22,6 +22,8 @@ class Arm:
     measure: Measure | None = "parallel"
     """By `nemotron correct` and `nemotron score`, with or without --ar; by the held-out loss of the
     run; or not at all, because others go on from it."""
+    data: str = "pairs"
+    """Which of `DATA` it trains on."""
     needs: str | None = None
     """Arm whose run of the same seed `init_from` names."""
 
@@ -52,22 +54,26 @@ def length(steps: int, decay: int) -> tuple[str, ...]:
     return f"schedule.total_steps={steps}", f"schedule.decay_steps={decay}"
 
 
-LENGTH = length(400, 130)
-TEXTS_LENGTH = (*length(200, 70), "evaluation.tokens=138240")
-"""All that is held out is evaluated: 190 rows, of about six lines of verse each."""
+PAIRS_SIZE = (*length(400, 130), "batch.global_tokens=512", "batch.micro_batch=2")
+ALL_HELD_OUT = "evaluation.tokens=138240"
+"""More than what any source of texts holds out, so that arms are measured on the same rows."""
+TEXTS_SIZE = (*length(200, 70), "batch.global_tokens=1920", "batch.micro_batch=8", ALL_HELD_OUT)
+SWITCHED_SIZE = (*length(200, 70), ALL_HELD_OUT)
 
 ARMS = (
-    Arm("unmasked", "tag", ("correct.mask_rate=0", *LENGTH)),
-    Arm("masked", "tag", LENGTH),
-    Arm("nbest", "nbest", LENGTH),
-    Arm("ctc", "ctc", LENGTH),
-    Arm("soft", "soft", ("correct.first_steps=280", *LENGTH)),
+    Arm("unmasked", "tag", ("correct.mask_rate=0", *PAIRS_SIZE)),
+    Arm("masked", "tag", PAIRS_SIZE),
+    Arm("nbest", "nbest", PAIRS_SIZE),
+    Arm("ctc", "ctc", PAIRS_SIZE),
+    Arm("soft", "soft", ("correct.first_steps=280", *PAIRS_SIZE)),
     Arm("base", "base", length(200, 60), None),
-    Arm("one-pass", "tag", LENGTH, needs="base"),
-    Arm("written", "sft", LENGTH, "ar", needs="base"),
-    Arm("ungated", "ungated", TEXTS_LENGTH, "bits"),
-    Arm("gated", "languages", TEXTS_LENGTH, "bits"),
-    Arm("duration", "duration", LENGTH),
+    Arm("one-pass", "tag", PAIRS_SIZE, needs="base"),
+    Arm("written", "sft", PAIRS_SIZE, "ar", needs="base"),
+    Arm("ungated", "ungated", TEXTS_SIZE, "bits", "languages"),
+    Arm("gated", "languages", TEXTS_SIZE, "bits", "languages"),
+    Arm("monolingual", "monolingual", SWITCHED_SIZE, "bits", "switched"),
+    Arm("injected", "codeswitch", SWITCHED_SIZE, "bits", "switched"),
+    Arm("duration", "duration", PAIRS_SIZE),
 )
 
 CER = Figure("CER", "answer_cer")
@@ -112,6 +118,17 @@ COMPARISONS = (
         (bits("a", "language a"), bits("b", "language b"), bits("both", "text that switches")),
     ),
     Comparison(
+        "injection",
+        "text without or with made sentences that switch (`monolingual.yaml`, `codeswitch.yaml`)",
+        "monolingual",
+        "injected",
+        (
+            bits("mixed", "real text that switches"),
+            bits("cantonese", "Cantonese"),
+            bits("english", "English"),
+        ),
+    ),
+    Comparison(
         "ways",
         "token by token or in one pass, from the same trunk (`sft.yaml`, `tag.yaml`)",
         "written",
@@ -123,31 +140,52 @@ COMPARISONS = (
         "`duration.yaml`: the chosen candidate, or what is made of it",
         "duration",
         "duration",
-        (Figure("CER", "answer_cer", "selected_cer"),),
+        (
+            Figure("CER", "answer_cer", "selected_cer"),
+            Figure(
+                "right durations; without: of one for each token",
+                "validation/duration_accuracy",
+                "duration_one",
+            ),
+        ),
     ),
 )
 
 NOISE = "--language grammar --out"
-ROWS = "--tokenizer data/correct --hold-out 0.05 --workers 1"
-PAIRS = f"data pairs data/correct/pairs.jsonl {ROWS}"
+PAIRS = "data pairs data/correct/pairs.jsonl --tokenizer data/correct --hold-out 0.05 --workers 1"
 TEXTS = " ".join(f"data/languages/{name}.jsonl" for name in ("a", "b", "both"))
+SWITCHED = "data/yue/text.jsonl data/yue/cs.jsonl data/yue/mixed.jsonl data/en/text.jsonl"
 
 DATA = {
-    "data/correct/text.jsonl": f"data demo grammar --number {TRAIN} --out data/correct",
-    "data/test/text.jsonl": f"data demo grammar --number {TEST} --seed 2 --out data/test",
-    "data/correct/tokenizer.json": "data characters data/correct/text.jsonl"
-    " --out data/correct/tokenizer.json",
-    "data/correct/pairs.jsonl": "data noise data/correct/text.jsonl"
-    f" {NOISE} data/correct/pairs.jsonl",
-    "data/test/pairs.jsonl": "data noise data/test/text.jsonl --seed 2"
-    f" {NOISE} data/test/pairs.jsonl",
-    "data/correct/pairs1": f"{PAIRS} --candidates 1 --out data/correct/pairs1",
-    "data/correct/pairs4": f"{PAIRS} --candidates 4 --out data/correct/pairs4",
-    "data/correct/chats": f"{PAIRS} --candidates 1 --as chat --out data/correct/chats",
-    "data/languages/both.jsonl": "two_languages --out data/languages",
-    "data/languages/tokenizer.json": f"data characters {TEXTS} --out data/languages/tokenizer.json",
+    "pairs": {
+        "data/correct/text.jsonl": f"data demo grammar --number {TRAIN} --out data/correct",
+        "data/test/text.jsonl": f"data demo grammar --number {TEST} --seed 2 --out data/test",
+        "data/correct/tokenizer.json": "data characters data/correct/text.jsonl"
+        " --out data/correct/tokenizer.json",
+        "data/correct/pairs.jsonl": "data noise data/correct/text.jsonl"
+        f" {NOISE} data/correct/pairs.jsonl",
+        "data/test/pairs.jsonl": "data noise data/test/text.jsonl --seed 2"
+        f" {NOISE} data/test/pairs.jsonl",
+        "data/correct/pairs1": f"{PAIRS} --candidates 1 --out data/correct/pairs1",
+        "data/correct/pairs4": f"{PAIRS} --candidates 4 --out data/correct/pairs4",
+        "data/correct/chats": f"{PAIRS} --candidates 1 --as chat --out data/correct/chats",
+    },
+    "languages": {
+        "data/languages/both.jsonl": "two_languages --out data/languages",
+        "data/languages/tokenizer.json": f"data characters {TEXTS}"
+        " --out data/languages/tokenizer.json",
+    },
+    "switched": {
+        "data/yue/text.jsonl": "data demo yue --number 20000 --out data/yue",
+        "data/en/text.jsonl": "data demo en --number 20000 --out data/en",
+        "data/yue/cs.jsonl": "data codeswitch data/yue/text.jsonl --lexicon cedict"
+        " --languages yue,en --per-sentence 1 --out data/yue/cs.jsonl",
+        "data/yue/tokenizer.json": f"data characters {SWITCHED} --vocab-size 4096"
+        " --out data/yue/tokenizer.json",
+    },
 }
-"""What each command of `nemotron` makes, and the command; `two_languages` is a tool."""
+"""What each command of `nemotron` makes, and the command; `two_languages` is a tool, and the text
+that switches needs the packages of the extra `correct`."""
 
 
 def arms_of(comparisons: Sequence[Comparison]) -> list[Arm]:

@@ -12,19 +12,27 @@ the paired differences over the seeds, and its standard error.
 """
 
 import argparse
+import contextlib
+import io
 import json
 import math
-import os
-import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from correction_arms import ARMS, COMPARISONS, DATA, Arm, Comparison, Figure, arms_of
+
+import nemotron.cli
+from nemotron.data.correct.marks import marks_of
+from nemotron.data.correct.pairs import read_rows
+from nemotron.data.indexed import Shard
+from nemotron.data.tokenizer import load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SEEDS = (1, 2, 3)
@@ -85,52 +93,47 @@ class Folder:
         Raises:
             SystemExit: when it fails.
         """
-        start = ["-m", "nemotron"]
-        if words[0] == "two_languages":
-            start, words = [str(ROOT / "tools/two_languages.py")], words[1:]
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        ran = subprocess.run(
-            [sys.executable, *start, *words],
-            cwd=self.path,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        if ran.returncode:
-            raise SystemExit(f"{' '.join(words)}\n{ran.stdout[-2000:]}{ran.stderr[-2000:]}")
-        return ran.stdout
+        said = io.StringIO()
+        with contextlib.chdir(self.path), contextlib.redirect_stdout(said):
+            if words[0] == "two_languages":
+                tool = [sys.executable, str(ROOT / "tools/two_languages.py"), *words[1:]]
+                code = subprocess.run(tool, check=False).returncode
+            else:
+                code = nemotron.cli.run(list(words))
+        if code:
+            raise SystemExit(f"{' '.join(words)}\n{said.getvalue()[-2000:]}ended with {code}")
+        return said.getvalue()
 
-    def make_data(self) -> None:
+    def make_data(self, names: Iterable[str]) -> None:
         """Make what is missing of the data.
 
         Raises:
             SystemExit: when a sentence to be tested is one to train on.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for made, words in DATA.items():
-            if not (self.path / made).exists():
-                self.run(*words.split())
-        texts = [
-            set((self.path / name).read_text().splitlines())
-            for name in ("data/correct/text.jsonl", "data/test/text.jsonl")
-        ]
-        if texts[0] & texts[1]:
-            raise SystemExit("data/test: has sentences of data/correct")
+        for name in names:
+            for made, words in DATA[name].items():
+                if not (self.path / made).exists():
+                    self.run(*words.split())
+        files = [self.path / f"data/{name}/text.jsonl" for name in ("correct", "test")]
+        if all(file.is_file() for file in files):
+            trained, tested = (texts_of(file) for file in files)
+            if trained & tested:
+                raise SystemExit("data/test: has sentences of data/correct")
 
     def train(self, arm: Arm, seed: int) -> Result:
         """Train an arm and return its measures."""
         name = f"{arm.name}-{seed}"
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        start = time.process_time()
         if not self.is_trained(name):
             resumes = any((self.path / "runs" / name / "checkpoints").glob("step-*"))
             self.run("train", *settings(arm, seed), *(["--resume"] if resumes else []))
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        taken = time.process_time() - start
         measured = self.measured(arm, f"runs/{name}")
         return {
             "arm": arm.name,
             "seed": seed,
-            "train_cpu_s": round(after.ru_utime - before.ru_utime, 1),
+            "train_cpu_s": round(taken, 1),
             **measured,
         }
 
@@ -141,6 +144,8 @@ class Folder:
     def measured(self, arm: Arm, run: str) -> Result:
         """Return the measures of a trained arm."""
         found = validation(self.path / run)
+        if arm.recipe == "duration":
+            found["duration_one"] = self.share_of_ones()
         if arm.measure in ("parallel", "ar"):
             out = f"{run}/answers.jsonl"
             words = ("correct", run, "--in", "data/test/pairs.jsonl", "--out", out, "--overwrite")
@@ -148,6 +153,13 @@ class Folder:
             scores = self.run("score", out, "--references", "data/test/pairs.jsonl", "--json")
             found |= json.loads(scores)
         return found
+
+    def share_of_ones(self) -> float:
+        """Return how often one would be right as the duration of a held-out token."""
+        marks = marks_of(load_tokenizer(str(self.path / "data/correct/tokenizer.json")))
+        shard = Shard(self.path / "data/correct/pairs4/validation-00000")
+        lines = [row.durations[row.columns != marks.void] for row in read_rows(shard)]
+        return float((np.concatenate(lines) == 1).mean())
 
     def latency(self, name: str, measure: str | None) -> float:
         """Return the median time of a sentence, in ms, each corrected by itself."""
@@ -158,6 +170,10 @@ class Folder:
         self.run(*words, "--timed", *(["--ar"] if measure == "ar" else []))
         answers = (self.path / out).read_text().splitlines()[WARM_UP:]
         return statistics.median(json.loads(line)["ms"] for line in answers)
+
+
+def texts_of(file: Path) -> set[str]:
+    return {json.loads(line)["text"] for line in file.read_text().splitlines()}
 
 
 def settings(arm: Arm, seed: int) -> list[str]:
@@ -182,7 +198,9 @@ def pairs_of(
     seeds = sorted({seed for _, seed in results})
     found = [(results.get((each.without, s)), results.get((each.with_, s))) for s in seeds]
     other = figure.other or figure.key
-    return [(a[other], b[figure.key]) for a, b in found if a and b]
+    return [
+        (a[other], b[figure.key]) for a, b in found if a and b and other in a and figure.key in b
+    ]
 
 
 def table(results: dict[tuple[str, int], Result]) -> Iterator[str]:
@@ -218,9 +236,10 @@ def latencies(folder: Folder, seed: int) -> Iterator[str]:
 
 def work(folder: Folder, comparisons: Sequence[Comparison], seeds: Sequence[int]) -> None:
     """Train what is missing: every arm of the first seed, then of the next."""
-    folder.make_data()
+    arms = arms_of(comparisons)
+    folder.make_data({arm.data: None for arm in arms})
     for seed in seeds:
-        for arm in arms_of(comparisons):
+        for arm in arms:
             if (arm.name, seed) not in folder.results():
                 result = folder.train(arm, seed)
                 folder.append(result)

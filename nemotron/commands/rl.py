@@ -37,7 +37,7 @@ def rl_chats(
     mistakes: Annotated[
         float, typer.Option(min=0, max=1, help="Share of answers that earn nothing.")
     ] = 0.0,
-    held_out_fraction: Annotated[
+    held_out: Annotated[
         float,
         typer.Option(min=0, max=0.99, help="Share of tasks left to evaluations, as in the recipe."),
     ] = 0.0,
@@ -50,7 +50,7 @@ def rl_chats(
 
     sets = [TaskSet.read(text) for text in tasks]
     check_file(out, (), overwrite=overwrite)
-    manner = Manner(thinking, text, mistakes, held_out_fraction)
+    manner = Manner(thinking, text, mistakes, held_out)
     written = write_chats(sets, out, count=count, seed=seed, manner=manner)
     print(f"{written} {'texts' if text else 'conversations'} in {out}")
     return DONE

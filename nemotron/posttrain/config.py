@@ -158,6 +158,10 @@ class RolloutConfig(Section):
     max_turns: int = Field(16, gt=0)
     """Answers in one conversation with tools, which ends with the calls of the last one. Each
     answer has at most `max_new_tokens`; all of it fits into a row of `data.seq_len`."""
+    lag: int = Field(0, ge=0, le=1)
+    """Rollout batches between the weights that answer and those that learn. 1: a thread answers the
+    next batch while this one is learned from, with the weights as they were before; it has a copy
+    of them. `policy.correction` weighs what they differ by. 0: rollouts and updates alternate."""
     slots: int = Field(64, gt=0)
     """Answers that are written at the same time on each rank."""
     router_replay: bool = True

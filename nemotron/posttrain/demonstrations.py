@@ -14,6 +14,9 @@ from nemotron.posttrain.environments.base import Response, Row, messages_of
 from nemotron.posttrain.environments.registry import ENVIRONMENTS, find_environment
 from nemotron.posttrain.holding_out import draw_rows
 
+REASONING = "reasoning_content"
+"""Key of a message's reasoning."""
+
 
 @runtime_checkable
 class Demonstrates(Protocol):
@@ -122,20 +125,28 @@ def _written(
         reasoning = f"{answer.reasoning}\n" if has_reasoning else ""
         return {"text": f"{prompt[-1]['content']}{reasoning}{answer.text}"}
     turns = _turns(answer)
-    for turn in turns if has_reasoning else []:
-        if turn["role"] == "assistant":
-            turn["reasoning_content"] = answer.reasoning
+    for turn in turns:
+        if not has_reasoning:
+            turn.pop(REASONING, None)
     return {"messages": [*prompt, *turns]}
 
 
 def _turns(answer: Response) -> list[dict[str, Any]]:
-    """Return the turns of an answer: each call, what the tool says, and the last message."""
+    """Return the turns of an answer: each call, what the tool says, and the last message.
+
+    A call without reasoning of its own has that of the last message.
+    """
     turns: list[dict[str, Any]] = []
+    thought = answer.reasoning
     for item in answer.output:
-        if item["type"] == "function_call":
+        if item["type"] == "reasoning":
+            thought = item["text"]
+        elif item["type"] == "function_call":
             function = {"name": item["name"], "arguments": item["arguments"]}
             call = {"type": "function", "function": function}
-            turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+            turns.append({**turn, REASONING: thought})
+            thought = answer.reasoning
         elif item["type"] == "function_call_output":
             turns.append({"role": "tool", "content": item["output"]})
-    return [*turns, {"role": "assistant", "content": answer.text}]
+    return [*turns, {"role": "assistant", "content": answer.text, REASONING: answer.reasoning}]

@@ -69,9 +69,21 @@ class Reinforcement:
         reference = load_reference(config, device)
         teacher = load_teacher(config, tasks.tokenizer, device) if config.teacher else None
         batches = RolloutBatches(
-            config, tasks, sampler, local, ranks, reference=reference, teacher=teacher
+            config,
+            tasks,
+            sampler,
+            local,
+            ranks,
+            num_steps=plan.num_steps,
+            reference=reference,
+            teacher=teacher,
         )
         auxiliary = Auxiliary(config.loss, config.num_depths, bool(config.model.moe_layers))
         objective = PolicyObjective(config.policy, auxiliary, config.rollout.temperature)
         trainer = Trainer(config, local, objective, batches, plan, device, peak_flops, ranks)
-        return Setup(trainer, tasks, batches.evaluate, verifiers.close)
+
+        def close() -> None:
+            batches.close()  # its thread needs the verifiers
+            verifiers.close()
+
+        return Setup(trainer, tasks, batches.evaluate, close)

@@ -3,8 +3,8 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
+from nemotron.data.alphabets import SCRIPTS, shared
 from nemotron.data.config import MIXED, SourceConfig, leaves
-from nemotron.data.scripts import SCRIPTS, shared
 from nemotron.errors import Finding
 from nemotron.train.config import RunConfig, TextConfig
 from nemotron.train.schedule import plan_training
@@ -64,8 +64,7 @@ def _scripts(languages: Sequence[str]) -> Iterator[Finding]:
         if common := shared(one, other):
             yield Finding(
                 "data.language_of",
-                f"cannot part {one} from {other}, which share the script {common[0].title()}; use "
-                "source.",
+                f"cannot part {one} from {other}, which share the script {common[0]}; use source.",
                 "script",
             )
 

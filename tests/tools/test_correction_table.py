@@ -18,6 +18,7 @@ DIFFERENT = {
     "candidates": ("data.sources", "model.correction"),
     "soft": ("correct.kind", "correct.first_steps"),
     "experts": ("data.language_of", "model.language_experts", "model.n_group"),
+    "injection": ("data.sources",),
     "ways": (
         *("stage", "correct.", "data.chat.", "data.mask_correct", "data.sources", "tune."),
         *("evaluation.tokens", "phases"),

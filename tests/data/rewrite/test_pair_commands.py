@@ -55,6 +55,23 @@ def rows_of(folder: Path) -> list[PairRow]:
     ]
 
 
+def test_pairs_are_shown(made: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["data", "inspect", str(made / "rows"), "--tokenizer", str(made / "tokenizer.json")]
+    assert run([*words, "--check", "--rows", "1"]) == 0
+    said = capsys.readouterr().out
+    first, *_ = rows = rows_of(made / "rows")
+    assert "pairs of 4 candidates to train on" in said
+    assert "all files and all ids are correct" in said
+    tokenizer = Tokenizer((made / "tokenizer.json").read_bytes())
+    assert f"{tokenizer.decode(first.target.tolist())}  (target)" in said
+    void = marks_of(tokenizer).void
+    train = rows[: int(said.split(": ")[1].split(" ")[0])]
+    tokens = sum((row.columns[0] != void).sum() for row in train)
+    wrong = sum((~row.is_kept[0] & (row.columns[0] != void)).sum() for row in train)
+    assert f"candidate 1: {wrong / tokens:.1%} of the tokens wrong" in said
+    assert run([*words, "--plots", "p"]) == 2
+
+
 def test_rows_give_back_the_pairs(made: Path):
     tokenizer = Tokenizer((made / "tokenizer.json").read_bytes())
     void = marks_of(tokenizer).void
