@@ -181,6 +181,10 @@ BAD = [
     ({"target": "abc", "candidates": ["a" * 2001]}, "has a text of 2,001 characters, at most"),
     ({"target": "a", "candidates": ["a"], "scores": [0.1]}, "not a list of numbers for each"),
     ({"target": "a", "candidates": ["a"], "scores": [["x"]]}, "has a score that is not a number"),
+    (
+        {"target": "a", "candidates": ["a"], "scores": [[10**400]]},
+        "has a score that is not a number: 1000000000000000000000000000000000000000",
+    ),
     ({"target": "a", "candidates": ["a"], "scores": [[], []]}, "of 2 candidates for 1"),
 ]
 
