@@ -20,6 +20,7 @@ from nemotron.files import write_json
 from nemotron.hf.folder import is_exported
 from nemotron.hf.hub import find_folder
 from nemotron.loading import attach_scales, fix_language, read_initial
+from nemotron.outputs import check_new
 from nemotron.posttrain.suites.definition import PERPLEXITY
 from nemotron.recipe.load import Recipe, load_recipe
 from nemotron.run.files import RunFiles
@@ -56,18 +57,15 @@ def evaluate(
         UserError: when there is no model or no held-out text, or the recipe's tokenizer is another
             than the model's.
     """
-    if out is not None and (out.exists() or not out.parent.is_dir()):
-        raise UserError(
-            "exists already, or its folder does not; name a new file in a folder that exists.",
-            key="--out",
-            value=out,
-        )
+    if out is not None:
+        check_new(out, "--out")
     held_out, loaded = open_text(model, text, device)
     fix_language(held_out.model, language)
     metrics = held_out.metrics()
     _print(metrics, held_out.data.validation_domains)
     if out is not None:
         facts = {"model": str(model), "recipe": str(loaded.path), "version": code_version()}
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, {**facts, "metrics": metrics})
         print_text(f"written to {out}")
     return DONE

@@ -69,6 +69,7 @@ def export(
     target = output_folder(out if out is not None else source.run.path / "export")
     check_readable(source.config)
     check_target(target, source, overwrite=overwrite)
+    check_output(failed_beside(target), COMMAND, _inputs(source), overwrite=True)
     formats = source.formats(formats)
     if quantized is not None:
         plain = disk_parameters(source.config, formats)
@@ -100,7 +101,9 @@ def export(
     return DONE
 
 
-def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> None:
+def check_target(
+    target: Path, source: CheckpointSource, *, overwrite: bool, command: str = COMMAND
+) -> None:
     """Check that the folder may be written, before anything is.
 
     Raises:
@@ -110,9 +113,11 @@ def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> 
         raise UserError(
             "is inside the checkpoints folder; export to another folder.", where=str(target)
         )
-    inputs = [source.info.folder] + ([source.run.path] if source.run else [])
-    check_output(target, COMMAND, inputs, overwrite=overwrite)
-    check_output(failed_beside(target), COMMAND, inputs, overwrite=True)
+    check_output(target, command, _inputs(source), overwrite=overwrite)
+
+
+def _inputs(source: CheckpointSource) -> list[Path]:
+    return [source.info.folder] + ([source.run.path] if source.run else [])
 
 
 def failed_beside(target: Path) -> Path:

@@ -3,8 +3,8 @@
 import itertools
 from collections.abc import Iterator, Sequence
 
+from nemotron.data.alphabets import SCRIPTS, shared
 from nemotron.data.config import MIXED, SourceConfig, leaves
-from nemotron.data.scripts import SCRIPTS, shared
 from nemotron.errors import Finding
 from nemotron.train.config import RunConfig, TextConfig
 from nemotron.train.schedule import plan_training

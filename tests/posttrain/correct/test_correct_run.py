@@ -14,6 +14,7 @@ from nemotron.posttrain.correct.evaluate import Errors, distance, errors_of
 from nemotron.posttrain.correct.layout import Specials
 from nemotron.posttrain.correct.run import Corrector, Source, text_ids
 from nemotron.posttrain.correct.threshold import NOTHING, best_threshold
+from tests.support.cases import further
 from tests.support.models import build
 from tests.support.pairs import MODEL, PairPlace, make_rows, marks, metrics_of, tokenizer
 from tests.support.same_run import assert_same_run
@@ -27,7 +28,7 @@ def model_of(kind: str, candidates: int = 2) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tag", "soft", "duration"])
+@pytest.mark.parametrize("kind", [further("tag"), "soft", further("duration")])
 def test_a_stopped_run_resumes_to_the_same_bits(place: PairPlace, kind: str) -> None:
     values = {"correct": {"kind": kind}, **model_of(kind)}
     whole, parts = (place.recipe(f"{kind}-{name}", **values) for name in ("whole", "parts"))
