@@ -9,7 +9,7 @@ from nemotron.data.config import MIXED
 from nemotron.data.loader import TrainingData
 from nemotron.data.prefetch import Languages, ScriptLanguages, SourceLanguages, TextBatches
 from nemotron.data.rehearsal import rehearse
-from nemotron.data.script_labels import languages_by_script
+from nemotron.data.scripts import languages_by_script
 from nemotron.model.language import UNKNOWN
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks

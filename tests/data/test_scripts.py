@@ -1,7 +1,7 @@
 """The language of tokens by the script of their letters."""
 
 from nemotron.data.correct.characters import character_tokenizer, count_characters
-from nemotron.data.script_labels import languages_by_script
+from nemotron.data.scripts import languages_by_script
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 
 
