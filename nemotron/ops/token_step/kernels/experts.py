@@ -131,11 +131,11 @@ def _up(call, layer, tokens, thread, threads, kind):
     first, last = share(active * layer.expert_blocks, thread, threads)
     size = layer.input_size * BLOCK * item_size(kind)
     item = 0
-    for expert in range(layer.num_experts):
-        begin, end = begins[expert], begins[expert + 1]
-        if begin == end:
-            continue
-        for block in range(layer.expert_blocks):
+    for block in range(layer.expert_blocks):  # experts have unlike numbers of tokens
+        for expert in range(layer.num_experts):
+            begin, end = begins[expert], begins[expert + 1]
+            if begin == end:
+                continue
             if first <= item < last:
                 weight = layer.up + (expert * layer.expert_blocks + block) * size
                 tile(
