@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 from cases import CASES, DECODE_TOKENS, DTYPES, PROXIES, Case, draw_tokens
-from machine import Watch, matmul_peak
+from machine import matmul_peak
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
@@ -23,6 +23,7 @@ from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.forward import append, read
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.ssd import ssd
+from nemotron.sol.clock import Watch
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig, OptimizerConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
