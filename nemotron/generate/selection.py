@@ -28,10 +28,11 @@ def select(
 ) -> list[Selected]:
     """Choose the next token of each sample; it is distributed alike whatever its draft is."""
     if all(map(_takes_the_likeliest, samples)):
-        forced = [sample.take_forced() for sample in samples]
-        found = zip(logits.argmax(-1).tolist(), forced, strict=True)
+        fixed = [sample.take_forced() for sample in samples]
+        likeliest = logits.argmax(-1).tolist()
         return [
-            Selected(free if fixed is None else fixed, fixed is not None) for free, fixed in found
+            Selected(free if other is None else other, other is not None)
+            for free, other in zip(likeliest, fixed, strict=True)
         ]
     adjusted = _adjusted(samples, logits)
     guesses = drafts or [None] * len(samples)

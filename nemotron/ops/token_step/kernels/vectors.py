@@ -18,7 +18,7 @@ BLOCK = 64
 """Outputs that are computed together: four vectors of weights for each input."""
 
 MANY_ROWS = 16
-L1_BYTES = 1 << 15
+L1_BYTES = 1 << 14
 """Memory of the weights that so many rows, or more, read again and again."""
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
