@@ -18,7 +18,7 @@ BLOCK = 64
 """Outputs that are computed together: four vectors of weights for each input."""
 
 MANY_ROWS = 16
-L1_BYTES = 1 << 14
+PART_BYTES = 1 << 14
 """Memory of the weights that so many rows, or more, read again and again."""
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
@@ -157,7 +157,7 @@ def tile(xs, ys, rows, offset, weight, count, fresh, kind):
     """
     depth = count
     if rows >= MANY_ROWS:
-        depth = L1_BYTES // (BLOCK * item_size(kind))
+        depth = PART_BYTES // (BLOCK * item_size(kind))
     start = 0
     while start < count:
         part, is_fresh = min(depth, count - start), fresh and start == 0
