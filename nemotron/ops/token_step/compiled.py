@@ -1,5 +1,6 @@
 """Steps by compiled kernels: tables of addresses for them, their buffers and their threads."""
 
+import functools
 import threading
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -9,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron.ops.jit import storage
+from nemotron.ops.jit.team import Team
 from nemotron.ops.token_step.buffers import Rows, rounded
 from nemotron.ops.token_step.stack import (
     BLOCK,
@@ -21,8 +24,23 @@ from nemotron.ops.token_step.stack import (
     Stack,
     Step,
 )
-from nemotron.ops.token_step.storage import kernels
-from nemotron.ops.token_step.team import Team
+
+COMPILE_S = 20
+"""About how long a core compiles the kernels for one dtype."""
+
+
+@functools.cache
+def kernels(dtype: str) -> tuple[Any, Any, Any]:
+    """Return the step, the product, and what names the dtype; compile or load them."""
+    mark = storage.announce(dtype, f"kernels for decoding in {dtype}", COMPILE_S)
+    module = storage.load("nemotron.ops.token_step.kernels.run")
+    from nemotron.ops.token_step.kernels.records import CALL, LAYER
+
+    kind = module.FORMATS[dtype]
+    module.run(np.zeros(1, CALL), np.zeros(0, LAYER), 0, 1, kind)
+    module.multiply(0, 0, 0, 0, 0, 0, 0, 0, 1, kind)
+    mark.touch()
+    return module.run, module.multiply, kind
 
 
 class Program:

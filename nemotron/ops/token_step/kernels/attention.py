@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import njit
 
-from nemotron.ops.token_step.kernels.scalars import (
+from nemotron.ops.jit.scalars import (
     encode,
     exp,
     floats,
@@ -14,7 +14,7 @@ from nemotron.ops.token_step.kernels.scalars import (
     items,
     share,
 )
-from nemotron.ops.token_step.kernels.vectors import add_scaled, dot
+from nemotron.ops.jit.vectors import add_scaled, dot
 
 
 @njit

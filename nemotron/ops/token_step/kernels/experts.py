@@ -3,10 +3,10 @@
 import numpy as np
 from numba import njit
 
-from nemotron.ops.token_step.kernels.barrier import wait
+from nemotron.ops.jit.barrier import wait
+from nemotron.ops.jit.scalars import floats, integers, item_size, share, sigmoid
+from nemotron.ops.jit.vectors import BLOCK, tile
 from nemotron.ops.token_step.kernels.linear import linear, normalize_rows, square_relu
-from nemotron.ops.token_step.kernels.scalars import floats, integers, item_size, share, sigmoid
-from nemotron.ops.token_step.kernels.vectors import BLOCK, tile
 
 
 @njit

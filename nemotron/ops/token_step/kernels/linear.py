@@ -5,8 +5,8 @@ import math
 import numpy as np
 from numba import njit
 
-from nemotron.ops.token_step.kernels.scalars import decode, encode, floats, item_size, share
-from nemotron.ops.token_step.kernels.vectors import BLOCK, dot, tile
+from nemotron.ops.jit.scalars import decode, encode, floats, item_size, share
+from nemotron.ops.jit.vectors import BLOCK, dot, tile
 
 
 @njit

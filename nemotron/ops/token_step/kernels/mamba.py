@@ -5,7 +5,7 @@ import math
 import numpy as np
 from numba import njit
 
-from nemotron.ops.token_step.kernels.scalars import (
+from nemotron.ops.jit.scalars import (
     decode,
     encode,
     exp,
@@ -17,7 +17,7 @@ from nemotron.ops.token_step.kernels.scalars import (
     share,
     sigmoid,
 )
-from nemotron.ops.token_step.kernels.vectors import advance, dot
+from nemotron.ops.jit.vectors import advance, dot
 
 
 @njit
