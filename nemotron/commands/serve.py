@@ -13,6 +13,7 @@ from nemotron.commands.shared import CommandGroup, Device, Model
 if TYPE_CHECKING:
     from nemotron.data.tokenizer import Tokenizer
     from nemotron.model.hybrid import HybridLM
+    from nemotron.serve.console import Tools
     from nemotron.serve.conversation import ChatFormat
 
 app = CommandGroup()
@@ -119,6 +120,9 @@ def chat(
         int, typer.Option(min=1, help="Largest number of tokens of an answer.")
     ] = 1024,
     think: Annotated[bool, typer.Option(help="Let answers begin with reasoning.")] = True,
+    calculator: Annotated[
+        bool, typer.Option("--calculator", help="Offer a calculator, and run its calls.")
+    ] = False,
     max_length: Length = None,
     device: Device = "auto",
     *,
@@ -129,7 +133,7 @@ def chat(
     from nemotron.errors import UserError
     from nemotron.generate.budget import ReasoningBudget
     from nemotron.generate.engine import Engine
-    from nemotron.serve.console import Conversation, Manner
+    from nemotron.serve.console import Conversation, Manner, Tools
     from nemotron.serve.console import chat as run
 
     sampling = answers.sampling
@@ -143,7 +147,9 @@ def chat(
         )
     tokens = answers.think_budget
     budget = None if tokens is None else ReasoningBudget.of(tokenizer, tokens)
-    manner = Manner(sampling, max_new_tokens, tuple(answers.stop or ()), system, think, budget)
+    stop = tuple(answers.stop or ())
+    tools = _calculator() if calculator else Tools()
+    manner = Manner(sampling, max_new_tokens, stop, system, think, budget, tools)
     ends = {loaded.config.eos_token_id}
     engine = Engine(
         loaded,
@@ -156,6 +162,15 @@ def chat(
     )
     length = max_length or loaded.config.max_position_embeddings
     return run(Conversation(engine, chat_format, manner, length))
+
+
+def _calculator() -> "Tools":
+    """Return the calculator of the environments."""
+    from nemotron.posttrain.environments import desk
+    from nemotron.serve.console import Tools
+
+    own = [tool for tool in desk.specifications() if tool["name"] == "calculate"]
+    return Tools(own, lambda name, arguments: desk.run_tool({}, name, arguments))
 
 
 def _load(path: Path, device: str) -> "tuple[HybridLM, Tokenizer, ChatFormat | None]":

@@ -2,8 +2,9 @@
 
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.advantages import advantages
+from nemotron.posttrain.ahead import NUMBER, ROLLOUTS, RolloutsAhead, by_group
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.contents import KEY, check_contents, model_contents
 from nemotron.posttrain.curriculum import Curriculum
@@ -33,6 +35,8 @@ from nemotron.run.files import RunFiles
 
 CURRICULUM = "curriculum"
 """Where its pass rates stand in the state of a checkpoint."""
+AHEAD = "ahead"
+"""Where the rollouts of the next batch stand in the state of a checkpoint."""
 REPLAYED = "replayed"
 """Key of what a checkpoint says about replayed experts."""
 
@@ -41,7 +45,8 @@ class RolloutBatches:
     """Batches of a run whose text is written by the model in training.
 
     Every `updates_per_step` steps the ranks answer a new batch of tasks together; each of them
-    knows all answers, and takes its share of the rows of every step.
+    knows all answers, and takes its share of the rows of every step. With `rollout.lag` a thread
+    answers the next batch meanwhile, with the weights as they were before these steps.
     """
 
     def __init__(
@@ -52,12 +57,16 @@ class RolloutBatches:
         local: LocalModel,
         ranks: Ranks,
         *,
+        num_steps: int,
         reference: HybridLM | None = None,
         teacher: HybridLM | None = None,
     ) -> None:
-        """`reference` has the weights that the run began with, if the loss compares with them."""
+        """`num_steps` is the length of the run.
+
+        `reference` has the weights that the run began with, if the loss compares with them.
+        """
         self._config, self._tasks, self._sampler = config, tasks, sampler
-        self._local, self._ranks = local, ranks
+        self._local, self._ranks, self._num_steps = local, ranks, num_steps
         self._reference, self._teacher = reference, teacher
         self._contents = {
             **tasks.contents(),
@@ -68,6 +77,7 @@ class RolloutBatches:
         self._experts = Experts.of(config)
         plan = config.rollout.curriculum
         self._curriculum = None if plan is None else Curriculum(plan, config.rollout)
+        self._ahead = RolloutsAhead(ranks) if config.rollout.lag else None
         self._number = -1
         """Number of the rollout batch at hand."""
         self._rollouts: list[Rollout] = []
@@ -100,6 +110,7 @@ class RolloutBatches:
             "rollout_batch": self._number,
             "rollouts": [json.loads(rollout.as_line()) for rollout in self._rollouts],
             **({} if self._curriculum is None else {CURRICULUM: self._curriculum.state()}),
+            **({} if self._ahead is None else {AHEAD: self._ahead.state()}),
             REPLAYED: asdict(self._differences),
         }
 
@@ -110,7 +121,7 @@ class RolloutBatches:
             UserError: when the checkpoint is of another kind of run, or files or models changed.
         """
         known = {KEY, REPLAYED, "rollout_batch", "rollouts"}
-        if (saved.keys() - {CURRICULUM}) | {KEY, REPLAYED} != known:
+        if (saved.keys() - {CURRICULUM, AHEAD}) | {KEY, REPLAYED} != known:
             raise UserError(
                 f"the checkpoint of step {step} is of a run without rollouts; begin a new run "
                 "with init_from."
@@ -130,8 +141,24 @@ class RolloutBatches:
                     "resume with the recipe of the run, or begin a new run with init_from."
                 ) from None
         self._number = saved["rollout_batch"]
+        self._restore_ahead(saved.get(AHEAD), step)
         self._differences = _read_differences(saved.get(REPLAYED, {}), step)
         self._metrics = self._figures() if self._rollouts else {}
+
+    def _restore_ahead(self, saved: Any, step: int) -> None:  # Any: JSON
+        """Take the rollouts of the next batch, if some were written.
+
+        Raises:
+            UserError: when they are none.
+        """
+        if self._ahead is None or saved is None:
+            return
+        known = isinstance(saved, dict) and saved.keys() == {NUMBER, ROLLOUTS}
+        if not known or not isinstance(saved[ROLLOUTS], list):
+            rule = "are damaged; resume from another checkpoint."
+            raise UserError(f"the rollouts ahead of step {step} {rule}")
+        if saved[NUMBER] in (None, self._number + 1):
+            self._ahead.restore(saved[NUMBER], self._read_rollouts(saved[ROLLOUTS], step))
 
     def _read_rollouts(self, saved: list[Any], step: int) -> list[Rollout]:  # Any: JSON
         vocab_size = self._config.model.vocab_size
@@ -162,6 +189,8 @@ class RolloutBatches:
 
     def evaluate(self) -> dict[str, float]:
         """Return the mean reward of the likeliest answers to held-out tasks, by environment."""
+        if self._ahead is not None:
+            self._ahead.wait()
         ranks, drawing = self._ranks, held_out_drawing(self._config)
         items = held_out_items(self._tasks)[ranks.rank :: ranks.world]
         with whole_model(self._local, ranks) as model:
@@ -177,16 +206,12 @@ class RolloutBatches:
 
     def _begin(self, number: int, step: int) -> None:
         """Roll out, verify, score and compare a batch; all ranks then have all of it."""
-        config, ranks = self._config, self._ranks
         start = time.perf_counter()
-        tasks = list(enumerate(self._tasks.batch(number, self._curriculum)))
-        with whole_model(self._local, ranks) as model:
-            own = self._sampler.roll_out(
-                model, tasks[ranks.rank :: ranks.world], f"{config.seed} {number}", step
-            )
-        parts = [rollout for part in ranks.gather(own) for rollout in part]
-        self._rollouts = sorted(parts, key=lambda rollout: rollout.group)
-        rollout_s = time.perf_counter() - start
+        written = None if self._ahead is None else self._ahead.take(number)
+        self._rollouts = self._write(number, step) if written is None else written
+        # what was written ahead was judged ahead
+        verify_s = self._sampler.verify_s if written is None else 0.0
+        rollout_s = time.perf_counter() - start - verify_s
         start = time.perf_counter()
         self._differences = self._score()
         self._compare()
@@ -194,20 +219,51 @@ class RolloutBatches:
         self._number = number
         self._learn()
         self._metrics = self._figures()
-        verify_s = self._sampler.verify_s
         self._seconds = {
-            "rl/rollout_s": rollout_s - verify_s,
+            "rl/rollout_s": rollout_s,
             "rl/verify_s": verify_s,
             "rl/score_s": score_s,
         }
-        if ranks.is_first:
+        if self._ranks.is_first:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"step-{step:08}.jsonl"
             write_text(path, rollout_lines(self._rollouts))
-        check_agreement(self._metrics[PROB_ERROR], config, step)
+        if written is None:  # the others differ from the trainer by what was learned since
+            check_agreement(self._metrics[PROB_ERROR], self._config, step)
+        self._go_ahead(number + 1, step)
+
+    def _write(self, number: int, step: int) -> list[Rollout]:
+        """Return the rollouts of a batch with the weights of now."""
+        write = self._writer(number, step)
+        with whole_model(self._local, self._ranks) as model:
+            own = write(model)
+        return by_group(self._ranks.gather(own))
+
+    def _go_ahead(self, number: int, step: int) -> None:
+        """Let the thread write the rollouts of the next batch with the weights of now."""
+        if self._ahead is None or number * self._config.rollout.updates_per_step >= self._num_steps:
+            return
+        write = self._writer(number, step)
+        with whole_model(self._local, self._ranks, plain=True) as copy:
+            self._ahead.begin(number, partial(write, copy))
+
+    def _writer(self, number: int, step: int) -> Callable[[HybridLM], list[Rollout]]:
+        """Return what has a model write this rank's rollouts of a batch; the tasks are chosen."""
+        tasks = list(enumerate(self._tasks.batch(number, self._curriculum)))
+        own = tasks[self._ranks.rank :: self._ranks.world]
+        seed = f"{self._config.seed} {number}"
+        return lambda model: self._sampler.roll_out(model, own, seed, step)
+
+    def close(self) -> None:
+        """End the thread that writes ahead."""
+        if self._ahead is not None:
+            self._ahead.close()
 
     def _figures(self) -> dict[str, float]:
         figures = batch_metrics(self._rollouts, self._config) | self._differences.metrics()
+        if self._ahead is not None:
+            begin = self._number * self._config.rollout.updates_per_step
+            figures["rl/lag"] = float(np.mean([begin - r.version for r in self._rollouts]))
         return figures | ({} if self._curriculum is None else self._curriculum.metrics())
 
     def _learn(self) -> None:

@@ -89,12 +89,20 @@ class EnvironmentConfig(Section):
 
     name: str = Field(min_length=1)
     """Name of a built-in environment, or of one on the server that `options.url` names."""
+    label: str | None = Field(None, min_length=1)
+    """Name of its tasks in rollouts, metrics and evaluations; absent: `name`. Where one environment
+    stands twice, with other options, each entry needs its own."""
     options: dict[str, Any] = Field(default_factory=dict)
     """What the environment is made with, such as the address of a server."""
     weight: float = Field(1.0, gt=0)
     """Share of the prompts, relative to the other environments."""
     level: Annotated[float, Field(ge=0)] = 0.0
     """Difficulty of the tasks, from 0."""
+
+    @property
+    def title(self) -> str:
+        """Name of its tasks."""
+        return self.label or self.name
 
 
 class CurriculumConfig(Section):
@@ -150,6 +158,10 @@ class RolloutConfig(Section):
     max_turns: int = Field(16, gt=0)
     """Answers in one conversation with tools, which ends with the calls of the last one. Each
     answer has at most `max_new_tokens`; all of it fits into a row of `data.seq_len`."""
+    lag: int = Field(0, ge=0, le=1)
+    """Rollout batches between the weights that answer and those that learn. 1: a thread answers the
+    next batch while this one is learned from, with the weights as they were before; it has a copy
+    of them. `policy.correction` weighs what they differ by. 0: rollouts and updates alternate."""
     slots: int = Field(64, gt=0)
     """Answers that are written at the same time on each rank."""
     router_replay: bool = True
@@ -171,11 +183,13 @@ class RolloutConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> "RolloutConfig":
-        names = [entry.name for entry in self.environments]
-        for name in names:
-            if names.count(name) > 1:
+        titles = [entry.title for entry in self.environments]
+        for title in titles:
+            if titles.count(title) > 1:
                 raise RuleBroken(
-                    "environments", f"names {name} twice; a level such as 1.5 mixes two levels"
+                    "environments",
+                    f"names {title} twice; give each a label of its own, or mix two levels by one "
+                    "such as 1.5",
                 )
         return self
 

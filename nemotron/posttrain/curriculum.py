@@ -25,7 +25,7 @@ class Curriculum:
     def __init__(self, config: CurriculumConfig, rollout: RolloutConfig) -> None:
         self._config = config
         self._levels: dict[str, dict[float, deque[float]]] = {
-            entry.name: {entry.level: self._window()} for entry in rollout.environments
+            entry.title: {entry.level: self._window()} for entry in rollout.environments
         }
         self._tasks: OrderedDict[str, float] = OrderedDict()
 

@@ -12,6 +12,10 @@ from nemotron.errors import UserError
 from nemotron.files import write_text
 from nemotron.posttrain.environments.base import Response, Row, messages_of
 from nemotron.posttrain.environments.registry import ENVIRONMENTS, find_environment
+from nemotron.posttrain.holding_out import draw_rows
+
+REASONING = "reasoning_content"
+"""Key of a message's reasoning."""
 
 
 @runtime_checkable
@@ -42,6 +46,9 @@ class Manner:
     """Whether prompt and answer are one text without a chat format, as pre-training reads it."""
     mistakes: float = 0.0
     """Share of the answers that earn nothing."""
+    held_out_fraction: float = 0.0
+    """Share of the tasks that are left out, those that a recipe with the same fraction leaves to
+    evaluations."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +87,8 @@ def write_chats(
     They are rows with `messages`, or with `text`.
 
     Raises:
-        UserError: when an environment is unknown, cannot run here or has no answers of its own.
+        UserError: when an environment is unknown, cannot run here, has no answers of its own, or
+            too few tasks that are not held out.
     """
     rows = itertools.chain.from_iterable(_chats(each, count, seed, manner) for each in sets)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
@@ -88,14 +96,6 @@ def write_chats(
     out.parent.mkdir(parents=True, exist_ok=True)
     write_text(out, "".join(lines))
     return len(lines)
-
-
-def check_file(out: Path, *, overwrite: bool) -> None:
-    """Raise UserError unless a file may be written."""
-    if out.exists() and not out.is_file():
-        raise UserError("is not a file; give the name of one.", where=str(out))
-    if out.exists() and not overwrite:
-        raise UserError("exists already; add --overwrite to replace it.", where=str(out))
 
 
 def _chats(tasks: TaskSet, count: int, seed: int, manner: Manner) -> Iterator[dict[str, Any]]:
@@ -106,7 +106,8 @@ def _chats(tasks: TaskSet, count: int, seed: int, manner: Manner) -> Iterator[di
         what = "make mistakes" if manner.mistakes else "answer its own tasks"
         raise UserError(f"{tasks.environment} does not {what}; choose from {', '.join(able)}.")
     rng = random.Random(f"{seed} mistakes of {tasks.environment} {tasks.level}")
-    for row in environment.rows(count, seed, tasks.level):
+    fraction = manner.held_out_fraction
+    for row in draw_rows(environment, count, seed, tasks.level, fraction, held=False):
         answer = environment.demonstrate(row)
         if manner.mistakes and rng.random() < manner.mistakes:
             assert isinstance(environment, Errs)
@@ -124,20 +125,28 @@ def _written(
         reasoning = f"{answer.reasoning}\n" if has_reasoning else ""
         return {"text": f"{prompt[-1]['content']}{reasoning}{answer.text}"}
     turns = _turns(answer)
-    for turn in turns if has_reasoning else []:
-        if turn["role"] == "assistant":
-            turn["reasoning_content"] = answer.reasoning
+    for turn in turns:
+        if not has_reasoning:
+            turn.pop(REASONING, None)
     return {"messages": [*prompt, *turns]}
 
 
 def _turns(answer: Response) -> list[dict[str, Any]]:
-    """Return the turns of an answer: each call, what the tool says, and the last message."""
+    """Return the turns of an answer: each call, what the tool says, and the last message.
+
+    A call without reasoning of its own has that of the last message.
+    """
     turns: list[dict[str, Any]] = []
+    thought = answer.reasoning
     for item in answer.output:
-        if item["type"] == "function_call":
+        if item["type"] == "reasoning":
+            thought = item["text"]
+        elif item["type"] == "function_call":
             function = {"name": item["name"], "arguments": item["arguments"]}
             call = {"type": "function", "function": function}
-            turns.append({"role": "assistant", "content": "", "tool_calls": [call]})
+            turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+            turns.append({**turn, REASONING: thought})
+            thought = answer.reasoning
         elif item["type"] == "function_call_output":
             turns.append({"role": "tool", "content": item["output"]})
-    return [*turns, {"role": "assistant", "content": answer.text}]
+    return [*turns, {"role": "assistant", "content": answer.text, REASONING: answer.reasoning}]

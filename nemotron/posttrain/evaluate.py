@@ -14,7 +14,6 @@ from nemotron.posttrain.suites.budgets import write_curve
 from nemotron.posttrain.suites.examine import examine
 from nemotron.posttrain.suites.results import Result, summarize
 from nemotron.posttrain.tasks import Tasks, held_out_drawing, held_out_items
-from nemotron.posttrain.verify import Verifiers
 from nemotron.precision.apply import DTYPES
 from nemotron.train.setup import check_end_of_text
 
@@ -59,7 +58,7 @@ def _results(model: HybridLM, config: RlConfig, budget: int | None) -> list[Resu
     check_end_of_text(config, tasks.tokenizer, is_chat=tasks.is_chat)
     how = answering(config.rollout, tasks)
     drawing = held_out_drawing(config, budget)
-    with Verifiers(config.rollout.verify_workers, tasks.options) as verifiers:
+    with tasks.verifiers() as verifiers:
         answerer = Answerer(model, tasks.prompts, how)
         return summarize(examine(answerer, verifiers, held_out_items(tasks), drawing))
 

@@ -78,7 +78,7 @@ def write_pivots(
     answerer = Answerer(model, tasks.prompts, answering(config.rollout, tasks))
     found, lines = Found(), list[str]()
     rows = _numbered(trajectories)
-    with Verifiers(config.rollout.verify_workers, tasks.options) as verifiers:
+    with tasks.verifiers() as verifiers:
         while part := list(itertools.islice(rows, AT_ONCE)):
             found.turns += len(part)
             lines += _pivots(part, answerer, verifiers, config, samples, max_reward, found)

@@ -11,7 +11,6 @@ from nemotron.posttrain.replay import describe
 from nemotron.posttrain.rollout import Sampler
 from nemotron.posttrain.tasks import Tasks
 from nemotron.posttrain.teacher import load_reference, load_teacher
-from nemotron.posttrain.verify import Verifiers
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.build import build_local
 from nemotron.train.schedule import TrainingPlan, build_schedule
@@ -64,15 +63,27 @@ class Reinforcement:
         tasks = Tasks(config)
         check_end_of_text(config, tasks.tokenizer, is_chat=tasks.is_chat)
         tasks.held_out()  # prompts that do not fit are found before anything is computed
-        verifiers = Verifiers(config.rollout.verify_workers, tasks.options)
+        verifiers = tasks.verifiers()
         sampler = Sampler(config, tasks, verifiers)
         local = build_local(config, device, ranks)
         reference = load_reference(config, device)
         teacher = load_teacher(config, tasks.tokenizer, device) if config.teacher else None
         batches = RolloutBatches(
-            config, tasks, sampler, local, ranks, reference=reference, teacher=teacher
+            config,
+            tasks,
+            sampler,
+            local,
+            ranks,
+            num_steps=plan.num_steps,
+            reference=reference,
+            teacher=teacher,
         )
         auxiliary = Auxiliary(config.loss, config.num_depths, bool(config.model.moe_layers))
         objective = PolicyObjective(config.policy, auxiliary, config.rollout.temperature)
         trainer = Trainer(config, local, objective, batches, plan, device, peak_flops, ranks)
-        return Setup(trainer, tasks, batches.evaluate, verifiers.close)
+
+        def close() -> None:
+            batches.close()  # its thread needs the verifiers
+            verifiers.close()
+
+        return Setup(trainer, tasks, batches.evaluate, close)

@@ -15,6 +15,7 @@ from nemotron.posttrain.environments.base import (
     BadRow,
     ReadsFile,
     Row,
+    belonging_to,
     messages_of,
     params_of,
 )
@@ -22,6 +23,7 @@ from nemotron.posttrain.environments.registry import find_environment
 from nemotron.posttrain.holding_out import draw_rows
 from nemotron.posttrain.prompts import Prompts
 from nemotron.posttrain.suites.examine import Drawing, Item
+from nemotron.posttrain.verify import Verifiers
 
 SPARE = 4
 """Tasks that a curriculum chooses from, for each that is asked."""
@@ -49,7 +51,7 @@ class Tasks:
         """
         self._config, self._rollout = config, config.rollout
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
-        own = {e.name: find_environment(e.name, e.options) for e in self._rollout.environments}
+        own = {e.title: find_environment(e.name, e.options) for e in self._rollout.environments}
         self.environments = own
         self.is_chat = self._rollout.prompt == "chat"
         ends = [config.data.eod_token, *([TURN_END] if self.is_chat else [])]
@@ -61,10 +63,14 @@ class Tasks:
             self._rollout.stop,
         )
 
-    @property
-    def options(self) -> dict[str, dict[str, object]]:
-        """What each environment is made with."""
-        return {entry.name: entry.options for entry in self._rollout.environments}
+    def verifiers(self) -> Verifiers:
+        """Return processes that judge answers to these tasks."""
+        entries = self._rollout.environments
+        return Verifiers(
+            self._rollout.verify_workers,
+            {entry.title: entry.options for entry in entries},
+            {entry.title: entry.name for entry in entries},
+        )
 
     def contents(self) -> Contents:
         """Return the hashes of the files that environments read their rows from.
@@ -87,7 +93,7 @@ class Tasks:
         """Return a line for each environment, for the log."""
         whole = sum(entry.weight for entry in self._rollout.environments)
         return [
-            f"{entry.name}: {entry.weight / whole:.1%} of the prompts, level {entry.level:g}"
+            f"{entry.title}: {entry.weight / whole:.1%} of the prompts, level {entry.level:g}"
             for entry in self._rollout.environments
         ]
 
@@ -114,16 +120,16 @@ class Tasks:
         rows = {}
         for index, needed in Counter(names).items():
             entry, seed = entries[index], rng.getrandbits(48)
-            rows[index] = self._rows(entry.name, needed, seed, entry.level, held=held)
+            rows[index] = self._rows(entry.title, needed, seed, entry.level, held=held)
         return [
-            self._task(entries[index].name, next(rows[index]), entries[index].level)
+            self._task(entries[index].title, next(rows[index]), entries[index].level)
             for index in names
         ]
 
     def _choose(self, count: int, rng: random.Random, curriculum: Curriculum) -> list[Task]:
         """Draw levels and tasks by their pass rates."""
         entries = self._rollout.environments
-        names = rng.choices([e.name for e in entries], [e.weight for e in entries], k=count)
+        names = rng.choices([e.title for e in entries], [e.weight for e in entries], k=count)
         kinds = [(name, curriculum.level(name, rng)) for name in names]
         rows = {}
         for (name, level), needed in Counter(kinds).items():
@@ -136,7 +142,8 @@ class Tasks:
 
     def _rows(self, name: str, count: int, seed: int, level: float, *, held: bool) -> Iterator[Row]:
         fraction = self._rollout.held_out_fraction
-        return draw_rows(self.environments[name], count, seed, level, fraction, held=held)
+        drawn = draw_rows(self.environments[name], count, seed, level, fraction, held=held)
+        return (belonging_to(row, name) for row in drawn)
 
     def _task(self, name: str, row: Row, level: float) -> Task:
         try:

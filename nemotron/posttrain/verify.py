@@ -57,12 +57,19 @@ class Verifiers:
     """A pool of processes that judge; each loads an environment once and keeps it."""
 
     def __init__(
-        self, workers: int, options: Mapping[str, Mapping[str, Any]] | None = None
+        self,
+        workers: int,
+        options: Mapping[str, Mapping[str, Any]] | None = None,
+        kinds: Mapping[str, str] | None = None,
     ) -> None:
-        """`options` holds what `find_environment` is given, by the environment's name."""
+        """`options` holds what `find_environment` is given, by the name that rows have.
+
+        `kinds` holds the environment behind each such name, where it has another one.
+        """
         self.faults: Counter[str] = Counter()
         """Samples that could not be judged, by environment."""
         self._options = {name: dict(given) for name, given in (options or {}).items()}
+        self._kinds = dict(kinds or {})
         self._workers = workers
         self._threads = ThreadPoolExecutor(workers, thread_name_prefix="verify")
         self._idle: queue.SimpleQueue[Worker] = queue.SimpleQueue()
@@ -165,5 +172,5 @@ class Verifiers:
 
     def _job(self, kind: str, row: Row, **more: Any) -> dict[str, Any]:
         name = environment_of(row)
-        options = self._options.get(name, {})
-        return {"kind": kind, "environment": name, "options": options, "row": row, **more}
+        made = {"made_as": self._kinds.get(name, name), "options": self._options.get(name, {})}
+        return {"kind": kind, "environment": name, **made, "row": row, **more}

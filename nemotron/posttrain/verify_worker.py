@@ -42,7 +42,7 @@ def _load(job: dict[str, Any], environments: dict[str, Environment]) -> bool:
     name = job["environment"]
     if name in environments:
         return False
-    environments[name] = find_environment(name, job["options"])
+    environments[name] = find_environment(job["made_as"], job["options"])
     return True
 
 

@@ -43,6 +43,13 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
                 "it, or raise that limit.",
                 entry.level,
             )
+    if rollout.lag and policy.correction.kind == "none":
+        yield Finding(
+            "rollout.lag",
+            "answers with older weights, which policy.correction.kind = none does not weigh; use "
+            "tis, or 0.",
+            rollout.lag,
+        )
     if policy.on_policy and rollout.updates_per_step > 1:
         yield Finding(
             "policy.on_policy",

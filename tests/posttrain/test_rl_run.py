@@ -10,6 +10,7 @@ import torch
 from nemotron.checkpoint.read import read_model
 from nemotron.cli import run
 from nemotron.posttrain import workers
+from tests.support.cases import further
 from tests.support.rl import rl_values, write_recipe
 
 
@@ -71,16 +72,19 @@ def test_a_run_writes_its_rollouts_and_their_figures(recipe, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("updates", [1, 2])
-def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path: Path, updates: int) -> None:
+@pytest.mark.parametrize(("updates", "lag"), [further((1, 0)), (2, 0), further((1, 1)), (2, 1)])
+def test_a_stopped_run_goes_on_to_the_same_bits(
+    recipe, tmp_path: Path, updates: int, lag: int
+) -> None:
     """With two updates for each rollout batch the stop lies between them.
 
-    A curriculum that raises the level at nothing draws by what it learned before the stop.
+    With a lag the next batch is being answered then. A curriculum that raises the level at nothing
+    draws by what it learned before the stop.
     """
     batch = {"global_tokens": 12 // updates * 47}
     plan = {"raise_at": 1e-9, "window": 4, "least_weight": 0.3}
     # a verdict that comes late on a busy machine would be a fault in one of the runs alone
-    rollout = arithmetic(updates_per_step=updates, curriculum=plan, verify_timeout_s=100.0)
+    rollout = arithmetic(updates_per_step=updates, lag=lag, curriculum=plan, verify_timeout_s=100.0)
     whole = recipe(f"whole{updates}", rollout=rollout, batch=batch)
     parts = recipe(f"parts{updates}", rollout=rollout, batch=batch)
     assert run(["train", str(whole)]) == 0
@@ -99,6 +103,8 @@ def test_a_stopped_run_goes_on_to_the_same_bits(recipe, tmp_path: Path, updates:
         )
         assert second == first
         assert all(answer["experts"] for answer in first)
+        versions = {answer["version"] for answer in first}
+        assert versions == {max(step - lag * updates, 0)}
     assert figures(tmp_path / "runs" / f"parts{updates}") == figures(
         tmp_path / "runs" / f"whole{updates}"
     )
@@ -138,8 +144,16 @@ def test_several_environments_share_the_prompts(recipe, tmp_path: Path, capsys) 
     [
         ({"rollout": arithmetic(environments=environments("arith"))}, "arith_chain"),
         ({"rollout": {"environments": []}}, "rollout.environments"),
+        (
+            {"rollout": {"environments": environments("mcqa", "mcqa")}},
+            "names mcqa twice; give each",
+        ),
         ({"batch": {"global_tokens": 47}}, "write 564"),
         ({"rollout": arithmetic(updates_per_step=3)}, "the nearest is 2"),
+        (
+            {"rollout": arithmetic(lag=1), "policy": {"correction": {"kind": "none"}}},
+            "rollout.lag = 1 answers with older weights",
+        ),
         ({"policy": {"clip_low": 0.1}}, "has no effect because rollout.updates_per_step = 1"),
         ({"policy": {"kl_coefficient": 0.1}}, "compares with the weights of init_from"),
         ({"policy": {"kl_kind": "k1"}}, "policy.kl_coefficient = 0"),

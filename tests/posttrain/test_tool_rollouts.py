@@ -41,7 +41,7 @@ def calls_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def recipe(folder: Path, **rollout: Any) -> Path:
     given = {
-        "environments": [{"name": "arith_chain", "options": {"tools": True}}],
+        "environments": [{"name": "arith_chain", "label": "sums", "options": {"tools": True}}],
         "prompt": "chat",
         "num_prompts_per_step": 2,
         "num_generations_per_prompt": 2,
@@ -95,7 +95,7 @@ def test_a_conversation_is_stored_scored_and_judged_as_a_whole(tmp_path: Path, c
     assert run(["rl", "reverify", str(folder)]) == 0
     assert "8 rollouts  0 changed  0 faults" in capsys.readouterr().out
     assert run(["rl", "evaluate", str(path), "--model", str(folder)]) == 0
-    assert "arith_chain" in capsys.readouterr().out
+    assert "sums" in capsys.readouterr().out
 
 
 @pytest.mark.slow

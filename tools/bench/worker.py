@@ -60,7 +60,7 @@ class Ours:
         if kind == "numba":
             apply(self.model, OpsConfig(**dict.fromkeys(KERNELS, kind)))
         self.model.compute_dtype = DTYPES[dtype]
-        if case.kind == "decode":
+        if case.kind in ("decode", "prefill"):
             prepare_weights(self.model)
         else:
             self.optimizer = Optimizer(dict(self.model.named_parameters()), OptimizerConfig())
@@ -190,7 +190,7 @@ class Scan:
 
 
 def run_step(program: Program | Scan, case: Case, step: int) -> dict[str, float | bool]:
-    """Time one training step, one scan, or the mean token-step of a short continuation."""
+    """Time one training step, scan or reading, or the mean token-step of a short continuation."""
     tokens = draw_tokens(case, step)
     if isinstance(program, Scan):
         program.draw(step)
@@ -202,6 +202,8 @@ def run_step(program: Program | Scan, case: Case, step: int) -> dict[str, float 
             program.run()
         elif case.kind == "train":
             program.train(tokens)
+        elif case.kind == "prefill":
+            program.prefill(tokens)
         else:
             for _ in range(DECODE_TOKENS):
                 program.decode()
@@ -225,7 +227,7 @@ def write_check(program: Program | Scan, case: Case, path: str) -> None:
         results = {**results, "loss": torch.tensor(loss)}
     else:
         results = {"logits 0": program.prefill(tokens)}
-        for index in range(1, DECODE_TOKENS):
+        for index in range(1, DECODE_TOKENS if case.kind == "decode" else 2):
             results[f"logits {index}"] = program.decode()
     torch.save({name: tensor.float() for name, tensor in results.items()}, path)
 

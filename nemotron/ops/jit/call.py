@@ -54,7 +54,8 @@ def run(
     for name, value in values.items():
         call[name] = value.data_ptr() if isinstance(value, Tensor) else value
     call["counter"] = _team.counter
-    _team.run(kernel, call, kind=kind_of(dtype))
+    kind = kind_of(dtype)
+    _team.run(lambda thread, threads: kernel(call, thread, threads, kind))
 
 
 def scratch(numbers: int) -> dict[str, Any]:

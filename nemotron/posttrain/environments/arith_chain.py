@@ -93,11 +93,15 @@ class ArithChain:
         return desk.run_tool({}, name, arguments)
 
     def demonstrate(self, row: Row) -> Response:
-        """Return the value; the reasoning computes it in steps, products first, or a call does."""
+        """Return the value; the reasoning computes it in steps, products first, or a call does.
+
+        With a call the reasoning before it is the question, and that after it what the tool said.
+        """
         question, value = str(find_field(row, "question")), str(find_field(row, "expected_answer"))
         if self._tools:
             call = demonstrated_call("calculate", {"expression": question}, value)
-            return Response(value, question, output=call)
+            thought = {"type": "reasoning", "summary": [], "text": question}
+            return Response(value, value, output=(thought, *call))
         return Response(value, "\n".join(_steps(question)))
 
     def mistake(self, row: Row, rng: random.Random) -> Response:

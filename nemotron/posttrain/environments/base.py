@@ -165,6 +165,13 @@ def environment_of(row: Row) -> str:
     return name
 
 
+def belonging_to(row: Row, name: str) -> Row:
+    """Return a row that names this environment."""
+    reference = row.get("agent_ref")
+    known = reference if isinstance(reference, dict) else {"type": "responses_api_agents"}
+    return row if known.get("name") == name else {**row, "agent_ref": {**known, "name": name}}
+
+
 def find_field(row: Row, name: str) -> Any:  # Any: any JSON value
     """Return a verifier's field, from the top level or from `verifier_metadata`.
 

@@ -3,13 +3,12 @@
 import random
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import xxhash
 
 from nemotron.errors import UserError
 from nemotron.files import parse_json, read_regular
-from nemotron.posttrain.environments.base import BadRow, Row, messages_of
+from nemotron.posttrain.environments.base import BadRow, Row, belonging_to, messages_of
 
 LARGEST_DATA = 1 << 30
 """Bytes of a file of rows, all of which are held in memory."""
@@ -76,7 +75,7 @@ class FileRows:
             raise UserError(rule, key="data", value=Path(self._data), where=where) from None
         if not rows:
             raise UserError("has no rows.", key="data", value=self._data, where=where)
-        return [{**row, "agent_ref": {**_reference(row), "name": self._name}} for row in rows]
+        return [belonging_to(row, self._name) for row in rows]
 
 
 class FromFile:
@@ -112,8 +111,3 @@ def _parse_row(line: bytes) -> Row:
         raise BadRow("it is not a JSON object")
     messages_of(row)
     return row
-
-
-def _reference(row: Row) -> dict[str, Any]:
-    found = row.get("agent_ref")
-    return dict(found) if isinstance(found, dict) else {"type": "responses_api_agents"}
