@@ -79,7 +79,7 @@ class TaskSet:
         return cls(name, value, tools=plain != text)
 
 
-def writechats(
+def write_chats(
     sets: Sequence[TaskSet], out: Path, *, count: int, seed: int, manner: Manner
 ) -> int:
     """Write `count` conversations of each set, mixed; return how many.
