@@ -20,6 +20,8 @@ from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.files import hash_file
+from nemotron.generate.engine import Engine
+from nemotron.generate.sampling import Sampling
 from nemotron.hf import selfcheck
 from nemotron.hf.export import export
 from nemotron.hf.formats import MAMBA_FP32
@@ -138,6 +140,30 @@ def test_transformers_loads_every_tensor_bit_for_bit(exported: Path):
     assert all(name.startswith("mtp.") for name in disk)
     assert {leaf for leaf, dtype in dtypes if dtype == torch.float32} == {WIDE}
     assert ("dt_bias", torch.bfloat16) in dtypes
+
+
+@pytest.mark.slow
+def test_transformers_writes_the_same_tokens_from_an_export(exported: Path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    theirs.set_experts_implementation("eager")  # the fast one refuses odd widths
+    for module in theirs.modules():
+        if hasattr(module, "time_step_limit"):  # its floor is not in the configuration
+            module.time_step_limit = (0.0, math.inf)
+    ours = load(exported)
+    ours.compute_dtype = torch.float32
+    generator = torch.Generator().manual_seed(3)
+    prompts = [
+        torch.randint(3, ours.config.vocab_size, (n,), generator=generator).tolist()
+        for n in (5, 17, 40)
+    ]
+    ids = torch.tensor([[0] * (40 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (40 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    found = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    assert Engine(ours).generate(prompts, 64, Sampling(0.0)) == found[:, 40:].tolist()
 
 
 def test_transformers_loads_the_tokenizer(run: Path, exported: Path):
