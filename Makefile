@@ -9,7 +9,7 @@ STAMP := $(VENV)/installed
 WORKERS ?= 3
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
-.PHONY: help venv train assistant test test-all test-fast check format typed bench docs clean
+.PHONY: help venv train assistant test test-all test-nightly test-fast check format typed bench docs clean
 
 help:  ## Say what can be made
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ test: check  ## Run all checks and tests, and name the slowest
 
 test-all: check  ## Run `make test` with the further cases marked `nightly`
 	$(PYTEST) --nightly --durations 30 --durations-min 1
+
+test-nightly: $(STAMP)  ## Run the cases that `make test` leaves out, and only those
+	$(PYTEST) --nightly -m nightly
 
 test-fast: $(STAMP)  ## Run the tests that are neither slow nor start ranks
 	$(PYTEST) -m "not distributed and not slow"

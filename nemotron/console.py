@@ -7,6 +7,9 @@ from rich.text import Text
 
 from nemotron.terminal import printable
 
+LOG_WIDTH = 150
+"""Columns of a log file, which does not wrap lines."""
+
 
 class PrintableConsole(Console):
     """Shows as escapes what a terminal would obey in strings: lines, titles and cells of tables.

@@ -91,6 +91,23 @@ def load_with_tokenizer(
     return model, Tokenizer(check_tokenizer(home, model.config.vocab_size))
 
 
+def fix_language(model: HybridLM, language: str | None) -> None:
+    """Let a language choose the experts of all tokens, in place of the gate.
+
+    Raises:
+        UserError: when the model has no experts by language, or none of this one.
+    """
+    if language is None:
+        return
+    if model.language is None:
+        rule = "chooses nothing: the model has no experts by language; leave it out."
+        raise UserError(rule, key="--language", value=language)
+    if language not in model.language.names:
+        rule = f"is none of the model's languages; use {' or '.join(model.language.names)}."
+        raise UserError(rule, key="--language", value=language)
+    model.language.fixed = model.language.names.index(language)
+
+
 @dataclass(frozen=True)
 class ChatFiles:
     """What lies with a model that has learned conversations."""

@@ -65,6 +65,19 @@ def check_output(
     _own_mark(target, made_by)
 
 
+def check_new(path: Path, key: str) -> None:
+    """Check, before any work, that a result may get this name, which no option lets it take over.
+
+    Raises:
+        UserError: naming the option `key`, when something has the name, or its folder is a file.
+    """
+    if path.exists() or path.is_symlink():
+        raise UserError("exists already; give a new name.", key=key, value=path)
+    above = next(folder for folder in path.absolute().parents if folder.exists())
+    if not above.is_dir():
+        raise UserError("lies below a file; give another name.", key=key, value=path)
+
+
 def refuse_inputs_inside(target: Path, inputs: Iterable[Path]) -> None:
     """Raise UserError when an input is the folder to write, or lies inside it."""
     home = target.resolve()

@@ -5,29 +5,17 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
-import typer.main
 
 import nemotron
-from nemotron.cli import app, run
+from nemotron.cli import run
+from tests.support.commands import COMMANDS
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes/tiny/smoke.yaml")
-
-
-def leaves(command: Any, words: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
-    """Yield every command that does something, with the words that call it."""
-    if not hasattr(command, "commands"):
-        yield words, command
-    for name, inner in getattr(command, "commands", {}).items():
-        yield from leaves(inner, (*words, name))
-
-
-COMMANDS = dict(leaves(typer.main.get_command(app)))
 
 
 def python(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -89,6 +89,7 @@ def test_no_error_is_swallowed():
         "tune/compiled.py",  # so may the compiler; the log of the search names it
         "data/chat/render_worker.py",  # a template may raise anything; its answer says what
         "train/reliability/store.py",  # it goes to the thread that asked
+        "sol/worker.py",  # it goes to the process that asked
     }
     assert all(len(places) == 1 for places in found.values())
 

@@ -23,7 +23,7 @@ timed() {  # timed NAME COMMAND...
 chats() {  # chats FILE COUNT TASKS...
     out=$1; count=$2; shift 2
     [ -e "$out" ] || timed chats $nemotron rl chats "$@" --count "$count" \
-        --held-out-fraction 0.2 --out "$out"
+        --held-out 0.2 --out "$out"
 }
 
 mkdir -p $results

@@ -6,12 +6,15 @@ Builds the wheel of this tree with the first Python, installs it for each one in
 its own (FOLDER/3.13, used again if it is there), and trains, resumes, generates and exports from
 an empty folder, and follows the README. Then each Python resumes a run that every other one began:
 checkpoints must not depend on the version. Prints each command with its time, and what an
-installation weighs on disk.
-Exits with 1 at the first command that does something else than expected. Needs a package index.
+installation weighs on disk. --short leaves out the README.
+Exits with 1 at the first command that does something else than expected, and with 69 when the
+package index is to blame: when it cannot be reached, or is too slow.
 """
 
 import argparse
 import json
+import os
+import re
 import shutil
 import subprocess
 import sys
@@ -27,10 +30,24 @@ STEPS, HALF = 6, 3
 PARAGRAPH = "The river runs to the sea, and the stone stays where it was. "
 STOPPED = 75
 """Exit code of a run that can be resumed."""
+UNREACHABLE = 69
+"""Exit code when the package index is to blame."""
+INSTALL_S, COMMAND_S = 900.0, 900.0
+"""Seconds of one call of pip, and of one command."""
+NETWORK = re.compile(
+    r"Max retries|Retrying \(|NewConnectionError|ReadTimeout|ProtocolError|"
+    r"Incomplete(Read|Download)|SSLError|ProxyError|HTTP error (429|5\d\d)|"
+    r"[45]\d\d (Client|Server) Error|Connection (reset|aborted|refused)"
+)
+"""What pip says when the network fails it."""
 
 
 class Failed(Exception):
     """A command did something else than a stranger expects."""
+
+
+class Unreachable(Exception):
+    """The package index does not give what is asked for."""
 
 
 @dataclass(frozen=True)
@@ -48,27 +65,31 @@ class Environment:
 
     version: str
     folder: Path
+    empty: Path
+    """The folder in which commands run."""
     started: list[Timed] = field(default_factory=list)
 
-    @property
-    def empty(self) -> Path:
-        """The folder in which commands run."""
-        return self.folder.with_name(f"empty-{self.version}")
-
-    def run(self, *words: str, cwd: Path | None = None, code: int = 0) -> str:
+    def run(
+        self, *words: str, cwd: Path | None = None, code: int = 0, limit_s: float = COMMAND_S
+    ) -> str:
         """Run a command of the environment; returns what it printed.
 
         Raises:
-            Failed: when it exits with another code.
+            Failed: when it exits with another code, or takes longer.
         """
         begin = time.monotonic()
-        done = subprocess.run(
-            [str(self.folder / "bin" / words[0]), *words[1:]],
-            cwd=cwd or self.empty,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
+        try:
+            done = subprocess.run(
+                [str(self.folder / "bin" / words[0]), *words[1:]],
+                cwd=cwd or self.empty,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=limit_s,
+            )
+        except subprocess.TimeoutExpired:
+            raise Failed(f"{' '.join(words)} took more than {limit_s:.0f} s") from None
         said = " ".join(words) if code == 0 else f"{' '.join(words)}  (exit code {code})"
         self.started.append(Timed(self.version, said, time.monotonic() - begin))
         print(f"{self.started[-1].seconds:8.1f} s  {self.version}  {said}", flush=True)
@@ -82,18 +103,32 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--python", action="append", required=True, help="repeatable")
     parser.add_argument("--torch", default="torch", help="what pip installs first")
+    parser.add_argument("--constraint", type=Path, help="versions of all that is installed")
+    parser.add_argument("--installed", type=Path, help="an environment that is used as it is")
+    parser.add_argument("--short", action="store_true", help="leave out the README")
     options = parser.parse_args()
     folder = options.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    begin = time.monotonic()
     try:
+        environments = [open_environment(options.installed, folder)] if options.installed else []
         wheel = build_wheel(options.python[0], folder)
-        environments = [install(python, wheel, options.torch, folder) for python in options.python]
+        versions = [options.torch]
+        if options.constraint is not None:
+            versions += ["--constraint", str(options.constraint.resolve())]
+        for python in options.python:
+            environments.append(install(python, wheel, versions, folder, environments))
         for environment in environments:
             use(environment)
-            follow_readme(environment)
+            if not options.short:
+                follow_readme(environment)
         cross(environments, folder)
     except Failed as error:
         sys.exit(f"first_hour.py: {error}")
+    except Unreachable as error:
+        print(f"first_hour.py: {error}", file=sys.stderr)
+        sys.exit(UNREACHABLE)
+    print(f"{time.monotonic() - begin:8.1f} s  in all")
     for environment in environments:
         print(f"{environment.version}: {weigh(environment.folder)}")
 
@@ -108,29 +143,77 @@ def build_wheel(python: str, folder: Path) -> Path:
         if (ROOT / name).is_file() and not name.startswith("tests/"):
             (source / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, source / name)
-    pip = [python, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet", "--no-deps"]
-    subprocess.run([*pip, "--wheel-dir", str(wheels), str(source)], check=True)
+    run_pip(python, "wheel", "--no-deps", "--wheel-dir", str(wheels), str(source))
     return next(wheels.glob("*.whl"))
 
 
-def install(python: str, wheel: Path, torch: str, folder: Path) -> Environment:
-    """Install the wheel with what its exports are checked with; torch first, as its page says."""
-    asked = "import sys; print('%d.%d' % sys.version_info[:2])"
-    version = subprocess.check_output([python, "-c", asked], text=True).strip()
-    environment = Environment(version, folder / version)
-    if not (environment.folder / "bin" / "python").exists():
-        subprocess.run([python, "-m", "venv", str(environment.folder)], check=True)
-    shutil.rmtree(environment.empty, ignore_errors=True)
-    environment.empty.mkdir()
-    pip = ("pip", "--disable-pip-version-check", "install", "--quiet")
-    environment.run(*pip, torch)
-    environment.run(*pip, f"{wheel}[hf]")
-    environment.run(*pip, "--no-deps", "--force-reinstall", str(wheel))
+def install(
+    python: str, wheel: Path, versions: Sequence[str], folder: Path, others: Sequence[Environment]
+) -> Environment:
+    """Install the wheel with what its exports are checked with; torch first, as its page says.
+
+    `versions` begins with torch; options of pip follow.
+    """
+    environment = open_environment(folder / version_of(python), folder, python)
+    for other in others:
+        share_cuda(other, environment)
+    own = str(environment.folder / "bin" / "python")
+    run_pip(own, "install", *versions)
+    run_pip(own, "install", f"{wheel}[hf]", *versions[1:])
+    run_pip(own, "install", "--no-deps", "--force-reinstall", str(wheel))
     return environment
 
 
+def open_environment(place: Path, folder: Path, python: str | None = None) -> Environment:
+    """Return an environment with an empty folder; with `python`, made if it is not there."""
+    place = place.absolute()
+    if python is not None and not (place / "bin" / "python").exists():
+        subprocess.run([python, "-m", "venv", str(place)], check=True)
+    version = version_of(str(place / "bin" / "python"))
+    empty = folder / f"empty-{version}"
+    shutil.rmtree(empty, ignore_errors=True)
+    empty.mkdir()
+    return Environment(version, place, empty)
+
+
+def version_of(python: str) -> str:
+    """Return the version of an interpreter, such as 3.13."""
+    asked = "import sys; print('%d.%d' % sys.version_info[:2])"
+    return subprocess.check_output([python, "-c", asked], text=True).strip()
+
+
+def share_cuda(source: Environment, target: Environment) -> None:
+    """Link the packages of CUDA, 3 GB that are the same for each Python, before pip is asked."""
+    have, lack = (next(e.folder.glob("lib/python*/site-packages")) for e in (source, target))
+    for package in have.glob("nvidia*"):
+        if not (lack / package.name).exists():
+            shutil.copytree(package, lack / package.name, copy_function=os.link)
+
+
+def run_pip(python: str, *words: str) -> None:
+    """Run pip and print its time.
+
+    Raises:
+        Unreachable: when the package index is to blame.
+        Failed: when anything else is.
+    """
+    begin = time.monotonic()
+    call = [python, "-m", "pip", "--disable-pip-version-check", words[0], "--quiet", *words[1:]]
+    shown = f"{version_of(python)}  pip {' '.join(words)}"
+    try:
+        done = subprocess.run(
+            call, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=INSTALL_S
+        )
+    except subprocess.TimeoutExpired:
+        raise Unreachable(f"{shown} took more than {INSTALL_S:.0f} s") from None
+    print(f"{time.monotonic() - begin:8.1f} s  {shown}", flush=True)
+    if done.returncode:
+        kind = Unreachable if NETWORK.search(done.stderr) else Failed
+        raise kind(f"{shown} exited with {done.returncode}:\n{done.stderr}")
+
+
 def use(environment: Environment) -> None:
-    """Do what the README shows, from an empty folder.
+    """Train, stop, resume, generate and export, from an empty folder.
 
     Raises:
         Failed: when a command fails or leaves out what it is for.

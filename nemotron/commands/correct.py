@@ -35,7 +35,11 @@ def correct(
         ),
     ] = None,
     language: Annotated[
-        str | None, typer.Option(help="How tokens sound; default: as the language of each line.")
+        str | None,
+        typer.Option(
+            help="How tokens sound, and whose experts read them in a model that has some by "
+            "language; default: as the language of each line, and the gate."
+        ),
     ] = None,
     timed: Annotated[
         bool, typer.Option("--timed", help="Correct one line at a time, and write its ms.")
@@ -52,7 +56,7 @@ def correct(
     from nemotron.terminal import say
 
     if ar:
-        corrects = _token_by_token(model, candidates, device)
+        corrects = _token_by_token(model, candidates, language, device)
     else:
         corrects = _parallel(model, threshold, language, device)
     counts = correct_file(Files(source, out, max_bad_rows, overwrite, timed), corrects)
@@ -61,13 +65,14 @@ def correct(
     return DONE
 
 
-def _token_by_token(model: Path, candidates: int, device: str) -> "Corrects":
+def _token_by_token(model: Path, candidates: int, language: str | None, device: str) -> "Corrects":
     from nemotron.device import find_device
     from nemotron.generate.decode_layers import decode_view
-    from nemotron.loading import load_with_tokenizer, stop_ids
+    from nemotron.loading import fix_language, load_with_tokenizer, stop_ids
     from nemotron.posttrain.correct.autoregressive import WrittenOut
 
     loaded, tokenizer = load_with_tokenizer(model, find_device(device))
+    fix_language(loaded, language)
     return WrittenOut(
         decode_view(loaded, pack=True), tokenizer, stop_ids(model, loaded.config), candidates
     )
@@ -81,10 +86,10 @@ def _parallel(
     Raises:
         UserError: when it is another kind of run, or has no threshold.
     """
-    from nemotron.data.correct.sound import sound_of
+    from nemotron.data.correct.sound import LANGUAGES, sound_of
     from nemotron.device import find_device
     from nemotron.errors import UserError
-    from nemotron.loading import load_with_tokenizer
+    from nemotron.loading import fix_language, load_with_tokenizer
     from nemotron.posttrain.correct.config import CorrectConfig
     from nemotron.posttrain.correct.parallel import InParallel
     from nemotron.posttrain.correct.run import Corrector, text_ids
@@ -99,9 +104,13 @@ def _parallel(
             "is not a run of stage: correct; give one, or use --ar for a model that answers chats.",
             where=str(model),
         )
-    if language is not None:
+    experts = config.model.language_experts
+    is_fixed = language is not None and experts is not None and language in experts.languages
+    if language is not None and not (is_fixed and language not in LANGUAGES):
         sound_of(language)
     loaded, tokenizer = load_with_tokenizer(model, find_device(device))
+    if is_fixed:
+        fix_language(loaded, language)
     vocab_size = loaded.config.vocab_size
     specials = specials_of(tokenizer, config.data.eod_token, vocab_size)
     allowed = text_ids(vocab_size, tokenizer.vocab_size, tokenizer.special_ids)
@@ -109,4 +118,4 @@ def _parallel(
         threshold = read_threshold(run.path, config)
     on_device = allowed.to(next(loaded.parameters()).device)
     corrector = Corrector(loaded, config.correct, specials, on_device, threshold or 0.0)
-    return InParallel(corrector, tokenizer, language)
+    return InParallel(corrector, tokenizer, language if language in LANGUAGES else None)

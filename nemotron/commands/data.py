@@ -188,19 +188,19 @@ def data_demo(
     kind: Annotated[
         str,
         typer.Argument(
-            help="grammar, a small made-up language, or yue, 120,000 Cantonese sentences of the "
-            "package pycantonese."
+            help="grammar, a small made-up language; en, English verse; or yue, 112,000 Cantonese "
+            "sentences of the package pycantonese, and 1,500 with English words."
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder in which text.jsonl is written.")],
     number: Annotated[
-        int | None, typer.Option(min=1, help="Sentences; default: 5000, of yue all.")
+        int | None, typer.Option(min=1, help="Sentences; default: all, 5000 of the grammar.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Decides the sentences of the grammar.")] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
 ) -> int:
     """Write sentences to try text correction on."""
-    from nemotron.data.rewrite.demo import write_demo
+    from nemotron.data.codeswitch.demo import write_demo
 
     return write_demo(kind, out, number=number, seed=seed, overwrite=overwrite)
 
@@ -430,9 +430,23 @@ def data_inspect(
 ) -> int:
     """Show the data: sources, document lengths, duplicates, and rows as text."""
     from nemotron.data.inspect import inspect, open_path
+    from nemotron.data.inspect_pairs import holds_pairs, inspect_pairs
+    from nemotron.posttrain.correct.config import CorrectConfig
+    from nemotron.recipe.load import load_recipe
 
     if target.suffix in (".yaml", ".yml") or (target / "recipe.yaml").is_file():
+        config = load_recipe(target, overrides or []).config
+        if isinstance(config, CorrectConfig):
+            from nemotron.posttrain.correct.inspect import inspect_recipe
+
+            _refuse_plots(plots)
+            return inspect_recipe(config, step=step, rows=rows, documents=documents, check=check)
         data = _recipe_data(target, overrides)
+    elif holds_pairs(target):
+        _refuse_plots(plots)
+        return inspect_pairs(
+            target, tokenizer=tokenizer, rows=rows, documents=documents, check=check
+        )
     else:
         with tempfile.TemporaryDirectory() as cache:
             data = open_path(
@@ -457,6 +471,13 @@ def data_plan(recipe: RecipeFile, overrides: Overrides = None) -> int:
 
 def _unescaped(separator: str) -> str:
     return separator.replace(r"\r", "\r").replace(r"\n", "\n").replace(r"\t", "\t")
+
+
+def _refuse_plots(plots: Path | None) -> None:
+    if plots is not None:
+        from nemotron.errors import UserError
+
+        raise UserError("draws texts, not pairs; leave it out.", key="--plots", value=plots)
 
 
 def _recipe_data(recipe: Path, overrides: list[str] | None) -> "TrainingData":

@@ -68,12 +68,20 @@ def doctor(
     timeout: Annotated[
         float, typer.Option(min=1, help="With --ranks: seconds to wait for the other ranks.")
     ] = 120.0,
+    bench: Annotated[
+        bool,
+        typer.Option("--bench", help="Measure the machine, and how near operations come to it."),
+    ] = False,
 ) -> int:
     """Print what this machine can run, and why it cannot run the rest."""
     if ranks:
         from nemotron.doctor.ranks import compare_ranks
 
         return compare_ranks(timeout)
+    if bench:
+        from nemotron.doctor.bench import bench as measure
+
+        return measure()
     from nemotron.doctor.machine import doctor as run
 
     return run()

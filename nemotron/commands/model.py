@@ -8,7 +8,7 @@ import typer
 
 from nemotron.commands.answers import AnswerOptions
 from nemotron.commands.decoding import DecodingOptions
-from nemotron.commands.shared import CommandGroup, Device, Model, Overrides
+from nemotron.commands.shared import CommandGroup, Device, Language, Model, Overrides
 from nemotron.commands.suites import SuiteOptions
 from nemotron.merge.coefficients import EMA_DECAY
 
@@ -56,6 +56,7 @@ def generate(
     recipe_ops: Annotated[
         bool, typer.Option(help="Use the backends that the run's recipe names.")
     ] = True,
+    language: Language = None,
     *,
     answers: AnswerOptions,
     decoding: DecodingOptions,
@@ -64,7 +65,7 @@ def generate(
     from nemotron.errors import UserError
     from nemotron.generate.command import Continuation, generate_file
     from nemotron.generate.command import generate as run
-    from nemotron.loading import load_with_tokenizer, stop_ids
+    from nemotron.loading import fix_language, load_with_tokenizer, stop_ids
     from nemotron.loading import recipe_ops as read_ops
 
     if bool(prompt) == (prompts is not None):
@@ -77,6 +78,7 @@ def generate(
     sampling = answers.sampling
     ops = read_ops(model) if recipe_ops else None
     loaded, tokenizer = load_with_tokenizer(model, ops=ops)
+    fix_language(loaded, language)
     ends = stop_ids(model, loaded.config)
     wanted = Continuation(
         sampling,
@@ -105,6 +107,7 @@ def evaluate(
         Path | None,
         typer.Option(help="JSON file to write; with --suite or --against, a folder."),
     ] = None,
+    language: Language = None,
     device: Device = "auto",
     *,
     suites: SuiteOptions,
@@ -122,7 +125,10 @@ def evaluate(
         if suites.resume:
             rule = "continues an evaluation on suites; name them with --suite."
             raise UserError(rule, key="--resume")
-        return run(model, text, out=out, device=device)
+        return run(model, text, out=out, device=device, language=language)
+    if language is not None:
+        rule = "is for held-out text; leave it out with --suite and --against."
+        raise UserError(rule, key="--language", value=language)
     if suites.resume and out is None:
         raise UserError("needs the folder to continue; give --out FOLDER.", key="--resume")
     wanted = Wanted(suites.plan(), text, suites.against, out, suites.resume, device)
@@ -173,6 +179,10 @@ def export(
     base: Annotated[
         str | None, typer.Option(help="Model that PEFT attaches the adapters to (--adapter).")
     ] = None,
+    trunk_only: Annotated[
+        bool,
+        typer.Option("--trunk-only", help="Leave out what joins candidates, and heads of edits."),
+    ] = False,
     check: Annotated[bool, typer.Option(help="Run the self-check at the end.")] = True,
     max_shard_gb: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Largest file size, in 10^9 bytes.")
@@ -198,6 +208,7 @@ def export(
         check=check,
         max_shard_bytes=int(max_shard_gb * 1e9),
         push=push,
+        trunk_only=trunk_only,
     )
 
 

@@ -37,19 +37,20 @@ def rl_chats(
     mistakes: Annotated[
         float, typer.Option(min=0, max=1, help="Share of answers that earn nothing.")
     ] = 0.0,
-    held_out_fraction: Annotated[
+    held_out: Annotated[
         float,
         typer.Option(min=0, max=0.99, help="Share of tasks left to evaluations, as in the recipe."),
     ] = 0.0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
 ) -> int:
     """Write conversations in which tasks are answered, as data for fine-tuning."""
+    from nemotron.data.rewrite.rows import check_file
     from nemotron.exit_codes import DONE
-    from nemotron.posttrain.demonstrations import Manner, TaskSet, check_file, write_chats
+    from nemotron.posttrain.demonstrations import Manner, TaskSet, write_chats
 
     sets = [TaskSet.read(text) for text in tasks]
-    check_file(out, overwrite=overwrite)
-    manner = Manner(thinking, text, mistakes, held_out_fraction)
+    check_file(out, (), overwrite=overwrite)
+    manner = Manner(thinking, text, mistakes, held_out)
     written = write_chats(sets, out, count=count, seed=seed, manner=manner)
     print(f"{written} {'texts' if text else 'conversations'} in {out}")
     return DONE
@@ -78,13 +79,13 @@ def rl_pivots(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
 ) -> int:
     """Find turns of expert trajectories at which a model is sometimes right (PivotRL)."""
+    from nemotron.data.rewrite.rows import check_file
     from nemotron.errors import UserError
     from nemotron.exit_codes import DONE
-    from nemotron.posttrain.demonstrations import check_file
     from nemotron.posttrain.pivots import write_pivots
 
     config = _rl_config(recipe, overrides or [])
-    check_file(out, overwrite=overwrite)
+    check_file(out, [str(trajectories)], overwrite=overwrite)
     place = model or config.init_from
     if place is None:
         raise UserError("no model is named; give --model, or init_from in the recipe.")
@@ -118,6 +119,7 @@ def rl_evaluate(
     """Answer the held-out tasks of a recipe and print the mean reward of each environment."""
     from nemotron.errors import UserError
     from nemotron.exit_codes import DONE
+    from nemotron.outputs import check_new
     from nemotron.posttrain.evaluate import evaluate
 
     given = [f"rollout.reasoning_budget={max(budget)}"] if budget else []
@@ -125,6 +127,9 @@ def rl_evaluate(
     place = model or config.init_from
     if place is None:
         raise UserError("no model is named; give --model, or init_from in the recipe.")
+    for key, path in (("--out", out), ("--plot", plot)):
+        if path is not None:
+            check_new(path, key)
     evaluate(_load(place, config), config, budget or (), out=out, plot=plot)
     return DONE
 

@@ -14,9 +14,12 @@ app = CommandGroup()
 def score(
     answers: Annotated[Path, typer.Argument(help="JSON lines that `nemotron correct` wrote.")],
     references: Annotated[Path, typer.Option(help="The pairs, with candidates and target.")],
+    against: Annotated[
+        Path | None, typer.Option(help="Answers of another way to correct, to set beside.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
 ) -> int:
     """Measure corrected text: error rates, precision and recall of edits, and oracles."""
     from nemotron.data.rewrite.score import score_file
 
-    return score_file(answers, references, as_json=as_json)
+    return score_file(answers, references, against=against, as_json=as_json)

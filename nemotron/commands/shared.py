@@ -114,3 +114,7 @@ Model = Annotated[
     ),
 ]
 Device = Annotated[str, typer.Option(help="One of auto, cpu and cuda.")]
+Language = Annotated[
+    str | None,
+    typer.Option(help="Language whose experts read all tokens; default: the gate chooses."),
+]

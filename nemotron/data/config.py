@@ -224,8 +224,8 @@ class DataConfig(Section):
     document decides."""
     max_epochs: float | None = Field(None, gt=0)
     """Largest number of passes over any source; absent: no limit."""
-    language_of: Literal["source", "none"] = "none"
-    """What says which language a token is: its source, or nothing."""
+    language_of: Literal["source", "script", "none"] = "none"
+    """What says which language a token is: its source, the script of its letters, or nothing."""
     prefetch_steps: int = Field(2, ge=0)
     """Number of steps whose rows are read in advance, in the background; 0: none."""
 

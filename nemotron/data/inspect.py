@@ -29,6 +29,8 @@ SOURCES_DRAWN = 20
 SHOWN_CHARACTERS = 600
 """Of a row, from each end of it half."""
 IDS_AT_ONCE = 1 << 22
+DRAWN_BY = "nemotron data inspect"
+"""Stands in our drawings, so that those of others are known."""
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,11 @@ def draw(data: TrainingData, found: Mapping[str, Statistics], folder: Path) -> l
     except (FileExistsError, NotADirectoryError):
         rule = "is, or lies below, a file; give a folder."
         raise UserError(rule, key="--plots", value=folder) from None
+    paths = [folder / "lengths.png", folder / "shares.png"]
+    for path in paths:
+        if (path.exists() or path.is_symlink()) and not _is_ours(path):
+            rule = "was not drawn by nemotron data inspect, so it is kept; give another folder."
+            raise UserError(rule, where=str(path))
     lengths = Figure(figsize=(8, 4.5), layout="constrained")
     axes = lengths.subplots()
     for name, facts in list(found.items())[:SOURCES_DRAWN]:
@@ -218,10 +225,17 @@ def draw(data: TrainingData, found: Mapping[str, Statistics], folder: Path) -> l
     axes.barh(largest, [read[name] / max(1, sum(read.values())) for name in largest])
     axes.invert_yaxis()
     axes.set(xlabel="share of the run's tokens")
-    paths = [folder / "lengths.png", folder / "shares.png"]
     for figure, path in zip((lengths, shares), paths, strict=True):
-        figure.savefig(path, dpi=120)
+        figure.savefig(path, dpi=120, metadata={"Software": DRAWN_BY})
     return paths
+
+
+def _is_ours(path: Path) -> bool:
+    """Say whether a file is a drawing of an earlier call, which names its program at the top."""
+    if path.is_symlink() or not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return DRAWN_BY.encode() in file.read(1 << 12)
 
 
 def _print_sources(console: Console, data: TrainingData, found: dict[str, Statistics]) -> None:

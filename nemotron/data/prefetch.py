@@ -4,9 +4,11 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from jaxtyping import Int
+from torch import Tensor
 
 from nemotron.data.batch import Batch
 from nemotron.data.config import DataConfig
@@ -48,6 +50,28 @@ class Prefetcher:
         return batch.pin() if self._pin else batch
 
 
+class Languages(Protocol):
+    """What says which language tokens are."""
+
+    def label(self, batch: Batch, sources: Sequence[str], step: int) -> Batch:
+        """Return the batch with the language of each token, given the source of each row."""
+        ...
+
+
+@dataclass(frozen=True)
+class ScriptLanguages:
+    """The language of each token by its id; -1 where it is not known."""
+
+    numbers: Int[Tensor, " V"]
+    oracle_steps: int = 0
+    """First steps in which the languages choose the experts."""
+
+    def label(self, batch: Batch, sources: Sequence[str], step: int) -> Batch:
+        """Return the batch with the language of each token."""
+        labels = self.numbers[batch.input_ids]
+        return replace(batch, languages=labels, languages_decide=step < self.oracle_steps)
+
+
 @dataclass(frozen=True)
 class SourceLanguages:
     """The language of each source, by its number; -1 for a mixed one."""
@@ -79,7 +103,7 @@ class TextBatches:
         num_steps: int,
         num_depths: int,
         pin: bool,
-        languages: SourceLanguages | None = None,
+        languages: Languages | None = None,
     ) -> None:
         """Read targets for `num_depths` tokens beyond the next, and no step from `num_steps` on."""
         self._languages = languages

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from rich.box import SIMPLE
 from rich.table import Table
 
-from nemotron.console import PrintableConsole
+from nemotron.console import LOG_WIDTH, PrintableConsole
 from nemotron.device import synchronize
 from nemotron.doctor.report import RankReport, differences, remarks, report, resolve, spell
 from nemotron.errors import UserError
@@ -24,9 +24,6 @@ from nemotron.parallel.runtime import Launch, leave_alone
 
 SMALL, MEDIUM = 1 << 10, 1 << 22
 """Elements (fp32) of the sums that are timed: 4 KiB shows latency, 16 MiB bandwidth."""
-
-LOG_WIDTH = 150
-"""Columns of a log file, which does not wrap lines."""
 
 COLUMNS = (
     *("machine", "ranks", "device", "cores", "threads", "memory", "free here", "/dev/shm"),

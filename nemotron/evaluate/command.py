@@ -19,7 +19,8 @@ from nemotron.exit_codes import DONE
 from nemotron.files import write_json
 from nemotron.hf.folder import is_exported
 from nemotron.hf.hub import find_folder
-from nemotron.loading import attach_scales, read_initial
+from nemotron.loading import attach_scales, fix_language, read_initial
+from nemotron.outputs import check_new
 from nemotron.posttrain.suites.definition import PERPLEXITY
 from nemotron.recipe.load import Recipe, load_recipe
 from nemotron.run.files import RunFiles
@@ -46,26 +47,25 @@ def evaluate(
     *,
     out: Path | None = None,
     device: str = "auto",
+    language: str | None = None,
 ) -> int:
     """Print what a model loses on held-out text, by domain; returns the exit code.
 
-    `out` is a file of JSON.
+    `out` is a file of JSON; `language` chooses the experts of all tokens.
 
     Raises:
         UserError: when there is no model or no held-out text, or the recipe's tokenizer is another
             than the model's.
     """
-    if out is not None and (out.exists() or not out.parent.is_dir()):
-        raise UserError(
-            "exists already, or its folder does not; name a new file in a folder that exists.",
-            key="--out",
-            value=out,
-        )
+    if out is not None:
+        check_new(out, "--out")
     held_out, loaded = open_text(model, text, device)
+    fix_language(held_out.model, language)
     metrics = held_out.metrics()
     _print(metrics, held_out.data.validation_domains)
     if out is not None:
         facts = {"model": str(model), "recipe": str(loaded.path), "version": code_version()}
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, {**facts, "metrics": metrics})
         print_text(f"written to {out}")
     return DONE

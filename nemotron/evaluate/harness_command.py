@@ -22,6 +22,7 @@ from nemotron.files import write_json, write_text
 from nemotron.generate.decode_layers import prepare_weights
 from nemotron.hf.hub import find_folder
 from nemotron.loading import load_with_tokenizer, read_chat_files, recipe_ops, stop_ids
+from nemotron.outputs import check_new
 from nemotron.serve.conversation import ChatFormat
 from nemotron.terminal import print_text
 
@@ -61,11 +62,8 @@ def evaluate_tasks(model: Path, wanted: Harness, *, out: Path | None, device: st
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(f"nemotron lm-eval needs the package lm_eval; install it with: {INSTALL}.")
     for key, file in (("--out", out), ("--samples", wanted.samples)):
-        if file is not None and (file.exists() or not file.parent.is_dir()):
-            rule = (
-                "exists already, or its folder does not; name a new file in a folder that exists."
-            )
-            raise UserError(rule, key=key, value=file)
+        if file is not None:
+            check_new(file, key)
     if wanted.include_path is not None and not wanted.include_path.is_dir():
         raise UserError(
             "is not a folder; give one.", key="--include-path", value=wanted.include_path
@@ -81,6 +79,7 @@ def evaluate_tasks(model: Path, wanted: Harness, *, out: Path | None, device: st
         print_text(make_table(found, "groups").rstrip())
     if out is not None:
         facts = {"model": str(model), "version": code_version(), "lm_eval": _version()}
+        out.parent.mkdir(parents=True, exist_ok=True)
         write_json(out, facts | {key: found[key] for key in SHOWN if key in found})
         print_text(f"written to {out}")
     if wanted.samples is not None:
@@ -89,6 +88,7 @@ def evaluate_tasks(model: Path, wanted: Harness, *, out: Path | None, device: st
             for task, samples in found["samples"].items()
             for sample in samples
         ]
+        wanted.samples.parent.mkdir(parents=True, exist_ok=True)
         write_text(wanted.samples, "".join(lines))
         print_text(f"written to {wanted.samples}")
     return DONE

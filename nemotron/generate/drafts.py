@@ -115,9 +115,7 @@ class BlockDrafter:
         hidden: Float[Tensor, "B T D"],
         rows: RowsAhead,
     ) -> Float[Tensor, "B T D"]:
-        assert model.mtp is not None
-        tokens = torch.tensor(texts, device=hidden.device)
-        return model.mtp(model.embed(tokens), hidden, None, cache=rows)[0]
+        return model.predict_ahead(torch.tensor(texts, device=hidden.device), hidden, rows)
 
     def _pick(
         self, samples: Sequence[Sample], logits: Float[Tensor, "B V"], place: int

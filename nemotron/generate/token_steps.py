@@ -3,6 +3,7 @@
 import functools
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -11,10 +12,12 @@ from torch import Tensor, nn
 from nemotron.generate.block_layers import BlockLinear, BlockMoE
 from nemotron.generate.graphs import FixedRows
 from nemotron.model.adapter import Adapter
+from nemotron.model.ahead import SKIPPED, RowsAhead
 from nemotron.model.attention import Attention
 from nemotron.model.block import Block
-from nemotron.model.cache import CachedRows
+from nemotron.model.cache import Cache, CachedRows
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.linear import RMSNorm
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.mlp import MLP
 from nemotron.model.state import KeyValues, MambaSlots, MambaState
@@ -24,6 +27,7 @@ from nemotron.ops.token_step.stack import (
     AttentionWeights,
     DenseWeights,
     ExpertsWeights,
+    JoinWeights,
     KeysPlace,
     LayerWeights,
     MambaPlace,
@@ -48,6 +52,7 @@ class TokenSteps:
 
     def __init__(self) -> None:
         self._stack: Stack | None = None
+        self._stack_ahead: Stack | None = None
         self.record: list[Int[Tensor, "M K"]] | None = None
         """Gets the chosen experts of every mixture layer, if it is there."""
 
@@ -61,13 +66,42 @@ class TokenSteps:
         if self._stack is None:
             self._stack = stack_of(model, dtype)
         step, stack = _step_of(rows, tokens), self._stack
+        step.has_experts = self.record is not None
         hidden = model.token_step(stack, step)
         if self.record is not None:
-            self.record += [experts for experts in step.chosen if experts is not None]
+            self.record += step.chosen
         if step.keeps_inputs:
             rows.advance = lambda counts: model.token_step.advance(stack, step, counts)
         rows.end(tokens.shape[1])
         return hidden
+
+    def ahead(
+        self,
+        model: HybridLM,
+        tokens: Int[Tensor, "B T"],
+        hidden: Float[Tensor, "B T D"],
+        rows: RowsAhead,
+    ) -> Float[Tensor, "B T D"] | None:
+        """As a call, through the multi-token-prediction block, which joins the hidden states."""
+        dtype = model.compute_dtype or torch.float32
+        if not _suits(rows, tokens, dtype):
+            return None
+        if self._stack_ahead is None:
+            self._stack_ahead = stack_ahead(model, dtype)
+        assert rows.cache.ahead is not None, "the cache has no place for drafts"
+        step = Step(
+            tokens.contiguous(),
+            torch.tensor(rows.slots),
+            torch.tensor(rows.firsts),
+            # before the places, since memory for more blocks lies elsewhere
+            _tables(rows.cache, rows.slots, rows.firsts, tokens.shape[1]),
+            _places_of(rows.cache.ahead.layers),
+            hidden=hidden,
+            skipped=SKIPPED,
+        )
+        found = model.token_step(self._stack_ahead, step)
+        rows.end(tokens.shape[1])
+        return found
 
 
 def operation_of(model: HybridLM, dtype: torch.dtype) -> TokenStepOp | None:
@@ -120,7 +154,7 @@ def _say(fact: str) -> None:
     log.warning("%s", fact)
 
 
-def _suits(rows: CachedRows, tokens: Int[Tensor, "B T"], dtype: torch.dtype) -> bool:
+def _suits(rows: CachedRows | RowsAhead, tokens: Int[Tensor, "B T"], dtype: torch.dtype) -> bool:
     """Say whether the cache holds float32 states and the model's keys and values, unrounded."""
     if tokens.numel() > MOST_TOKENS or torch.is_grad_enabled() or rows.cache.replays:
         return False
@@ -134,28 +168,40 @@ def _suits(rows: CachedRows, tokens: Int[Tensor, "B T"], dtype: torch.dtype) -> 
 
 def _step_of(rows: CachedRows, tokens: Int[Tensor, "B T"]) -> Step:
     """Take the blocks that the tokens need, and say where everything lies."""
-    cache, length = rows.cache, tokens.shape[1]
-    before = [cache.lengths[slot] for slot in rows.slots]
-    places: list[MambaPlace | KeysPlace | None] = []
-    has_keys = any(isinstance(layer, KeyValues) for layer in cache.layers)
-    if has_keys:
-        for slot in rows.slots:
-            cache.extend(slot, cache.lengths[slot] + length)
-    for layer in cache.layers:
-        if isinstance(layer, MambaSlots):
-            places.append(MambaPlace(layer.conv, layer.ssm))
-        else:
-            places.append(None if layer is None else KeysPlace(layer.keys, layer.values))
-    tables = [cache.tables[slot] for slot in rows.slots]
-    longest = max(1, *map(len, tables))
+    before = [rows.cache.lengths[slot] for slot in rows.slots]
     return Step(
         tokens.contiguous(),
         torch.tensor(rows.slots),
         torch.tensor(before),
-        torch.tensor([table + [0] * (longest - len(table)) for table in tables]),
-        tuple(places),
+        # before the places, since memory for more blocks lies elsewhere
+        _tables(rows.cache, rows.slots, before, tokens.shape[1]),
+        _places_of(rows.cache.layers),
         any(la.keeps_inputs for la in rows.layers if isinstance(la, MambaState)),
     )
+
+
+def _tables(
+    cache: Cache, slots: Sequence[int], before: Sequence[int], length: int
+) -> Int[Tensor, "B blocks"]:
+    """Return the blocks of each text, those that `length` more tokens need among them."""
+    if cache.pools:
+        for slot, first in zip(slots, before, strict=True):
+            cache.extend(slot, first + length)
+    tables = [cache.tables[slot] for slot in slots]
+    longest = max(1, *map(len, tables))
+    return torch.tensor([table + [0] * (longest - len(table)) for table in tables])
+
+
+def _places_of(
+    layers: Sequence[MambaSlots | KeyValues | None],
+) -> tuple[MambaPlace | KeysPlace | None, ...]:
+    places: list[MambaPlace | KeysPlace | None] = []
+    for layer in layers:
+        if isinstance(layer, MambaSlots):
+            places.append(MambaPlace(layer.conv, layer.ssm))
+        else:
+            places.append(None if layer is None else KeysPlace(layer.keys, layer.values))
+    return tuple(places)
 
 
 def stack_of(model: HybridLM, dtype: torch.dtype) -> Stack:
@@ -167,6 +213,27 @@ def stack_of(model: HybridLM, dtype: torch.dtype) -> Stack:
         _vector(norm.weight),
         norm.eps,
         dtype,
+    )
+
+
+def stack_ahead(model: HybridLM, dtype: torch.dtype) -> Stack:
+    """Return the multi-token-prediction block of a model that `block_layers` has prepared."""
+    assert model.mtp is not None, "the model has no multi-token-prediction block"
+    blocks = [block for block in model.mtp.layers if isinstance(block, Block)]
+    first, last = blocks[0].get_submodule, blocks[-1].get_submodule
+    enorm, hnorm, norm = first("enorm"), first("hnorm"), last("final_layernorm")
+    assert isinstance(enorm, RMSNorm), enorm
+    assert isinstance(hnorm, RMSNorm), hnorm
+    assert isinstance(norm, RMSNorm), norm
+    return Stack(
+        model.backbone.embeddings.weight.detach(),
+        tuple(map(_weights_of, blocks)),
+        _vector(norm.weight),
+        norm.eps,
+        dtype,
+        JoinWeights(
+            _vector(enorm.weight), _vector(hnorm.weight), _matrix(first("eh_proj")), enorm.eps
+        ),
     )
 
 

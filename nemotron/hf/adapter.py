@@ -11,13 +11,14 @@ from nemotron.checkpoint.read import MODEL_PREFIX, SavedTensors, refusing_adapte
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
 from nemotron.files import write_json
-from nemotron.hf.export import COMMAND, check_target
+from nemotron.hf.export import check_target
 from nemotron.hf.source import CheckpointSource, open_checkpoint
 from nemotron.model.adapter import MARK, by_weight
 from nemotron.model.build import shapes
 from nemotron.outputs import output_folder, publish, writing_beside
 from nemotron.terminal import print_text
 
+COMMAND = "export --adapter"
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 PREFIX = "base_model.model."
 """PEFT's names of tensors begin with this, before the name of a module in memory."""
@@ -53,7 +54,7 @@ def export_adapter(
         )
     home = run if source.run is None else source.run.path
     target = output_folder(out if out is not None else home / "adapter")
-    check_target(target, source, overwrite=overwrite)
+    check_target(target, source, overwrite=overwrite, command=COMMAND)
     with writing_beside(target, COMMAND) as partial:
         tensors = {k: t.contiguous() for k, t in peft_tensors(found).items()}
         safetensors.torch.save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})

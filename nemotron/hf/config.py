@@ -223,7 +223,7 @@ def check_readable(config: ModelConfig, where: str = "") -> None:
     if config.num_candidates > 1 or config.edit_heads:
         raise UserError(
             "reads several candidates or predicts edits, which has no counterpart in transformers; "
-            "such a model cannot be exported.",
+            "nemotron export --trunk-only leaves that out.",
             key="model.correction",
         )
     if groups_differ(config):

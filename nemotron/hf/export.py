@@ -41,13 +41,15 @@ def export(
     check: bool = True,
     max_shard_bytes: int = MAX_SHARD_BYTES,
     push: str | None = None,
+    trunk_only: bool = False,
 ) -> int:
     """Write the newest complete checkpoint of a run in the layout of released checkpoints.
 
     `out` is the run's folder `export` when absent. All is written beside it and takes its place
     once the check, in a process of its own, has passed. `quantized` names the layers that are
     written in FP8 or NVFP4, with their scales. `push` is a name on the Hub, to which the folder is
-    then uploaded. Returns the exit code: 1 if the check has not passed.
+    then uploaded. `trunk_only` leaves out what text correction adds to a model. Returns the exit
+    code: 1 if the check has not passed.
 
     Raises:
         UserError: when the run has no checkpoint, the target may not be written, or engines could
@@ -56,6 +58,8 @@ def export(
     if push is not None:
         check_name(push)
     source = open_checkpoint(Path(run))
+    if trunk_only:
+        source = source.trunk
     for skipped in source.skipped:
         print_text(str(skipped))
     if source.run is None:
@@ -65,6 +69,7 @@ def export(
     target = output_folder(out if out is not None else source.run.path / "export")
     check_readable(source.config)
     check_target(target, source, overwrite=overwrite)
+    check_output(failed_beside(target), COMMAND, _inputs(source), overwrite=True)
     formats = source.formats(formats)
     if quantized is not None:
         plain = disk_parameters(source.config, formats)
@@ -96,7 +101,9 @@ def export(
     return DONE
 
 
-def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> None:
+def check_target(
+    target: Path, source: CheckpointSource, *, overwrite: bool, command: str = COMMAND
+) -> None:
     """Check that the folder may be written, before anything is.
 
     Raises:
@@ -106,9 +113,11 @@ def check_target(target: Path, source: CheckpointSource, *, overwrite: bool) -> 
         raise UserError(
             "is inside the checkpoints folder; export to another folder.", where=str(target)
         )
-    inputs = [source.info.folder] + ([source.run.path] if source.run else [])
-    check_output(target, COMMAND, inputs, overwrite=overwrite)
-    check_output(failed_beside(target), COMMAND, inputs, overwrite=True)
+    check_output(target, command, _inputs(source), overwrite=overwrite)
+
+
+def _inputs(source: CheckpointSource) -> list[Path]:
+    return [source.info.folder] + ([source.run.path] if source.run else [])
 
 
 def failed_beside(target: Path) -> Path:

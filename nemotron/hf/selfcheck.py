@@ -313,7 +313,12 @@ def main(
 
     `digest` is that of the scales of a quantized model.
     """
-    check = SelfCheck(folder, open_checkpoint(checkpoint), choices, digest)
+    source = open_checkpoint(checkpoint)
+    # of text correction, only the trunk is exported
+    source = (
+        source.trunk if source.config.num_candidates > 1 or source.config.edit_heads else source
+    )
+    check = SelfCheck(folder, source, choices, digest)
     results = check.run()
     for result in results:
         print_text(f"  {result.check:22} {result.outcome:8} {result.detail}")

@@ -1,6 +1,6 @@
 """The weights of a run's checkpoint, read one tensor at a time."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -17,12 +17,16 @@ from nemotron.checkpoint.read import (
     read_state,
     refusing_adapters,
 )
+from nemotron.errors import UserError
 from nemotron.hf.formats import Formats, imported_formats
 from nemotron.hf.names import DiskParameter
 from nemotron.model.adapter import adapters_of, merged
 from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
 from nemotron.run.files import RunFiles
+
+CANDIDATES = "candidates.weight"
+"""What joins the embeddings of several candidates."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,26 @@ class CheckpointSource:
         """Whether runs of ours trained the model; else it was only imported."""
         state = read_state(self.info)
         return state.trainer is not None or state.merged is not None
+
+    @property
+    def trunk(self) -> "CheckpointSource":
+        """The model without what text correction adds: it reads candidates that are all alike.
+
+        Raises:
+            UserError: when nothing was added, or the embedding cannot take up what joins
+                candidates.
+        """
+        if self.config.num_candidates == 1 and not self.config.edit_heads:
+            rule = "leaves out nothing: the model is plain; export it whole."
+            raise UserError(rule, key="--trunk-only")
+        if self.config.num_candidates > 1 and self.config.tie_word_embeddings:
+            raise UserError(
+                "shares a matrix between head and embedding, which cannot take up what joins "
+                "several candidates; such a trunk cannot be exported.",
+                key="model.tie_word_embeddings",
+                value="true",
+            )
+        return replace(self, config=self.config.model_copy(update={"correction": None}))
 
     def formats(self, choice: Formats) -> Formats:
         """Return the formats of an export: the choice, but an imported model keeps its own."""
@@ -67,6 +91,9 @@ class TensorReader:
         self._saved = SavedTensors(source.info)
         self._shapes = shapes(source.config)
         self._is_tied = source.config.tie_word_embeddings
+        self._joined = (
+            1 if source.config.correction else read_model_config(source.info).num_candidates
+        )
         self._last: tuple[str, Tensor] | None = None
         wanted = {self._saved_name(name): shape for name, shape in self._shapes.items()}
         self._saved.check({n: torch.empty(shape, device="meta") for n, shape in wanted.items()})
@@ -85,7 +112,17 @@ class TensorReader:
         """Return a parameter or buffer of the model in float32, with its adapter in it."""
         master = torch.empty(self._shapes[source])
         self._saved.load({self._saved_name(source): master})
-        return self._with_adapter(source, master)
+        master = self._with_adapter(source, master)
+        return self._with_candidates(master) if source == EMBEDDING else master
+
+    def _with_candidates(self, embedding: Tensor) -> Tensor:
+        """Return the embedding of a trunk: of candidates that are alike, joined."""
+        size, count = embedding.shape[1], self._joined
+        if count == 1:
+            return embedding
+        weight = torch.empty(size, count * size)
+        self._saved.load({MODEL_PREFIX + CANDIDATES: weight})
+        return embedding @ weight.view(size, count, size).sum(1).T
 
     def _saved_name(self, source: str) -> str:
         is_embedding = self._is_tied and source == TIED_HEAD

@@ -107,10 +107,11 @@ class Cache:
     @property
     def block_bytes(self) -> int:
         """Memory of one key-value block in all attention layers."""
-        return sum(pool.keys[0].nbytes + pool.values[0].nbytes for pool in self._pools)
+        return sum(pool.keys[0].nbytes + pool.values[0].nbytes for pool in self.pools)
 
     @property
-    def _pools(self) -> list[KeyValues]:
+    def pools(self) -> list[KeyValues]:
+        """Keys and values of all attention layers, those of the prediction block included."""
         layers = [*self.layers, *(self.ahead.layers if self.ahead is not None else [])]
         return [layer for layer in layers if isinstance(layer, KeyValues)]
 
@@ -242,14 +243,14 @@ class Cache:
 
     def _take(self, after: int | None) -> int:
         block = self.blocks.take(after)
-        for pool in self._pools:
+        for pool in self.pools:
             if pool.keys.shape[0] < self.blocks.count:
                 pool.grow(self.blocks.count)
         return block
 
     def _copy(self, block: int) -> int:
         new = self._take(block)
-        for pool in self._pools:
+        for pool in self.pools:
             pool.keys[new] = pool.keys[block]
             pool.values[new] = pool.values[block]
         self.blocks.release(block)

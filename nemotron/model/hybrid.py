@@ -94,6 +94,15 @@ class Steps(Protocol):
     ) -> Float[Tensor, "B T D"] | None:
         """Return the hidden states after the final norm; None leaves the call to the layers."""
 
+    def ahead(
+        self,
+        model: "HybridLM",
+        tokens: Int[Tensor, "B T"],
+        hidden: Float[Tensor, "B T D"],
+        rows: RowsAhead,
+    ) -> Float[Tensor, "B T D"] | None:
+        """As a call, through the multi-token-prediction block."""
+
 
 class HybridLM(nn.Module):
     """Hybrid Mamba-2 / attention / mixture-of-experts language model (Nemotron 3).
@@ -197,6 +206,20 @@ class HybridLM(nn.Module):
     def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         """Apply the head; training uses a fused loss instead, which never holds these."""
         return self.lm_head(hidden)
+
+    def predict_ahead(
+        self, tokens: Int[Tensor, "B T"], hidden: Float[Tensor, "B T D"], rows: RowsAhead
+    ) -> Float[Tensor, "B T D"]:
+        """Return the prediction block's hidden states for texts of a cache, which go on.
+
+        `hidden` are those of the tokens before `tokens`: the backbone's, or the block's own.
+        """
+        assert self.mtp is not None, "the configuration has no multi-token-prediction block"
+        if self.steps is not None:
+            found = self.steps.ahead(self, tokens, hidden, rows)
+            if found is not None:
+                return found
+        return self.mtp(self.embed(tokens), hidden, None, cache=rows)[0]
 
     def mtp_hidden(
         self,

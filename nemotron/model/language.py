@@ -38,6 +38,8 @@ class LanguageExperts(nn.Module):
 
     own_tokens: Callable[[Shaped[Tensor, "B T"]], Shaped[Tensor, "B Tl"]] | None
     """Picks what this rank computes of values over a row's tokens; absent: all of them."""
+    fixed: int | None
+    """Language that chooses the experts of all tokens in place of the gate; absent: none does."""
 
     def __init__(self, config: LanguageExpertsConfig, hidden_size: int, first_layer: int) -> None:
         """Make a gate that reads what `first_layer`, the first mixture layer, reads."""
@@ -45,6 +47,8 @@ class LanguageExperts(nn.Module):
         self.first_layer = first_layer
         count = len(config.languages)
         self.soft, self.own_tokens = config.soft, None
+        self.names = config.languages
+        self.fixed: int | None = None
         self.wide_linear = wide_linear
         self.gate = nn.Parameter(torch.empty(count, hidden_size))
         self.linear: nn.Parameter | None = None
@@ -64,6 +68,9 @@ class LanguageExperts(nn.Module):
         flat = hidden.flatten(0, 1)
         # a gate that does not depend on how large the residual stream grows
         logits = self.wide_linear(F.rms_norm(flat, flat.shape[1:]), self.gate)
+        if self.fixed is not None:
+            everywhere = torch.full((len(flat),), self.fixed, device=flat.device)
+            return self.choice(logits, everywhere), None
         if known is None:
             return self.choice(logits), None
         labels = known.labels if padding is None else known.labels.masked_fill(padding, UNKNOWN)

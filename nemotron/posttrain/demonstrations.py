@@ -98,14 +98,6 @@ def write_chats(
     return len(lines)
 
 
-def check_file(out: Path, *, overwrite: bool) -> None:
-    """Raise UserError unless a file may be written."""
-    if out.exists() and not out.is_file():
-        raise UserError("is not a file; give the name of one.", where=str(out))
-    if out.exists() and not overwrite:
-        raise UserError("exists already; add --overwrite to replace it.", where=str(out))
-
-
 def chats(tasks: TaskSet, count: int, seed: int, manner: Manner) -> Iterator[dict[str, Any]]:
     """Yield conversations of a set, as rows of JSON.
 

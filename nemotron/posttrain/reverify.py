@@ -8,6 +8,7 @@ from typing import BinaryIO
 
 from nemotron.errors import UserError
 from nemotron.files import NO_FILE_OF_OURS, open_regular, parse_json, write_text
+from nemotron.outputs import check_new
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.environments.base import environment_of
 from nemotron.posttrain.recount import Count, print_counts
@@ -36,6 +37,9 @@ def reverify(config: RlConfig, run: Path, out: Path | None) -> int:
         raise UserError(
             "holds the rollouts to judge; choose another folder for --out.", where=str(out)
         )
+    if out is not None:
+        for path in files:
+            check_new(out / path.name, "--out")
     counts: dict[str, Count] = {}
     tasks = Tasks(config)
     with tasks.verifiers() as verifiers:

@@ -63,8 +63,8 @@ def impossible(config: CorrectConfig) -> Iterator[Finding]:
             f"nearest is {nearest(batch.micro_batch, divisors(rows))}.",
             batch.micro_batch,
         )
-    for axis in ("pp", "cp", "tp"):
-        if kind != "tag" and (size := getattr(config.parallel, axis)) != 1:
+    for axis in config.unshared_axes if kind != "tag" else ():
+        if (size := getattr(config.parallel, axis)) != 1:
             yield Finding(
                 f"parallel.{axis}",
                 f"cannot be shared by the slots of correct.kind = {kind} yet; share the weights by "

@@ -1,7 +1,9 @@
 """Rules about experts that belong to languages. Reads like a list."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
+from nemotron.data.alphabets import SCRIPTS, shared
 from nemotron.data.config import MIXED, SourceConfig, leaves
 from nemotron.errors import Finding
 from nemotron.train.config import RunConfig, TextConfig
@@ -32,10 +34,12 @@ def impossible(config: RunConfig, languages: Sequence[str]) -> Iterator[Finding]
                     f"has {source.name} with language = {source.language}, which is none of "
                     f"model.language_experts.languages = {names}, nor {MIXED}.",
                 )
+    elif config.data.language_of == "script":
+        yield from _scripts(languages)
     elif config.loss.lid_oracle_steps:
         yield Finding(
             "loss.lid_oracle_steps",
-            "needs to know languages; set data.language_of: source.",
+            "needs to know languages; set data.language_of: source, or script.",
             config.loss.lid_oracle_steps,
         )
     steps = plan_training(config).num_steps
@@ -45,6 +49,24 @@ def impossible(config: RunConfig, languages: Sequence[str]) -> Iterator[Finding]
             f"is not below the {steps} steps of the run, which would never use the gate; lower it.",
             config.loss.lid_oracle_steps,
         )
+
+
+def _scripts(languages: Sequence[str]) -> Iterator[Finding]:
+    """Yield languages that scripts cannot part."""
+    for name in languages:
+        if name not in SCRIPTS:
+            rule = (
+                f"cannot say which tokens are {name}; use source, or one of {', '.join(SCRIPTS)}."
+            )
+            yield Finding("data.language_of", rule, "script")
+            return
+    for one, other in itertools.combinations(languages, 2):
+        if common := shared(one, other):
+            yield Finding(
+                "data.language_of",
+                f"cannot part {one} from {other}, which share the script {common[0]}; use source.",
+                "script",
+            )
 
 
 def _sources(config: TextConfig) -> Iterator[SourceConfig]:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from nemotron.errors import UserError
 from nemotron.posttrain.config import RlConfig
+from nemotron.posttrain.correct.config import CorrectConfig
 from nemotron.posttrain.sft_config import DistillConfig
 from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check
@@ -79,7 +80,7 @@ class Recipe:
         Raises:
             UserError: when the recipe is for a stage whose updates are not predicted.
         """
-        return self.config if isinstance(self.config, RlConfig) else self.text
+        return self.config if isinstance(self.config, RlConfig | CorrectConfig) else self.text
 
     @property
     def trained(self) -> "TrainedStage":

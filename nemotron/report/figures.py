@@ -76,6 +76,7 @@ LOSS = Group(
         Figure("Multi-token prediction", (_train(r"loss/mtp_(\d+)", r"depth \1"),), "nats"),
         Figure("Balance loss of the routers", (_train("loss/(aux)", "balance"),)),
         Figure("All terms, as they are minimized", (_train("loss/total", "total"),)),
+        Figure("Gate over languages", (_train("loss/lid", "cross entropy"),), "nats"),
         Figure("Other terms", (_train("loss/(.+)", r"\1"),)),
     ),
 )
@@ -129,6 +130,36 @@ SUITES = Group(
         ),
     ),
 )
+CORRECTION = Group(
+    "correction",
+    "Correction",
+    (
+        Figure(
+            "Error rate of held-out pairs",
+            (
+                _validation("validation/source_error_rate", "first candidate"),
+                _validation("validation/selected_error_rate", "chosen"),
+                _validation("validation/error_rate", "answer"),
+            ),
+            "edits per token",
+        ),
+        Figure("Detection of wrong tokens", (_validation("validation/detection_f1", "F1"),)),
+        Figure("Threshold", (_validation("validation/threshold", "log-probability"),)),
+        Figure("Right durations", (_validation("validation/duration_accuracy", "share"),)),
+        Figure("Pairs left out so far", (_train("correct/(infeasible|too_long)", r"\1"),)),
+    ),
+)
+LANGUAGES = Group(
+    "languages",
+    "Languages",
+    (
+        Figure(
+            "Load of each language's experts",
+            (_train(r"moe/(.+)/load_(?!max_over_mean$|entropy$)(.+)", r"\1 \2"),),
+            "share",
+        ),
+    ),
+)
 OPTIMIZATION = Group(
     "optimization",
     "Optimization",
@@ -164,7 +195,7 @@ DATA = Group(
         Figure("Other figures of the data", (_train("data/(?!tokens$)(.+)", r"\1"),)),
     ),
 )
-GROUPS = (LOSS, REWARD, SUITES, OPTIMIZATION, SPEED, DATA)
+GROUPS = (LOSS, CORRECTION, LANGUAGES, REWARD, SUITES, OPTIMIZATION, SPEED, DATA)
 
 DRAWN_ELSEWHERE = re.compile("(moe|precision)/.*|data/tokens|validation/(.+/)?perplexity")
 """Keys that are heat maps, the x axis, or a function of another key."""

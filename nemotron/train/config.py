@@ -396,6 +396,11 @@ class RunConfig(Section):
         """Say whether the activations of layers of this kind are computed again."""
         return self.recompute == "block" or kind in self.recompute
 
+    @property
+    def unshared_axes(self) -> tuple[str, ...]:
+        """Axes of the mesh that must be 1, because no part of the objective is shared there."""
+        return () if self.model.language_experts is None else ("pp",)
+
 
 class TextConfig(RunConfig):
     """What the recipe of every stage has that learns from text, conversations included."""
@@ -413,7 +418,7 @@ class TextConfig(RunConfig):
     @property
     def knows_languages(self) -> bool:
         """Whether experts belong to languages, and the data says which tokens are of which."""
-        return self.model.language_experts is not None and self.data.language_of == "source"
+        return self.model.language_experts is not None and self.data.language_of != "none"
 
 
 class PretrainConfig(TextConfig):

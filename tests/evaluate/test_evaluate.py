@@ -77,7 +77,7 @@ def test_wrong_input_is_one_sentence(
         ([str(trained / "export")], "give one: --recipe FILE"),
         ([str(folder), *own], "is not the tokenizer of"),
         ([str(trained), "--out", str(full)], "exists already"),
-        ([str(trained), "--out", str(tmp_path / "no" / "x.json")], "its folder does not"),
+        ([str(trained), "--out", str(full / "x.json")], "lies below a file"),
         ([str(trained), "data.validation_fraction=0"], "holds nothing out"),
         ([str(trained), "evaluation.tokens=-1"], "evaluation.tokens = -1"),
         ([str(trained), "--device", "tpu"], "tpu"),

@@ -1,4 +1,7 @@
-"""A small model with every layer kind, odd sizes and no parameter left at a special value."""
+"""A small model with every layer kind and no parameter left at a special value.
+
+Sizes are odd, or such that some numbers fill vectors of sixteen and some are left over.
+"""
 
 import pytest
 import torch
@@ -16,12 +19,12 @@ def build_model(latent: int | None = None, width: int = 12) -> HybridLM:
         hidden_size=24,
         hybrid_override_pattern="M*EM-E*M",
         mamba_num_heads=6,
-        mamba_head_dim=4,
+        mamba_head_dim=4 if latent is None else 18,
         n_groups=3,
-        ssm_state_size=5,
-        num_attention_heads=4,
+        ssm_state_size=5 if latent is None else 32,
+        num_attention_heads=4 if latent is None else 10,
         num_key_value_heads=2,
-        head_dim=8,
+        head_dim=8 if latent is None else 48,
         intermediate_size=40,
         n_routed_experts=5,
         num_experts_per_tok=2,
@@ -29,6 +32,8 @@ def build_model(latent: int | None = None, width: int = 12) -> HybridLM:
         moe_shared_expert_intermediate_size=20,
         moe_latent_size=latent,
         routed_scaling_factor=1.7,
+        num_nextn_predict_layers=1,
+        mtp_hybrid_override_pattern="*E",
     )
     model = HybridLM(config)
     model.init_weights(1)

@@ -16,6 +16,7 @@ from nemotron.generate.sampling import Sampling
 from nemotron.generate.speculate import Speculation
 from nemotron.model.cache import Cache, CachedRows
 from nemotron.model.hybrid import HybridLM
+from tests.support.cases import further
 from tests.support.models import build
 
 GREEDY = Sampling(0.0)
@@ -90,9 +91,9 @@ def check_nothing_is_left(engine: Engine) -> None:
     ("count", "prefixes", "speculation"),
     [
         (64, 0, None),
-        (20, 3, None),
-        (20, 4, None),
-        (64, 0, Speculation("mtp", 3)),
+        further((20, 3, None)),
+        further((20, 4, None)),
+        further((64, 0, Speculation("mtp", 3))),
         (20, 3, Speculation("mtp", 2, "match", "store")),
         (20, 4, Speculation("lookup", 4)),
     ],

@@ -28,6 +28,7 @@ from nemotron.model.cache import Cache
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import KeyValues, MambaSlots
 from tests.generate.test_scheduling import check_nothing_is_left, prompt, small_engine
+from tests.support.cases import further
 from tests.support.models import build
 
 GREEDY, VOCAB = Sampling(0.0), 20
@@ -127,7 +128,7 @@ def test_states_after_every_pattern_of_acceptance_are_those_of_plain_decoding(
 
 
 @pytest.mark.parametrize("source", ["mtp", "lookup"])
-@pytest.mark.parametrize("way", ["replay", "store", "snapshot"])
+@pytest.mark.parametrize("way", ["replay", further("store"), further("snapshot")])
 def test_greedy_answers_are_those_without_speculation(
     model: HybridLM, way: Way, source: str
 ) -> None:
@@ -228,7 +229,7 @@ def p_value(counts: Tensor, shares: Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["mtp", "lookup"])
+@pytest.mark.parametrize("source", ["mtp", further("lookup")])
 def test_drawn_tokens_have_the_distribution_of_plain_decoding(source: str) -> None:
     model = build(hybrid_override_pattern="M*", vocab_size=VOCAB)
     counts = count_tokens(model, 3000, Speculation(source, 2))

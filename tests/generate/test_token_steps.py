@@ -12,11 +12,12 @@ from nemotron.errors import UserError
 from nemotron.generate import token_steps
 from nemotron.generate.decode_layers import lay_out, prepare_weights
 from nemotron.generate.engine import Engine
-from nemotron.generate.forward import append, extend, read
+from nemotron.generate.forward import append, extend, new_cache, read
 from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
-from nemotron.generate.speculate import Speculation
+from nemotron.generate.speculate import Source, Speculation
 from nemotron.generate.token_steps import operation_of
+from nemotron.model.ahead import RowsAhead
 from nemotron.model.cache import Cache
 from nemotron.model.cache_formats import CacheFormats
 from nemotron.model.hybrid import HybridLM
@@ -27,6 +28,7 @@ from nemotron.ops.token_step import TokenStepOp, token_step
 from nemotron.ops.token_step.stack import Matrix
 
 PROMPTS = [[5, 3, 60, 1, 17, 17, 2], [9, 4], [8, 8, 30], [40], [2, 3, 4, 5, 6]]
+GREEDY = Sampling(0.0)
 NAMES = [backend.name for backend in token_step.backends]
 
 
@@ -43,7 +45,7 @@ def stepping(model: HybridLM, backend: str, dtype: torch.dtype = torch.float32) 
     return model
 
 
-def continued(model: HybridLM, lengths: tuple[int, ...] = (1, 3, 1)) -> tuple[torch.Tensor, Cache]:
+def continued(model: HybridLM, lengths: tuple[int, ...] = (1, 19, 1)) -> tuple[torch.Tensor, Cache]:
     """Return the hidden states of some tokens after the prompts, and the cache after them."""
     rows, logits = read(model, PROMPTS)
     generator, found = torch.Generator().manual_seed(0), [logits]
@@ -75,12 +77,31 @@ def test_steps_give_what_the_layers_do(
         assert (ours - theirs).abs().max() <= tolerance * theirs.abs().max()
 
 
+@pytest.mark.parametrize("backend", NAMES)
+def test_the_block_for_drafts_gives_what_its_layers_do(model: HybridLM, backend: str) -> None:
+    generator, results = torch.Generator().manual_seed(4), []
+    tokens = torch.randint(61, (3, 20), generator=generator)
+    hidden = torch.randn(3, 20, 24, generator=generator)
+    for each in (model, stepping(model, backend)):
+        cache = new_cache(each, 4, block_size=8, drafts=2)
+        rows = RowsAhead(cache, [cache.admit() for _ in range(3)], [1, 1, 1])
+        with torch.inference_mode():
+            first = each.predict_ahead(tokens[:, :19], hidden[:, :19], rows)
+            second = each.predict_ahead(tokens[:, 19:], hidden[:, 19:], rows)
+        assert rows.firsts == [21] * 3
+        assert cache.ahead is not None
+        kept = [pool.keys[cache.tables[2]] for pool in cache.ahead.layers if pool is not None]
+        results.append([first, second, *(part.flatten(0, 1)[1:21] for part in kept)])
+    for ours, theirs in zip(*results, strict=True):
+        assert (ours - theirs).abs().max() <= 1e-5 * theirs.abs().max()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_a_text_has_the_same_bits_in_any_company_cut_anywhere_on_any_threads(
     model: HybridLM, dtype: torch.dtype
 ) -> None:
     model = stepping(model, "numba", dtype)
-    text = [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 60, 59, 1]
+    text = [7, 8, 9, 10, 11, 12, 13, 14, 15, 16, 60, 59, 1, *range(2, 29)]
     rows, logits = read(model, [text])
     states = [t[0] for t in remembered(rows.cache)]
     for threads in (1, 3):
@@ -89,7 +110,7 @@ def test_a_text_has_the_same_bits_in_any_company_cut_anywhere_on_any_threads(
         try:
             _, beside = read(model, [text[::-1]] * 6 + [text] + [text[::-1]])
             pieces, newest = read(model, [text[:2]])
-            for begin, end in ((2, 3), (3, 8), (8, 13)):
+            for begin, end in ((2, 3), (3, 8), (8, 40)):
                 newest = append(model, pieces, torch.tensor([text[begin:end]]))
         finally:
             torch.set_num_threads(before)
@@ -126,13 +147,14 @@ def test_an_answer_has_the_same_bits_whoever_comes_and_goes(model: HybridLM) -> 
         assert answers(Engine(model, slots=1), [request]) == [answer]
 
 
+@pytest.mark.parametrize("source", ["lookup", "mtp"])
 @pytest.mark.parametrize("backend", NAMES)
-def test_drafts_change_no_bit_of_an_answer(model: HybridLM, backend: str) -> None:
+def test_drafts_change_no_bit_of_an_answer(model: HybridLM, backend: str, source: Source) -> None:
     model = stepping(model, backend)
-    requests = [Request((3, 4, 3, 4, 3, *prompt), 12, Sampling(0.0)) for prompt in PROMPTS]
-    requests += [Request((5, 6), 20, Sampling(0.0), forced=(9, 1, 9, 1, 9, 1, 9, 1))]
+    requests = [Request((3, 4, 3, 4, 3, *prompt), 12, GREEDY, logprobs=True) for prompt in PROMPTS]
+    requests += [Request((5, 6), 20, GREEDY, forced=(9, 1, 9, 1, 9, 1, 9, 1), logprobs=True)]
     expected = answers(Engine(model), requests)
-    engine = Engine(model, speculation=Speculation("lookup", 3, adaptive=False))
+    engine = Engine(model, speculation=Speculation(source, 3, adaptive=False))
     assert answers(engine, requests) == expected
     assert engine.speculator is not None
     assert engine.speculator.acceptance.num_accepted > 0

@@ -41,6 +41,7 @@ def test_a_warned_run_is_requeued_and_finishes(cluster: Cluster):
     assert cluster.requeues == 1
 
 
+@pytest.mark.nightly
 def test_a_killed_rank_is_requeued_and_goes_on_from_a_checkpoint(cluster: Cluster):
     run = cluster.folder / "runs" / "smoke"
     job = start(cluster)

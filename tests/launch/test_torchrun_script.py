@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cases import further
 from tests.support.cluster import (
     STAND_IN,
     TORCHRUN,
@@ -43,7 +44,9 @@ def test_a_finished_run_is_0_and_ranks_know_their_place(run: Path):
     assert int(first["OMP_NUM_THREADS"]) >= 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGUSR1, further(signal.SIGTERM), further(signal.SIGINT)]
+)
 def test_a_stop_saves_is_75_and_starts_nothing_again(run: Path, number: signal.Signals):
     launched = start(run, "stop", "--restarts", "3")
     wait_until(both_run(run), "both ranks run")

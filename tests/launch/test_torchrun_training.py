@@ -43,6 +43,7 @@ def test_a_run_on_two_ranks_is_stopped_refused_and_resumed(tmp_path: Path):
     assert json.loads((run / "status.json").read_text())["step"] == 24
 
 
+@pytest.mark.nightly
 def test_a_layout_for_another_number_of_ranks_is_a_mistake(tmp_path: Path):
     launched = start(tmp_path, "parallel.dp_shard=3")
     assert launched.wait() == 2, launched.text
@@ -50,6 +51,7 @@ def test_a_layout_for_another_number_of_ranks_is_a_mistake(tmp_path: Path):
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.nightly
 def test_a_dry_run_checks_the_layout_of_all_ranks(tmp_path: Path):
     fine = start(tmp_path, "--dry-run")
     assert fine.wait() == 0, fine.text

@@ -4,8 +4,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from nemotron.errors import UserError
 from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.forward import append, new_cache
+from nemotron.loading import fix_language
 from nemotron.model.config import LanguageExpertsConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.language import LanguageExperts, Languages
@@ -54,6 +56,8 @@ def test_the_gate_chooses_the_group_and_weighs_its_experts() -> None:
     soft = router(X, choice)
     assert soft.weights[0].tolist() == pytest.approx([0.913823] * 2, abs=1e-6)
     plain = router(X)
+    assert plain.experts[0].tolist() in ([0, 1], [1, 0])
+    # 2.5 times the shares of scores 0.622459 and 0.268941
     assert plain.weights[0].tolist() == pytest.approx([1.745734, 0.754266], abs=1e-6)
 
 
@@ -174,3 +178,17 @@ def test_a_cached_model_prepared_for_decoding_answers_as_in_training() -> None:
 def test_a_mistake_names_both_numbers_or_what_to_write(changes: dict, said: str) -> None:
     with pytest.raises(ValueError, match=said):
         build_config(**(EXPERTS | TWO | changes))
+
+
+def test_a_fixed_language_reads_all_tokens_as_a_label_would() -> None:
+    model, ids = bilingual(), tokens(2, 9)
+    assert model.language is not None
+    expected = model(ids, languages=Languages(torch.ones_like(ids), decide=True))
+    by_gate = model(ids)
+    fix_language(model, "en")
+    torch.testing.assert_close(model(ids), expected, rtol=0, atol=0)
+    assert not torch.equal(by_gate, expected)
+    with pytest.raises(UserError, match="is none of the model's languages; use yue or en"):
+        fix_language(model, "fr")
+    with pytest.raises(UserError, match="has no experts by language"):
+        fix_language(build(hybrid_override_pattern="M*"), "en")

@@ -13,6 +13,7 @@ from nemotron.ops.ssd import reference, ssd
 pytest.importorskip("triton", reason="triton is not installed")
 
 from nemotron.ops.ssd import triton as kernels
+from tests.support.cases import further
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -69,7 +70,7 @@ def segments(request: pytest.FixtureRequest) -> Iterator[None]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("segments")
-@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("with_documents", [further(False), True])
 def test_float32_is_the_recurrence_to_rounding(with_documents: bool):
     inputs = draw(2, 45)
     ids = documents(2, 45) if with_documents else None
@@ -78,7 +79,7 @@ def test_float32_is_the_recurrence_to_rounding(with_documents: bool):
 
 
 @pytest.mark.usefixtures("segments")
-@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("with_documents", [further(False), True])
 def test_bfloat16_inputs_cost_no_more_than_bfloat16_products(with_documents: bool):
     inputs = draw(2, 140, dtype=torch.bfloat16)
     ids = documents(2, 140) if with_documents else None

@@ -7,7 +7,12 @@ import pytest
 import torch
 
 from nemotron.cli import run
+from nemotron.parallel.runtime import Ranks
 from nemotron.run.metrics import read_metrics
+from nemotron.train.config import PretrainConfig
+from nemotron.train.pretraining import open_data, text_batches
+from nemotron.train.schedule import plan_training
+from tests.support.cases import further
 from tests.support.fine_tuning import write_recipe
 from tests.support.layout_model import MODEL
 from tests.support.layout_run import run_steps
@@ -50,7 +55,7 @@ def bilingual(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     }
 
 
-@pytest.mark.parametrize("layout", [{}, {"ep": 2}, {"tp": 2}, {"cp": 2}], ids=str)
+@pytest.mark.parametrize("layout", [{}, {"ep": 2}, further({"tp": 2}), further({"cp": 2})], ids=str)
 def test_losses_are_those_of_one_process(
     pair: Pool, bilingual: dict[str, Any], layout: dict[str, Any]
 ) -> None:
@@ -79,6 +84,25 @@ def test_a_run_learns_languages_and_logs_the_load_of_each(
     assert all(0.2 < load < 0.8 for load in loads)
 
 
+def test_scripts_label_tokens_in_the_batches_of_a_run(bilingual: dict[str, Any]) -> None:
+    experts = {"languages": ["ru", "en"]}
+    values = bilingual | {
+        "model": BILINGUAL | {"language_experts": experts},
+        "data": bilingual["data"] | {"language_of": "script"},
+        "schedule": {"peak": 1e-2, "total_steps": 3, "kind": "constant"},
+    }
+    config = PretrainConfig.model_validate(values)
+    plan = plan_training(config)
+    data = open_data(config, plan)
+    batch = text_batches(config, plan, data, torch.device("cpu"), Ranks()).take(2)
+    assert batch.languages is not None
+    assert not batch.languages_decide
+    for token, number in zip(batch.input_ids[0].tolist(), batch.languages[0].tolist(), strict=True):
+        has_letters = any(map(str.isalpha, data.tokenizer.decode([token])))
+        is_text = token not in data.tokenizer.special_ids
+        assert number == (1 if has_letters and is_text else -1)
+
+
 def tmp_path_of(values: dict[str, Any]) -> Path:
     return Path(values["output"]) / values["name"]
 
@@ -90,6 +114,7 @@ def tmp_path_of(values: dict[str, Any]) -> Path:
         ({"parallel": {"pp": 2}}, "cannot share a gate of model.language_experts yet"),
         ({"sources": {"low": None}}, "has low without language; give it one of low, up"),
         ({"sources": {"low": "down"}}, "has low with language = down, which is none of"),
+        ({"language_of": "script"}, "data.language_of = script cannot say which tokens are low"),
         ({"model": MODEL}, "has no effect because model.language_experts is absent"),
     ],
 )
@@ -102,7 +127,9 @@ def test_a_mistake_is_one_sentence(
 ) -> None:
     values = bilingual | {"name": "bad"}
     for key, given in changes.items():
-        if key == "sources":
+        if key == "language_of":
+            values["data"] = values["data"] | {key: given}
+        elif key == "sources":
             own = [s | {"language": given.get(s["name"], s["language"])} for s in
                    values["data"]["sources"]]  # fmt: skip
             values["data"] = values["data"] | {"sources": own}

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.cases import mostly_nightly
 from tests.support.layout_model import MODEL
 from tests.support.layout_run import Outcome, joined, run_steps
 from tests.support.pool import Pool
@@ -108,7 +109,9 @@ def test_two_ranks_train_as_one(pair: Pool, values: dict, alone: Outcome, layout
     check(pair.run(run_steps, laid_out(values, ON_TWO[layout]), NUM_STEPS), alone)
 
 
-@pytest.mark.parametrize("layout", OTHERS_ON_TWO)
+@pytest.mark.parametrize(
+    "layout", mostly_nightly(OTHERS_ON_TWO, "hsdp2", "pp2_interleaved", "cp2_all_to_all")
+)
 def test_two_ranks_train_as_one_in_other_ways_too(
     pair: Pool, values: dict, alone_for_less: Outcome, layout: str
 ):
@@ -116,7 +119,9 @@ def test_two_ranks_train_as_one_in_other_ways_too(
     check(outcomes, alone_for_less, drift=1e-5)
 
 
-@pytest.mark.parametrize("layout", ON_FOUR)
+@pytest.mark.parametrize(
+    "layout", mostly_nightly(ON_FOUR, "hsdp2x2", "ep4_tp2", "cp2_ep2_fsdp2", "pp2_cp2")
+)
 def test_four_ranks_train_as_one(four: Pool, values: dict, alone_for_less: Outcome, layout: str):
     outcomes = four.run(run_steps, laid_out(values, ON_FOUR[layout]), FEWER_STEPS)
     check(outcomes, alone_for_less, drift=1e-5)
@@ -153,7 +158,10 @@ def variants(values: dict[str, Any]) -> dict[str, Outcome]:
     return {name: run_steps(values | changes, 3) for name, changes in VARIANTS.items()}
 
 
-@pytest.mark.parametrize(("variant", "world", "layout"), IN_LAYOUTS)
+@pytest.mark.parametrize(
+    ("variant", "world", "layout"),
+    mostly_nightly(IN_LAYOUTS, *(IN_LAYOUTS[i] for i in (0, 2, 6, 8, 11))),
+)
 def test_variants_of_the_recipe_train_alike(
     pair: Pool,
     four: Pool,

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from tests.parallel.test_layouts import laid_out
+from tests.support.cases import mostly_nightly
 from tests.support.layout_run import Outcome, joined, load_and_go_on, run_steps, save_after
 from tests.support.pool import Pool
 
@@ -55,12 +56,12 @@ def check(outcomes: list[Outcome], alone: Outcome) -> None:
         assert outcome.losses == outcomes[0].losses
 
 
-@pytest.mark.parametrize("layout", ON_TWO)
+@pytest.mark.parametrize("layout", mostly_nightly(ON_TWO, "fsdp2", "cp2"))
 def test_two_ranks_train_as_one(pair: Pool, muon: dict, by_muon: Outcome, layout: str):
     check(pair.run(run_steps, laid_out(muon, ON_TWO[layout]), NUM_STEPS), by_muon)
 
 
-@pytest.mark.parametrize("layout", ON_FOUR)
+@pytest.mark.parametrize("layout", mostly_nightly(ON_FOUR, "ep2_tp2"))
 def test_four_ranks_train_as_one(four: Pool, muon: dict, by_muon: Outcome, layout: str):
     check(four.run(run_steps, laid_out(muon, ON_FOUR[layout]), NUM_STEPS), by_muon)
 

@@ -13,6 +13,7 @@ from nemotron.train.config import PretrainConfig
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.schedule import plan_training
 from nemotron.train.trainer import Trainer
+from tests.support.cases import mostly_nightly
 from tests.support.layout_run import forget_groups
 from tests.support.other_training import CountedBatches, EverySecondToken
 from tests.support.pool import Pool
@@ -49,7 +50,7 @@ def steps(values: dict[str, Any]) -> list[dict[str, float]]:
     ]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_nightly(LAYOUTS, "fsdp2", "pp2"))
 def test_losses_and_gradients_are_those_of_one_process(
     pair: Pool, values: dict[str, Any], layout: str
 ):

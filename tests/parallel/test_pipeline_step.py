@@ -20,6 +20,7 @@ from nemotron.parallel.stages import Stage, cut, shared_parameters, split_stages
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
+from tests.support.cases import further, mostly_nightly
 from tests.support.models import build, recompute, tokens
 from tests.support.pool import Pool
 
@@ -211,7 +212,10 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(
+    "name",
+    mostly_nightly(CASES, "1f1b", "dense stage", "weights", "recompute", "tied", "detached heads"),
+)
 def test_losses_and_gradients_are_those_of_one_process(pair: Pool, name: str):
     case = CASES[name]
     check(pair.run(pipelined, case), one_process(case, case.batches()), 1e-12)
@@ -231,13 +235,13 @@ def test_hidden_states_travel_in_the_compute_dtype(pair: Pool):
     check(results, one_process(case, case.batches()), 1e-6)
 
 
-@pytest.mark.parametrize("masked", [(0,), (2,), (0, 1, 3)])
+@pytest.mark.parametrize("masked", [pytest.param((0,), marks=pytest.mark.nightly), (2,), (0, 1, 3)])
 def test_a_micro_batch_may_lack_any_target(pair: Pool, masked: tuple[int, ...]):
     case = Case(masked=masked)
     check(pair.run(pipelined, case), one_process(case, case.batches()), 1e-12)
 
 
-@pytest.mark.parametrize("name", ["1f1b", "interleaved"])
+@pytest.mark.parametrize("name", [further("1f1b"), "interleaved"])
 def test_rows_may_become_longer_and_micro_batches_fewer(pair: Pool, name: str):
     case = CASES[name]
     results = pair.run(pipelined, case, (11, 13, 11))
@@ -276,7 +280,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("name", SHARDED)
+@pytest.mark.parametrize("name", mostly_nightly(SHARDED, "interleaved", "detached, tied"))
 def test_stages_may_be_sharded(four: Pool, name: str):
     case = SHARDED[name]
     results = four.run(pipelined, case, (13, 13))

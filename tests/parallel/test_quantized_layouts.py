@@ -1,10 +1,12 @@
 """NVFP4 in layouts: the same quantized weights, the same random bits, the same losses."""
 
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 
+from tests.support.cases import mostly_nightly
 from tests.support.layout_run import Outcome, joined, run_steps
 from tests.support.pool import Pool
 
@@ -72,8 +74,16 @@ def alone(values: dict[str, Any]) -> dict[tuple[str, int], Outcome]:
     }
 
 
-@pytest.mark.parametrize("precision", PRECISION)
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize(
+    ("precision", "layout"),
+    mostly_nightly(
+        product(PRECISION, LAYOUTS),
+        ("nvfp4", "fsdp2"),
+        ("nvfp4", "pp2"),
+        ("experts in nvfp4", "ep2 all_to_all"),
+        ("fp8_delayed", "tp2"),
+    ),
+)
 def test_two_ranks_quantize_as_one(
     pair: Pool, values: dict, alone: dict, precision: str, layout: str
 ):

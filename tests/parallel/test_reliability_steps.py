@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.cases import further, mostly_nightly
 from tests.support.layout_model import MODEL
 from tests.support.pool import Pool
 from tests.support.prepared import write_prepared
@@ -51,7 +52,7 @@ def recipe(values: dict, layout: str, *faults: dict, **reliability: Any) -> dict
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize("rank", [further(0), 1])
 def test_a_nan_on_one_rank_skips_the_step_on_all(pair: Pool, values, layout: str, rank: int):
     fault = {"kind": "nan_gradient", "step": 2, "rank": rank}
     expected = [(None, False), ("NOT_FINITE", True), (None, False)]
@@ -66,7 +67,7 @@ def test_a_spike_on_one_rank_skips_the_step_on_all(pair: Pool, values):
     assert seen[0][33] == ("SPIKE", True)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_nightly(LAYOUTS, "hsdp", "tp"))
 def test_replicas_that_nothing_happened_to_are_alike(pair: Pool, values, layout: str):
     assert (
         pair.run(compared, recipe(values, layout, check_replicas_every_steps=1), 3) == [(3, "")] * 2
@@ -76,9 +77,9 @@ def test_replicas_that_nothing_happened_to_are_alike(pair: Pool, values, layout:
 @pytest.mark.parametrize(
     ("layout", "tensor"),
     [
-        ("hsdp", "backbone.layers.0.mixer.in_proj.weight"),
+        further(("hsdp", "backbone.layers.0.mixer.in_proj.weight")),
         ("tp", "backbone.layers.1.norm.weight"),
-        ("pp", "backbone.embeddings.weight"),
+        further(("pp", "backbone.embeddings.weight")),
         ("fsdp", "backbone.layers.1.mixer.gate.e_score_correction_bias"),
     ],
 )

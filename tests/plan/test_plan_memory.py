@@ -13,6 +13,7 @@ from nemotron.plan.memory import GIB, activation_bytes, memory
 from nemotron.plan.published import ROWS, models
 from nemotron.plan.trace import trace_blocks
 from nemotron.recipe.load import load_recipe
+from tests.support.cases import further
 from tests.support.plan_jobs import EVERYTHING, super_job
 
 NANO, SUPER = models()["Nano"], models()["Super"]
@@ -111,8 +112,11 @@ def test_a_stage_with_head_and_further_depths_gets_fewer_layers():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "width"),
-    [(load_recipe(TINY).config.model, 2), (load_recipe(TINY).config.model, 4), (NANO, 2)],
-    ids=["tiny bf16", "tiny fp32", "nano bf16"],
+    [
+        pytest.param(load_recipe(TINY).config.model, 2, id="tiny bf16"),
+        further((load_recipe(TINY).config.model, 4), id="tiny fp32"),
+        further((NANO, 2), id="nano bf16"),
+    ],
 )
 def test_autograd_keeps_what_the_formula_says(model: ModelConfig, width: int):
     traced = trace_blocks(model, width)

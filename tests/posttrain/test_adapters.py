@@ -15,6 +15,7 @@ from nemotron.model.adapter import merge_all
 from nemotron.model.build import build_around
 from nemotron.train.config import AdapterConfig, TuneConfig
 from nemotron.train.tuning import apply_tuning, role_of, trained_shares
+from tests.support.cases import mostly_nightly
 from tests.support.fine_tuning import Workplace
 from tests.support.models import build, tokens
 from tests.support.rewritten import rewrite
@@ -52,7 +53,7 @@ def test_an_adapted_model_computes_what_the_merged_one_does(kind: str) -> None:
     assert trained == {n for n, _ in model.named_parameters() if "adapter." in n}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_nightly(KINDS, "lora"))
 def test_only_adapters_are_trained_from_where_they_change_nothing(
     workplace: Workplace, kind: str
 ) -> None:
@@ -76,7 +77,7 @@ def test_only_adapters_are_trained_from_where_they_change_nothing(
     assert all("adapter." in name for name in moments)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", mostly_nightly(KINDS, "dora"))
 def test_a_stopped_run_goes_on_to_the_same_bits(workplace: Workplace, kind: str) -> None:
     whole = workplace.train(f"whole-{kind}", tune=adapter(kind), schedule=RATE)
     parts = workplace.train(f"parts-{kind}", "--stop-at", "2", tune=adapter(kind), schedule=RATE)

@@ -10,6 +10,7 @@ from nemotron.checkpoint.read import read_model
 from nemotron.cli import run
 from nemotron.posttrain.preference.config import DpoConfig
 from nemotron.run.metrics import read_metrics
+from tests.support.cases import further
 from tests.support.conversations import ANSWER, QUESTION
 from tests.support.fine_tuning import Workplace, write_recipe, write_rows
 from tests.support.job import Job
@@ -116,7 +117,9 @@ def alone(workplace: Workplace, plain_base: Path) -> Found:
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize("parallel", [{}, {"cp": 2}, {"tp": 2}, {"pp": 2}], ids=str)
+@pytest.mark.parametrize(
+    "parallel", [{}, further({"cp": 2}), further({"tp": 2}), {"pp": 2}], ids=str
+)
 def test_two_ranks_learn_what_one_learns(
     workplace: Workplace, plain_base: Path, alone: Found, parallel: dict
 ) -> None:

@@ -71,7 +71,7 @@ def test_one_environment_stands_twice_under_labels() -> None:
 def test_conversations_leave_held_out_tasks_to_evaluations(tmp_path: Path) -> None:
     out = tmp_path / "chats.jsonl"
     words = ["rl", "chats", "arith_chain", "arith_chain@2+tools", "--count", "400"]
-    assert run([*words, "--held-out-fraction", "0.25", "--out", str(out)]) == 0
+    assert run([*words, "--held-out", "0.25", "--out", str(out)]) == 0
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert len(rows) == 800
     asked = [build_row("arith_chain", row["messages"][0]["content"]) for row in rows]

@@ -190,8 +190,11 @@ def test_verdicts_that_changed_are_counted(folder: Path, tmp_path: Path, capsys)
     right = changed["verdict"]["reward"]
     changed["verdict"]["reward"] = 0.5
     path.write_text(json.dumps(changed) + "\n" + "".join(others))
-    assert run(["rl", "reverify", str(home), "--out", str(tmp_path)]) == 1
+    words = ["rl", "reverify", str(home), "--out", str(tmp_path)]
+    assert run(words) == 1
     assert "8 rollouts  1 changed" in capsys.readouterr().out
+    assert run(words) == 2  # what is there may be the rollouts of another run
+    assert "exists already; give a new name" in capsys.readouterr().err
     again = json.loads((tmp_path / path.name).read_text().splitlines()[0])
     assert again["verdict"]["reward"] == right
     stranger = changed | {"task": changed["task"] | {"row": {}}}

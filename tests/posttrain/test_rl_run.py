@@ -10,6 +10,7 @@ import torch
 from nemotron.checkpoint.read import read_model
 from nemotron.cli import run
 from nemotron.posttrain import workers
+from tests.support.cases import further
 from tests.support.rl import rl_values, write_recipe
 
 
@@ -71,7 +72,7 @@ def test_a_run_writes_its_rollouts_and_their_figures(recipe, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("updates", "lag"), [(1, 0), (2, 0), (1, 1), (2, 1)])
+@pytest.mark.parametrize(("updates", "lag"), [further((1, 0)), (2, 0), further((1, 1)), (2, 1)])
 def test_a_stopped_run_goes_on_to_the_same_bits(
     recipe, tmp_path: Path, updates: int, lag: int
 ) -> None:

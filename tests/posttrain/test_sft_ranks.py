@@ -6,13 +6,14 @@ import torch
 from nemotron.checkpoint.read import read_model
 from nemotron.posttrain.sft_config import SftConfig
 from nemotron.run.metrics import read_metrics
+from tests.support.cases import further
 from tests.support.fine_tuning import Workplace
 from tests.support.job import Job
 
 pytestmark = pytest.mark.distributed
 
 
-@pytest.mark.parametrize("objective", ["tokens", "samples"])
+@pytest.mark.parametrize("objective", ["tokens", further("samples")])
 def test_two_ranks_learn_what_one_learns(workplace: Workplace, objective: str) -> None:
     losses, weights = [], []
     for world in (1, 2):
@@ -30,7 +31,7 @@ def test_two_ranks_learn_what_one_learns(workplace: Workplace, objective: str) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "parallel"), [("lora", {}), ("dora", {"dp_replicate": 2, "dp_shard": 1})]
+    ("kind", "parallel"), [further(("lora", {})), ("dora", {"dp_replicate": 2, "dp_shard": 1})]
 )
 def test_adapters_are_sharded_as_weights_are(
     workplace: Workplace, kind: str, parallel: dict

@@ -16,6 +16,7 @@ from nemotron.posttrain.sft_config import SftConfig
 from nemotron.run.metrics import read_metrics
 from nemotron.train.pretraining import build_trainer, open_data
 from nemotron.train.schedule import plan_training
+from tests.support.cases import further
 from tests.support.fine_tuning import Workplace
 from tests.support.same_run import assert_same_run
 from tests.support.tiny_run import PEAK_FLOPS
@@ -64,7 +65,7 @@ def test_changed_conversations_are_prepared_anew_and_not_resumed_with(
     assert run(["train", str(folder / "recipe.yaml"), "--resume"]) == 0
 
 
-@pytest.mark.parametrize("objective", ["tokens", "samples"])
+@pytest.mark.parametrize("objective", ["tokens", further("samples")])
 def test_the_loss_is_that_of_transformers_on_the_exported_model(
     workplace: Workplace, objective: str
 ) -> None:
@@ -105,7 +106,7 @@ def test_only_the_assistants_tokens_have_labels(workplace: Workplace) -> None:
     assert "user" not in learned
 
 
-@pytest.mark.parametrize("stop", ["1", "3"])
+@pytest.mark.parametrize("stop", ["1", further("3")])
 def test_a_stopped_run_goes_on_to_the_same_bits(workplace: Workplace, stop: str) -> None:
     whole = workplace.train(f"whole{stop}")
     parts = workplace.train(f"parts{stop}", "--stop-at", stop)

@@ -11,6 +11,7 @@ from torch import Tensor
 from nemotron.precision.kernels import available
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import SCHEMES, MXFP8Scheme, NVFP4Scheme, Quantized, Scheme
+from tests.support.cases import further
 
 pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -55,7 +56,7 @@ SCHEMES_HERE = {
 }
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [further(torch.float32), torch.bfloat16])
 @pytest.mark.parametrize("operand", ["x", "w", "dy"])
 @pytest.mark.parametrize("name", SCHEMES_HERE)
 def test_operands_are_the_emulations(with_kernels, name: str, operand: str, dtype):

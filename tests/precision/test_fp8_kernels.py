@@ -20,6 +20,7 @@ from nemotron.precision.groups import Groups
 from nemotron.precision.kernels import quantize_fp8 as kernels
 from nemotron.precision.linear import quantized_grouped_linear, quantized_linear
 from nemotron.precision.schemes import SCHEMES, Scheme
+from tests.support.cases import further
 
 HAS_CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if HAS_CUDA else "cpu"
@@ -133,7 +134,7 @@ def test_squares_of_weights_have_the_emulations_codes_and_scales():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("parts", [1, 4, 2048])
+@pytest.mark.parametrize("parts", [further(1), 4, further(2048)])
 def test_magnitudes_of_tiles_give_the_scale_of_the_largest(parts: int, monkeypatch):
     monkeypatch.setattr(kernels, "PARTS", parts)
     x = numbers(sum(COUNTS), 300, seed=3).clamp(-1e30, 1e30).bfloat16().to(DEVICE)
@@ -222,7 +223,7 @@ def test_a_layer_is_the_emulations(format: str, shape, dtype):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not HOPPER, reason="the kernels' products are for Hopper")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [further(torch.float32), torch.bfloat16])
 @pytest.mark.parametrize("format", FORMATS)
 def test_experts_are_the_emulations(format: str, dtype):
     rows = sum(COUNTS)

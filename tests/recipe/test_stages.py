@@ -117,7 +117,7 @@ def test_a_command_for_pretraining_refuses_another_stage(recipe, capsys: pytest.
     assert run(["train", recipe(), "--dry-run"]) == 2
     said = capsys.readouterr().err
     assert "correct.yaml:2: stage = correct can be read and checked, but nothing trains" in said
-    assert run(["plan", recipe()]) == 2
+    assert run(["data", "plan", recipe()]) == 2
     said = capsys.readouterr().err
     assert "correct.yaml:2: stage = correct is not for this command, which takes" in said
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.cases import further
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -19,7 +21,7 @@ def rows(tmp_path: Path, *words: str) -> list[dict]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("part", ["layers", "blocks"])
+@pytest.mark.parametrize("part", ["layers", further("blocks")])
 def test_every_backend_of_every_format_is_compared_with_bfloat16(tmp_path: Path, part: str):
     found = rows(tmp_path, part, "--models", "tiny", "--tokens", "32", "--experts", "4")
     what = part.removesuffix("s")

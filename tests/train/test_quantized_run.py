@@ -7,6 +7,7 @@ import pytest
 
 from nemotron.run.metrics import read_metrics
 from nemotron.train.start import train
+from tests.support.cases import further
 from tests.support.same_run import assert_same_run, final_tensors
 
 
@@ -16,7 +17,8 @@ def precision(preset: str, **changes: object) -> dict:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "preset", ["nvfp4_super", "mxfp8", "fp8_current", "fp8_block", "fp8_delayed"]
+    "preset",
+    ["nvfp4_super", "fp8_delayed", *map(further, ["mxfp8", "fp8_current", "fp8_block"])],
 )
 def test_every_preset_learns(recipe, preset: str):
     config = recipe(preset, precision=precision(preset))
@@ -60,7 +62,11 @@ def test_a_resumed_run_draws_the_same_bits_across_a_change_of_format(recipe, cap
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after"),
-    [("nvfp4_all", "bf16"), ("mxfp8", "fp8_delayed"), ("fp8_delayed", "mxfp8")],
+    [
+        ("nvfp4_all", "bf16"),
+        further(("mxfp8", "fp8_delayed")),
+        further(("fp8_delayed", "mxfp8")),
+    ],
 )
 def test_a_run_may_go_on_in_another_format(recipe, before: str, after: str):
     assert train(recipe("moves", precision=precision(before)), stop_at=4) == 75

@@ -11,6 +11,7 @@ from nemotron.checkpoint.read import read_state
 from nemotron.checkpoint.state import PassedOver
 from nemotron.run.metrics import ABANDONED, read_metrics
 from nemotron.train.start import train
+from tests.support.cases import further
 from tests.support.same_run import assert_same_run, final_tensors
 from tests.support.tiny_run import build_recipe
 
@@ -93,7 +94,7 @@ def test_going_back_is_the_same_when_checkpoints_are_written_beside_training(rol
     assert_same_run(folder_of(config), rolled_back)
 
 
-@pytest.mark.parametrize("stops", [[6], [8], [4, 7, 11]])
+@pytest.mark.parametrize("stops", [further([6]), further([8]), [4, 7, 11]])
 @pytest.mark.slow
 def test_a_run_that_is_stopped_around_a_rollback_resumes_to_the_same_bits(
     rolling, rolled_back, stops

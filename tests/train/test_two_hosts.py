@@ -10,6 +10,7 @@ import pytest
 
 from nemotron.checkpoint.find import SAVING
 from nemotron.run.metrics import read_metrics
+from tests.support.cases import further
 from tests.support.hosts import Host, two_hosts
 from tests.support.job import Job, busy, limits
 from tests.support.same_run import assert_same_run
@@ -44,7 +45,7 @@ def wait_for_save(job: Job | TorchrunJob) -> None:
         time.sleep(0.0005)
 
 
-@pytest.mark.parametrize("moment", ["step", "save"])
+@pytest.mark.parametrize("moment", ["step", further("save")])
 def test_a_link_that_is_cut_ends_both_hosts_and_the_one_that_is_left_resumes(
     on_two, hosts, parallel, bound_s, moment
 ):

@@ -53,7 +53,7 @@ class Case:
 
     @property
     def tokens_per_step(self) -> int:
-        """Tokens trained on in a step, or new tokens of one decoding step."""
+        """Tokens trained on in a step, read at once, or new ones of one decoding step."""
         return self.rows * (1 if self.kind == "decode" else self.tokens)
 
     def programs(self, side: str) -> list[tuple[str, str]]:
@@ -63,6 +63,7 @@ class Case:
         kinds = {
             "train": ["eager", "grouped_mm"],
             "decode": ["eager", "grouped_mm", "batched_mm"],
+            "prefill": ["eager", "grouped_mm"],
             "ssd": [""],
         }[self.kind]
         # bf16 rows let the peer use fp32 too, should that be faster for it
@@ -78,6 +79,8 @@ CASES = [
     Case("ssd", "ssd", "nano", 1, 2048, ("fp32", "bf16"), 4.0, 10.0, kept=15),
     Case("decode-1", "decode", "nano", 1, 128, ("fp32", "bf16"), 2.3, 8.0),
     Case("decode-8", "decode", "nano", 8, 128, ("fp32", "bf16"), 2.3, 8.0),
+    Case("prefill-512", "prefill", "nano", 1, 512, ("fp32", "bf16"), 2.0, 3.0),
+    Case("prefill-2048", "prefill", "nano", 1, 2048, ("fp32", "bf16"), 2.0, 3.0),
 ]
 """The rows of the table "Peer and target", in its order."""
 

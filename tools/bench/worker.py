@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 from cases import CASES, DECODE_TOKENS, DTYPES, PROXIES, Case, draw_tokens
-from machine import Watch, matmul_peak
+from machine import matmul_peak
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
@@ -23,6 +23,7 @@ from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.forward import append, read
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.ssd import ssd
+from nemotron.sol.clock import Watch
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig, OptimizerConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
@@ -52,7 +53,7 @@ class Ours:
         self.model = HybridLM(PROXIES[case.proxy])
         self.model.init_weights(0)
         self.model.compute_dtype = DTYPES[dtype]
-        if case.kind == "decode":
+        if case.kind in ("decode", "prefill"):
             prepare_weights(self.model)
         else:
             self.optimizer = Optimizer(dict(self.model.named_parameters()), OptimizerConfig())
@@ -181,7 +182,7 @@ class Scan:
 
 
 def run_step(program: Program | Scan, case: Case, step: int) -> dict[str, float | bool]:
-    """Time one training step, one scan, or the mean token-step of a short continuation."""
+    """Time one training step, scan or reading, or the mean token-step of a short continuation."""
     tokens = draw_tokens(case, step)
     if isinstance(program, Scan):
         program.draw(step)
@@ -193,6 +194,8 @@ def run_step(program: Program | Scan, case: Case, step: int) -> dict[str, float 
             program.run()
         elif case.kind == "train":
             program.train(tokens)
+        elif case.kind == "prefill":
+            program.prefill(tokens)
         else:
             for _ in range(DECODE_TOKENS):
                 program.decode()
@@ -216,7 +219,7 @@ def write_check(program: Program | Scan, case: Case, path: str) -> None:
         results = {**results, "loss": torch.tensor(loss)}
     else:
         results = {"logits 0": program.prefill(tokens)}
-        for index in range(1, DECODE_TOKENS):
+        for index in range(1, DECODE_TOKENS if case.kind == "decode" else 2):
             results[f"logits {index}"] = program.decode()
     torch.save({name: tensor.float() for name, tensor in results.items()}, path)
 

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import Clock
 from stage import ROOT
+
+from nemotron.sol.clock import Clock
 
 OWN = ("nemotron", "tools")
 WAITS = "called a synchronizing CUDA operation"

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import Clock
 from table import RESULTS
+
+from nemotron.sol.bound import Roofs
+from nemotron.sol.clock import Clock
 
 ROOT = Path(__file__).parents[2]
 
@@ -51,21 +53,21 @@ class Stage:
             if "CUDA error" in str(error) or "illegal memory" in str(error):
                 raise  # nothing works in this process any more
 
-    def roofs(self) -> tuple[float, float]:
+    def roofs(self) -> Roofs:
         """Return FLOP/s and bytes/s that this device reached, else those of its data sheet."""
         found = {
             row["case"]: row for row in read(self.out) if row["stage"] == "roofs" and "rate" in row
         }
         known = data_sheet(self.device)
-        flops = found.get("bf16 8192", {}).get("rate", known[0])
-        return flops, found.get("copy", {}).get("rate", known[1])
+        flops = found.get("bf16 8192", {}).get("rate", known.flops)
+        return Roofs(flops, found.get("copy", {}).get("rate", known.bandwidth))
 
 
-def data_sheet(device: torch.device) -> tuple[float, float]:
+def data_sheet(device: torch.device) -> Roofs:
     """Return dense bf16 FLOP/s and bytes/s by the vendor; of a CPU, something of its size."""
     if device.type == "cpu":
-        return 1e11, 1e10
-    return 989e12, 4.8e12 if "H200" in torch.cuda.get_device_name() else 3.35e12
+        return Roofs(1e11, 1e10)
+    return Roofs(989e12, 4.8e12 if "H200" in torch.cuda.get_device_name() else 3.35e12)
 
 
 def parser(description: str | None) -> argparse.ArgumentParser:

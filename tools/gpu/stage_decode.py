@@ -112,7 +112,7 @@ def _floor(stage: Stage, model: HybridLM, rows: int) -> float:
     for name, parameter in model.named_parameters():
         if name != "backbone.embeddings.weight":
             count += parameter.numel() * (chosen if name.endswith(STACKED) else 1.0)
-    _, bandwidth = stage.roofs()
+    bandwidth = stage.roofs().bandwidth
     return 2e3 * count / bandwidth
 
 

@@ -1,9 +1,8 @@
 """Stage 5: every operation, every backend that is fit: time, share of the floor, score, error.
 
-A process of its own runs the cases; where one dies or hangs, another goes on after it. The floor is
-the longer of the FLOPs at the measured peak and of each input, output and gradient moved once; the
-score 1 / (1 + (T - T_sol) / (T_torch - T_sol)) is 0.5 for torch alone and 1 at the floor (as
-NVIDIA/SOL-ExecBench: sol_score.py). `--once` only runs everything, which fills Triton's cache.
+Problems, bounds and the score are those of nemotron/sol; here 0.5 is the time of torch alone. A
+process of its own runs the cases; where one dies or hangs, another goes on after it. `--once` only
+runs everything, which fills Triton's cache.
 """
 
 import argparse
@@ -17,17 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from clock import repeat
 from mamba_kernels import keep_part, shorten_search
 from stage import Stage, append, one_line, parser
 from torch import Tensor
-from workloads import SIZES, Rows, Size, Source, Workload, workloads
 
 from nemotron.ops.apply import ALL
 from nemotron.ops.registry import Backend, Call, Operation
+from nemotron.sol.bound import bound, compulsory, score
+from nemotron.sol.clock import repeat
+from nemotron.sol.problems import Problem, Source, problems
+from nemotron.sol.sizes import SIZES, Size
 
-FULL, SMALL = Rows(2, 4096), Rows(2, 128)
-TINY_FULL, TINY_SMALL = Rows(2, 64), Rows(2, 32)
 REFERENCE_ONLY = {"ssd", "attention", "linear_cross_entropy"}
 """Operations whose reference loops over tokens or holds far too much at full size."""
 HANGS_AFTER = 75.0
@@ -39,19 +38,18 @@ SETS = 2
 
 @dataclass(frozen=True)
 class Case:
-    """One backend on one workload."""
+    """One backend on one problem."""
 
     size: Size
-    workload: Workload
-    check: Workload
+    problem: Problem
+    check: Problem
     operation: Operation
     backend: Backend
 
     @property
     def name(self) -> str:
         """Operation, what of it, and size."""
-        label = f" {self.workload.label}" if self.workload.label else ""
-        return f"{self.operation.name}{label} {self.size.name}"
+        return f"{self.problem.name} {self.size.name}"
 
 
 def main() -> None:
@@ -67,7 +65,9 @@ def main() -> None:
 def _options() -> argparse.Namespace:
     options = parser(__doc__)
     options.add_argument("--only", action="append", help="operation (repeatable; default: all)")
-    options.add_argument("--size", action="append", choices=list(SIZES), help="default: both")
+    options.add_argument(
+        "--size", action="append", choices=["nano", "super", "tiny"], help="default: both"
+    )
     options.add_argument("--once", action="store_true", help="run all once, time nothing")
     options.add_argument("--part", default="0/1", help="of mamba-ssm's configurations, with --once")
     options.add_argument("--start", type=int, help="first case, of the worker's own process")
@@ -132,39 +132,38 @@ def _earlier(stage: Stage) -> list[dict[str, Any]]:
 
 
 def find_cases(stage: Stage) -> list[Case]:
-    """Return what runs: for each workload first torch's backend, then the others that are fit."""
+    """Return what runs: for each problem first torch's backend, then the others that are fit."""
     options = stage.options
     names = options.size or (["tiny"] if stage.tiny else ["nano", "super"])
     operations = {operation.name: operation for operation in ALL}
-    full, small = (TINY_FULL, TINY_SMALL) if stage.tiny else (FULL, SMALL)
     cases, unknown = [], set()
     for name in names:
         size = SIZES[name]
-        for workload, check in zip(workloads(size, full), workloads(size, small), strict=True):
-            operation = operations.get(workload.operation)
+        pairs = zip(problems(size, size.usual), problems(size, size.checked), strict=True)
+        for problem, check in pairs:
+            operation = operations.get(problem.operation)
             if operation is None:
-                unknown.add(workload.operation)
+                unknown.add(problem.operation)
             elif not options.only or operation.name in options.only:
-                backends = fit(operation, workload, stage.device, stage.tiny)
+                backends = fit(operation, problem, stage.device, stage.tiny)
                 if not options.part.startswith("0/"):
                     backends = [b for b in backends if "mamba_ssm" in b.packages]
-                cases += [Case(size, workload, check, operation, b) for b in backends]
+                cases += [Case(size, problem, check, operation, b) for b in backends]
     if not options.once and not options.start:
-        covered = {workload.operation for workload in workloads(SIZES["tiny"], TINY_SMALL)}
+        tiny = SIZES["tiny"]
+        covered = {problem.operation for problem in problems(tiny, tiny.checked)}
         without = sorted(operations.keys() - covered)
-        stage.emit("coverage", absent=sorted(unknown), without_workload=without)
+        stage.emit("coverage", absent=sorted(unknown), without_problem=without)
     return cases
 
 
-def fit(
-    operation: Operation, workload: Workload, device: torch.device, tiny: bool
-) -> list[Backend]:
+def fit(operation: Operation, problem: Problem, device: torch.device, tiny: bool) -> list[Backend]:
     """Return the backends to time: torch's own first; the reference only where it is that."""
-    call = Call(device.type, torch.bfloat16, workload.needs)
+    call = Call(device.type, torch.bfloat16, problem.needs)
     found = [b for b in operation.backends if b.unfit(call) is None]
     if tiny:
         # in Triton's interpreter kernels take tensors of a CPU
-        on_gpu = Call("cuda", torch.bfloat16, workload.needs)
+        on_gpu = Call("cuda", torch.bfloat16, problem.needs)
         mine = [b for b in operation.backends if b.name == "triton" and b.unfit(on_gpu) is None]
         found = [*found, *(b for b in mine if b not in found)]
     alone = [b for b in found if not b.packages and b.name != "reference"]
@@ -174,10 +173,10 @@ def fit(
 
 
 def draw(
-    workload: Workload, device: torch.device, seed: int
+    problem: Problem, device: torch.device, seed: int
 ) -> tuple[list[Tensor], tuple[object, ...]]:
     """Return inputs that ask for gradients, in their own memory layout, and other arguments."""
-    tensors, rest = workload.draw(Source(torch.Generator(device).manual_seed(seed)))
+    tensors, rest = problem.draw(Source(torch.Generator(device).manual_seed(seed)))
     tensors = [t.detach().requires_grad_(t.is_floating_point()) for t in tensors]
     return tensors, rest
 
@@ -189,8 +188,8 @@ def call(function: Callable[..., Any], tensors: list[Tensor], rest: tuple[object
 
 
 def _run_once(stage: Stage, case: Case) -> None:
-    for workload in (case.check, case.workload):
-        tensors, rest = draw(workload, stage.device, 0)
+    for problem in (case.check, case.problem):
+        tensors, rest = draw(problem, stage.device, 0)
         y = call(case.backend.function, tensors, rest)
         y.backward(torch.ones_like(y))
         stage.clock.wait()
@@ -221,13 +220,10 @@ def _measure(
 ) -> None:
     wrong = error(case, stage.device)
     clock, function = stage.clock, case.backend.function
-    sets = [draw(case.workload, stage.device, seed) for seed in range(SETS)]
+    sets = [draw(case.problem, stage.device, seed) for seed in range(SETS)]
     y = call(function, *sets[0])
     dy = torch.randn_like(y)
-    moved = [t.nbytes for t in sets[0][0]]
-    gradients = [t.nbytes for t in sets[0][0] if t.is_floating_point()]
-    again = sum(moved) - (0 if case.workload.reads_again else sum(gradients))
-    forward_bytes, backward_bytes = sum(moved) + y.nbytes, again + y.nbytes + sum(gradients)
+    passes = compulsory(case.problem, sets[0][0], y)
     del y
 
     def once(number: int) -> list[float]:
@@ -246,16 +242,12 @@ def _measure(
     times = repeat(once, seconds=0.1 if stage.tiny else 0.25)
     forward = statistics.median(t[0] for t in times)
     both = statistics.median(sum(t) for t in times)
-    peak, bandwidth = stage.roofs()
-    flops = case.workload.flops
-    floor = max(flops / peak, forward_bytes / bandwidth)
-    floor += max(case.workload.again * flops / peak, backward_bytes / bandwidth)
-    floor *= 1e3
+    floor = bound(passes, stage.roofs()).seconds * 1e3
     is_torch = not case.backend.packages
     if is_torch:
         torch_times.setdefault((case.name, "torch"), both)
     base = torch_times.get((case.name, "torch"))
-    score = None if base is None else 1 / (1 + (both - floor) / max(base - floor, 1e-9))
+    found = None if base is None else score(both, base, floor)
     stage.emit(
         case.name,
         backend=case.backend.name,
@@ -264,7 +256,7 @@ def _measure(
         ms=round(both, 4),
         floor_ms=round(floor, 4),
         of_floor=round(floor / both, 3),
-        score=None if score is None else round(score, 3),
+        score=None if found is None else round(found, 3),
         difference=wrong,
         flag="" if wrong <= TOLERANCE else "WRONG",
         repetitions=len(times),

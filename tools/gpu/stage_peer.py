@@ -11,7 +11,6 @@ import types
 from typing import Any
 
 import torch
-from clock import repeat
 from mamba_kernels import searches, shorten_search
 from share import ROWS, balanced_experts, build, random_batch, share, tokens_of, turns
 from stage import Stage, data_sheet, parser
@@ -21,6 +20,7 @@ from nemotron.data.batch import NO_LABEL
 from nemotron.model.config import ModelConfig
 from nemotron.model.flops import training_flops_per_token
 from nemotron.ops.causal_conv1d import causal_conv1d
+from nemotron.sol.clock import repeat
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
@@ -78,7 +78,7 @@ def _run(stage: Stage) -> None:
                 case,
                 **found,
                 tokens_per_s=round(ROWS * tokens / found["ms"] * 1e3),
-                mfu=round(flops / found["ms"] * 1e3 / data_sheet(stage.device)[0], 4),
+                mfu=round(flops / found["ms"] * 1e3 / data_sheet(stage.device).flops, 4),
                 transformers=importlib.metadata.version("transformers"),
             )
 

@@ -7,9 +7,10 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from clock import repeat
 from stage import Stage, parser
 from torch import Tensor
+
+from nemotron.sol.clock import repeat
 
 CLOCKS = "clocks.sm,clocks.mem,power.draw,temperature.gpu,clocks_event_reasons.active"
 EXPERTS, ROWS, HIDDEN, WIDTH = 16, 3072, 2688, 1856

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from clock import Clock, repeat
 from kernels_of import host_waits, profile
 from share import ROWS, WHOLE, balanced_experts, build, random_batch, share, tokens_of, torch_alone
 from stage import Stage, data_sheet, parser
@@ -25,6 +24,7 @@ from nemotron.plan.hardware import find_hardware
 from nemotron.plan.memory import memory
 from nemotron.precision.apply import Quantization
 from nemotron.precision.config import PrecisionConfig
+from nemotron.sol.clock import Clock, repeat
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import PretrainConfig
 from nemotron.train.kinds import kinds, parameter_kinds
@@ -118,7 +118,7 @@ def _run(stage: Stage, variant: str) -> None:
     forward, backward, optimizer = (statistics.median(t[i] for t in times) for i in range(3))
     tokens = ROWS * training.tokens
     flops = training_flops_per_token(config.model, training.tokens, 0) * tokens
-    roof, _ = stage.roofs()
+    roof = stage.roofs().flops
     planned, terms = planned_memory(config)
     stage.emit(
         variant,
@@ -128,9 +128,9 @@ def _run(stage: Stage, variant: str) -> None:
         optimizer_ms=round(optimizer, 2),
         tokens_per_s=round(tokens / step * 1e3),
         model_tflops=round(flops / step / 1e9, 2),
-        mfu=round(flops / step * 1e3 / data_sheet(stage.device)[0], 4),
+        mfu=round(flops / step * 1e3 / data_sheet(stage.device).flops, 4),
         mfu_without_optimizer=round(
-            flops / (forward + backward) * 1e3 / data_sheet(stage.device)[0], 4
+            flops / (forward + backward) * 1e3 / data_sheet(stage.device).flops, 4
         ),
         of_roof=round(flops / step * 1e3 / roof, 4),
         loss=round(training.loss, 4),
@@ -221,7 +221,7 @@ def _whole(stage: Stage, variant: str, training: Training) -> None:
         whole_ms=round(total, 1),
         whole_tokens_per_s=round(tokens / total * 1e3),
         whole_tflops=round(flops / total / 1e9, 1),
-        whole_mfu=round(flops / total * 1e3 / data_sheet(stage.device)[0], 4),
+        whole_mfu=round(flops / total * 1e3 / data_sheet(stage.device).flops, 4),
     )
 
 

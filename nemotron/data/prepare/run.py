@@ -36,7 +36,7 @@ from nemotron.outputs import (
     unwritable,
 )
 
-COMMAND = "data prepare"
+COMMAND, PAIRS_COMMAND = "data prepare", "data pairs"
 SHARD_FILE = re.compile(r"(train|validation)-\d{5}\.(bin|idx|loss)(\.\d+\.tmp)?")
 WORK_FILE = re.compile(r"lock|plan\.json|unit-\d{5}\.json|\.(plan|unit-\d{5})\.json\..+\.tmp")
 POLLED_S = 0.5
@@ -54,6 +54,11 @@ class PrepareJob:
     max_bad_rows: int
     limit: str
     """What sets `max_bad_rows`, for messages."""
+
+    @property
+    def command(self) -> str:
+        """The command whose mark the folders bear."""
+        return PAIRS_COMMAND if self.options.pairs else COMMAND
 
 
 class TooManyBadRows(UserError):
@@ -89,10 +94,10 @@ def prepare(
     read = [*made.files, Path(tokenizer)]
     for written in (out, folder, work):
         refuse_inputs_inside(written, read)
-    if out.exists() and not overwrite:
-        return _finished(out, work, made, identity_of(made, encoder, options))
-    check_output(out, COMMAND, read, overwrite=overwrite)
     job = PrepareJob(folder, work, tokenizer, options, max_bad_rows, limit)
+    if out.exists() and not overwrite:
+        return _finished(out, work, made, identity_of(made, encoder, options), job.command)
+    check_output(out, job.command, read, overwrite=overwrite)
     try:
         with _workplace(job, made, encoder):
             receipts = _write_units(made, job, workers)
@@ -105,7 +110,7 @@ def prepare(
             hashed = _hashed_inputs(made)
             _remove_unfinished(folder)  # what an orphan of a killed command began while it died
             manifest = assemble(receipts, folder, encoder, options, hashed)
-            publish(folder, out, COMMAND)
+            publish(folder, out, job.command)
             _remove_work(work)
     except OSError as error:
         raise unwritable(error, out, "finished shards are kept") from None
@@ -143,7 +148,9 @@ def _hashed_inputs(made: Plan) -> list[dict[str, Any]]:  # Any: strings and numb
     return found
 
 
-def _finished(out: Path, work: Path, made: Plan, identity: dict[str, Any]) -> Manifest:
+def _finished(
+    out: Path, work: Path, made: Plan, identity: dict[str, Any], command: str
+) -> Manifest:
     """Return the manifest of an output that is there and is what would be made."""
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
@@ -164,7 +171,7 @@ def _finished(out: Path, work: Path, made: Plan, identity: dict[str, Any]) -> Ma
                 where=facts["name"],
             )
     if work.is_dir():  # a command that was killed at its very end left it
-        _adopt(work, WORK_FILE)
+        _adopt(work, WORK_FILE, command)
         _remove_work(work)
     return manifest
 
@@ -174,7 +181,7 @@ def _workplace(job: PrepareJob, made: Plan, tokenizer: Tokenizer) -> Iterator[No
     """Hold the folders of an unfinished preparation, new or begun by the same command."""
     plan_file = job.work / "plan.json"
     identity = identity_of(made, tokenizer, job.options) | {"stamps": list(made.stamps)}
-    _adopt(job.work, WORK_FILE)
+    _adopt(job.work, WORK_FILE, job.command)
     path = job.work / "lock"
     with open(open_regular(path, os.O_WRONLY | os.O_CREAT), "a") as lock:
         if not try_lock(lock.fileno(), path):
@@ -188,7 +195,7 @@ def _workplace(job: PrepareJob, made: Plan, tokenizer: Tokenizer) -> Iterator[No
                 f"it, or remove {job.folder} and {job.work}.",
                 where=str(job.folder),
             )
-        _adopt(job.folder, SHARD_FILE)
+        _adopt(job.folder, SHARD_FILE, job.command)
         _remove_unfinished(job.folder)
         if not plan_file.exists():
             write_json(plan_file, identity)
@@ -202,18 +209,18 @@ def _workplace(job: PrepareJob, made: Plan, tokenizer: Tokenizer) -> Iterator[No
             raise
 
 
-def _adopt(folder: Path, pattern: re.Pattern[str]) -> None:
+def _adopt(folder: Path, pattern: re.Pattern[str], command: str) -> None:
     """Make a folder, or take the one that a stopped preparation left; it holds nothing else.
 
     Raises:
         UserError: when it holds anything else.
     """
-    begin(folder, COMMAND)
+    begin(folder, command)
     for path in folder.iterdir():
         known = path.name == MARK or path.name == MANIFEST or pattern.fullmatch(path.name)
         if not known or path.is_symlink() or not path.is_file():
             raise UserError(
-                f"is not a file of nemotron {COMMAND}; move it elsewhere, or choose another --out.",
+                f"is not a file of nemotron {command}; move it elsewhere, or choose another --out.",
                 where=str(path),
             )
 

@@ -17,7 +17,7 @@ from nemotron.data.prepare.options import PrepareOptions
 from nemotron.data.prepare.progress import PrepareProgress
 from nemotron.data.prepare.read import Bad, Place, Tick, no_column, read_rows, read_text
 from nemotron.errors import UserError
-from nemotron.files import naming, refuse_device, sync
+from nemotron.files import LARGEST_SMALL_FILE, naming, parse_json, refuse_device, sync
 from nemotron.outputs import unwritable
 from nemotron.terminal import print_text
 
@@ -171,9 +171,16 @@ def check_file(out: Path, sources: Iterable[str], *, overwrite: bool) -> None:
 
 
 def _has_lines_of_json(path: Path) -> bool:
-    """Say whether a file is empty or begins with an object, as those that we write do."""
+    """Say whether a file is empty or its first line is an object, as in those that we write."""
     with open(path, "rb") as file:
-        return file.read(1) in (b"", b"{")
+        first = file.read(1)
+        if first != b"{":
+            return not first
+        line = first + file.readline(LARGEST_SMALL_FILE)
+    try:
+        return isinstance(parse_json(line), dict)
+    except ValueError:
+        return False
 
 
 @contextmanager

@@ -22,19 +22,37 @@ TITLES = {
 }
 
 
-def score_file(answers: Path, references: Path, *, as_json: bool) -> int:
-    """Print the measures of a file of answers.
+SIDE_BY_SIDE = (
+    *(f"answer_{unit}" for unit in ("wer", "cer", "ter")),
+    *("correction_precision", "correction_recall", "correction_f0.5", "detection_f1"),
+    *("sentences_better", "sentences_worse", "median_ms"),
+)
+"""Measures by which two ways to correct are compared."""
+Measures = dict[str, float | int | None]
+
+
+def score_file(
+    answers: Path, references: Path, *, against: Path | None = None, as_json: bool
+) -> int:
+    """Print the measures of a file of answers; `against` has those of another way to correct.
 
     Raises:
         UserError: when a file cannot be read, or they do not belong together.
     """
     pairs = _read_pairs(references)
-    found = _read_answers(answers)
-    measures = score(_matched(pairs, found, answers, references)).described()
+
+    def measured(path: Path) -> Measures:
+        return score(_matched(pairs, _read_answers(path), path, references)).described()
+
+    measures = measured(answers)
+    other = None if against is None else measured(against)
     if as_json:
-        print_text(json.dumps(measures, indent=2))
+        print_text(json.dumps({**measures, "against": other} if other else measures, indent=2))
         return DONE
-    for line in _table(measures):
+    lines = [*_table(measures)]
+    if against is not None and other is not None:
+        lines += ["", *_side_by_side(measures, other, answers, against)]
+    for line in lines:
         print_text(line)
     return DONE
 
@@ -108,7 +126,7 @@ def _matched(
         yield pair, answers[name]
 
 
-def _table(measures: dict[str, float | int | None]) -> Iterator[str]:
+def _table(measures: Measures) -> Iterator[str]:
     yield f"{measures['sentences']:,} sentences{'':<14}WER     CER     TER"
     for key, title in TITLES.items():
         if f"{key}_wer" in measures:
@@ -129,3 +147,16 @@ def _table(measures: dict[str, float | int | None]) -> Iterator[str]:
     )
     if "median_ms" in measures:
         yield f"time of a sentence: {measures['median_ms']:.1f} ms (median)"
+
+
+def _side_by_side(
+    measures: Measures, other: Measures, answers: Path, against: Path
+) -> Iterator[str]:
+    yield f"{'':<24}{answers.name:>20}{against.name:>20}"
+    for key in SIDE_BY_SIDE:
+        if key in measures and key in other:
+            own, theirs = (f"{values[key]:.4g}" for values in (measures, other))
+            yield f"{key:<24}{own:>20}{theirs:>20}"
+    mine, theirs_ms = measures.get("median_ms"), other.get("median_ms")
+    if mine and theirs_ms:
+        yield f"{answers.name} takes {mine / theirs_ms:.3f} of the time of {against.name}"

@@ -30,12 +30,15 @@ class TokenStepOp(Operation):
     def __call__(self, stack: Stack, step: Step) -> Float[Tensor, "B T D"]:
         """Return the hidden states after the final norm; states, keys and values change in place.
 
-        Of a step that `keeps_inputs`, the Mamba-2 states do not change.
+        After a step that `keeps_inputs`, the Mamba-2 states mean nothing until `advance`.
         """
         return self.select(stack.empty)("step", stack, step)
 
     def advance(self, stack: Stack, step: Step, counts: Int[Tensor, " B"]) -> None:
-        """Change the Mamba-2 states by the first tokens of each text in a step that kept them."""
+        """Bring the Mamba-2 states to those after the first tokens of a step that kept its inputs.
+
+        At least one token of each text is kept.
+        """
         self.select(stack.empty)("advance", stack, step, counts)
 
     def multiply(self, x: Float[Tensor, "*batch I"], matrix: Matrix) -> Float[Tensor, "*batch O"]:

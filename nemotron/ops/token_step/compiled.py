@@ -1,5 +1,6 @@
 """Steps by compiled kernels: tables of addresses for them, their buffers and their threads."""
 
+import functools
 import threading
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -14,7 +15,6 @@ from nemotron.ops.token_step.stack import (
     BLOCK,
     AttentionWeights,
     ExpertsWeights,
-    KeysPlace,
     MambaPlace,
     MambaWeights,
     Matrix,
@@ -29,24 +29,32 @@ class Program:
     """A stack as a table of addresses, with buffers that grow with the largest call."""
 
     def __init__(self, stack: Stack) -> None:
-        self._run, _, self._kind = kernels(_name(stack.dtype))
+        self._run, _ = kernels(_name(stack.dtype))
         from nemotron.ops.token_step.kernels import records
 
         self._layers = np.zeros(len(stack.layers), records.LAYER)
         self._call = np.zeros(1, records.CALL)
+        self._where = (int(self._call.ctypes.data), int(self._layers.ctypes.data))
+        self._numbers = self._call.view(np.int64)
+        self._places = {name: place for place, name in enumerate(records.NUMBERS)}
         self._team, self._lock = Team(), threading.Lock()
         self._padded: list[Tensor] = []
+        self._num_kept = self._num_chosen = 0
         for record, layer in zip(self._layers, stack.layers, strict=True):
             record["norm"], record["eps"] = self._pad(layer.norm), layer.eps
             if isinstance(layer, MambaWeights):
                 record["kind"] = records.MAMBA
                 _fill_mamba(record, layer)
+                record["kept_before"] = self._num_kept
+                self._num_kept += layer.kernel.shape[1] + layer.decay.shape[0]
             elif isinstance(layer, AttentionWeights):
                 record["kind"] = records.ATTENTION
                 _fill_attention(record, layer)
             elif isinstance(layer, ExpertsWeights):
                 record["kind"] = records.EXPERTS
                 _fill_experts(record, layer)
+                record["chosen_before"] = self._num_chosen
+                self._num_chosen += layer.top_k
             else:
                 record["kind"] = records.DENSE
                 _fill_ends(record, layer.up, layer.down)
@@ -54,29 +62,53 @@ class Program:
         self._stack, self._size = stack, size
         self._capacity = self._scratch_bytes = self._threads = 0
         self._buffers: dict[str, Any] = {}
-        self._set(size=size, width=rounded(size), eps=stack.eps, counter=self._team.counter)
+        self._addresses: list[int] = []
+        self._call["eps"] = stack.eps
+        self._set(size=size, width=rounded(size), counter=self._team.counter)
         self._set(embeddings=stack.embeddings.data_ptr(), final_norm=self._pad(stack.final_norm))
+        if (join := stack.join) is not None:
+            self._set(
+                embedding_norm=self._pad(join.embedding_norm),
+                hidden_norm=self._pad(join.hidden_norm),
+                proj=join.proj.blocks.data_ptr(),
+            )
+            self._call["join_eps"] = join.eps
 
     def step(self, step: Step) -> Float[Tensor, "B T D"]:
         """Do a step."""
         rows, length = step.tokens.shape
+        given = None if step.hidden is None else step.hidden.float().contiguous()
+        assert (given is None) == (self._stack.join is None), "a join needs what it joins"
+        chosen = None
+        if step.has_experts:
+            chosen = torch.empty(rows * length * self._num_chosen, dtype=torch.int64)
+        if step.keeps_inputs:
+            step.kept = [torch.empty(rows * length * self._num_kept)]
         with self._lock:
             self._take(step)
-            self._set(tokens=step.tokens.data_ptr(), counts=0)
-            self._team.run(self._run, self._call, self._layers, kind=self._kind)
+            self._set(tokens=step.tokens.data_ptr(), counts=0, skipped=step.skipped)
+            self._set(given=0 if given is None else given.data_ptr())
+            if chosen is not None:
+                self._set(chosen=chosen.data_ptr())
+            self._team.run(self._run, *self._where, len(self._layers))
             result = self._buffers["result"].numbers[: rows * length, : self._size]
-            return result.to(self._stack.dtype, copy=True).view(rows, length, -1)
+            result = result.to(self._stack.dtype, copy=True).view(rows, length, -1)
+        if chosen is not None:
+            mixtures = [la for la in self._stack.layers if isinstance(la, ExpertsWeights)]
+            parts = chosen.split([rows * length * layer.top_k for layer in mixtures])
+            step.chosen = [part.view(rows * length, -1) for part in parts]
+        return result
 
     def advance(self, step: Step, counts: Int[Tensor, " B"]) -> None:
         """Change the Mamba-2 states by the first tokens of each text in a step that kept them."""
         with self._lock:
             self._take(step)
             self._set(counts=counts.data_ptr())
-            self._team.run(self._run, self._call, self._layers, kind=self._kind)
+            self._team.run(self._run, *self._where, len(self._layers))
 
-    def _set(self, **values: Any) -> None:
+    def _set(self, **values: int) -> None:
         for name, value in values.items():
-            self._call[name] = value
+            self._numbers[self._places[name]] = value
 
     def _pad(self, vector: Float[Tensor, " D"]) -> int:
         """Return the address of a copy that fills whole blocks."""
@@ -88,22 +120,23 @@ class Program:
     def _take(self, step: Step) -> None:
         """Say in the tables where the tensors of a step lie."""
         rows, length = step.tokens.shape
-        tokens, longest = rows * length, 0
-        if not step.kept:
-            _make_room(self._stack, step)
-        for record, place, kept, chosen in zip(
-            self._layers, step.places, step.kept, step.chosen, strict=True
-        ):
+        addresses, block_size = [], 0
+        for place in step.places:
             if isinstance(place, MambaPlace):
-                record["conv"], record["ssm"] = place.conv.data_ptr(), place.ssm.data_ptr()
-                record["kept"] = 0 if kept is None else kept.data_ptr()
-            elif isinstance(place, KeysPlace):
-                record["keys"], record["values"] = place.keys.data_ptr(), place.values.data_ptr()
-                self._set(block_size=place.keys.shape[1])
-                longest = place.keys.shape[1] * step.tables.shape[1]
-            elif chosen is not None:
-                record["chosen"] = chosen.data_ptr()
-        self._grow(tokens, longest)
+                addresses += [place.conv.data_ptr(), place.ssm.data_ptr()]
+            elif place is not None:
+                addresses += [place.keys.data_ptr(), place.values.data_ptr()]
+                block_size = place.keys.shape[1]
+        if addresses != self._addresses:
+            self._addresses = addresses
+            pairs = iter(zip(addresses[::2], addresses[1::2], strict=True))
+            for record, place in zip(self._layers, step.places, strict=True):
+                if isinstance(place, MambaPlace):
+                    record["conv"], record["ssm"] = next(pairs)
+                elif place is not None:
+                    record["keys"], record["values"] = next(pairs)
+        kept = step.kept[0] if step.keeps_inputs else None
+        self._grow(rows * length, block_size * step.tables.shape[1])
         self._set(
             rows=rows,
             length=length,
@@ -111,12 +144,17 @@ class Program:
             lengths=step.lengths.data_ptr(),
             tables=step.tables.data_ptr(),
             table_length=step.tables.shape[1],
+            block_size=block_size,
+            kept=0 if kept is None else kept.data_ptr(),
+            chosen=self._buffers["chosen"].data_ptr(),
         )
 
     def _grow(self, tokens: int, longest: int) -> None:
         """Make the buffers large enough for so many tokens, and texts of so many."""
         needed = max(_scratch_of(layer) for layer in self._stack.layers)
-        needed, threads = rounded(max(needed, longest)) * 4, torch.get_num_threads()
+        from nemotron.ops.token_step.kernels.attention import QUERIES
+
+        needed, threads = rounded(max(needed, QUERIES * longest)) * 4, torch.get_num_threads()
         if needed > self._scratch_bytes or threads > self._threads:
             self._scratch_bytes = max(needed, 2 * self._scratch_bytes)
             self._threads = max(threads, self._threads)
@@ -136,7 +174,7 @@ class Program:
             "hidden": self._size,
             "x": self._size,
             "result": self._size,
-            "wide": max(_first(layer).num_outputs for layer in layers),
+            "wide": max(2 * rounded(self._size), *(_first(la).num_outputs for la in layers)),
             "mid": max(_last(layer).num_inputs for layer in layers),
             "latent": latent,
             "routed": latent,
@@ -155,6 +193,8 @@ class Program:
         order = self._buffers["order"] = np.zeros(copies + experts + 1, np.int64)
         lists = self._buffers["lists"] = np.zeros(max(3 * copies, 1), np.int64)
         weights = self._buffers["weights"] = torch.zeros(max(copies, 1))
+        number = max(capacity * self._num_chosen, 1)
+        self._buffers["chosen"] = torch.zeros(number, dtype=torch.int64)
         self._set(
             copies=hidden.address,
             copies_width=hidden.width,
@@ -162,19 +202,6 @@ class Program:
             lists=lists.ctypes.data,
             weights=weights.data_ptr(),
         )
-
-
-def _make_room(stack: Stack, step: Step) -> None:
-    """Give a step the tensors that it is to fill."""
-    rows, length = step.tokens.shape
-    for layer, place in zip(stack.layers, step.places, strict=True):
-        kept = chosen = None
-        if isinstance(place, MambaPlace) and step.keeps_inputs:
-            kept = torch.empty(rows, length, place.conv.shape[2] + place.ssm.shape[1])
-        if isinstance(layer, ExpertsWeights):
-            chosen = torch.empty(rows * length, layer.top_k, dtype=torch.int64)
-        step.kept.append(kept)
-        step.chosen.append(chosen)
 
 
 def _first(layer: Any) -> Matrix:
@@ -270,25 +297,28 @@ _products = Team()
 
 def multiply(x: Float[Tensor, "*batch I"], matrix: Matrix) -> Float[Tensor, "*batch O"]:
     """Return x Wᵀ, each row as if it were alone."""
-    _, product, kind = kernels(_name(matrix.blocks.dtype))
+    _, product = kernels(_name(matrix.blocks.dtype))
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-    count, width = rows.shape[0], matrix.num_blocks * BLOCK
+    (count, size), width = rows.shape, matrix.num_blocks * BLOCK
     result = torch.empty(count, width)
-    sources = rows.data_ptr() + np.arange(count, dtype=np.int64) * (rows.shape[1] * 4)
-    targets = result.data_ptr() + np.arange(count, dtype=np.int64) * (width * 4)
+    tables = torch.empty(2 * count * torch.get_num_threads(), dtype=torch.int64)
     _products.run(
         product,
-        sources.ctypes.data,
-        targets.ctypes.data,
+        rows.data_ptr(),
+        size * 4,
+        result.data_ptr(),
+        width * 4,
         count,
+        tables.data_ptr(),
         matrix.blocks.data_ptr(),
-        rows.shape[1],
+        size,
         matrix.num_blocks,
         _products.counter,
-        kind=kind,
     )
-    return result[:, : matrix.num_outputs].to(x.dtype).view(*x.shape[:-1], matrix.num_outputs)
+    result = result if width == matrix.num_outputs else result[:, : matrix.num_outputs]
+    return result.to(x.dtype).view(*x.shape[:-1], matrix.num_outputs)
 
 
+@functools.cache
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

@@ -13,6 +13,7 @@ from nemotron.ops.token_step.stack import (
     AttentionWeights,
     DenseWeights,
     ExpertsWeights,
+    JoinWeights,
     KeysPlace,
     MambaPlace,
     MambaWeights,
@@ -32,7 +33,9 @@ def token_step(stack: Stack, step: Step) -> Float[Tensor, "B T D"]:
     """hidden + mixer(norm(hidden)) for every layer, then the final norm."""
     wide = torch.promote_types(stack.dtype, torch.float32)
     hidden = F.embedding(step.tokens, stack.embeddings).to(stack.dtype).to(wide)
-    step.kept, step.chosen = [None] * len(stack.layers), [None] * len(stack.layers)
+    if stack.join is not None:
+        hidden = _join(stack.join, hidden, step)
+    step.kept = [None] * len(stack.layers)
     for number, layer in enumerate(stack.layers):
         x = rms_norm(hidden, layer.norm, layer.eps)
         if isinstance(layer, MambaWeights):
@@ -40,7 +43,7 @@ def token_step(stack: Stack, step: Step) -> Float[Tensor, "B T D"]:
         elif isinstance(layer, AttentionWeights):
             hidden = hidden + _attention(layer, step, number, x)
         elif isinstance(layer, ExpertsWeights):
-            hidden = hidden + _experts(layer, step, number, x)
+            hidden = hidden + _experts(layer, step, x)
         else:
             assert isinstance(layer, DenseWeights), layer
             hidden = hidden + multiply(multiply(x, layer.up).relu().square(), layer.down)
@@ -58,6 +61,15 @@ def advance(stack: Stack, step: Step, counts: Int[Tensor, " B"]) -> None:
             if count:
                 inputs = kept[row : row + 1, :count]
                 _scan(layer, place, slot[None], inputs, is_kept=False)
+
+
+def _join(join: JoinWeights, embedded: Tensor, step: Step) -> Tensor:
+    assert step.hidden is not None, "what is joined with the embeddings?"
+    parts = (
+        rms_norm(embedded, join.embedding_norm, join.eps),
+        rms_norm(step.hidden.to(embedded.dtype), join.hidden_norm, join.eps),
+    )
+    return multiply(torch.cat(parts, dim=-1), join.proj)
 
 
 def _mamba(layer: MambaWeights, step: Step, number: int, x: Tensor) -> Tensor:
@@ -116,20 +128,22 @@ def _attention(layer: AttentionWeights, step: Step, number: int, x: Tensor) -> T
                 block, offset = divmod(position, pool.shape[1])
                 pool[table[block], offset] = tokens[position - before].to(pool.dtype)
         keys, values = (
-            pool[table].flatten(0, 1)[None, :end].to(x.dtype) for pool in (place.keys, place.values)
+            pool[table].flatten(0, 1)[None, step.skipped : end].to(x.dtype)
+            for pool in (place.keys, place.values)
         )
         results.append(attention(q[row : row + 1], keys, values, None, None))
     return multiply(torch.cat(results).flatten(2), layer.o_proj)
 
 
-def _experts(layer: ExpertsWeights, step: Step, number: int, x: Tensor) -> Tensor:
+def _experts(layer: ExpertsWeights, step: Step, x: Tensor) -> Tensor:
     tokens = x.flatten(0, 1)
     scores = multiply(tokens, layer.router).sigmoid()
     chosen = (scores + layer.router_bias).topk(layer.top_k, dim=-1).indices
     weights = scores.gather(1, chosen)
     if layer.normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    step.chosen[number], weights = chosen, weights * layer.scaling
+    step.chosen.append(chosen)
+    weights = weights * layer.scaling
     latent = tokens if layer.to_latent is None else multiply(tokens, layer.to_latent)
     routed = torch.zeros_like(latent)
     for token, expert, weight in zip(

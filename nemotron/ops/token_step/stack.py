@@ -106,18 +106,33 @@ class DenseWeights:
     eps: float
 
 
+@dataclass(frozen=True, eq=False)
+class JoinWeights:
+    """How a multi-token-prediction block joins embeddings and hidden states: norms, a product."""
+
+    embedding_norm: Float[Tensor, " D"]
+    hidden_norm: Float[Tensor, " D"]
+    proj: Matrix
+    """Reads both, the embedding first."""
+    eps: float
+
+
 LayerWeights = MambaWeights | AttentionWeights | ExpertsWeights | DenseWeights
 
 
 @dataclass(frozen=True, eq=False)
 class Stack:
-    """Layers from the embedding to the final norm, for activations of a dtype."""
+    """Layers from the embedding to the final norm, for activations of a dtype.
+
+    With a `join`, the first layer reads embeddings and what a step brings as `hidden`.
+    """
 
     embeddings: Float[Tensor, "V D"]
     layers: tuple[LayerWeights, ...]
     final_norm: Float[Tensor, " D"]
     eps: float
     dtype: torch.dtype
+    join: JoinWeights | None = None
 
     @property
     def empty(self) -> Float[Tensor, " 0"]:
@@ -125,7 +140,7 @@ class Stack:
         return self.final_norm.new_empty(0, dtype=self.dtype)
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class MambaPlace:
     """The states of one Mamba-2 layer, of all slots; changed in place."""
 
@@ -133,7 +148,7 @@ class MambaPlace:
     ssm: Float[Tensor, "slots H P N"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False, slots=True)
 class KeysPlace:
     """Keys and values of one attention layer, in blocks; changed in place."""
 
@@ -145,8 +160,8 @@ class KeysPlace:
 class Step:
     """A call: some tokens of each of several texts, which go on where their slots stand.
 
-    With `keeps_inputs` the Mamba-2 states stay as they are; `kept` is then what `advance` needs to
-    change them by the first of these tokens.
+    With `keeps_inputs`, `advance` must follow, which brings the Mamba-2 states to those after the
+    first of these tokens, at least one of each text; `kept` is what it needs.
     """
 
     tokens: Int[Tensor, "B T"]
@@ -157,7 +172,13 @@ class Step:
     """The blocks of keys and values of each text; those after its end may be any."""
     places: tuple[MambaPlace | KeysPlace | None, ...]
     keeps_inputs: bool = False
-    kept: list[Float[Tensor, "B T CH"] | None] = field(default_factory=list)
-    """For each layer, if it is Mamba-2: inputs of the convolution, then the time step's."""
-    chosen: list[Int[Tensor, "M K"] | None] = field(default_factory=list)
-    """For each layer, if it is a mixture: the experts of every token."""
+    hidden: Float[Tensor, "B T D"] | None = None
+    """What is joined with the embeddings, if the stack has a `join`."""
+    skipped: int = 0
+    """Places at the beginning of each text that hold no keys and values; counted in `lengths`."""
+    has_experts: bool = False
+    """Whether the experts that are chosen are asked for."""
+    kept: list[Float[Tensor, "..."] | None] = field(default_factory=list)
+    """What a backend keeps: inputs of the convolutions, and the time steps'."""
+    chosen: list[Int[Tensor, "M K"]] = field(default_factory=list)
+    """The experts of every token in each mixture layer, if they are asked for."""

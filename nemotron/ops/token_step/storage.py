@@ -68,8 +68,8 @@ def load() -> ModuleType:
 
 
 @functools.cache
-def kernels(dtype: str) -> tuple[Any, Any, Any]:
-    """Return the step, the product, and what names the dtype; compile or load them."""
+def kernels(dtype: str) -> tuple[Any, Any]:
+    """Return the step and the product for a number format; compile or load them."""
     mark = folder() / f"{dtype}.compiled"
     if not mark.exists():
         log.warning(
@@ -79,13 +79,14 @@ def kernels(dtype: str) -> tuple[Any, Any, Any]:
             folder(),
         )
     module = load()
-    from nemotron.ops.token_step.kernels.records import CALL, LAYER
+    from nemotron.ops.token_step.kernels.records import CALL
 
-    kind = module.FORMATS[dtype]
-    module.run(np.zeros(1, CALL), np.zeros(0, LAYER), 0, 1, kind)
-    module.multiply(0, 0, 0, 0, 0, 0, 0, 0, 1, kind)
+    run, multiply = module.RUN[dtype], module.MULTIPLY[dtype]
+    nothing = np.zeros(1, CALL)
+    run(nothing.ctypes.data, 0, 0, 0, 1)
+    multiply(*[0] * 11, 1)
     mark.touch()
-    return module.run, module.multiply, kind
+    return run, multiply
 
 
 if __name__ == "__main__":

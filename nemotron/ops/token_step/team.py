@@ -14,14 +14,16 @@ import torch
 class Team:
     """As many threads as PyTorch uses: the calling one, and others that wait for work.
 
-    A call takes its threads' number as its last but one argument, waits for all of them before it
-    returns, and releases the interpreter's lock. One call runs at a time; a forked process starts
-    threads of its own.
+    A call takes a thread's number and how many there are as its last arguments, waits for all of
+    them before it returns, and releases the interpreter's lock. One call runs at a time; a forked
+    process starts threads of its own.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counter = np.zeros(8, dtype=np.int64)
+        self.counter = int(self._counter.ctypes.data)
+        """Address of the number with which the threads wait for each other."""
         self._queues: list[queue.SimpleQueue[Any]] = []
         self._process = os.getpid()
         self._finalizer = weakref.finalize(self, _end, self._queues)
@@ -29,13 +31,8 @@ class Team:
     def __deepcopy__(self, memo: object) -> "Team":
         return Team()
 
-    @property
-    def counter(self) -> int:
-        """Address of the number with which the threads wait for each other."""
-        return int(self._counter.ctypes.data)
-
-    def run(self, function: Callable[..., None], *arguments: Any, kind: Any) -> None:
-        """Call function(*arguments, thread, threads, kind) in every thread."""
+    def run(self, function: Callable[..., None], *arguments: int) -> None:
+        """Call function(*arguments, thread, threads) in every thread."""
         with self._lock:
             threads = torch.get_num_threads()
             if threads > 1:
@@ -43,8 +40,8 @@ class Team:
                 self._counter[0] += -self._counter[0] % threads
                 self._hire(threads - 1)
                 for thread, work in enumerate(self._queues[: threads - 1], 1):
-                    work.put((function, (*arguments, thread, threads, kind)))
-            function(*arguments, 0, threads, kind)
+                    work.put((function, (*arguments, thread, threads)))
+            function(*arguments, 0, threads)
 
     def _hire(self, count: int) -> None:
         if self._process != os.getpid():  # threads stay behind in a fork

@@ -14,6 +14,8 @@ from nemotron.files import parse_json, read_text_file
 
 AT_ONCE = 256
 """Lines that are corrected together."""
+WARM_UP = 20
+"""Lines that are corrected once before any is timed."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +104,8 @@ def _answered(
     lines: Sequence[Line], corrects: Corrects, counts: Counts, timed: bool
 ) -> Iterator[str]:
     at_once = 1 if timed else AT_ONCE
+    for line in lines[: WARM_UP if timed else 0]:
+        corrects([line], Counts())
     for first in range(0, len(lines), at_once):
         some, start = lines[first : first + at_once], time.perf_counter()
         found = corrects(some, counts)

@@ -82,3 +82,8 @@ class CorrectConfig(RunConfig):
     """The objective."""
     loss: LossConfig = LossConfig()
     """Weights of the other terms."""
+
+    @property
+    def unshared_axes(self) -> tuple[str, ...]:
+        """All but those that share weights, unless each slot has a loss of its own."""
+        return super().unshared_axes if self.correct.kind == "tag" else ("pp", "cp", "tp")

@@ -1,7 +1,8 @@
 """How well held-out pairs are corrected: error rates before, after the choice, and after."""
 
+import operator
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import numpy as np
 
@@ -20,34 +21,45 @@ class Errors:
     selected: int = 0
     answer: int = 0
     tokens: int = 0
+    durations: int = 0
+    """Tokens of all candidates whose duration was predicted."""
+    right_durations: int = 0
 
     def __add__(self, other: "Errors") -> "Errors":
-        return Errors(
-            self.source + other.source,
-            self.selected + other.selected,
-            self.answer + other.answer,
-            self.tokens + other.tokens,
-        )
+        return Errors(*map(operator.add, astuple(self), astuple(other)))
 
     def metrics(self) -> dict[str, float]:
         """Return the error rates: of the first candidate, of the choice and of the answer."""
         tokens = max(1, self.tokens)
-        return {
+        found = {
             "validation/source_error_rate": self.source / tokens,
             "validation/selected_error_rate": self.selected / tokens,
             "validation/error_rate": self.answer / tokens,
         }
+        if self.durations:
+            found["validation/duration_accuracy"] = self.right_durations / self.durations
+        return found
 
 
-def errors_of(row: PairRow, answer: Answer, marks: Marks) -> Errors:
-    """Compare an answer with the target."""
+def errors_of(row: PairRow, answer: Answer, marks: Marks, max_duration: int) -> Errors:
+    """Compare an answer with the target, and durations up to the longest that is predicted."""
     target, first = row.target.tolist(), row.columns[0]
     return Errors(
         distance(first[first != marks.void].tolist(), target),
         distance(answer.selected, target),
         distance(answer.tokens, target),
         len(target),
+        *_durations(row, answer, marks, max_duration),
     )
+
+
+def _durations(row: PairRow, answer: Answer, marks: Marks, longest: int) -> tuple[int, int]:
+    """Return how many durations were predicted, and how many of them are right."""
+    if answer.durations is None:
+        return 0, 0
+    is_token = row.columns != marks.void
+    right = answer.durations == row.durations.clip(max=longest)
+    return int(is_token.sum()), int((right & is_token).sum())
 
 
 def judged(

@@ -42,6 +42,8 @@ class Answer:
     """Of the chosen token of each column, holes included, where tokens are judged."""
     columns: NDArray[np.int64] | None = None
     """The chosen tokens, holes included."""
+    durations: NDArray[np.int64] | None = None
+    """[K, n] predicted durations of all candidates' tokens, where a head predicts them."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ class Corrector:
         candidate = (odd + guesses.losses).argmin(1)
         best = candidate.view(-1, 1, 1).expand(-1, num_columns, 1)
         longest = self.options.max_duration
-        times = durations.gather(2, best).squeeze(2).round().clamp(0, longest).long()
+        rounded = durations.round().clamp(0, longest).long()
+        times = rounded.gather(2, best).squeeze(2)
         chosen = columns.gather(2, best).squeeze(2)
         slots = [
             [t for t, n in zip(row, count, strict=True) if t != void for _ in range(n)]
@@ -159,9 +162,12 @@ class Corrector:
             for row, count in zip(chosen.tolist(), times.tolist(), strict=True)
         ]
         found = self._answer(cache, slots)
+        guessed = rounded.transpose(1, 2).cpu().numpy()
         return [
-            Answer(tokens, self._without_holes(source.columns[number]))
-            for tokens, source, number in zip(found, sources, candidate.tolist(), strict=True)
+            Answer(tokens, self._without_holes(source.columns[number]), durations=own)
+            for tokens, source, number, own in zip(
+                found, sources, candidate.tolist(), guessed, strict=True
+            )
         ]
 
     def _rewrite(self, cache: CachedRows, runs: list[list[tuple[int, bool]]]) -> list[list[int]]:

@@ -193,9 +193,12 @@ class Validation:
 
     def _errors(self, corrector: Corrector, own: Sequence[PairRow]) -> Errors:
         marks = self.data.specials.marks
-        answers = correct_rows(corrector, own)
+        answers, longest = correct_rows(corrector, own), self.config.correct.max_duration
         found = sum(
-            (errors_of(row, answer, marks) for row, answer in zip(own, answers, strict=True)),
+            (
+                errors_of(row, answer, marks, longest)
+                for row, answer in zip(own, answers, strict=True)
+            ),
             Errors(),
         )
         return sum(self.ranks.gather(found), Errors())

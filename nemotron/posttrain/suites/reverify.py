@@ -7,6 +7,7 @@ from pathlib import Path
 
 from nemotron.errors import UserError
 from nemotron.files import open_regular, parse_json, write_text
+from nemotron.outputs import check_new
 from nemotron.posttrain.environments.base import environment_of
 from nemotron.posttrain.recount import Count, print_counts
 from nemotron.posttrain.suites.definition import LIKELIHOOD
@@ -39,6 +40,9 @@ def reverify_answers(files: Sequence[Path], out: Path | None) -> int:
         raise UserError(
             "holds the answers to judge; choose another folder for --out.", where=str(out)
         )
+    if out is not None:
+        for path in files:
+            check_new(out / path.name, "--out")
     counts: dict[str, Count] = {}
     kept: set[str] = set()
     settings = SuiteSettings()

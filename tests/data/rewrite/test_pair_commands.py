@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from nemotron.cli import run
+from nemotron.data.codeswitch.real import has_latin
 from nemotron.data.correct.grammar import pinyin_of
 from nemotron.data.correct.marks import marks_of
 from nemotron.data.correct.pair import prompt_of
@@ -52,6 +53,23 @@ def rows_of(folder: Path) -> list[PairRow]:
         for path in sorted(folder.glob("*.idx"))
         for row in read_rows(Shard(path.with_suffix("")))
     ]
+
+
+def test_pairs_are_shown(made: Path, capsys: pytest.CaptureFixture[str]):
+    words = ["data", "inspect", str(made / "rows"), "--tokenizer", str(made / "tokenizer.json")]
+    assert run([*words, "--check", "--rows", "1"]) == 0
+    said = capsys.readouterr().out
+    first, *_ = rows = rows_of(made / "rows")
+    assert "pairs of 4 candidates to train on" in said
+    assert "all files and all ids are correct" in said
+    tokenizer = Tokenizer((made / "tokenizer.json").read_bytes())
+    assert f"{tokenizer.decode(first.target.tolist())}  (target)" in said
+    void = marks_of(tokenizer).void
+    train = rows[: int(said.split(": ")[1].split(" ")[0])]
+    tokens = sum((row.columns[0] != void).sum() for row in train)
+    wrong = sum((~row.is_kept[0] & (row.columns[0] != void)).sum() for row in train)
+    assert f"candidate 1: {wrong / tokens:.1%} of the tokens wrong" in said
+    assert run([*words, "--plots", "p"]) == 2
 
 
 def test_rows_give_back_the_pairs(made: Path):
@@ -205,7 +223,7 @@ def test_candidates_are_repeated_or_cut_and_counted(
         ),
         (["noise", "{text}", "--language", "fr", "--out", "o"], "--language = fr is unknown; use"),
         (["noise", "{text}", "--language", "letters", "--out", "{text}"], "is an input"),
-        (["demo", "german", "--out", "o"], "KIND = german is unknown; use grammar or yue."),
+        (["demo", "german", "--out", "o"], "KIND = german is unknown; use grammar, en, yue."),
         (["characters", "{text}", "--vocab-size", "9", "--out", "o"], "must be from 33"),
         (["characters", "{text}", "--column", "a", "--out", "o"], "has no column a"),
         (["noise", "{bare}", "--language", "letters", "--out", "o"], "has no column text"),
@@ -273,6 +291,11 @@ def test_cantonese_sentences_get_candidates_that_sound_alike(tmp_path: Path):
     assert run([*words, "--out", str(tmp_path / "pairs.jsonl")]) == 0
     pairs = written(tmp_path / "pairs.jsonl")
     assert len(pairs) == 30
+    assert not any(has_latin(pair["target"]) for pair in pairs)
+    real = written(tmp_path / "mixed.jsonl")
+    assert len(real) == 30
+    assert all({"yue", "en"} <= set(row["languages"]) for row in real)
+    assert real[0]["text"] == "".join(real[0]["words"])
     assert np.mean([pair["candidates"][0] != pair["target"] for pair in pairs]) > 0.3
 
 

@@ -6,8 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from nemotron.cli import run
+from nemotron.hf.selfcheck import main as selfcheck_main
+from nemotron.hf.source import open_checkpoint
+from nemotron.loading import load
 from tests.support.fine_tuning import write_recipe, write_rows
 from tests.support.pairs import LETTERS, MODEL, PairPlace, tokenizer
 
@@ -147,6 +151,18 @@ def test_answers_can_be_scored_with_their_time(
     references = str(tmp_path / "in.jsonl")
     assert run(["score", str(tmp_path / "out.jsonl"), "--references", references]) == 0
     assert "selected" in capsys.readouterr().out
+    other = tmp_path / "other.jsonl"
+    rows = [{"id": row["id"], "answer": "abcd", "ms": 1e6} for row in found]
+    other.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["score", str(tmp_path / "out.jsonl"), "--references", references]
+    assert run([*words, "--against", str(other)]) == 0
+    beside = capsys.readouterr().out.split("out.jsonl", 1)[1]
+    assert "other.jsonl" in beside
+    [cer] = [line.split() for line in beside.splitlines() if line.startswith("answer_cer")]
+    assert cer[2] == "0"
+    assert "out.jsonl takes 0.000 of the time of other.jsonl" in beside
+    assert run([*words, "--against", str(other), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["against"]["median_ms"] == 1e6
 
 
 def test_a_model_that_answers_chats_writes_token_by_token(
@@ -172,10 +188,22 @@ def test_a_model_that_answers_chats_writes_token_by_token(
     assert "1 had too many candidates" in said
 
 
-def test_a_model_of_several_candidates_is_not_exported(
+def test_of_a_model_of_several_candidates_only_the_trunk_is_exported(
     soft: Path, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:
     capsys.readouterr()
-    assert run(["export", str(soft), "--out", str(tmp_path / "export")]) == 2
-    assert "has no counterpart in transformers" in capsys.readouterr().err
+    out = tmp_path / "export"
+    assert run(["export", str(soft), "--out", str(out)]) == 2
+    said = capsys.readouterr().err
+    assert "has no counterpart in transformers; nemotron export --trunk-only" in said
     assert tokenizer().vocab_size < MODEL["vocab_size"]
+    assert run(["export", str(soft), "--out", str(out), "--trunk-only", "--no-check"]) == 0
+    whole, trunk = load(soft), load(out)
+    assert trunk.config.num_candidates == 1
+    ids = torch.arange(3, 40).unsqueeze(0)
+    with torch.no_grad():
+        # candidates that are all alike; weights on disk are bfloat16
+        expected, found = (model.logits(model(ids)) for model in (whole, trunk))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+    checkpoint = open_checkpoint(soft).info.folder
+    assert selfcheck_main(out, checkpoint) == 0

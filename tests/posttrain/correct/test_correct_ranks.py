@@ -10,6 +10,7 @@ from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.correct.config import CorrectConfig
 from nemotron.posttrain.correct.stage import Correction
 from nemotron.train.layout import check_layout
+from tests.support.cases import mostly_nightly
 from tests.support.layout_run import forget_groups
 from tests.support.pairs import PairPlace
 from tests.support.pool import Pool
@@ -57,7 +58,11 @@ def steps(values: dict[str, Any]) -> tuple[list[dict[str, float]], dict[str, flo
     ], metrics
 
 
-@pytest.mark.parametrize(("kind", "layout"), CASES, ids=lambda value: str(value))
+@pytest.mark.parametrize(
+    ("kind", "layout"),
+    mostly_nightly(CASES, ("tag", {"tp": 2}), ("soft", {"ep": 2}), ("duration", {})),
+    ids=str,
+)
 def test_losses_and_metrics_are_those_of_one_process(
     pair: Pool, place: PairPlace, kind: str, layout: dict[str, Any]
 ) -> None:

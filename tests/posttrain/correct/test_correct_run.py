@@ -10,10 +10,11 @@ from nemotron.checkpoint.read import read_model
 from nemotron.cli import run
 from nemotron.posttrain.correct.choose import choose
 from nemotron.posttrain.correct.config import CorrectOptions
-from nemotron.posttrain.correct.evaluate import distance
+from nemotron.posttrain.correct.evaluate import Errors, distance, errors_of
 from nemotron.posttrain.correct.layout import Specials
 from nemotron.posttrain.correct.run import Corrector, Source, text_ids
 from nemotron.posttrain.correct.threshold import NOTHING, best_threshold
+from tests.support.cases import further
 from tests.support.models import build
 from tests.support.pairs import MODEL, PairPlace, make_rows, marks, metrics_of, tokenizer
 from tests.support.same_run import assert_same_run
@@ -27,7 +28,7 @@ def model_of(kind: str, candidates: int = 2) -> dict:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["tag", "soft", "duration"])
+@pytest.mark.parametrize("kind", [further("tag"), "soft", further("duration")])
 def test_a_stopped_run_resumes_to_the_same_bits(place: PairPlace, kind: str) -> None:
     values = {"correct": {"kind": kind}, **model_of(kind)}
     whole, parts = (place.recipe(f"{kind}-{name}", **values) for name in ("whole", "parts"))
@@ -37,6 +38,9 @@ def test_a_stopped_run_resumes_to_the_same_bits(place: PairPlace, kind: str) -> 
     assert_same_run(place.runs / f"{kind}-whole", place.runs / f"{kind}-parts")
     last = metrics_of(place.runs / f"{kind}-whole", "train")[-1]
     assert last["data/pairs/pairs"] > 15
+    found = metrics_of(place.runs / f"{kind}-whole", "validation")
+    named = "validation/duration_accuracy"
+    assert all((named in row) == (kind == "duration") for row in found)
 
 
 @pytest.mark.slow
@@ -96,6 +100,23 @@ def test_sources_are_corrected_together_as_each_by_itself(kind: str) -> None:
     text = set(own.is_text.nonzero().flatten().tolist())
     assert all(set(answer.tokens) <= text for answer in together)
     assert len({tuple(answer.tokens) for answer in together}) > 3
+
+
+def test_right_durations_are_counted_by_token() -> None:
+    own, rows = corrector("duration"), make_rows(6, 2)
+    answers = own.correct([Source(row.columns) for row in rows])
+    right = tokens = 0
+    for row, answer in zip(rows, answers, strict=True):
+        assert answer.durations is not None
+        for k in range(2):
+            for token, guess, true in zip(
+                row.columns[k], answer.durations[k], row.durations[k], strict=True
+            ):
+                tokens += int(token != marks().void)
+                right += int(token != marks().void and guess == min(true, 3))
+    found = sum((errors_of(r, a, marks(), 3) for r, a in zip(rows, answers, strict=True)), Errors())
+    assert (found.durations, found.right_durations) == (tokens, right)
+    assert 0 < found.metrics()["validation/duration_accuracy"] <= 1
 
 
 def test_without_a_flagged_token_the_choice_is_the_answer() -> None:

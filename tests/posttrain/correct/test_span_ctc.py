@@ -1,6 +1,8 @@
 """CTC of runs of slots: golden values, all paths one by one, and torch's own."""
 
 import itertools
+import math
+import random
 
 import pytest
 import torch
@@ -72,6 +74,22 @@ def test_a_batch_of_uneven_runs_equals_all_paths_one_by_one() -> None:
         assert abs(loss.exp().item() * enumerated(row[:count], target) - 1) <= 1e-10
 
 
+def test_300_random_runs_equal_all_paths_one_by_one() -> None:
+    rng, generator = random.Random(4), torch.Generator().manual_seed(4)
+    impossible = 0
+    for _ in range(300):
+        slots, size = rng.randint(1, 5), rng.randint(2, 4)
+        target = rng.choices(range(1, size), k=rng.randint(0, slots))
+        rows = torch.rand((1, slots, size), generator=generator, dtype=torch.float64).softmax(-1)
+        ours, every = (
+            losses(rows, [target], [slots]).neg().exp().item(),
+            enumerated(rows[0], target),
+        )
+        assert abs(ours - every) <= 1e-10 * every, (slots, target)
+        impossible += every == 0
+    assert 10 < impossible < 100  # equal neighbors without a slot between them
+
+
 def test_all_targets_together_have_probability_one() -> None:
     rows = torch.tensor([P], dtype=torch.float64)
     targets = [list(t) for n in range(4) for t in itertools.product([1, 2], repeat=n)]
@@ -133,6 +151,15 @@ def test_anti_copy_has_the_published_values() -> None:
     assert first == pytest.approx(0.546007, abs=1e-6)
     assert both - first == pytest.approx(1.180270, abs=1e-6)
     assert both == pytest.approx(1.726276, abs=2e-6)
+    assert math.exp(-first) == pytest.approx(0.579258, abs=1e-6)  # of the label
+
+
+def test_anti_copy_leaves_the_label_out_where_the_published_code_puts_it_at_zero() -> None:
+    logits = torch.tensor([[2.0, 0.0, 1.0, 0.5]])
+    label, truth = torch.tensor([0]), torch.tensor([3])
+    ours = (anti_copy(logits, label, 3, 1.0) - anti_copy(logits, label, 3, 0.0)).item()
+    coded = F.cross_entropy(logits.scatter(1, label.unsqueeze(1), 0.0), truth).item()
+    assert (ours, coded) == (pytest.approx(1.180270, abs=1e-6), pytest.approx(1.351129, abs=1e-6))
 
 
 def test_the_gradient_of_anti_copy_is_that_of_the_loss() -> None:

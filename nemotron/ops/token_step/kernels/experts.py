@@ -4,8 +4,9 @@ import numpy as np
 from numba import njit
 
 from nemotron.ops.token_step.kernels.barrier import wait
+from nemotron.ops.token_step.kernels.elementwise import apply_sigmoid
 from nemotron.ops.token_step.kernels.linear import linear, normalize_rows, square_relu
-from nemotron.ops.token_step.kernels.scalars import floats, integers, item_size, share, sigmoid
+from nemotron.ops.token_step.kernels.scalars import floats, integers, item_size, share
 from nemotron.ops.token_step.kernels.vectors import BLOCK, tile
 
 
@@ -57,15 +58,20 @@ def mix_experts(call, layer, thread, threads, kind):
 
 
 @njit
+def _chosen(call, layer):
+    """Return where the experts of a layer are noted."""
+    return call.chosen + layer.chosen_before * call.rows * call.length * 8
+
+
+@njit
 def _route(call, layer, token):
     """Choose the experts of a token: the bias chooses, the unbiased score weighs."""
     experts, count = layer.num_experts, layer.top_k
     scores = floats(call.scores + token * call.scores_width * 4, experts)
     bias = floats(layer.router_bias, experts)
-    chosen = integers(layer.chosen + token * count * 8, count)
+    chosen = integers(_chosen(call, layer) + token * count * 8, count)
     weights = floats(call.weights + token * count * 4, count)
-    for expert in range(experts):
-        scores[expert] = sigmoid(scores[expert])
+    apply_sigmoid(call.scores + token * call.scores_width * 4, experts)
     total = np.float32(0.0)
     for place in range(count):
         best, highest = -1, np.float32(-np.inf)
@@ -88,7 +94,7 @@ def _route(call, layer, token):
 def _group(call, layer, tokens):
     """List the copies of each expert in the order of the tokens, by the addresses of their rows."""
     copies = tokens * layer.top_k
-    chosen, order = integers(layer.chosen, copies), integers(call.order, copies)
+    chosen, order = integers(_chosen(call, layer), copies), integers(call.order, copies)
     begins = integers(call.order + copies * 8, layer.num_experts + 1)
     begins[:] = 0
     for copy in range(copies):

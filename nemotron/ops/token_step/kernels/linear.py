@@ -5,6 +5,8 @@ import math
 import numpy as np
 from numba import njit
 
+from nemotron.ops.token_step.kernels.barrier import wait
+from nemotron.ops.token_step.kernels.elementwise import copy_bytes
 from nemotron.ops.token_step.kernels.scalars import decode, encode, floats, item_size, share
 from nemotron.ops.token_step.kernels.vectors import BLOCK, dot, tile
 
@@ -56,3 +58,22 @@ def embed(call, tokens, thread, threads, kind):
         target = floats(call.hidden + row * call.width * 4, call.size)
         for i in range(call.size):
             target[i] = decode(encode(source[i], kind))
+
+
+@njit
+def join(call, thread, threads, kind):
+    """Replace the embeddings by their product with what is given, both normalized."""
+    first, last = share(call.rows * call.length, thread, threads)
+    for row in range(first, last):
+        hidden, x = call.hidden + row * call.width * 4, call.x + row * call.width * 4
+        both = call.wide + row * call.wide_width * 4
+        copy_bytes(x, call.given + row * call.size * 4, call.size * 4)
+        normalize(hidden, both, call.size, call.width, call.embedding_norm, call.join_eps)
+        second = both + call.size * 4
+        normalize(x, second, call.size, call.width, call.hidden_norm, call.join_eps)
+    wait(call.counter, threads)
+    linear(
+        call.wide_rows, call.hidden_rows, call.rows * call.length, call.proj, 2 * call.size,
+        call.width // BLOCK, True, thread, threads, kind,
+    )  # fmt: skip
+    wait(call.counter, threads)

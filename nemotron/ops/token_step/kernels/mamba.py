@@ -5,8 +5,14 @@ import math
 import numpy as np
 from numba import njit
 
+from nemotron.ops.token_step.kernels.elementwise import (
+    add_products,
+    apply_gate,
+    apply_silu,
+    copy_bytes,
+    round_to,
+)
 from nemotron.ops.token_step.kernels.scalars import (
-    decode,
     encode,
     exp,
     floats,
@@ -15,19 +21,19 @@ from nemotron.ops.token_step.kernels.scalars import (
     item_size,
     items,
     share,
-    sigmoid,
 )
-from nemotron.ops.token_step.kernels.vectors import advance, dot
+from nemotron.ops.token_step.kernels.sixteen import advance_16
+from nemotron.ops.token_step.kernels.vectors import LANES, advance, dot
 
 
 @njit
 def mix(call, layer, thread, threads, kind):
     """Mix this thread's share of texts and groups: from `wide` [z, x, B, C, dt] to `mid`.
 
-    With `layer.kept`, the states stay as they are, and what would change them is kept there.
+    With `call.kept`, only the first token of each text changes the states, and what the others
+    would change them by is kept there.
     """
     inner = layer.heads * layer.head_size
-    channels = inner + 2 * layer.groups * layer.state_size
     scratch = call.scratch + thread * call.scratch_size
     first, last = share(call.rows * layer.groups, thread, threads)
     for unit in range(first, last):
@@ -37,22 +43,23 @@ def mix(call, layer, thread, threads, kind):
         for token in range(call.length):
             _round_inputs(layer, inputs + token * stride, group, kind)
         ssm = _ssm(call, layer, row, group)
-        if layer.kept:
-            kept = layer.kept + row * call.length * (channels + layer.heads) * 4
+        if call.kept:
+            kept = _kept(call, layer, row)
             _keep_inputs(call, layer, inputs, stride, kept, group)
-            ssm = _copy(layer, ssm, scratch)
         for token in range(call.length):
+            if call.kept and token == 1:
+                ssm = _copy(layer, ssm, scratch)
             y = call.mid + (row * call.length + token) * call.mid_width * 4
             y += group * inner // layer.groups * 4
             _step(call, layer, row, group, token, inputs, stride, ssm, y, scratch, kind)
             _gate(layer, y, begin + token * stride, group)
-        if not layer.kept:
+        if not call.kept:
             _shift(call, layer, row, group, call.length, inputs, stride, kind)
 
 
 @njit
 def change_states(call, layer, thread, threads, kind):
-    """Change the states by the first tokens of what a call kept."""
+    """Change the states by the first tokens of what a call kept, but for the very first one."""
     channels = layer.heads * layer.head_size + 2 * layer.groups * layer.state_size
     counts = integers(call.counts, call.rows)
     scratch = call.scratch + thread * call.scratch_size
@@ -60,12 +67,20 @@ def change_states(call, layer, thread, threads, kind):
     stride = (channels + layer.heads) * 4
     for unit in range(first, last):
         row, group = unit // layer.groups, unit % layer.groups
-        inputs = layer.kept + row * call.length * stride
+        inputs = _kept(call, layer, row)
         ssm = _ssm(call, layer, row, group)
         y = scratch + _scratch_after_convolution(layer)
-        for token in range(counts[row]):
+        for token in range(1, counts[row]):
             _step(call, layer, row, group, token, inputs, stride, ssm, y, scratch, kind)
         _shift(call, layer, row, group, counts[row], inputs, stride, kind)
+
+
+@njit
+def _kept(call, layer, row):
+    """Return where a layer keeps its inputs of a row."""
+    channels = layer.heads * layer.head_size + 2 * layer.groups * layer.state_size
+    before = layer.kept_before * call.rows + row * (channels + layer.heads)
+    return call.kept + call.length * before * 4
 
 
 @njit
@@ -94,7 +109,7 @@ def _ssm(call, layer, row, group):
 def _copy(layer, ssm, scratch):
     count = layer.heads * layer.head_size // layer.groups * layer.state_size
     address = scratch + _scratch_after_convolution(layer)
-    floats(address, count)[:] = floats(ssm, count)
+    copy_bytes(address, ssm, count * 4)
     return address
 
 
@@ -103,9 +118,7 @@ def _round_inputs(layer, inputs, group, kind):
     """Round what is convolved as it is stored for the tokens after it."""
     for part in range(3):
         first, count = _range(layer, part, group)
-        x = floats(inputs + first * 4, count)
-        for i in range(count):
-            x[i] = decode(encode(x[i], kind))
+        round_to(inputs + first * 4, count, kind)
 
 
 @njit
@@ -116,9 +129,9 @@ def _keep_inputs(call, layer, inputs, stride, kept, group):
         source, target = inputs + token * stride, kept + token * (channels + layer.heads) * 4
         for part in range(3):
             first, count = _range(layer, part, group)
-            floats(target + first * 4, count)[:] = floats(source + first * 4, count)
+            copy_bytes(target + first * 4, source + first * 4, count * 4)
         first = channels + group * heads
-        floats(target + first * 4, heads)[:] = floats(source + first * 4, heads)
+        copy_bytes(target + first * 4, source + first * 4, heads * 4)
 
 
 @njit
@@ -133,25 +146,19 @@ def _state_row(call, layer, row, place, kind):
 def _convolve(call, layer, row, token, inputs, stride, first, count, target, kind):
     """Convolve some channels of a token, with SiLU."""
     channels = layer.heads * layer.head_size + 2 * layer.groups * layer.state_size
-    y = floats(target, count)
     if layer.bias:
-        y[:] = floats(layer.bias + first * 4, count)
+        copy_bytes(target, layer.bias + first * 4, count * 4)
     else:
-        y[:] = np.float32(0.0)
+        floats(target, count)[:] = np.float32(0.0)
     for offset in range(layer.window):
-        kernel = floats(layer.kernel + (offset * channels + first) * 4, count)
+        kernel = layer.kernel + (offset * channels + first) * 4
         place = token + offset - (layer.window - 1)
         if place < 0:
             address = _state_row(call, layer, row, layer.window - 1 + place, kind)
-            old = items(address + first * item_size(kind), count, kind)
-            for i in range(count):
-                y[i] = fma(decode(old[i]), kernel[i], y[i])
+            add_products(target, address + first * item_size(kind), kernel, count, kind)
         else:
-            new = floats(inputs + place * stride + first * 4, count)
-            for i in range(count):
-                y[i] = fma(new[i], kernel[i], y[i])
-    for i in range(count):
-        y[i] = y[i] * sigmoid(y[i])
+            add_products(target, inputs + place * stride + first * 4, kernel, count, np.float32)
+    apply_silu(target, count)
 
 
 @njit
@@ -182,21 +189,29 @@ def _step(call, layer, row, group, token, inputs, stride, ssm, target, scratch, 
         if dt <= np.float32(20.0):
             dt = np.float32(math.log1p(exp(dt)))
         dt = min(max(dt, layer.smallest), layer.largest)
-        decay = exp(dt * rates[head])
-        for p in range(place * size, (place + 1) * size):
+        decay, skip = exp(dt * rates[head]), skips[head]
+        p, end = place * size, (place + 1) * size
+        if layer.state_size % LANES == 0:
+            while p + LANES <= end:
+                state = ssm + p * layer.state_size * 4
+                advance_16(
+                    state, B, C, decay, dt, skip, x_begin + p * 4, target + p * 4,
+                    layer.state_size,
+                )  # fmt: skip
+                p += LANES
+        while p < end:
             state = ssm + p * layer.state_size * 4
             found = advance(state, B, C, decay, dt * x[p], layer.state_size)
-            y[p] = fma(skips[head], x[p], found)
+            y[p] = fma(skip, x[p], found)
+            p += 1
 
 
 @njit
 def _gate(layer, target, z_row, group):
     """y <- norm(y silu(z)) weight, for the channels of a group."""
     first, count = _range(layer, 0, group)
-    y, z = floats(target, count), floats(z_row + first * 4, count)
-    gain = floats(layer.gate_norm + first * 4, count)
-    for i in range(count):
-        y[i] = y[i] * (z[i] * sigmoid(z[i]))
+    y, gain = floats(target, count), floats(layer.gate_norm + first * 4, count)
+    apply_gate(target, z_row + first * 4, count)
     mean = dot(target, target, count, np.float32) / np.float32(count)
     scale = np.float32(1.0) / np.float32(math.sqrt(mean + layer.gate_eps))
     for i in range(count):
@@ -216,7 +231,8 @@ def _shift(call, layer, row, group, length, inputs, stride, kind):
             token = length - (layer.window - 1) + place
             if token < 0:
                 later = _state_row(call, layer, row, place + length, kind)
-                target[:] = items(later + first * item_size(kind), count, kind)
+                source = later + first * item_size(kind)
+                copy_bytes(address + first * item_size(kind), source, count * item_size(kind))
             else:
                 source = floats(inputs + token * stride + first * 4, count)
                 for i in range(count):

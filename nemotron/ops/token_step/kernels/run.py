@@ -9,22 +9,23 @@ from nemotron.ops.token_step.kernels.barrier import wait
 from nemotron.ops.token_step.kernels.experts import mix_experts
 from nemotron.ops.token_step.kernels.linear import (
     embed,
+    join,
     linear,
     normalize_rows,
     square_relu,
 )
 from nemotron.ops.token_step.kernels.mamba import change_states, mix
-from nemotron.ops.token_step.kernels.scalars import integers, share
+from nemotron.ops.token_step.kernels.scalars import integers, items, share
 
 _MAMBA, _ATTENTION, _EXPERTS = records.MAMBA, records.ATTENTION, records.EXPERTS
 
 
-@njit(nogil=True, cache=True)
-def run(calls, layers, thread, threads, kind):
-    """Pass the tokens of a call through the layers, or change the states by what was kept."""
-    call = calls[0]
+@njit
+def _run(call_address, layers_address, count, thread, threads, kind):
+    call = items(call_address, 1, records.CALL)[0]
+    layers = items(layers_address, count, records.LAYER)
     if call.counts:
-        for number in range(layers.shape[0]):
+        for number in range(count):
             if layers[number].kind == _MAMBA:
                 change_states(call, layers[number], thread, threads, kind)
         wait(call.counter, threads)
@@ -33,7 +34,9 @@ def run(calls, layers, thread, threads, kind):
         tokens = integers(call.tokens, call.rows * call.length)
         embed(call, tokens, thread, threads, kind)
         wait(call.counter, threads)
-    for number in range(layers.shape[0]):
+    if call.given:
+        join(call, thread, threads, kind)
+    for number in range(count):
         layer = layers[number]
         if layer.kind == _EXPERTS:
             mix_experts(call, layer, thread, threads, kind)
@@ -72,12 +75,53 @@ def _mix(call, layer, thread, threads, kind):
     )  # fmt: skip
 
 
-@njit(nogil=True, cache=True)
-def multiply(xs, ys, rows, weight, count, blocks, counter, thread, threads, kind):
-    """y = x W for rows at the addresses in `xs` and `ys`."""
-    linear(xs, ys, rows, weight, count, blocks, True, thread, threads, kind)
+@njit
+def _multiply(
+    x, x_step, y, y_step, rows, tables, weight, count, blocks, counter, thread, threads, kind
+):
+    sources = tables + thread * rows * 16
+    targets = sources + rows * 8
+    xs, ys = integers(sources, rows), integers(targets, rows)
+    for row in range(rows):
+        xs[row], ys[row] = x + row * x_step, y + row * y_step
+    linear(sources, targets, rows, weight, count, blocks, True, thread, threads, kind)
     wait(counter, threads)
 
 
-FORMATS = {"float32": np.float32, "bfloat16": np.uint16}
-"""What names the number format of weights and caches for a kernel."""
+# Numbers alone are passed, since numba looks up the type of anything else anew in each call.
+@njit(nogil=True, cache=True)
+def run_float32(call, layers, count, thread, threads):
+    """Pass the tokens of a call through the layers, or change the states by what was kept."""
+    _run(call, layers, count, thread, threads, np.float32)
+
+
+@njit(nogil=True, cache=True)
+def run_bfloat16(call, layers, count, thread, threads):
+    """As `run_float32`."""
+    _run(call, layers, count, thread, threads, np.uint16)
+
+
+@njit(nogil=True, cache=True)
+def multiply_float32(
+    x, x_step, y, y_step, rows, tables, weight, count, blocks, counter, thread, threads
+):
+    """y = x W for rows at equal steps of bytes; `tables` is memory, 16 bytes a row and thread."""
+    _multiply(
+        x, x_step, y, y_step, rows, tables, weight, count, blocks, counter, thread, threads,
+        np.float32,
+    )  # fmt: skip
+
+
+@njit(nogil=True, cache=True)
+def multiply_bfloat16(
+    x, x_step, y, y_step, rows, tables, weight, count, blocks, counter, thread, threads
+):
+    """As `multiply_float32`."""
+    _multiply(
+        x, x_step, y, y_step, rows, tables, weight, count, blocks, counter, thread, threads,
+        np.uint16,
+    )  # fmt: skip
+
+
+RUN = {"float32": run_float32, "bfloat16": run_bfloat16}
+MULTIPLY = {"float32": multiply_float32, "bfloat16": multiply_bfloat16}

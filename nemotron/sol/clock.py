@@ -1,15 +1,19 @@
 """The device that is measured and its clock: events on a GPU, the wall's time on a CPU."""
 
+import os
 import resource
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 
 FLUSHED_BYTES = 128 << 20
-"""Written before each repetition: more than twice the 50 to 60 MB of cache of a Hopper GPU."""
+"""Written before each repetition: more than twice the 50 to 60 MB of cache of a Hopper GPU, and of
+what one program gets of a server's CPU."""
 CYCLES_PER_MS = 1_700_000
 """Of a GPU that is held back while the host queues work; about its clock under load."""
 
@@ -20,8 +24,7 @@ class Clock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.is_gpu = device.type == "cuda"
-        size = FLUSHED_BYTES if self.is_gpu else 1 << 16
-        self._flushed = torch.empty(size, dtype=torch.int8, device=device)
+        self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
 
     def mark(self) -> Any:  # Any: an event or a number
         """Mark this point of the work that was queued."""
@@ -73,7 +76,8 @@ def repeat(
     A second call that takes a quarter of the time is all that there is.
     """
     run(0)
-    begin, kept = time.monotonic(), []
+    kept: list[list[float]] = []
+    begin = time.monotonic()
     while True:
         kept.append(run(len(kept) + 1))
         spent = time.monotonic() - begin
@@ -81,3 +85,41 @@ def repeat(
             return kept
         if len(kept) >= at_most:
             return kept
+
+
+@dataclass
+class Watch:
+    """Measures wall time and the share of the cores that other processes used meanwhile."""
+
+    seconds: float = 0.0
+    others: float = 0.0
+    """0 where the system does not count them."""
+    _begin: tuple[float, float, float] = field(default=(0.0, 0.0, 0.0))
+
+    def __enter__(self) -> Self:
+        self._begin = (time.perf_counter(), _busy_seconds(), _own_seconds())
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        wall, busy, own = self._begin
+        self.seconds = time.perf_counter() - wall
+        others = (_busy_seconds() - busy) - (_own_seconds() - own)
+        # the kernel counts in hundredths of a second, so tiny negatives are rounding
+        self.others = max(others, 0.0) / (self.seconds * (os.cpu_count() or 1))
+
+
+def _busy_seconds() -> float:
+    """Seconds that all cores together worked since boot, stolen time included."""
+    table = Path("/proc/stat")
+    if not table.exists():
+        return 0.0
+    user, nice, system, _idle, _wait, irq, softirq, steal = map(
+        int, table.read_text().split("\n", 1)[0].split()[1:9]
+    )
+    ticks = user + nice + system + irq + softirq + steal
+    return ticks / os.sysconf("SC_CLK_TCK")
+
+
+def _own_seconds() -> float:
+    times = os.times()
+    return times.user + times.system

@@ -1,4 +1,4 @@
-"""Every operation at the sizes of one layer of Nano and Super: inputs, FLOPs, compulsory bytes."""
+"""Every operation at the sizes of one layer of a model: inputs, FLOPs, what backward must read."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -6,71 +6,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from nemotron.sol.sizes import Rows, Size
+
 BF16, FP32 = torch.bfloat16, torch.float32
-
-
-@dataclass(frozen=True)
-class Size:
-    """What operations see of a model, on one GPU of a group that shares the experts."""
-
-    name: str
-    hidden: int
-    heads: int
-    head_dim: int
-    groups: int
-    state: int
-    query_heads: int
-    key_heads: int
-    attention_dim: int
-    experts: int
-    """Held here."""
-    copies: int
-    """Of each token, among the experts held here on average."""
-    expert_input: int
-    expert_width: int
-    shared_width: int
-    vocab: int
-
-    @property
-    def inner(self) -> int:
-        """Channels of the scan."""
-        return self.heads * self.head_dim
-
-    @property
-    def channels(self) -> int:
-        """Channels of the convolution."""
-        return self.inner + 2 * self.groups * self.state
-
-    @property
-    def projected(self) -> int:
-        """Columns of in_proj: the gate, the channels and a time step for each head."""
-        return self.inner + self.channels + self.heads
-
-
-NANO = Size("nano", 2688, 64, 64, 8, 128, 32, 2, 128, 16, 6, 2688, 1856, 3712, 131072)
-SUPER = Size("super", 4096, 128, 64, 8, 128, 32, 2, 128, 64, 22, 1024, 2688, 5376, 131072)
-TINY = Size("tiny", 64, 4, 16, 2, 16, 4, 2, 16, 4, 2, 64, 32, 64, 512)
-SIZES = {size.name: size for size in (NANO, SUPER, TINY)}
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How many rows of how many tokens."""
-
-    rows: int
-    tokens: int
-
-    @property
-    def all(self) -> int:
-        """Tokens of all rows."""
-        return self.rows * self.tokens
-
 
 Draw = Callable[["Source"], tuple[list[Tensor], tuple[object, ...]]]
 
 
 @dataclass(frozen=True)
-class Workload:
+class Problem:
     """A call of an operation: `draw` returns the tensors and the other arguments.
 
     Floating tensors get gradients. `flops` are those of a forward pass; backward takes `again`
@@ -79,6 +23,7 @@ class Workload:
 
     operation: str
     label: str
+    """What of the operation, where there are several problems."""
     draw: Draw
     flops: float = 0.0
     again: float = 2.0
@@ -86,18 +31,25 @@ class Workload:
     reads_again: bool = True
     """Whether backward must read the floating inputs, or gets by with the output's gradient."""
 
+    @property
+    def name(self) -> str:
+        """Operation and label."""
+        return f"{self.operation} {self.label}".rstrip()
+
 
 @dataclass
 class Source:
     """Draws tensors on a device."""
 
     generator: torch.Generator
+    dtype: torch.dtype = BF16
+    """Of activations."""
 
-    def normal(self, *shape: int, dtype: torch.dtype = BF16, scale: float = 1.0) -> Tensor:
-        """Return normal numbers."""
+    def normal(self, *shape: int, dtype: torch.dtype | None = None, scale: float = 1.0) -> Tensor:
+        """Return normal numbers, in the dtype of activations unless another one is given."""
         device = self.generator.device
         drawn = torch.randn(shape, generator=self.generator, device=device, dtype=FP32)
-        return (drawn * scale).to(dtype)
+        return (drawn * scale).to(dtype or self.dtype)
 
     def uniform(self, *shape: int) -> Tensor:
         """Return float32 numbers in [0, 1)."""
@@ -124,10 +76,10 @@ def seen_pairs(seq_idx: Tensor) -> float:
     return float(sum((n.double() * (n + 1) / 2).sum() for n in lengths))
 
 
-def workloads(size: Size, rows: Rows) -> list[Workload]:
-    """Return every workload of a size."""
+def problems(size: Size, rows: Rows) -> list[Problem]:
+    """Return every problem of a size."""
     m, b, t = rows.all, rows.rows, rows.tokens
-    copies, all_experts = m * size.copies, 8 * size.experts
+    copies = m * size.copies
 
     def rms_norm(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
         return [s.normal(b, t, size.hidden), 1 + s.normal(size.hidden, dtype=FP32)], (1e-5,)
@@ -165,7 +117,7 @@ def workloads(size: Size, rows: Rows) -> list[Workload]:
         return [s.normal(b, t, size.hidden), weight], ()
 
     def router(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
-        weight = s.normal(all_experts, size.hidden, dtype=FP32, scale=0.02)
+        weight = s.normal(size.all_experts, size.hidden, dtype=FP32, scale=0.02)
         return [s.normal(m, size.hidden), weight], ()
 
     def weighted(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
@@ -189,35 +141,35 @@ def workloads(size: Size, rows: Rows) -> list[Workload]:
         weight = s.normal(size.vocab, size.hidden, dtype=FP32, scale=0.02)
         return [s.normal(m, size.hidden), weight, s.labels(m, size.vocab)], ("sum", None)
 
-    chunk = 128
-    scanned = chunk * size.groups * size.state + chunk * size.inner + 4 * size.inner * size.state
+    # the recurrence itself: one update of and one product with a state of each head
+    scanned = 4.0 * size.inner * size.state
     pair = 4.0 * size.query_heads * size.attention_dim  # two products, two FLOPs a term
     one_row = Rows(1, m)
     ids = documents(rows, torch.device("cpu"))
     expert = 2.0 * copies * size.expert_input * size.expert_width
     pieces = frozenset({"documents"})
     return [
-        Workload("rms_norm", "", rms_norm),
-        Workload("gated_rms_norm", "", gated),
-        Workload("causal_conv1d", "", conv),
-        Workload("ssd", "", lambda s: scan(s, None), m * scanned),
-        Workload("squared_relu", "experts", weighted),
-        Workload("squared_relu", "shared", unweighted),
-        Workload("token_copies", "copy", lambda s: routed(s, "copy"), reads_again=False),
-        Workload("token_copies", "add", lambda s: routed(s, "add"), reads_again=False),
-        Workload("linear_cross_entropy", "", head, 2.0 * m * size.hidden * size.vocab),
-        Workload("grouped_linear", "up", lambda s: groups(s, *_up(size)), expert),
-        Workload("grouped_linear", "down", lambda s: groups(s, *reversed(_up(size))), expert),
-        Workload("linear", "in_proj", dense, 2.0 * m * size.hidden * size.projected),
-        Workload("wide_linear", "router", router, 2.0 * m * size.hidden * all_experts),
-        Workload(
+        Problem("rms_norm", "", rms_norm),
+        Problem("gated_rms_norm", "", gated),
+        Problem("causal_conv1d", "", conv),
+        Problem("ssd", "", lambda s: scan(s, None), m * scanned),
+        Problem("squared_relu", "experts", weighted),
+        Problem("squared_relu", "shared", unweighted),
+        Problem("token_copies", "copy", lambda s: routed(s, "copy"), reads_again=False),
+        Problem("token_copies", "add", lambda s: routed(s, "add"), reads_again=False),
+        Problem("linear_cross_entropy", "", head, 2.0 * m * size.hidden * size.vocab),
+        Problem("grouped_linear", "up", lambda s: groups(s, *_up(size)), expert),
+        Problem("grouped_linear", "down", lambda s: groups(s, *reversed(_up(size))), expert),
+        Problem("linear", "in_proj", dense, 2.0 * m * size.hidden * size.projected),
+        Problem("wide_linear", "router", router, 2.0 * m * size.hidden * size.all_experts),
+        Problem(
             "attention",
             "1 row",
             lambda s: (heads(s, one_row), (None, None)),
             pair * m * (m + 1) / 2,
             2.5,
         ),
-        Workload(
+        Problem(
             "attention",
             "documents",
             lambda s: (heads(s, rows), (documents(rows, s.generator.device), None)),
@@ -225,7 +177,7 @@ def workloads(size: Size, rows: Rows) -> list[Workload]:
             2.5,
             pieces,
         ),
-        Workload(
+        Problem(
             "ssd",
             "documents",
             lambda s: scan(s, documents(rows, s.generator.device)),
