@@ -11,9 +11,15 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from nemotron.ops.token_step.kernels.scalars import item_size
+
 LANES = 16
 BLOCK = 64
 """Outputs that are computed together: four vectors of weights for each input."""
+
+MANY_ROWS = 16
+PART_BYTES = 1 << 14
+"""Memory of the weights that so many rows, or more, read again and again."""
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _I1 = ir.IntType(1)
@@ -84,17 +90,18 @@ def _make_tile(rows):
     """Return an intrinsic that multiplies some rows by a block of weights [count, 64]."""
 
     @intrinsic
-    def tile(context, xs, ys, offset, weight, count, fresh, kind):
-        signature = types.void(*[types.int64] * 5, types.boolean, kind)
+    def tile(context, xs, ys, start, offset, weight, count, fresh, kind):
+        signature = types.void(*[types.int64] * 6, types.boolean, kind)
         bf16 = _is_bf16(kind)
         size = 2 if bf16 else 4
 
         def fill(b, arguments):
-            xs, ys, offset, weight, count, fresh = arguments
+            xs, ys, start, offset, weight, count, fresh = arguments
             sources, targets = (
                 [b.load(_pointer(b, _at(b, table, 8 * row), _I64)) for row in range(rows)]
                 for table in (xs, ys)
             )
+            sources = [_at(b, source, start) for source in sources]
             targets = [_at(b, target, offset) for target in targets]
             sums = [[cgutils.alloca_once(b, _VECTOR) for _ in range(_PARTS)] for _ in range(rows)]
             for target, parts in zip(targets, sums, strict=True):
@@ -119,7 +126,7 @@ def _make_tile(rows):
 
         def generate(context, b, signature, arguments):
             name = f"nemotron_tile_{rows}_{size}"
-            b.call(_function(b.module, name, [_I64] * 5 + [_I1], fill), arguments[:-1])
+            b.call(_function(b.module, name, [_I64] * 6 + [_I1], fill), arguments[:-1])
             return context.get_dummy_value()
 
         return signature, generate
@@ -127,11 +134,12 @@ def _make_tile(rows):
     return tile
 
 
-def _function(module, name, types_, fill):
+def _function(module, name, types_, fill, result=None):
     """Return a function of a module that is compiled once and called, not copied into callers."""
     function = module.globals.get(name)
     if function is None:
-        function = ir.Function(module, ir.FunctionType(ir.VoidType(), types_), name)
+        kind = ir.FunctionType(result or ir.VoidType(), types_)
+        function = ir.Function(module, kind, name)
         function.linkage = "linkonce_odr"
         function.attributes.add("noinline")
         fill(ir.IRBuilder(function.append_basic_block()), function.args)
@@ -145,17 +153,28 @@ _tile_1, _tile_2, _tile_4 = _make_tile(1), _make_tile(2), _make_tile(4)
 def tile(xs, ys, rows, offset, weight, count, fresh, kind):
     """y (+)= x W for one block of outputs, `offset` bytes from the beginning of each row of y.
 
-    `xs` and `ys` are addresses of the rows' addresses. With `fresh`, y begins with 0.
+    `xs` and `ys` are addresses of the rows' addresses. With `fresh`, y begins with 0. For many rows
+    the inputs are taken in parts, whose weights stay in the first cache; no sum changes its order.
     """
-    row = 0
-    while row + 4 <= rows:
-        _tile_4(xs + 8 * row, ys + 8 * row, offset, weight, count, fresh, kind)
-        row += 4
-    if row + 2 <= rows:
-        _tile_2(xs + 8 * row, ys + 8 * row, offset, weight, count, fresh, kind)
-        row += 2
-    if row < rows:
-        _tile_1(xs + 8 * row, ys + 8 * row, offset, weight, count, fresh, kind)
+    depth = count
+    if rows >= MANY_ROWS:
+        depth = PART_BYTES // (BLOCK * item_size(kind))
+    start = 0
+    while start < count:
+        part, is_fresh = min(depth, count - start), fresh and start == 0
+        begin, row = weight + start * BLOCK * item_size(kind), 0
+        while row + 4 <= rows:
+            x, y = xs + 8 * row, ys + 8 * row
+            _tile_4(x, y, start * 4, offset, begin, part, is_fresh, kind)
+            row += 4
+        if row + 2 <= rows:
+            x, y = xs + 8 * row, ys + 8 * row
+            _tile_2(x, y, start * 4, offset, begin, part, is_fresh, kind)
+            row += 2
+        if row < rows:
+            x, y = xs + 8 * row, ys + 8 * row
+            _tile_1(x, y, start * 4, offset, begin, part, is_fresh, kind)
+        start += part
 
 
 def _for_each(b, count, body):
@@ -250,3 +269,137 @@ def advance(context, state, B, C, decay, factor, count):
 
     integer, real = types.int64, types.float32
     return types.float32(integer, integer, integer, real, real, integer), generate
+
+
+@intrinsic
+def advance_lanes(context, state, B, C, u, y, base, less, count):
+    """S <- base S + less S + B u and y = C S, for 32 lanes of a head: S is [count, 32].
+
+    The decay is `base + less`: 1 and what it is less than that, which keeps the digits of decays
+    near 1, or 0 and itself.
+    """
+    signature = types.void(*[types.int64] * 5, *[types.float32] * 2, types.int64)
+
+    def fill(b, arguments):
+        state, B, C, u, y, base, less, count = arguments
+        lanes, bases, falls = _lanes(b, u), _splat(b, base), _splat(b, less)
+        # two sums for each half: an addition need not wait for the one before
+        sums = [cgutils.alloca_once_value(b, _zero()) for _ in range(4)]
+        with cgutils.for_range(b, b.sdiv(count, _I64(2)), intp=_I64) as loop:
+            for odd in range(2):
+                n = b.add(b.mul(loop.index, _I64(2)), _I64(odd))
+                left, right = _splat_at(b, B, n), _splat_at(b, C, n)
+                for half, x in enumerate(lanes):
+                    place = _at(b, state, _lane_offset(b, n, half))
+                    old = _load(b, place)
+                    new = _fma(b, falls, old, _fma(b, left, x, b.fmul(bases, old)))
+                    _store(b, new, place)
+                    total = sums[2 * odd + half]
+                    b.store(_fma(b, right, new, b.load(total)), total)
+        for half in range(2):
+            total = b.fadd(b.load(sums[half]), b.load(sums[2 + half]))
+            _store(b, total, _at(b, y, 4 * LANES * half))
+        b.ret_void()
+
+    def generate(context, b, signature, arguments):
+        kinds = [_I64] * 5 + [_F32, _F32, _I64]
+        b.call(_function(b.module, "nemotron_advance_lanes", kinds, fill), arguments)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def repeat_lanes(context, before, after, B, u, dy, dC, base, less, count):
+    """S' = base S + less S + B u again, for the gradient; that of C, dy · S', is added to `dC`.
+
+    `dC` [count, 16] is added to lane by lane.
+    """
+    signature = types.void(*[types.int64] * 6, *[types.float32] * 2, types.int64)
+
+    def fill(b, arguments):
+        before, after, B, u, dy, dC, base, less, count = arguments
+        lanes, slopes = _lanes(b, u), _lanes(b, dy)
+        bases, falls = _splat(b, base), _splat(b, less)
+        with cgutils.for_range(b, count, intp=_I64) as loop:
+            n = loop.index
+            left, place = _splat_at(b, B, n), _at(b, dC, b.mul(n, _I64(4 * LANES)))
+            total = _load(b, place)
+            for half, (x, slope) in enumerate(zip(lanes, slopes, strict=True)):
+                offset = _lane_offset(b, n, half)
+                old = _load(b, _at(b, before, offset))
+                new = _fma(b, falls, old, _fma(b, left, x, b.fmul(bases, old)))
+                _store(b, new, _at(b, after, offset))
+                total = _fma(b, new, slope, total)
+            _store(b, total, place)
+        b.ret_void()
+
+    def generate(context, b, signature, arguments):
+        kinds = [_I64] * 6 + [_F32, _F32, _I64]
+        b.call(_function(b.module, "nemotron_repeat_lanes", kinds, fill), arguments)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def retreat_lanes(context, before, slope, B, C, u, dy, du, dB, base, less, count):
+    """Go back through one token of 32 lanes of a head; return slope · S, the decay's gradient.
+
+    `slope` [count, 32] is the gradient of the state after the token, and becomes that of the state
+    before it. `dB` [count, 16] is added to lane by lane; `du` [32] is filled.
+    """
+    signature = types.float32(*[types.int64] * 8, *[types.float32] * 2, types.int64)
+
+    def fill(b, arguments):
+        before, slope, B, C, u, dy, du, dB, base, less, count = arguments
+        xs, dys = _lanes(b, u), _lanes(b, dy)
+        bases, falls = _splat(b, base), _splat(b, less)
+        sums = [cgutils.alloca_once_value(b, _zero()) for _ in range(4)]
+        with cgutils.for_range(b, count, intp=_I64) as loop:
+            n = loop.index
+            left, right = _splat_at(b, B, n), _splat_at(b, C, n)
+            place = _at(b, dB, b.mul(n, _I64(4 * LANES)))
+            total = _load(b, place)
+            for half in range(2):
+                offset = _lane_offset(b, n, half)
+                grown = _fma(b, right, dys[half], _load(b, _at(b, slope, offset)))
+                total = _fma(b, grown, xs[half], total)
+                b.store(_fma(b, left, grown, b.load(sums[half])), sums[half])
+                old = _load(b, _at(b, before, offset))
+                b.store(_fma(b, grown, old, b.load(sums[2 + half])), sums[2 + half])
+                kept = _fma(b, falls, grown, b.fmul(bases, grown))
+                _store(b, kept, _at(b, slope, offset))
+            _store(b, total, place)
+        for half in range(2):
+            _store(b, b.load(sums[half]), _at(b, du, 4 * LANES * half))
+        b.ret(_sum_lanes(b, b.fadd(b.load(sums[2]), b.load(sums[3]))))
+
+    def generate(context, b, signature, arguments):
+        kinds = [_I64] * 8 + [_F32, _F32, _I64]
+        function = _function(b.module, "nemotron_retreat_lanes", kinds, fill, _F32)
+        return b.call(function, arguments)
+
+    return signature, generate
+
+
+def _lanes(b, address):
+    return [_load(b, _at(b, address, 4 * LANES * half)) for half in range(2)]
+
+
+def _splat_at(b, address, index):
+    return _splat(b, b.load(_pointer(b, _at(b, address, b.mul(index, _I64(4))), _F32)))
+
+
+def _lane_offset(b, row, half):
+    return b.add(b.mul(row, _I64(8 * LANES)), _I64(4 * LANES * half))
+
+
+@intrinsic
+def sum_lanes(context, address):
+    """Return the sum of the 16 float32 numbers at an address, in the order of a tree."""
+
+    def generate(context, b, signature, arguments):
+        return _sum_lanes(b, _load(b, arguments[0]))
+
+    return types.float32(types.int64), generate
