@@ -27,6 +27,13 @@ def select(
     drafts: Sequence[Draft | None] | None = None,
 ) -> list[Selected]:
     """Choose the next token of each sample; it is distributed alike whatever its draft is."""
+    if all(map(_takes_the_likeliest, samples)):
+        fixed = [sample.take_forced() for sample in samples]
+        likeliest = logits.argmax(-1).tolist()
+        return [
+            Selected(free if other is None else other, other is not None)
+            for free, other in zip(likeliest, fixed, strict=True)
+        ]
     adjusted = _adjusted(samples, logits)
     guesses = drafts or [None] * len(samples)
     groups: dict[tuple[object, ...], list[int]] = {}
@@ -41,7 +48,9 @@ def select(
         if given and own[0].request.sampling.temperature > 0:
             choice = _choose_beside(own, part, given)
         else:
-            choice = choose(part, own[0].request.sampling, _uniforms(own, part))
+            sampling = own[0].request.sampling
+            uniforms = _uniforms(own, part) if sampling.temperature > 0 else None
+            choice = choose(part, sampling, uniforms)
         found = zip(rows, choice.tokens.tolist(), choice.logprobs.tolist(), strict=True)
         for row, token, logprob in found:
             drawn[row], logprobs[row] = token, logprob
@@ -55,6 +64,12 @@ def select(
         )
         for token, fixed, logprob, score in zip(tokens, forced, logprobs, scores, strict=True)
     ]
+
+
+def _takes_the_likeliest(sample: Sample) -> bool:
+    request = sample.request
+    is_greedy = request.sampling.temperature == 0 and not request.sampling.changes_logits
+    return is_greedy and sample.guide is None and not request.logprobs
 
 
 def _is_drawn(draft: Draft) -> bool:

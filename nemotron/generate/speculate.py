@@ -177,7 +177,8 @@ def _decide(
     rows = list(range(len(samples)))
     for place in range(logits.shape[1]):
         guesses = [drafts[row][place] if place < len(drafts[row]) else None for row in rows]
-        chosen = select([samples[row] for row in rows], logits[rows, place], guesses)
+        own = logits[:, place] if len(rows) == len(samples) else logits[rows, place]
+        chosen = select([samples[row] for row in rows], own, guesses)
         going_on = []
         for row, token, guess in zip(rows, chosen, guesses, strict=True):
             events.append(samples[row].push(token, version))

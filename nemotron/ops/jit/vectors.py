@@ -11,9 +11,15 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from nemotron.ops.token_step.kernels.scalars import item_size
+
 LANES = 16
 BLOCK = 64
 """Outputs that are computed together: four vectors of weights for each input."""
+
+MANY_ROWS = 16
+PART_BYTES = 1 << 14
+"""Memory of the weights that so many rows, or more, read again and again."""
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _I1 = ir.IntType(1)
@@ -84,17 +90,18 @@ def _make_tile(rows):
     """Return an intrinsic that multiplies some rows by a block of weights [count, 64]."""
 
     @intrinsic
-    def tile(context, xs, ys, offset, weight, count, fresh, kind):
-        signature = types.void(*[types.int64] * 5, types.boolean, kind)
+    def tile(context, xs, ys, start, offset, weight, count, fresh, kind):
+        signature = types.void(*[types.int64] * 6, types.boolean, kind)
         bf16 = _is_bf16(kind)
         size = 2 if bf16 else 4
 
         def fill(b, arguments):
-            xs, ys, offset, weight, count, fresh = arguments
+            xs, ys, start, offset, weight, count, fresh = arguments
             sources, targets = (
                 [b.load(_pointer(b, _at(b, table, 8 * row), _I64)) for row in range(rows)]
                 for table in (xs, ys)
             )
+            sources = [_at(b, source, start) for source in sources]
             targets = [_at(b, target, offset) for target in targets]
             sums = [[cgutils.alloca_once(b, _VECTOR) for _ in range(_PARTS)] for _ in range(rows)]
             for target, parts in zip(targets, sums, strict=True):
@@ -119,7 +126,7 @@ def _make_tile(rows):
 
         def generate(context, b, signature, arguments):
             name = f"nemotron_tile_{rows}_{size}"
-            b.call(_function(b.module, name, [_I64] * 5 + [_I1], fill), arguments[:-1])
+            b.call(_function(b.module, name, [_I64] * 6 + [_I1], fill), arguments[:-1])
             return context.get_dummy_value()
 
         return signature, generate
@@ -146,17 +153,28 @@ _tile_1, _tile_2, _tile_4 = _make_tile(1), _make_tile(2), _make_tile(4)
 def tile(xs, ys, rows, offset, weight, count, fresh, kind):
     """y (+)= x W for one block of outputs, `offset` bytes from the beginning of each row of y.
 
-    `xs` and `ys` are addresses of the rows' addresses. With `fresh`, y begins with 0.
+    `xs` and `ys` are addresses of the rows' addresses. With `fresh`, y begins with 0. For many rows
+    the inputs are taken in parts, whose weights stay in the first cache; no sum changes its order.
     """
-    row = 0
-    while row + 4 <= rows:
-        _tile_4(xs + 8 * row, ys + 8 * row, offset, weight, count, fresh, kind)
-        row += 4
-    if row + 2 <= rows:
-        _tile_2(xs + 8 * row, ys + 8 * row, offset, weight, count, fresh, kind)
-        row += 2
-    if row < rows:
-        _tile_1(xs + 8 * row, ys + 8 * row, offset, weight, count, fresh, kind)
+    depth = count
+    if rows >= MANY_ROWS:
+        depth = PART_BYTES // (BLOCK * item_size(kind))
+    start = 0
+    while start < count:
+        part, is_fresh = min(depth, count - start), fresh and start == 0
+        begin, row = weight + start * BLOCK * item_size(kind), 0
+        while row + 4 <= rows:
+            x, y = xs + 8 * row, ys + 8 * row
+            _tile_4(x, y, start * 4, offset, begin, part, is_fresh, kind)
+            row += 4
+        if row + 2 <= rows:
+            x, y = xs + 8 * row, ys + 8 * row
+            _tile_2(x, y, start * 4, offset, begin, part, is_fresh, kind)
+            row += 2
+        if row < rows:
+            x, y = xs + 8 * row, ys + 8 * row
+            _tile_1(x, y, start * 4, offset, begin, part, is_fresh, kind)
+        start += part
 
 
 def _for_each(b, count, body):

@@ -7,7 +7,7 @@ from nemotron.ops.jit.barrier import wait
 from nemotron.ops.jit.scalars import floats, integers, item_size, share
 from nemotron.ops.jit.vectors import BLOCK, tile
 from nemotron.ops.token_step.kernels.elementwise import apply_sigmoid
-from nemotron.ops.token_step.kernels.linear import linear, normalize_rows, square_relu
+from nemotron.ops.token_step.kernels.linear import linear, linear_with_square_relu, normalize_rows
 
 
 @njit
@@ -20,9 +20,9 @@ def mix_experts(call, layer, thread, threads, kind):
         call.x_rows, call.scores_rows, tokens, layer.router, call.size, layer.router_blocks,
         True, thread, threads, np.float32,
     )  # fmt: skip
-    linear(
+    linear_with_square_relu(
         call.x_rows, call.wide_rows, tokens, layer.first, call.size, layer.first_blocks,
-        True, thread, threads, kind,
+        thread, threads, kind,
     )  # fmt: skip
     if layer.to_latent:
         linear(
@@ -33,7 +33,6 @@ def mix_experts(call, layer, thread, threads, kind):
     first, last = share(tokens, thread, threads)
     for token in range(first, last):
         _route(call, layer, token)
-        square_relu(call.wide + token * call.wide_width * 4, layer.last_count)
         if layer.to_latent:
             floats(call.routed + token * call.latent_width * 4, call.latent_width)[:] = np.float32(
                 0.0
@@ -131,11 +130,11 @@ def _up(call, layer, tokens, thread, threads, kind):
     first, last = share(active * layer.expert_blocks, thread, threads)
     size = layer.input_size * BLOCK * item_size(kind)
     item = 0
-    for expert in range(layer.num_experts):
-        begin, end = begins[expert], begins[expert + 1]
-        if begin == end:
-            continue
-        for block in range(layer.expert_blocks):
+    for block in range(layer.expert_blocks):  # experts have unlike numbers of tokens
+        for expert in range(layer.num_experts):
+            begin, end = begins[expert], begins[expert + 1]
+            if begin == end:
+                continue
             if first <= item < last:
                 weight = layer.up + (expert * layer.expert_blocks + block) * size
                 tile(

@@ -6,7 +6,7 @@ import numpy as np
 from numba import njit
 
 from nemotron.ops.jit.barrier import wait
-from nemotron.ops.jit.scalars import decode, encode, floats, item_size, share
+from nemotron.ops.jit.scalars import decode, encode, floats, integers, item_size, share
 from nemotron.ops.jit.vectors import BLOCK, dot, tile
 from nemotron.ops.token_step.kernels.elementwise import copy_bytes
 
@@ -18,6 +18,43 @@ def linear(xs, ys, rows, weight, count, blocks, fresh, thread, threads, kind):
     for block in range(first, last):
         begin = weight + block * count * BLOCK * item_size(kind)
         tile(xs, ys, rows, block * BLOCK * 4, begin, count, fresh, kind)
+
+
+@njit
+def square_relu(address, count):
+    """x <- relu(x)^2."""
+    x = floats(address, count)
+    for i in range(count):
+        positive = max(x[i], np.float32(0.0))
+        x[i] = positive * positive
+
+
+@njit
+def linear_in_parts(xs, ys, rows, weight, count, ends, blocks, thread, threads, kind):
+    """As a fresh `linear`, where threads share each part of the outputs, up to its end, alike.
+
+    A thread that later reads its share of every part then finds it in its own cache.
+    """
+    begin = 0
+    for part in range(len(ends) + 1):
+        end = blocks if part == len(ends) else min(blocks, (ends[part] + BLOCK - 1) // BLOCK)
+        first, last = share(end - begin, thread, threads)
+        for block in range(begin + first, begin + last):
+            address = weight + block * count * BLOCK * item_size(kind)
+            tile(xs, ys, rows, block * BLOCK * 4, address, count, True, kind)
+        begin = end
+
+
+@njit
+def linear_with_square_relu(xs, ys, rows, weight, count, blocks, thread, threads, kind):
+    """y = relu(x W)^2, as `linear`."""
+    first, last = share(blocks, thread, threads)
+    targets = integers(ys, rows)
+    for block in range(first, last):
+        begin = weight + block * count * BLOCK * item_size(kind)
+        tile(xs, ys, rows, block * BLOCK * 4, begin, count, True, kind)
+        for row in range(rows):
+            square_relu(targets[row] + block * BLOCK * 4, BLOCK)
 
 
 @njit
@@ -38,15 +75,6 @@ def normalize_rows(call, target, weight, eps, thread, threads):
     for row in range(first, last):
         offset = row * call.width * 4
         normalize(call.hidden + offset, target + offset, call.size, call.width, weight, eps)
-
-
-@njit
-def square_relu(address, count):
-    """x <- relu(x)^2."""
-    x = floats(address, count)
-    for i in range(count):
-        positive = max(x[i], np.float32(0.0))
-        x[i] = positive * positive
 
 
 @njit

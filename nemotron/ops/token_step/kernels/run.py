@@ -12,8 +12,9 @@ from nemotron.ops.token_step.kernels.linear import (
     embed,
     join,
     linear,
+    linear_in_parts,
+    linear_with_square_relu,
     normalize_rows,
-    square_relu,
 )
 from nemotron.ops.token_step.kernels.mamba import change_states, mix
 
@@ -53,21 +54,29 @@ def _mix(call, layer, thread, threads, kind):
     tokens = call.rows * call.length
     normalize_rows(call, call.x, layer.norm, layer.eps, thread, threads)
     wait(call.counter, threads)
-    linear(
-        call.x_rows, call.wide_rows, tokens, layer.first, call.size, layer.first_blocks,
-        True, thread, threads, kind,
-    )  # fmt: skip
-    wait(call.counter, threads)
     source = call.mid_rows
     if layer.kind == _MAMBA:
+        inner, size = layer.heads * layer.head_size, layer.groups * layer.state_size
+        ends = (inner, 2 * inner, 2 * inner + size, 2 * (inner + size))  # of z, x, B and C
+        linear_in_parts(
+            call.x_rows, call.wide_rows, tokens, layer.first, call.size, ends,
+            layer.first_blocks, thread, threads, kind,
+        )  # fmt: skip
+        wait(call.counter, threads)
         mix(call, layer, thread, threads, kind)
     elif layer.kind == _ATTENTION:
+        linear(
+            call.x_rows, call.wide_rows, tokens, layer.first, call.size, layer.first_blocks,
+            True, thread, threads, kind,
+        )  # fmt: skip
+        wait(call.counter, threads)
         attend(call, layer, thread, threads, kind)
     else:
         source = call.wide_rows
-        first, last = share(tokens, thread, threads)
-        for token in range(first, last):
-            square_relu(call.wide + token * call.wide_width * 4, layer.last_count)
+        linear_with_square_relu(
+            call.x_rows, call.wide_rows, tokens, layer.first, call.size, layer.first_blocks,
+            thread, threads, kind,
+        )  # fmt: skip
     wait(call.counter, threads)
     linear(
         source, call.hidden_rows, tokens, layer.last, layer.last_count, layer.last_blocks,
