@@ -11,7 +11,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from nemotron.ops.token_step.kernels.scalars import item_size
+from nemotron.ops.jit.scalars import item_size
 
 LANES = 16
 BLOCK = 64

@@ -4,7 +4,7 @@ import numpy as np
 from numba import njit
 
 from nemotron.ops.jit.barrier import wait
-from nemotron.ops.jit.scalars import integers, items, share
+from nemotron.ops.jit.scalars import integers, items
 from nemotron.ops.token_step.kernels import records
 from nemotron.ops.token_step.kernels.attention import attend
 from nemotron.ops.token_step.kernels.experts import mix_experts
