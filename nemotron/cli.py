@@ -25,6 +25,7 @@ from nemotron.commands import (
     serve,
 )
 from nemotron.commands.shared import DEBUG, CommandGroup, Overrides, RecipeFile
+from nemotron.distribution import other_owners
 from nemotron.errors import RunFailed, UserError
 from nemotron.exit_codes import DONE, FAILED, INTERRUPTED, MEANINGS, STOPPED, WRONG_INPUT
 from nemotron.terminal import fault_of, mute, say
@@ -37,7 +38,6 @@ app = CommandGroup(
     help="Train hybrid Mamba-2 / attention / mixture-of-experts language models.",
     epilog="Exit codes: " + "; ".join(f"{code} {text}" for code, text in MEANINGS.items()) + ".",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 
@@ -146,6 +146,11 @@ app.add_typer(serve.app)
 
 def main(arguments: list[str] | None = None) -> NoReturn:
     """Run a command and exit with one of the codes of `nemotron.exit_codes`."""
+    for name in other_owners():
+        say(
+            f"warning: the distribution {name} also brings a package nemotron, and may have "
+            "replaced files of this one; install only one of the two, and that one anew."
+        )
     code = run(arguments)
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # nothing is left to be cleaned up
     if "nemotron.parallel.runtime" in sys.modules:  # else no rank was ever started

@@ -213,15 +213,25 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+MOST_DIGITS = 300
+"""Of a number that a float can hold."""
+
+
+def _read_integer(text: str) -> int:
+    if len(text) > MOST_DIGITS:
+        raise ValueError(f"it has a number of {len(text)} digits, at most {MOST_DIGITS} are read")
+    return int(text)
+
+
 def parse_json(content: bytes | str) -> Any:  # Any: whatever JSON can hold
     """Return the value of JSON that others wrote.
 
     Raises:
-        ValueError: when it is none, is nested too deep, or holds halves of letters, which no file
-            or screen takes.
+        ValueError: when it is none, is nested too deep, has a number that no float holds, or holds
+            halves of letters, which no file or screen takes.
     """
     try:
-        value = json.loads(content)
+        value = json.loads(content, parse_int=_read_integer)
         json.dumps(value, ensure_ascii=False).encode()
     except RecursionError:
         raise ValueError("it is nested too deep") from None

@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 
 from nemotron.errors import UserError
-from nemotron.files import hash_file, locked, read_regular, write_bytes, write_json, write_text
+from nemotron.files import (
+    hash_file,
+    locked,
+    parse_json,
+    read_regular,
+    write_bytes,
+    write_json,
+    write_text,
+)
 
 
 def test_a_written_file_holds_what_was_written_and_nothing_lies_beside_it(tmp_path: Path):
@@ -92,3 +100,9 @@ def test_only_regular_files_of_bounded_size_are_read(tmp_path: Path):
         read_regular(tmp_path / "a", 4)
     with pytest.raises(FileNotFoundError):
         read_regular(tmp_path / "b")
+
+
+def test_a_number_that_no_float_holds_is_not_read():
+    assert parse_json("[1" + "0" * 299 + "]") == [10**299]
+    with pytest.raises(ValueError, match="number of 401 digits, at most 300 are read"):
+        parse_json("[1" + "0" * 400 + "]")

@@ -28,8 +28,9 @@ chats() {  # chats FILE COUNT TASKS...
 
 mkdir -p $results
 : > "$times"
-chats runs/assistant-chats.jsonl 5000 arith_chain@0.5 mcqa
-chats runs/assistant-calls.jsonl 2000 arith_chain@1+tools
+chats runs/assistant-sums.jsonl 5000 arith_chain@0.5
+chats runs/assistant-questions.jsonl 4000 mcqa
+chats runs/assistant-calls.jsonl 3000 arith_chain@1+tools
 for stage in pretrain sft rl heal; do
     timed $stage $nemotron train $recipes/$stage.yaml --resume
 done

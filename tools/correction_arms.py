@@ -54,11 +54,14 @@ def length(steps: int, decay: int) -> tuple[str, ...]:
     return f"schedule.total_steps={steps}", f"schedule.decay_steps={decay}"
 
 
-PAIRS_SIZE = (*length(400, 130), "batch.global_tokens=512", "batch.micro_batch=2")
+SMALL = ("batch.global_tokens=512", "batch.micro_batch=2")
+PAIRS_SIZE = (*length(400, 130), *SMALL)
+WAYS_SIZE = (*length(200, 60), *SMALL)
+"""Of runs that go on from a model of the language."""
 ALL_HELD_OUT = "evaluation.tokens=138240"
 """More than what any source of texts holds out, so that arms are measured on the same rows."""
 TEXTS_SIZE = (*length(200, 70), "batch.global_tokens=1920", "batch.micro_batch=8", ALL_HELD_OUT)
-SWITCHED_SIZE = (*length(200, 70), ALL_HELD_OUT)
+SWITCHED_SIZE = (*length(200, 70), *SMALL, ALL_HELD_OUT)
 
 ARMS = (
     Arm("unmasked", "tag", ("correct.mask_rate=0", *PAIRS_SIZE)),
@@ -66,9 +69,9 @@ ARMS = (
     Arm("nbest", "nbest", PAIRS_SIZE),
     Arm("ctc", "ctc", PAIRS_SIZE),
     Arm("soft", "soft", ("correct.first_steps=280", *PAIRS_SIZE)),
-    Arm("base", "base", length(200, 60), None),
-    Arm("one-pass", "tag", PAIRS_SIZE, needs="base"),
-    Arm("written", "sft", PAIRS_SIZE, "ar", needs="base"),
+    Arm("base", "base", (*length(200, 60), *SMALL), None),
+    Arm("one-pass", "tag", WAYS_SIZE, needs="base"),
+    Arm("written", "sft", WAYS_SIZE, "ar", needs="base"),
     Arm("ungated", "ungated", TEXTS_SIZE, "bits", "languages"),
     Arm("gated", "languages", TEXTS_SIZE, "bits", "languages"),
     Arm("monolingual", "monolingual", SWITCHED_SIZE, "bits", "switched"),

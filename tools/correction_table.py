@@ -214,7 +214,8 @@ def table(results: dict[tuple[str, int], Result]) -> Iterator[str]:
                 continue
             found = effect([a for a, _ in pairs], [b for _, b in pairs])
             cells = [each.question, figure.title, *map(shown, (found.without, found.with_))]
-            cells += [f"{found.difference:+.4f} ± {found.error:.4f}", str(found.seeds)]
+            error = f" ± {found.error:.4f}" if found.seeds > 1 else ""
+            cells += [f"{found.difference:+.4f}{error}", str(found.seeds)]
             yield f"| {' | '.join(cells)} |"
 
 

@@ -15,7 +15,7 @@ $pip torch
 $pip --editable '.[hf,plot,rl,serve,cpu,track,dev]'
 
 # compiled once here instead of when they are first used
-"$venv/bin/python" -m nemotron.ops.token_step.storage
+"$venv/bin/python" -m nemotron.ops.prepare
 
 # References that only tests read. Neither is compiled, and tests say so where one is missing.
 $pip --no-deps --only-binary :all: megatron-core || echo "no megatron-core for this Python" >&2

@@ -110,4 +110,6 @@ def _formats(device: torch.device) -> Table:
 
 
 def _state(backend: Backend, call: Call) -> str:
+    if backend.by_name and backend.unfit(call) is None:
+        return "usable where a recipe names it"
     return escape(backend.unfit(call) or "usable, but slower than the one in use")

@@ -361,4 +361,7 @@ def _number(value: object) -> float:
         value = value["__float__"]
     if isinstance(value, bool) or not isinstance(value, int | float | str):
         raise TypeError(value)
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:
+        raise ValueError(value) from None

@@ -52,6 +52,8 @@ def choose_backends(
         for backend in operation.backends:
             if backend is chosen:
                 break
+            if backend.by_name:
+                continue
             reason = backend.unfit(call) or "the recipe names another one"
             passed_over.append(PassedOver(backend.name, reason, backend.runs_on(call.device)))
         choices.append(Choice(operation.name, chosen.name, tuple(passed_over)))

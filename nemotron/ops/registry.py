@@ -40,6 +40,9 @@ class Backend:
     install: str = ""
     imports: tuple[str, ...] = ()
     """Modules that the function imports; a package may be installed and still fail to import."""
+    by_name: bool = False
+    """Whether it is used only where a recipe names it: its results have other bits than those of
+    the backend that existing runs use, and which package is installed must not change a run."""
     limit: Callable[..., str | None] | None = None
     """Takes the sizes of a call and says why the function cannot compute it, or returns None."""
 
@@ -72,9 +75,12 @@ class Backend:
 
 @functools.cache
 def _import_error(module: str) -> str | None:
+    """Say which package keeps a module from being imported; a fault of our own is raised."""
     try:
         importlib.import_module(module)
     except ImportError as error:
+        if (error.name or "").split(".")[0] == "nemotron":
+            raise
         return str(error)
     return None
 
@@ -149,7 +155,7 @@ class Operation:
                 raise UserError(rule, key=f"ops.{self.name}", value=self.pinned)
             return backend
         for backend in self.backends:
-            if backend.unfit(call) is None:
+            if not backend.by_name and backend.unfit(call) is None:
                 return backend
         raise UserError(f"no backend of {self.name} takes {call}.")
 

@@ -90,7 +90,7 @@ def write_chats(
         UserError: when an environment is unknown, cannot run here, has no answers of its own, or
             too few tasks that are not held out.
     """
-    rows = itertools.chain.from_iterable(_chats(each, count, seed, manner) for each in sets)
+    rows = itertools.chain.from_iterable(chats(each, count, seed, manner) for each in sets)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
     random.Random(seed).shuffle(lines)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -98,7 +98,12 @@ def write_chats(
     return len(lines)
 
 
-def _chats(tasks: TaskSet, count: int, seed: int, manner: Manner) -> Iterator[dict[str, Any]]:
+def chats(tasks: TaskSet, count: int, seed: int, manner: Manner) -> Iterator[dict[str, Any]]:
+    """Yield conversations of a set, as rows of JSON.
+
+    Raises:
+        UserError: as `write_chats`.
+    """
     environment = find_environment(tasks.environment, {"tools": True} if tasks.tools else {})
     needed = Errs if manner.mistakes else Demonstrates
     if not isinstance(environment, needed):

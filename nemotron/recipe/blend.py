@@ -150,7 +150,7 @@ def _pairs(items: Sequence[Any], place: str) -> list[tuple[float, str]]:
 def _number(item: object) -> float | None:
     try:
         return float(item) if isinstance(item, int | float | str) else None
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
 
 

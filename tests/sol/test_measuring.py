@@ -163,6 +163,7 @@ def test_the_tool_writes_a_table_a_line_and_a_drawing(tmp_path):
     assert text.count('<rect class="h6"') == 1
 
 
+@pytest.mark.slow
 def test_the_doctor_prints_roofs_and_a_score_of_each_chosen_backend(
     in_threads, monkeypatch, tmp_path, capsys
 ):

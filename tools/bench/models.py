@@ -45,11 +45,11 @@ class NotQuiet(Exception):
 class Worker:
     """A program in a process of its own."""
 
-    def __init__(self, side: str, case: Case, dtype: str, experts: str = "") -> None:
-        self.label = " ".join(filter(None, (side, dtype, experts)))
+    def __init__(self, side: str, case: Case, dtype: str, kind: str) -> None:
+        self.label = " ".join(filter(None, (side, dtype, kind)))
         script = Path(__file__).with_name("worker.py")
         self._process = subprocess.Popen(
-            [sys.executable, script, side, case.name, dtype, experts],
+            [sys.executable, script, side, case.name, dtype, kind],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -77,19 +77,26 @@ class Worker:
 
 
 def check(case: Case) -> float:
-    """Return the largest relative difference of the two programs in float32.
+    """Return the largest relative difference in float32 between the peer and each of our kinds.
 
     Raises:
         Disagreement: when it is above the tolerance.
     """
     with tempfile.TemporaryDirectory() as folder:
-        results = []
-        for side in ("ours", "peer"):
-            path = Path(folder, side)
-            with Worker(side, case, "fp32", "eager") as worker:
-                worker.ask("check", path)
-            results.append(torch.load(path, weights_only=True))
-    ours, peer = results
+        kinds = dict.fromkeys(kind for _, kind in case.programs("ours"))
+        peer = _results(Worker("peer", case, "fp32", "eager"), Path(folder, "peer"))
+        found = [_results(Worker("ours", case, "fp32", kind), Path(folder, kind)) for kind in kinds]
+    return max(_difference(ours, peer) for ours in found)
+
+
+def _results(worker: Worker, path: Path) -> dict[str, torch.Tensor]:
+    with worker:
+        worker.ask("check", path)
+    found: dict[str, torch.Tensor] = torch.load(path, weights_only=True)
+    return found
+
+
+def _difference(ours: dict[str, torch.Tensor], peer: dict[str, torch.Tensor]) -> float:
     if ours.keys() != peer.keys():
         raise Disagreement(f"only one program has {sorted(ours.keys() ^ peer.keys())}")
     worst, where = max(
@@ -127,7 +134,7 @@ def quiet_steps(
 
 
 def best_setting(case: Case, side: str, patience: Patience) -> tuple[str, str]:
-    """Return the fastest (dtype, experts) of a side, by a short trial of each."""
+    """Return the fastest (dtype, kind) of a side, by a short trial of each."""
     settings = case.programs(side)
     if len(settings) == 1:
         return settings[0]
@@ -166,7 +173,7 @@ def compare(case: Case, kept: int, patience: Patience) -> dict[str, Any]:
 def measure_peaks() -> dict[str, float]:
     """Return the machine's FLOP/s in square matrix products, per dtype."""
     peaks = {}
-    with Worker("ours", CASES[0], "fp32") as worker:
+    with Worker("ours", CASES[0], "fp32", "default") as worker:
         for dtype in DTYPES:
             peaks[dtype], others = worker.ask("peak", dtype)
             rate = f"{peaks[dtype] / 1e9:.0f} GFLOP/s"

@@ -1,6 +1,6 @@
 """One program of the benchmark in its own process: ours, or transformers' model as the peer.
 
-python tools/bench/worker.py ours|peer CASE DTYPE EXPERTS; then one command a line on stdin:
+python tools/bench/worker.py ours|peer CASE DTYPE KIND; then one command a line on stdin:
 `step N` answers with seconds, other processes' share of the cores and peak memory, `check FILE`
 writes loss and gradients (the logits of a decoding case, the output and gradients of the scan),
 `peak DTYPE` measures the machine.
@@ -22,12 +22,17 @@ from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.forward import append, read
 from nemotron.model.hybrid import HybridLM
+from nemotron.ops.apply import apply
+from nemotron.ops.config import OpsConfig
 from nemotron.ops.ssd import ssd
 from nemotron.sol.clock import Watch
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig, OptimizerConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import Optimizer
+
+KERNELS = ("causal_conv1d", "gated_rms_norm", "rms_norm", "squared_relu", "ssd")
+"""Operations that have kernels for CPUs, which are used by name."""
 
 
 class Program(Protocol):
@@ -49,9 +54,11 @@ class Program(Protocol):
 class Ours:
     """The model and the step of `nemotron`, as the trainer runs them."""
 
-    def __init__(self, case: Case, dtype: str) -> None:
+    def __init__(self, case: Case, dtype: str, kind: str = "default") -> None:
         self.model = HybridLM(PROXIES[case.proxy])
         self.model.init_weights(0)
+        if kind == "numba":
+            apply(self.model, OpsConfig(**dict.fromkeys(KERNELS, kind)))
         self.model.compute_dtype = DTYPES[dtype]
         if case.kind in ("decode", "prefill"):
             prepare_weights(self.model)
@@ -143,11 +150,12 @@ class Peer:
 class Scan:
     """The scan of one Mamba layer: our operation, or transformers' in the model's own chunks."""
 
-    def __init__(self, side: str, case: Case, dtype: str) -> None:
+    def __init__(self, side: str, case: Case, dtype: str, kind: str) -> None:
         from transformers.models.nemotron_h.modeling_nemotron_h import mamba2_chunk_scan
 
         self._peer = partial(mamba2_chunk_scan, chunk_size=PROXIES[case.proxy].chunk_size)
         self._ours = side == "ours"
+        self._ssd = ssd.bind("numba") if kind == "numba" else ssd
         self._case, self._dtype = case, DTYPES[dtype]
         self._flush = torch.empty(1 << 24)
 
@@ -172,7 +180,7 @@ class Scan:
     def run(self) -> Tensor:
         """Run forward and backward and return the output."""
         x, dt, A, B, C, D = self._inputs.values()
-        y = ssd(x, dt, A, B, C, D) if self._ours else self._peer(x, dt, A, B, C, D=D)
+        y = self._ssd(x, dt, A, B, C, D) if self._ours else self._peer(x, dt, A, B, C, D=D)
         y.backward(self._dy)
         return y.detach()
 
@@ -226,16 +234,16 @@ def write_check(program: Program | Scan, case: Case, path: str) -> None:
 
 def main() -> None:
     """Answer commands until stdin ends."""
-    side, name, dtype, experts = sys.argv[1:5]
+    side, name, dtype, kind = sys.argv[1:5]
     case = next(case for case in CASES if case.name == name)
     # libraries may print; answers go to the real stdout alone
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     program: Program | Scan
     if case.kind == "ssd":
-        program = Scan(side, case, dtype)
+        program = Scan(side, case, dtype, kind)
     else:
-        program = Ours(case, dtype) if side == "ours" else Peer(case, dtype, experts)
+        program = (Ours if side == "ours" else Peer)(case, dtype, kind)
     for line in sys.stdin:
         command, argument = line.split()
         answer: object = None

@@ -11,6 +11,7 @@ from nemotron.section import Section
 
 MOST_CHARACTERS = 2_000
 """Of a text: alignment takes time and memory by the product of two lengths."""
+LARGEST_SCORE = 1e30
 ONE = "Correct this text:"
 SEVERAL = "Write the text that these candidates stand for, the likeliest first:"
 
@@ -103,8 +104,9 @@ def _scores(value: Any, count: int) -> tuple[tuple[float, ...], ...]:  # Any: wh
     if not isinstance(value, list) or not all(isinstance(line, list) for line in value):
         raise ValueError("has scores that are not a list of numbers for each candidate")
     for number in (number for line in value for number in line):
-        if not isinstance(number, int | float) or isinstance(number, bool):
-            raise ValueError(f"has a score that is not a number: {number!r}")
+        is_number = isinstance(number, int | float) and not isinstance(number, bool)
+        if not is_number or not abs(number) <= LARGEST_SCORE:
+            raise ValueError(f"has a score that is not a number: {number!r:.40}")
     if len(value) != count:
         raise ValueError(f"has scores of {len(value)} candidates for {count} candidates")
     return tuple(tuple(float(number) for number in line) for line in value)

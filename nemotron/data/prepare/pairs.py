@@ -68,7 +68,7 @@ class PairEncoder:
             for tokens, line in zip(candidates, lines, strict=True)
         ]
         voided = [[self._void if token is None else token for token in line] for line in lines]
-        row = PairRow(np.array(voided), np.array(target, np.int64), np.array(durations))
+        row = _row_of(voided, target, durations)
         sequences = row.sequences()
         return Ids(
             np.concatenate(sequences).tolist(),
@@ -116,7 +116,7 @@ class PairEncoder:
         """Return which of these positions hold a token that stands for itself in the target."""
         source = [ids[number] for number in inside]
         durations = durations_of(source, target, sound)
-        row = PairRow(np.array([source]), np.array(target), np.array([durations]))
+        row = _row_of([source], target, [durations])
         return [n for n, kept in zip(inside, row.is_kept[0], strict=True) if kept]
 
     def _sound_of(self, language: str | None) -> Callable[[int], str]:
@@ -125,6 +125,11 @@ class PairEncoder:
         if chosen not in self._sounds:
             self._sounds[chosen] = _of_ids(self._tokenizer, sound_of(chosen))
         return self._sounds[chosen]
+
+
+def _row_of(lines: list[list[int]], target: list[int], durations: list[list[int]]) -> PairRow:
+    """Return a row; its arrays hold integers also where they are empty."""
+    return PairRow(*(np.array(ids, np.int64) for ids in (lines, target, durations)))
 
 
 def _of_ids(tokenizer: Tokenizer, sound: Sound) -> Callable[[int], str]:

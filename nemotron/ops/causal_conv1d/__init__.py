@@ -79,6 +79,19 @@ causal_conv1d = CausalConv1dOp(
             imports=("nemotron.ops.causal_conv1d.triton",),
         ),
         cuda.backend,
+        Backend(
+            "numba",
+            lazy("nemotron.ops.causal_conv1d.numba", "causal_conv1d"),
+            devices=frozenset({"cpu"}),
+            dtypes=frozenset({torch.float32, torch.bfloat16}),
+            features=frozenset(
+                {"documents", "initial_state", "documents_after_a_state", "any_width"}
+            ),
+            packages=("numba",),
+            install="pip install numba",
+            imports=("nemotron.ops.jit.vectors",),
+            by_name=True,
+        ),
         blocked.backend,
         Backend(
             "reference",

@@ -18,6 +18,13 @@ def _triton_limit(head_size: int, state_size: int) -> str | None:
     return f"takes heads and states of {taken}, not of {head_size} and {state_size}"
 
 
+def _numba_limit(head_size: int, state_size: int) -> str | None:
+    if head_size % 32 == 0 and state_size % 16 == 0:
+        return None
+    sizes = f"{head_size} and {state_size}"
+    return f"takes heads of multiples of 32 and states of multiples of 16, not {sizes}"
+
+
 class SSDOp(Operation):
     """Run the recurrence S_t = exp(dt_t A) S_{t-1} + dt_t x_t ⊗ B_t, y_t = S_t C_t + D x_t.
 
@@ -96,6 +103,18 @@ ssd = SSDOp(
             limit=_triton_limit,
         ),
         mamba_ssm.backend,
+        Backend(
+            "numba",
+            lazy("nemotron.ops.ssd.numba", "ssd"),
+            devices=frozenset({"cpu"}),
+            dtypes=frozenset({torch.float32, torch.bfloat16}),
+            features=frozenset({"documents", "initial_state", "final_state"}),
+            packages=("numba",),
+            install="pip install numba",
+            imports=("nemotron.ops.jit.vectors",),
+            by_name=True,
+            limit=_numba_limit,
+        ),
         chunked.backend,
         Backend(
             "reference",

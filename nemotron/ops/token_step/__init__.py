@@ -71,7 +71,7 @@ token_step = TokenStepOp(
             dtypes=frozenset({torch.float32, torch.bfloat16}),
             packages=("numba",),
             install="pip install numba",
-            imports=("nemotron.ops.token_step.kernels.vectors",),
+            imports=("nemotron.ops.jit.vectors",),
         ),
         Backend("reference", reference, features=OTHER_LAYERS),
     ],

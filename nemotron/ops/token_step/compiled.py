@@ -10,6 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron.ops.jit import storage
+from nemotron.ops.jit.team import Team
 from nemotron.ops.token_step.buffers import Rows, rounded
 from nemotron.ops.token_step.stack import (
     BLOCK,
@@ -21,8 +23,24 @@ from nemotron.ops.token_step.stack import (
     Stack,
     Step,
 )
-from nemotron.ops.token_step.storage import kernels
-from nemotron.ops.token_step.team import Team
+
+COMPILE_S = 20
+"""About how long a core compiles the kernels for one dtype."""
+
+
+@functools.cache
+def kernels(dtype: str) -> tuple[Any, Any]:
+    """Return the step and the product for a number format; compile or load them."""
+    mark = storage.announce(dtype, f"kernels for decoding in {dtype}", COMPILE_S)
+    module = storage.load("nemotron.ops.token_step.kernels.run")
+    from nemotron.ops.token_step.kernels.records import CALL
+
+    run, multiply = module.RUN[dtype], module.MULTIPLY[dtype]
+    nothing = np.zeros(1, CALL)
+    run(nothing.ctypes.data, 0, 0, 0, 1)
+    multiply(*[0] * 11, 1)
+    mark.touch()
+    return run, multiply
 
 
 class Program:

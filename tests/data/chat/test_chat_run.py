@@ -7,6 +7,7 @@ import pytest
 
 from nemotron.cli import run
 from nemotron.data.chat.render import render
+from nemotron.posttrain.demonstrations import Manner, TaskSet, chats
 from nemotron.run.metrics import read_metrics
 
 SMOKE = Path(__file__).parents[3] / "recipes/tiny/smoke.yaml"
@@ -48,5 +49,15 @@ def test_a_model_of_conversations_is_exported_with_its_template_and_its_stop(
     tokenizer = transformers.AutoTokenizer.from_pretrained("exported")
     text = tokenizer.apply_chat_template(rows[0]["messages"], tokenize=False)
     assert text == render(rows[0]["messages"]).text
+    # a call of a tool, what the tool says, and the answer
+    [chat] = chats(TaskSet("arith_chain", 1, tools=True), 1, 3, Manner())
+    messages, tools = chat["messages"], chat["tools"]
+    called = messages[1]["tool_calls"][0]["function"]
+    called["arguments"] = json.loads(called["arguments"])  # transformers takes objects
+    for turns, is_open in ((messages, False), (messages[:1], True), (messages[:3], True)):
+        text = tokenizer.apply_chat_template(
+            turns, tools=tools, tokenize=False, add_generation_prompt=is_open
+        )
+        assert text == render(turns, tools, add_generation_prompt=is_open).text
     generation = transformers.GenerationConfig.from_pretrained("exported")
     assert generation.eos_token_id == [2, 11]

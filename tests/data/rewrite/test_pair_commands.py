@@ -155,6 +155,14 @@ def test_right_tokens_of_chats_have_a_role_of_their_own(tmp_path: Path):
     assert Stream([shard]).read_learned(0, len(ids)).sum() == len(answer)
 
 
+def test_a_blank_candidate_has_no_right_token(tmp_path: Path):
+    pairs = write(tmp_path / "pairs.jsonl", [{"candidates": ["xyz", " "], "target": "we go there"}])
+    words = ["data", "pairs", pairs, "--as", "chat", "--candidates", "2", "--hold-out", "0"]
+    assert run([*words, "--out", str(tmp_path / "chat"), "--workers", "1"]) == 0
+    [shard] = [Shard(path.with_suffix("")) for path in (tmp_path / "chat").glob("*.idx")]
+    assert set(shard.roles.tolist()) == {0, LEARNED}
+
+
 def test_pairs_are_not_taken_for_texts(made: Path, capsys: pytest.CaptureFixture[str]):
     words = [f"data.tokenizer={made / 'tokenizer.json'}", f"data.cache={made / 'cache'}"]
     words.append(f"data.sources=[{{name: pairs, path: {made / 'rows'}}}]")
@@ -173,6 +181,10 @@ BAD = [
     ({"target": "abc", "candidates": ["a" * 2001]}, "has a text of 2,001 characters, at most"),
     ({"target": "a", "candidates": ["a"], "scores": [0.1]}, "not a list of numbers for each"),
     ({"target": "a", "candidates": ["a"], "scores": [["x"]]}, "has a score that is not a number"),
+    (
+        {"target": "a", "candidates": ["a"], "scores": [[10**400]]},
+        "has a score that is not a number: 1000000000000000000000000000000000000000",
+    ),
     ({"target": "a", "candidates": ["a"], "scores": [[], []]}, "of 2 candidates for 1"),
 ]
 

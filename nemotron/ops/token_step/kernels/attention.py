@@ -5,8 +5,7 @@ import math
 import numpy as np
 from numba import njit
 
-from nemotron.ops.token_step.kernels.elementwise import apply_exp
-from nemotron.ops.token_step.kernels.scalars import (
+from nemotron.ops.jit.scalars import (
     encode,
     floats,
     integers,
@@ -14,8 +13,9 @@ from nemotron.ops.token_step.kernels.scalars import (
     items,
     share,
 )
+from nemotron.ops.jit.vectors import LANES, add_scaled, dot
+from nemotron.ops.token_step.kernels.elementwise import apply_exp
 from nemotron.ops.token_step.kernels.sixteen import add_up, largest, score_16, weigh
-from nemotron.ops.token_step.kernels.vectors import LANES, add_scaled, dot
 
 QUERIES = 4
 """Queries of a key-value head that read its values together."""

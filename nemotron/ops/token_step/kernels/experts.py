@@ -3,11 +3,11 @@
 import numpy as np
 from numba import njit
 
-from nemotron.ops.token_step.kernels.barrier import wait
+from nemotron.ops.jit.barrier import wait
+from nemotron.ops.jit.scalars import floats, integers, item_size, share
+from nemotron.ops.jit.vectors import BLOCK, tile
 from nemotron.ops.token_step.kernels.elementwise import apply_sigmoid
 from nemotron.ops.token_step.kernels.linear import linear, linear_with_square_relu, normalize_rows
-from nemotron.ops.token_step.kernels.scalars import floats, integers, item_size, share
-from nemotron.ops.token_step.kernels.vectors import BLOCK, tile
 
 
 @njit

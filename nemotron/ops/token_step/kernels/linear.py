@@ -5,17 +5,10 @@ import math
 import numpy as np
 from numba import njit
 
-from nemotron.ops.token_step.kernels.barrier import wait
+from nemotron.ops.jit.barrier import wait
+from nemotron.ops.jit.scalars import decode, encode, floats, integers, item_size, share
+from nemotron.ops.jit.vectors import BLOCK, dot, tile
 from nemotron.ops.token_step.kernels.elementwise import copy_bytes
-from nemotron.ops.token_step.kernels.scalars import (
-    decode,
-    encode,
-    floats,
-    integers,
-    item_size,
-    share,
-)
-from nemotron.ops.token_step.kernels.vectors import BLOCK, dot, tile
 
 
 @njit

@@ -5,14 +5,7 @@ import math
 import numpy as np
 from numba import njit
 
-from nemotron.ops.token_step.kernels.elementwise import (
-    add_products,
-    apply_gate,
-    apply_silu,
-    copy_bytes,
-    round_to,
-)
-from nemotron.ops.token_step.kernels.scalars import (
+from nemotron.ops.jit.scalars import (
     encode,
     exp,
     floats,
@@ -22,8 +15,15 @@ from nemotron.ops.token_step.kernels.scalars import (
     items,
     share,
 )
+from nemotron.ops.jit.vectors import LANES, advance, dot
+from nemotron.ops.token_step.kernels.elementwise import (
+    add_products,
+    apply_gate,
+    apply_silu,
+    copy_bytes,
+    round_to,
+)
 from nemotron.ops.token_step.kernels.sixteen import advance_16
-from nemotron.ops.token_step.kernels.vectors import LANES, advance, dot
 
 
 @njit

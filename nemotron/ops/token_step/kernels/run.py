@@ -3,9 +3,11 @@
 import numpy as np
 from numba import njit
 
+from nemotron.ops.jit.barrier import wait
+from nemotron.ops.jit.scalars import integers, items
+from nemotron.ops.jit.vectors import BLOCK
 from nemotron.ops.token_step.kernels import records
 from nemotron.ops.token_step.kernels.attention import attend, store
-from nemotron.ops.token_step.kernels.barrier import wait
 from nemotron.ops.token_step.kernels.experts import mix_experts
 from nemotron.ops.token_step.kernels.linear import (
     embed,
@@ -16,8 +18,6 @@ from nemotron.ops.token_step.kernels.linear import (
     normalize_rows,
 )
 from nemotron.ops.token_step.kernels.mamba import change_states, mix
-from nemotron.ops.token_step.kernels.scalars import integers, items
-from nemotron.ops.token_step.kernels.vectors import BLOCK
 
 _MAMBA, _ATTENTION, _EXPERTS = records.MAMBA, records.ATTENTION, records.EXPERTS
 

@@ -10,7 +10,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from nemotron.ops.token_step.kernels.vectors import (
+from nemotron.ops.jit.vectors import (
     _F32,
     _I32,
     _I64,

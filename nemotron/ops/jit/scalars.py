@@ -29,6 +29,12 @@ def floats(address, count):
 
 
 @njit
+def doubles(address, count):
+    """Return the float64 numbers that begin at an address."""
+    return carray(_pointer(address), (count,), np.float64)
+
+
+@njit
 def integers(address, count):
     """Return the int64 numbers that begin at an address."""
     return carray(_pointer(address), (count,), np.int64)
@@ -91,6 +97,16 @@ def encode(context, value, kind):
 
 
 @intrinsic
+def _divide(context, x, y):
+    """Return x / y; Python's own looks for zeros, and a loop with that never becomes vectors."""
+
+    def generate(context, b, signature, arguments):
+        return b.fdiv(*arguments)
+
+    return types.float32(types.float32, types.float32), generate
+
+
+@intrinsic
 def fma(context, x, y, z):
     """Return x y + z, rounded once."""
 
@@ -125,12 +141,35 @@ def exp(x):
 
 
 @njit
+def expm1(x):
+    """Return e to the power of x, less 1, with all digits of what is near 0."""
+    x = min(max(x, np.float32(-87.0)), np.float32(88.0))
+    shift = np.float32(12582912.0)
+    n = fma(x, np.float32(1.44269504), shift) - shift
+    r = fma(n, np.float32(-0.693359375), x)
+    r = fma(n, np.float32(2.12194440e-4), r)
+    p = np.float32(1.9875691500e-4)
+    p = fma(p, r, np.float32(1.3981999507e-3))
+    p = fma(p, r, np.float32(8.3334519073e-3))
+    p = fma(p, r, np.float32(4.1665795894e-2))
+    p = fma(p, r, np.float32(1.6666665459e-1))
+    p = fma(p, r, np.float32(5.0000001201e-1))
+    p = fma(p, r * r, r)
+    power = _from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
+    return fma(power, p, power - np.float32(1.0))
+
+
+@njit
 def sigmoid(x):
     """Return 1 / (1 + e^-x)."""
-    return np.float32(1.0) / (np.float32(1.0) + exp(-x))
+    return _divide(np.float32(1.0), np.float32(1.0) + exp(-x))
 
 
 @njit
 def share(total, thread, threads):
     """Return the first and the last item but one of a thread's share."""
     return total * thread // threads, total * (thread + 1) // threads
+
+
+KINDS = {"float32": np.float32, "bfloat16": np.uint16}
+"""What names a number format for a kernel."""

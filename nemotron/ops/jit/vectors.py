@@ -11,7 +11,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from nemotron.ops.token_step.kernels.scalars import item_size
+from nemotron.ops.jit.scalars import item_size
 
 LANES = 16
 BLOCK = 64
@@ -134,11 +134,12 @@ def _make_tile(rows):
     return tile
 
 
-def _function(module, name, types_, fill):
+def _function(module, name, types_, fill, result=None):
     """Return a function of a module that is compiled once and called, not copied into callers."""
     function = module.globals.get(name)
     if function is None:
-        function = ir.Function(module, ir.FunctionType(ir.VoidType(), types_), name)
+        kind = ir.FunctionType(result or ir.VoidType(), types_)
+        function = ir.Function(module, kind, name)
         function.linkage = "linkonce_odr"
         function.attributes.add("noinline")
         fill(ir.IRBuilder(function.append_basic_block()), function.args)
@@ -268,3 +269,155 @@ def advance(context, state, B, C, decay, factor, count):
 
     integer, real = types.int64, types.float32
     return types.float32(integer, integer, integer, real, real, integer), generate
+
+
+@intrinsic
+def advance_lanes(context, state, B, C, u, y, base, less, count):
+    """S <- base S + less S + B u and y = C S, for 32 lanes of a head: S is [count, 32].
+
+    The decay is `base + less`: 1 and what it is less than that, which keeps the digits of decays
+    near 1, or 0 and itself.
+    """
+    signature = types.void(*[types.int64] * 5, *[types.float32] * 2, types.int64)
+
+    def fill(b, arguments):
+        state, B, C, u, y, base, less, count = arguments
+        lanes, bases, falls = _lanes(b, u), _splat(b, base), _splat(b, less)
+        # two sums for each half: an addition need not wait for the one before
+        sums = [cgutils.alloca_once_value(b, _zero()) for _ in range(4)]
+        with cgutils.for_range(b, b.sdiv(count, _I64(2)), intp=_I64) as loop:
+            for odd in range(2):
+                n = b.add(b.mul(loop.index, _I64(2)), _I64(odd))
+                left, right = _splat_at(b, B, n), _splat_at(b, C, n)
+                for half, x in enumerate(lanes):
+                    place = _at(b, state, _lane_offset(b, n, half))
+                    old = _load(b, place)
+                    new = _fma(b, falls, old, _fma(b, left, x, b.fmul(bases, old)))
+                    _store(b, new, place)
+                    total = sums[2 * odd + half]
+                    b.store(_fma(b, right, new, b.load(total)), total)
+        for half in range(2):
+            total = b.fadd(b.load(sums[half]), b.load(sums[2 + half]))
+            _store(b, total, _at(b, y, 4 * LANES * half))
+        b.ret_void()
+
+    def generate(context, b, signature, arguments):
+        kinds = [_I64] * 5 + [_F32, _F32, _I64]
+        b.call(_function(b.module, "nemotron_advance_lanes", kinds, fill), arguments)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def repeat_lanes(context, before, after, B, u, dy, dC, base, less, count):
+    """S' = base S + less S + B u again, for the gradient; that of C, dy · S', is added to `dC`.
+
+    `count` is a multiple of 16.
+    """
+    signature = types.void(*[types.int64] * 6, *[types.float32] * 2, types.int64)
+
+    def fill(b, arguments):
+        before, after, B, u, dy, dC, base, less, count = arguments
+        lanes, slopes = _lanes(b, u), _lanes(b, dy)
+        bases, falls = _splat(b, base), _splat(b, less)
+
+        def product(n):
+            left, total = _splat_at(b, B, n), _zero()
+            for half, (x, slope) in enumerate(zip(lanes, slopes, strict=True)):
+                offset = _lane_offset(b, n, half)
+                old = _load(b, _at(b, before, offset))
+                new = _fma(b, falls, old, _fma(b, left, x, b.fmul(bases, old)))
+                _store(b, new, _at(b, after, offset))
+                total = _fma(b, new, slope, total)
+            return total
+
+        _add_sums(b, count, dC, product)
+        b.ret_void()
+
+    def generate(context, b, signature, arguments):
+        kinds = [_I64] * 6 + [_F32, _F32, _I64]
+        b.call(_function(b.module, "nemotron_repeat_lanes", kinds, fill), arguments)
+        return context.get_dummy_value()
+
+    return signature, generate
+
+
+@intrinsic
+def retreat_lanes(context, before, slope, B, C, u, dy, du, dB, base, less, count):
+    """Go back through one token of 32 lanes of a head; return slope · S, the decay's gradient.
+
+    `slope` [count, 32] is the gradient of the state after the token, and becomes that of the state
+    before it. `dB` [count] is added to, `du` [32] is filled; `count` is a multiple of 16.
+    """
+    signature = types.float32(*[types.int64] * 8, *[types.float32] * 2, types.int64)
+
+    def fill(b, arguments):
+        before, slope, B, C, u, dy, du, dB, base, less, count = arguments
+        xs, dys = _lanes(b, u), _lanes(b, dy)
+        bases, falls = _splat(b, base), _splat(b, less)
+        sums = [cgutils.alloca_once_value(b, _zero()) for _ in range(4)]
+
+        def product(n):
+            left, right, total = _splat_at(b, B, n), _splat_at(b, C, n), _zero()
+            for half in range(2):
+                offset = _lane_offset(b, n, half)
+                grown = _fma(b, right, dys[half], _load(b, _at(b, slope, offset)))
+                total = _fma(b, grown, xs[half], total)
+                b.store(_fma(b, left, grown, b.load(sums[half])), sums[half])
+                old = _load(b, _at(b, before, offset))
+                b.store(_fma(b, grown, old, b.load(sums[2 + half])), sums[2 + half])
+                kept = _fma(b, falls, grown, b.fmul(bases, grown))
+                _store(b, kept, _at(b, slope, offset))
+            return total
+
+        _add_sums(b, count, dB, product)
+        for half in range(2):
+            _store(b, b.load(sums[half]), _at(b, du, 4 * LANES * half))
+        b.ret(_sum_lanes(b, b.fadd(b.load(sums[2]), b.load(sums[3]))))
+
+    def generate(context, b, signature, arguments):
+        kinds = [_I64] * 8 + [_F32, _F32, _I64]
+        function = _function(b.module, "nemotron_retreat_lanes", kinds, fill, _F32)
+        return b.call(function, arguments)
+
+    return signature, generate
+
+
+def _add_sums(b, count, target, product):
+    """Add to `target` [count] the sums over lanes of product(n), sixteen at a time.
+
+    Two vectors become one that holds half as many parts of both sums, and so on: a tree in whose
+    last vector lane n is the sum of product n.
+    """
+
+    def sums(first, number):
+        if number == 1:
+            return product(b.add(first, _I64(0)))
+        left = sums(first, number // 2)
+        right = sums(b.add(first, _I64(number // 2)), number // 2)
+        width = 2 * LANES // number  # lanes of each sum in `left` and `right`
+        begins = [lane for lane in range(2 * LANES) if lane % width < width // 2]
+        places = ir.VectorType(_I32, LANES)
+        lower, upper = (
+            b.shuffle_vector(left, right, ir.Constant(places, [lane + more for lane in begins]))
+            for more in (0, width // 2)
+        )
+        return b.fadd(lower, upper)
+
+    with cgutils.for_range(b, b.sdiv(count, _I64(LANES)), intp=_I64) as loop:
+        first = b.mul(loop.index, _I64(LANES))
+        place = _at(b, target, b.mul(first, _I64(4)))
+        _store(b, b.fadd(_load(b, place), sums(first, LANES)), place)
+
+
+def _lanes(b, address):
+    return [_load(b, _at(b, address, 4 * LANES * half)) for half in range(2)]
+
+
+def _splat_at(b, address, index):
+    return _splat(b, b.load(_pointer(b, _at(b, address, b.mul(index, _I64(4))), _F32)))
+
+
+def _lane_offset(b, row, half):
+    return b.add(b.mul(row, _I64(8 * LANES)), _I64(4 * LANES * half))

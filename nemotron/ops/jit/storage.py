@@ -8,16 +8,10 @@ import os
 import tempfile
 from pathlib import Path
 from types import ModuleType
-from typing import Any
-
-import numpy as np
 
 from nemotron.ops.tuning.base import user_folder
 
 log = logging.getLogger(__name__)
-
-COMPILE_S = 20
-"""About how long a core compiles the kernels for one dtype."""
 
 
 @functools.cache
@@ -33,8 +27,10 @@ def folder() -> Path:
     from numba import __version__
 
     digest = hashlib.sha256(f"{__version__} {get_host_cpu_name()}".encode())
-    for path in sorted(Path(__file__).with_name("kernels").glob("*.py")):
-        digest.update(path.read_bytes())
+    operations = Path(__file__).parents[1]
+    for pattern in ("jit/*.py", "*/kernels.py", "*/kernels/*.py"):
+        for path in sorted(operations.glob(pattern)):
+            digest.update(path.read_bytes())
     found = user_folder() / "kernels" / digest.hexdigest()[:16]
     try:
         found.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -55,40 +51,22 @@ def _check_own(place: Path) -> None:
         raise PermissionError(f"{place} is not a folder that this user alone can write to")
 
 
-@functools.cache
-def load() -> ModuleType:
-    """Import the kernels; numba looks for its folder only while a function is defined."""
+def load(name: str) -> ModuleType:
+    """Import a module of kernels; numba looks for its folder only while a function is defined."""
     from numba.core import config
 
     before, config.CACHE_DIR = config.CACHE_DIR, str(folder())
     try:
-        return importlib.import_module("nemotron.ops.token_step.kernels.run")
+        return importlib.import_module(name)
     finally:
         config.CACHE_DIR = before
 
 
-@functools.cache
-def kernels(dtype: str) -> tuple[Any, Any]:
-    """Return the step and the product for a number format; compile or load them."""
-    mark = folder() / f"{dtype}.compiled"
+def announce(name: str, what: str, seconds: int) -> Path:
+    """Say that kernels are compiled now, unless they are kept; touch the result when they are."""
+    mark = folder() / f"{name}.compiled"
     if not mark.exists():
         log.warning(
-            "kernels for decoding in %s are compiled now, about %d s of a core, and kept in %s",
-            dtype,
-            COMPILE_S,
-            folder(),
+            "%s are compiled now, about %d s of a core, and kept in %s", what, seconds, folder()
         )
-    module = load()
-    from nemotron.ops.token_step.kernels.records import CALL
-
-    run, multiply = module.RUN[dtype], module.MULTIPLY[dtype]
-    nothing = np.zeros(1, CALL)
-    run(nothing.ctypes.data, 0, 0, 0, 1)
-    multiply(*[0] * 11, 1)
-    mark.touch()
-    return run, multiply
-
-
-if __name__ == "__main__":
-    for name in ("float32", "bfloat16"):
-        kernels(name)
+    return mark

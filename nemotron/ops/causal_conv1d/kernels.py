@@ -1,0 +1,191 @@
+"""Convolution with SiLU in one pass over the inputs, and its gradient in another.
+
+A unit is a block of tokens of one row. Gradients of the weights are added up for each unit, then
+over the units in their order, so no bit depends on the number of threads.
+"""
+
+import numpy as np
+from numba import njit
+
+from nemotron.ops.jit.barrier import wait
+from nemotron.ops.jit.scalars import (
+    decode,
+    encode,
+    floats,
+    fma,
+    integers,
+    item_size,
+    items,
+    share,
+    sigmoid,
+)
+
+TOKENS = 128
+"""Of a unit; the gradient computes width - 1 more."""
+
+
+@njit(nogil=True, cache=True)
+def forward(calls, thread, threads, kind):
+    """Fill y."""
+    call = calls[0]
+    sums = call.scratch + thread * call.scratch_size
+    first, last = share(call.rows * call.blocks, thread, threads)
+    for unit in range(first, last):
+        row, begin = unit // call.blocks, unit % call.blocks * TOKENS
+        for token in range(begin, min(begin + TOKENS, call.length)):
+            _convolve(call, row, token, sums, kind)
+            place = (row * call.length + token) * call.channels * item_size(kind)
+            target = items(call.y + place, call.channels, kind)
+            values = floats(sums, call.channels)
+            if call.activation:
+                for c in range(call.channels):
+                    target[c] = encode(values[c] * sigmoid(values[c]), kind)
+            else:
+                for c in range(call.channels):
+                    target[c] = encode(values[c], kind)
+    wait(call.counter, threads)
+
+
+@njit
+def _convolve(call, row, token, sums, kind):
+    """Write the sum of products of one token, and the bias."""
+    values, bias = floats(sums, call.channels), floats(call.bias, call.channels)
+    values[:] = np.float32(0.0)
+    for offset in range(call.width):
+        source = token + offset + 1 - call.width
+        if not _is_seen(call, row, token, source):
+            continue
+        weight = floats(call.weight + offset * call.channels * 4, call.channels)
+        if source < 0:
+            early = _early(call.state, call, row, source)
+            for c in range(call.channels):
+                values[c] = fma(early[c], weight[c], values[c])
+        else:
+            x = _inputs(call, row, source, kind)
+            for c in range(call.channels):
+                values[c] = fma(decode(x[c]), weight[c], values[c])
+    for c in range(call.channels):
+        values[c] += bias[c]
+
+
+@njit
+def _is_seen(call, row, token, source):
+    """Say whether a token's sum has the input of another one: of its document, or of a state."""
+    if source < 0 and not call.state:
+        return False
+    if not call.ids:
+        return True
+    ids = integers(call.ids + row * call.length * 8, call.length)
+    # what comes before the row belongs to document 0
+    return ids[token] == (ids[source] if source >= 0 else 0)
+
+
+@njit
+def _inputs(call, row, token, kind):
+    place = (row * call.x_row + token * call.x_token) * item_size(kind)
+    return items(call.x + place, call.channels, kind)
+
+
+@njit
+def _early(address, call, row, source):
+    """Return an input before the row, in a state's layout."""
+    place = row * (call.width - 1) + call.width - 1 + source
+    return floats(address + place * call.channels * 4, call.channels)
+
+
+@njit(nogil=True, cache=True)
+def backward(calls, thread, threads, kind):
+    """Fill dx, the state's gradient, and each unit's part of those of weight and bias."""
+    call = calls[0]
+    slopes = call.scratch + thread * call.scratch_size
+    first, last = share(call.rows * call.blocks, thread, threads)
+    for unit in range(first, last):
+        row, begin = unit // call.blocks, unit % call.blocks * TOKENS
+        parts = call.parts + unit * (call.width + 1) * call.channels * 4
+        floats(parts, (call.width + 1) * call.channels)[:] = np.float32(0.0)
+        end = min(begin + TOKENS, call.length)
+        # a token's inputs reach width - 1 tokens back, so an input's gradient needs as many ahead
+        for token in range(begin, end + call.width - 1):
+            if token < call.length:
+                slope = slopes + token % call.width * call.channels * 4
+                _slope(call, row, token, slope, slopes, kind)
+                if token < end:
+                    _add_weights(call, row, token, slope, parts, kind)
+            source = token - call.width + 1
+            if source >= begin or begin == 0:
+                _input_gradient(call, row, source, slopes, kind)
+    wait(call.counter, threads)
+
+
+@njit
+def _slope(call, row, token, slope, scratch, kind):
+    """Write the gradient of one token's sum."""
+    place = (row * call.dy_row + token * call.dy_token) * item_size(kind)
+    dy, values = items(call.dy + place, call.channels, kind), floats(slope, call.channels)
+    if not call.activation:
+        for c in range(call.channels):
+            values[c] = decode(dy[c])
+        return
+    sums = scratch + call.width * call.channels * 4
+    _convolve(call, row, token, sums, kind)
+    sums = floats(sums, call.channels)
+    one = np.float32(1.0)
+    for c in range(call.channels):
+        gate = sigmoid(sums[c])
+        values[c] = decode(dy[c]) * (gate * (one + sums[c] * (one - gate)))
+
+
+@njit
+def _add_weights(call, row, token, slope, parts, kind):
+    """Add one token's part of the gradients of weight and bias."""
+    values = floats(slope, call.channels)
+    for offset in range(call.width):
+        source = token + offset + 1 - call.width
+        if not _is_seen(call, row, token, source):
+            continue
+        total = floats(parts + offset * call.channels * 4, call.channels)
+        if source < 0:
+            early = _early(call.state, call, row, source)
+            for c in range(call.channels):
+                total[c] = fma(early[c], values[c], total[c])
+        else:
+            x = _inputs(call, row, source, kind)
+            for c in range(call.channels):
+                total[c] = fma(decode(x[c]), values[c], total[c])
+    total = floats(parts + call.width * call.channels * 4, call.channels)
+    for c in range(call.channels):
+        total[c] += values[c]
+
+
+@njit
+def _input_gradient(call, row, source, slopes, kind):
+    """Write the gradient of one input, of x or of the state before the row."""
+    if source < 0 and not call.dstate:
+        return
+    values = floats(slopes + (call.width + 1) * call.channels * 4, call.channels)
+    values[:] = np.float32(0.0)
+    for offset in range(call.width):
+        token = source + call.width - 1 - offset
+        if token < 0 or token >= call.length or not _is_seen(call, row, token, source):
+            continue
+        slope = floats(slopes + token % call.width * call.channels * 4, call.channels)
+        weight = floats(call.weight + offset * call.channels * 4, call.channels)
+        for c in range(call.channels):
+            values[c] = fma(weight[c], slope[c], values[c])
+    if source < 0:
+        _early(call.dstate, call, row, source)[:] = values
+        return
+    place = (row * call.length + source) * call.channels * item_size(kind)
+    target = items(call.dx + place, call.channels, kind)
+    for c in range(call.channels):
+        target[c] = encode(values[c], kind)
+
+
+FIELDS = (
+    *("rows", "length", "blocks", "channels", "width", "activation", "x", "x_row", "x_token"),
+    *("weight", "bias", "state", "ids", "y", "dy", "dy_row", "dy_token", "dx", "dstate", "parts"),
+    *("scratch", "scratch_size", "counter"),
+)
+CALL = np.dtype([(name, np.int64) for name in FIELDS])
+"""Sizes, addresses, and strides in numbers."""
+KERNELS = (forward, backward)

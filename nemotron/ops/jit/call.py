@@ -1,0 +1,73 @@
+"""Calls of compiled kernels: one record of sizes and addresses, done by all threads together."""
+
+import functools
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from nemotron.ops.jit import storage
+from nemotron.ops.jit.team import Team
+
+FORMATS = frozenset({torch.float32, torch.bfloat16})
+"""Formats of activations that kernels take."""
+COMPILE_S = 8
+"""About how long a core compiles an operation's kernels for one dtype."""
+
+_team = Team()
+
+
+@functools.cache
+def kernels(module: str, dtype: torch.dtype) -> ModuleType:
+    """Return an operation's kernels, compiled for a dtype or loaded from where they are kept.
+
+    A module of kernels has `CALL`, the record that they take, and `KERNELS`, all of them.
+    """
+    name = str(dtype).removeprefix("torch.")
+    operation = module.split(".")[-2]
+    mark = storage.announce(f"{operation}-{name}", f"kernels of {operation} in {name}", COMPILE_S)
+    found = storage.load(module)
+    kind = kind_of(dtype)
+    for kernel in found.KERNELS:
+        kernel(np.zeros(1, found.CALL), 0, 1, kind)
+    mark.touch()
+    return found
+
+
+@functools.cache
+def kind_of(dtype: torch.dtype) -> Any:  # Any: a type of numpy, which numba understands
+    """Return what names a number format for a kernel."""
+    from nemotron.ops.jit.scalars import KINDS
+
+    return KINDS[str(dtype).removeprefix("torch.")]
+
+
+def run(
+    kernel: Callable[..., None], record: Any, dtype: torch.dtype, values: dict[str, Any]
+) -> None:
+    """Fill a record with numbers and the addresses of tensors, and run a kernel in every thread."""
+    call = np.zeros(1, record)
+    for name, value in values.items():
+        call[name] = value.data_ptr() if isinstance(value, Tensor) else value
+    call["counter"] = _team.counter
+    kind = kind_of(dtype)
+    _team.run(lambda thread, threads: kernel(call, thread, threads, kind))
+
+
+def scratch(numbers: int) -> dict[str, Any]:
+    """Return room for so many float32 numbers for each thread, as values of a call."""
+    size = -(-numbers // 16) * 16
+    room = torch.empty(torch.get_num_threads(), size)
+    return {"scratch": room, "scratch_size": size * 4}
+
+
+def add_up(parts: Float[Tensor, "units *rest"]) -> Float[Tensor, "*rest"]:
+    """Return the sum over units in an order that does not depend on the number of threads."""
+    total = parts[0].double()
+    for part in parts[1:]:
+        total += part
+    return total.float()

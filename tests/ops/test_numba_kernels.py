@@ -1,0 +1,231 @@
+"""Kernels for CPUs: values and gradients beside the reference, bits, and who gets to use them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from against_reference import doubled, results, worst
+from torch import Tensor
+
+from nemotron.errors import UserError
+from nemotron.ops import causal_conv1d, rms_norm, squared_relu, ssd
+from nemotron.ops.apply import ALL, apply
+from nemotron.ops.config import OpsConfig
+from nemotron.ops.describe import choose_backends
+from nemotron.ops.registry import Call
+from tests.support.models import build, gradients, tokens
+
+pytest.importorskip("numba", reason="numba is not installed")
+from nemotron.ops.causal_conv1d import numba as conv_kernels
+from nemotron.ops.rms_norm import numba as norm_kernels
+from nemotron.ops.squared_relu import numba as activation_kernels
+from nemotron.ops.ssd import numba as scan_kernels
+
+NAMED = ("causal_conv1d", "gated_rms_norm", "rms_norm", "squared_relu", "ssd")
+SCANS = [(2, 1, 4, 2, 32, 48), (2, 70, 4, 2, 64, 16), (1, 150, 2, 1, 32, 16), (3, 33, 3, 3, 96, 32)]
+"""Rows, tokens, heads, groups, size of a head and of its state."""
+
+
+class Draw:
+    """Draws numbers, the same ones each time."""
+
+    def __init__(self, seed: int = 0) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+
+    def normal(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.generator)
+
+    def documents(self, rows: int, length: int) -> Tensor:
+        begins = torch.rand(rows, length, generator=self.generator) < 0.15
+        return begins.int().cumsum(1).int()  # some rows begin with document 1
+
+
+def scan(rows: int, length: int, heads: int, groups: int, size: int, places: int) -> list[Tensor]:
+    """x, dt, A, B, C, D, initial state; time steps and decays over their whole useful range."""
+    d = Draw(length)
+    dt = torch.empty(rows, length, heads).uniform_(-9, 1, generator=d.generator).exp()
+    A = -torch.empty(heads).uniform_(-1, 3, generator=d.generator).exp()
+    B, C = (d.normal(rows, length, groups, places) for _ in range(2))
+    x, state = d.normal(rows, length, heads, size), d.normal(rows, heads, size, places)
+    return [x, dt, A, B, C, d.normal(heads), state]
+
+
+def convolution(rows: int, length: int, channels: int = 10, width: int = 4) -> list[Any]:
+    d = Draw(length)
+    shapes = [(rows, length, channels), (channels, width), (channels,), (rows, width - 1, channels)]
+    return [d.normal(*shape) for shape in shapes]
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("shape", SCANS)
+def test_the_scan_is_the_recurrence(shape: tuple[int, ...], with_documents: bool):
+    inputs = scan(*shape)
+    ids = Draw(1).documents(*shape[:2]) if with_documents else None
+    exact = results(ssd.reference, doubled(inputs), ids)
+    # as the chunks in test_ssd.py; dA is a sum over all tokens, in which digits cancel
+    assert worst(results(scan_kernels.ssd, inputs, ids), exact) <= 1e-5
+    without = [*inputs[:6], None]
+    exact = results(ssd.reference, doubled(without), ids)
+    assert worst(results(scan_kernels.ssd, without, ids), exact) <= 1e-5
+
+
+def test_long_memories_keep_their_digits():
+    inputs = scan(1, 1500, 2, 1, 32, 16)
+    inputs[1] = torch.full_like(inputs[1], 1e-4)  # a decay of 0.9999, which float32 rounds by 3e-8
+    exact = results(ssd.reference, doubled(inputs), None)
+    # the reference in float32 is off by 3e-5
+    assert worst(results(scan_kernels.ssd, inputs, None), exact) <= 1e-5
+
+
+def test_extreme_decays_neither_overflow_nor_lose_the_gradient():
+    inputs = scan(1, 100, 2, 1, 32, 16)
+    inputs[1] = torch.cat([torch.full((1, 50, 2), 50.0), torch.full((1, 50, 2), 1e-6)], dim=1)
+    exact = results(ssd.reference, doubled(inputs), None)
+    assert worst(results(scan_kernels.ssd, inputs, None), exact) <= 1e-5
+
+
+def test_no_document_sees_another_ones_numbers():
+    inputs, ids = scan(1, 90, 2, 1, 32, 16), (torch.arange(90) >= 37).int()[None]
+    other = [t.clone() for t in inputs]
+    for position in (0, 1, 3, 4):
+        other[position][:, :37] = other[position][:, :37].flip(1) * 1.5 + 0.1
+    one, two = (results(scan_kernels.ssd, tensors, ids) for tensors in (inputs, other))
+    assert not torch.equal(one[0][:, :37], two[0][:, :37])
+    assert torch.equal(one[0][:, 37:], two[0][:, 37:])
+    assert torch.equal(one[1], two[1])
+    for grad in (2, 3, 5, 6):  # x, dt, B, C
+        assert torch.equal(one[grad][:, 37:], two[grad][:, 37:])
+
+
+@pytest.mark.parametrize("activation", [True, False])
+@pytest.mark.parametrize("with_state", [True, False])
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("length", [1, 3, 128, 300])
+def test_the_convolution_agrees(
+    length: int, with_documents: bool, with_state: bool, activation: bool
+):
+    inputs = convolution(2, length)
+    inputs = inputs if with_state else [*inputs[:3], None]
+    ids = Draw(1).documents(2, length) if with_documents else None
+    exact = results(causal_conv1d.reference, doubled(inputs), ids, activation)
+    found = results(conv_kernels.causal_conv1d, inputs, ids, activation)
+    assert worst(found, exact) <= 2e-6
+
+
+@pytest.mark.parametrize("width", [1, 2, 5])
+def test_the_convolution_takes_any_width_slices_and_no_bias(width: int):
+    x, weight, _, state = convolution(2, 40, channels=7, width=width)
+    wide = torch.zeros(2, 40, 19)
+    wide[..., 5:12] = x
+    exact = results(causal_conv1d.reference, doubled([x, weight, None, state]), None, True)
+    inputs = [wide[..., 5:12], weight, None, state]
+    assert worst(results(conv_kernels.causal_conv1d, inputs, None, True), exact) <= 2e-6
+    sliced = conv_kernels.causal_conv1d(*inputs, None, True)
+    assert worst([sliced], [exact[0]]) <= 2e-6
+
+
+@pytest.mark.parametrize("shape", [(1, 12), (3, 5, 12), (2, 150, 24)])
+def test_the_norms_agree(shape: tuple[int, ...]):
+    d = Draw(sum(shape))
+    scale = torch.exp(torch.empty(*shape[:-1], 1).uniform_(-6, 3, generator=d.generator))
+    y, z, weight = d.normal(*shape) * scale, d.normal(*shape), d.normal(shape[-1])
+    exact = results(rms_norm.reference, doubled([y, weight]), 1e-5)
+    assert worst(results(norm_kernels.rms_norm, [y, weight], 1e-5), exact) <= 2e-6
+    for groups in (1, 3, 4):
+        exact = results(rms_norm.gated_reference, doubled([y, z, weight]), groups, 1e-5)
+        found = results(norm_kernels.gated_rms_norm, [y, z, weight], groups, 1e-5)
+        assert worst(found, exact) <= 2e-6
+
+
+def test_the_activation_agrees():
+    d = Draw()
+    inputs = [d.normal(33, 21), d.normal(33, 1)]
+    exact = results(squared_relu.reference, doubled(inputs))
+    assert worst(results(activation_kernels.squared_relu, inputs), exact) <= 1e-6
+    exact = results(squared_relu.reference, doubled(inputs[:1]), None)
+    assert worst(results(activation_kernels.squared_relu, inputs[:1], None), exact) <= 1e-6
+
+
+def calls() -> list[tuple[str, Callable[..., Any], Callable[..., Any], list[Any], tuple[Any, ...]]]:
+    """Name, kernel, reference, inputs in float32, and the rest of each operation."""
+    d = Draw(5)
+    rows, ids = d.normal(300, 24), d.documents(2, 300)
+    norm = [rows, d.normal(24)]
+    gated = [d.normal(300, 24), rows, d.normal(24)]
+    activation = [d.normal(300, 21), d.normal(300, 1)]
+    convolved, scanned = convolution(2, 300), scan(2, 70, 4, 2, 32, 16)
+    return [
+        ("norm", norm_kernels.rms_norm, rms_norm.reference, norm, (1e-5,)),
+        ("gated", norm_kernels.gated_rms_norm, rms_norm.gated_reference, gated, (3, 1e-5)),
+        ("activation", activation_kernels.squared_relu, squared_relu.reference, activation, ()),
+        ("conv", conv_kernels.causal_conv1d, causal_conv1d.reference, convolved, (ids, True)),
+        ("scan", scan_kernels.ssd, ssd.reference, scanned, (ids[:, :70],)),
+    ]
+
+
+NARROW = {"norm": [0], "gated": [0, 1], "activation": [0], "conv": [0], "scan": [0, 3, 4]}
+"""Inputs that have the dtype of activations."""
+
+
+def test_bfloat16_is_rounded_once():
+    for name, kernel, reference, inputs, rest in calls():
+        narrow = [t.bfloat16() if i in NARROW[name] else t for i, t in enumerate(inputs)]
+        exact = results(reference, doubled(narrow), *rest)
+        found = results(kernel, narrow, *rest)
+        # 2^-9 of the largest number
+        assert worst(found, exact) <= 2**-8, name
+        assert found[0].dtype == torch.bfloat16
+    _, kernel, reference, (x, weight), rest = calls()[0]
+    exact = reference(x.bfloat16().double(), weight.double(), *rest)
+    assert torch.equal(kernel(x.bfloat16(), weight, *rest), exact.float().bfloat16())
+
+
+def test_any_number_of_threads_gives_the_same_bits():
+    before = torch.get_num_threads()
+    for name, kernel, _, inputs, rest in calls():
+        found = []
+        for threads in (1, 3, 2):
+            torch.set_num_threads(threads)
+            try:
+                found.append(results(kernel, inputs, *rest))
+            finally:
+                torch.set_num_threads(before)
+        for others in found[1:]:
+            assert all(map(torch.equal, found[0], others)), name
+
+
+def test_they_are_used_only_where_a_recipe_names_them():
+    for operation in ALL:
+        if operation.name not in NAMED:
+            continue
+        call = Call("cpu", torch.float32)
+        assert operation.choose(call).name != "numba"
+        assert operation.bind("numba").choose(call).name == "numba"
+    named = OpsConfig(**dict.fromkeys(NAMED, "numba"))
+    chosen = choose_backends(named, torch.device("cpu"), torch.bfloat16, documents=True)
+    assert {c.operation for c in chosen if c.backend == "numba"} >= set(NAMED)
+    usual = choose_backends(OpsConfig(), torch.device("cpu"), torch.float32, documents=True)
+    # nothing is said of what no recipe asks for
+    assert not [other for c in usual if c.operation in NAMED for other in c.passed_over if
+                other.backend == "numba"]  # fmt: skip
+
+
+def test_a_scan_that_does_not_fit_says_which_sizes_do():
+    x, dt, A, B, C, D, _ = scan(1, 5, 2, 1, 32, 16)
+    named = ssd.ssd.bind("numba")
+    with pytest.raises(UserError, match="takes heads of multiples of 32 and states of mul"):
+        named(x[..., :16], dt, A, B, C, D)
+
+
+def test_a_model_gets_the_same_loss_and_gradients():
+    model = build(dtype=torch.float32, mamba_num_heads=3, mamba_head_dim=32, ssm_state_size=16)
+    found = []
+    for ops in (OpsConfig(), OpsConfig(**dict.fromkeys(NAMED, "numba"))):
+        apply(model, ops)
+        loss = model(tokens(2, 40)).square().mean()
+        found.append((loss.detach(), gradients(model, loss)))
+    (one, usual), (two, ours) = found
+    assert abs(one - two) <= 1e-6 * one
+    for name, grad in usual.items():
+        assert (grad - ours[name]).norm() <= 2e-5 * grad.norm() + 1e-9, name
