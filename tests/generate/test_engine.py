@@ -136,7 +136,9 @@ def peer(model: HybridLM) -> NemotronHForCausalLM:
     peer = NemotronHForCausalLM(NemotronHConfig(**settings)).eval()
     peer.set_experts_implementation("eager")  # the fast one refuses small odd widths
     state = model.state_dict()
-    peer.load_state_dict({n.replace("backbone.", "model."): t for n, t in state.items()})
+    peer.load_state_dict(
+        {n.replace("backbone.", "model."): t for n, t in state.items() if not n.startswith("mtp.")}
+    )
     for module in peer.modules():
         if hasattr(module, "time_step_limit"):
             module.time_step_limit = (0.0, float("inf"))

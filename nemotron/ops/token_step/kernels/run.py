@@ -26,6 +26,7 @@ _MAMBA, _ATTENTION, _EXPERTS = records.MAMBA, records.ATTENTION, records.EXPERTS
 def _run(call_address, layers_address, count, thread, threads, kind):
     call = items(call_address, 1, records.CALL)[0]
     layers = items(layers_address, count, records.LAYER)
+    is_part = call.is_part  # the next call may change it once the last thread has come
     if call.counts:
         for number in range(count):
             if layers[number].kind == _MAMBA:
@@ -43,10 +44,10 @@ def _run(call_address, layers_address, count, thread, threads, kind):
         if layer.kind == _EXPERTS:
             mix_experts(call, layer, thread, threads, kind)
         else:
-            stores = call.is_part and number == count - 1
+            stores = is_part and number == count - 1
             _mix(call, layer, stores, thread, threads, kind)
         wait(call.counter, threads)
-    if call.is_part:
+    if is_part:
         return
     normalize_rows(call, call.result, call.final_norm, call.eps, thread, threads)
     wait(call.counter, threads)
