@@ -59,7 +59,7 @@ class Size:
         return self.inner + self.channels + self.heads
 
 
-_RELEASED, _PROXY = Rows(2, 4096), Rows(1, 2048)
+_RELEASED, _PROXY, _PART = Rows(2, 4096), Rows(1, 2048), Rows(2, 150)
 _MIXERS = (256, 16, 32, 4, 64, 8, 2, 32)
 _TINY = (64, 4, 16, 2, 16, 4, 2, 16, 4, 32, 2, 64, 32, 64, 512)
 _NANO = (2688, 64, 64, 8, 128, 32, 2, 128, 16, 128, 6, 2688, 1856, 3712, 131072)
@@ -68,8 +68,8 @@ _SUPER = (4096, 128, 64, 8, 128, 32, 2, 128, 64, 512, 22, 1024, 2688, 5376, 1310
 SIZES = {
     size.name: size
     for size in (
-        Size("nano-proxy", *_MIXERS, 16, 16, 4, 256, 256, 512, 4096, _PROXY, _PROXY),
-        Size("super-proxy", *_MIXERS, 64, 64, 8, 64, 192, 512, 4096, _PROXY, _PROXY),
+        Size("nano-proxy", *_MIXERS, 16, 16, 4, 256, 256, 512, 4096, _PROXY, _PART),
+        Size("super-proxy", *_MIXERS, 64, 64, 8, 64, 192, 512, 4096, _PROXY, _PART),
         Size("nano", *_NANO, _RELEASED, Rows(2, 128)),
         Size("super", *_SUPER, _RELEASED, Rows(2, 128)),
         Size("tiny", *_TINY, Rows(2, 64), Rows(2, 32)),

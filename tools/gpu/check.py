@@ -56,6 +56,7 @@ TASKS = (
     Task("formats", "step", 45, ("--variant", "nvfp4"), usual=False),
     Task("decode", "decode", 60),
     Task("peer", "peer", 100, packages=True),
+    Task("sol", "sol", 100, usual=False),
     Task("tune", "tune", 100, usual=False),
 )
 """In the order in which they run; a group of tasks side by side ends before the next one begins."""

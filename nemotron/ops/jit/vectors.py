@@ -11,7 +11,7 @@ from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-from nemotron.ops.token_step.kernels.scalars import item_size
+from nemotron.ops.jit.scalars import item_size
 
 LANES = 16
 BLOCK = 64
@@ -313,7 +313,7 @@ def advance_lanes(context, state, B, C, u, y, base, less, count):
 def repeat_lanes(context, before, after, B, u, dy, dC, base, less, count):
     """S' = base S + less S + B u again, for the gradient; that of C, dy · S', is added to `dC`.
 
-    `dC` [count, 16] is added to lane by lane.
+    `count` is a multiple of 16.
     """
     signature = types.void(*[types.int64] * 6, *[types.float32] * 2, types.int64)
 
@@ -321,17 +321,18 @@ def repeat_lanes(context, before, after, B, u, dy, dC, base, less, count):
         before, after, B, u, dy, dC, base, less, count = arguments
         lanes, slopes = _lanes(b, u), _lanes(b, dy)
         bases, falls = _splat(b, base), _splat(b, less)
-        with cgutils.for_range(b, count, intp=_I64) as loop:
-            n = loop.index
-            left, place = _splat_at(b, B, n), _at(b, dC, b.mul(n, _I64(4 * LANES)))
-            total = _load(b, place)
+
+        def product(n):
+            left, total = _splat_at(b, B, n), _zero()
             for half, (x, slope) in enumerate(zip(lanes, slopes, strict=True)):
                 offset = _lane_offset(b, n, half)
                 old = _load(b, _at(b, before, offset))
                 new = _fma(b, falls, old, _fma(b, left, x, b.fmul(bases, old)))
                 _store(b, new, _at(b, after, offset))
                 total = _fma(b, new, slope, total)
-            _store(b, total, place)
+            return total
+
+        _add_sums(b, count, dC, product)
         b.ret_void()
 
     def generate(context, b, signature, arguments):
@@ -347,7 +348,7 @@ def retreat_lanes(context, before, slope, B, C, u, dy, du, dB, base, less, count
     """Go back through one token of 32 lanes of a head; return slope · S, the decay's gradient.
 
     `slope` [count, 32] is the gradient of the state after the token, and becomes that of the state
-    before it. `dB` [count, 16] is added to lane by lane; `du` [32] is filled.
+    before it. `dB` [count] is added to, `du` [32] is filled; `count` is a multiple of 16.
     """
     signature = types.float32(*[types.int64] * 8, *[types.float32] * 2, types.int64)
 
@@ -356,11 +357,9 @@ def retreat_lanes(context, before, slope, B, C, u, dy, du, dB, base, less, count
         xs, dys = _lanes(b, u), _lanes(b, dy)
         bases, falls = _splat(b, base), _splat(b, less)
         sums = [cgutils.alloca_once_value(b, _zero()) for _ in range(4)]
-        with cgutils.for_range(b, count, intp=_I64) as loop:
-            n = loop.index
-            left, right = _splat_at(b, B, n), _splat_at(b, C, n)
-            place = _at(b, dB, b.mul(n, _I64(4 * LANES)))
-            total = _load(b, place)
+
+        def product(n):
+            left, right, total = _splat_at(b, B, n), _splat_at(b, C, n), _zero()
             for half in range(2):
                 offset = _lane_offset(b, n, half)
                 grown = _fma(b, right, dys[half], _load(b, _at(b, slope, offset)))
@@ -370,7 +369,9 @@ def retreat_lanes(context, before, slope, B, C, u, dy, du, dB, base, less, count
                 b.store(_fma(b, grown, old, b.load(sums[2 + half])), sums[2 + half])
                 kept = _fma(b, falls, grown, b.fmul(bases, grown))
                 _store(b, kept, _at(b, slope, offset))
-            _store(b, total, place)
+            return total
+
+        _add_sums(b, count, dB, product)
         for half in range(2):
             _store(b, b.load(sums[half]), _at(b, du, 4 * LANES * half))
         b.ret(_sum_lanes(b, b.fadd(b.load(sums[2]), b.load(sums[3]))))
@@ -383,6 +384,33 @@ def retreat_lanes(context, before, slope, B, C, u, dy, du, dB, base, less, count
     return signature, generate
 
 
+def _add_sums(b, count, target, product):
+    """Add to `target` [count] the sums over lanes of product(n), sixteen at a time.
+
+    Two vectors become one that holds half as many parts of both sums, and so on: a tree in whose
+    last vector lane n is the sum of product n.
+    """
+
+    def sums(first, number):
+        if number == 1:
+            return product(b.add(first, _I64(0)))
+        left = sums(first, number // 2)
+        right = sums(b.add(first, _I64(number // 2)), number // 2)
+        width = 2 * LANES // number  # lanes of each sum in `left` and `right`
+        begins = [lane for lane in range(2 * LANES) if lane % width < width // 2]
+        places = ir.VectorType(_I32, LANES)
+        lower, upper = (
+            b.shuffle_vector(left, right, ir.Constant(places, [lane + more for lane in begins]))
+            for more in (0, width // 2)
+        )
+        return b.fadd(lower, upper)
+
+    with cgutils.for_range(b, b.sdiv(count, _I64(LANES)), intp=_I64) as loop:
+        first = b.mul(loop.index, _I64(LANES))
+        place = _at(b, target, b.mul(first, _I64(4)))
+        _store(b, b.fadd(_load(b, place), sums(first, LANES)), place)
+
+
 def _lanes(b, address):
     return [_load(b, _at(b, address, 4 * LANES * half)) for half in range(2)]
 
@@ -393,13 +421,3 @@ def _splat_at(b, address, index):
 
 def _lane_offset(b, row, half):
     return b.add(b.mul(row, _I64(8 * LANES)), _I64(4 * LANES * half))
-
-
-@intrinsic
-def sum_lanes(context, address):
-    """Return the sum of the 16 float32 numbers at an address, in the order of a tree."""
-
-    def generate(context, b, signature, arguments):
-        return _sum_lanes(b, _load(b, arguments[0]))
-
-    return types.float32(types.int64), generate

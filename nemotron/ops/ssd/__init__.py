@@ -19,9 +19,10 @@ def _triton_limit(head_size: int, state_size: int) -> str | None:
 
 
 def _numba_limit(head_size: int, state_size: int) -> str | None:
-    if head_size % 32 == 0 and state_size % 2 == 0:
+    if head_size % 32 == 0 and state_size % 16 == 0:
         return None
-    return f"takes heads of multiples of 32 and even states, not {head_size} and {state_size}"
+    sizes = f"{head_size} and {state_size}"
+    return f"takes heads of multiples of 32 and states of multiples of 16, not {sizes}"
 
 
 class SSDOp(Operation):

@@ -21,7 +21,7 @@ from nemotron.ops.jit.scalars import (
     items,
     share,
 )
-from nemotron.ops.jit.vectors import advance_lanes, repeat_lanes, retreat_lanes, sum_lanes
+from nemotron.ops.jit.vectors import advance_lanes, repeat_lanes, retreat_lanes
 
 CHUNK = 32
 """Tokens whose states are computed again together for the gradient."""
@@ -98,23 +98,24 @@ def _backward(call, row, group, scratch, kind):
     B = scratch
     C = B + CHUNK * N * 4
     dB = C + CHUNK * N * 4
-    dC = dB + CHUNK * N * 64
-    rest = dC + CHUNK * N * 64
+    dC = dB + CHUNK * N * 4
+    rest = dC + CHUNK * N * 4
     for chunk in range(call.chunks - 1, -1, -1):
         begin = chunk * CHUNK
         end = min(begin + CHUNK, call.length)
         _read_group(call, row, group, begin, end, B, C, kind)
-        _clear(dB, CHUNK * N * 32)  # and dC behind it
+        _clear(dB, CHUNK * N * 2)  # and dC behind it
         for head in range(group * heads, (group + 1) * heads):
             for half in range(call.halves):
                 _retreat(call, row, head, half, chunk, begin, end, B, C, dB, dC, rest, kind)
         for token in range(begin, end):
-            t = (token - begin) * N * 64
+            t = (token - begin) * N * 4
+            of_B, of_C = floats(dB + t, N), floats(dC + t, N)
             place = ((row * call.length + token) * call.groups + group) * N * item_size(kind)
             for_B, for_C = items(call.dB + place, N, kind), items(call.dC + place, N, kind)
             for n in range(N):
-                for_B[n] = encode(sum_lanes(dB + t + n * 64), kind)
-                for_C[n] = encode(sum_lanes(dC + t + n * 64), kind)
+                for_B[n] = encode(of_B[n], kind)
+                for_C[n] = encode(of_C[n], kind)
 
 
 @njit
@@ -141,7 +142,7 @@ def _retreat(call, row, head, half, chunk, begin, end, B, C, dB, dC, rest, kind)
             call.dy, call.dy_row, call.dy_token, row, token, head, half, call.head_size,
             dy + p, kind,
         )  # fmt: skip
-        repeat_lanes(before, after, B + t * N * 4, u + p, dy + p, dC + t * N * 64, base, less, N)
+        repeat_lanes(before, after, B + t * N * 4, u + p, dy + p, dC + t * N * 4, base, less, N)
     for token in range(end - 1, begin - 1, -1):
         t = token - begin
         dt, base, less = _decay(call, row, head, token)
@@ -151,7 +152,7 @@ def _retreat(call, row, head, half, chunk, begin, end, B, C, dB, dC, rest, kind)
             before, base, less = zeros, np.float32(0.0), np.float32(0.0)
         p = t * LANES * 4
         through = retreat_lanes(
-            before, slope, B + t * N * 4, C + t * N * 4, u + p, dy + p, du, dB + t * N * 64,
+            before, slope, B + t * N * 4, C + t * N * 4, u + p, dy + p, du, dB + t * N * 4,
             base, less, N,
         )  # fmt: skip
         through *= base + less

@@ -44,7 +44,7 @@ class _Scan(torch.autograd.Function):
         slope = dstate.clone(memory_format=torch.contiguous_format)
         ddt, dy = torch.zeros_like(dt), _rows(dy)
         N, lanes, chunk = B.shape[3], found.LANES, found.CHUNK
-        numbers = chunk * N * 34 + (chunk + 2) * N * lanes + (2 * chunk + 1) * lanes
+        numbers = chunk * N * 4 + (chunk + 2) * N * lanes + (2 * chunk + 1) * lanes
         values = _inputs(x, dt, A, B, C, D, ids, states.shape[3], lanes) | scratch(numbers)
         values |= {"state": slope, "states": states, "dx": dx, "dB": dB, "dC": dC, "ddt": ddt}
         values |= {"dA": dA, "dD": dD, "dy": dy, "dy_row": dy.stride(0), "dy_token": dy.stride(1)}
