@@ -14,11 +14,13 @@ from nemotron.cli import run
 from nemotron.data.codeswitch.words import load_lexicon
 from nemotron.data.prepare.inputs import plan
 from nemotron.data.prepare.options import PrepareOptions
+from nemotron.data.rewrite.score import score_file
 from nemotron.errors import UserError
 from nemotron.evaluate.sample_file import SampleFile
 from nemotron.files import open_lines, write_text
 from nemotron.generate.prompts import AnswerFile, read_prompts
 from nemotron.posttrain.correct.answers import Files, correct_file
+from nemotron.posttrain.pivots import read_turns
 from nemotron.posttrain.reverify import read_rollouts
 
 READERS: dict[str, Callable[[Path], Any]] = {
@@ -27,6 +29,8 @@ READERS: dict[str, Callable[[Path], Any]] = {
     "lexicon": lambda path: load_lexicon(str(path)),
     "record of a checkpoint": lambda path: read_record(path, dict),
     "candidates": lambda path: correct_file(Files(path, path.with_name("out")), refuse),
+    "trajectories": lambda path: list(read_turns(path)),
+    "corrected answers": lambda path: score_file(path, path, as_json=False),
     "text to prepare": lambda path: plan([str(path)], PrepareOptions()),
     "answers to prompts": lambda path: AnswerFile(path, [], resume=True),
     "answers of an evaluation": lambda path: SampleFile(path, {}),

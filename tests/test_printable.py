@@ -28,6 +28,7 @@ data:
   sources: [{{name: "web\\e[2J\\x9b2J", path: "{folder}/web"}}]
 batch: {{global_tokens: 64}}
 schedule: {{total_steps: 2, warmup_steps: 1, decay_steps: 1}}
+checkpoint: {{every_steps: 1}}
 """
 
 
@@ -71,6 +72,23 @@ def said(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 0
         ["train", "{recipe}", "--dry-run"],
         ["train", "{recipe}", "--resume"],
         ["import", "{folder}/runs/mine/export", "--out", "{folder}/imported"],
+        ["report", "{folder}/runs/mine"],
+        ["evaluate", "{folder}/runs/mine", "--out", "{folder}/loss.json"],
+        ["merge", "{folder}/runs/mine", "--out", "{folder}/merged"],
+        [
+            "quantize",
+            "{folder}/runs/mine",
+            "--preset",
+            "fp8",
+            "--rows",
+            "1",
+            "--no-check",
+            "--out",
+            "{folder}/small",
+        ],
+        ["data", "prepare", "{recipe}", "--out", "{folder}/shards", "--workers", "1"],
+        ["data", "demo", "grammar", "--number", "2", "--out", "{folder}/demo"],
+        ["rl", "chats", "arith_chain", "--count", "1", "--out", "{folder}/chats.jsonl"],
     ],
     ids=lambda words: " ".join(words[:2]),
 )

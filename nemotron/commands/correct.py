@@ -44,6 +44,10 @@ def correct(
     timed: Annotated[
         bool, typer.Option("--timed", help="Correct one line at a time, and write its ms.")
     ] = False,
+    judged: Annotated[
+        bool,
+        typer.Option("--judged", help="Write the log-probability of each token that was chosen."),
+    ] = False,
     max_bad_rows: Annotated[
         int, typer.Option(min=0, help="Lines that may be unreadable; they are left out.")
     ] = 0,
@@ -59,7 +63,7 @@ def correct(
         corrects = _token_by_token(model, candidates, language, device)
     else:
         corrects = _parallel(model, threshold, language, device)
-    counts = correct_file(Files(source, out, max_bad_rows, overwrite, timed), corrects)
+    counts = correct_file(Files(source, out, max_bad_rows, overwrite, timed, judged), corrects)
     for sentence in counts.sentences():
         say(sentence)
     return DONE

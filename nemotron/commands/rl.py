@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemotron.commands.shared import CommandGroup, Overrides, RecipeFile
+from nemotron.terminal import print_text
 
 if TYPE_CHECKING:
     from nemotron.model.hybrid import HybridLM
@@ -52,7 +53,7 @@ def rl_chats(
     check_file(out, (), overwrite=overwrite)
     manner = Manner(thinking, text, mistakes, held_out)
     written = write_chats(sets, out, count=count, seed=seed, manner=manner)
-    print(f"{written} {'texts' if text else 'conversations'} in {out}")
+    print_text(f"{written} {'texts' if text else 'conversations'} in {out}")
     return DONE
 
 
@@ -92,7 +93,7 @@ def rl_pivots(
     found = write_pivots(
         _load(place, config), config, trajectories, out, samples=samples, max_reward=max_reward
     )
-    print(f"{found}, in {out}")
+    print_text(f"{found}, in {out}")
     return DONE
 
 

@@ -17,9 +17,13 @@ def score(
     against: Annotated[
         Path | None, typer.Option(help="Answers of another way to correct, to set beside.")
     ] = None,
+    figures: Annotated[
+        Path | None,
+        typer.Option(help="Folder for SVG files: oracles, detection, time over length."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the measures as JSON.")] = False,
 ) -> int:
     """Measure corrected text: error rates, precision and recall of edits, and oracles."""
     from nemotron.data.rewrite.score import score_file
 
-    return score_file(answers, references, against=against, as_json=as_json)
+    return score_file(answers, references, against=against, figures=figures, as_json=as_json)

@@ -336,7 +336,7 @@ class Engine:
                 self._rows = self.cache.rows(slots)
             tokens = torch.tensor(ids, device=self.cache.device)
             with recorded(self.model, on=has_experts) as record:
-                hidden = extend(self.model, self._rows, tokens)
+                hidden = extend(self.model, self._rows, tokens, only_last=self.speculator is None)
             if record.layers:
                 keep_experts(record.experts(len(samples)), samples, starts)
             if self.speculator is not None:

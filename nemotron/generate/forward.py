@@ -44,13 +44,15 @@ def new_cache(
 @torch.inference_mode()
 def append(model: HybridLM, rows: CachedRows, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B V"]:
     """Append the same number of tokens to every row; return the logits of the next one."""
-    return score(model, extend(model, rows, tokens))
+    return score(model, extend(model, rows, tokens, only_last=True))
 
 
 @torch.inference_mode()
-def extend(model: HybridLM, rows: CachedRows, tokens: Int[Tensor, "B T"]) -> Float[Tensor, "B T D"]:
-    """Append the same number of tokens to every row; return their hidden states."""
-    return model(tokens, cache=rows)
+def extend(
+    model: HybridLM, rows: CachedRows, tokens: Int[Tensor, "B T"], *, only_last: bool = False
+) -> Float[Tensor, "B S D"]:
+    """Append the same number of tokens to every row; return their hidden states, or the last."""
+    return model(tokens, cache=rows, only_last=only_last)
 
 
 @torch.inference_mode()

@@ -57,8 +57,13 @@ class TokenSteps:
         """Gets the chosen experts of every mixture layer, if it is there."""
 
     def __call__(
-        self, model: HybridLM, tokens: Int[Tensor, "B T"], rows: CachedRows
-    ) -> Float[Tensor, "B T D"] | None:
+        self,
+        model: HybridLM,
+        tokens: Int[Tensor, "B T"],
+        rows: CachedRows,
+        *,
+        only_last: bool = False,
+    ) -> Float[Tensor, "B S D"] | None:
         """Return the hidden states; None for a call that the layers themselves must compute."""
         dtype = model.compute_dtype or torch.float32
         if not _suits(rows, tokens, dtype):
@@ -66,7 +71,7 @@ class TokenSteps:
         if self._stack is None:
             self._stack = stack_of(model, dtype)
         step, stack = _step_of(rows, tokens), self._stack
-        step.has_experts = self.record is not None
+        step.has_experts, step.only_last = self.record is not None, only_last
         hidden = model.token_step(stack, step)
         if self.record is not None:
             self.record += step.chosen

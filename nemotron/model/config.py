@@ -288,8 +288,11 @@ class ModelConfig(Section):
         expert = self.n_routed_experts * self.moe_intermediate_size
         inner = self.mamba_num_heads * self.mamba_head_dim
         heads = self.num_attention_heads * self.head_dim
-        width = max(self.vocab_size, expert, inner, heads, self.intermediate_size or 0)
-        if self.hidden_size * width > MAX_TENSOR:
+        states = self.n_groups * self.ssm_state_size
+        dense = max(self.intermediate_size or 0, self.moe_shared_expert_intermediate_size)
+        # twice the width: what a multi-token-prediction block reads
+        width = max(self.vocab_size, expert, inner, states, heads, dense, 2 * self.hidden_size)
+        if max(self.hidden_size, self.moe_latent_size or 0) * width > MAX_TENSOR:
             rule = "makes a tensor of over 2^50 numbers; lower it"
             raise RuleBroken("hidden_size", rule, self.hidden_size)
 

@@ -90,8 +90,13 @@ class Steps(Protocol):
     """Gets the experts that every mixture layer chooses; absent: nobody asks."""
 
     def __call__(
-        self, model: "HybridLM", tokens: Int[Tensor, "B T"], rows: CachedRows
-    ) -> Float[Tensor, "B T D"] | None:
+        self,
+        model: "HybridLM",
+        tokens: Int[Tensor, "B T"],
+        rows: CachedRows,
+        *,
+        only_last: bool = False,
+    ) -> Float[Tensor, "B S D"] | None:
         """Return the hidden states after the final norm; None leaves the call to the layers."""
 
     def ahead(
@@ -147,7 +152,9 @@ class HybridLM(nn.Module):
         candidates: Int[Tensor, "B T K"] | None = None,
         languages: Languages | None = None,
         experts: Int[Tensor, "B T layers K"] | None = None,
-    ) -> Float[Tensor, "B T D"]:
+        *,
+        only_last: bool = False,
+    ) -> Float[Tensor, "B S D"]:
         """Return the hidden states after the final norm; the head is applied by whoever needs it.
 
         `seq_idx` numbers the documents of a row, which then do not see each other. `cache` holds
@@ -155,11 +162,12 @@ class HybridLM(nn.Module):
         for training; it leaves out the positions that are `padding`. `candidates` are read in place
         of `input_ids`, K at each place. `languages` is what is known of the tokens' language, where
         experts belong to languages. `experts` are those of another pass over the tokens, which the
-        mixture layers use again (`ExpertChoice`).
+        mixture layers use again (`ExpertChoice`). With `only_last`, those of the last token of each
+        row are all that is returned.
         """
         is_plain = candidates is None and languages is None and experts is None
         if cache is not None and self.steps is not None and is_plain and routing is None:
-            found = self.steps(self, input_ids, cache)
+            found = self.steps(self, input_ids, cache, only_last=only_last)
             if found is not None:
                 return found
         hidden = self.embed(input_ids, candidates)
@@ -180,7 +188,9 @@ class HybridLM(nn.Module):
         if cache is not None:
             cache.end(input_ids.shape[1])
         hidden = self.backbone.norm_f(hidden)
-        return hidden if gate is None else gate.after(hidden, routing)
+        if gate is not None:
+            hidden = gate.after(hidden, routing)
+        return hidden[:, -1:] if only_last else hidden
 
     def embed(
         self, input_ids: Int[Tensor, "B T"], candidates: Int[Tensor, "B T K"] | None = None

@@ -75,9 +75,12 @@ class Backend:
 
 @functools.cache
 def _import_error(module: str) -> str | None:
+    """Say which package keeps a module from being imported; a fault of our own is raised."""
     try:
         importlib.import_module(module)
     except ImportError as error:
+        if (error.name or "").split(".")[0] == "nemotron":
+            raise
         return str(error)
     return None
 

@@ -13,12 +13,13 @@ from nemotron.data.chat.check import Message, call_arguments, check_messages, is
 from nemotron.data.chat.forms import openai_messages, openai_tools
 from nemotron.device import find_device
 from nemotron.errors import UserError
-from nemotron.files import parse_json, write_text
+from nemotron.files import parse_json, read_regular, write_text
 from nemotron.generate.sampling import Sampling
 from nemotron.model.hybrid import HybridLM
 from nemotron.posttrain.answering import Answerer, Asked, seed_of
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.environments.base import Response, Row, messages_of, params_of
+from nemotron.posttrain.environments.file_rows import LARGEST_DATA
 from nemotron.posttrain.environments.pivot import Pivot
 from nemotron.posttrain.rollout import answering
 from nemotron.posttrain.tasks import Tasks
@@ -77,7 +78,7 @@ def write_pivots(
     model.compute_dtype = DTYPES[config.precision.compute]
     answerer = Answerer(model, tasks.prompts, answering(config.rollout, tasks))
     found, lines = Found(), list[str]()
-    rows = _numbered(trajectories)
+    rows = read_turns(trajectories)
     with tasks.verifiers() as verifiers:
         while part := list(itertools.islice(rows, AT_ONCE)):
             found.turns += len(part)
@@ -125,27 +126,29 @@ def _items(message: Message) -> list[dict[str, Any]]:
     return [*said, *({**_call(c), "call_id": ""} for c in message.get("tool_calls") or [])]
 
 
-def _numbered(path: Path) -> Iterator[tuple[int, Row]]:
+def read_turns(path: Path) -> Iterator[tuple[int, Row]]:
     """Yield the turns of all trajectories of a file, each with its number."""
     number = 0
     try:
-        with open(path, encoding="utf-8") as file:
-            for line, text in enumerate(file, start=1):
-                try:
-                    row = parse_json(text) if text.strip() else None
-                    if row is not None and not isinstance(row, dict):
-                        raise ValueError("is not a JSON object.")
-                    turns = list(turns_of(row)) if row is not None else []
-                except ValueError as problem:
-                    raise UserError(str(problem), where=f"{path}:{line}") from None
-                for turn in turns:
-                    yield number, turn
-                    number += 1
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
-        raise UserError(
-            f"cannot be read: {reason}; give a file of JSON lines.", where=str(path)
-        ) from None
+        content = read_regular(path, LARGEST_DATA)
+    except OSError as error:
+        rule = f"cannot be read: {error.strerror}; give a file of JSON lines."
+        raise UserError(rule, where=str(path)) from None
+    # not by splitlines, which also splits at letters that may stand in a text
+    for line, text in enumerate(content.split(b"\n"), start=1):
+        try:
+            row = parse_json(text) if text.strip() else None
+            if row is not None and not isinstance(row, dict):
+                raise ValueError("is not a JSON object.")
+            turns = list(turns_of(row)) if row is not None else []
+        except UnicodeDecodeError:
+            rule = "is not UTF-8 text; give a file of JSON lines."
+            raise UserError(rule, where=f"{path}:{line}") from None
+        except ValueError as problem:
+            raise UserError(str(problem), where=f"{path}:{line}") from None
+        for turn in turns:
+            yield number, turn
+            number += 1
 
 
 def _pivots(

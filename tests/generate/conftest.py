@@ -17,7 +17,7 @@ def build_model(latent: int | None = None, width: int = 12) -> HybridLM:
     config = ModelConfig(
         vocab_size=VOCAB,
         hidden_size=24,
-        hybrid_override_pattern="M*EM-E*M",
+        hybrid_override_pattern="M*EM-E*M" if latent is None else "M*EM-E*E",
         mamba_num_heads=6,
         mamba_head_dim=4 if latent is None else 18,
         n_groups=3,

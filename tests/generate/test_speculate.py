@@ -229,23 +229,38 @@ def p_value(counts: Tensor, shares: Tensor) -> float:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("source", ["mtp", further("lookup")])
-def test_drawn_tokens_have_the_distribution_of_plain_decoding(source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "count"),
+    [
+        ("mtp", 3000),
+        further(("lookup", 3000)),
+        further(("mtp", 50_000)),
+        further(("lookup", 50_000)),
+    ],
+)
+def test_drawn_tokens_have_the_distribution_of_plain_decoding(source: str, count: int) -> None:
     model = build(hybrid_override_pattern="M*", vocab_size=VOCAB)
-    counts = count_tokens(model, 3000, Speculation(source, 2))
-    assert p_value(counts, expected_shares(model)) > 1e-3
+    counts = count_tokens(model, count, Speculation(source, 2))
+    chance = p_value(counts, expected_shares(model))
+    print(f"{source}, {count:,} answers: p = {chance:.3g}")
+    assert chance > 1e-3
 
 
 @pytest.mark.slow
-def test_a_planted_bias_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("share", "count"), [(0.2, 3000), further((0.8, 50_000))])
+def test_a_planted_bias_is_noticed(
+    share: float, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def too_eager(*call: object) -> Choice:
         *others, test, uniform = call
-        return accept_or_draw(*others, 0.2 * test, uniform)
+        return accept_or_draw(*others, share * test, uniform)
 
     monkeypatch.setattr("nemotron.generate.selection.accept_or_draw", too_eager)
     model = build(hybrid_override_pattern="M*", vocab_size=VOCAB)
-    counts = count_tokens(model, 3000, Speculation("mtp", 2))
-    assert p_value(counts, expected_shares(model)) < 1e-3
+    counts = count_tokens(model, count, Speculation("mtp", 2))
+    chance = p_value(counts, expected_shares(model))
+    print(f"a bias, {count:,} answers: p = {chance:.3g}")
+    assert chance < 1e-3
 
 
 @pytest.mark.parametrize(

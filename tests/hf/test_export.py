@@ -20,6 +20,8 @@ from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.files import hash_file
+from nemotron.generate.engine import Engine
+from nemotron.generate.sampling import Sampling
 from nemotron.hf import selfcheck
 from nemotron.hf.export import export
 from nemotron.hf.formats import MAMBA_FP32
@@ -138,6 +140,30 @@ def test_transformers_loads_every_tensor_bit_for_bit(exported: Path):
     assert all(name.startswith("mtp.") for name in disk)
     assert {leaf for leaf, dtype in dtypes if dtype == torch.float32} == {WIDE}
     assert ("dt_bias", torch.bfloat16) in dtypes
+
+
+@pytest.mark.slow
+def test_transformers_writes_the_same_tokens_from_an_export(exported: Path):
+    transformers = pytest.importorskip("transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported, dtype=torch.float32)
+    theirs.set_experts_implementation("eager")  # the fast one refuses odd widths
+    for module in theirs.modules():
+        if hasattr(module, "time_step_limit"):  # its floor is not in the configuration
+            module.time_step_limit = (0.0, math.inf)
+    ours = load(exported)
+    ours.compute_dtype = torch.float32
+    generator = torch.Generator().manual_seed(3)
+    prompts = [
+        torch.randint(3, ours.config.vocab_size, (n,), generator=generator).tolist()
+        for n in (5, 17, 40)
+    ]
+    ids = torch.tensor([[0] * (40 - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (40 - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    found = theirs.generate(
+        ids, attention_mask=mask, max_new_tokens=64, do_sample=False, eos_token_id=None,
+        pad_token_id=0,
+    )  # fmt: skip
+    assert Engine(ours).generate(prompts, 64, Sampling(0.0)) == found[:, 40:].tolist()
 
 
 def test_transformers_loads_the_tokenizer(run: Path, exported: Path):
@@ -370,27 +396,41 @@ def test_a_tied_head_is_written_and_read_back_tied(tmp_path: Path, make_run):
     assert selfcheck.main(tmp_path / "out", tied) == 0
 
 
+DENSE = {"hidden_size": 48, "hybrid_override_pattern": "M-*-", "mamba_num_heads": 4,
+         "mamba_head_dim": 16, "n_groups": 2, "ssm_state_size": 16, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 16, "intermediate_size": 64,
+         "vocab_size": 4096}  # fmt: skip
+TRAINED = {
+    "tied": ["tiny/smoke", "model.tie_word_embeddings=true"],
+    "grouped": ["tiny/smoke", "model.n_group=4", "model.topk_group=1"],
+    "dense": ["dense.yaml", "data.seq_len=64", "batch.global_tokens=256", "batch.micro_batch=2",
+              "schedule.peak=3e-3", "schedule.total_steps=6", "schedule.kind=constant"],
+}  # fmt: skip
+
+
 @pytest.mark.slow
-def test_a_tied_model_that_was_trained_resumes_generates_exports_and_begins_another_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+@pytest.mark.parametrize("kind", TRAINED)
+def test_a_model_that_was_trained_resumes_generates_exports_and_begins_another_run(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.chdir(tmp_path)
-    smoke = str(Path(__file__).parents[2] / "recipes/tiny/smoke.yaml")
-    recipe = [smoke, "device=cpu", "model.tie_word_embeddings=true"]
-    assert cli.run(["train", *recipe, "name=tied", "--stop-at", "3"]) == 75
-    assert cli.run(["train", *recipe, "name=tied", "--resume"]) == 0
-    _, weights = read_model(tmp_path / "runs/tied")
-    assert weights["lm_head.weight"] is weights["backbone.embeddings.weight"]
-    assert cli.run(["export", "runs/tied", "--out", "out", "--no-check"]) == 0
-    assert selfcheck.main(tmp_path / "out", tmp_path / "runs/tied") == 0
+    Path("dense.yaml").write_text(json.dumps({"name": "dense", "model": DENSE}))
+    recipe = [*TRAINED[kind], "device=cpu", "output=runs"]
+    assert cli.run(["train", *recipe, "name=mine", "--stop-at", "3"]) == 75
+    assert cli.run(["train", *recipe, "name=mine", "--resume"]) == 0
+    if kind == "tied":
+        _, weights = read_model(tmp_path / "runs/mine")
+        assert weights["lm_head.weight"] is weights["backbone.embeddings.weight"]
+    assert cli.run(["export", "runs/mine", "--out", "out", "--no-check"]) == 0
+    assert selfcheck.main(tmp_path / "out", tmp_path / "runs/mine") == 0
     texts = []
-    for model in ("runs/tied", "out"):
+    for model in ("runs/mine", "out"):
         capsys.readouterr()
         arguments = ["--prompt", "def read(", "--max-new-tokens", "5", "--temperature", "0"]
         assert cli.run(["generate", model, *arguments]) == 0
         texts.append(capsys.readouterr().out)
     assert all(text.startswith("def read(") and len(text) > 12 for text in texts)
-    assert cli.run(["train", *recipe, "name=more", "init_from=runs/tied"]) == 0
-    records = [read_metrics(Path(f"runs/{name}/metrics.jsonl")) for name in ("tied", "more")]
+    assert cli.run(["train", *recipe, "name=more", "init_from=runs/mine"]) == 0
+    records = [read_metrics(Path(f"runs/{name}/metrics.jsonl")) for name in ("mine", "more")]
     first, second = ([r["loss/main"] for r in some if r["kind"] == "train"] for some in records)
     assert second[0] < first[0] - 0.5  # it goes on from what was learned

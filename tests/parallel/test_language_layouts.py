@@ -18,6 +18,7 @@ from tests.support.layout_model import MODEL
 from tests.support.layout_run import run_steps
 from tests.support.pool import Pool
 from tests.support.prepared import write_prepared
+from tests.support.same_run import assert_same_run
 
 pytestmark = pytest.mark.distributed
 
@@ -138,3 +139,20 @@ def test_a_mistake_is_one_sentence(
     capsys.readouterr()
     assert run(["train", str(write_recipe(tmp_path / "bad.yaml", values))]) == 2
     assert said in capsys.readouterr().err
+
+
+def test_a_stopped_run_resumes_to_the_same_bits_across_the_oracle_steps(
+    bilingual: dict[str, Any], tmp_path: Path
+) -> None:
+    runs = []
+    for name, stops in (("whole", ()), ("parts", ("--stop-at", "1"))):
+        values = bilingual | {
+            "name": name,
+            "schedule": {"peak": 1e-2, "total_steps": 4, "kind": "constant"},
+        }
+        recipe = str(write_recipe(tmp_path / f"{name}.yaml", values))
+        assert run(["train", recipe, *stops]) == (75 if stops else 0)
+        if stops:
+            assert run(["train", recipe, "--resume"]) == 0
+        runs.append(tmp_path_of(values))
+    assert_same_run(*runs)

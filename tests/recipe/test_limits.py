@@ -127,6 +127,11 @@ def test_large_files_are_refused_before_they_are_parsed(tmp_path: Path):
         (["model.n_routed_experts=1999999973", "model.n_group=7"], "1 would"),
         (["model.mamba_num_heads=1000000000", "model.n_groups=7"], "8 would"),
         (["model.hidden_size=1000000000000"], "dimensions stay below 2^31"),
+        (["model.hidden_size=2147483647"], "makes a tensor of over 2^50 numbers"),
+        (
+            ["model.moe_shared_expert_intermediate_size=2147483647", "model.hidden_size=1048576"],
+            "makes a tensor of over 2^50 numbers",
+        ),
         (
             ["model.hidden_size=2000000000", "model.vocab_size=2000000000"],
             "makes a tensor of over 2^50 numbers",

@@ -91,6 +91,8 @@ class Answer:
     """Its choice among candidates before it rewrote anything."""
     ms: float | None = None
     """Time that it took."""
+    judged: tuple[tuple[str, float], ...] = ()
+    """Tokens of the choice with their log-probabilities, where a model gave them."""
 
 
 @dataclass

@@ -1,6 +1,7 @@
 """The command `nemotron score`: answers of a model against the text that is right."""
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TypeVar
@@ -8,9 +9,10 @@ from typing import TypeVar
 from nemotron.data.correct.pair import MOST_CHARACTERS, Pair, pair_of
 from nemotron.data.correct.score import Answer, score
 from nemotron.data.rewrite.rows import Row, Rows
+from nemotron.data.rewrite.score_figures import write_figures
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
-from nemotron.terminal import print_text
+from nemotron.terminal import print_text, say
 
 T = TypeVar("T")
 LONGEST_ANSWER = 10 * MOST_CHARACTERS
@@ -32,20 +34,34 @@ Measures = dict[str, float | int | None]
 
 
 def score_file(
-    answers: Path, references: Path, *, against: Path | None = None, as_json: bool
+    answers: Path,
+    references: Path,
+    *,
+    against: Path | None = None,
+    figures: Path | None = None,
+    as_json: bool,
 ) -> int:
     """Print the measures of a file of answers; `against` has those of another way to correct.
+
+    `figures` is a folder for drawings.
 
     Raises:
         UserError: when a file cannot be read, or they do not belong together.
     """
     pairs = _read_pairs(references)
 
-    def measured(path: Path) -> Measures:
-        return score(_matched(pairs, _read_answers(path), path, references)).described()
-
-    measures = measured(answers)
-    other = None if against is None else measured(against)
+    paths = [answers] if against is None else [answers, against]
+    ways = {
+        str(path): list(_matched(pairs, _read_answers(path), path, references)) for path in paths
+    }
+    measures, other = (
+        score(ways[str(path)]).described() if path is not None else None
+        for path in (answers, against)
+    )
+    assert measures is not None
+    if figures is not None:
+        for written in write_figures(figures, {Path(path).name: own for path, own in ways.items()}):
+            say(f"figure written: {written}")
     if as_json:
         print_text(json.dumps({**measures, "against": other} if other else measures, indent=2))
         return DONE
@@ -86,12 +102,36 @@ def _read_answers(path: Path) -> dict[str, Answer]:
             raise UserError(
                 "has a selected that is not text, or ms that are not a number.", where=where
             )
-        _add(answers, _name(row, number), Answer(text, selected, ms), where)
+        answer = Answer(text, selected, ms, _judged(row.get("judged"), where))
+        _add(answers, _name(row, number), answer, where)
     return answers
 
 
+def _judged(found: object, where: str) -> tuple[tuple[str, float], ...]:
+    if found is None:
+        return ()
+    try:
+        pairs = tuple((token, float(score)) for token, score in found)  # type: ignore[attr-defined]
+        if all(isinstance(token, str) and math.isfinite(score) for token, score in pairs):
+            return pairs
+    except (TypeError, ValueError):
+        pass
+    rule = "has a judged that is not a list of tokens, each with a log-probability."
+    raise UserError(rule, where=where)
+
+
 def _rows(path: Path) -> Iterator[tuple[str, Row]]:
-    columns = ("answer", "id", "target", "candidates", "scores", "language", "selected", "ms")
+    columns = (
+        "answer",
+        "id",
+        "target",
+        "candidates",
+        "scores",
+        "language",
+        "selected",
+        "ms",
+        "judged",
+    )
     for place, row in Rows([str(path)], columns, max_bad_rows=0):
         yield place(), row
 

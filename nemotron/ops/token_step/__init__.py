@@ -27,7 +27,7 @@ class TokenStepOp(Operation):
     what the caches hold. Without gradients.
     """
 
-    def __call__(self, stack: Stack, step: Step) -> Float[Tensor, "B T D"]:
+    def __call__(self, stack: Stack, step: Step) -> Float[Tensor, "B S D"]:
         """Return the hidden states after the final norm; states, keys and values change in place.
 
         After a step that `keeps_inputs`, the Mamba-2 states mean nothing until `advance`.

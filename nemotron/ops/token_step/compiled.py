@@ -92,7 +92,7 @@ class Program:
             )
             self._call["join_eps"] = join.eps
 
-    def step(self, step: Step) -> Float[Tensor, "B T D"]:
+    def step(self, step: Step) -> Float[Tensor, "B S D"]:
         """Do a step."""
         rows, length = step.tokens.shape
         given = None if step.hidden is None else step.hidden.float().contiguous()
@@ -108,21 +108,46 @@ class Program:
             self._set(given=0 if given is None else given.data_ptr())
             if chosen is not None:
                 self._set(chosen=chosen.data_ptr())
-            self._team.run(self._run, *self._where, len(self._layers))
+            if step.only_last and length > 1 and chosen is None and not step.keeps_inputs:
+                length = self._reach_last(step)
+            else:
+                self._run_layers(0, len(self._layers))
             result = self._buffers["result"].numbers[: rows * length, : self._size]
             result = result.to(self._stack.dtype, copy=True).view(rows, length, -1)
         if chosen is not None:
             mixtures = [la for la in self._stack.layers if isinstance(la, ExpertsWeights)]
             parts = chosen.split([rows * length * layer.top_k for layer in mixtures])
             step.chosen = [part.view(rows * length, -1) for part in parts]
-        return result
+        return result[:, -1:] if step.only_last else result
+
+    def _run_layers(self, first: int, end: int, *, is_part: bool = False) -> None:
+        self._set(is_part=is_part)
+        call, layers = self._where
+        layers += first * self._layers.itemsize
+        self._team.run(self._run, call, layers, end - first)
+
+    def _reach_last(self, step: Step) -> int:
+        """Pass all tokens as far as something remembers them, and the last ones to the end.
+
+        Returns how many tokens of each text have passed all layers.
+        """
+        (rows, length), last = step.tokens.shape, self._stack.last_state
+        self._run_layers(0, last + 1, is_part=True)
+        hidden = self._buffers["hidden"].numbers
+        hidden[:rows] = hidden[: rows * length].view(rows, length, -1)[:, -1].clone()
+        lengths = step.lengths + (length - 1)
+        self._set(tokens=0, given=0, length=1, lengths=lengths.data_ptr())
+        # keys and values alone are there of an attention layer
+        is_done = not isinstance(self._stack.layers[last], AttentionWeights)
+        self._run_layers(last + is_done, len(self._layers))
+        return 1
 
     def advance(self, step: Step, counts: Int[Tensor, " B"]) -> None:
         """Change the Mamba-2 states by the first tokens of each text in a step that kept them."""
         with self._lock:
             self._take(step)
             self._set(counts=counts.data_ptr())
-            self._team.run(self._run, *self._where, len(self._layers))
+            self._run_layers(0, len(self._layers))
 
     def _set(self, **values: int) -> None:
         for name, value in values.items():

@@ -47,6 +47,7 @@ def token_step(stack: Stack, step: Step) -> Float[Tensor, "B T D"]:
         else:
             assert isinstance(layer, DenseWeights), layer
             hidden = hidden + multiply(multiply(x, layer.up).relu().square(), layer.down)
+    hidden = hidden[:, -1:] if step.only_last else hidden
     return rms_norm(hidden, stack.final_norm, stack.eps).to(stack.dtype)
 
 

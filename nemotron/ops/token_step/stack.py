@@ -135,6 +135,13 @@ class Stack:
     join: JoinWeights | None = None
 
     @property
+    def last_state(self) -> int:
+        """The last layer that remembers tokens; -1 without one."""
+        numbers = range(len(self.layers) - 1, -1, -1)
+        kinds = (MambaWeights, AttentionWeights)
+        return next((k for k in numbers if isinstance(self.layers[k], kinds)), -1)
+
+    @property
     def empty(self) -> Float[Tensor, " 0"]:
         """A tensor of the stack's dtype and device, by which a backend is chosen."""
         return self.final_norm.new_empty(0, dtype=self.dtype)
@@ -176,6 +183,8 @@ class Step:
     """What is joined with the embeddings, if the stack has a `join`."""
     skipped: int = 0
     """Places at the beginning of each text that hold no keys and values; counted in `lengths`."""
+    only_last: bool = False
+    """Whether the hidden states of the last token of each text are all that is returned."""
     has_experts: bool = False
     """Whether the experts that are chosen are asked for."""
     kept: list[Float[Tensor, "..."] | None] = field(default_factory=list)

@@ -34,6 +34,8 @@ class Corrected:
 
     answer: str
     selected: str | None = None
+    judged: tuple[tuple[str, float], ...] = ()
+    """Tokens of the choice with their log-probabilities, where the model judges them."""
 
 
 @dataclass
@@ -81,6 +83,8 @@ class Files:
     overwrite: bool = False
     timed: bool = False
     """Whether each line is corrected by itself, and its time written."""
+    judged: bool = False
+    """Whether the log-probability of each chosen token is written."""
 
 
 def correct_file(files: Files, corrects: Corrects) -> Counts:
@@ -96,24 +100,26 @@ def correct_file(files: Files, corrects: Corrects) -> Counts:
     counts = Counts()
     lines = list(_read(files, counts))
     with new_lines(out) as file:
-        file.writelines(f"{text}\n" for text in _answered(lines, corrects, counts, files.timed))
+        file.writelines(f"{text}\n" for text in _answered(lines, corrects, counts, files))
     return counts
 
 
 def _answered(
-    lines: Sequence[Line], corrects: Corrects, counts: Counts, timed: bool
+    lines: Sequence[Line], corrects: Corrects, counts: Counts, files: Files
 ) -> Iterator[str]:
-    at_once = 1 if timed else AT_ONCE
-    for line in lines[: WARM_UP if timed else 0]:
+    at_once = 1 if files.timed else AT_ONCE
+    for line in lines[: WARM_UP if files.timed else 0]:
         corrects([line], Counts())
     for first in range(0, len(lines), at_once):
         some, start = lines[first : first + at_once], time.perf_counter()
         found = corrects(some, counts)
-        elapsed = {"ms": 1000 * (time.perf_counter() - start)} if timed else {}
+        elapsed = {"ms": 1000 * (time.perf_counter() - start)} if files.timed else {}
         for line, corrected in zip(some, found, strict=True):
             own: dict[str, Any] = {"answer": corrected.answer}  # Any: JSON
             if corrected.selected is not None:
                 own["selected"] = corrected.selected
+            if files.judged and corrected.judged:
+                own["judged"] = [[token, round(score, 4)] for token, score in corrected.judged]
             yield json.dumps({**line.fields, **own, **elapsed}, ensure_ascii=False)
         counts.lines += len(some)
 

@@ -10,7 +10,7 @@ from nemotron.data.correct.sound import LANGUAGES, sound_of
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.posttrain.correct.answers import Corrected, Counts, Line
-from nemotron.posttrain.correct.run import Corrector, Source
+from nemotron.posttrain.correct.run import Answer, Corrector, Source
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,17 @@ class InParallel:
         """
         answers = self.corrector.correct([self._source(line, counts) for line in lines])
         decode = self.tokenizer.decode
-        return [Corrected(decode(answer.tokens), decode(answer.selected)) for answer in answers]
+        return [
+            Corrected(decode(answer.tokens), decode(answer.selected), self._judged(answer))
+            for answer in answers
+        ]
+
+    def _judged(self, answer: Answer) -> tuple[tuple[str, float], ...]:
+        if answer.columns is None or answer.scores is None:
+            return ()
+        void = self.corrector.specials.marks.void
+        pairs = zip(answer.columns.tolist(), answer.scores.tolist(), strict=True)
+        return tuple((self.tokenizer.decode([t]), score) for t, score in pairs if t != void)
 
     def _source(self, line: Line, counts: Counts) -> Source:
         pair, wanted = line.pair, self.corrector.model.config.num_candidates

@@ -151,6 +151,12 @@ def test_answers_can_be_scored_with_their_time(
     references = str(tmp_path / "in.jsonl")
     assert run(["score", str(tmp_path / "out.jsonl"), "--references", references]) == 0
     assert "selected" in capsys.readouterr().out
+    assert "judged" not in found[0]
+    source = str(tmp_path / "in.jsonl")
+    judged = str(tmp_path / "judged.jsonl")
+    assert run(["correct", str(soft), "--in", source, "--out", judged, "--judged", "--timed"]) == 0
+    rows = [json.loads(line) for line in Path(judged).read_text().splitlines()]
+    assert all("".join(token for token, _ in row["judged"]) == row["selected"] for row in rows)
     other = tmp_path / "other.jsonl"
     rows = [{"id": row["id"], "answer": "abcd", "ms": 1e6} for row in found]
     other.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -161,6 +167,14 @@ def test_answers_can_be_scored_with_their_time(
     [cer] = [line.split() for line in beside.splitlines() if line.startswith("answer_cer")]
     assert cer[2] == "0"
     assert "out.jsonl takes 0.000 of the time of other.jsonl" in beside
+    figures = str(tmp_path / "figures")
+    words[1] = judged
+    assert run([*words, "--against", str(other), "--figures", figures]) == 0
+    drawn = {path.name: path.read_text() for path in Path(figures).iterdir()}
+    assert {"candidates.svg", "latency.svg"} <= drawn.keys()
+    assert all("</svg>" in svg for svg in drawn.values())
+    assert "other.jsonl" in drawn["latency.svg"]
+    capsys.readouterr()
     assert run([*words, "--against", str(other), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["against"]["median_ms"] == 1e6
 

@@ -5,7 +5,6 @@ import math
 import numpy as np
 from numba import njit
 
-from nemotron.ops.jit.barrier import wait
 from nemotron.ops.jit.scalars import (
     encode,
     floats,
@@ -23,8 +22,8 @@ QUERIES = 4
 
 
 @njit
-def attend(call, layer, thread, threads, kind):
-    """Attend for this thread's share of texts, heads and tokens: from `wide` [q, k, v] to `mid`."""
+def store(call, layer, thread, threads, kind):
+    """Store keys and values of this thread's share of tokens, from `wide` [q, k, v]."""
     size, heads = layer.head_size, layer.key_heads
     lengths = integers(call.lengths, call.rows)
     first, last = share(call.rows * call.length, thread, threads)
@@ -36,8 +35,13 @@ def attend(call, layer, thread, threads, kind):
             place = _place(call, layer, row, head, lengths[row] + token, kind)
             _store(layer.keys + place, key, size, kind)
             _store(layer.values + place, key + heads * size * 4, size, kind)
-    wait(call.counter, threads)
-    # later tokens read more keys, so that each thread takes every so manieth one
+
+
+@njit
+def attend(call, layer, thread, threads, kind):
+    """Attend for this thread's share of texts, heads and tokens: from `wide` [q, k, v] to `mid`."""
+    heads, lengths = layer.key_heads, integers(call.lengths, call.rows)
+    # later tokens read more keys, so that each thread takes one of every few
     for unit in range(thread, call.rows * heads * call.length, threads):
         token, row = unit % call.length, unit // (call.length * heads)
         head = unit // call.length % heads

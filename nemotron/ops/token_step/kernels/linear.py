@@ -12,10 +12,13 @@ from nemotron.ops.token_step.kernels.elementwise import copy_bytes
 
 
 @njit
-def linear(xs, ys, rows, weight, count, blocks, fresh, thread, threads, kind):
-    """y (+)= x W for rows at the addresses in `xs` and `ys`; W is [blocks, count, 64]."""
-    first, last = share(blocks, thread, threads)
-    for block in range(first, last):
+def linear(xs, ys, rows, weight, count, blocks, fresh, thread, threads, kind, skipped=0):
+    """y (+)= x W for rows at the addresses in `xs` and `ys`; W is [blocks, count, 64].
+
+    The first `skipped` blocks of y stay as they are.
+    """
+    first, last = share(blocks - skipped, thread, threads)
+    for block in range(skipped + first, skipped + last):
         begin = weight + block * count * BLOCK * item_size(kind)
         tile(xs, ys, rows, block * BLOCK * 4, begin, count, fresh, kind)
 

@@ -25,6 +25,7 @@ NUMBERS = (
     "counter",
     "counts",  # tokens of each row that change the states; 0: all, and layers are read
     "final_norm", "result",
+    "is_part",  # whether further layers follow, and the last one only stores keys and values
     "kept",  # what would change the states of all Mamba-2 layers; 0: they change
     "chosen",  # the experts of all mixture layers
 )  # fmt: skip

@@ -5,8 +5,9 @@ from numba import njit
 
 from nemotron.ops.jit.barrier import wait
 from nemotron.ops.jit.scalars import integers, items
+from nemotron.ops.jit.vectors import BLOCK
 from nemotron.ops.token_step.kernels import records
-from nemotron.ops.token_step.kernels.attention import attend
+from nemotron.ops.token_step.kernels.attention import attend, store
 from nemotron.ops.token_step.kernels.experts import mix_experts
 from nemotron.ops.token_step.kernels.linear import (
     embed,
@@ -42,15 +43,21 @@ def _run(call_address, layers_address, count, thread, threads, kind):
         if layer.kind == _EXPERTS:
             mix_experts(call, layer, thread, threads, kind)
         else:
-            _mix(call, layer, thread, threads, kind)
+            stores = call.is_part and number == count - 1
+            _mix(call, layer, stores, thread, threads, kind)
         wait(call.counter, threads)
+    if call.is_part:
+        return
     normalize_rows(call, call.result, call.final_norm, call.eps, thread, threads)
     wait(call.counter, threads)
 
 
 @njit
-def _mix(call, layer, thread, threads, kind):
-    """Norm, first projection, what lies between, last projection onto the residual stream."""
+def _mix(call, layer, stores, thread, threads, kind):
+    """Norm, first projection, what lies between, last projection onto the residual stream.
+
+    An attention layer that only `stores` ends with its keys and values.
+    """
     tokens = call.rows * call.length
     normalize_rows(call, call.x, layer.norm, layer.eps, thread, threads)
     wait(call.counter, threads)
@@ -65,10 +72,15 @@ def _mix(call, layer, thread, threads, kind):
         wait(call.counter, threads)
         mix(call, layer, thread, threads, kind)
     elif layer.kind == _ATTENTION:
+        skipped = layer.queries * layer.head_size // BLOCK if stores else 0
         linear(
             call.x_rows, call.wide_rows, tokens, layer.first, call.size, layer.first_blocks,
-            True, thread, threads, kind,
+            True, thread, threads, kind, skipped,
         )  # fmt: skip
+        wait(call.counter, threads)
+        store(call, layer, thread, threads, kind)
+        if stores:
+            return
         wait(call.counter, threads)
         attend(call, layer, thread, threads, kind)
     else:
