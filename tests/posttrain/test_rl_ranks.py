@@ -14,7 +14,7 @@ from tests.support.tiny_run import MODEL
 pytestmark = pytest.mark.distributed
 
 
-def build(folder: Path, name: str, **parallel: int) -> RlConfig:
+def build(folder: Path, name: str, lag: int = 0, **parallel: int) -> RlConfig:
     return RlConfig.model_validate(
         {
             "name": name,
@@ -31,13 +31,14 @@ def build(folder: Path, name: str, **parallel: int) -> RlConfig:
                 "max_new_tokens": 12,
                 "evaluation_tasks": 3,
                 "truncated": "keep",
+                "lag": lag,
                 "verify_timeout_s": 100.0,  # a busy machine takes its time
             },
             "advantage": {"baseline": "none", "scale": "none"},
             "batch": {"global_tokens": 36 * 255, "micro_batch": 2},
             # SGD-like: AdamW's first steps make a whole step of any rounding of a gradient
             "optimizer": {"eps": 1e-2},
-            "schedule": {"kind": "constant", "peak": 1e-3, "total_steps": 2},
+            "schedule": {"kind": "constant", "peak": 1e-3, "total_steps": 2 + lag},
             "parallel": parallel,
         }
     )
@@ -52,6 +53,23 @@ def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
         lines = (job.run / "rollouts" / "step-00000000.jsonl").read_text().splitlines()
         assert any(json.loads(line)["advantage"] for line in lines)
         assert all(json.loads(line)["experts"] for line in lines)
+    check(found)
+
+
+@pytest.mark.nightly
+def test_ranks_that_answer_ahead_learn_what_one_does(tmp_path: Path) -> None:
+    found = {}
+    for name, world in (("one", 1), ("two", 2)):
+        job = Job(build(tmp_path, name, lag=1), world=world)
+        assert job.wait() == [0] * world, job.text()
+        found[name] = read_model(job.run)[1]
+        lines = (job.run / "rollouts" / "step-00000002.jsonl").read_text().splitlines()
+        assert {json.loads(line)["version"] for line in lines} == {1}
+    check(found)
+
+
+def check(found: dict[str, dict[str, torch.Tensor]]) -> None:
+    """Compare the weights of each run with those of one process."""
     for name, weights in found.items():
         for key, tensor in found["one"].items():
             # float32 gradients summed in another order
