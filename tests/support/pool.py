@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 
 from tests.support import forked
 
@@ -101,6 +102,8 @@ def _serve(rank: int, world: int, folder: Path, pipe: Connection) -> None:
         except BaseException:
             answer = False, traceback.format_exc()
         pipe.send_bytes(pickle.dumps(answer))
-        # a group's threads ask for news a hundred times a second for as long as it exists
+        # a group's threads ask for news a hundred times a second for as long as it exists, and what
+        # DTensor remembers of its operations names meshes, which have groups
         dist.destroy_process_group()
+        _clear_sharding_prop_cache()
         gc.collect()
