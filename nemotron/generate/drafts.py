@@ -6,7 +6,7 @@ from typing import Protocol
 from weakref import WeakKeyDictionary
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.generate.sample import Sample
@@ -32,6 +32,21 @@ class Drafter(Protocol):
         self, model: HybridLM, samples: Sequence[Sample], counts: Sequence[int]
     ) -> list[list[Draft]]:
         """Guess at most so many tokens of each sample."""
+
+
+def predict_ahead(
+    model: HybridLM, tokens: Int[Tensor, "B T"], hidden: Float[Tensor, "B T D"], rows: RowsAhead
+) -> Float[Tensor, "B T D"]:
+    """Return the prediction block's hidden states for texts of a cache, which go on.
+
+    `hidden` are those of the tokens before `tokens`: the backbone's, or the block's own.
+    """
+    assert model.mtp is not None, "the configuration has no multi-token-prediction block"
+    if model.steps is not None:
+        found = model.steps.ahead(model, tokens, hidden, rows)
+        if found is not None:
+            return found
+    return model.mtp(model.embed(tokens), hidden, None, cache=rows)[0]
 
 
 class BlockDrafter:
@@ -115,7 +130,7 @@ class BlockDrafter:
         hidden: Float[Tensor, "B T D"],
         rows: RowsAhead,
     ) -> Float[Tensor, "B T D"]:
-        return model.predict_ahead(torch.tensor(texts, device=hidden.device), hidden, rows)
+        return predict_ahead(model, torch.tensor(texts, device=hidden.device), hidden, rows)
 
     def _pick(
         self, samples: Sequence[Sample], logits: Float[Tensor, "B V"], place: int

@@ -1,7 +1,6 @@
 """The language model: embedding, a stack of mixed layers, a head, and multi-token prediction."""
 
 from collections.abc import Sequence
-from typing import Protocol
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,6 +16,7 @@ from nemotron.model.init import init_weights
 from nemotron.model.language import GatePass, LanguageExperts, Languages
 from nemotron.model.linear import Embedding, Head, Linear, RMSNorm
 from nemotron.model.router import Choice, ExpertChoice, RoutingStats
+from nemotron.model.steps import Steps
 from nemotron.ops.token_step import token_step
 
 
@@ -81,32 +81,6 @@ class MTP(nn.Module):
         if cache is not None:
             cache.end(x.shape[1])
         return last.get_submodule("final_layernorm")(x), routing
-
-
-class Steps(Protocol):
-    """Computes calls that continue the texts of a cache in another way than layer by layer."""
-
-    record: list[Int[Tensor, "M K"]] | None
-    """Gets the experts that every mixture layer chooses; absent: nobody asks."""
-
-    def __call__(
-        self,
-        model: "HybridLM",
-        tokens: Int[Tensor, "B T"],
-        rows: CachedRows,
-        *,
-        only_last: bool = False,
-    ) -> Float[Tensor, "B S D"] | None:
-        """Return the hidden states after the final norm; None leaves the call to the layers."""
-
-    def ahead(
-        self,
-        model: "HybridLM",
-        tokens: Int[Tensor, "B T"],
-        hidden: Float[Tensor, "B T D"],
-        rows: RowsAhead,
-    ) -> Float[Tensor, "B T D"] | None:
-        """As a call, through the multi-token-prediction block."""
 
 
 class HybridLM(nn.Module):
@@ -216,20 +190,6 @@ class HybridLM(nn.Module):
     def logits(self, hidden: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch V"]:
         """Apply the head; training uses a fused loss instead, which never holds these."""
         return self.lm_head(hidden)
-
-    def predict_ahead(
-        self, tokens: Int[Tensor, "B T"], hidden: Float[Tensor, "B T D"], rows: RowsAhead
-    ) -> Float[Tensor, "B T D"]:
-        """Return the prediction block's hidden states for texts of a cache, which go on.
-
-        `hidden` are those of the tokens before `tokens`: the backbone's, or the block's own.
-        """
-        assert self.mtp is not None, "the configuration has no multi-token-prediction block"
-        if self.steps is not None:
-            found = self.steps.ahead(self, tokens, hidden, rows)
-            if found is not None:
-                return found
-        return self.mtp(self.embed(tokens), hidden, None, cache=rows)[0]
 
     def mtp_hidden(
         self,

@@ -80,9 +80,9 @@ def test_a_faulty_state_of_compiled_steps_is_noticed(
     step, calls = TokenSteps.__call__, []
 
     def halve(
-        steps: TokenSteps, model: HybridLM, tokens: torch.Tensor, rows: CachedRows
+        steps: TokenSteps, model: HybridLM, tokens: torch.Tensor, rows: CachedRows, **wanted: bool
     ) -> torch.Tensor | None:
-        hidden = step(steps, model, tokens, rows)
+        hidden = step(steps, model, tokens, rows, **wanted)
         calls.append(hidden)
         for layer in rows.cache.layers:
             if isinstance(layer, MambaSlots):

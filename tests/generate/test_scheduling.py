@@ -321,9 +321,9 @@ def test_prompts_of_many_lengths_pass_the_model_together(
     passes: list[tuple[int, int]] = []
     extend = engine_module.extend
 
-    def watched(model: HybridLM, rows: CachedRows, tokens: Tensor) -> Tensor:
+    def watched(model: HybridLM, rows: CachedRows, tokens: Tensor, **wanted: bool) -> Tensor:
         passes.append((tokens.shape[0], tokens.shape[1]))
-        return extend(model, rows, tokens)
+        return extend(model, rows, tokens, **wanted)
 
     monkeypatch.setattr(engine_module, "extend", watched)
     engine = small_engine(model, 512, slots=9, prefixes=2, common_pieces=True)

@@ -11,6 +11,7 @@ import torch
 from nemotron.errors import UserError
 from nemotron.generate import token_steps
 from nemotron.generate.decode_layers import lay_out, prepare_weights
+from nemotron.generate.drafts import predict_ahead
 from nemotron.generate.engine import Engine
 from nemotron.generate.forward import append, extend, new_cache, read
 from nemotron.generate.request import Request
@@ -86,8 +87,8 @@ def test_the_block_for_drafts_gives_what_its_layers_do(model: HybridLM, backend:
         cache = new_cache(each, 4, block_size=8, drafts=2)
         rows = RowsAhead(cache, [cache.admit() for _ in range(3)], [1, 1, 1])
         with torch.inference_mode():
-            first = each.predict_ahead(tokens[:, :19], hidden[:, :19], rows)
-            second = each.predict_ahead(tokens[:, 19:], hidden[:, 19:], rows)
+            first = predict_ahead(each, tokens[:, :19], hidden[:, :19], rows)
+            second = predict_ahead(each, tokens[:, 19:], hidden[:, 19:], rows)
         assert rows.firsts == [21] * 3
         assert cache.ahead is not None
         kept = [pool.keys[cache.tables[2]] for pool in cache.ahead.layers if pool is not None]
