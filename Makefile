@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/installed
 
 .DEFAULT_GOAL := help
-# one more than cores: tests of ranks and launchers wait for much of their time
-WORKERS ?= 3
+# for two cores: tests of ranks and launchers wait for much of their time
+WORKERS ?= 4
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: help venv train assistant test test-all test-nightly test-fast check format typed bench docs clean
