@@ -52,7 +52,7 @@ def print_pairs(name: str, tokens: TokenSet, tokenizer: Tokenizer, *, documents:
     """Print number, lengths, and the share of wrong tokens of each candidate.
 
     Raises:
-        UserError: when there is no pair.
+        UserError: when the folder holds no pairs.
     """
     marks, console = marks_of(tokenizer), wide_console()
     found = list(islice(_pairs(tokens.train), documents))

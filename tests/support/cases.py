@@ -9,7 +9,7 @@ import pytest
 def mostly_nightly(cases: Iterable[Any], *kept: Any) -> list[Any]:
     """Return the cases for `parametrize`; all but those that are kept are marked `nightly`.
 
-    A tuple is the values of several parameters, unless there are only kept cases of other types.
+    A tuple is the values of several parameters.
     """
     listed = list(cases)
     missing = [case for case in kept if case not in listed]
