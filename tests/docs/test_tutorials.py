@@ -8,6 +8,7 @@ import pytest
 
 from nemotron.cli import run
 from nemotron.exit_codes import DONE
+from tests.support.embedded import fill_cache
 from tests.support.pages import ROOT, blocks
 
 SMALL = """
@@ -54,6 +55,7 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         if name == "smoke":
             text = text.replace("name: tiny", "name: smoke")
         (tmp_path / f"tiny/{name}.yaml").write_text(text)
+    fill_cache(tmp_path / "runs/.cache")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
