@@ -13,6 +13,7 @@ import zstandard
 
 from nemotron.cli import run
 from nemotron.exit_codes import DONE
+from tests.support.embedded import fill_cache
 from tests.support.pages import ROOT, blocks
 
 SHORT = "schedule: {total_steps: 3, warmup_steps: 1, decay_steps: 1}\n"
@@ -80,6 +81,7 @@ def newcomer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     shorten(tiny / "assistant/pretrain.yaml", f"extends: whole-pretrain.yaml\n{SHORT}")
     shorten(tiny / "assistant/sft.yaml", SFT)
     shorten(tiny / "assistant/rl.yaml", RL)
+    fill_cache(tmp_path / "runs/.cache")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
