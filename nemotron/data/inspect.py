@@ -19,8 +19,8 @@ from nemotron.data.embedded import damaged_files
 from nemotron.data.folder import read_manifest
 from nemotron.data.indexed import Stream
 from nemotron.data.loader import TrainingData
+from nemotron.data.mixture import single_phase
 from nemotron.data.plan import wide_console
-from nemotron.data.timeline import single_phase
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
 from nemotron.terminal import printable
