@@ -1,12 +1,14 @@
-"""The device that a process computes on: which one, how much memory it took, how fast it is."""
+"""The device that a process computes on: which one, its memory, its cache, how fast it is."""
 
 import functools
 import os
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from nemotron.errors import UserError
 
@@ -14,6 +16,9 @@ GIB = float(1 << 30)
 
 MEASURED_SIZE = {"cpu": 1024, "cuda": 8192}
 """Rows and columns of the matrices whose product measures a device."""
+
+CACHED_ELEMENTS = 1 << 17
+"""Elements of which the float32 intermediates are about the cache of a CPU's core."""
 
 
 def find_device(name: str, local_rank: int | None = None) -> torch.device:
@@ -96,3 +101,14 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield the same rows of all tensors [M, ...], as many at a time as a CPU's core can cache.
+
+    On a GPU one block is all of them.
+    """
+    rows = max(1, tensors[0].shape[0])
+    width = max(1, tensors[0].numel() // rows)
+    height = max(1, CACHED_ELEMENTS // width) if tensors[0].device.type == "cpu" else rows
+    return zip(*(tensor.split(height) for tensor in tensors), strict=True)

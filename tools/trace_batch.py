@@ -23,7 +23,7 @@ from typing import Any
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron import cli
-from nemotron.data.prefetch import TextBatches
+from nemotron.data.loader import TextBatches
 from nemotron.model.block import Block
 from nemotron.model.config import LAYER_KINDS
 from nemotron.recipe.load import load_recipe

@@ -1,7 +1,8 @@
 """Looking at data before a run: what a blend resolves to, documents, duplicates, rows as text."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -18,19 +19,16 @@ from nemotron.data.embedded import damaged_files
 from nemotron.data.folder import read_manifest
 from nemotron.data.indexed import Stream
 from nemotron.data.loader import TrainingData
+from nemotron.data.mixture import single_phase
 from nemotron.data.plan import wide_console
-from nemotron.data.timeline import single_phase
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
 from nemotron.terminal import printable
 
 SOURCES_SHOWN = 50
-SOURCES_DRAWN = 20
 SHOWN_CHARACTERS = 600
 """Of a row, from each end of it half."""
 IDS_AT_ONCE = 1 << 22
-DRAWN_BY = "nemotron data inspect"
-"""Stands in our drawings, so that those of others are known."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +40,8 @@ class Statistics:
     repeated: int
     """Training documents that are also held out: here, in another source or in a validation set."""
     scanned: int
+    held_out_in: Mapping[str, int] = field(default_factory=dict)
+    """Those of `repeated` by the source or validation set that holds them out."""
 
     def percentiles(self) -> list[int]:
         """Return the 5th, 50th and 95th percentile and the longest."""
@@ -100,6 +100,8 @@ def inspect(
         console.print(line)
     found = gather_statistics(data, documents)
     _print_sources(console, data, found)
+    for line in describe_leaks(found):
+        console.print(line)
     if check:
         for name, tokens in data.tokens.items():
             check_all(name, tokens.path, tokens.train, data.tokenizer.vocab_size)
@@ -107,9 +109,10 @@ def inspect(
     for row in range(min(rows, data.num_rows(step))):
         console.print(show_row(data, step, row))
     if plots is not None:
-        from nemotron.data.inspect import draw
+        from nemotron.data.inspect_plots import draw
 
-        for path in draw(data, found, plots):
+        lengths = {name: facts.lengths for name, facts in found.items()}
+        for path in draw(data, lengths, plots):
             console.print(f"plot written: {path}")
     return DONE
 
@@ -127,13 +130,26 @@ def gather_statistics(data: TrainingData, documents: int) -> dict[str, Statistic
     known = set().union(*held_out.values())
     found = {}
     for name, tokens in data.tokens.items():
-        lengths, repeated = [], 0
+        lengths, repeated, places = [], 0, Counter[str]()
         for document in _documents(tokens.train, documents):
             lengths.append(len(document))
-            repeated += bool(known) and _digest(document) in known
-        kept = len(held_out[name])
-        found[name] = Statistics(np.asarray(lengths, np.int64), kept, repeated, len(lengths))
+            if known and (digest := _digest(document)) in known:
+                repeated += 1
+                places.update(place for place, kept in held_out.items() if digest in kept)
+        found[name] = Statistics(
+            np.asarray(lengths, np.int64), len(held_out[name]), repeated, len(lengths), places
+        )
     return found
+
+
+def describe_leaks(found: Mapping[str, Statistics]) -> Iterator[str]:
+    """Yield a sentence for each source that trains on what a set holds out for validation."""
+    for name, facts in found.items():
+        for place, count in facts.held_out_in.items():
+            yield (
+                f"warning: {count:,} of the first {facts.scanned:,} training documents of {name} "
+                f"are also held out in {place}, so the validation loss of {place} is too good"
+            )
 
 
 def check_all(name: str, path: Path, stream: Stream, vocab_size: int) -> None:
@@ -186,56 +202,6 @@ def show_row(data: TrainingData, step: int, row: int) -> Text:
             text.append(f"\n──── document {documents[at]}\n", style="cyan")
         start = at
     return text
-
-
-def draw(data: TrainingData, found: Mapping[str, Statistics], folder: Path) -> list[Path]:
-    """Write `lengths.png` and `shares.png` into a folder.
-
-    Raises:
-        UserError: when matplotlib is not installed, or the folder cannot be made.
-    """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError(
-            "needs matplotlib; install it with: pip install matplotlib.", key="--plots"
-        ) from None
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        rule = "is, or lies below, a file; give a folder."
-        raise UserError(rule, key="--plots", value=folder) from None
-    paths = [folder / "lengths.png", folder / "shares.png"]
-    for path in paths:
-        if (path.exists() or path.is_symlink()) and not _is_ours(path):
-            rule = "was not drawn by nemotron data inspect, so it is kept; give another folder."
-            raise UserError(rule, where=str(path))
-    lengths = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = lengths.subplots()
-    for name, facts in list(found.items())[:SOURCES_DRAWN]:
-        if len(facts.lengths):
-            counts, edges = np.histogram(np.log2(np.maximum(facts.lengths, 1)), bins=40)
-            axes.stairs(counts / counts.sum(), 2**edges, label=name)
-    axes.set(xscale="log", xlabel="tokens in a document", ylabel="share of the documents")
-    axes.legend()
-    shares = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = shares.subplots()
-    read = data.tokens_read(data.timeline.num_steps)
-    largest = sorted(read, key=lambda name: -read[name])[:SOURCES_DRAWN]
-    axes.barh(largest, [read[name] / max(1, sum(read.values())) for name in largest])
-    axes.invert_yaxis()
-    axes.set(xlabel="share of the run's tokens")
-    for figure, path in zip((lengths, shares), paths, strict=True):
-        figure.savefig(path, dpi=120, metadata={"Software": DRAWN_BY})
-    return paths
-
-
-def _is_ours(path: Path) -> bool:
-    """Say whether a file is a drawing of an earlier call, which names its program at the top."""
-    if path.is_symlink() or not path.is_file():
-        return False
-    with open(path, "rb") as file:
-        return DRAWN_BY.encode() in file.read(1 << 12)
 
 
 def _print_sources(console: Console, data: TrainingData, found: dict[str, Statistics]) -> None:

@@ -1,40 +1,25 @@
 """The rows of every step, and the held-out rows of every domain."""
 
-import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from nemotron.data.batch import NO_LABEL, Batch, Row, pack
-from nemotron.data.config import (
-    ChatDataConfig,
-    DataConfig,
-    PreferenceDataConfig,
-    SourceConfig,
-)
-from nemotron.data.conversations import (
-    check_preferences,
-    check_supervised,
-    check_texts,
-    prepare_conversations,
-)
-from nemotron.data.correct.marks import marks_of
-from nemotron.data.embedded import prepare_embedded
+from nemotron.data.config import DataConfig
 from nemotron.data.fingerprint import check_same_data
-from nemotron.data.folder import TokenSet, open_source
-from nemotron.data.indexed import Stream
-from nemotron.data.mixture import Mixtures
-from nemotron.data.raw import tokens_of
-from nemotron.data.source import HeldOut, Mask, Source
-from nemotron.data.timeline import RowLength, Timeline
+from nemotron.data.languages import Languages
+from nemotron.data.mixture import Mixtures, Timeline
+from nemotron.data.opening import Sources
+from nemotron.data.prefetch import Prefetcher
+from nemotron.data.source import Source
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.errors import UserError
 
-log = logging.getLogger(__name__)
-
 DESCRIBED = 20
 """Sources that the log describes one by one."""
+SOURCES_LOGGED = 64
+"""Sources up to which the tokens read from each are logged."""
 
 
 @dataclass(frozen=True)
@@ -76,15 +61,11 @@ class TrainingData:
         self.tokenizer = load_tokenizer(config.tokenizer)
         self.eod_id = self.tokenizer.id(config.eod_token)
         self._seed = seed
-        self._limit = min(vocab_size, self.tokenizer.vocab_size)
-        make_writable(Path(config.cache))
-        self.tokens: dict[str, TokenSet] = {}
-        self._configs: dict[str, SourceConfig] = {}
-        self._open_sources()
-        self.mixtures = Mixtures(timeline, self._rows_of)
-        self.held_out = self._open_held_out()
-        """All text that is never trained on: of the sources, then of `data.validation`."""
-        self._held_out = self._rows_held_out()
+        limit = min(vocab_size, self.tokenizer.vocab_size)
+        opened = self._sources = Sources(config, timeline, self.tokenizer, limit)
+        self.tokens, self.held_out = opened.tokens, opened.held_out
+        self.mixtures = Mixtures(timeline, lambda name, length: opened.rows(name, length, seed))
+        self._held_out = opened.held_out_rows()
 
     @property
     def validation_domains(self) -> list[str]:
@@ -165,7 +146,7 @@ class TrainingData:
 
     def limit_of(self, name: str) -> float | None:
         """Return the most passes that a source may be read."""
-        own = self._configs[name].max_epochs
+        own = self._sources.configs[name].max_epochs
         return self.config.max_epochs if own is None else own
 
     def check_length(self) -> None:
@@ -207,7 +188,7 @@ class TrainingData:
         if (more := len(self.tokens) - DESCRIBED) > 0:
             lines.append(f"and {more:,} more sources")
         if len(self.timeline.phases) > 1:
-            lines += self._describe_phases()
+            lines += self.timeline.describe()
         return lines
 
     def fingerprint(self) -> dict[str, Any]:  # Any: nested JSON
@@ -224,15 +205,7 @@ class TrainingData:
                 name: {"tokens": tokens.train.num_tokens, "content": tokens.identity}
                 for name, tokens in self.tokens.items()
             },
-            "phases": [
-                {
-                    "name": phase.name,
-                    "num_steps": phase.num_steps,
-                    "tokens_per_step": phase.tokens_per_step,
-                    "lengths": [_describe_length(length) for length in phase.lengths],
-                }
-                for phase in self.timeline.phases
-            ],
+            "phases": self.timeline.record(),
         }
 
     def check_fingerprint(self, saved: Mapping[str, Any], step: int) -> None:
@@ -242,155 +215,77 @@ class TrainingData:
             UserError: when they are not, naming the file or the setting that differs.
         """
         files = {
-            name: Path(self._configs[name].path or tokens.path)
+            name: Path(self._sources.configs[name].path or tokens.path)
             for name, tokens in self.tokens.items()
         }
         check_same_data(saved, self.fingerprint(), files, self.timeline.phase_of(max(0, step - 1)))
-
-    def _open_sources(self) -> None:
-        named_by: dict[str, SourceConfig] = self._configs
-        for phase in self.timeline.phases:
-            for leaf in (leaf for length in phase.lengths for leaf in length.leaves):
-                source = leaf.source
-                known = named_by.setdefault(source.name, source)
-                if (known.path, known.validation) != (source.path, source.validation):
-                    raise UserError(
-                        f"name {source.name} with the paths {known.path} and {source.path}; "
-                        "give different data different names.",
-                        key="phases",
-                    )
-        for name, source in named_by.items():
-            self.tokens[name] = self._open(source, self.config.validation_fraction)
-
-    def _open(self, source: SourceConfig, hold_out: float) -> TokenSet:
-        """Open a source; what is not tokens yet is made so, with this share held out."""
-        config, tokenizer = self.config, self.tokenizer
-        if isinstance(config, ChatDataConfig | PreferenceDataConfig):
-            return self._open_conversations(source, config, hold_out)
-        beside = source.validation
-        if source.path is None:
-            path = str(prepare_embedded(source.name, config, tokenizer))
-        else:
-            path = tokens_of(source.path, config, tokenizer, 0.0 if beside else hold_out)
-        if beside is not None:
-            beside = tokens_of(beside, config, tokenizer, 0.0)
-        source = source.model_copy(update={"path": path, "validation": beside})
-        opened = open_source(source, config, tokenizer, self._limit)
-        check_texts(source.name, opened)
-        return opened
-
-    def _open_conversations(
-        self, source: SourceConfig, config: ChatDataConfig | PreferenceDataConfig, hold_out: float
-    ) -> TokenSet:
-        """Open conversations, which are prepared first if needed."""
-        tokenizer, beside = self.tokenizer, source.validation
-        if source.path is None:
-            path = str(prepare_embedded(source.name, config, tokenizer))
-            source = source.model_copy(update={"path": path})
-        share = 0.0 if beside is not None else hold_out
-        source = prepare_conversations(source, config, tokenizer, share)
-        if beside is not None:
-            held = SourceConfig(name=source.name, path=beside)
-            held = prepare_conversations(held, config, tokenizer, 0.0)
-            source = source.model_copy(update={"validation": held.path})
-        opened = open_source(source, config, tokenizer, self._limit)
-        if isinstance(config, PreferenceDataConfig):
-            check_preferences(source.name, opened)
-            return opened
-        check_texts(source.name, opened)
-        check_supervised(source.name, opened)
-        return opened
-
-    def _rows_of(self, name: str, seq_len: int) -> Source:
-        tokens = self.tokens[name]
-        return Source(
-            name,
-            tokens,
-            self.config,
-            seq_len,
-            seed=self._seed,
-            limit=self._limit,
-            mask=self._mask(),
-        )
-
-    def _mask(self) -> Mask | None:
-        """Return what hides right tokens of texts to be corrected, if the recipe wants that."""
-        config = self.config
-        if not isinstance(config, ChatDataConfig) or not config.mask_correct:
-            return None
-        return Mask(marks_of(self.tokenizer, self._limit).mask, config.mask_correct)
 
     def _rows(self, step: int, rows: slice) -> Iterator[tuple[Source, tuple[int, int]]]:
         mixture, before = self.mixtures.locate(step)
         return mixture.rows(before, rows)
 
-    def _open_held_out(self) -> dict[str, Stream]:
-        streams = {name: tokens.validation for name, tokens in self.tokens.items()}
-        for extra in self.config.validation:
-            opened = self._open(SourceConfig(name=extra.name, path=extra.path), 0.0)
-            streams[extra.name] = Stream([*opened.train.shards, *opened.validation.shards])
-        return streams
-
-    def _rows_held_out(self) -> dict[str, HeldOut]:
-        """Return the rows of each domain that has some, and warn of a source without.
-
-        Raises:
-            UserError: when a set of `data.validation` has none.
-        """
-        found = {}
-        for name, stream in self.held_out.items():
-            rows = None
-            if stream.num_tokens > 1:
-                rows = HeldOut(name, stream, self.config, self._limit)
-            if rows is not None and rows.num_rows:
-                found[name] = rows
-                continue
-            documents = f"{stream.num_documents} documents with {stream.num_tokens} tokens"
-            if name not in self.tokens:
-                raise UserError(
-                    f"has {documents}, which make no row of data.seq_len = {self.config.seq_len} "
-                    "(data.packing may drop them); remove it, or give documents that fit.",
-                    key="data.validation",
-                    value=name,
-                )
-            if self.holds_out(name):
-                log.warning(
-                    "%s has %s held out, so it is not evaluated; hold out a larger share, or name "
-                    "another set in data.validation",
-                    *(name, documents),
-                )
-        if not found:
-            log.warning("no source has held-out text, so this run has no validation loss")
-        return found
-
-    def holds_out(self, name: str) -> bool:
-        """Say whether a source was meant to have held-out text."""
-        manifest, source = self.tokens[name].manifest, self._configs[name]
-        fraction = manifest.validation_fraction if manifest is not None else 0.0
-        return fraction > 0 or source.validation is not None
-
-    def _describe_phases(self) -> Iterator[str]:
-        seen: dict[str, set[int]] = {}
-        for number, phase in enumerate(self.timeline.phases):
-            lengths = " and ".join(f"{length.seq_len:,}" for length in phase.lengths)
-            yield (
-                f"phase {phase.name}: from token {self.timeline.first_tokens[number]:,}, "
-                f"{phase.num_steps:,} steps of {phase.tokens_per_step:,} tokens in rows of "
-                f"{lengths}"
-            )
-            for length in phase.lengths:
-                for leaf in length.leaves:
-                    known = seen.setdefault(leaf.source.name, set())
-                    if known - {length.seq_len}:
-                        yield (
-                            f"phase {phase.name}: {leaf.source.name} starts a separate pass in "
-                            f"rows of {length.seq_len:,}, in addition to the pass in rows of "
-                            f"{', '.join(f'{n:,}' for n in sorted(known - {length.seq_len}))}"
-                        )
-                    known.add(length.seq_len)
-
     def _pack(self, rows: list[Row], seq_len: int) -> Batch:
         return pack(rows, seq_len, self.eod_id, mask_eod_loss=self.config.mask_eod_loss)
+
+
+class TextBatches:
+    """A batch source: the rows of each step that one reader of several reads, with their targets.
+
+    Rows are a function of the step, so a checkpoint only needs to know that the text is the same.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        data: TrainingData,
+        *,
+        reader: int,
+        num_readers: int,
+        num_steps: int,
+        num_depths: int,
+        pin: bool,
+        languages: Languages | None = None,
+    ) -> None:
+        """Read targets for `num_depths` tokens beyond the next, and no step from `num_steps` on."""
+        self._languages = languages
+        self._config, self._data, self._depths = config, data, num_depths
+        self._reader, self._num_readers = reader, num_readers
+        self._pin, depth = pin, config.prefetch_steps
+        self._ahead = Prefetcher(self._read, depth=depth, num_steps=num_steps) if depth else None
+
+    def take(self, step: int) -> Batch:
+        """Return the rows of a step; whatever was wrong with reading them is raised here."""
+        return self._read(step) if self._ahead is None else self._ahead.take(step)
+
+    def state(self) -> dict[str, Any]:  # Any: nested JSON
+        """Return what identifies the text and its order."""
+        return self._data.fingerprint()
+
+    def restore(self, saved: Mapping[str, Any], step: int) -> None:
+        """Check that the steps before this one read the same text in the same order.
+
+        Raises:
+            UserError: when they did not, naming the file or the setting that differs.
+        """
+        self._data.check_fingerprint(saved, step)
+
+    def metrics(self, step: int) -> dict[str, float]:
+        """Return the tokens of each source in the steps before this one."""
+        if len(self._data.tokens) > SOURCES_LOGGED:
+            return {}
+        read = self._data.tokens_read(step)
+        return {f"data/tokens/{name}": count for name, count in read.items()}
+
+    def _read(self, step: int) -> Batch:
+        rows = rows_of_rank(self._data.num_rows(step), self._reader, self._num_readers)
+        batch = self._data.batch(step, rows)
+        if not self._config.reset_documents:
+            batch = replace(batch, seq_idx=None)
+        if self._languages is not None:
+            names = [sample.source for sample in self._data.sample_ids(step, rows)]
+            batch = self._languages.label(batch, names, step)
+        batch = batch.look_ahead(self._depths)
+        return batch.pin() if self._pin else batch
 
 
 def rows_of_rank(num_rows: int, rank: int, num_ranks: int) -> slice:
@@ -409,25 +304,3 @@ def rows_of_rank(num_rows: int, rank: int, num_ranks: int) -> slice:
         )
     share = num_rows // num_ranks
     return slice(rank * share, (rank + 1) * share)
-
-
-def make_writable(cache: Path) -> None:
-    """Make the cache folder, and find out now whether it can be written.
-
-    Raises:
-        UserError: when it cannot.
-    """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / ".lock").touch()
-    except OSError as error:
-        rule = f"cannot be written ({error.strerror}); choose a writable folder."
-        raise UserError(rule, key="data.cache", value=cache.absolute()) from error
-
-
-def _describe_length(length: RowLength) -> dict[str, Any]:  # Any: nested JSON
-    return {
-        "seq_len": length.seq_len,
-        "share": length.share,
-        "sources": {leaf.source.name: leaf.weight for leaf in length.leaves},
-    }

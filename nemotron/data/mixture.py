@@ -1,17 +1,133 @@
-"""Which row of which source stands at each place of a run: computed for any step, no table."""
+"""What a run reads: its phases, and which row of which source stands at each place, by formula."""
 
+import bisect
 import heapq
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemotron.data.source import Source
-from nemotron.data.timeline import Phase, Timeline
+from nemotron.data.config import Leaf
+
+if TYPE_CHECKING:  # numpy comes with it, which a recipe need not wait for
+    from nemotron.data.source import Source
 
 Key = tuple[str, int]
 """Name of a source and length of its rows."""
+
+
+@dataclass(frozen=True)
+class RowLength:
+    """Rows of one length in a phase, and what they are made of."""
+
+    seq_len: int
+    share: float
+    """Share of the phase's steps, relative to the other lengths."""
+    leaves: tuple[Leaf, ...]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of steps of one size, over one blend for each length of row."""
+
+    name: str
+    num_steps: int
+    tokens_per_step: int
+    lengths: tuple[RowLength, ...]
+
+
+class Timeline:
+    """The phases of a run, end to end; a change comes exactly between two steps."""
+
+    def __init__(self, phases: Sequence[Phase]) -> None:
+        self.phases = tuple(phases)
+        self.first_steps = [0]
+        self.first_tokens = [0]
+        for phase in phases:
+            self.first_steps.append(self.first_steps[-1] + phase.num_steps)
+            self.first_tokens.append(
+                self.first_tokens[-1] + phase.num_steps * phase.tokens_per_step
+            )
+
+    @property
+    def leaves(self) -> list[Leaf]:
+        """Every source of every phase, as often as it is named."""
+        lengths = [length for phase in self.phases for length in phase.lengths]
+        return [leaf for length in lengths for leaf in length.leaves]
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the whole run."""
+        return self.first_steps[-1]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole run."""
+        return self.first_tokens[-1]
+
+    def phase_of(self, step: int) -> int:
+        """Return the number of the phase to which a step belongs; the last has no end."""
+        last = len(self.phases) - 1
+        return min(last, bisect.bisect_right(self.first_steps, step) - 1)
+
+    def tokens_per_step(self, step: int) -> int:
+        """Return the tokens of a step."""
+        return self.phases[self.phase_of(step)].tokens_per_step
+
+    def tokens_before(self, step: int) -> int:
+        """Return the tokens of all steps before this one."""
+        number = self.phase_of(step)
+        inside = (step - self.first_steps[number]) * self.phases[number].tokens_per_step
+        return self.first_tokens[number] + inside
+
+    def describe(self) -> Iterator[str]:
+        """Yield a line for each phase, and for each pass that rows of another length begin."""
+        seen: dict[str, set[int]] = {}
+        for number, phase in enumerate(self.phases):
+            lengths = " and ".join(f"{length.seq_len:,}" for length in phase.lengths)
+            yield (
+                f"phase {phase.name}: from token {self.first_tokens[number]:,}, "
+                f"{phase.num_steps:,} steps of {phase.tokens_per_step:,} tokens in rows of "
+                f"{lengths}"
+            )
+            for length in phase.lengths:
+                for leaf in length.leaves:
+                    known = seen.setdefault(leaf.source.name, set())
+                    if known - {length.seq_len}:
+                        yield (
+                            f"phase {phase.name}: {leaf.source.name} starts a separate pass in "
+                            f"rows of {length.seq_len:,}, in addition to the pass in rows of "
+                            f"{', '.join(f'{n:,}' for n in sorted(known - {length.seq_len}))}"
+                        )
+                    known.add(length.seq_len)
+
+    def record(self) -> list[dict[str, Any]]:  # Any: nested JSON
+        """Return what the rows of each phase depend on."""
+        return [
+            {
+                "name": phase.name,
+                "num_steps": phase.num_steps,
+                "tokens_per_step": phase.tokens_per_step,
+                "lengths": [
+                    {
+                        "seq_len": length.seq_len,
+                        "share": length.share,
+                        "sources": {leaf.source.name: leaf.weight for leaf in length.leaves},
+                    }
+                    for length in phase.lengths
+                ],
+            }
+            for phase in self.phases
+        ]
+
+
+def single_phase(
+    leaves: Sequence[Leaf], seq_len: int, tokens_per_step: int, num_steps: int = 1
+) -> Timeline:
+    """Return the timeline of a run that reads one blend in rows of one length."""
+    length = RowLength(seq_len, 1.0, tuple(leaves))
+    return Timeline([Phase("all", num_steps, tokens_per_step, (length,))])
 
 
 class _Node(NamedTuple):
@@ -74,11 +190,11 @@ class Mixture:
     seq_len: int
     rows_per_step: int
     blend: Blend
-    sources: tuple[Source, ...]
+    sources: "tuple[Source, ...]"
     first_rows: tuple[int, ...]
     """Rows that each source gave to earlier phases in this length."""
 
-    def rows(self, before: int, rows: slice) -> Iterator[tuple[Source, tuple[int, int]]]:
+    def rows(self, before: int, rows: slice) -> "Iterator[tuple[Source, tuple[int, int]]]":
         """Yield source, pass and sample of the rows after `before` steps of this mixture."""
         first = before * self.rows_per_step
         for row in range(first, first + self.rows_per_step)[rows]:
@@ -90,7 +206,7 @@ class Mixture:
 class Mixtures:
     """The mixtures of all phases, and how they alternate where a phase has several lengths."""
 
-    def __init__(self, timeline: Timeline, open_source: Callable[[str, int], Source]) -> None:
+    def __init__(self, timeline: Timeline, open_source: "Callable[[str, int], Source]") -> None:
         """Take what opens a source by its name and length of row, once for each phase."""
         self.timeline = timeline
         self.sources: dict[Key, Source] = {}

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from nemotron.data.config import ConversationDataConfig, DataConfig
 from nemotron.data.loader import TrainingData
+from nemotron.data.mixture import Timeline
 from nemotron.data.prepare.inputs import is_text
 from nemotron.data.raw import TextSource
-from nemotron.data.timeline import Timeline
 from nemotron.data.tokenizer import load_tokenizer
 
 LARGEST_TEXT = 64 << 20

@@ -17,9 +17,8 @@ from nemotron.generate.block_layers import BlockLinear, BlockMoE
 from nemotron.generate.token_steps import TokenSteps, operation_of
 from nemotron.model.attention import Attention
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.linear import Linear
+from nemotron.model.linear import MLP, Linear
 from nemotron.model.mamba2 import Mamba2
-from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import Choice, Routing
 from nemotron.model.state import AttentionState, MambaState

@@ -17,9 +17,8 @@ from nemotron.model.attention import Attention
 from nemotron.model.block import Block
 from nemotron.model.cache import Cache, CachedRows
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.linear import RMSNorm
+from nemotron.model.linear import MLP, RMSNorm
 from nemotron.model.mamba2 import Mamba2
-from nemotron.model.mlp import MLP
 from nemotron.model.state import KeyValues, MambaSlots, MambaState
 from nemotron.ops.registry import Call, Operation
 from nemotron.ops.token_step import TokenStepOp

@@ -10,9 +10,8 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 
 from nemotron.model.attention import Attention
 from nemotron.model.config import ModelConfig
-from nemotron.model.linear import RMSNorm
+from nemotron.model.linear import MLP, RMSNorm
 from nemotron.model.mamba2 import Mamba2
-from nemotron.model.mlp import MLP
 from nemotron.model.moe import MoE
 from nemotron.model.router import Choice, RoutingStats
 from nemotron.model.state import AttentionState, MambaState

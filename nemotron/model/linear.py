@@ -1,4 +1,4 @@
-"""Leaves of the model: they keep float32 master weights and compute in the dtype of their input."""
+"""Parts of layers: they keep float32 master weights and compute in the dtype of their input."""
 
 from collections.abc import Callable
 
@@ -12,6 +12,7 @@ from nemotron.model.adapter import Adapter
 from nemotron.ops.linear import linear
 from nemotron.ops.linear_cross_entropy import linear_cross_entropy
 from nemotron.ops.rms_norm import rms_norm
+from nemotron.ops.squared_relu import squared_relu
 
 ROWS_COMPARED = 512
 """Tokens of which all logits exist at a time where whole distributions are compared."""
@@ -124,3 +125,16 @@ class Embedding(nn.Module):
 
     def forward(self, ids: Int[Tensor, "*batch"]) -> Float[Tensor, "*batch D"]:
         return F.embedding(ids, self.weight)
+
+
+class MLP(nn.Module):
+    """down(relu(up(x))²): the dense layer `-` and the shared expert; no gate, no bias."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.up_proj = Linear(hidden_size, intermediate_size)
+        self.down_proj = Linear(intermediate_size, hidden_size)
+        self.squared_relu = squared_relu
+
+    def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
+        return self.down_proj(self.squared_relu(self.up_proj(x)))

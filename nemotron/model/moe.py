@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from nemotron.model.adapter import Adapter
 from nemotron.model.config import ModelConfig
-from nemotron.model.linear import Linear
-from nemotron.model.mlp import MLP
+from nemotron.model.linear import MLP, Linear
 from nemotron.model.router import Choice, Router, Routing, RoutingStats
 from nemotron.ops.grouped_linear import grouped_linear, row_multiple
 from nemotron.ops.squared_relu import squared_relu

@@ -24,7 +24,7 @@ from nemotron.parallel.fsdp import drop_gathered, shard
 from nemotron.parallel.local import LocalModel
 from nemotron.parallel.mesh import Mesh
 from nemotron.parallel.pipeline import Pipeline, sync_copies
-from nemotron.parallel.shards import Shard, ShardedTensor
+from nemotron.parallel.shards import Shard, ShardedTensor, local_of
 from nemotron.parallel.stages import Stage, cut, shared_parameters, split_stages
 from nemotron.parallel.tensor import apply_tensor, sum_partial_gradients
 from nemotron.parallel.whole import WholeMatrices
@@ -111,6 +111,10 @@ class DistributedModel(LocalModel):
             or (is_whole_on_tp and self.mesh.rank("tp"))
             or name in self.copies
         )
+
+    def held(self, tensor: Tensor) -> Tensor:
+        """Return this rank's shard, of a parameter or gradient that ranks share."""
+        return local_of(tensor)
 
     def sharded(self, name: str, local: Tensor) -> Tensor:
         """Return a tensor of the shape of the local parameter as shards of the whole."""

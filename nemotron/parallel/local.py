@@ -13,7 +13,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.init import STACKED, draw, generator
 from nemotron.parallel.mesh import Mesh
-from nemotron.parallel.shards import Offsets, Shard, local_of, local_shards
+from nemotron.parallel.shards import Offsets, Shard, local_shards
 
 if TYPE_CHECKING:  # importing these takes seconds, which one process need not spend
     from nemotron.parallel.pipeline import Pipeline
@@ -115,6 +115,10 @@ class LocalModel:
         """Say whether this rank counts a parameter where each element counts once."""
         return True
 
+    def held(self, tensor: Tensor) -> Tensor:
+        """Return what is here of a parameter or gradient, sharing its memory, without gradient."""
+        return tensor.detach()
+
     def sharded(self, name: str, local: Tensor) -> Tensor:
         """Return a tensor of the shape of the local parameter as shards of the whole."""
         return local
@@ -162,7 +166,7 @@ class LocalModel:
         those that are asked for.
         """
         for name, parameter in self.parameters().items():
-            whole = self.sharded(name, local_of(parameter))
+            whole = self.sharded(name, self.held(parameter))
             for offsets, tensor in local_shards(whole).items():
                 _fill_shard(name, whole.shape, offsets, tensor, read)
         for name, buffer in self.buffers().items():

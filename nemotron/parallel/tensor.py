@@ -18,9 +18,8 @@ from torch import Tensor, nn
 from nemotron.model.attention import Attention
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.linear import Embedding, Head
+from nemotron.model.linear import MLP, Embedding, Head
 from nemotron.model.mamba2 import Mamba2
-from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts
 from nemotron.model.router import routers
 from nemotron.parallel.collectives import Group, all_gather, reduce_scatter

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nemotron.ops.linear_cross_entropy.chunked import loss_per_token, summed_loss
+from nemotron.ops.linear_cross_entropy import loss_per_token, summed_loss
 from nemotron.parallel.collectives import Group, all_gather, gather, reduce_scatter
 
 

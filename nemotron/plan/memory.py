@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.parameters import Split, layer_split
-from nemotron.ops.linear_cross_entropy.chunked import CHUNK_ELEMENTS
+from nemotron.ops.linear_cross_entropy import CHUNK_ELEMENTS
 from nemotron.ops.ssd.chunked import CHUNK
 from nemotron.parallel.context.state_passing import GATHERED_BYTES
 from nemotron.plan.communication import dispatched_bytes

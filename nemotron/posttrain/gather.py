@@ -10,7 +10,7 @@ from nemotron.model.adapter import is_adapter, merge_all
 from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
-from nemotron.parallel.shards import Offsets, local_of, local_shards
+from nemotron.parallel.shards import Offsets, local_shards
 
 
 @contextmanager
@@ -63,7 +63,7 @@ def _collect(local: LocalModel, ranks: Ranks, name: str, into: Tensor) -> None:
 def _held(local: LocalModel, name: str) -> dict[Offsets, Tensor]:
     """Return what this rank holds of a tensor, by the offsets of each part in the whole."""
     if (parameter := local.parameters().get(name)) is not None:
-        whole = local.sharded(name, local_of(parameter))
+        whole = local.sharded(name, local.held(parameter))
         return {at: part.detach().cpu() for at, part in local_shards(whole).items()}
     if (buffer := local.buffers().get(name)) is not None:
         return {(0,) * buffer.ndim: buffer.cpu()}

@@ -2,7 +2,7 @@
 
 import torch
 
-from nemotron.data.timeline import Phase, RowLength, Timeline
+from nemotron.data.mixture import Phase, RowLength, Timeline
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.batches import RolloutBatches
 from nemotron.posttrain.config import RlConfig

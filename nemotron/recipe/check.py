@@ -1,14 +1,32 @@
-"""Rules for recipes of every stage, and keys that would have no effect. Reads like a list."""
+"""Which stage a recipe is for, the rules of all stages, and keys that would have no effect."""
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from pydantic import BaseModel
 
 from nemotron.errors import Finding, UserError
 from nemotron.recipe import languages
 from nemotron.recipe.read import Idle, Path_, place_of
-from nemotron.recipe.stages import Stage
+from nemotron.recipe.stages import DEFAULT, STAGES, Stage
 from nemotron.train.config import RunConfig
+
+
+def find_stage(values: Mapping[str, Any], places: dict[Path_, str], source: str) -> Stage:
+    """Return the stage that the values of a recipe name.
+
+    Raises:
+        UserError: when there is no such stage, with those that there are.
+    """
+    name = values.get("stage", DEFAULT)
+    if isinstance(name, str) and name in STAGES:
+        return STAGES[name]
+    near = difflib.get_close_matches(str(name), list(STAGES), 1)
+    hint = f"; did you mean {near[0]}?" if near else "."
+    place = place_of(places, ("stage",), source)
+    rule = f"is unknown; known are {', '.join(STAGES)}{hint}"
+    raise UserError(rule, key="stage", value=name, where=place)
 
 
 def check(config: RunConfig, stage: Stage, places: dict[Path_, str], source: str) -> None:

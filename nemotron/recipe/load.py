@@ -15,12 +15,12 @@ from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.correct.config import CorrectConfig
 from nemotron.posttrain.sft_config import DistillConfig
 from nemotron.recipe.blend import insert_blends
-from nemotron.recipe.check import check
+from nemotron.recipe.check import check, find_stage
 from nemotron.recipe.explain import explain
 from nemotron.recipe.read import Budget, Document, Path_, place_of, read_yaml
 from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
-from nemotron.recipe.stages import Stage, find_stage
+from nemotron.recipe.stages import Stage
 from nemotron.train.config import RunConfig, TextConfig
 from nemotron.yaml_text import parse_yaml
 
@@ -109,14 +109,16 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         UserError: one sentence with file, line, key and the right thing to write.
     """
-    path, budget = find(Path(path), str(path)), Budget()
+    name, path, budget = str(path), Path(path), Budget()
+    path = path if os.path.isfile(path) else find(path, name)
     own = _read_own(path, (), budget)
     names, document = _read_bases(own, path, (), budget)
     parents = Parents(tuple(names), copy.deepcopy(document.values if names else own.values))
     _lay_over(document, own)
     for override in overrides:
         change = _read_override(override)
-        insert_blends(change, Path(), budget)
+        if "blend" in override:
+            insert_blends(change, Path(), budget)
         _lay_over(document, change)
     values = resolve(document)
     stage = find_stage(values, document.places, str(path))
@@ -140,7 +142,8 @@ def _read_own(path: Path, chain: tuple[Path, ...], budget: Budget) -> Document:
         rule = f"names a file that does not exist: {links}."
         raise UserError(rule, key="extends", where=str(chain[-1]))
     own = read_yaml(path, budget)
-    insert_blends(own, path.parent, budget)
+    if any("blend" in key for key in own.places):
+        insert_blends(own, path.parent, budget)
     return own
 
 
@@ -151,7 +154,8 @@ def _read_bases(
     merged = Document()
     names = _take_names(own, "extends", "a file name", str(path))
     for base in names:
-        below = find(Path(os.path.normpath(path.parent / base)), base)
+        below = Path(os.path.normpath(path.parent / base))
+        below = below if os.path.isfile(below) else find(below, base)
         document = _read_own(below, (*chain, path), budget)
         _, under = _read_bases(document, below, (*chain, path), budget)
         _lay_over(under, document)

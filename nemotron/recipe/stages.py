@@ -1,17 +1,16 @@
 """The stages of training that a recipe can name, each with its class and its rules."""
 
-import difflib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from nemotron.errors import Finding, UserError
+from nemotron.errors import Finding
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.correct.config import CorrectConfig
 from nemotron.posttrain.preference.config import DpoConfig
 from nemotron.posttrain.sft_config import DistillConfig, SftConfig
 from nemotron.recipe import correct, distill, dpo, pretrain, rl, sft
-from nemotron.recipe.read import Idle, Path_, place_of
+from nemotron.recipe.read import Idle
 from nemotron.train.config import PretrainConfig, RunConfig
 
 if TYPE_CHECKING:
@@ -78,19 +77,3 @@ STAGES = {
     "rl": Stage(RlConfig, rl.impossible, rl.idle, _reinforcement),
     "correct": Stage(CorrectConfig, correct.impossible, correct.idle, _correction),
 }
-
-
-def find_stage(values: Mapping[str, Any], places: dict[Path_, str], source: str) -> Stage:
-    """Return the stage that the values of a recipe name.
-
-    Raises:
-        UserError: when there is no such stage, with those that there are.
-    """
-    name = values.get("stage", DEFAULT)
-    if isinstance(name, str) and name in STAGES:
-        return STAGES[name]
-    near = difflib.get_close_matches(str(name), list(STAGES), 1)
-    hint = f"; did you mean {near[0]}?" if near else "."
-    place = place_of(places, ("stage",), source)
-    rule = f"is unknown; known are {', '.join(STAGES)}{hint}"
-    raise UserError(rule, key="stage", value=name, where=place)

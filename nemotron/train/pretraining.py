@@ -6,8 +6,8 @@ from collections.abc import Sequence
 import torch
 
 from nemotron.data.config import MIXED
-from nemotron.data.loader import TrainingData
-from nemotron.data.prefetch import Languages, ScriptLanguages, SourceLanguages, TextBatches
+from nemotron.data.languages import Languages, ScriptLanguages, SourceLanguages
+from nemotron.data.loader import TextBatches, TrainingData
 from nemotron.data.rehearsal import rehearse
 from nemotron.data.scripts import languages_by_script
 from nemotron.model.language import UNKNOWN

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from nemotron.data.config import BlendConfig, LengthConfig, leaves
-from nemotron.data.timeline import Phase, RowLength, Timeline
+from nemotron.data.mixture import Phase, RowLength, Timeline
 from nemotron.errors import UserError
 from nemotron.train.config import PhaseConfig, ScheduleConfig, TextConfig
 

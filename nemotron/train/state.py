@@ -10,7 +10,6 @@ from torch import Tensor
 from nemotron.checkpoint.read import MODEL_PREFIX
 from nemotron.checkpoint.state import Counters, PassedOver
 from nemotron.parallel.local import LocalModel
-from nemotron.parallel.shards import local_of
 from nemotron.precision.apply import Quantization
 from nemotron.train.optimizer import Optimizer
 
@@ -97,7 +96,7 @@ def snapshot(
     """Return every tensor that a resume needs, sharing its memory, as what is here of the whole."""
     moments = optimizer.tensors()
     tensors = {
-        f"{MODEL_PREFIX}{name}": local.sharded(name, local_of(parameter))
+        f"{MODEL_PREFIX}{name}": local.sharded(name, local.held(parameter))
         for name, parameter in local.parameters().items()
     }
     tensors |= {f"{MODEL_PREFIX}{name}": buffer for name, buffer in local.buffers().items()}

@@ -61,7 +61,8 @@ class Trainer:
         self.quantization = Quantization(self.local.models, config.precision, config.seed, whole)
         connect(self.quantization, self.local)
         trained = {n: p for n, p in self.local.parameters().items() if p.requires_grad}
-        self.optimizer = Optimizer(trained, config.optimizer, local.whole_matrices())
+        matrices = local.whole_matrices()
+        self.optimizer = Optimizer(trained, config.optimizer, matrices, local.held)
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState.fresh()
         counted = filter(self.local.counts, self.optimizer.parameters)
@@ -102,7 +103,8 @@ class Trainer:
             self._run_stages(step, micro_batches, counts, sums)
             micro_batches = []
         for number, (tokens, micro) in enumerate(micro_batches, start=1):
-            self.quantization.begin(step, tokens)
+            if config.precision.quantizes:
+                self.quantization.begin(step, tokens)
             is_last = number == len(micro_batches)
             self.local.sync_gradients(is_last or config.parallel.sync_every_micro_batch)
             terms, routing = compute_sums(self.objective, self.model, micro.to(self.device))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemotron.cli import run
-from nemotron.data.inspect import gather_statistics, open_path
+from nemotron.data.inspect import describe_leaks, gather_statistics, open_path
 from nemotron.data.loader import TrainingData
 from nemotron.recipe.load import load_recipe
 from nemotron.train import pretraining
@@ -92,6 +92,9 @@ def test_a_validation_set_is_compared_with_what_is_trained_on(folder: Path):
     assert {name: facts.repeated for name, facts in found.items()} == {
         "one": 0, "two": 3, "three": 5,
     }  # fmt: skip
+    said = "\n".join(describe_leaks(found))
+    assert "5 of the first 90 training documents of three are also held out in leak" in said
+    assert "documents of one are" not in said
 
 
 def open_recipe(recipe: Path) -> TrainingData:

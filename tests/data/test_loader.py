@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from nemotron.data.batch import NO_LABEL
 from nemotron.data.config import DataConfig, SourceConfig, leaves
-from nemotron.data.loader import TrainingData, rows_of_rank
+from nemotron.data.loader import TextBatches, TrainingData, rows_of_rank
+from nemotron.data.mixture import single_phase
 from nemotron.data.prepare.writer import ShardWriter
 from nemotron.data.source import Source
-from nemotron.data.timeline import single_phase
 from nemotron.errors import UserError
 from tests.support.prepared import write_ids, write_prepared
 
@@ -81,6 +81,14 @@ def epoch_of(data: TrainingData, name: str, epoch: int) -> Iterator[tuple[int, l
         for row, sample in enumerate(data.sample_ids(step)):
             if (sample.source, sample.epoch) == (name, epoch):
                 yield sample.sample, batch.input_ids[row].tolist()
+
+
+@pytest.mark.gpu
+def test_rows_for_a_gpu_wait_in_pinned_memory(data: TrainingData):
+    options = {"reader": 0, "num_readers": 1, "num_steps": 9, "num_depths": 0}
+    batch = TextBatches(data.config, data, **options, pin=True).take(3)
+    assert batch.input_ids.is_pinned()
+    assert torch.equal(batch.to("cuda").labels.cpu(), batch.labels)
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ from nemotron.data.config import ChatDataConfig, leaves
 from nemotron.data.correct.marks import marks_of
 from nemotron.data.indexed import HEADER, MAGIC
 from nemotron.data.loader import TrainingData
-from nemotron.data.timeline import single_phase
+from nemotron.data.mixture import single_phase
 from nemotron.data.tokenizer import load_tokenizer
 
 END, LENGTH = 2, 31

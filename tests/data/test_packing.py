@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from nemotron.data.config import DataConfig, PackingConfig, SourceConfig, leaves
 from nemotron.data.indexed import Shard, Stream
 from nemotron.data.loader import TrainingData
+from nemotron.data.mixture import single_phase
 from nemotron.data.packing import best_fit, first_fit, pack_stream, plan_rows
 from nemotron.data.prepare.writer import ShardWriter
-from nemotron.data.timeline import single_phase
 from tests.support.prepared import write_ids
 
 CAPACITY = 9

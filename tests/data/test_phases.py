@@ -9,7 +9,7 @@ import pytest
 
 from nemotron.data.config import DataConfig, Leaf, SourceConfig
 from nemotron.data.loader import TrainingData
-from nemotron.data.timeline import Phase, RowLength, Timeline
+from nemotron.data.mixture import Phase, RowLength, Timeline
 from nemotron.errors import UserError
 from tests.support.prepared import write_ids
 

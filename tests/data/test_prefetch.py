@@ -32,24 +32,24 @@ def steps_of(subject: Prefetcher, steps: list[int]) -> list[int]:
     return [int(subject.take(step).input_ids[0, 0]) for step in steps]
 
 
-@pytest.mark.parametrize("depth", [0, 1, 3])
+@pytest.mark.parametrize("depth", [1, 3])
 def test_each_step_is_read_once_and_none_after_the_last(depth: int):
     reader = Reader()
-    subject = Prefetcher(reader, depth=depth, num_steps=9, pin=False)
+    subject = Prefetcher(reader, depth=depth, num_steps=9)
     assert steps_of(subject, list(range(9))) == list(range(9))
     assert reader.read == list(range(9))
-    assert (threading.get_ident() in reader.threads) == (depth == 0)
+    assert threading.get_ident() not in reader.threads
 
 
 def test_any_step_may_be_asked_for_next():
-    subject = Prefetcher(Reader(), depth=2, num_steps=20, pin=False)
+    subject = Prefetcher(Reader(), depth=2, num_steps=20)
     order = [0, 1, 7, 8, 2, 3, 3, 19]
     assert steps_of(subject, order) == order
 
 
 def test_rows_are_there_when_they_are_asked_for():
     reader = Reader()
-    subject = Prefetcher(reader, depth=2, num_steps=20, pin=False)
+    subject = Prefetcher(reader, depth=2, num_steps=20)
     subject.take(4)
     deadline = time.monotonic() + 30
     while reader.read != [4, 5, 6] and time.monotonic() < deadline:
@@ -58,14 +58,7 @@ def test_rows_are_there_when_they_are_asked_for():
 
 
 def test_a_mistake_is_told_at_its_own_step():
-    subject = Prefetcher(Reader(broken=2), depth=3, num_steps=9, pin=False)
+    subject = Prefetcher(Reader(broken=2), depth=3, num_steps=9)
     assert steps_of(subject, [0, 1]) == [0, 1]
     with pytest.raises(UserError, match="step 2 is broken"):
         subject.take(2)
-
-
-@pytest.mark.gpu
-def test_rows_for_a_gpu_wait_in_pinned_memory():
-    batch = Prefetcher(Reader(), depth=2, num_steps=9, pin=True).take(3)
-    assert batch.input_ids.is_pinned()
-    assert torch.equal(batch.to("cuda").labels.cpu(), batch.labels)

@@ -30,6 +30,7 @@ from nemotron.hf.shards import INDEX
 from nemotron.hf.source import open_checkpoint
 from nemotron.loading import load
 from nemotron.run.metrics import read_metrics
+from tests.support.embedded import fill_cache
 from tests.support.old_checkpoint import seal
 
 WIDE = "e_score_correction_bias"
@@ -414,6 +415,7 @@ def test_a_model_that_was_trained_resumes_generates_exports_and_begins_another_r
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):
     monkeypatch.chdir(tmp_path)
+    fill_cache(Path("runs/.cache"))
     Path("dense.yaml").write_text(json.dumps({"name": "dense", "model": DENSE}))
     recipe = [*TRAINED[kind], "device=cpu", "output=runs"]
     assert cli.run(["train", *recipe, "name=mine", "--stop-at", "3"]) == 75

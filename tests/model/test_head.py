@@ -5,7 +5,7 @@ import torch
 
 from nemotron.data.batch import NO_LABEL
 from nemotron.model.linear import Head
-from nemotron.ops.linear_cross_entropy import chunked
+from nemotron.ops import linear_cross_entropy as package
 
 VOCAB, WIDTH = 37, 12
 
@@ -28,7 +28,7 @@ def draw(rows: int, length: int) -> tuple[Head, torch.Tensor, torch.Tensor, torc
 def test_log_probabilities_are_those_of_log_softmax(
     length: int, temperature: float, monkeypatch: pytest.MonkeyPatch
 ):
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", 1)
+    monkeypatch.setattr(package, "CHUNK_ELEMENTS", 1)
     head, hidden, labels, slope = draw(3, length)
     found = head.token_logprobs(hidden, labels, temperature)
     (found * slope).sum().backward()

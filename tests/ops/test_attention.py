@@ -6,6 +6,7 @@ import torch
 from against_reference import doubled, results, worst
 from torch import Tensor
 
+from nemotron.ops import attention as package
 from nemotron.ops.attention import attention, flash_attn, reference, sdpa, varlen
 from nemotron.ops.attention.documents import bounds
 
@@ -41,15 +42,15 @@ def test_values_and_gradients_agree(length: int, with_documents: bool):
     inputs = draw(2, length)
     ids = documents(2, length) if with_documents else None
     exact = results(reference, doubled(inputs), ids, None)
-    assert worst(results(sdpa.attention, doubled(inputs), ids, None), exact) <= 1e-13
-    assert worst(results(sdpa.attention, inputs, ids, None), exact) <= 5e-6
+    assert worst(results(sdpa, doubled(inputs), ids, None), exact) <= 1e-13
+    assert worst(results(sdpa, inputs, ids, None), exact) <= 5e-6
 
 
 @pytest.mark.parametrize(("length", "total"), [(1, 9), (4, 9), (9, 9)])
 def test_a_cache_agrees(length: int, total: int):
     inputs = draw(2, length, total)
     exact = results(reference, doubled(inputs), None, None)
-    assert worst(results(sdpa.attention, inputs, None, None), exact) <= 5e-6
+    assert worst(results(sdpa, inputs, None, None), exact) <= 5e-6
 
 
 def with_rest(row: Tensor, total: int) -> Tensor:
@@ -75,7 +76,7 @@ def test_rows_of_unequal_length_are_those_rows_alone(length: int, with_documents
             seq_idx[number, : row.shape[1]] = row
     found = attention(q, k, v, seq_idx=seq_idx, lengths=torch.tensor(lengths))
     assert worst([found], [expected]) <= 1e-13
-    masked = sdpa._attend(q, k, v, seq_idx, torch.tensor(lengths))  # what a GPU is given
+    masked = package._attend(q, k, v, seq_idx, torch.tensor(lengths))  # what a GPU is given
     assert worst([masked], [expected]) <= 1e-13
     written_out = reference(q, k, v, seq_idx, torch.tensor(lengths))
     assert worst([written_out], [expected]) <= 1e-13
@@ -86,8 +87,8 @@ def test_rows_of_unequal_length_are_those_rows_alone(length: int, with_documents
 def test_documents_after_a_prefix_agree(length: int, prefix: int):
     inputs, ids = draw(3, length, prefix + length), documents(3, prefix + length)
     exact = results(reference, doubled(inputs), ids, None)
-    assert worst(results(sdpa.attention, doubled(inputs), ids, None), exact) <= 1e-13
-    assert worst(results(sdpa.attention, inputs, ids, None), exact) <= 5e-6
+    assert worst(results(sdpa, doubled(inputs), ids, None), exact) <= 1e-13
+    assert worst(results(sdpa, inputs, ids, None), exact) <= 5e-6
 
 
 def test_the_last_queries_of_a_row_see_what_they_see_in_the_whole_row():
@@ -104,7 +105,7 @@ def test_the_last_queries_of_a_row_see_what_they_see_in_the_whole_row():
 def test_a_call_with_documents_after_a_prefix_asks_for_a_backend_that_knows_them():
     q, k, v = draw(1, 4, 9)
     ids = documents(1, 9)
-    assert torch.equal(attention(q, k, v, seq_idx=ids), sdpa.attention(q, k, v, ids, None))
+    assert torch.equal(attention(q, k, v, seq_idx=ids), sdpa(q, k, v, ids, None))
     for backend in attention.backends:
         assert "documents_after_a_prefix" in backend.features
 
@@ -115,7 +116,7 @@ def test_changing_document_one_leaves_document_two_bit_equal():
     other = [t.clone() for t in (q, k, v)]
     for tensor in other:
         tensor[:, :17] += 1
-    one, two = (sdpa.attention(*t, ids, None) for t in ((q, k, v), other))
+    one, two = (sdpa(*t, ids, None) for t in ((q, k, v), other))
     assert not torch.equal(one[:, :17], two[:, :17])
     assert torch.equal(one[:, 17:], two[:, 17:])
 
@@ -211,6 +212,6 @@ def test_attention_on_a_gpu_agrees(backend: str, with_documents: bool, length: i
     ids = documents(2, 200) if with_documents else None
     exact = results(reference, [*doubled(inputs), ids], None)
     on_gpu = [t.cuda() if t is not None else None for t in [*inputs, ids]]
-    function = {"flash_attn": flash_attn, "varlen": varlen, "sdpa": sdpa}[backend].attention
+    functions = {"flash_attn": flash_attn.attention, "varlen": varlen.attention, "sdpa": sdpa}
     # probabilities are rounded to bfloat16 before the second product
-    assert worst([t.cpu() for t in results(function, on_gpu, None)], exact) <= 2e-2
+    assert worst([t.cpu() for t in results(functions[backend], on_gpu, None)], exact) <= 2e-2

@@ -44,8 +44,8 @@ def test_values_and_gradients_agree(
     inputs = inputs if with_state else [*inputs[:3], None]
     ids = documents(2, length) if with_documents else None
     exact = results(reference, doubled(inputs), ids, activation)
-    assert worst(results(blocked.causal_conv1d, doubled(inputs), ids, activation), exact) <= 1e-13
-    assert worst(results(blocked.causal_conv1d, inputs, ids, activation), exact) <= 5e-6
+    assert worst(results(blocked, doubled(inputs), ids, activation), exact) <= 1e-13
+    assert worst(results(blocked, inputs, ids, activation), exact) <= 5e-6
 
 
 def test_without_bias_and_with_other_widths():
@@ -53,14 +53,14 @@ def test_without_bias_and_with_other_widths():
         x, weight, _, state = draw(2, 40, channels=7, width=width)
         inputs = [x, weight, None, state]
         exact = results(reference, doubled(inputs), None, True)
-        assert worst(results(blocked.causal_conv1d, inputs, None, True), exact) <= 5e-6
+        assert worst(results(blocked, inputs, None, True), exact) <= 5e-6
 
 
 def test_bfloat16_rounds_once():
     x, weight, bias, state = draw(2, 100)
     inputs = [x.bfloat16(), weight, bias, state.bfloat16()]
     exact = results(reference, doubled(inputs), None, True)
-    assert worst(results(blocked.causal_conv1d, inputs, None, True), exact) <= 2**-8
+    assert worst(results(blocked, inputs, None, True), exact) <= 2**-8
 
 
 def test_changing_document_one_leaves_document_two_bit_equal():
@@ -68,7 +68,7 @@ def test_changing_document_one_leaves_document_two_bit_equal():
     ids = (torch.arange(60) >= 23).int()[None]
     other = x.clone()
     other[:, :23] += 1
-    one, two = (blocked.causal_conv1d(t, weight, bias, None, ids, True) for t in (x, other))
+    one, two = (blocked(t, weight, bias, None, ids, True) for t in (x, other))
     assert not torch.equal(one[:, :23], two[:, :23])
     assert torch.equal(one[:, 23:], two[:, 23:])
 

@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from against_reference import doubled, results, worst
 from torch import Tensor
 
-from nemotron.ops.rms_norm import fused, gated_reference, reference
+from nemotron.ops.rms_norm import fused, gated_fused, gated_reference, reference
 
 SHAPES = [(1, 12), (3, 5, 12), (2, 700, 24)]
 
@@ -25,8 +25,8 @@ def test_the_norm_is_torchs(shape: tuple[int, ...]):
 
     exact = results(torchs, doubled(inputs), 1e-5)
     assert worst(results(reference, doubled(inputs), 1e-5), exact) <= 1e-13
-    assert worst(results(fused.rms_norm, doubled(inputs), 1e-5), exact) <= 1e-13
-    assert worst(results(fused.rms_norm, inputs, 1e-5), exact) <= 5e-6
+    assert worst(results(fused, doubled(inputs), 1e-5), exact) <= 1e-13
+    assert worst(results(fused, inputs, 1e-5), exact) <= 5e-6
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -40,14 +40,14 @@ def test_the_gated_norm_gates_first_and_norms_each_group(shape: tuple[int, ...],
 
     exact = results(plain, doubled(inputs), groups, 1e-5)
     assert worst(results(gated_reference, doubled(inputs), groups, 1e-5), exact) <= 1e-12
-    assert worst(results(fused.gated_rms_norm, doubled(inputs), groups, 1e-5), exact) <= 1e-12
-    assert worst(results(fused.gated_rms_norm, inputs, groups, 1e-5), exact) <= 1e-5
+    assert worst(results(gated_fused, doubled(inputs), groups, 1e-5), exact) <= 1e-12
+    assert worst(results(gated_fused, inputs, groups, 1e-5), exact) <= 1e-5
 
 
 @pytest.mark.parametrize("backend", ["reference", "fused"])
 def test_bfloat16_is_rounded_once_at_the_end(backend: str):
     x, weight = draw((4, 64), 1)
-    function = {"reference": reference, "fused": fused.rms_norm}[backend]
+    function = {"reference": reference, "fused": fused}[backend]
     y = function(x.bfloat16(), weight, 1e-5)
     exact = reference(x.bfloat16().double(), weight.double(), 1e-5)
     assert y.dtype == torch.bfloat16
@@ -55,5 +55,5 @@ def test_bfloat16_is_rounded_once_at_the_end(backend: str):
     y, z, weight = draw((4, 64), 2)
     inputs = [y.bfloat16(), z.bfloat16(), weight]
     exact = results(gated_reference, doubled(inputs), 4, 1e-5)
-    function = {"reference": gated_reference, "fused": fused.gated_rms_norm}[backend]
+    function = {"reference": gated_reference, "fused": gated_fused}[backend]
     assert worst(results(function, inputs, 4, 1e-5), exact) <= 2**-8

@@ -6,6 +6,7 @@ import torch
 from against_reference import doubled, results, worst
 from torch import Tensor
 
+from nemotron.ops import linear_cross_entropy as package
 from nemotron.ops.linear_cross_entropy import chunked, reference
 
 pytest.importorskip("triton")
@@ -68,7 +69,7 @@ def test_bfloat16_is_as_exact_as_the_form_of_torch(reduction: str):
     rounded = [inputs[0], inputs[1].bfloat16(), inputs[2]]
     exact = results(reference, doubled(rounded), reduction)
     ours = results(kernels.linear_cross_entropy, inputs, reduction)
-    torchs = results(chunked.linear_cross_entropy, inputs, reduction)
+    torchs = results(chunked, inputs, reduction)
     for found, other, true in zip(ours, torchs, exact, strict=True):
         # the interpreter cuts slopes off where a GPU rounds them
         assert worst([found], [true]) <= 2 * worst([other], [true]) + 1e-3
@@ -148,10 +149,10 @@ def test_the_form_of_torch_takes_all_rows_where_the_host_must_not_wait(
     hidden, weight, labels = draw(150, torch.float32)
     weights = torch.rand(150, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     weights = weights if weighted else None
-    usual = results(chunked.linear_cross_entropy, [hidden, weight, labels], "sum", weights)
+    usual = results(chunked, [hidden, weight, labels], "sum", weights)
 
-    monkeypatch.setattr(chunked, "_chunks", lambda *parts: chunked.all_rows(*parts[:2], 64))
-    found = results(chunked.linear_cross_entropy, [hidden, weight, labels], "sum", weights)
+    monkeypatch.setattr(package, "_chunks", lambda *parts: package.all_rows(*parts[:2], 64))
+    found = results(chunked, [hidden, weight, labels], "sum", weights)
     assert worst(found, doubled(usual)) <= 1e-6
 
 
@@ -160,7 +161,7 @@ def test_the_form_of_torch_takes_all_rows_where_the_host_must_not_wait(
 def test_the_host_does_not_wait_for_the_device(reduction: str, no_waits):
     hidden, weight, labels = draw(300, torch.bfloat16)
     weights = torch.rand(300, device=DEVICE)
-    for function in (kernels.linear_cross_entropy, chunked.linear_cross_entropy):
+    for function in (kernels.linear_cross_entropy, chunked):
         leaves = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
 
         def step(function=function, leaves=leaves) -> None:

@@ -6,7 +6,8 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from nemotron.ops.linear_cross_entropy import chunked, linear_cross_entropy
+from nemotron.ops import linear_cross_entropy as package
+from nemotron.ops.linear_cross_entropy import linear_cross_entropy
 from nemotron.parallel.vocabulary import Vocabulary, find
 from tests.support.pool import Pool
 
@@ -85,11 +86,11 @@ def test_the_loss_is_that_of_the_whole_table(
 
 def small_chunks(*arguments: object) -> tuple[Tensor, Tensor, Tensor]:
     """The loss from chunks of 64 rows, so that there are many."""
-    usual, chunked.CHUNK_ELEMENTS = chunked.CHUNK_ELEMENTS, 1
+    usual, package.CHUNK_ELEMENTS = package.CHUNK_ELEMENTS, 1
     try:
         return shared_loss(*arguments)
     finally:
-        chunked.CHUNK_ELEMENTS = usual
+        package.CHUNK_ELEMENTS = usual
 
 
 def assert_close(found: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -101,12 +102,12 @@ def shared_logprobs(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The log-probability of each token from chunks of 64 rows, and the gradients."""
     part, rows = own(hidden, 1), own(table, 0)
-    usual, chunked.CHUNK_ELEMENTS = chunked.CHUNK_ELEMENTS, 1
+    usual, package.CHUNK_ELEMENTS = package.CHUNK_ELEMENTS, 1
     try:
         found = here().token_logprobs(part, rows, labels)
         (found * slope).sum().backward()
     finally:
-        chunked.CHUNK_ELEMENTS = usual
+        package.CHUNK_ELEMENTS = usual
     return found.detach(), part.grad, rows.grad
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from nemotron.model.attention import Attention
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.linear import MLP
 from nemotron.model.mamba2 import Mamba2
-from nemotron.model.mlp import MLP
 from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import GroupChoice, Router, Routing
 from nemotron.ops.attention import attention

@@ -102,12 +102,13 @@ def command(
 
 def start(function: Callable[..., Any], *arguments: Any, daemon: bool = False) -> BaseProcess:
     """Start a process that is forked from the server."""
-    process = _context().Process(target=function, args=arguments, daemon=daemon)
+    process = server().Process(target=function, args=arguments, daemon=daemon)
     process.start()
     return process
 
 
-def _context() -> ForkServerContext:
+def server() -> ForkServerContext:
+    """Return the context whose processes are forked from the server, which runs from now on."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED])
     with _environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"):

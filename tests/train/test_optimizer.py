@@ -8,10 +8,10 @@ from torch import nn
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
-from nemotron.train.adamw import AdamW
 from nemotron.train.config import OptimizerConfig
 from nemotron.train.kinds import kinds, parameter_kinds
 from nemotron.train.optimizer import (
+    AdamW,
     GradientNorms,
     Optimizer,
     clip_coefficient,

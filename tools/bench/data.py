@@ -30,8 +30,8 @@ from rich.table import Table
 from nemotron.data.config import DataConfig, SourceConfig, leaves
 from nemotron.data.corpus import load_documents
 from nemotron.data.indexed import Shard
+from nemotron.data.mixture import Phase, RowLength, Timeline, single_phase
 from nemotron.data.prepare.writer import ShardWriter
-from nemotron.data.timeline import Phase, RowLength, Timeline, single_phase
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 
 ROOT = Path(__file__).parents[2]

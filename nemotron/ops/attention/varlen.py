@@ -4,13 +4,11 @@ import functools
 import inspect
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.attention import sdpa
 from nemotron.ops.attention.documents import sequences
-from nemotron.ops.registry import Backend
 
 
 def attention(
@@ -25,7 +23,7 @@ def attention(
 
     assert lengths is None, "this backend does not have the feature"
     if seq_idx is None:
-        return sdpa.attention(q, k, v, None, None)
+        return sdpa(q, k, v, None, None)
     parts = sequences(q, k, v, seq_idx)
     # a longest length of 1 would choose the kernels for decoding, which have no gradient
     parts = parts._replace(longest_q=max(2, parts.longest_q))
@@ -41,19 +39,3 @@ def _fewer_key_heads() -> dict[str, Any]:
 
     has_keyword = "enable_gqa" in inspect.signature(varlen_attn).parameters
     return {"enable_gqa": True} if has_keyword else {}
-
-
-def _limit(head_size: int) -> str | None:
-    if head_size % 8 or head_size > 256:
-        return f"takes heads of a multiple of 8 up to 256 channels, not of {head_size}"
-    return None
-
-
-backend = Backend(
-    "varlen",
-    attention,
-    devices=frozenset({"cuda"}),
-    dtypes=frozenset({torch.bfloat16}),
-    features=frozenset({"documents", "cache", "documents_after_a_prefix"}),
-    limit=_limit,
-)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron.ops.launch import LOG2_E, power_of_2
-from nemotron.ops.linear_cross_entropy.chunked import IGNORED, add_product
+from nemotron.ops.linear_cross_entropy import IGNORED, add_product
 from nemotron.ops.tuning.tunable import Configuration, Tunable
 
 # at 4096 rows the products run at full speed, and the head's gradient is added to only twice

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron.ops.blocks import row_blocks
+from nemotron.device import row_blocks
 from nemotron.ops.registry import Backend, Operation, lazy
 
 

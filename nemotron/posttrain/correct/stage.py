@@ -11,7 +11,7 @@ import torch
 from nemotron.data.correct.marks import marks_of
 from nemotron.data.correct.pairs import PairRow
 from nemotron.data.folder import open_source
-from nemotron.data.timeline import Phase, RowLength, Timeline
+from nemotron.data.mixture import Phase, RowLength, Timeline
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
 from nemotron.files import parse_json, read_regular, write_json

@@ -14,10 +14,10 @@ from nemotron.data.config import DataConfig, SourceConfig, leaves
 from nemotron.data.folder import read_manifest
 from nemotron.data.indexed import Shard
 from nemotron.data.loader import TrainingData
+from nemotron.data.mixture import single_phase
 from nemotron.data.prepare.conversations import encode_conversation, encode_rendered
 from nemotron.data.prepare.options import ChatOptions
 from nemotron.data.prepare.writer import ShardWriter
-from nemotron.data.timeline import single_phase
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.errors import UserError
 from nemotron.train.auxiliary import total_weight
