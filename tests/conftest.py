@@ -17,6 +17,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 
+from tests.support.order import in_order, is_long
+
 HAS_CUDA = torch.cuda.is_available()
 
 if not HAS_CUDA:
@@ -48,10 +50,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("nightly"):
                 item.add_marker(pytest.mark.skip(reason=NIGHTLY))
-    # files that wait or take long begin first, so that no worker waits for another at the end
-    waiting = {item.path for item in items if item.get_closest_marker("distributed")}
-    long = {item.path for item in items if is_long(item)}
-    items.sort(key=lambda item: (item.path not in waiting, item.path not in long))
+    places = in_order(items)
+    items.sort(key=lambda item: places[item.path])
     if HAS_CUDA:
         return
     for item in items:
@@ -64,11 +64,6 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.enable()
-
-
-def is_long(item: pytest.Item) -> bool:
-    """Say whether daily work leaves a test out."""
-    return any(item.get_closest_marker(name) for name in ("distributed", "slow"))
 
 
 NIGHTLY = "more cases of what another test shows: make test-all"

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import nemotron
+from tests.support.embedded import fill_cache
 from tests.support.pages import blocks
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +61,7 @@ def test_the_notebook_of_the_page_trains_evaluates_and_writes(
 ):
     [block] = [block for block in blocks("python") if block.page.name == "api.md"]
     assert len(block.text.strip().splitlines()) <= 15
+    fill_cache(tmp_path / "runs/.cache")
     monkeypatch.chdir(tmp_path)
     scope: dict[str, object] = {}
     exec(compile(block.text, block.where, "exec"), scope)

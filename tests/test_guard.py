@@ -13,6 +13,7 @@ import pytest
 from nemotron import exit_codes
 from nemotron.cli import run
 from nemotron.terminal import one_line, printable
+from tests.support import quick_python
 
 ROOT = Path(__file__).parents[1]
 RECIPE = str(ROOT / "recipes/tiny/smoke.yaml")
@@ -206,9 +207,10 @@ def test_what_a_terminal_would_obey_is_shown():
 
 @pytest.mark.distributed
 def test_under_torchrun_a_mistake_is_said_once_and_closes_the_report(tmp_path: Path):
-    torchrun = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2"
+    torchrun = "python -m torch.distributed.run --standalone --nproc-per-node 2"
     done = shell(
         f"{torchrun} -m nemotron train {RECIPE} parallel.tp=3 output={tmp_path}",
+        **quick_python.environment(),
         OMP_NUM_THREADS="1",
     )
     assert done.returncode == 1

@@ -10,6 +10,7 @@ import pytest
 
 from nemotron import cli
 from nemotron.console import PrintableConsole
+from nemotron.hf import selfcheck
 from nemotron.plan.tables import Grid, show
 from nemotron.run.screen import Screen
 from tests.support.prepared import write_prepared
@@ -42,7 +43,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "mine.yaml").write_text(text)
     assert cli.run(["train", str(folder / "mine.yaml")]) == 0
     with contextlib.redirect_stdout(io.StringIO()) as output:
-        assert cli.run(["export", str(folder / "runs/mine")]) == 0
+        assert cli.run(["export", str(folder / "runs/mine"), "--no-check"]) == 0
+        # what runs in a process of its own after an export
+        assert selfcheck.main(folder / "runs/mine/export", folder / "runs/mine") == 0
     assert_shown(output.getvalue())
     return folder
 

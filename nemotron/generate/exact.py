@@ -10,6 +10,7 @@ Source: vllm-project/vllm PR 54993 (replay of the partial chunk), NVIDIA/Megatro
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import cast
 
 import torch
@@ -21,11 +22,12 @@ from nemotron.generate.decode_layers import copy_modules, take_over
 from nemotron.model import few_tokens
 from nemotron.model.attention import Attention
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.linear import Linear
+from nemotron.model.linear import Linear, RMSNorm
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.moe import Experts
 from nemotron.model.router import Choice, Router, Routing
 from nemotron.model.state import CHUNK, MambaSlots, MambaState, Partial
+from nemotron.ops.rms_norm import gated_reference, reference
 
 ROWS, KEYS = 16, 64
 """Tokens in a tile of a product, and keys in a block."""
@@ -56,6 +58,8 @@ def exact_view(model: HybridLM) -> HybridLM:
             vars(module)["grouped_linear"] = grouped_linear
         elif isinstance(module, Attention):
             vars(module)["attention"] = attention
+        elif isinstance(module, RMSNorm):
+            vars(module)["rms_norm"] = rms_norm
     return view
 
 
@@ -92,6 +96,13 @@ def grouped_linear(
     return torch.cat([linear(part, own) if part.shape[0] else part @ own.T for part, own in pairs])
 
 
+def rms_norm(
+    x: Float[Tensor, "B T D"], weight: Float[Tensor, " D"], eps: float
+) -> Float[Tensor, "B T D"]:
+    """As `ops.rms_norm`, whose backends take another formula for more tokens."""
+    return in_vectors(partial(reference, weight=weight, eps=eps), x)
+
+
 def attention(
     q: Float[Tensor, "B T Hq Dh"],
     k: Float[Tensor, "B S Hkv Dh"],
@@ -105,7 +116,7 @@ def attention(
     Blocks are read in order and change nothing for a query that stands before them.
     """
     assert seq_idx is None, "a row is one document"
-    wide = torch.promote_types(q.dtype, torch.float32)
+    dtype, wide = v.dtype, torch.promote_types(q.dtype, torch.float32)
     if lengths is None:
         lengths = torch.full((q.shape[0],), k.shape[1], device=q.device)
     length, groups = q.shape[1], k.shape[2]
@@ -120,7 +131,7 @@ def attention(
     k, v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))  # [B Hkv, S, Dh]
     tiles = zip(q.split(ROWS, dim=3), places.split(ROWS, dim=1), strict=True)
     found = torch.cat([_attend(tile, place, k, v) for tile, place in tiles], dim=3)
-    return found.permute(0, 3, 1, 2, 4).flatten(2, 3)[:, :length].to(v.dtype)
+    return found.permute(0, 3, 1, 2, 4).flatten(2, 3)[:, :length].to(dtype)
 
 
 def _attend(
@@ -193,7 +204,7 @@ class ExactMamba(Mamba2):
         return self.out_proj(norm)
 
     def _normalize(self, y: Float[Tensor, "M I"], z: Float[Tensor, "M I"]) -> Float[Tensor, "M I"]:
-        return self.gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps)
+        return gated_reference(y, z, self.norm.weight, self.num_groups, self.norm.eps)
 
     def _empty(self, xBC: Float[Tensor, "B T C"], dt: Float[Tensor, "B T H"]) -> MambaState:
         """Return the state before a text."""

@@ -7,6 +7,7 @@ import torch
 
 from nemotron.errors import UserError
 from nemotron.generate.engine import Engine
+from nemotron.generate.exact import exact_view
 from nemotron.generate.parity import check_parity, report
 from nemotron.generate.request import Answer, Request
 from nemotron.generate.sampling import Sampling
@@ -122,6 +123,19 @@ def test_with_replay_every_bit_is_that_of_one_pass(
     assert max(p.largest for p in check_parity(grown, (70,), (3,), 8)) > 0
     assert report(grown, (20,), (1,), 4, "replay") == 0
     assert "not 0" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replay_is_exact_where_operations_change_with_the_number_of_tokens(
+    dtype: torch.dtype,
+) -> None:
+    """Norms take another formula from 2^17 elements on: here, from 257 tokens on."""
+    model = build(dtype=torch.float32, hybrid_override_pattern="M*EM", hidden_size=512)
+    model.compute_dtype = dtype
+    found = list(check_parity(model, (257,), (2,), 2, mamba_decode="replay"))
+    assert [parity.largest for parity in found] == [0.0] * 2
+    with torch.no_grad():
+        assert exact_view(model)(torch.ones(1, 3, dtype=torch.long)).dtype == dtype
 
 
 @pytest.mark.slow

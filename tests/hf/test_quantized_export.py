@@ -15,6 +15,7 @@ from nemotron.hf.names import disk_parameters
 from nemotron.hf.quantized.assignment import Quantized
 from nemotron.precision.scales import StoredFormat
 from nemotron.precision.stored import fake_quantize_weight
+from tests.support.cases import mostly_nightly
 from tests.support.quantized import WIDTHS, scales_of_all
 
 EXPERT = "backbone.layers.1.mixer.experts.2.up_proj"
@@ -91,7 +92,7 @@ def test_what_is_read_back_equals_the_emulated_weights(
 
 
 @pytest.mark.slow  # a process of its own for each layout
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", mostly_nightly(LAYOUTS, "modelopt"))
 def test_the_check_of_an_export_covers_codes_and_scales(
     aligned: Path,
     weights: dict[str, Tensor],

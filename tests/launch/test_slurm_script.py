@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.cluster import ROOT, Cluster, both_run, records, state, wait_until
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.waits(20)]
 
 
 @pytest.fixture

@@ -7,14 +7,16 @@ from pathlib import Path
 import pytest
 
 from tests.support.cluster import SHORT, SMOKE, Cluster, Launched, num_logged, state, wait_until
+from tests.support.embedded import fill_cache
 from tests.support.quick_client import SERVER
 from tests.support.quick_python import environment
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.waits(15)]
 
 
 @pytest.fixture
 def cluster(tmp_path: Path) -> Cluster:
+    fill_cache(tmp_path / "runs" / ".cache")
     cluster = Cluster(tmp_path)
     quick = environment()
     cluster.env |= {SERVER: quick[SERVER], "NEMOTRON": f"{quick['PYTHON_EXEC']} -m nemotron"}

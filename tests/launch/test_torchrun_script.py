@@ -19,7 +19,7 @@ from tests.support.cluster import (
 )
 from tests.support.quick_python import environment
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.waits(30)]
 
 
 @pytest.fixture

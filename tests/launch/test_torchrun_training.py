@@ -16,9 +16,10 @@ from tests.support.cluster import (
     state,
     wait_until,
 )
+from tests.support.embedded import fill_cache
 from tests.support.quick_python import environment
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.waits(15)]
 
 
 def start(folder: Path, *words: str, quick: bool = True) -> Launched:
@@ -28,6 +29,7 @@ def start(folder: Path, *words: str, quick: bool = True) -> Launched:
 
 def test_a_run_on_two_ranks_is_stopped_refused_and_resumed(tmp_path: Path):
     run = tmp_path / "runs" / "smoke"
+    fill_cache(tmp_path / "runs" / ".cache")
     launched = start(tmp_path)
     wait_until(lambda: num_logged(run) >= 2, "two steps are done", launched)
     launched.signal(signal.SIGUSR1)

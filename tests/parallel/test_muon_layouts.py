@@ -61,7 +61,7 @@ def test_two_ranks_train_as_one(pair: Pool, muon: dict, by_muon: Outcome, layout
     check(pair.run(run_steps, laid_out(muon, ON_TWO[layout]), NUM_STEPS), by_muon)
 
 
-@pytest.mark.parametrize("layout", mostly_nightly(ON_FOUR, "ep2_tp2"))
+@pytest.mark.parametrize("layout", mostly_nightly(ON_FOUR))
 def test_four_ranks_train_as_one(four: Pool, muon: dict, by_muon: Outcome, layout: str):
     check(four.run(run_steps, laid_out(muon, ON_FOUR[layout]), NUM_STEPS), by_muon)
 

@@ -280,7 +280,7 @@ SHARDED = {
 }
 
 
-@pytest.mark.parametrize("name", mostly_nightly(SHARDED, "interleaved", "detached, tied"))
+@pytest.mark.parametrize("name", mostly_nightly(SHARDED, "interleaved"))
 def test_stages_may_be_sharded(four: Pool, name: str):
     case = SHARDED[name]
     results = four.run(pipelined, case, (13, 13))
@@ -313,8 +313,15 @@ def evaluated(case: Case) -> list[float]:
     return [share.item() for share in found]
 
 
-@pytest.mark.parametrize("shard", [False, True])
-@pytest.mark.parametrize("name", ["1f1b", "interleaved"])
+@pytest.mark.parametrize(
+    ("name", "shard"),
+    [
+        ("1f1b", False),
+        further(("1f1b", True)),
+        further(("interleaved", False)),
+        ("interleaved", True),
+    ],
+)
 def test_evaluation_sees_the_weights_of_the_moment(pair: Pool, four: Pool, name: str, shard: bool):
     case = replace(CASES[name], shard=shard)
     results = (four if shard else pair).run(evaluated, case)

@@ -10,6 +10,7 @@ import torch
 from nemotron.checkpoint.find import newest
 from nemotron.checkpoint.read import SavedTensors, read_model
 from nemotron.cli import run
+from nemotron.hf import selfcheck
 from nemotron.loading import load
 from nemotron.model.adapter import merge_all
 from nemotron.model.build import build_around
@@ -129,7 +130,8 @@ def test_peft_reads_the_adapters_and_merging_gives_the_same_logits(
 
 def test_an_export_has_the_adapters_merged(workplace: Workplace, tmp_path: Path) -> None:
     folder = workplace.train("merged", tune=adapter(), schedule=RATE)
-    assert run(["export", str(folder), "--out", str(tmp_path / "merged")]) == 0
+    assert run(["export", str(folder), "--out", str(tmp_path / "merged"), "--no-check"]) == 0
+    assert selfcheck.main(tmp_path / "merged", folder) == 0
     name = "backbone.layers.0.mixer.in_proj.weight"
     expected = read_model(folder)[1][name]
     assert not torch.equal(expected, read_model(workplace.runs / "base")[1][name])

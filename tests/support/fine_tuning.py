@@ -8,6 +8,7 @@ from ruamel.yaml import YAML
 
 from nemotron.cli import run
 from tests.support.conversations import GARDEN, GARDEN_TOOLS
+from tests.support.embedded import fill_cache
 from tests.support.tiny_run import MODEL
 
 SEQ_LEN = 161
@@ -42,6 +43,7 @@ class Workplace:
     def __init__(self, folder: Path) -> None:
         self.folder, self.runs = folder, folder / "runs"
         self.chats = write_rows(folder / "chats.jsonl", chats())
+        fill_cache(folder / "cache")
         values = {
             **self.common("base"),
             "data": {"seq_len": 64, "cache": str(folder / "cache")},

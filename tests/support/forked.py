@@ -100,14 +100,25 @@ def command(
     return Forked(run_module, words, folder, namespace, output=output, environment=environment)
 
 
+def script(text: str, *arguments: object, output: Path) -> Forked:
+    """Run `python -c` with a program and these arguments."""
+    return Forked(_run_script, text, [*map(str, arguments)], output=output)
+
+
+def _run_script(text: str, arguments: list[str]) -> None:
+    sys.argv = ["-c", *arguments]
+    exec(compile(text, "<string>", "exec"), {"__name__": "__main__"})
+
+
 def start(function: Callable[..., Any], *arguments: Any, daemon: bool = False) -> BaseProcess:
     """Start a process that is forked from the server."""
-    process = _context().Process(target=function, args=arguments, daemon=daemon)
+    process = server().Process(target=function, args=arguments, daemon=daemon)
     process.start()
     return process
 
 
-def _context() -> ForkServerContext:
+def server() -> ForkServerContext:
+    """Return the context whose processes are forked from the server, which runs from now on."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([*IMPORTED])
     with _environment(PYTHONPATH=str(ROOT), OMP_NUM_THREADS="1", OPENBLAS_NUM_THREADS="1"):

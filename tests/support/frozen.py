@@ -15,14 +15,17 @@ import torch
 import nemotron
 from nemotron.cli import command_line
 from nemotron.device import matmul_peak
+from nemotron.ops.jit import storage
 
 BARRED = ("nemotron.__main__", "nemotron.evaluate.harness")
 """The start of the program, and what imports lm-eval, which no forked process uses."""
 
 for module in pkgutil.walk_packages(nemotron.__path__, "nemotron."):
     if module.name not in BARRED:
+        # kernels that are kept must be found: numba asks where while they are imported
+        load = storage.load if "kernels" in module.name.split(".") else importlib.import_module
         with contextlib.suppress(ImportError):  # of packages that only some runs need
-            importlib.import_module(module.name)
+            load(module.name)
 command_line()
 matmul_peak(torch.device("cpu"), torch.float32)
 gc.collect()

@@ -6,7 +6,7 @@ from nemotron.train.start import train
 from tests.support.job import Job
 from tests.support.prepared import write_prepared
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.waits(25)]
 
 
 def said_by_all(job: Job) -> str:

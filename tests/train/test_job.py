@@ -9,7 +9,7 @@ import pytest
 from nemotron.run.metrics import read_metrics
 from tests.support.job import Job, limits
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.waits(50)]
 
 START_S = 60.0
 LATEST_S = 0.75 * START_S

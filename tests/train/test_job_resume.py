@@ -7,7 +7,7 @@ import pytest
 from tests.support.job import Job
 from tests.support.same_run import assert_same_run
 
-pytestmark = pytest.mark.distributed
+pytestmark = [pytest.mark.distributed, pytest.mark.waits(10)]
 
 
 def test_a_job_of_which_one_rank_was_killed_resumes_to_the_same_bits(on_two):

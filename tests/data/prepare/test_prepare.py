@@ -103,8 +103,10 @@ def test_the_number_of_processes_changes_no_byte(world: Path):
 
 
 @pytest.mark.slow
-def test_killed_at_ten_moments_it_ends_with_the_same_bytes(world: Path):
+@pytest.mark.parametrize("moments", [4, further(10)])
+def test_killed_at_many_moments_it_ends_with_the_same_bytes(world: Path, moments: int):
     draw = random.Random(1)
+    shutil.rmtree(world / "killed", ignore_errors=True)
     kills = 0
     for attempt in range(40):
         process = subprocess.Popen(
@@ -119,17 +121,17 @@ def test_killed_at_ten_moments_it_ends_with_the_same_bytes(world: Path):
             assert time.monotonic() < deadline
             time.sleep(0.005)
         time.sleep(draw.uniform(0, 1.6))
-        if kills < 10 and process.poll() is None:
+        if kills < moments and process.poll() is None:
             process.send_signal(signal.SIGKILL)
             kills += 1
         process.wait()
         if (world / "killed").exists():
-            if kills >= 10:
+            if kills >= moments:
                 break
             for leftover in ("killed", "killed.work"):
                 shutil.rmtree(world / leftover, ignore_errors=True)
         assert attempt < 39
-    assert kills == 10
+    assert kills == moments
     assert content(world / "killed") == content(world / "whole")
     assert not (world / "killed.partial").exists()
     assert not (world / "killed.work").exists()
