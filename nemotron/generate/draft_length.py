@@ -34,6 +34,8 @@ TRY_EVERY = 32
 """Passes without drafts of an answer after which one is tried."""
 MARGIN = 0.05
 """Part of the speed by which drafts must be faster than none: estimates are rough."""
+HOPE = 1.2
+"""Least gain of drafts that are all accepted, without which none is tried."""
 COMPUTE = {"cpu": 0.15, "cuda": 0.003}
 """Time to multiply a token by a weight, in times to read a weight: measured on one core with
 compiled steps in float32, and by the data sheet of an H100 in bfloat16."""
@@ -73,16 +75,18 @@ def tokens_of(acceptance: float, count: int) -> float:
 def paying_length(
     rates: Sequence[float], reaches: Sequence[int], cost: Callable[[int], float], others: int = 0
 ) -> int:
-    """Return the length with which answers of equal length end soonest on average.
+    """Return the length with which answers of equal length end soonest.
 
-    They pass the model together, with others whose drafts have a given length. `reaches` are the
-    most tokens that could be drafted of each, `rates` the probabilities that one is accepted;
-    `cost` tells the time of a pass with drafts of some length, in passes without.
+    Both the last end and the mean of all count. They pass the model together, with others whose
+    drafts have a given length. `reaches` are the most tokens that could be drafted of each, `rates`
+    the probabilities that one is accepted; `cost` tells the time of a pass with drafts of some
+    length, in passes without.
     """
     pairs = list(zip(rates, reaches, strict=True))
 
     def time(count: int) -> float:
-        passes = sum(1 / tokens_of(rate, min(count, reach)) for rate, reach in pairs)
+        each = [1 / tokens_of(rate, min(count, reach)) for rate, reach in pairs]
+        passes = sum(each) / len(each) + max(each)
         return passes * cost(max(count, others)) * (1 + MARGIN * (count > 0))
 
     return min(range(max(reaches) + 1), key=time)
@@ -218,10 +222,11 @@ class DraftLengths:
         others: int = 0,
     ) -> int:
         """Return the length that pays; 1 now and then where none did, but one could."""
+        if max((1 + count) / cost(count) for count in (1, self._longest)) < HOPE:
+            return 0
         records = [self._record(sample) for sample in samples]
         count = paying_length([record.rate for record in records], reaches, cost, others)
-        is_due = cost(1) < 2 and any(record.idle >= TRY_EVERY for record in records)
-        return count or int(is_due)
+        return count or int(any(record.idle >= TRY_EVERY for record in records))
 
     def _by_formula(self, count: int) -> float:
         return 1 + self._fixed_cost * count
