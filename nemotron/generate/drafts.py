@@ -10,11 +10,12 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.generate.sample import Sample
-from nemotron.generate.sampling import choose, distribution
+from nemotron.generate.sampling import draw
 from nemotron.generate.selection import Draft
 from nemotron.model.ahead import RowsAhead
 from nemotron.model.cache import Cache
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.state import slots_of
 
 
 class Drafter(Protocol):
@@ -28,10 +29,16 @@ class Drafter(Protocol):
     def keep(self, sample: Sample, hidden: Float[Tensor, "T D"]) -> None:
         """Take note of those that were read after `draft`: the newest token and good drafts."""
 
+    def skip(self, samples: Sequence[Sample], hidden: Float[Tensor, "B D"]) -> None:
+        """Take note of the newest token of each sample, which was read without `draft`."""
+
+    def reach(self, sample: Sample, longest: int) -> int:
+        """Return how many tokens could be drafted, `longest` at most."""
+
     def draft(
         self, model: HybridLM, samples: Sequence[Sample], counts: Sequence[int]
     ) -> list[list[Draft]]:
-        """Guess at most so many tokens of each sample."""
+        """Guess at most so many tokens of each sample, at least one."""
 
 
 def predict_ahead(
@@ -68,7 +75,10 @@ class BlockDrafter:
         """As `Drafter.follow`."""
         groups: dict[int, list[int]] = {}
         for row, sample in enumerate(samples):
-            groups.setdefault(self._num_unread(sample), []).append(row)
+            assert sample.slot is not None
+            is_first = self._cache.lengths[sample.slot] == hidden.shape[1]
+            if self._num_unread(sample) or is_first:
+                groups.setdefault(self._num_unread(sample), []).append(row)
         for unread, rows in groups.items():
             self._read(model, [samples[row] for row in rows], hidden[rows], unread)
 
@@ -96,6 +106,14 @@ class BlockDrafter:
         assert sample.slot is not None
         self._ahead.put(sample.slot, hidden)
 
+    def skip(self, samples: Sequence[Sample], hidden: Float[Tensor, "B D"]) -> None:
+        """As `Drafter.skip`."""
+        self._ahead.add(_slots(samples), hidden)
+
+    def reach(self, sample: Sample, longest: int) -> int:
+        """As `Drafter.reach`; none after many tokens that the block has not read."""
+        return longest if self._num_unread(sample) else 0
+
     @torch.inference_mode()
     def draft(
         self, model: HybridLM, samples: Sequence[Sample], counts: Sequence[int]
@@ -110,10 +128,13 @@ class BlockDrafter:
             (sample.tokens[begin : end + 1] + [0] * longest)[:longest]
             for sample, begin, end in zip(samples, begins, ends, strict=True)
         ]
-        hidden = self._ahead.hidden[slots, :longest]
+        hidden = self._ahead.hidden[slots_of(slots, self._cache.device), :longest]
         hidden = self._predict(model, texts, hidden, RowsAhead(self._cache, slots, begins))
-        last = torch.tensor(unread, device=hidden.device) - 1
-        hidden = hidden[torch.arange(len(slots), device=hidden.device), last].unsqueeze(1)
+        if min(unread) == longest:
+            hidden = hidden[:, -1:]
+        else:
+            last = torch.tensor(unread, device=hidden.device).view(-1, 1, 1) - 1
+            hidden = hidden.take_along_dim(last, dim=1)
         rows = RowsAhead(self._cache, slots, [end + 1 for end in ends])
         columns: list[list[Draft]] = []
         for place in range(max(counts)):
@@ -135,23 +156,27 @@ class BlockDrafter:
     def _pick(
         self, samples: Sequence[Sample], logits: Float[Tensor, "B V"], place: int
     ) -> list[Draft]:
-        drafts = [Draft(token) for token in logits.argmax(-1).tolist()]
+        drafts: list[Draft | None] = [
+            Draft(sample.forced[place]) if place < len(sample.forced) else None
+            for sample in samples
+        ]
         groups: dict[tuple[object, ...], list[int]] = {}
         for row, sample in enumerate(samples):
-            if place < len(sample.forced):
-                drafts[row] = Draft(sample.forced[place])
-            elif self._draws and sample.request.sampling.temperature > 0:
+            if drafts[row] is None and self._draws and sample.request.sampling.temperature > 0:
                 groups.setdefault(sample.request.sampling.cut, []).append(row)
         for rows in groups.values():
             sampling = samples[rows[0]].request.sampling
             uniform = torch.tensor(
                 [samples[row].draft_uniform(place) for row in rows], dtype=torch.float64
             )
-            shares = distribution(logits[rows], sampling)
-            tokens = choose(logits[rows], sampling, uniform.to(logits.device)).tokens
-            for row, token, share in zip(rows, tokens.tolist(), shares, strict=True):
+            part = logits if len(rows) == len(samples) else logits[rows]
+            drawn = draw(part, sampling, uniform.to(logits.device))
+            for row, token, share in zip(rows, drawn.tokens.tolist(), drawn.shares, strict=True):
                 drafts[row] = Draft(token, share)
-        return drafts
+        if None not in drafts:
+            return [draft for draft in drafts if draft is not None]
+        likeliest = logits.argmax(-1).tolist()
+        return [draft or Draft(token) for draft, token in zip(drafts, likeliest, strict=True)]
 
     def _num_unread(self, sample: Sample) -> int:
         assert sample.slot is not None
@@ -201,6 +226,13 @@ class LookupDrafter:
 
     def keep(self, sample: Sample, hidden: Float[Tensor, "T D"]) -> None:
         """Nothing."""
+
+    def skip(self, samples: Sequence[Sample], hidden: Float[Tensor, "B D"]) -> None:
+        """Nothing."""
+
+    def reach(self, sample: Sample, longest: int) -> int:
+        """As `Drafter.reach`: as far as the text went on at its other place."""
+        return len(self._guess(sample, longest))
 
     def draft(
         self, model: HybridLM, samples: Sequence[Sample], counts: Sequence[int]

@@ -133,7 +133,9 @@ class Engine:
             formats=formats,
             replay=is_exact,
         )
-        self.speculator = Speculator(self.cache, speculation) if speculation is not None else None
+        self.speculator = None
+        if speculation is not None:
+            self.speculator = Speculator(self.cache, model.config, speculation)
         self._steps = Steps(self.cache) if fixed_sizes else None
         self.prefixes = PrefixStore(self.cache, prefixes)
         self.scheduler = Scheduler(self.cache, self.prefixes)

@@ -31,9 +31,14 @@ class Rollback(Protocol):
 class Replay:
     """`replay`: memory of the inputs alone, and a few operations in each Mamba-2 layer."""
 
+    def __init__(self) -> None:
+        self._rows: CachedRows | None = None
+
     def rows(self, cache: Cache, slots: Sequence[int]) -> CachedRows:
         """As `Rollback.rows`."""
-        return cache.rows(slots, keep="inputs")
+        if self._rows is None or self._rows.slots != slots:
+            self._rows = cache.rows(slots, keep="inputs")
+        return self._rows
 
     def keep_first(
         self, model: HybridLM, rows: CachedRows, tokens: Int[Tensor, "B T"], counts: Sequence[int]

@@ -85,6 +85,14 @@ class Choice:
     logprobs: Float[Tensor, " B"]
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """One token for each row, and the probabilities (float64) of all tokens."""
+
+    tokens: Int[Tensor, " B"]
+    shares: Float[Tensor, "B V"]
+
+
 def choose(
     logits: Float[Tensor, "B V"], sampling: Sampling, uniform: Float[Tensor, " B"] | None
 ) -> Choice:
@@ -95,7 +103,16 @@ def choose(
     if sampling.temperature == 0:
         return Choice(logits.argmax(-1), logits.new_zeros(logits.shape[0], dtype=torch.float64))
     assert uniform is not None, "a temperature above 0 needs random numbers"
+    return _draw(_cut(logits, sampling), uniform)
+
+
+def draw(logits: Float[Tensor, "B V"], sampling: Sampling, uniform: Float[Tensor, " B"]) -> Drawn:
+    """Return what `choose` draws, and the `distribution` that it is drawn from."""
     cut = _cut(logits, sampling)
+    return Drawn(_draw(cut, uniform).tokens, _distribution(cut, logits))
+
+
+def _draw(cut: "_Cut", uniform: Float[Tensor, " B"]) -> Choice:
     place = torch.searchsorted(cut.mass, uniform.double().unsqueeze(1) * cut.kept, right=True)
     place = place.minimum(cut.last)
     logprobs = (cut.shares.gather(1, place) / cut.kept).log()
@@ -107,7 +124,10 @@ def choose(
 def distribution(logits: Float[Tensor, "B V"], sampling: Sampling) -> Float[Tensor, "B V"]:
     """Return the probabilities (float64) with which `choose` draws each token."""
     assert sampling.temperature > 0, "the likeliest token is not drawn"
-    cut = _cut(logits, sampling)
+    return _distribution(_cut(logits, sampling), logits)
+
+
+def _distribution(cut: "_Cut", logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
     is_kept = torch.arange(cut.shares.shape[1], device=logits.device) <= cut.last
     shares = (cut.shares / cut.kept).where(is_kept, 0.0)
     if cut.tokens is None:

@@ -1,5 +1,6 @@
 """Speculative decoding: a pass reads several guessed tokens, and those that are right are kept."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
@@ -10,13 +11,14 @@ from torch import Tensor
 
 from nemotron.errors import UserError
 from nemotron.generate.acceptance import Acceptance
+from nemotron.generate.draft_length import DraftLengths
 from nemotron.generate.drafts import BlockDrafter, Drafter, LookupDrafter
 from nemotron.generate.request import DraftedPass, Event
 from nemotron.generate.rollback import WAYS, Way
 from nemotron.generate.routing import keep_experts, recorded
 from nemotron.generate.sample import Sample
 from nemotron.generate.selection import Draft, select
-from nemotron.model.cache import Cache
+from nemotron.model.cache import Cache, CachedRows
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 
@@ -25,10 +27,9 @@ Method = Literal["rejection", "match"]
 
 MAX_LENGTH = 16
 """Longest draft; a longer one is never accepted often enough."""
-DRAFT_COST = 0.15
-"""Assumed time of drafting and reading one more token, in passes that read one."""
-MEMORY = 0.9
-"""Weight of a pass in the estimate of acceptance, for each pass after it."""
+HELD = 64
+"""Hidden states of tokens that the multi-token-prediction block has not read while it did not
+draft; an answer with more of them gets no more drafts of the block."""
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,8 @@ class Speculation:
     further up (`lookup`). `rejection` accepts a draft with the probability that keeps the
     distribution, `match` if it is the token that is drawn anyway: it accepts less, but answers are
     those without speculation for each seed. With temperature 0, and for `lookup`, both are the
-    same. `length` is that of a draft, the largest one if it is `adaptive`: each answer then has
-    drafts as long as those that paid before.
+    same. `length` is that of a draft, the largest one if it is `adaptive`: drafts are then as long
+    as they pay, and there are none where none does.
     """
 
     source: Source = "mtp"
@@ -66,7 +67,7 @@ class Speculation:
     @property
     def num_unread(self) -> int:
         """Hidden states that the multi-token-prediction block reads at once, if it drafts."""
-        return 1 + self.length if self.source == "mtp" else 0
+        return 1 + max(self.length, HELD) if self.source == "mtp" else 0
 
     def check(self, config: ModelConfig) -> None:
         """Refuse a model that cannot draft in this way.
@@ -80,37 +81,29 @@ class Speculation:
             )
 
 
-def next_length(passes: Sequence[DraftedPass], longest: int) -> int:
-    """Return how many tokens to draft after these passes, from 1 to `longest`.
-
-    With probability a that a draft is accepted, k drafts bring 1 + a + … + a^k tokens; the k is
-    chosen that brings most tokens for the time.
-    """
-    accepted, tested = 1.0, 1.0  # long drafts until something is known
-    for done in passes[-32:]:
-        accepted = MEMORY * accepted + done.num_accepted
-        tested = MEMORY * tested + min(done.num_accepted + 1, done.num_drafts)
-    share = accepted / tested
-
-    def speed(count: int) -> float:
-        return sum(share**k for k in range(count + 1)) / (1 + DRAFT_COST * count)
-
-    return max(range(1, longest + 1), key=speed)
-
-
 class Speculator:
     """Brings samples several tokens further in one pass of the model.
 
     The newest token of each is chosen and not yet read.
     """
 
-    def __init__(self, cache: Cache, speculation: Speculation) -> None:
+    def __init__(self, cache: Cache, config: ModelConfig, speculation: Speculation) -> None:
         self._cache, self._settings = cache, speculation
         self._rollback = WAYS[speculation.rollback]()
         self.drafter: Drafter = LookupDrafter()
         if speculation.source == "mtp":
             self.drafter = BlockDrafter(cache, draws=speculation.method == "rejection")
         self.acceptance = Acceptance()
+        self._plain: CachedRows | None = None
+        """Rows of the newest pass without drafts."""
+        self._lengths = DraftLengths(
+            config,
+            len(cache.lengths),
+            cache.device.type,
+            longest=speculation.length,
+            is_drawn=speculation.source == "mtp" and speculation.method == "rejection",
+            has_block=speculation.source == "mtp",
+        )
 
     @property
     def room(self) -> int:
@@ -120,30 +113,70 @@ class Speculator:
     @torch.inference_mode()
     def step(self, model: HybridLM, samples: Sequence[Sample], version: int) -> list[Event]:
         """Append at least one token to each sample; those that end keep their slots."""
+        begin = time.perf_counter()
         by_slot = {sample.slot: sample for sample in samples if sample.slot is not None}
-        samples = [by_slot[slot] for slot in sorted(by_slot)]  # neighbors need no copies
-        drafts = self.drafter.draft(model, samples, [self._count(sample) for sample in samples])
-        rows = self._rollback.rows(self._cache, sorted(by_slot))
-        starts = [self._cache.lengths[slot] for slot in rows.slots]
+        slots = sorted(by_slot)  # neighbors need no copies
+        samples = [by_slot[slot] for slot in slots]
+        drafts = self._draft(model, samples)
+        longest = max(map(len, drafts))
+        rows = self._rows(slots, has_drafts=longest > 0)
+        starts = [self._cache.lengths[slot] for slot in slots]
         tokens = self._tokens(samples, drafts)
         has_experts = any(sample.request.experts for sample in samples)
         with recorded(model, on=has_experts) as record:
             hidden = model(tokens, cache=rows)
         events, counts = _decide(samples, drafts, model.logits(hidden), version)
-        self._rollback.keep_first(model, rows, tokens, counts)
+        if longest:
+            self._rollback.keep_first(model, rows, tokens, counts)
         if record.layers:
             keep_experts(record.experts(len(samples)), samples, starts, counts)
-        for row, (sample, count) in enumerate(zip(samples, counts, strict=True)):
-            self.drafter.keep(sample, hidden[row, :count])
-            self._note(sample, DraftedPass(len(drafts[row]), count - 1))
+        self._keep(samples, drafts, hidden, counts)
+        passes = [DraftedPass(len(d), n - 1) for d, n in zip(drafts, counts, strict=True)]
+        for sample, done in zip(samples, passes, strict=True):
+            self._note(sample, done)
+        self._lengths.note(samples, passes, time.perf_counter() - begin)
         return events
 
-    def _count(self, sample: Sample) -> int:
-        """Return how many tokens to draft: none after the last one of the answer."""
-        longest = self._settings.length
-        if self._settings.adaptive:
-            longest = next_length(sample.answer.passes, longest)
-        return min(longest, sample.request.max_tokens - len(sample.answer.tokens) - 1)
+    def _draft(self, model: HybridLM, samples: Sequence[Sample]) -> list[list[Draft]]:
+        """Return a draft for each sample; none after the last token of an answer."""
+        left = [s.request.max_tokens - len(s.answer.tokens) - 1 for s in samples]
+        counts = [
+            self.drafter.reach(sample, min(self._settings.length, most)) if most else 0
+            for sample, most in zip(samples, left, strict=True)
+        ]
+        drafts: list[list[Draft]] = [[] for _ in samples]
+        if self._settings.adaptive and any(counts):
+            counts = self._lengths.choose(samples, counts)
+        wanted = [row for row, count in enumerate(counts) if count]
+        if wanted:
+            own = [samples[row] for row in wanted]
+            found = self.drafter.draft(model, own, [counts[row] for row in wanted])
+            for row, draft in zip(wanted, found, strict=True):
+                drafts[row] = draft
+        return drafts
+
+    def _keep(
+        self,
+        samples: Sequence[Sample],
+        drafts: Sequence[list[Draft]],
+        hidden: Float[Tensor, "B T D"],
+        counts: Sequence[int],
+    ) -> None:
+        """Let the drafter take note of what was read."""
+        skipped = [row for row, draft in enumerate(drafts) if not draft]
+        for row, (sample, count) in enumerate(zip(samples, counts, strict=True)):
+            if drafts[row]:
+                self.drafter.keep(sample, hidden[row, :count])
+        if skipped:
+            newest = hidden[:, 0] if len(skipped) == len(samples) else hidden[skipped, 0]
+            self.drafter.skip([samples[row] for row in skipped], newest)
+
+    def _rows(self, slots: list[int], *, has_drafts: bool) -> CachedRows:
+        if has_drafts:
+            return self._rollback.rows(self._cache, slots)
+        if self._plain is None or self._plain.slots != slots:
+            self._plain = self._cache.rows(slots)
+        return self._plain
 
     def _tokens(
         self, samples: Sequence[Sample], drafts: Sequence[list[Draft]]

@@ -220,6 +220,19 @@ class Ahead:
         self.hidden[slot, :count] = hidden
         self.counts[slot] = count
 
+    def add(self, slots: list[int], hidden: Float[Tensor, "B D"]) -> None:
+        """Append one to each slot, of a token that was read without a draft.
+
+        Where there is no room for it all are lost: the block cannot go on from a text without them.
+        """
+        most = self.hidden.shape[1]
+        rows = [row for row, slot in enumerate(slots) if 0 < self.counts[slot] < most]
+        places = [slots[row] for row in rows], [self.counts[slots[row]] for row in rows]
+        if rows:
+            self.hidden[places] = hidden if len(rows) == len(slots) else hidden[rows]
+        for slot in slots:
+            self.counts[slot] = (self.counts[slot] + 1) % (most + 1) if self.counts[slot] else 0
+
     def of(self, slot: int) -> Float[Tensor, "T D"]:
         """Return the hidden states of a slot."""
         return self.hidden[slot, : self.counts[slot]]

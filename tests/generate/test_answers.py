@@ -14,7 +14,8 @@ from tests.support.models import build
 
 PROMPT = (5, 3, 60, 1, 17)
 SPECULATIONS = pytest.mark.parametrize(
-    "speculation", [None, Speculation("mtp", 4), Speculation("lookup", 3)]
+    "speculation",
+    [None, Speculation("mtp", 4, adaptive=False), Speculation("lookup", 3, adaptive=False)],
 )
 
 

@@ -47,7 +47,10 @@ def test_the_tag_is_closed_at_the_budget(
     assert written(ReasoningBudget(tokens, grace, END, frozenset({LINE})), by_model) == expected
 
 
-@pytest.mark.parametrize("speculation", [None, Speculation("mtp"), Speculation("lookup", 2)])
+@pytest.mark.parametrize(
+    "speculation",
+    [None, Speculation("mtp", adaptive=False), Speculation("lookup", 2, adaptive=False)],
+)
 @pytest.mark.parametrize(("tokens", "grace"), [(0, 0), (4, 0), (3, 4)])
 def test_every_answer_of_an_engine_keeps_to_its_budget(
     tokens: int, grace: int, speculation: Speculation | None

@@ -125,7 +125,7 @@ def test_speculation_changes_no_text_and_says_what_was_accepted(
     model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     expected = expected_text(model, tokenizer, "The first", 30)
-    guesses = Speculation("lookup")
+    guesses = Speculation("lookup", adaptive=False)
     wanted = Continuation(Sampling(1.0, seed=9), 30, speculation=guesses, device="cpu")
     code = generate(model, tokenizer, ["The first"], wanted, stream=True)
     output = capsys.readouterr()

@@ -94,7 +94,7 @@ def check_nothing_is_left(engine: Engine) -> None:
         further((20, 3, None)),
         further((20, 4, None)),
         further((64, 0, Speculation("mtp", 3))),
-        (20, 3, Speculation("mtp", 2, "match", "store")),
+        (20, 3, Speculation("mtp", 2, "match", "store", adaptive=False)),
         (20, 4, Speculation("lookup", 4)),
     ],
 )
@@ -226,7 +226,7 @@ def engine_tokens(engine: Engine, text: tuple[int, ...]) -> list[int]:
     return [event.token for event in events if event.token is not None]
 
 
-@pytest.mark.parametrize("speculation", [None, Speculation("mtp", 2)])
+@pytest.mark.parametrize("speculation", [None, Speculation("mtp", 2, adaptive=False)])
 def test_no_slot_and_no_block_is_lost_over_many_requests(
     model: HybridLM, speculation: Speculation | None
 ) -> None:

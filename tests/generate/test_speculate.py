@@ -11,10 +11,17 @@ from nemotron.data.batch import shift_left
 from nemotron.errors import UserError
 from nemotron.generate.acceptance import Acceptance
 from nemotron.generate.decode_layers import decode_view
+from nemotron.generate.draft_length import (
+    DraftLengths,
+    Record,
+    estimated_cost,
+    paying_length,
+)
 from nemotron.generate.drafts import LookupDrafter
 from nemotron.generate.engine import Engine
-from nemotron.generate.request import DraftedPass, Request
+from nemotron.generate.request import Answer, DraftedPass, Request
 from nemotron.generate.rollback import Way
+from nemotron.generate.sample import Sample
 from nemotron.generate.sampling import (
     Choice,
     Sampling,
@@ -23,13 +30,13 @@ from nemotron.generate.sampling import (
     distribution,
 )
 from nemotron.generate.selection import Draft
-from nemotron.generate.speculate import Speculation, next_length
+from nemotron.generate.speculate import Speculation
 from nemotron.model.cache import Cache
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import KeyValues, MambaSlots
 from tests.generate.test_scheduling import check_nothing_is_left, prompt, small_engine
 from tests.support.cases import further
-from tests.support.models import build
+from tests.support.models import build, build_config
 
 GREEDY, VOCAB = Sampling(0.0), 20
 # float64: other orders of sums
@@ -51,6 +58,11 @@ class Planned:
     def follow(self, *read: object) -> None: ...
 
     def keep(self, *read: object) -> None: ...
+
+    def skip(self, *read: object) -> None: ...
+
+    def reach(self, sample: Sample, longest: int) -> int:
+        return longest
 
     def draft(self, model: HybridLM, samples: list, counts: list[int]) -> list[list[Draft]]:
         found = []
@@ -136,7 +148,7 @@ def test_greedy_answers_are_those_without_speculation(
     prompts = [prompt(generator) for _ in range(9)]
     expected = small_engine(model, slots=4).generate(prompts, 20, GREEDY)
     engine = small_engine(
-        model, slots=4, blocks=30, speculation=Speculation(source, 3, rollback=way)
+        model, slots=4, blocks=30, speculation=Speculation(source, 3, rollback=way, adaptive=False)
     )
     assert engine.generate(prompts, 20, GREEDY) == expected
     check_nothing_is_left(engine)
@@ -146,14 +158,25 @@ def test_matched_answers_are_those_without_speculation_for_each_seed(model: Hybr
     generator = random.Random(6)
     prompts, sampling = [prompt(generator) for _ in range(6)], Sampling(0.7, top_p=0.9, seed=3)
     expected = small_engine(model, slots=4).generate(prompts, 20, sampling)
-    engine = small_engine(model, slots=4, speculation=Speculation("mtp", 3, "match"))
+    engine = small_engine(
+        model, slots=4, speculation=Speculation("mtp", 3, "match", adaptive=False)
+    )
     assert engine.generate(prompts, 20, sampling) == expected
 
 
-def test_the_first_drafted_token_is_predicted_as_in_training(model: HybridLM) -> None:
+def test_the_first_drafted_token_is_predicted_as_in_training(
+    model: HybridLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also after passes without drafts, whose hidden states the block reads later."""
+
+    def at_random(lengths: DraftLengths, samples: list[Sample], reaches: list[int]) -> list[int]:
+        return [min(generator.choice([0, 0, 3]), reach) for reach in reaches]
+
+    monkeypatch.setattr(DraftLengths, "choose", at_random)
     generator = random.Random(7)
     prompts = [prompt(generator) for _ in range(8)]
-    engine = small_engine(model, slots=8, prefixes=2, speculation=Speculation("mtp", 3))
+    speculation = Speculation("mtp", 3)
+    engine = small_engine(model, slots=8, prefixes=2, speculation=speculation)
     for number, given in enumerate(prompts):
         engine.submit(Request(given, 14, Sampling(0.8, seed=number)))
     num_seen = 0
@@ -182,6 +205,36 @@ def test_the_first_drafted_token_is_predicted_as_in_training(model: HybridLM) ->
             assert (seen[0][row] - expected).abs().max() <= 1e-9
             num_seen += 1
     assert num_seen > 40
+
+
+def test_an_answer_without_drafts_for_long_gets_none_any_more(
+    model: HybridLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The block does not know the text; nor that of a request which goes on from its state."""
+    monkeypatch.setattr("nemotron.generate.speculate.HELD", 5)
+    wanted: list[int] = []
+
+    def choose(lengths: DraftLengths, samples: list[Sample], reaches: list[int]) -> list[int]:
+        return [min(wanted.pop(0) if wanted else 2, reach) for reach in reaches]
+
+    monkeypatch.setattr(DraftLengths, "choose", choose)
+    engine = small_engine(model, slots=1, prefixes=1, speculation=Speculation("mtp", 3))
+
+    def answer(prompt: tuple[int, ...], *counts: int) -> Answer:
+        wanted[:] = counts
+        *_, ended = engine.run([Request(prompt, 14, GREEDY)])
+        wanted.clear()
+        return ended.answer
+
+    awake = answer((5, 6, 7), *[0] * 5)
+    assert any(done.num_drafts for done in awake.passes)
+    asleep = answer((5, 6, 8), *[0] * 6)
+    assert not any(done.num_drafts for done in asleep.passes)
+    assert asleep.tokens == small_engine(model).generate([(5, 6, 8)], 14, GREEDY)[0]
+    longer = (5, 6, 8, *asleep.tokens, 4, 4)
+    assert not any(done.num_drafts for done in answer(longer).passes)
+    engine.prefixes.clear()
+    assert any(done.num_drafts for done in answer(longer).passes)
 
 
 def count_tokens(model: HybridLM, count: int, speculation: Speculation) -> Tensor:
@@ -240,7 +293,7 @@ def p_value(counts: Tensor, shares: Tensor) -> float:
 )
 def test_drawn_tokens_have_the_distribution_of_plain_decoding(source: str, count: int) -> None:
     model = build(hybrid_override_pattern="M*", vocab_size=VOCAB)
-    counts = count_tokens(model, count, Speculation(source, 2))
+    counts = count_tokens(model, count, Speculation(source, 2, adaptive=False))
     chance = p_value(counts, expected_shares(model))
     print(f"{source}, {count:,} answers: p = {chance:.3g}")
     assert chance > 1e-3
@@ -257,7 +310,7 @@ def test_a_planted_bias_is_noticed(
 
     monkeypatch.setattr("nemotron.generate.selection.accept_or_draw", too_eager)
     model = build(hybrid_override_pattern="M*", vocab_size=VOCAB)
-    counts = count_tokens(model, count, Speculation("mtp", 2))
+    counts = count_tokens(model, count, Speculation("mtp", 2, adaptive=False))
     chance = p_value(counts, expected_shares(model))
     print(f"a bias, {count:,} answers: p = {chance:.3g}")
     assert chance < 1e-3
@@ -287,7 +340,7 @@ def test_accepted_and_redrawn_tokens_have_the_distribution_of_choose(sampling: S
 
 
 def test_a_repeated_text_is_looked_up(model: HybridLM) -> None:
-    engine = small_engine(model, speculation=Speculation("lookup", 4))
+    engine = small_engine(model, speculation=Speculation("lookup", 4, adaptive=False))
     engine.submit(Request((7, 8, 9, 10, 11, 5, 7, 8), 30, GREEDY))
     engine.step()
     [sample] = engine.scheduler.running
@@ -321,11 +374,64 @@ def test_acceptance_is_given_in_both_published_forms() -> None:
 
 
 def test_drafts_are_as_long_as_they_pay() -> None:
-    right, wrong = DraftedPass(5, 5), DraftedPass(1, 0)
-    assert next_length([], 5) == 5
-    assert next_length([right] * 4, 5) == 5
-    assert next_length([right] * 4 + [wrong] * 20, 5) == 1
-    assert 1 < next_length([DraftedPass(5, 2)] * 20, 5) < 5
+    right, wrong, none = DraftedPass(5, 5), DraftedPass(1, 0), DraftedPass(0, 0)
+
+    def rate(*passes: DraftedPass) -> float:
+        record = Record()
+        for done in passes:
+            record.note(done)
+        return record.rate
+
+    assert rate() == rate(*[right] * 4, *[none] * 50) == 1
+    assert rate(*[wrong] * 20) < 0.2 < 0.6 < rate(*[wrong] * 20, *[right] * 10)
+
+    def length(rates: list[float], reaches: list[int], cost: float, others: int = 0) -> int:
+        return paying_length(rates, reaches, lambda count: 1 + cost * count, others)
+
+    assert length([1.0], [5], cost=0.7) == 5
+    assert length([1.0], [2], cost=0.7) == 2
+    assert length([0.4], [5], cost=0.5) == 0
+    assert length([0.8], [5], cost=0.6) == 1
+    assert 1 < length([0.7], [5], cost=0.15) < 5
+    assert length([0.8, 0.9], [0, 3], cost=0.5) == 0  # one of two could have a draft
+    assert length([0.8], [5], cost=0.5, others=2) == 2  # the pass is that long in any case
+
+
+def test_no_drafts_are_made_where_none_pay() -> None:
+    """Times decide for a greedy answer; for one of a given seed, only its own drafts."""
+    pattern = {"hybrid_override_pattern": "M-*-" * 6, "intermediate_size": 8192}
+    config = build_config(hidden_size=2048, **pattern)
+    lengths = DraftLengths(config, 1, "cpu", longest=3, is_drawn=True, has_block=True)
+    greedy, drawn = (
+        Sample(0, 0, 0, Request((1,), 900, Sampling(temperature, seed=1)), 1, frozenset(), None)
+        for temperature in (0.0, 1.0)
+    )
+
+    def count(sample: Sample, added: float, right: int) -> int:
+        [found] = lengths.choose([sample], [3])
+        done = DraftedPass(found, min(found, right))
+        lengths.note([sample], [done], 1 + added * found)
+        return found
+
+    measured = [count(greedy, 0.1, 3) for _ in range(9)]
+    assert measured == [0, 0, 0, 1, 1, 1, 3, 3, 3]
+    assert {count(greedy, 0.1, 3) for _ in range(20)} == {3}
+    assert lengths.choose([greedy], [0]) == [0]
+    assert 0 in {count(greedy, 2.0, 3) for _ in range(20)}
+    assert {count(greedy, 2.0, 3) for _ in range(80)} == {0}
+    assert count(drawn, 0.0, 0) == 3
+    found = [count(drawn, 0.0, 0) for _ in range(100)]
+    assert found[-30:].count(0) >= 29
+    assert 1 in found[30:]  # now and then one is tried
+
+
+def test_more_rows_make_drafts_dearer_on_a_processor_than_on_a_gpu() -> None:
+    config = build_config(hidden_size=96, vocab_size=4096)
+    on_cpu = [estimated_cost(config, rows, "cpu", has_block=True) for rows in (1, 8)]
+    on_gpu = [estimated_cost(config, rows, "cuda", has_block=True) for rows in (1, 8)]
+    assert on_cpu[0] < on_cpu[1]
+    assert on_gpu[1] < on_cpu[1]
+    assert estimated_cost(config, 1, "cpu", has_block=False) < on_cpu[0]
 
 
 def test_impossible_speculation_is_refused(model: HybridLM) -> None:

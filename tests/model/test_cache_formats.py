@@ -96,7 +96,12 @@ def test_smaller_formats_take_less_memory() -> None:
 
 
 @pytest.mark.parametrize(
-    "speculation", [None, Speculation("mtp", 2), Speculation("mtp", 2, rollback="store")]
+    "speculation",
+    [
+        None,
+        Speculation("mtp", 2, adaptive=False),
+        Speculation("mtp", 2, rollback="store", adaptive=False),
+    ],
 )
 @pytest.mark.parametrize("formats", [("fp16", "bf16"), ("fp16_sr", "fp8")])
 def test_an_engine_with_small_formats_stays_close(

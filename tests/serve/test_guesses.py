@@ -17,7 +17,7 @@ FORM = {"type": "json_schema", "json_schema": {"name": "words", "schema": SCHEMA
 
 @pytest.fixture(scope="module")
 def guessing(start: Start) -> Running:
-    return start(speculation=Speculation(source="lookup"))
+    return start(speculation=Speculation(source="lookup", adaptive=False))
 
 
 @pytest.fixture(scope="module")

@@ -114,7 +114,7 @@ def test_an_answer_arrives_with_its_reasoning_folded(visitor: Visitor):
 
 def test_guesses_are_shown_beside_the_speed(browser: Any, start: Start):
     page = browser.new_page()
-    running = start(speculation=Speculation(source="lookup"))
+    running = start(speculation=Speculation(source="lookup", adaptive=False))
     visitor = Visitor(page, running)
     running.answers.append("</think>" + "one two three " * 20 + "<|im_end|>")
     visitor.ask("Count.")
