@@ -7,9 +7,11 @@ is one of the choices.
 
 import statistics
 from collections import defaultdict, deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from weakref import WeakKeyDictionary
+
+import numpy as np
 
 from nemotron.generate.request import DraftedPass
 from nemotron.generate.sample import Sample
@@ -30,8 +32,10 @@ PLAIN_EVERY = 64
 """Passes with drafts after which one without is measured again."""
 TRY_EVERY = 32
 """Passes without drafts of an answer after which one is tried."""
-MARGIN = 0.1
+MARGIN = 0.05
 """Part of the speed by which drafts must be faster than none: estimates are rough."""
+HOPE = 1.2
+"""Least gain of drafts that are all accepted, without which none is tried."""
 COMPUTE = {"cpu": 0.15, "cuda": 0.003}
 """Time to multiply a token by a weight, in times to read a weight: measured on one core with
 compiled steps in float32, and by the data sheet of an H100 in bfloat16."""
@@ -69,19 +73,21 @@ def tokens_of(acceptance: float, count: int) -> float:
 
 
 def paying_length(
-    rates: Sequence[float], reaches: Sequence[int], cost: float, others: int = 0
+    rates: Sequence[float], reaches: Sequence[int], cost: Callable[[int], float], others: int = 0
 ) -> int:
-    """Return the length with which answers of equal length end soonest on average.
+    """Return the length with which answers of equal length end soonest.
 
-    They pass the model together, with others whose drafts have a given length. `reaches` are the
-    most tokens that could be drafted of each, `rates` the probabilities that one is accepted; a
-    drafted token takes `cost` times the time of a pass without drafts.
+    Both the last end and the mean of all count. They pass the model together, with others whose
+    drafts have a given length. `reaches` are the most tokens that could be drafted of each, `rates`
+    the probabilities that one is accepted; `cost` tells the time of a pass with drafts of some
+    length, in passes without.
     """
     pairs = list(zip(rates, reaches, strict=True))
 
     def time(count: int) -> float:
-        passes = sum(1 / tokens_of(rate, min(count, reach)) for rate, reach in pairs)
-        return passes * (1 + cost * max(count, others)) * (1 + MARGIN * (count > 0))
+        each = [1 / tokens_of(rate, min(count, reach)) for rate, reach in pairs]
+        passes = sum(each) / len(each) + max(each)
+        return passes * cost(max(count, others)) * (1 + MARGIN * (count > 0))
 
     return min(range(max(reaches) + 1), key=time)
 
@@ -116,30 +122,28 @@ def estimated_cost(config: ModelConfig, rows: int, device: str, *, has_block: bo
 
 @dataclass
 class Times:
-    """Seconds of passes with one number of rows."""
+    """Seconds of passes with one number of rows, by the length of the longest draft."""
 
-    plain: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
-    added: deque[float] = field(default_factory=lambda: deque(maxlen=TIMES))
-    """By each drafted token, beyond a pass without drafts."""
+    seconds: defaultdict[int, deque[float]] = field(
+        default_factory=lambda: defaultdict(lambda: deque(maxlen=TIMES))
+    )
     num_drafted: int = 0
     """Passes with drafts since the newest one without."""
 
     def note(self, longest: int, seconds: float) -> None:
-        """Take note of a pass whose longest draft has so many tokens."""
-        if not longest:
-            self.plain.append(seconds)
-            self.num_drafted = 0
-            return
-        self.num_drafted += 1
-        if self.plain:
-            self.added.append((seconds - statistics.median(self.plain)) / longest)
+        """Take note of a pass."""
+        self.seconds[longest].append(seconds)
+        self.num_drafted = self.num_drafted + 1 if longest else 0
 
-    @property
-    def cost(self) -> float | None:
-        """Time of a drafted token in passes without drafts; None before it is known."""
-        if len(self.added) < TRIALS:
-            return None
-        return max(0.0, statistics.median(self.added) / statistics.median(self.plain))
+    def lacks(self, longest: int) -> bool:
+        """Say whether passes with drafts of a length were not measured often enough."""
+        return len(self.seconds[longest]) < TRIALS
+
+    def cost(self, longest: int) -> float:
+        """Return the time of a pass in passes without drafts, from those of other lengths."""
+        known = sorted(n for n, times in self.seconds.items() if len(times) >= TRIALS)
+        medians = [statistics.median(self.seconds[number]) for number in known]
+        return float(np.interp(longest, known, medians)) / medians[0]
 
 
 class DraftLengths:
@@ -171,7 +175,7 @@ class DraftLengths:
         free = []
         for row, (sample, reach) in enumerate(zip(samples, reaches, strict=True)):
             if reach and self._depends_on_drafts(sample):
-                counts[row] = self._paying([sample], [reach], self._fixed_cost)
+                counts[row] = self._paying([sample], [reach], self._by_formula)
             elif reach:
                 free.append(row)
         if free:
@@ -193,33 +197,39 @@ class DraftLengths:
         self, samples: Sequence[Sample], reaches: Sequence[int], rows: int, others: int
     ) -> int:
         """Return the length for samples that depend on no draft, among `rows` of a pass."""
-        times = self._times[rows]
-        if times.num_drafted >= PLAIN_EVERY:
+        if self._times[rows].num_drafted >= PLAIN_EVERY:
             return others
-        cost = self._known_cost(rows)
-        if cost is None:
-            return others if len(times.plain) < TRIALS else max(1, others)
-        count = self._paying(samples, reaches, cost, others)
+        times = self._known(rows)
+        for length in (0, 1, self._longest):
+            if times.lacks(length):
+                return max(length, others)
+        count = self._paying(samples, reaches, times.cost, others)
         if not count and len(samples) == rows:
             self._resting, self._rest = list(samples), REST
         return count
 
-    def _known_cost(self, rows: int) -> float | None:
-        """Return the measured cost with about so many rows."""
-        costs = {number: times.cost for number, times in self._times.items()}
-        known = {number: cost for number, cost in costs.items() if cost is not None}
-        if not known:
-            return None
-        return known[min(known, key=lambda number: abs(number - rows))]
+    def _known(self, rows: int) -> Times:
+        """Return measured times with about so many rows, or those to be measured."""
+        ends = (0, 1, self._longest)
+        known = [n for n, times in self._times.items() if not any(map(times.lacks, ends))]
+        return self._times[min(known, key=lambda number: abs(number - rows), default=rows)]
 
     def _paying(
-        self, samples: Sequence[Sample], reaches: Sequence[int], cost: float, others: int = 0
+        self,
+        samples: Sequence[Sample],
+        reaches: Sequence[int],
+        cost: Callable[[int], float],
+        others: int = 0,
     ) -> int:
         """Return the length that pays; 1 now and then where none did, but one could."""
+        if max((1 + count) / cost(count) for count in (1, self._longest)) < HOPE:
+            return 0
         records = [self._record(sample) for sample in samples]
         count = paying_length([record.rate for record in records], reaches, cost, others)
-        is_due = cost < 1 and any(record.idle >= TRY_EVERY for record in records)
-        return count or int(is_due)
+        return count or int(any(record.idle >= TRY_EVERY for record in records))
+
+    def _by_formula(self, count: int) -> float:
+        return 1 + self._fixed_cost * count
 
     def _record(self, sample: Sample) -> Record:
         return self._records.setdefault(sample, Record())

@@ -1,11 +1,13 @@
 """Measure the engine: speculation, many requests at once, and what is left after thousands.
 
 python tools/bench/generation.py speculation MODEL   acceptance, and tokens/s beside plain decoding
+python tools/bench/generation.py costs MODEL         time of plain, testing and drafting passes
 python tools/bench/generation.py requests            32 requests, beside transformers' two ways
 python tools/bench/generation.py leaks --count 10000 slots, blocks and memory after many requests
 """
 
 import argparse
+import gc
 import random
 import resource
 import time
@@ -20,16 +22,22 @@ from worker import Ours, Peer
 
 from nemotron.data.corpus import load_documents
 from nemotron.generate.decode_layers import prepare_weights
+from nemotron.generate.draft_length import tokens_of
+from nemotron.generate.drafts import predict_ahead
 from nemotron.generate.engine import Engine
+from nemotron.generate.forward import new_cache
 from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.speculate import Speculation
 from nemotron.loading import load_with_tokenizer
+from nemotron.model.ahead import RowsAhead
+from nemotron.model.cache import Cache
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.state import Keep
 
 WAYS = {
     "plain": None,
-    "mtp, 1 token": Speculation("mtp", 1),
+    "mtp, 1 token": Speculation("mtp", 1, adaptive=False),
     "mtp, adaptive to 3": Speculation("mtp", 3),
     "mtp, 3 tokens": Speculation("mtp", 3, adaptive=False),
     "lookup, adaptive to 4": Speculation("lookup", 4),
@@ -66,9 +74,68 @@ def speculation(args: argparse.Namespace) -> None:
             for _ in range(args.rounds):
                 for name, way in WAYS.items():
                     engines[name] = engine = Engine(model, slots=rows, speculation=way)
+                    gc.collect()
                     sampling = Sampling(temperature, seed=1)
                     best[name].run(partial(engine.generate, prompts, args.new, sampling))
             _print_ways(f"{rows} rows, temperature {temperature}", best, engines)
+
+
+def costs(args: argparse.Namespace) -> None:
+    """Print what passes of speculation cost beside a plain one, and from when on drafts pay."""
+    model, _ = load_with_tokenizer(args.model)
+    model = prepare_weights(model)
+    text = torch.randint(3, model.config.vocab_size, (max(args.rows), 101))
+    for rows in args.rows:
+        cache = new_cache(model, rows, drafts=2)
+        slots = [cache.admit() for _ in range(rows)]
+        with torch.inference_mode():
+            hidden = model(text[:rows], cache=cache.rows(slots))
+        best = {name: Best() for name in ("plain", "drafting")} | {
+            f"testing {count}": Best() for count in (1, 2, 3)
+        }
+        for _ in range(args.rounds):
+            for name, one in best.items():
+                one.run(partial(_pass, model, cache, text[:rows], hidden, name))
+        _print_costs(rows, {name: one.wall_s for name, one in best.items()})
+
+
+@torch.inference_mode()
+def _pass(
+    model: HybridLM,
+    cache: Cache,
+    text: torch.Tensor,
+    hidden: torch.Tensor,
+    name: str,
+) -> None:
+    """Do one pass after the text, its product with the head included, and forget it."""
+    kind, _, count = name.partition(" ")
+    slots, end = list(range(text.shape[0])), text.shape[1]
+    if kind == "drafting":
+        rows = RowsAhead(cache, slots, [end] * len(slots))
+        model.logits(predict_ahead(model, text[:, -1:], hidden[:, -1:], rows)[:, 0]).argmax(-1)
+        return
+    keep: Keep | None = "inputs" if kind == "testing" else None
+    passed = cache.rows(slots, keep=keep)
+    found = model(text[:, : 1 + int(count or 0)], cache=passed)
+    model.logits(found).argmax(-1)
+    if keep:
+        passed.keep_first([1] * len(slots))
+    for slot in slots:
+        cache.cut(slot, end)
+
+
+def _print_costs(rows: int, seconds: dict[str, float]) -> None:
+    plain, drafting = seconds["plain"], seconds["drafting"]
+    print(f"{rows} rows: plain {plain * 1e6:,.0f} us, drafting {drafting / plain:.2f}x", flush=True)
+    for count in (1, 2, 3):
+        whole = (seconds[f"testing {count}"] + count * drafting) / plain
+        rates = [rate / 1000 for rate in range(1001) if tokens_of(rate / 1000, count) >= whole]
+        pays = f"from {rates[0]:.0%} accepted on" if rates else "never"
+        print(
+            f"  {count} drafts: testing {seconds[f'testing {count}'] / plain:.2f}x, in all "
+            f"{whole:.2f}x: more tokens for the time {pays}",
+            flush=True,
+        )
 
 
 def _print_ways(title: str, best: dict[str, Best], engines: dict[str, Engine]) -> None:
@@ -116,24 +183,27 @@ def requests(args: argparse.Namespace) -> None:
         rows = found[:, longest:].tolist()
         answers["generate"] = [row[:n] for row, n in zip(rows, lengths, strict=True)]
 
-    def continuous() -> None:
+    def continuous(attention: str) -> None:
         from transformers import GenerationConfig
 
+        peer.set_attn_implementation(attention)
         config = GenerationConfig(max_new_tokens=max(lengths), do_sample=False, eos_token_id=-1)
         found = peer.generate_batch(prompts, config)
         assert len(found) == len(prompts), f"{len(found)} answers"
 
-    actions = {"engine": engine, "generate": generate, "continuous": continuous}
+    actions = {"engine": engine, "generate": generate}
+    for attention in ("sdpa", "eager", "paged|eager"):
+        actions[f"continuous, {attention}"] = partial(continuous, attention)
     for _ in range(args.rounds):
         for name, action in list(actions.items()):
             try:
                 best.setdefault(name, Best()).run(action)
             except ValueError as error:  # what the peer cannot do is a result
-                print(f"{name:<12} fails: {str(error)[:300]}", flush=True)
+                print(f"{name:<23} fails: {str(error)[:300]}", flush=True)
                 del actions[name], best[name]
     for name, one in best.items():
         print(
-            f"{name:<12} {one.wall_s:7.2f} s, {total / one.wall_s:7.1f} tokens/s, "
+            f"{name:<23} {one.wall_s:7.2f} s, {total / one.wall_s:7.1f} tokens/s, "
             f"{one.wall_s / best['engine'].wall_s:5.2f}x the engine's time "
             f"(processor {one.cpu_s / best['engine'].cpu_s:5.2f}x)",
             flush=True,
@@ -188,6 +258,11 @@ def main() -> None:
     one = commands.add_parser("speculation")
     one.add_argument("model", type=Path)
     one.set_defaults(run=speculation)
+    each = commands.add_parser("costs")
+    each.add_argument("model", type=Path)
+    each.add_argument("--rows", type=int, nargs="+", default=[1, 8])
+    each.add_argument("--rounds", type=int, default=200)
+    each.set_defaults(run=costs)
     many = commands.add_parser("requests")
     many.set_defaults(run=requests)
     one.add_argument("--rows", type=int, nargs="+", default=[1, 8])
