@@ -151,6 +151,8 @@ def _base(recipe: Mapping[str, object]) -> Rows:
 def _hyper_parameters(recipe: Mapping[str, object]) -> Rows:
     """Return each key of the sections with its value; what is absent or null is left out."""
     flat = dict(_flat(recipe, ""))
+    if flat.get("optimizer.name") != "muon":  # its settings have had no effect
+        flat = {key: v for key, v in flat.items() if not key.startswith("optimizer.muon.")}
     return [
         (key, _plain(value))
         for wanted in HYPER_PARAMETERS

@@ -96,9 +96,11 @@ def build_schedule(
     else:
         decay = 0.0 if config.kind == "constant" else total - warmup
     if warmup + decay > total or warmup >= total:
+        given = [key for part in ("warmup", "decay") for key in _given(config, part)]
         raise UserError(
-            f"has warm-up {warmup:.4g} + decay {decay:.4g} tokens, which do not fit into "
-            f"the run's {total:.4g}; shorten one of them.",
+            f"has warm-up {warmup:,.0f} + decay {decay:,.0f} tokens, which do not fit into the "
+            f"run's {total:,.0f}; shorten {' or '.join(given)}, or give warmup_fraction and "
+            "decay_fraction instead, which follow the length of the run.",
             key="schedule",
         )
     if config.min > config.peak:

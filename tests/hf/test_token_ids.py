@@ -218,6 +218,7 @@ def test_the_program_of_the_model_card_runs(
     ):
         assert words in card, card
     assert "base model" not in card
+    assert "optimizer.muon" not in card  # the run used AdamW
     [block] = [match[2] for match in FENCE.finditer(card) if match[1] == "python"]
     monkeypatch.chdir(tmp_path / "out")
     capsys.readouterr()

@@ -118,6 +118,14 @@ def test_warm_up_and_decay_follow_the_length_of_the_run(steps: int, warmup: int,
     assert build_schedule(tokens.schedule, 256) == schedule
 
 
+def test_a_run_shorter_than_its_warm_up_and_decay_is_refused_with_the_keys_that_follow_it():
+    with pytest.raises(UserError) as refused:
+        load_recipe(SMOKE, ["schedule.total_steps=3"])
+    said = str(refused.value)
+    assert "has warm-up 512 + decay 512 tokens, which do not fit into the run's 768" in said
+    assert "shorten warmup_steps or decay_steps, or give warmup_fraction and" in said
+
+
 def test_two_lengths_of_one_thing_are_refused_with_what_helps():
     said = refusal(SMOKE, "schedule.warmup_fraction=0.1")
     assert "schedule has warmup_steps and warmup_fraction; keep one of them (remove=" in said
