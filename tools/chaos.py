@@ -31,7 +31,7 @@ from tests.support.same_run import assert_same_run  # noqa: E402
 from tests.support.small_disk import Filler  # noqa: E402
 from tests.support.tiny_run import build_recipe  # noqa: E402
 
-BOUND_S = 60.0
+BOUND_S = 30.0 + 30.0 * busy()
 """Seconds in which all ranks must have ended after they were disturbed; most of them are load."""
 TIMEOUT_S = 4.0 * busy()
 """Of the run: seconds that a step may wait for another rank."""

@@ -5,6 +5,7 @@ import random
 from pathlib import Path
 
 import fuzz_mutations as mutate
+import fuzz_readers as direct
 from fuzz_target import Target, forge_manifest, of_recipe
 from fuzz_world import CORRECTOR
 
@@ -38,7 +39,8 @@ def of_quantized(
         ["train", "student.yaml", "name=new", f"quantization.like={folder}", "--stop-at", "1"],
     ]
     uses = (folder, "runs/wide", "student.yaml", "shards", "chats", "cache")
-    return Target(f"{folder}/{file}", mutation, commands, uses, seal)
+    reads = direct.exported(folder)
+    return Target(f"{folder}/{file}", mutation, commands, uses, seal, direct=reads)
 
 
 def of_corrector(file: str, mutation: mutate.Mutation = mutate.of_json) -> Target:
@@ -49,13 +51,14 @@ def of_corrector(file: str, mutation: mutate.Mutation = mutate.of_json) -> Targe
 
     commands = [CORRECT, ["train", "runs/corrector", "--resume"]]
     uses = ("correct.yaml", "nbest.jsonl", "runs/corrector", "pairs", "letters")
-    return Target(f"{CORRECTOR}/{file}", mutation, commands, uses, seal)
+    reads = direct.records("runs/corrector")
+    return Target(f"{CORRECTOR}/{file}", mutation, commands, uses, seal, direct=reads)
 
 
 PAIR_USES = ("correct.yaml", "pairs", "letters")
 PAIR_SHARDS = [["train", "correct.yaml", "name=new", "--stop-at", "1"],
                ["train", "correct.yaml", "name=new", "--dry-run"],
-               ["data", "inspect", "pairs", "--check"]]  # fmt: skip
+               ["data", "inspect", "pairs", "--tokenizer", "letters", "--check"]]  # fmt: skip
 
 QUANTIZED = {
     "quantized config": of_quantized("quantized", "config.json", alone=True),
@@ -87,15 +90,19 @@ CORRECTION = {
          ["data", "noise", "rows.jsonl", "--language", "grammar", "--sounds", "--out", "n.jsonl"],
          ["data", "characters", "rows.jsonl", "--out", "out.json"]],
     ),
-    "pair shard": Target("pairs/*.bin", mutate.of_integers, PAIR_SHARDS, PAIR_USES),
-    "pair index": Target("pairs/*.idx", mutate.of_integers, PAIR_SHARDS, PAIR_USES),
+    "pair shard": Target("pairs/*.bin", mutate.of_integers, PAIR_SHARDS, PAIR_USES,
+                         direct=direct.shards("pairs", "letters")),
+    "pair index": Target("pairs/*.idx", mutate.of_integers, PAIR_SHARDS, PAIR_USES,
+                         direct=direct.shards("pairs", "letters")),
     "correct recipe": Target(
         "correct.yaml", of_recipe,
         [["recipe", "check", "correct.yaml"], *PAIR_SHARDS[:2]], PAIR_USES,
+        direct=direct.recipe("correct.yaml"),
     ),
     "corrector threshold": Target(
         "runs/corrector/threshold.json", mutate.of_json, [CORRECT],
         ("nbest.jsonl", "runs/corrector"),
+        direct=direct.threshold,
     ),
     "corrector model": of_corrector("model.json"),
     "corrector state": of_corrector("state.json"),
@@ -110,18 +117,24 @@ CORRECTION = {
 }  # fmt: skip
 EVALUATION = {
     "suite answers": Target("scores/samples.jsonl", mutate.of_lines, [EXAMINE],
-                            ("runs/mine", "scores")),
+                            ("runs/mine", "scores"),
+        direct=direct.answers,
+    ),
     "suite settings": Target("scores/samples.settings.json", mutate.of_json, [EXAMINE],
-                             ("runs/mine", "scores")),
+                             ("runs/mine", "scores"),
+        direct=direct.settings,
+    ),
     "prompts": Target(
         "prompts.jsonl", mutate.of_lines,
         [ANSWERS, [*ANSWERS, "--out", "new.jsonl"],
          [*ANSWERS, "--out", "written.jsonl", "--resume"]],
         ("runs/mine", "written.jsonl"),
+        direct=direct.prompts,
     ),
     "written answers": Target(
         "written.jsonl", mutate.of_lines, [[*ANSWERS, "--out", "written.jsonl", "--resume"]],
         ("runs/mine", "prompts.jsonl"),
+        direct=direct.written,
     ),
 }  # fmt: skip
 if importlib.util.find_spec("lm_eval") is not None:

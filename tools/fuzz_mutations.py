@@ -1,5 +1,6 @@
 """Random damage to a file: to its bytes, its JSON, or the header before its tensors."""
 
+import functools
 import json
 import random
 import struct
@@ -84,13 +85,18 @@ def of_json(content: bytes, draw: random.Random) -> bytes:
     """Change a value or a key anywhere in the JSON, or the bytes."""
     if draw.random() < 0.25:
         return of_bytes(content, draw)
-    value = json.loads(content)
+    value = _parsed(content)
     for _ in range(draw.choice((1, 1, 2))):
         value = _changed(value, draw)
     text = json.dumps(value, indent=draw.choice((None, 2)))
     if not draw.randrange(20):  # deeper than a reader that calls itself can go
         text = text.replace(draw.choice((": ", "1", '"')), ": " + "[" * 3000 + "]" * 3000 + ", ", 1)
     return text.encode()
+
+
+@functools.lru_cache(16)
+def _parsed(content: bytes) -> Any:  # Any: nested JSON, which nobody changes
+    return json.loads(content)
 
 
 def of_lines(content: bytes, draw: random.Random) -> bytes:

@@ -1,5 +1,6 @@
 """A file that the fuzzer damages, and who reads it."""
 
+import functools
 import json
 import random
 from collections.abc import Callable
@@ -26,6 +27,11 @@ class Target:
     """Forges what vouches for the damaged file, so that its readers get to see it."""
     reader: read.Reader = read.run_command
     """What is called with a command's words."""
+    is_refused: bool = False
+    """Whether the commands refuse the undamaged file, too."""
+    direct: Callable[[], object] | None = None
+    """Reads the damaged file as its commands do, without what they do with it afterwards; where
+    there is none, the commands are cheap enough."""
 
 
 def forge_manifest(world: Path, draw: random.Random, step: str) -> None:
@@ -47,5 +53,9 @@ def of_recipe(content: bytes, draw: random.Random) -> bytes:
     """Change a value of a recipe, which then stands there as JSON, or the bytes of its YAML."""
     if draw.random() < 0.4:
         return mutate.of_bytes(content, draw)
-    value = YAML(typ="safe", pure=True).load(content.decode())
-    return mutate.of_json(json.dumps(value).encode(), draw)
+    return mutate.of_json(_as_json(content), draw)
+
+
+@functools.lru_cache(16)
+def _as_json(content: bytes) -> bytes:
+    return json.dumps(YAML(typ="safe", pure=True).load(content.decode())).encode()

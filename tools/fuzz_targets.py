@@ -4,8 +4,10 @@ import random
 from pathlib import Path
 
 import fuzz_mutations as mutate
+import fuzz_readers as direct
 import fuzz_requests as read
 from fuzz_finished import FINISHED
+from fuzz_learning import LEARNING
 from fuzz_target import Target, forge_manifest, of_recipe
 from fuzz_world import ADAPTED, MERGED, STEP
 
@@ -16,6 +18,7 @@ RUN = [RESUME, GENERATE, EXPORT]
 IMPORT = ["import", "exported", "--out", "out"]
 IMPORTED = [IMPORT, ["generate", "exported", "--prompt", "The river", "--max-new-tokens", "2"]]
 TRAIN = ["train", "mine.yaml", "name=new", "--stop-at", "1"]
+LEARN_TOKENS = ["data", "tokenizer", "--out", "learned.json", "--vocab-size", "300"]
 SHARDS = [["data", "inspect", "shards", "--check"], ["data", "plan", "mine.yaml"], TRAIN]
 
 
@@ -28,8 +31,19 @@ HF_USES = ("exported",)
 DATA_USES = ("mine.yaml", "shards", "cache")
 
 
-def of_run(file: str, mutation: mutate.Mutation = mutate.of_json) -> Target:
-    return Target(f"runs/half/{file}", mutation, RUN, RUN_USES)
+def of_run(
+    file: str, mutation: mutate.Mutation = mutate.of_json, reads: direct.Direct = direct.run
+) -> Target:
+    return Target(f"runs/half/{file}", mutation, RUN, RUN_USES, direct=reads)
+
+
+def of_hf(
+    file: str,
+    mutation: mutate.Mutation = mutate.of_json,
+    reads: direct.Direct | None = None,
+) -> Target:
+    reads = reads or direct.exported("exported")
+    return Target(f"exported/{file}", mutation, IMPORTED, HF_USES, direct=reads)
 
 
 def of_adapters(file: str, mutation: mutate.Mutation = mutate.of_json) -> Target:
@@ -45,7 +59,7 @@ def of_adapters(file: str, mutation: mutate.Mutation = mutate.of_json) -> Target
         ["train", "runs/adapted", "--resume"],
     ]
     uses = ("sft.yaml", "distill.yaml", "runs/adapted", "runs/mine", "chats", "cache")
-    return Target(f"{ADAPTED}/{file}", mutation, commands, uses, seal)
+    return Target(f"{ADAPTED}/{file}", mutation, commands, uses, seal, direct=direct.adapters)
 
 
 def of_merged(file: str) -> Target:
@@ -58,7 +72,8 @@ def of_merged(file: str) -> Target:
         ["merge", "runs/mine", "--out", "merged"],
         ["merge", "runs/mine", "--last", "2", "--shape", "ema", "--out", "merged"],
     ]
-    return Target(f"{MERGED}/{file}", mutate.of_json, commands, ("mine.yaml", "runs/mine"), seal)
+    uses = ("mine.yaml", "runs/mine")
+    return Target(f"{MERGED}/{file}", mutate.of_json, commands, uses, seal, direct=direct.merged)
 
 
 def of_checkpoint(file: str, mutation: mutate.Mutation = mutate.of_json) -> Target:
@@ -66,7 +81,9 @@ def of_checkpoint(file: str, mutation: mutate.Mutation = mutate.of_json) -> Targ
         if file != "manifest.json":
             forge_manifest(world, draw, STEP)
 
-    return Target(f"{STEP}/{file}", mutation, RUN, RUN_USES, seal)
+    is_record = file in ("model.json", "state.json", "manifest.json")
+    reads = (direct.records if is_record else direct.checkpoint)("runs/half")
+    return Target(f"{STEP}/{file}", mutation, RUN, RUN_USES, seal, direct=reads)
 
 
 RUNS: dict[str, Target] = {
@@ -74,39 +91,53 @@ RUNS: dict[str, Target] = {
         "mine.yaml",
         of_recipe,
         [["recipe", "check", "mine.yaml"], ["recipe", "show", "mine.yaml"],
-         ["plan", "mine.yaml", "--gpus", "8"], ["train", "mine.yaml", "name=new", "--dry-run"]],
+         ["plan", "mine.yaml", "--gpus", "2"], ["train", "mine.yaml", "name=new", "--dry-run"]],
         DATA_USES,
+        direct=direct.recipe("mine.yaml"),
     ),
     "blend": Target("blend.json", mutate.of_json, [["recipe", "show", "mine.yaml",
-        "data.sources=null", "data.blend=blend.json"]], DATA_USES),
-    "config.json": Target("exported/config.json", mutate.of_json, IMPORTED, HF_USES),
-    "hf index": Target(
-        "exported/model.safetensors.index.json", mutate.of_json, IMPORTED, HF_USES
+        "data.sources=null", "data.blend=blend.json"]], DATA_USES,
+        direct=direct.recipe("mine.yaml", "data.sources=null", "data.blend=blend.json"),
     ),
-    "hf header": Target("exported/model*.safetensors", mutate.of_header, IMPORTED, HF_USES),
-    "hf tokenizer": Target("exported/tokenizer.json", mutate.of_json, IMPORTED, HF_USES),
-    "hf others": Target(
-        "exported/generation_config.json", mutate.of_json, IMPORTED, HF_USES
+    "config.json": of_hf("config.json"),
+    "hf index": of_hf("model.safetensors.index.json"),
+    "hf header": of_hf("model*.safetensors", mutate.of_header),
+    "hf tokenizer": of_hf(
+        "tokenizer.json", reads=direct.tokenizer("exported/tokenizer.json")
     ),
-    "hf tokenizer config": Target(
-        "exported/tokenizer_config.json", mutate.of_json, IMPORTED, HF_USES
-    ),
+    "hf others": of_hf("generation_config.json", reads=direct.kept("exported")),
+    "hf tokenizer config": of_hf("tokenizer_config.json", reads=direct.kept("exported")),
     "tokenizer.json": Target(
         "tokenizer.json",
         mutate.of_json,
         [prepare("rows.jsonl", "--tokenizer", "tokenizer.json")],
         ("rows.jsonl",),
+        direct=direct.tokenizer("tokenizer.json"),
     ),
-    "chat rows": Target("chat.jsonl", mutate.of_lines, [prepare("chat.jsonl", "--chat")]),
-    "jsonl": Target("rows.jsonl", mutate.of_lines, [prepare("rows.jsonl")]),
-    "parquet": Target("rows.parquet", mutate.of_integers, [prepare("rows.parquet")]),
-    "shard index": Target("shards/*.idx", mutate.of_integers, SHARDS, DATA_USES),
-    "shard manifest": Target("shards/manifest.json", mutate.of_json, SHARDS, DATA_USES),
-    "run recipe": of_run("recipe.yaml", of_recipe),
+    "chat rows": Target(
+        "chat.jsonl", mutate.of_lines, [prepare("chat.jsonl", "--chat")],
+        direct=direct.prepared("chat.jsonl", is_chat=True),
+    ),
+    "jsonl": Target(
+        "rows.jsonl", mutate.of_lines,
+        [prepare("rows.jsonl"), [*LEARN_TOKENS, "rows.jsonl"]],
+        direct=direct.prepared("rows.jsonl"),
+    ),
+    "parquet": Target(
+        "rows.parquet", mutate.of_integers, [prepare("rows.parquet")],
+        direct=direct.prepared("rows.parquet"),
+    ),
+    "shard index": Target(
+        "shards/*.idx", mutate.of_integers, SHARDS, DATA_USES, direct=direct.shards("shards")
+    ),
+    "shard manifest": Target(
+        "shards/manifest.json", mutate.of_json, SHARDS, DATA_USES, direct=direct.shards("shards")
+    ),
+    "run recipe": of_run("recipe.yaml", of_recipe, direct.run_recipe),
     "run provenance": of_run("provenance.json"),
     "run status": of_run("status.json"),
     "run metrics": of_run("metrics.jsonl", mutate.of_lines),
-    "run tokenizer": of_run("tokenizer.json"),
+    "run tokenizer": of_run("tokenizer.json", reads=direct.tokenizer("runs/half/tokenizer.json")),
     "checkpoint manifest": of_checkpoint("manifest.json"),
     "checkpoint model": of_checkpoint("model.json"),
     "checkpoint state": of_checkpoint("state.json"),
@@ -120,21 +151,14 @@ RUNS: dict[str, Target] = {
         of_recipe,
         [["recipe", "check", "sft.yaml"], ["train", "sft.yaml", "name=new", "--dry-run"]],
         ("runs/mine", "chats", "cache"),
+        direct=direct.recipe("sft.yaml"),
     ),
     "distill recipe": Target(
         "distill.yaml",
         of_recipe,
         [["recipe", "check", "distill.yaml"], ["train", "distill.yaml", "name=new", "--dry-run"]],
         ("runs/mine", "runs/adapted", "chats", "cache"),
-    ),
-    "rl recipe": Target(
-        "rl.yaml", of_recipe, [["rl.yaml"]], ("tasks.jsonl",), reader=read.draw_tasks
-    ),
-    "tasks": Target(
-        "tasks.jsonl", mutate.of_lines, [["rl.yaml"]], ("rl.yaml",), reader=read.draw_tasks
-    ),
-    "environment request": Target(
-        "judged.jsonl", mutate.of_lines, [["judged.jsonl"]], reader=read.judge
+        direct=direct.recipe("distill.yaml"),
     ),
     "merged index": of_merged("index.json"),
     "merged model": of_merged("model.json"),
@@ -145,12 +169,7 @@ RUNS: dict[str, Target] = {
         [["report", "runs/mine", "--out", "page.html"], ["runs", "runs"],
          ["compare", "runs/mine", "runs/half"]],
         ("runs",),
-    ),
-    "rollouts": Target(
-        "runs/played/rollouts/step-00000000.jsonl",
-        mutate.of_lines,
-        [["rl", "reverify", "runs/played"], ["rl", "reverify", "runs/played", "--out", "again"]],
-        ("runs/played",),
+        direct=direct.reported,
     ),
     "sft rows": Target(
         "talks.jsonl",
@@ -158,6 +177,7 @@ RUNS: dict[str, Target] = {
         [["train", "sft.yaml", "name=new", "data.sources=[{name: chats, path: talks.jsonl}]",
           "--dry-run"]],
         ("sft.yaml", "runs/mine"),
+        direct=direct.prepared("talks.jsonl", is_chat=True),
     ),
     "chat template": Target(
         "exported/chat_template.jinja",
@@ -173,6 +193,7 @@ RUNS: dict[str, Target] = {
          ["chat", "NAME"], ["train", "mine.yaml", "name=new", "init_from=NAME"]],
         DATA_USES,
         reader=read.name_model,
+        is_refused=True,  # without the Hub
     ),
     "completion request": Target(
         "completion.json", mutate.of_json, [["/v1/completions", "completion.json"]],
@@ -184,4 +205,4 @@ RUNS: dict[str, Target] = {
     ),
 }  # fmt: skip
 
-TARGETS: dict[str, Target] = RUNS | FINISHED
+TARGETS: dict[str, Target] = RUNS | LEARNING | FINISHED

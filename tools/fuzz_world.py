@@ -56,6 +56,7 @@ CHAT = {
 STEP = "runs/half/checkpoints/step-00000002"
 MERGED = "runs/mine/checkpoints/step-00000002"
 CORRECTOR = "runs/corrector/checkpoints/step-00000004"
+PLAYED = "runs/played/checkpoints/step-00000001"
 ADAPTED = "runs/adapted/checkpoints/step-00000001"
 TUNE = {
     **{key: RECIPE[key] for key in ("output", "device", "model", "batch", "schedule")},
@@ -77,16 +78,22 @@ DISTILL = {
     "name": "student",
     "teacher": "runs/adapted",
 }
+WIDE = {
+    "hidden_size": 16,
+    "mamba_head_dim": 8,
+    "head_dim": 8,
+    "intermediate_size": 16,
+    "moe_intermediate_size": 16,
+    "moe_shared_expert_intermediate_size": 16,
+}
+"""Widths that NVFP4 can have."""
 STUDENT = {
-    **{key: value for key, value in DISTILL.items() if key not in ("model", "tune")},
+    **DISTILL,
     "name": "quantized-student",
+    "model": RECIPE["model"] | WIDE,
     "init_from": "runs/wide",
     "teacher": "runs/wide",
 }
-WIDE = ["model.hidden_size=16", "model.mamba_head_dim=8", "model.head_dim=8",
-        "model.intermediate_size=16", "model.moe_intermediate_size=16",
-        "model.moe_shared_expert_intermediate_size=16"]  # fmt: skip
-"""Widths that NVFP4 can have."""
 CORRECTION: dict[str, Any] = {
     **{key: RECIPE[key] for key in ("output", "device", "schedule", "checkpoint")},
     "stage": "correct",
@@ -141,7 +148,25 @@ PLAY: dict[str, Any] = {
         **REINFORCE["rollout"],
         "environments": [{"name": "mcqa"}, {"name": "arith_chain"}, {"name": "if_constraints"}],
         "prompt": "text",
+        "curriculum": {"window": 2},
+        "lag": 1,
     },
+}
+PREFER = {
+    **{key: value for key, value in TUNE.items() if key != "tune"},
+    "stage": "dpo",
+    "name": "preferring",
+    "data": {
+        "cache": "cache",
+        "seq_len": 256,
+        "sources": [{"name": "pairs", "path": "preferences.jsonl"}],
+    },
+}
+PIVOT = {
+    **REINFORCE,
+    "data": {"seq_len": 1023},
+    "batch": {"global_tokens": 8 * 1023, "micro_batch": 2},
+    "rollout": REINFORCE["rollout"] | {"environments": [{"name": "pivot"}]},
 }
 TASK = {
     "responses_create_params": {
@@ -188,7 +213,7 @@ STEPS: list[tuple[int, list[str]]] = [
          "--hold-out", "0.3"]),
     (75, ["train", "sft.yaml", "--stop-at", "1"]),
     (75, ["train", "play.yaml", "--stop-at", "1"]),
-    (0, ["train", "mine.yaml", "name=wide", *WIDE]),
+    (0, ["train", "mine.yaml", "name=wide", *(f"model.{k}={size}" for k, size in WIDE.items())]),
     (0, ["quantize", "runs/wide", "--preset", "super_nvfp4", "--rows", "4", "--out", "quantized",
          "--no-check"]),
     (0, ["quantize", "runs/wide", "--preset", "super_nvfp4", "--rows", "4", "--out", "compressed",
@@ -218,7 +243,8 @@ def build_world(folder: Path) -> None:
     write_texts(texts)
     write_pairs(texts)
     recipes = {"mine": RECIPE, "sft": TUNE, "distill": DISTILL, "rl": REINFORCE, "play": PLAY,
-               "student": STUDENT, "correct": CORRECTION}  # fmt: skip
+               "student": STUDENT, "correct": CORRECTION, "dpo": PREFER,
+               "pivot": PIVOT}  # fmt: skip
     for name, values in recipes.items():
         with open(f"{name}.yaml", "w") as file:
             YAML().dump(values, file)
@@ -260,6 +286,10 @@ def write_texts(texts: list[str]) -> None:
     write_lines("prompts.jsonl", [{"id": n, "prompt": text} for n, text in enumerate(texts[:3])])
     questions = [{"role": "user", "content": f"{i} and {i}?"} for i in range(12)]
     write_lines("talks.jsonl", [{"messages": [q, CHAT["messages"][-1]]} for q in questions])
+    write_lines("trajectories.jsonl", [CHAT] * 2)
+    said = [{"role": "assistant", "content": word} for word in ("Yes.", "No.")]
+    preferred = [{"chosen": [q, said[0]], "rejected": [q, said[1]]} for q in questions[:6]]
+    write_lines("preferences.jsonl", preferred)
     blend = {"sources": [{"name": "text", "weight": 1.0, "path": "shards"}]}
     Path("blend.json").write_text(json.dumps(blend))
     write_parquet(texts)

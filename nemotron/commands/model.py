@@ -167,7 +167,9 @@ def check_parity(
 
 @app.command(epilog="Example: nemotron export runs/tiny --out exported/tiny")
 def export(
-    run: Annotated[Path, typer.Argument(help="Run or checkpoint folder.")],
+    run: Annotated[
+        Path, typer.Argument(help="Run, checkpoint or exported folder, or OWNER/NAME of the Hub.")
+    ],
     out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN/export.")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
     mamba_fp32: Annotated[
@@ -194,22 +196,24 @@ def export(
 ) -> int:
     """Export a model to a Hugging Face folder, and check it in a fresh process."""
     from nemotron.hf.export import export as run_export
+    from nemotron.hf.export import opened_as_run
     from nemotron.hf.formats import MAMBA_FP32, RELEASED
 
     if adapter:
         from nemotron.hf.adapter import export_adapter
 
         return export_adapter(run, out, base=base, overwrite=overwrite)
-    return run_export(
-        run,
-        out,
-        overwrite=overwrite,
-        formats=MAMBA_FP32 if mamba_fp32 else RELEASED,
-        check=check,
-        max_shard_bytes=int(max_shard_gb * 1e9),
-        push=push,
-        trunk_only=trunk_only,
-    )
+    with opened_as_run(run, out, overwrite=overwrite) as place:
+        return run_export(
+            place,
+            out,
+            overwrite=overwrite,
+            formats=MAMBA_FP32 if mamba_fp32 else RELEASED,
+            check=check,
+            max_shard_bytes=int(max_shard_gb * 1e9),
+            push=push,
+            trunk_only=trunk_only,
+        )
 
 
 @app.command("import", epilog="Example: nemotron import exported/tiny --out runs/imported")

@@ -1,18 +1,21 @@
 """Writing a checkpoint as a folder in the layout of the released Nemotron 3 checkpoints."""
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
+from nemotron.checkpoint.write import CheckpointNotSaved
 from nemotron.children import module_command
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.files import write_json, write_text
 from nemotron.hf.config import check_readable, to_hf
-from nemotron.hf.folder import CONFIG
+from nemotron.hf.folder import CONFIG, is_exported, read_folder
 from nemotron.hf.formats import RELEASED, Formats, Plain
-from nemotron.hf.hub import check_name, push_folder
+from nemotron.hf.hub import check_name, find_folder, push_folder
+from nemotron.hf.import_ import write_run
 from nemotron.hf.model_card import HERE, model_card
 from nemotron.hf.names import DiskParameter, disk_parameters, disk_tensors
 from nemotron.hf.quantized.assignment import Quantized, quantized_formats
@@ -99,6 +102,37 @@ def export(
     if push is not None:
         print_text(f"uploaded to {push_folder(target, push)}")
     return DONE
+
+
+@contextmanager
+def opened_as_run(place: Path, out: Path | None, *, overwrite: bool) -> Iterator[Path]:
+    """Yield a run to export: `place` itself or, of a folder in Hugging Face's layout, an import.
+
+    The import lies beside `out` for as long as it is needed. `place` may be a name on the Hub.
+
+    Raises:
+        UserError: when the folder cannot be imported, or `out` is missing or may not be written.
+    """
+    origin = find_folder(place)
+    if not is_exported(origin):
+        yield origin
+        return
+    if out is None:
+        raise UserError("is needed for a model that is not a run.", key="--out")
+    target = output_folder(out)
+    check_output(target, COMMAND, [origin], overwrite=overwrite)
+    loaded = read_folder(origin)
+    with writing_beside(target.with_name(f"{target.name}.imported"), COMMAND) as partial:
+        known = origin.resolve().name if place.exists() else place.name.partition("@")[0]
+        run = RunFiles(partial / known)
+        run.path.mkdir()
+        try:
+            notes = write_run(origin, loaded, run)
+        except CheckpointNotSaved as problem:
+            raise UserError(f"cannot be imported: {problem}.", where=str(partial)) from None
+        for note in (*loaded.notes, *notes):
+            print_text(f"note: {note}")
+        yield run.path
 
 
 def check_target(

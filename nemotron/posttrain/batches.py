@@ -135,7 +135,7 @@ class RolloutBatches:
         if self._curriculum is not None:
             try:
                 self._curriculum.restore(saved.get(CURRICULUM))
-            except (ValueError, TypeError, AttributeError) as error:
+            except ValueError as error:
                 raise UserError(
                     f"rollout.curriculum cannot go on from the checkpoint of step {step}: {error}; "
                     "resume with the recipe of the run, or begin a new run with init_from."

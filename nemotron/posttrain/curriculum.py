@@ -3,16 +3,30 @@
 import json
 import random
 from collections import OrderedDict, deque
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Annotated, Any
 
 import xxhash
+from pydantic import Field, ValidationError
 
+from nemotron.checkpoint.records import explain
 from nemotron.posttrain.config import CurriculumConfig, RolloutConfig
 from nemotron.posttrain.environments.base import Row
+from nemotron.section import Section
+
+Rate = Annotated[float, Field(ge=0, le=1)]
 
 REMEMBERED = 100_000
 """Tasks whose pass rate is kept; the one asked longest ago is forgotten."""
+
+
+class SavedCurriculum(Section):
+    """What the state of a checkpoint holds of it."""
+
+    levels: dict[str, list[tuple[float, list[Rate]]]]
+    """By environment: each level with the pass rates of its newest tasks."""
+    tasks: list[tuple[str, Rate]]
+    """The one asked longest ago first."""
 
 
 class Curriculum:
@@ -76,16 +90,18 @@ class Curriculum:
         Raises:
             ValueError: when it is of other environments, or damaged.
         """
-        if not isinstance(saved, Mapping) or saved.keys() != {"levels", "tasks"}:
-            raise ValueError("the curriculum is not there")
+        try:
+            found = SavedCurriculum.model_validate_json(json.dumps(saved))
+        except ValidationError as error:
+            raise ValueError(f"the curriculum is damaged: {explain(error)}") from None
         levels = {
-            str(name): {float(level): self._window(passed) for level, passed in found}
-            for name, found in saved["levels"].items()
+            name: {level: self._window(passed) for level, passed in known}
+            for name, known in found.levels.items()
         }
         if levels.keys() != self._levels.keys() or not all(levels.values()):
             raise ValueError("the curriculum is of other environments")
         self._levels = levels
-        self._tasks = OrderedDict((str(key), float(rate)) for key, rate in saved["tasks"])
+        self._tasks = OrderedDict(found.tasks)
 
     def _window(self, passed: Sequence[float] = ()) -> deque[float]:
         return deque(map(float, passed), maxlen=self._config.window)

@@ -6,6 +6,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
+from nemotron.data.chat.check import check_tools
 from nemotron.data.chat.foreign import ForeignTemplate
 from nemotron.data.chat.render import render
 from nemotron.data.tokenizer import Tokenizer
@@ -33,13 +34,14 @@ class Prompts:
         """Return the tokens after which the model answers.
 
         Raises:
-            BadRow: when the chat format cannot hold the conversation.
+            BadRow: when the chat format cannot hold the conversation, or tools are no functions.
         """
         if not self.is_chat:
             return tuple(self.tokenizer.encode(str(messages[-1]["content"]), specials=False))
         try:
+            check_tools(tools or None)
             return self._ids(messages, tools, is_answered=False)
-        except TemplateError as problem:
+        except (TemplateError, ValueError) as problem:
             raise BadRow(str(problem)) from None
 
     def go_on(self, turn: dict[str, Any], said: Messages, last: int) -> tuple[int, ...]:

@@ -4,8 +4,6 @@ import json
 import os
 import pickle
 import re
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -22,6 +20,7 @@ from nemotron.errors import UserError
 from nemotron.files import hash_file
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from tests.support import forked
 from tests.support.old_checkpoint import Planted, plant_object, seal
 
 CONFIG = ModelConfig(vocab_size=11, hidden_size=5, hybrid_override_pattern="M*E", n_groups=2)
@@ -369,11 +368,10 @@ except CheckpointNotSaved as error:
 
 def test_a_full_disk_leaves_the_old_checkpoint_and_no_partial_one(tmp_path):
     folder = tmp_path / "checkpoints"
-    done = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, str(folder)], capture_output=True, text=True, check=True
-    )
-    assert "needs 400,000 bytes" in done.stdout
-    assert "free" in done.stdout
+    done = forked.script(FULL_DISK, folder, output=tmp_path / "said.txt")
+    assert done.wait() == 0, done.text
+    assert "needs 400,000 bytes" in done.text
+    assert "free" in done.text
     assert [path.name for path in folder.iterdir()] == [folder_name(1)]
     assert newest(folder).info.step == 1
 
@@ -417,14 +415,15 @@ def test_what_cannot_be_removed_is_named_and_saving_goes_on():
         folder.chmod(0o777)
         (folder / "step-00000007.old").mkdir()
         (folder / "step-00000007.tmp").mkdir()
-        command = [sys.executable, "-c", PROTECTED, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        done = forked.script(PROTECTED, folder, output=base / "said.txt")
+        assert done.wait() == 0, done.text
+        said = done.text
         names = sorted(path.name for path in folder.iterdir())
     left = ".nemotron-saving-step-00000009-01234567"
     kept = ["step-00000007.old", "step-00000007.tmp"]
     assert names == [left, *(folder_name(step) for step in (1, 3, 4)), *kept]
-    assert "step-00000001 is an older checkpoint, but it is read-only; it stays" in done.stdout
-    assert f"{left} cannot be removed (Permission denied)" in done.stdout
+    assert "step-00000001 is an older checkpoint, but it is read-only; it stays" in said
+    assert f"{left} cannot be removed (Permission denied)" in said
 
 
 def test_pieces_must_cover_a_shape_exactly_once():

@@ -3,8 +3,6 @@ import math
 import os
 import re
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -30,6 +28,7 @@ from nemotron.hf.shards import INDEX
 from nemotron.hf.source import open_checkpoint
 from nemotron.loading import load
 from nemotron.run.metrics import read_metrics
+from tests.support import forked
 from tests.support.embedded import fill_cache
 from tests.support.old_checkpoint import seal
 
@@ -311,15 +310,11 @@ def test_a_full_disk_ends_an_export_and_an_import_with_a_sentence(run: Path, tmp
             "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000)); "
             "from nemotron.cli import main; main(sys.argv[1:])"
         )
-        done = subprocess.run(
-            [sys.executable, "-c", program, *arguments, "--out", str(tmp_path / "out")],
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode in (1, 2), done.stderr
-        assert "File too large" in done.stderr + done.stdout
-        assert "Traceback" not in done.stderr
+        words = [*arguments, "--out", tmp_path / "out"]
+        done = forked.script(program, *words, output=tmp_path / "said.txt")
+        assert done.wait() in (1, 2), done.text
+        assert "File too large" in done.text
+        assert "Traceback" not in done.text
         assert not [name for name in os.listdir(tmp_path) if "out" in name]
 
 

@@ -56,6 +56,16 @@ def test_a_name_on_the_hub_is_downloaded_once_and_used_from_the_cache(
     code, text = nemotron(*words, HF_HUB_OFFLINE="1")
     assert code == 0, text
     assert "tokens/s" in text
+    code, text = nemotron(
+        "export", f"{NAME}@v1", "--out", "again", "--no-check", HF_HUB_OFFLINE="1"
+    )
+    assert code == 0, text
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["again", "cache", "run"]
+    ours = read_weights(tmp_path / "again")[1]
+    assert all(ours[name].equal(tensor) for name, tensor in theirs.items())
+    assert "# tiny-model" in (tmp_path / "again/README.md").read_text()
+    code, text = nemotron("export", tmp_path / "again")
+    assert (code, text) == (2, "nemotron: --out is needed for a model that is not a run.\n")
     smoke = Path(__file__).parents[2] / "recipes/tiny/smoke.yaml"
     texts = write_prepared(["the river runs to the sea " * 9] * 40, tmp_path / "texts")
     data = ["device=cpu", f"data.sources=[{{name: texts, path: {texts}}}]"]

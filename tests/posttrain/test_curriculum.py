@@ -83,7 +83,18 @@ def test_a_stored_state_goes_on_to_the_same_draws() -> None:
         for one in (subject, again)
     ]
     assert draws[0] == draws[1]
-    for damaged in (None, {}, {"levels": {}, "tasks": []}, {"levels": {"mcqa": []}, "tasks": []}):
+    levels = subject.state()["levels"]
+    for damaged in (
+        None,
+        {},
+        {"levels": {}, "tasks": []},
+        {"levels": {"mcqa": []}, "tasks": []},
+        {"levels": levels, "tasks": [["a", 10**400]]},
+        {"levels": levels, "tasks": [["a", "0.5"]]},
+        {"levels": levels, "tasks": [["a", 2.0]]},
+        {"levels": levels, "tasks": ["ab"]},
+        {"levels": {"arith_chain": [[0.0, None]]}, "tasks": []},
+    ):
         with pytest.raises(ValueError, match="the curriculum is"):
             curriculum().restore(damaged)
 

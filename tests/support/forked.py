@@ -100,6 +100,16 @@ def command(
     return Forked(run_module, words, folder, namespace, output=output, environment=environment)
 
 
+def script(text: str, *arguments: object, output: Path) -> Forked:
+    """Run `python -c` with a program and these arguments."""
+    return Forked(_run_script, text, [*map(str, arguments)], output=output)
+
+
+def _run_script(text: str, arguments: list[str]) -> None:
+    sys.argv = ["-c", *arguments]
+    exec(compile(text, "<string>", "exec"), {"__name__": "__main__"})
+
+
 def start(function: Callable[..., Any], *arguments: Any, daemon: bool = False) -> BaseProcess:
     """Start a process that is forked from the server."""
     process = server().Process(target=function, args=arguments, daemon=daemon)

@@ -1,6 +1,8 @@
 """A run in low precision: it learns, resumes to the bit, and changes its format when told."""
 
+import functools
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,10 +11,25 @@ from nemotron.run.metrics import read_metrics
 from nemotron.train.start import train
 from tests.support.cases import further
 from tests.support.same_run import assert_same_run, final_tensors
+from tests.support.tiny_run import build_recipe
 
 
 def precision(preset: str, **changes: object) -> dict:
     return {"compute": "bf16", "preset": preset, **changes}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, shards: dict[str, str]) -> Callable[[str], Path]:
+    """Return the folder of a run with a preset, which is trained once."""
+
+    @functools.cache
+    def build(preset: str) -> Path:
+        folder = tmp_path_factory.mktemp("presets")
+        config = build_recipe(folder, shards, preset, precision=precision(preset))
+        assert train(config) == 0
+        return folder / "runs" / preset
+
+    return build
 
 
 @pytest.mark.slow
@@ -20,10 +37,8 @@ def precision(preset: str, **changes: object) -> dict:
     "preset",
     ["nvfp4_super", "fp8_delayed", *map(further, ["mxfp8", "fp8_current", "fp8_block"])],
 )
-def test_every_preset_learns(recipe, preset: str):
-    config = recipe(preset, precision=precision(preset))
-    assert train(config) == 0
-    records = read_metrics(Path(config.output) / preset / "metrics.jsonl")
+def test_every_preset_learns(trained: Callable[[str], Path], preset: str):
+    records = read_metrics(trained(preset) / "metrics.jsonl")
     losses = [r["loss/main"] for r in records if r["kind"] == "train"]
     assert losses[-1] < losses[0] - 0.5
 
@@ -79,13 +94,14 @@ def test_a_run_may_go_on_in_another_format(recipe, before: str, after: str):
 
 
 @pytest.mark.slow
-def test_delayed_scales_go_on_where_a_run_was_stopped_and_start_anew_with_another_history(recipe):
-    whole, stopped = (recipe(name, precision=precision("fp8_delayed")) for name in ("whole", "cut"))
-    assert train(whole) == 0
+def test_delayed_scales_go_on_where_a_run_was_stopped_and_start_anew_with_another_history(
+    recipe, trained: Callable[[str], Path]
+):
+    stopped = recipe("cut", precision=precision("fp8_delayed"))
     assert train(stopped, stop_at=3) == 75
     assert train(stopped, resume=True) == 0
-    folder = Path(whole.output)
-    assert_same_run(folder / "cut", folder / "whole")
+    folder = Path(stopped.output)
+    assert_same_run(folder / "cut", trained("fp8_delayed"))
     shorter = precision("fp8_delayed", fp8_delayed={"history_length": 3})
     assert train(recipe("short", precision=precision("fp8_delayed")), stop_at=4) == 75
     config = recipe("short", precision=shorter)

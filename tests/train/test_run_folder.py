@@ -2,7 +2,7 @@
 
 import json
 import os
-import subprocess
+import signal
 import sys
 from pathlib import Path
 
@@ -13,6 +13,7 @@ from nemotron.errors import UserError
 from nemotron.run.folder import RunFolder, dump_recipe
 from nemotron.train.config import PretrainConfig
 from nemotron.train.start import dry_run, train
+from tests.support import forked
 
 STEPS = 8
 
@@ -45,7 +46,7 @@ def test_a_second_run_in_the_same_folder_is_told_who_holds_it(recipe):
 
 
 @pytest.mark.slow
-def test_the_lock_of_a_dead_process_is_no_obstacle(recipe):
+def test_the_lock_of_a_dead_process_is_no_obstacle(recipe, tmp_path):
     config = recipe()
     script = (
         "import json, os, signal, sys\n"
@@ -55,12 +56,8 @@ def test_the_lock_of_a_dead_process_is_no_obstacle(recipe):
         "RunFolder(config.run_path, config).__enter__()\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    root = Path(__file__).parents[2]
-    subprocess.run(
-        [sys.executable, "-c", script, json.dumps(config.model_dump())],
-        env=os.environ | {"PYTHONPATH": str(root)},
-        check=False,
-    )
+    done = forked.script(script, json.dumps(config.model_dump()), output=tmp_path / "said.txt")
+    assert done.wait() == -signal.SIGKILL, done.text
     lock = Path(config.output) / config.name / "lock"
     assert json.loads(lock.read_text())["pid"] != os.getpid()
     with RunFolder(config.run_path, config):

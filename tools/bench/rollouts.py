@@ -4,11 +4,13 @@ python tools/bench/rollouts.py recipes/tiny/arith/rl.yaml runs/arith-base runs/a
 
 The recipe says how many answers are sampled, and how. MODEL is a run, EXPORT its weights for
 transformers. All ways take turns; the least processor seconds of several rounds count. Whoever
-has `trl` sees whole steps of its GRPOTrainer as well, with the same number of answers.
+has `trl` sees whole rollout batches of its GRPOTrainer as well: answers, rewards and updates, as
+many of each as ours.
 """
 
 import argparse
 import importlib.util
+import resource
 import tempfile
 import time
 from collections.abc import Callable
@@ -17,12 +19,15 @@ from pathlib import Path
 import torch
 
 from nemotron.generate.sampling import Sampling
-from nemotron.loading import load
+from nemotron.loading import load, read_initial
+from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.answering import Answerer, Asked
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.rollout import answering
+from nemotron.posttrain.stage import Reinforcement
 from nemotron.posttrain.tasks import Tasks
 from nemotron.recipe.load import load_recipe
+from nemotron.train.initial import load_initial
 
 
 def main() -> None:
@@ -48,12 +53,13 @@ def main() -> None:
     for name, value in speeds.items():
         ratio = speeds["nemotron"] / value
         print(f"{name:<22} {value:8,.0f} sampled tokens per CPU second; ours is {ratio:.2f} times")
+    own = our_step(config, given.model, given.steps)
+    print(f"nemotron: {own:.2f} CPU seconds a rollout batch with its updates")
     if importlib.util.find_spec("trl") is None:
         print("trl is not installed; pip install trl shows its GRPO as well")
         return
-    print(
-        f"TRL GRPO: {grpo_step(config, given.export, given.steps):.2f} CPU seconds a rollout batch"
-    )
+    other = grpo_step(config, given.export, given.steps)
+    print(f"TRL GRPO: {other:.2f} CPU seconds a rollout batch with its updates: {other / own:.1f}x")
 
 
 def speed(way: Callable[[], int]) -> float:
@@ -111,6 +117,25 @@ def generate(config: RlConfig, export: Path) -> Callable[[], int]:
         return int(((ended == 0) | ((ended == 1) & torch.isin(answers, ends))).sum())
 
     return run
+
+
+def spent() -> float:
+    """Return the processor seconds of this process and of those that it has waited for."""
+    own = time.process_time()
+    return own + sum(resource.getrusage(resource.RUSAGE_CHILDREN)[:2])
+
+
+def our_step(config: RlConfig, place: str, steps: int) -> float:
+    """Return the processor seconds of a rollout batch with its verdicts and updates."""
+    config = config.model_copy(update={"init_from": place})
+    stage, device = Reinforcement(), torch.device("cpu")
+    setup = stage.build(config, stage.plan(config), device, 1.0, Ranks())
+    load_initial(setup.trainer.local, place, read_initial, seed=config.seed)
+    start = spent()
+    for step in range(steps * config.rollout.updates_per_step):
+        setup.trainer.update(step, setup.trainer.batches.take(step))
+    setup.close()  # verifiers are processes, which count when they have ended
+    return (spent() - start) / steps
 
 
 def grpo_step(config: RlConfig, export: Path, steps: int) -> float:

@@ -31,7 +31,7 @@ def check_prompt(messages: object, tools: object = None) -> None:
     if not isinstance(messages, list) or not messages:
         found = "is empty" if messages == [] else f"is {_kind(messages)}"
         raise ValueError(f"messages {found}; give a list of at least one message.")
-    _check_tools(tools)
+    check_tools(tools)
     results_may_follow = False
     for index, message in enumerate(messages):
         where = f"messages[{index}]"
@@ -129,7 +129,12 @@ def _check_calls(message: Message, where: str) -> None:
         _refuse_turn_tokens(written, here)
 
 
-def _check_tools(tools: object) -> None:
+def check_tools(tools: object) -> None:
+    """Check that tools, if there are any, are functions that the template can write.
+
+    Raises:
+        ValueError: as `check_messages` does.
+    """
     if tools is None:
         return
     if not isinstance(tools, list):
@@ -170,7 +175,7 @@ def call_arguments(function: Message, where: str) -> Mapping[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except ValueError:
+        except (ValueError, RecursionError):
             arguments = None
     if not isinstance(arguments, Mapping):
         raise ValueError(

@@ -1,17 +1,20 @@
 """Pairs as a source of batches: laid out anew in each pass, whole ones packed into rows."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from pydantic import NonNegativeInt, ValidationError
 
+from nemotron.checkpoint.records import explain
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.errors import UserError
 from nemotron.posttrain.correct.config import CorrectConfig
 from nemotron.posttrain.correct.layout import RUN, Example, Specials, lay_out
 from nemotron.posttrain.correct.pairs import PairSource
+from nemotron.section import Section
 
 
 @dataclass
@@ -24,6 +27,14 @@ class Progress:
     """Pairs whose slots could not hold their target."""
     too_long: int = 0
     """Pairs that did not fit into a row."""
+
+
+class SavedProgress(Section):
+    """The same in the state of a checkpoint."""
+
+    taken: dict[str, NonNegativeInt]
+    infeasible: NonNegativeInt
+    too_long: NonNegativeInt
 
 
 class PairBatches:
@@ -89,22 +100,22 @@ class PairBatches:
         """Go on after the pairs that were taken.
 
         Raises:
-            UserError: when the checkpoint is of another kind of run, or of other pairs.
+            UserError: when the checkpoint is of another kind of run, of other pairs, or damaged.
         """
         if saved.keys() != {"pairs", "sources"}:
             raise UserError(
                 f"the checkpoint of step {step} is of a run without pairs; begin a new run with "
                 "init_from."
             )
-        own = self.state()["sources"]
+        own, known = self.state()["sources"], saved["sources"]
         for name, identity in own.items():
-            if saved["sources"].get(name) != identity:
+            if not isinstance(known, dict) or known.get(name) != identity:
                 raise UserError(
                     f"has other pairs in {name} than the run before step {step}; restore them, or "
                     "begin a new run with init_from.",
                     key="data.sources",
                 )
-        self._progress = Progress(**{**saved["pairs"], "taken": dict(saved["pairs"]["taken"])})
+        self._progress = _read_progress(saved["pairs"], own.keys(), step)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return the pairs of each source so far, and those left out."""
@@ -174,3 +185,24 @@ def pack_examples(rows: Sequence[Sequence[Example]], seq_len: int, filler: int) 
         padding=torch.from_numpy(padding) if padding.any() else None,
         candidates=candidates if width > 1 else None,
     )
+
+
+def _read_progress(saved: Any, names: Collection[str], step: int) -> Progress:  # Any: JSON
+    """Return how far these sources were read; others, which a recipe left out, are forgotten.
+
+    Raises:
+        UserError: when it is damaged.
+    """
+    try:
+        found = SavedProgress.model_validate(saved)
+    except ValidationError as error:
+        rule = f"pairs in the checkpoint of step {step} are damaged: {explain(error)}"
+        raise UserError(f"{rule}; resume from another one.") from None
+    for name in names:
+        if name not in found.taken:
+            raise UserError(
+                f"pairs in the checkpoint of step {step} are damaged: taken.{name} is missing; "
+                "resume from another one."
+            )
+    taken = {name: found.taken[name] for name in names}
+    return Progress(taken, found.infeasible, found.too_long)

@@ -131,6 +131,36 @@ def test_a_checkpoint_of_other_pairs_is_refused(place: PairPlace, tmp_path: Path
         other.restore({"taken": 1}, 2)
 
 
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        ({}, "taken is missing"),
+        ({"taken": {}, "infeasible": 0, "too_long": 0}, "taken.pairs is missing"),
+        ({"taken": {"pairs": -1}}, "taken.pairs = -1"),
+        ({"taken": {"pairs": "7"}}, "taken.pairs = '7'"),
+        ({"taken": {"pairs": 7}, "infeasible": None}, "infeasible = None"),
+        ([], "must be a valid dictionary"),
+    ],
+)
+def test_a_damaged_count_of_pairs_is_refused(place: PairPlace, damage: Any, said: str) -> None:
+    batches = batches_of(place)
+    with pytest.raises(UserError, match=said):
+        batches.restore(batches.state() | {"pairs": damage}, 2)
+    with pytest.raises(UserError, match="other pairs in pairs"):
+        batches.restore(batches.state() | {"sources": damage}, 2)
+
+
+def test_a_source_that_the_recipe_left_out_is_forgotten(place: PairPlace) -> None:
+    batches = batches_of(place)
+    batches.take(0)
+    saved = batches.state()
+    progress = saved["pairs"] | {"taken": saved["pairs"]["taken"] | {"other": 3}}
+    again = batches_of(place)
+    again.restore(saved | {"pairs": progress}, 1)
+    assert again.state() == saved
+    assert torch.equal(again.take(1).input_ids, batches.take(1).input_ids)
+
+
 def test_slots_read_the_whole_source_and_nothing_behind_them() -> None:
     model = build(
         vocab_size=64,

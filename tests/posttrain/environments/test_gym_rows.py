@@ -62,3 +62,20 @@ def test_calls_and_what_tools_said_may_stand_before_the_answer() -> None:
 def test_what_is_no_conversation_is_refused(given: Any, said: str) -> None:
     with pytest.raises(BadRow, match=said):
         messages_of(row(given))
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        0.5,
+        {"name": "f"},
+        [1],
+        [{"type": "function", "function": {"parameters": {}}}],
+        [{"name": "f", "parameters": [1]}],
+        [{"name": "f", "parameters": {"properties": {"a": 1}}}],
+    ],
+)
+def test_tools_that_are_no_functions_are_refused(tools: Any) -> None:
+    prompts = Prompts(load_tokenizer("embedded"), frozenset(), True)
+    with pytest.raises(BadRow, match=r"^tools"):
+        prompts.write([{"role": "user", "content": "Warm?"}], tools)
