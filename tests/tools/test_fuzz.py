@@ -31,7 +31,7 @@ def fuzz(output: Path, *words: str) -> str:
 @pytest.mark.parametrize(
     "words",
     [
-        ["--direct", "6", "3"],
+        ["--direct", "12", "2"],
         pytest.param(["--direct", "30", "--seconds", "0.8", "300"], marks=pytest.mark.nightly),
         pytest.param(["4"], marks=pytest.mark.nightly),
         pytest.param(["--undamaged"], marks=pytest.mark.nightly),
