@@ -285,7 +285,7 @@ def quantize(
     bits: Annotated[
         float | None,
         typer.Option(
-            min=0.0, help="Search formats of so many bits a weight, in place of a preset."
+            min=0.0, max=32.0, help="Search formats of so many bits a weight, in place of a preset."
         ),
     ] = None,
     like: Annotated[
