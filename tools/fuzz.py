@@ -14,19 +14,17 @@ import contextlib
 import math
 import os
 import random
-import resource
 import shutil
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from select import select
-from typing import NoReturn
 
+from fuzz_process import LIMIT_KIB, cpu_s, fork, largest_kib, wait, watch
 from fuzz_readers import call
 from fuzz_reuse import reuse
 from fuzz_target import Target
@@ -37,8 +35,6 @@ from nemotron.exit_codes import WRONG_INPUT
 
 ALLOWED = (0, 1, 2, 75)
 LIMIT_S = 20.0
-LIMIT_KIB = 2 << 20
-POLL_S = 0.05
 AT_ONCE = 25
 """Mutations of a child, after which the seconds of a core are counted."""
 MEMORY = "/dev/shm"
@@ -83,15 +79,15 @@ class Fuzzer:
         self.folder, self.options = folder, options
         self.valid = folder / "valid"
         self.valid.mkdir()
-        if _wait(_fork(self._build, self.folder / "built.txt")):
+        if wait(fork(self._build, self.folder / "built.txt")):
             raise RuntimeError((self.folder / "built.txt").read_text())
         reuse(self.valid)
 
     def run(self, name: str, numbers: Sequence[int]) -> Report:
         """Try these mutations of a target, each of which is known by its number."""
         report, left = Report(), list(numbers)
-        begin = _cpu_s()
-        while left and _cpu_s() - begin < self.options.seconds:
+        begin = cpu_s()
+        while left and cpu_s() - begin < self.options.seconds:
             known = len(report.failures)
             left = left[self._run_child(name, left[:AT_ONCE], report) :]
             if len(report.failures) > known:
@@ -107,14 +103,13 @@ class Fuzzer:
         """Let one child try them until it fails or has done all; returns how many it did."""
         reader, writer = os.pipe()
         said = self.folder / f"{name}.txt"
-        child = _fork(lambda: self._try_all(name, numbers, writer), said)
+        child = fork(lambda: self._try_all(name, numbers, writer), said)
         os.close(writer)
         done, problem = 0, None
-        with os.fdopen(
-            reader, "rb", buffering=0
-        ) as results:  # what select waits for is not read yet
+        # without a buffer, so that select knows of all that was not read yet
+        with os.fdopen(reader, "rb", buffering=0) as results:
             while done < len(numbers) and problem is None:
-                problem = _watch(child, results.fileno(), self.options.limit_s)
+                problem = watch(child, results.fileno(), self.options.limit_s)
                 if problem is None and (line := results.readline()):
                     code, largest_kib = map(int, line.split())
                     if largest_kib > LIMIT_KIB:
@@ -126,7 +121,7 @@ class Fuzzer:
                     problem = "ended"
         with contextlib.suppress(ProcessLookupError):
             os.killpg(child, signal.SIGKILL)
-        status = _wait(child)
+        status = wait(child)
         report.tried += done
         if problem is None:
             return done
@@ -152,13 +147,13 @@ class Fuzzer:
             if self.options.undamaged:
                 code = self._run(undamaged(target, number), draw)
                 code += 1000 * (code == WRONG_INPUT)
-            elif target.direct is not None and number % self.options.direct:
+            elif target.direct is not None and (number + len(name)) % self.options.direct:
                 code = self._call(target, draw)
             else:
                 code = self._run(target, draw)
             if code not in ALLOWED or b"Traceback (most" in Path("/proc/self/fd/1").read_bytes():
                 return code or 1
-            os.write(results, f"{code} {_largest_kib()}\n".encode())
+            os.write(results, f"{code} {largest_kib()}\n".encode())
         time.sleep(self.options.limit_s)  # until the parent has read the last line
         return 0
 
@@ -216,73 +211,6 @@ def _inside(world: Path) -> Iterator[None]:
     finally:
         tempfile.tempdir = None
         os.chdir(before)
-
-
-def _watch(child: int, results: int, limit_s: float) -> str | None:
-    """Wait until the child says something; returns what is wrong with it instead.
-
-    Looks are counted and not seconds, so that a pause of the whole machine is no hang.
-    """
-    for _ in range(round(limit_s / POLL_S)):
-        if select([results], [], [], POLL_S)[0]:
-            return None
-        if _resident_kib(child) > LIMIT_KIB:
-            return "bomb"
-    return "hangs"
-
-
-def _largest_kib() -> int:
-    """Return the largest size so far of this process, and of those that it waited for."""
-    whose = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
-    return max(resource.getrusage(who).ru_maxrss for who in whose)
-
-
-def _resident_kib(pid: int) -> int:
-    try:
-        pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    except (OSError, IndexError):
-        return 0
-    return pages * os.sysconf("SC_PAGE_SIZE") >> 10
-
-
-def _fork(function: Callable[[], int], output: Path) -> int:
-    """Call the function in a child whose output goes to a file; its result is the exit code."""
-    sys.stdout.flush()
-    if child := os.fork():
-        return child
-    _become_child(function, output)
-
-
-def _become_child(function: Callable[[], int], output: Path) -> NoReturn:
-    code = 101
-    try:
-        os.setpgid(0, 0)
-        target = os.open(output, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o644)
-        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        os.dup2(target, 1)
-        os.dup2(target, 2)
-        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115 (open until the end)
-        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-        code = function()
-    except BaseException:
-        import traceback
-
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-            sys.stderr.flush()
-        os._exit(code if isinstance(code, int) else 101)
-
-
-def _cpu_s() -> float:
-    """Return what the children that ended have computed."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def _wait(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def table(reports: dict[str, Report]) -> str:

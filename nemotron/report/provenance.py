@@ -34,7 +34,7 @@ def describe_starts(run: Run) -> list[Start]:
     starts = [_start(facts) for facts in run.provenance.starts]
     return [
         replace(start, changes=[]) if before and start.changes == before.changes else start
-        for before, start in zip([None, *starts[:-1]], starts, strict=True)
+        for before, start in zip([None, *starts], starts, strict=False)
     ]
 
 

@@ -215,6 +215,15 @@ def test_a_run_without_a_step_has_a_page(copy: Copy):
     assert "There is no record of a step yet." in page_of(folder).text
 
 
+def test_a_run_that_was_imported_and_never_started_has_a_page(copy: Copy):
+    folder = copy("imported")
+    for name in ("metrics.jsonl", "status.json", "experts.json", "recipe.yaml"):
+        (folder / name).unlink(missing_ok=True)
+    origin = {"id": "0", "starts": [], "imported": {"folder": "exported"}}
+    (folder / "provenance.json").write_text(json.dumps(origin))
+    assert run(["report", str(folder), "--out", str(folder / "page.html")]) == 0
+
+
 def test_several_runs_are_overlaid_with_what_differs(copy: Copy, tmp_path: Path):
     first, second = copy("first"), copy("second")
     recipe = second / "recipe.yaml"

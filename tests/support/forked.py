@@ -11,7 +11,7 @@ import os
 import runpy
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -160,3 +160,10 @@ def run_module(
         os.chdir(folder)
     sys.argv = ["nemotron", *arguments]
     runpy.run_module("nemotron", run_name="__main__", alter_sys=True)
+
+
+def run_tool(name: str, arguments: Sequence[str]) -> None:
+    """Become a program of the folder `tools` with these arguments."""
+    sys.path.insert(0, str(ROOT / "tools"))
+    sys.argv = [name, *arguments]
+    runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")

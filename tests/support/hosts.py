@@ -31,6 +31,14 @@ class Host:
         shape = ["tbf", "rate", rate, "burst", "16kb", "latency", "500ms"]
         _run(["tc", "-n", self.name, "qdisc", "replace", "dev", self.device, "root", *shape])
 
+    def delay(self, milliseconds: int, lost_percent: float) -> None:
+        """Send packets later, and lose some; without `sch_netem` the test is skipped."""
+        shape = ["netem", "delay", f"{milliseconds}ms", "loss", f"{lost_percent}%"]
+        try:
+            _run(["tc", "-n", self.name, "qdisc", "replace", "dev", self.device, "root", *shape])
+        except subprocess.CalledProcessError as error:
+            pytest.skip(f"this kernel has no sch_netem (tc netem): {error.stderr.strip()}")
+
     def speed_up(self) -> None:
         """Let through everything again."""
         _run(["tc", "-n", self.name, "qdisc", "del", "dev", self.device, "root"])

@@ -102,6 +102,16 @@ def test_a_slow_link_costs_time_and_no_bit_and_a_far_too_slow_one_ends_the_job(
     assert "nemotron: " in crawling.processes[1].text or "wait" in crawling.processes[0].text
 
 
+@pytest.mark.nightly
+def test_a_link_that_delays_and_loses_packets_costs_time_and_no_bit(on_two, hosts):
+    hosts[0].delay(10, lost_percent=1.0)
+    late = Job(on_two("late"), hosts=hosts)
+    assert late.wait() == [0, 0], late.text()
+    whole = Job(on_two("whole"))
+    assert whole.wait() == [0, 0], whole.text()
+    assert_same_run(late.run, whole.run)
+
+
 def test_under_torchrun_a_cut_link_and_a_lost_node_end_all_and_what_is_left_resumes(
     on_two, hosts, parallel, bound_s
 ):
