@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nemotron.limits import MOST_SAMPLES, MOST_TASKS
+
 if TYPE_CHECKING:
     from nemotron.evaluate.suites import Plan
 
@@ -26,9 +28,10 @@ class SuiteOptions:
         Path | None, typer.Option(help="Model to compare with, on the same answers and text.")
     ] = None
     tasks: Annotated[
-        int | None, typer.Option(min=1, help="Rows of each task; default: 64, of ruler 8.")
+        int | None,
+        typer.Option(min=1, max=MOST_TASKS, help="Rows of each task; default: 64, of ruler 8."),
     ] = None
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each row.")] = 1
+    samples: Annotated[int, typer.Option(min=1, max=MOST_SAMPLES, help="Answers to each row.")] = 1
     temperature: Annotated[
         float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0.0

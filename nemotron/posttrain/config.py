@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from nemotron.errors import RuleBroken
+from nemotron.limits import MOST_TASKS
 from nemotron.posttrain.loss_config import FurtherLossConfig, further_tuning
 from nemotron.section import Section
 from nemotron.train.config import RunConfig, TuneConfig
@@ -175,7 +176,7 @@ class RolloutConfig(Section):
     verify_timeout_s: float = Field(10.0, gt=0)
     """Longest time for the verdict on an answer, or for the calls of one turn; what takes longer is
     stopped, and the answer left out."""
-    evaluation_tasks: int = Field(64, gt=0)
+    evaluation_tasks: int = Field(64, gt=0, le=MOST_TASKS)
     """Prompts of each evaluation, answered once without randomness."""
     held_out_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the tasks that only evaluations ask; a hash of the prompt decides on each. 0:

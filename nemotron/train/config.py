@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 
 from nemotron.data.config import BlendConfig, DataConfig, LengthConfig, check_lengths
 from nemotron.errors import RuleBroken
+from nemotron.limits import MOST_SAMPLES, MOST_TASKS
 from nemotron.model.config import MTP_DEPTHS, ModelConfig
 from nemotron.ops.config import OpsConfig
 from nemotron.parallel.config import ParallelConfig
@@ -152,9 +153,9 @@ class SuitesConfig(Section):
     """Suites, or environments with their level behind an @, such as arithmetic or mcqa@2."""
     every_steps: int | None = Field(None, gt=0)
     """Optimizer steps between evaluations; absent: only at the end."""
-    tasks: int = Field(32, gt=0)
+    tasks: int = Field(32, gt=0, le=MOST_TASKS)
     """Rows of each task, the same every time."""
-    samples: int = Field(1, gt=0)
+    samples: int = Field(1, gt=0, le=MOST_SAMPLES)
     """Answers to each row."""
     temperature: float = Field(0.0, ge=0)
     """Temperature of the answers; 0 takes the likeliest token."""

@@ -157,3 +157,15 @@ def test_divisors_are_complete_below_a_million_squared():
         assert divisors(number) == [d for d in range(1, number + 1) if number % d == 0]
     assert divisors(999_983 * 1_000_003) == [1, 999_983, 1_000_003, 999_983 * 1_000_003]
     assert nearest(5, [4, 6]) == 4
+
+
+@pytest.mark.parametrize("key", ["evaluation.suites.tasks", "evaluation.suites.samples"])
+def test_no_evaluation_asks_without_end(key: str):
+    said = refusal(SMOKE, "evaluation.suites.names=[mcqa]", f"{key}=99999999999999999999")
+    assert f"{key} = 99999999999999999999" in said
+
+
+@pytest.mark.parametrize("option", ["--tasks", "--samples"])
+def test_no_command_asks_without_end(option: str, capsys: pytest.CaptureFixture[str]):
+    assert run(["evaluate", "runs/none", "--suite", "mcqa", option, "9" * 20]) == 2
+    assert option in capsys.readouterr().err
