@@ -29,6 +29,7 @@ from nemotron.hf.source import open_checkpoint
 from nemotron.loading import load
 from nemotron.run.metrics import read_metrics
 from tests.support import forked
+from tests.support.cases import mostly_nightly
 from tests.support.embedded import fill_cache
 from tests.support.old_checkpoint import seal
 
@@ -405,7 +406,7 @@ TRAINED = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TRAINED)
+@pytest.mark.parametrize("kind", mostly_nightly(TRAINED, "tied"))
 def test_a_model_that_was_trained_resumes_generates_exports_and_begins_another_run(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 ):

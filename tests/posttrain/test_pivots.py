@@ -45,6 +45,7 @@ def trajectory(question: str, value: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_model_keeps_the_turns_at_which_it_is_sometimes_right(
     workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture
 ) -> None:

@@ -143,6 +143,7 @@ def test_roofs_are_measured_once_and_a_damaged_file_is_named(monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_tool_writes_a_table_a_line_and_a_drawing(tmp_path):
     roofs, lines, drawing = (tmp_path / name for name in ("roofs.json", "a.jsonl", "a.svg"))
     roofs.write_text(machine().model_dump_json())

@@ -42,6 +42,7 @@ def test_every_backend_of_every_format_is_compared_with_bfloat16(tmp_path: Path,
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_steps_are_compared_with_those_of_bfloat16(tmp_path: Path):
     recipe = str(ROOT / "recipes/tiny/smoke.yaml")
     found = rows(tmp_path, "steps", "--recipe", recipe, "--presets", "nvfp4", "fp8_delayed")

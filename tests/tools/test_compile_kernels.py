@@ -19,7 +19,8 @@ OTHERS = ("conv", "rms_norm", "gated_rms_norm", "squared_relu", "copies", "cross
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "cases", [[SCAN], further([f"{case}-nano-bf16" for case in OTHERS], id="others")]
+    "cases",
+    [further([SCAN], id="scan"), further([f"{case}-nano-bf16" for case in OTHERS], id="others")],
 )
 def test_no_kernel_spills_or_asks_for_more_memory_than_there_is(cases: list[str]):
     command = [sys.executable, "tools/compile_kernels.py", *cases, "--processes", "1", "--json"]

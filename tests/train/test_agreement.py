@@ -44,6 +44,7 @@ def test_data_of_another_content_under_the_same_name_is_refused(on_two, tmp_path
     assert "the data's sources.text.content = " in said_by_all(job)
 
 
+@pytest.mark.nightly
 def test_other_initial_weights_under_the_same_name_are_refused(on_two, recipe, tmp_path):
     for folder, seed in (("here", 1), ("there", 2)):
         run = recipe("first", seed=seed, output=str(tmp_path / folder))
@@ -52,6 +53,7 @@ def test_other_initial_weights_under_the_same_name_are_refused(on_two, recipe, t
     assert "init_from: backbone.embeddings.weight = " in said_by_all(job)
 
 
+@pytest.mark.nightly
 def test_another_checkpoint_under_the_same_name_is_refused(on_two, tmp_path):
     folders = [tmp_path / name for name in ("here", "there")]
     for folder, seed in zip(folders, (1234, 2), strict=True):

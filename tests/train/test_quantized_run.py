@@ -44,6 +44,7 @@ def test_every_preset_learns(trained: Callable[[str], Path], preset: str):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_resumed_run_draws_the_same_bits_across_a_change_of_format(recipe, capsys):
     changing = precision("nvfp4_all", switches=[{"step": 3, "preset": "mxfp8"}])
     six = {"peak": 1e-2, "total_steps": 6, "warmup_steps": 2, "decay_steps": 3}

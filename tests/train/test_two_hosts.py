@@ -67,7 +67,7 @@ def test_a_link_that_is_cut_ends_both_hosts_and_the_one_that_is_left_resumes(
     assert "resumed at step " in left.text()
 
 
-@pytest.mark.nightly  # under torchrun, below, a link is cut in a save and a host is lost
+@pytest.mark.nightly
 def test_a_host_that_is_lost_in_a_save_ends_the_other_and_costs_no_checkpoint(
     on_two, hosts, parallel, bound_s
 ):
@@ -84,6 +84,7 @@ def test_a_host_that_is_lost_in_a_save_ends_the_other_and_costs_no_checkpoint(
     assert "resumed at step " in left.text()
 
 
+@pytest.mark.nightly
 def test_a_slow_link_costs_time_and_no_bit_and_a_far_too_slow_one_ends_the_job(
     on_two, hosts, parallel, bound_s
 ):
@@ -112,6 +113,7 @@ def test_a_link_that_delays_and_loses_packets_costs_time_and_no_bit(on_two, host
     assert_same_run(late.run, whole.run)
 
 
+@pytest.mark.nightly
 def test_under_torchrun_a_cut_link_and_a_lost_node_end_all_and_what_is_left_resumes(
     on_two, hosts, parallel, bound_s
 ):

@@ -175,7 +175,10 @@ def call_arguments(function: Message, where: str) -> Mapping[str, Any]:
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
+        except RecursionError:
+            rule = f"the arguments of {function.get('name')} are nested too deep; write them flat."
+            raise ValueError(f"{where}: {rule}") from None
+        except ValueError:
             arguments = None
     if not isinstance(arguments, Mapping):
         raise ValueError(

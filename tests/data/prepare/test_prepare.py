@@ -461,7 +461,8 @@ def test_deep_and_broken_conversations_are_bad_rows(tmp_path: Path, monkeypatch)
     assert prepare_chats(rows, "chats") == 0
     assert read_manifest(Path("chats")).bad_rows == (
         "chats.jsonl:1 is nested too deep",
-        "chats.jsonl:2 is nested too deep",
+        "chats.jsonl:2 messages[0].tool_calls[0]: the arguments of f are nested too deep; "
+        "write them flat.",
         "chats.jsonl:3 has a text with a lone surrogate, which is not a character",
     )
 
