@@ -46,6 +46,7 @@ def test_another_teacher_under_the_same_name_is_refused_by_a_resumed_run(
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.nightly
 def test_another_teacher_on_one_rank_is_refused(workplace: Workplace, tmp_path: Path) -> None:
     folders = [tmp_path / name for name in ("here", "there")]
     for folder in folders:

@@ -30,6 +30,7 @@ def test_every_setting_that_differs_is_named_with_its_ranks(on_two):
     assert not job.run.exists()
 
 
+@pytest.mark.nightly
 def test_a_rank_that_alone_resumes_is_named(on_two):
     sentence = said_by_all(Job(on_two("resumes"), of_rank={1: ("--resume",)}))
     assert "--resume = false on rank 0 but true on rank 1" in sentence

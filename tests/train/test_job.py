@@ -38,6 +38,7 @@ def test_a_rank_that_hangs_ends_the_job_and_is_named(on_two):
     assert status["exit_code"] == 1
 
 
+@pytest.mark.nightly
 def test_a_rank_that_does_not_answer_is_named_with_its_last_place(on_two):
     job = Job(on_two("frozen", steps=4000, checkpoint={}, parallel=limits(START_S)))
     job.wait_for_step(2)

@@ -45,7 +45,7 @@ def wait_for_save(job: Job | TorchrunJob) -> None:
         time.sleep(0.0005)
 
 
-@pytest.mark.parametrize("moment", ["step", further("save")])
+@pytest.mark.parametrize("moment", [further("step"), further("save")])
 def test_a_link_that_is_cut_ends_both_hosts_and_the_one_that_is_left_resumes(
     on_two, hosts, parallel, bound_s, moment
 ):

@@ -19,6 +19,7 @@ def texts_of(path: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_text_that_switches_is_learned_from_a_blend(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
