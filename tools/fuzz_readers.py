@@ -44,6 +44,7 @@ from nemotron.run.files import RunFiles
 from nemotron.run.metrics import MetricsFile
 from nemotron.run.provenance import with_start
 from nemotron.run.status import read_status
+from nemotron.terminal import print_text
 
 Direct = Callable[[], object]
 
@@ -55,14 +56,14 @@ def call(direct: Direct) -> int:
     try:
         direct()
     except UserError as error:
-        print(error)
+        print_text(str(error))
         return WRONG_INPUT
     except RunFailed as error:
-        print(error)
+        print_text(str(error))
         return FAILED
     except BaseException as error:  # those of libraries in Rust are no Exception
         sentence, code = describe(error, ["fuzz"])
-        print(sentence)
+        print_text(sentence)
         return code
     return DONE
 
