@@ -106,11 +106,12 @@ def exit_code(error: BaseException) -> int:
 
 
 def is_of_name(error: BaseException) -> bool:
-    """Say whether a path that someone gave is too long, or a link that leads in a circle."""
+    """Say whether a path that someone gave is no name, is too long, or leads in a circle."""
     if isinstance(error, OSError):
         return error.errno in UNUSABLE_NAMES
     # what `Path.resolve` raises before Python 3.13
-    return type(error) is RuntimeError and str(error).startswith("Symlink loop")
+    is_loop = type(error) is RuntimeError and str(error).startswith("Symlink loop")
+    return is_loop or (type(error) is ValueError and str(error) == "embedded null byte")
 
 
 def is_out_of_memory(error: BaseException) -> bool:

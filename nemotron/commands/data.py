@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemotron.commands.shared import CommandGroup, Overrides, RecipeFile
+from nemotron.limits import MOST_MIB
 
 if TYPE_CHECKING:
     from nemotron.data.loader import TrainingData
@@ -101,7 +102,11 @@ def data_prepare(
     ] = 100,
     max_row_mib: Annotated[
         int,
-        typer.Option(min=1, help="Longest row of JSON lines; a longer row counts as unreadable."),
+        typer.Option(
+            min=1,
+            max=MOST_MIB,
+            help="Longest row of JSON lines; a longer row counts as unreadable.",
+        ),
     ] = 256,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
     dry_run: Annotated[
@@ -365,7 +370,7 @@ def data_codeswitch(
         float, typer.Option(min=0.01, max=0.99, help="Share of the words to switch.")
     ] = 0.2,
     per_sentence: Annotated[
-        int, typer.Option(min=1, help="Most sentences that are made of one.")
+        int, typer.Option(min=1, max=1000, help="Most sentences that are made of one.")
     ] = 5,
     spf: Annotated[
         str,

@@ -10,6 +10,7 @@ from nemotron.commands.answers import AnswerOptions
 from nemotron.commands.decoding import DecodingOptions
 from nemotron.commands.shared import CommandGroup, Device, Language, Model, Overrides
 from nemotron.commands.suites import SuiteOptions
+from nemotron.limits import MOST_TOKENS
 from nemotron.merge.coefficients import EMA_DECAY
 
 app = CommandGroup()
@@ -140,13 +141,17 @@ def check_parity(
     model: Model,
     length: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Tokens of a prompt; repeatable. Default: 100, 1000."),
+        typer.Option(
+            min=1, max=MOST_TOKENS, help="Tokens of a prompt; repeatable. Default: 100, 1000."
+        ),
     ] = None,
     rows: Annotated[
         list[int] | None,
-        typer.Option(min=1, help="Prompts at a time; repeatable. Default: 1, 8."),
+        typer.Option(min=1, max=4096, help="Prompts at a time; repeatable. Default: 1, 8."),
     ] = None,
-    new_tokens: Annotated[int, typer.Option(min=1, help="Tokens to generate after each.")] = 32,
+    new_tokens: Annotated[
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Tokens to generate after each.")
+    ] = 32,
     mamba_decode: Annotated[
         MambaDecode,
         typer.Option(help="replay uses exact operations on both sides; every bit must agree."),

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from nemotron.commands.shared import CommandGroup, Overrides, RecipeFile
+from nemotron.limits import MOST_CHATS
 from nemotron.terminal import print_text
 
 if TYPE_CHECKING:
@@ -28,7 +29,9 @@ def rl_chats(
         ),
     ],
     out: Annotated[Path, typer.Option(help="File of JSON lines to write.")],
-    count: Annotated[int, typer.Option(min=1, help="Conversations of each environment.")] = 1000,
+    count: Annotated[
+        int, typer.Option(min=1, max=MOST_CHATS, help="Conversations of each environment.")
+    ] = 1000,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the tasks.")] = 1,
     thinking: Annotated[bool, typer.Option(help="Write the reasoning, too.")] = True,
     text: Annotated[
@@ -73,7 +76,7 @@ def rl_pivots(
         str | None,
         typer.Option(help="Run, checkpoint or export; default: what init_from names."),
     ] = None,
-    samples: Annotated[int, typer.Option(min=2, help="Answers to each turn.")] = 8,
+    samples: Annotated[int, typer.Option(min=2, max=1000, help="Answers to each turn.")] = 8,
     max_reward: Annotated[
         float, typer.Option(min=0, max=1, help="Largest mean reward of a pivot.")
     ] = 1.0,

@@ -165,7 +165,28 @@ def test_no_evaluation_asks_without_end(key: str):
     assert f"{key} = 99999999999999999999" in said
 
 
-@pytest.mark.parametrize("option", ["--tasks", "--samples"])
-def test_no_command_asks_without_end(option: str, capsys: pytest.CaptureFixture[str]):
-    assert run(["evaluate", "runs/none", "--suite", "mcqa", option, "9" * 20]) == 2
-    assert option in capsys.readouterr().err
+ENDLESS = [
+    ("evaluate", "runs/none", "--suite", "mcqa", "--tasks"),
+    ("evaluate", "runs/none", "--suite", "mcqa", "--samples"),
+    ("check-parity", "runs/none", "--length"),
+    ("check-parity", "runs/none", "--rows"),
+    ("check-parity", "runs/none", "--new-tokens"),
+    ("rl", "chats", "mcqa", "--out", "o", "--count"),
+    ("rl", "pivots", "pivot.yaml", "rows.jsonl", "--out", "o", "--samples"),
+    ("data", "codeswitch", "t.jsonl", "--languages", "a,b", "--out", "o", "--per-sentence"),
+    ("data", "prepare", "t.jsonl", "--out", "o", "--max-row-mib"),
+]
+
+
+@pytest.mark.parametrize("words", ENDLESS, ids=lambda words: f"{words[0]} {words[-1]}")
+def test_no_command_is_asked_without_end(words: tuple[str, ...], capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run([*words, "9" * 20]) == 2
+    assert words[-1] in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_path_with_a_null_character_is_a_mistake(capsys: pytest.CaptureFixture[str]):
+    words = ["data", "noise", "x\0y", "--language", "grammar", "--out", "o"]
+    assert run(words) == 2
+    assert "a path cannot be used (embedded null byte)" in capsys.readouterr().err
