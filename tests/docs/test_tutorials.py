@@ -141,6 +141,7 @@ def follow(page: str, instead: Mapping[str, str] | None = None) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_the_first_run(newcomer: Path):
     done = follow("first_run.md")
     assert {"train", "runs", "report", "evaluate", "compare", "generate", "export"} <= {*done}
@@ -149,6 +150,7 @@ def test_the_first_run(newcomer: Path):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_quantize_and_serve(newcomer: Path):
     for name in ("mine", "assistant"):
         assert run(["train", "recipes/tiny/pretrain.yaml", f"name={name}"]) == DONE

@@ -27,6 +27,7 @@ def start(cluster: Cluster, **more) -> Launched:
     return cluster.start(SMOKE, *SHORT, "checkpoint.every_steps=3", **more)
 
 
+@pytest.mark.nightly
 def test_a_warned_run_is_requeued_and_finishes(cluster: Cluster):
     run = cluster.folder / "runs" / "smoke"
     job = start(cluster, SKIP_DOCTOR="")

@@ -44,6 +44,7 @@ def build(folder: Path, name: str, lag: int = 0, **parallel: int) -> RlConfig:
     )
 
 
+@pytest.mark.nightly
 def test_two_ranks_learn_what_one_learns(tmp_path: Path) -> None:
     found = {}
     for name, world, parallel in (("one", 1, {}), ("two", 2, {}), ("experts", 2, {"ep": 2})):

@@ -93,6 +93,7 @@ def test_the_same_scales_give_the_same_files_in_both_layouts(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_an_exported_folder_is_quantized_as_its_run_is(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -127,6 +128,7 @@ def test_an_exported_folder_is_quantized_as_its_run_is(
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_a_search_writes_its_curve_and_keeps_to_its_bits(trained: Path, tmp_path: Path):
     words = ["quantize", str(trained), *QUICK, "--score-rows", "2"]
     for score in ("fisher", "kl"):

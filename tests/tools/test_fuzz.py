@@ -37,6 +37,7 @@ def fuzz(output: Path, *words: str) -> str:
         pytest.param(["--undamaged"], marks=pytest.mark.nightly),
     ],
 )
+@pytest.mark.nightly
 def test_no_damage_to_an_input_ends_in_anything_but_an_answer(
     targets: list[str], words: list[str], tmp_path: Path
 ):

@@ -16,6 +16,7 @@ LATEST_S = 0.75 * START_S
 """Who ends before so many seconds was not ended by the limit of a start."""
 
 
+@pytest.mark.nightly
 def test_a_rank_that_hangs_ends_the_job_and_is_named(on_two):
     job = Job(
         on_two("hangs", faults=({"kind": "hang", "step": 3, "rank": 1},), parallel=limits(START_S))

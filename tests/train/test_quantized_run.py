@@ -98,6 +98,7 @@ def test_a_run_may_go_on_in_another_format(recipe, before: str, after: str):
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_delayed_scales_go_on_where_a_run_was_stopped_and_start_anew_with_another_history(
     recipe, trained: Callable[[str], Path]
 ):

@@ -44,6 +44,7 @@ def test_a_stopped_run_resumes_to_the_same_bits(place: PairPlace, kind: str) -> 
 
 
 @pytest.mark.slow
+@pytest.mark.nightly
 def test_tagging_corrects_what_was_held_out(place: PairPlace) -> None:
     recipe = place.recipe(
         "learns",
