@@ -106,7 +106,7 @@ def exit_code(error: BaseException) -> int:
 
 
 def is_of_name(error: BaseException) -> bool:
-    """Say whether a path that someone gave is no name, is too long, or leads in a circle."""
+    """Say whether a given path is too long, holds a null character, or is a link to itself."""
     if isinstance(error, OSError):
         return error.errno in UNUSABLE_NAMES
     # what `Path.resolve` raises before Python 3.13

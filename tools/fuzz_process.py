@@ -16,7 +16,7 @@ POLL_S = 0.05
 def watch(child: int, results: int, limit_s: float) -> str | None:
     """Wait until the child says something; returns what is wrong with it instead.
 
-    Looks are counted and not seconds, so that a pause of the whole machine is no hang.
+    Polls are counted instead of seconds: a pause of the whole machine does not count as a hang.
     """
     for _ in range(round(limit_s / POLL_S)):
         if select([results], [], [], POLL_S)[0]:

@@ -79,7 +79,7 @@ def paying_length(
 
     Both the last end and the mean of all count. They pass the model together, with others whose
     drafts have a given length. `reaches` are the most tokens that could be drafted of each, `rates`
-    the probabilities that one is accepted; `cost` tells the time of a pass with drafts of some
+    the probabilities that one is accepted; `cost` returns the time of a pass with drafts of some
     length, in passes without.
     """
     pairs = list(zip(rates, reaches, strict=True))
