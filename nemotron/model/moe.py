@@ -12,6 +12,7 @@ from nemotron.model.adapter import Adapter
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import MLP, Linear
 from nemotron.model.router import Choice, Router, Routing, RoutingStats
+from nemotron.ops.expert_step import expert_step
 from nemotron.ops.grouped_linear import grouped_linear, row_multiple
 from nemotron.ops.squared_relu import squared_relu
 from nemotron.ops.token_copies import TokenCopiesOp, token_copies
@@ -117,7 +118,7 @@ class Experts(nn.Module):
         self.up_adapter: Adapter | None = None
         self.down_adapter: Adapter | None = None
         self.grouped_linear, self.squared_relu = grouped_linear, squared_relu
-        self.token_copies = token_copies
+        self.token_copies, self.expert_step = token_copies, expert_step
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, input_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, input_size, intermediate_size))
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from nemotron.model.config import ModelConfig
 from nemotron.ops.linear import wide_linear
+from nemotron.ops.router_step import router_step
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class Router(nn.Module):
         self.group_names = () if experts is None else experts.languages
         """Names of the groups, where each is balanced by itself."""
         self.sum_over_row = self.own_tokens = None
-        self.wide_linear = wide_linear
+        self.wide_linear, self.router_step = wide_linear, router_step
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.e_score_correction_bias: Tensor
         self.register_buffer(
