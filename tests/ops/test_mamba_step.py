@@ -61,7 +61,10 @@ def draw(sizes: Sizes, dtype: torch.dtype = torch.float32, *, in_order: bool = F
     _, xBC, dt = projected.split([inner, channels, heads], dim=1)
     conv = torch.randn(rows + 3, width - 1, channels, generator=g).to(DEVICE, dtype)
     ssm = torch.randn(rows + 3, heads, head_dim, state, generator=g).to(DEVICE)
-    slots = None if in_order else torch.randperm(rows + 3, generator=g)[:rows].to(DEVICE)
+    # a column of what a step is given
+    numbers = torch.randperm(3 * rows + 9, generator=g)[: 3 * rows].view(rows, 3) % (rows + 3)
+    numbers[:, 1] = torch.randperm(rows + 3, generator=g)[:rows]
+    slots = None if in_order else numbers.to(DEVICE)[:, 1]
     weights = Weights(
         torch.randn(channels, width, generator=g).to(DEVICE),
         torch.randn(channels, generator=g).to(DEVICE) if sizes.bias else None,

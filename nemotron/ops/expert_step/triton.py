@@ -13,10 +13,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.launch import dot_type, power_of_2
+from nemotron.ops.tuning.tunable import Tunable
 
-OUTPUTS, INPUTS, STAGES = 64, 128, 4
-"""Of a matrix, the block of a program and of a turn of its loop, and turns that are on their way:
-64 KB of bfloat16, three times what a multiprocessor must have under way to fill its bandwidth."""
 COLUMNS = 512
 """Of a token's sum in a program."""
 
@@ -81,6 +79,24 @@ def _multiply(
         at = out_ptr + copy.to(tl.int64)[None, :] * N + output[:, None]
         inside = (output < N)[:, None] & is_copy[None, :]
         tl.store(at, total.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+MULTIPLY = Tunable(
+    "expert_step",
+    "multiply",
+    (_multiply,),
+    ("copies", "outputs", "inputs"),
+    # 64 KB on their way, three times what a multiprocessor needs to fill its share of the bandwidth
+    {"outputs": 64, "block": 128, "stages": 4, "warps": 4},
+    {
+        "outputs": (64, 128),
+        "block": (32, 64, 128, 256),
+        "stages": (2, 3, 4, 5, 6, 8),
+        "warps": (4, 8),
+    },
+    by_dtype={torch.float32: {"outputs": 64, "block": 64, "stages": 3, "warps": 4}},
+    reorders=("block",),
+)
 
 
 @triton.jit
@@ -150,7 +166,8 @@ def _launch(
     copies, (num_experts, outputs, inputs) = experts.numel(), matrices.shape
     # a token goes to an expert once
     is_many = copies > 8 * num_experts and experts.shape[0] > 16
-    _multiply[(min(copies, num_experts), triton.cdiv(outputs, OUTPUTS))](
+    launch = MULTIPLY.at(rows, copies, outputs, inputs)
+    _multiply[(min(copies, num_experts), triton.cdiv(outputs, launch["outputs"]))](
         rows,
         experts,
         weights,
@@ -165,9 +182,9 @@ def _launch(
         BY_COPY=copies < num_experts,
         IS_UP=weights is not None,
         ROWS=32 if is_many else 16,
-        OUTPUTS=OUTPUTS,
-        INPUTS=INPUTS,
-        STAGES=STAGES,
+        OUTPUTS=launch["outputs"],
+        INPUTS=launch["block"],
+        STAGES=launch["stages"],
         DOT=dot_type(rows.dtype),
-        num_warps=4,
+        num_warps=launch["warps"],
     )

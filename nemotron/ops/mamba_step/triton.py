@@ -30,6 +30,7 @@ def _convolve(
     conv_ptr,
     mixed_ptr,
     x_stride,
+    slots_stride,
     conv_stride,
     C,
     W: tl.constexpr,
@@ -40,7 +41,7 @@ def _convolve(
     inside = channel < C
     slot = row
     if slots_ptr is not None:
-        slot = tl.load(slots_ptr + row).to(tl.int64)
+        slot = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
     window = conv_ptr + slot * conv_stride + channel
     total = tl.zeros([CHANNELS], tl.float32)
     if bias_ptr is not None:
@@ -69,6 +70,7 @@ def _update(
     ssm_ptr,
     y_ptr,
     dt_stride,
+    slots_stride,
     ssm_stride,
     H,
     G,
@@ -86,7 +88,7 @@ def _update(
     inside = (p < P)[:, None] & (n < N)[None, :]
     slot = row
     if slots_ptr is not None:
-        slot = tl.load(slots_ptr + row).to(tl.int64)
+        slot = tl.load(slots_ptr + row * slots_stride).to(tl.int64)
     at = ssm_ptr + slot * ssm_stride + head * (P * N) + (p[:, None] * N + n[None, :])
     state = tl.load(at, mask=inside, other=0.0).to(tl.float32)
 
@@ -132,8 +134,7 @@ def mamba_step(
     y = torch.empty(rows, inner, dtype=xBC.dtype, device=xBC.device)
     if not rows:
         return y
-    if slots is not None:
-        slots = slots.contiguous()
+    slots_stride = 0 if slots is None else slots.stride(0)
     _convolve[(rows, triton.cdiv(channels, CHANNELS))](
         xBC,
         weights.conv.contiguous(),
@@ -142,6 +143,7 @@ def mamba_step(
         conv,
         mixed,
         xBC.stride(0),
+        slots_stride,
         conv.stride(0),
         channels,
         W=width,
@@ -159,6 +161,7 @@ def mamba_step(
         ssm,
         y,
         dt.stride(0),
+        slots_stride,
         ssm.stride(0),
         heads,
         (channels - inner) // (2 * state_size),
