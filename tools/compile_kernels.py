@@ -184,7 +184,7 @@ def expert_step(sizes: Sizes, dtype: torch.dtype) -> None:
     from nemotron.ops.expert_step.triton import expert_step
 
     up = torch.empty(sizes.experts, sizes.expert, sizes.expert_input, device="meta", dtype=dtype)
-    for tokens in (1, 8, 23):
+    for tokens in (1, 8, 23 if sizes is SUPER else 32):
         chosen = torch.empty(tokens, sizes.top_k, device="meta", dtype=torch.int64)
         x = torch.empty(tokens, sizes.expert_input, device="meta", dtype=dtype)
         down = up.view(sizes.experts, sizes.expert_input, sizes.expert)

@@ -26,6 +26,7 @@ from tests.support.cases import further
 
 pytest.importorskip("triton")
 
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = (mamba_step, router_step, expert_step)
 ELSEWHERE = {operation.name: "reference" for operation in STEPS}
 
@@ -55,8 +56,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 def prepared(model: HybridLM, **ops: str) -> HybridLM:
     """Return a view for decoding; `ops` are put in afterwards."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    model = copy.deepcopy(model).to(device)
+    model = copy.deepcopy(model).to(DEVICE)
     apply(model, OpsConfig(token_step="reference"))
     view = decode_view(model, pack=True)
     apply(view, OpsConfig(token_step="reference", **ops))
@@ -110,7 +110,7 @@ def test_answers_are_those_of_the_layers(
 
 @pytest.mark.slow
 def test_probabilities_are_those_of_training(model: HybridLM, calls: Counter[str]):
-    apply(used := copy.deepcopy(model), OpsConfig(token_step="reference"))
+    apply(used := copy.deepcopy(model).to(DEVICE), OpsConfig(token_step="reference"))
     for parity in check_parity(used, [3], [2], 2):
         assert parity.largest <= 1e-4
     assert calls.keys() == ELSEWHERE.keys()

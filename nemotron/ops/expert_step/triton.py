@@ -12,14 +12,18 @@ import triton.language as tl
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.launch import dot_type, power_of_2
+from nemotron.ops.expert_step import MOST_COPIES
+from nemotron.ops.launch import dot_type
 from nemotron.ops.tuning.tunable import Tunable
 
+KINDS = (64, 16), (MOST_COPIES, 32)
+"""Copies that a kernel is compiled for, and how many of an expert it multiplies at a time: two, so
+that the first steps of each size need not wait for the compiler."""
 COLUMNS = 512
 """Of a token's sum in a program."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["copies"])
 def _multiply(
     rows_ptr,
     experts_ptr,
@@ -164,8 +168,7 @@ def _launch(
     copies_a_row: int,
 ) -> None:
     copies, (num_experts, outputs, inputs) = experts.numel(), matrices.shape
-    # a token goes to an expert once
-    is_many = copies > 8 * num_experts and experts.shape[0] > 16
+    most, at_once = next(kind for kind in KINDS if copies <= kind[0])
     launch = MULTIPLY.at(rows, copies, outputs, inputs)
     _multiply[(min(copies, num_experts), triton.cdiv(outputs, launch["outputs"]))](
         rows,
@@ -177,11 +180,11 @@ def _launch(
         rows.stride(0),
         K=inputs,
         N=outputs,
-        COPIES=max(16, power_of_2(copies)),
+        COPIES=most,
         COPIES_A_ROW=copies_a_row,
         BY_COPY=copies < num_experts,
         IS_UP=weights is not None,
-        ROWS=32 if is_many else 16,
+        ROWS=at_once,
         OUTPUTS=launch["outputs"],
         INPUTS=launch["block"],
         STAGES=launch["stages"],

@@ -20,7 +20,7 @@ EXPERTS, INPUTS, TOKENS = 64, 128, 16
 """Of a piece of the product."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _multiply(
     x_ptr,
     weight_ptr,
@@ -60,7 +60,7 @@ def _multiply(
     tl.store(at, total, mask=(expert < E)[:, None] & (token < M)[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _choose(
     parts_ptr,
     bias_ptr,
