@@ -74,7 +74,8 @@ def _gathered(job: Job, stage: str, local: float) -> float:
     tables = 1 if stage == "first" else 2
     if stage == "last" and not job.depths:
         tables = 1
-    keeps_weights = not job.reshard_after_forward
+    # a rank by itself keeps a copy of every weight, which the optimizer writes
+    keeps_weights = not job.reshard_after_forward or job.dims.world == 1
     weights = b * (local if keeps_weights else tables * table + 2 * block)
     gradients = g * (table + block if job.sync_every_micro_batch else local)
     return weights + gradients
