@@ -75,7 +75,7 @@ def main() -> int:
         print(f"unknown stages: {', '.join(unknown)}; there are {', '.join(STAGES)}, warm")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    tasks = [p for p in TASKS if p.stage in chosen or p.module == "warm" and "warm" in chosen]
+    tasks = [p for p in TASKS if p.stage in chosen or (p.module == "warm" and "warm" in chosen)]
     scale, begin = options.seconds / USUAL, time.monotonic()
     seconds: dict[str, dict[str, object]] = {}
     while tasks:
