@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from nemotron.ops.adamw import Kernel, Settings
+from nemotron.ops.adamw import Kernel, Settings, kernel_for
 from nemotron.ops.rounded import copy_of, keep_rounded, renew
 from nemotron.train.config import OptimizerConfig
 from nemotron.train.muon import Matrices, Muon, is_matrix
@@ -24,12 +24,10 @@ class Optimizer:
         config: OptimizerConfig,
         matrices: Matrices | None = None,
         held: Callable[[Tensor], Tensor] = Tensor.detach,
-        kernel: Kernel | None = None,
     ) -> None:
         """Take the parameters, and what returns the part of one, or of a gradient, that is here.
 
-        `matrices` puts together what ranks hold of them, for Muon; `kernel` is AdamW's, in place
-        of torch's.
+        `matrices` puts together what ranks hold of them, for Muon.
         """
         self.config = config
         self.parameters = dict(parameters)
@@ -41,6 +39,8 @@ class Optimizer:
         self._muon = Muon(own, config.muon, config.weight_decay, matrices) if own else None
         self._local = {name: p for name, p in every.items() if name not in own}
         decay = {n: config.weight_decay if decays(n, p) else 0.0 for n, p in self._local.items()}
+        devices = {parameter.device for parameter in every.values()}
+        kernel = kernel_for(config.kernel, *devices) if devices else None
         self._adamw = AdamW(self._local, decay, config.betas, config.eps, kernel)
         self._copies: dict[str, Tensor] = {}
 

@@ -20,7 +20,6 @@ from nemotron.model.flops import training_flops_per_token
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.moe import multiplied_weights
 from nemotron.model.router import RoutingStats, routers
-from nemotron.ops.adamw import kernel_for
 from nemotron.parallel.local import LocalModel
 from nemotron.parallel.quantized import connect
 from nemotron.parallel.runtime import Ranks
@@ -64,8 +63,8 @@ class Trainer:
         self.quantization = Quantization(self.local.models, config.precision, config.seed, whole)
         connect(self.quantization, self.local)
         trained = {n: p for n, p in self.local.parameters().items() if p.requires_grad}
-        matrices, kernel = local.whole_matrices(), kernel_for(device)
-        self.optimizer = Optimizer(trained, config.optimizer, matrices, local.held, kernel)
+        matrices = local.whole_matrices()
+        self.optimizer = Optimizer(trained, config.optimizer, matrices, local.held)
         if device.type == "cuda" and config.precision.compute == "bf16":
             weights = itertools.chain(*map(multiplied_weights, self.local.models))
             self.optimizer.keep_rounded(weights, torch.bfloat16)

@@ -1,6 +1,7 @@
 """Stage 6: a training step of one GPU's share of Nano, with the project's model, loss, optimizer.
 
-Variants: `auto`, the backends that the project chooses; `before`, torch's alone; number formats.
+Variants: `auto`, what the project chooses; `adamw`, our kernel for it; `before`, torch's operations
+alone; number formats.
 The time of all 52 layers follows from a block of each kind and the head, measured by themselves.
 """
 
@@ -20,7 +21,6 @@ from nemotron.model.flops import head_flops, layer_flops, training_flops_per_tok
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.moe import multiplied_weights
 from nemotron.model.router import RoutingStats, routers
-from nemotron.ops.adamw import kernel_for
 from nemotron.ops.apply import apply
 from nemotron.plan.build import layout_of, main_stretch, read_setting
 from nemotron.plan.hardware import find_hardware
@@ -35,7 +35,7 @@ from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import Optimizer, clip_coefficient, squares_by_kind
 from nemotron.train.schedule import plan_training
 
-VARIANTS = ("auto", "before", "fp8_current", "fp8_block", "mxfp8", "nvfp4")
+VARIANTS = ("auto", "adamw", "before", "fp8_current", "fp8_block", "mxfp8", "nvfp4")
 LR = 1e-4
 HELD_MS = 8.0
 """Longer than the host takes to queue a block forward and backward, which hides behind others."""
@@ -57,8 +57,9 @@ class Training:
         chosen = PrecisionConfig.model_validate(values)
         self.quantization = Quantization(self.model, chosen, 0)
         parameters, is_before = dict(self.model.named_parameters()), variant == "before"
-        kernel = None if is_before else kernel_for(stage.device)
-        self.optimizer = Optimizer(parameters, config.optimizer, kernel=kernel)
+        kernel = "triton" if variant == "adamw" else "torch"
+        settings = config.optimizer.model_copy(update={"kernel": kernel})
+        self.optimizer = Optimizer(parameters, settings)
         if not is_before:
             self.optimizer.keep_rounded(multiplied_weights(self.model), torch.bfloat16)
         self._kinds = kinds(config.model)
@@ -226,7 +227,7 @@ def _three_layers(config: PretrainConfig) -> PretrainConfig:
 
 
 def _preset(variant: str) -> str:
-    return "bf16" if variant in ("auto", "before") else variant
+    return "bf16" if variant in ("auto", "adamw", "before") else variant
 
 
 def planned_memory(config: PretrainConfig) -> tuple[float, dict[str, float]]:

@@ -1,4 +1,7 @@
-"""A kernel for AdamW, where the device has a better one than torch's."""
+"""A kernel for AdamW in place of torch's, where a recipe names it.
+
+It was compiled for Hopper and tested in Triton's interpreter; it has not run on a GPU yet.
+"""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -6,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from nemotron.errors import UserError
 from nemotron.ops.registry import Backend, Call, lazy
 
 
@@ -50,6 +54,15 @@ _triton = Backend(
 )
 
 
-def kernel_for(device: torch.device) -> Kernel | None:
-    """Return the kernel for a device; None where torch's own is the best that there is."""
-    return None if _triton.unfit(Call(device.type, torch.float32)) else _triton.function
+def kernel_for(name: str, device: torch.device) -> Kernel | None:
+    """Return the kernel of that name; None for torch's own, which is no kernel of ours.
+
+    Raises:
+        UserError: when it cannot be used on the device.
+    """
+    if name == "torch":
+        return None
+    if reason := _triton.unfit(Call(device.type, torch.float32)):
+        rule = f"cannot be used: {reason}; or remove the key."
+        raise UserError(rule, key="optimizer.kernel", value=name)
+    return _triton.function
