@@ -14,7 +14,15 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 SCAN = "ssd-nano-bf16"
-OTHERS = ("conv", "rms_norm", "gated_rms_norm", "squared_relu", "copies", "cross_entropy")
+OTHERS = (
+    "conv",
+    "rms_norm",
+    "gated_rms_norm",
+    "squared_relu",
+    "copies",
+    "routing",
+    "cross_entropy",
+)
 
 
 @pytest.mark.slow
