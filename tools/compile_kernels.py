@@ -166,6 +166,10 @@ def routing(sizes: Sizes, dtype: torch.dtype) -> None:
     for experts in (None, given):
         inputs = logits, bias, experts, sizes.top_k, 1, 1, True, 2.5
         call("routing", "topk_routing", *inputs, module="topk_triton")
+    scores = empty(TOKENS, sizes.experts)
+    for padding in (None, empty(2, TOKENS // 2, dtype=torch.bool)):
+        inputs = scores, padding, 2, sizes.top_k
+        call("routing", "balance_sums", *inputs, module="balance_triton")
     numbers = [empty(TOKENS * sizes.top_k, dtype=torch.int64) for _ in range(2)]
     counts = empty(sizes.experts, dtype=torch.int64)
     inputs = empty(TOKENS * sizes.top_k), *numbers, counts, TOKENS, 1

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nemotron.model.config import ModelConfig
 from nemotron.ops.linear import wide_linear
-from nemotron.ops.routing import choose, count, topk_routing
+from nemotron.ops.routing import balance_sums, choose, count, topk_routing
 
 
 @dataclass(frozen=True)
@@ -106,6 +106,7 @@ class Router(nn.Module):
         """Names of the groups, where each is balanced by itself."""
         self.sum_over_row = self.own_tokens = None
         self.wide_linear, self.topk_routing = wide_linear, topk_routing
+        self.balance_sums = balance_sums
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.e_score_correction_bias: Tensor
         self.register_buffer(
@@ -174,32 +175,22 @@ class Router(nn.Module):
         """
         if padding is not None and self.own_tokens is not None:
             padding = self.own_tokens(padding)
-        scores, num_groups = routing.scores, 1
+        scores, counts, num_groups = routing.scores, routing.counts, 1
         if self.group_names:
             num_groups = self.num_groups
             group = routing.experts[:, 0] // (self.num_experts // num_groups)
             scores = self._inside(scores, group, outside=0.0)
-        share = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-        share = share.unflatten(0, (num_rows, -1))  # [B, T, E]
-        counts = routing.counts
         if padding is not None:
-            share = share.masked_fill(padding.unsqueeze(-1), 0)
             real = (~padding).flatten().long().repeat_interleave(self.top_k)
             counts = count(routing.experts.flatten(), self.num_experts, real)
-        with torch.no_grad():
-            chosen = share.topk(self.top_k, dim=-1).indices.flatten(1)  # [B, T * K]
-            load = torch.zeros_like(share[:, 0])
-            ones = torch.ones_like(chosen, dtype=load.dtype)
-            if padding is not None:
-                ones = ones.masked_fill_(padding.repeat_interleave(self.top_k, dim=1), 0)
-            load.scatter_add_(1, chosen, ones)
-            if self.sum_over_row is not None:
-                load = self.sum_over_row(load)
-            # top-k x tokens of the row; a row may be nothing but padding
-            grouped = load.unflatten(1, (num_groups, -1))
-            load = (grouped / grouped.sum(-1, keepdim=True).clamp(min=1)).flatten(1)
         # per row, tokens x mean score = sum of scores
-        aux_loss_sum = self.num_experts // num_groups * (load * share.sum(1)).sum()
+        shares, load = self.balance_sums(scores, padding, num_rows=num_rows, top_k=self.top_k)
+        if self.sum_over_row is not None:
+            load = self.sum_over_row(load)
+        # top-k x tokens of the row; a row may be nothing but padding
+        grouped = load.unflatten(1, (num_groups, -1))
+        load = (grouped / grouped.sum(-1, keepdim=True).clamp(min=1)).flatten(1)
+        aux_loss_sum = self.num_experts // num_groups * (load * shares).sum()
         return RoutingStats(name, counts, aux_loss_sum)
 
     @torch.no_grad()

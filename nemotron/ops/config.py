@@ -18,6 +18,8 @@ class OpsConfig(Section):
     """Matrix products of the routed experts."""
     topk_routing: str = "auto"
     """Choice of experts for each token, and their weights."""
+    balance_sums: str = "auto"
+    """Shares and counts of the balance loss, added up over each row."""
     expert_order: str = "auto"
     """Order of the tokens' copies by expert."""
     token_copies: str = "auto"

@@ -127,6 +127,9 @@ def problems(size: Size, rows: Rows) -> list[Problem]:
         bias = s.normal(size.all_experts, dtype=FP32, scale=0.01)
         return [logits, bias], (None, size.copies, 1, 1, True, 2.5)
 
+    def balanced(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        return [s.uniform(m, size.all_experts)], (None, b, size.copies)
+
     def ordered(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
         experts = _distinct(s, m, size).flatten()
         token = torch.arange(copies, device=experts.device) // size.copies
@@ -167,6 +170,7 @@ def problems(size: Size, rows: Rows) -> list[Problem]:
         Problem("squared_relu", "experts", weighted),
         Problem("squared_relu", "shared", unweighted),
         Problem("topk_routing", "", chosen, is_wide=True),
+        Problem("balance_sums", "", balanced, is_wide=True),
         Problem("expert_order", "", ordered, is_wide=True, reads_again=False),
         Problem("token_copies", "copy", lambda s: routed(s, "copy"), reads_again=False),
         Problem("token_copies", "add", lambda s: routed(s, "add"), reads_again=False),

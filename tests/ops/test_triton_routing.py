@@ -1,5 +1,6 @@
 import importlib
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -7,10 +8,22 @@ from against_reference import doubled, results, worst
 from torch import Tensor
 
 from nemotron.errors import UserError
-from nemotron.ops.routing import Routed, expert_order, reference, sort, topk_routing
+from nemotron.model.moe import MoE
+from nemotron.ops.registry import Operation
+from nemotron.ops.routing import (
+    Routed,
+    add_up,
+    balance_sums,
+    expert_order,
+    reference,
+    sort,
+    topk_routing,
+)
+from tests.support.models import build_config
 
 pytest.importorskip("triton")
 topk = importlib.import_module("nemotron.ops.routing.topk_triton")
+balance = importlib.import_module("nemotron.ops.routing.balance_triton")
 order = importlib.import_module("nemotron.ops.routing.order_triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -113,21 +126,88 @@ def test_rows_are_shared_among_programs_as_a_launch_says(elements: int):
     assert worst(found, exact) <= 2e-6
 
 
-def test_groups_and_too_many_choices_go_to_the_reference(monkeypatch: pytest.MonkeyPatch):
-    if DEVICE == "cpu":
-        on_cpu = [
-            type(b)(**{**vars(b), "devices": frozenset({"cpu"})}) for b in topk_routing.backends
-        ]
-        monkeypatch.setattr(topk_routing, "backends", on_cpu)
-        monkeypatch.setattr(topk_routing, "_chosen", {})
-    function = topk_routing.backend("triton").function
-    like = torch.empty(0, device=DEVICE)
-    assert topk_routing.select(like, (128, 6), groups=False) is function
-    assert topk_routing.select(like, (128, 6), groups=True) is reference
-    assert topk_routing.select(like, (128, 128), groups=False) is reference
-    pinned = topk_routing.bind("triton")
+def here(operation: Operation) -> Operation:
+    """Return the operation with its kernels fit for the device of the tests."""
+    devices = frozenset({DEVICE})
+    return replace(operation, backends=[replace(b, devices=devices) for b in operation.backends])
+
+
+def test_groups_and_too_many_choices_go_to_the_reference():
+    operation, like = here(topk_routing), torch.empty(0, device=DEVICE)
+    assert operation.select(like, (128, 6), groups=False) is operation.backend("triton").function
+    assert operation.select(like, (128, 6), groups=True) is reference
+    assert operation.select(like, (128, 128), groups=False) is reference
     with pytest.raises(UserError, match="takes up to 64 of 1024 experts, not 128 of 128"):
-        pinned.select(like, (128, 128), groups=False)
+        operation.bind("triton").select(like, (128, 128), groups=False)
+
+
+def test_a_layer_computes_with_kernels_what_it_computes_without():
+    g = torch.Generator().manual_seed(2)
+    config = build_config()
+    layer = MoE(config).to(DEVICE)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=g))
+    x = torch.randn(2, 19, config.hidden_size, generator=g).to(DEVICE)
+    padding = torch.arange(19, device=DEVICE).expand(2, -1) >= 16
+    found = []
+    for backend in ("reference", "triton"):
+        for module, operation in (
+            (layer.gate, topk_routing),
+            (layer.gate, balance_sums),
+            (layer.experts, expert_order),
+        ):
+            setattr(module, operation.name, here(operation).bind(backend))
+        inputs = [x.clone().requires_grad_(), *layer.parameters()]
+        y, stats = layer(inputs[0], "layer", padding)
+        slopes = torch.autograd.grad(y.square().sum() + stats.aux_loss_sum, inputs)
+        found.append((stats.counts, [y.detach(), stats.aux_loss_sum.detach(), *slopes]))
+    (counts, right), (own_counts, own) = found
+    assert torch.equal(counts, own_counts)
+    assert worst(own, [t.double() for t in right]) <= 1e-5  # float32 through the whole layer
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "tokens", "experts", "top_k"),
+    [(3, 7, 6, 2), (2, 70, 45, 5), (1, 1, 8, 8), (2, 9, 300, 4), (2, 5, 1, 1)],
+)
+def test_sums_of_the_balance_loss_and_their_gradient_are_the_references(
+    rows: int, tokens: int, experts: int, top_k: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(balance, "BLOCKS", 2)  # so that there are several tiles of partial sums
+    scores = draw(rows * tokens, experts)[0].sigmoid()
+    padding = None
+    if padded:
+        padding = torch.arange(tokens, device=DEVICE).expand(rows, -1) >= tokens // 2
+        padding = padding & (torch.arange(rows, device=DEVICE) > 0)[:, None]
+    rest = (padding, rows, top_k)
+    (sums, load), (right_sums, right_load) = (
+        function(values, *rest)
+        for function, values in ((balance.balance_sums, scores), (add_up, scores.double()))
+    )
+    assert torch.equal(load.double(), right_load)
+    assert worst([sums], [right_sums]) <= 1e-6  # sums of at most 70 shares in float32
+    gradients = []
+    slope = torch.randn(rows, experts, generator=torch.Generator().manual_seed(5)).to(DEVICE)
+    for function, values in ((balance.balance_sums, scores), (add_up, scores.double())):
+        leaf = values.clone().requires_grad_()
+        (found,) = torch.autograd.grad(function(leaf, *rest)[0], leaf, slope.to(leaf.dtype))
+        gradients.append(found)
+    # differences of slopes that may cancel
+    assert (gradients[0] - gradients[1]).abs().max() <= 2e-6 * slope.abs().max()
+
+
+def test_a_row_of_padding_alone_has_no_sums():
+    scores = draw(12, 6)[0].sigmoid().requires_grad_()
+    padding = torch.tensor([[False] * 6, [True] * 6], device=DEVICE)
+    sums, load = balance.balance_sums(scores, padding, 2, 2)
+    sums.sum().backward()
+    assert load[0].sum() == 12
+    assert not load[1].any()
+    assert not sums[1].any()
+    assert scores.grad is not None
+    assert not scores.grad[6:].any()
 
 
 def copies_of(case: str) -> tuple[list[Tensor], int]:
@@ -190,7 +270,8 @@ def test_the_host_does_not_wait_for_the_device(no_waits):
         weights, *_ = expert_order(
             routed.weights.flatten(), routed.experts.flatten(), token, routed.counts, 33
         )
-        (weights.square().sum() + routed.scores.square().sum()).backward()
+        sums, _ = balance_sums(routed.scores, None, num_rows=3, top_k=5)
+        (weights.square().sum() + sums.square().sum()).backward()
 
     step()  # compiles
     with no_waits():

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from nemotron.ops.registry import Backend, Operation, lazy
@@ -126,6 +126,62 @@ topk_routing = TopkRoutingOp(
             limit=_too_wide,
         ),
         Backend("reference", reference, features=frozenset({"groups"})),
+    ],
+)
+
+
+class BalanceSumsOp(Operation):
+    """Add up over each row of tokens what its balance loss is made of.
+
+    That are each expert's share of a token's scores, and in how many tokens' unbiased top K it is;
+    tokens that are `padding` count nowhere. Only the shares have a gradient.
+    """
+
+    def __call__(
+        self,
+        scores: Float[Tensor, "M E"],
+        padding: Bool[Tensor, "B T"] | None,
+        *,
+        num_rows: int,
+        top_k: int,
+    ) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B E"]]:
+        """Return the sums of the shares, and the counts in the scores' dtype."""
+        function = self.select(scores, (scores.shape[1], top_k))
+        return function(scores, padding, num_rows, top_k)
+
+
+def add_up(
+    scores: Float[Tensor, "M E"], padding: Bool[Tensor, "B T"] | None, num_rows: int, top_k: int
+) -> tuple[Float[Tensor, "B E"], Float[Tensor, "B E"]]:
+    """Return sums of shares, and counts."""
+    share = scores / (scores.sum(-1, keepdim=True) + 1e-20)
+    share = share.unflatten(0, (num_rows, -1))  # [B, T, E]
+    if padding is not None:
+        share = share.masked_fill(padding.unsqueeze(-1), 0)
+    with torch.no_grad():
+        chosen = share.topk(top_k, dim=-1).indices.flatten(1)  # [B, T * K]
+        load = torch.zeros_like(share[:, 0])
+        ones = torch.ones_like(chosen, dtype=load.dtype)
+        if padding is not None:
+            ones = ones.masked_fill_(padding.repeat_interleave(top_k, dim=1), 0)
+        load.scatter_add_(1, chosen, ones)
+    return share.sum(1), load
+
+
+balance_sums = BalanceSumsOp(
+    "balance_sums",
+    [
+        Backend(
+            "triton",
+            lazy("nemotron.ops.routing.balance_triton", "balance_sums"),
+            devices=frozenset({"cuda"}),
+            dtypes=frozenset({torch.bfloat16, torch.float32}),
+            packages=("triton",),
+            install="comes with torch for CUDA",
+            imports=("nemotron.ops.routing.balance_triton",),
+            limit=_too_wide,
+        ),
+        Backend("reference", add_up),
     ],
 )
 
