@@ -116,13 +116,12 @@ def test_a_slice_of_wider_rows_is_read_in_place():
 
 
 @pytest.mark.parametrize("elements", [1, 64])
-def test_rows_are_shared_among_programs_as_a_launch_says(elements: int):
+def test_rows_are_shared_among_programs(elements: int, monkeypatch: pytest.MonkeyPatch):
     logits, bias = draw(13, 12)
     rest = (3, 1, 1, True, 2.5)
     exact = results(weighed(reference, bias, None, *rest), doubled([logits]))
-    narrow = {"elements": elements, "warps": 1}
-    with topk.FORWARD.forced(narrow), topk.BACKWARD.forced(narrow):
-        found = results(weighed(topk.topk_routing, bias, None, *rest), [logits])
+    monkeypatch.setattr(topk, "ELEMENTS", elements)
+    found = results(weighed(topk.topk_routing, bias, None, *rest), [logits])
     assert worst(found, exact) <= 2e-6
 
 

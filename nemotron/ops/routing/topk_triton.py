@@ -11,7 +11,9 @@ from torch.autograd.function import once_differentiable
 
 from nemotron.ops.launch import Launcher, power_of_2
 from nemotron.ops.rms_norm.triton import as_rows, rows_of_a_block
-from nemotron.ops.tuning.tunable import Tunable
+
+ELEMENTS, WARPS = 2048, 4
+"""Scores of a program: 512 a warp, and passes over a row are reductions inside of one."""
 
 
 @triton.jit
@@ -124,25 +126,6 @@ def _backward(
     tl.store(grad_ptr + at, slope.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
-# 512 scores a warp: passes over a row are reductions inside of one
-FORWARD = Tunable(
-    "topk_routing",
-    "forward",
-    (_forward,),
-    ("tokens", "experts", "copies"),
-    {"elements": 2048, "warps": 4},
-    {"elements": (256, 512, 1024, 2048, 4096, 8192), "warps": (1, 2, 4, 8)},
-    reorders=("elements", "warps"),
-)
-BACKWARD = Tunable(
-    "topk_routing",
-    "backward",
-    (_backward,),
-    ("tokens", "experts", "copies"),
-    {"elements": 2048, "warps": 4},
-    {"elements": (256, 512, 1024, 2048, 4096, 8192), "warps": (1, 2, 4, 8)},
-    reorders=("elements", "warps"),
-)
 _forward_on, _backward_on = Launcher(_forward), Launcher(_backward)
 
 
@@ -163,9 +146,8 @@ class _TopkRouting(torch.autograd.Function):
         weights = logits.new_empty(rows, top_k, dtype=torch.float32)
         experts = logits.new_empty(rows, top_k, dtype=torch.int64)
         counts = logits.new_zeros(size, dtype=torch.int64)
-        launch = FORWARD.at(logits, max(rows, 1), size, top_k)
         columns = power_of_2(size)
-        height = rows_of_a_block(launch["elements"], columns)
+        height = rows_of_a_block(ELEMENTS, columns)
         if rows:
             _forward_on(
                 (triton.cdiv(rows, height), 1, 1),
@@ -183,7 +165,7 @@ class _TopkRouting(torch.autograd.Function):
                     *(size, top_k, height, columns, power_of_2(top_k)),
                     *(given is not None, normalize, scaling),
                 ),
-                num_warps=launch["warps"],
+                num_warps=WARPS,
             )
         ctx.save_for_backward(scores, experts)
         ctx.dtype, ctx.normalize, ctx.scaling = logits.dtype, normalize, scaling
@@ -200,9 +182,8 @@ class _TopkRouting(torch.autograd.Function):
         rows, size = scores.shape
         top_k = experts.shape[1]
         grad = scores.new_empty(rows, size, dtype=ctx.dtype)
-        launch = BACKWARD.at(scores, max(rows, 1), size, top_k)
         columns = power_of_2(size)
-        height = rows_of_a_block(launch["elements"], columns)
+        height = rows_of_a_block(ELEMENTS, columns)
         if rows:
             _backward_on(
                 (triton.cdiv(rows, height), 1, 1),
@@ -219,7 +200,7 @@ class _TopkRouting(torch.autograd.Function):
                     *(grad_weights is not None, grad_scores is not None),
                     *(ctx.normalize, ctx.scaling),
                 ),
-                num_warps=launch["warps"],
+                num_warps=WARPS,
             )
         return grad, None, None, None, None, None
 
