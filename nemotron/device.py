@@ -4,8 +4,10 @@ import functools
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -101,6 +103,27 @@ def synchronize(device: torch.device) -> None:
     """Wait until the device has done all that was asked of it."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+Mark = Any
+"""A point in the work of a device, as `mark` makes it: an event of a GPU, or a time in seconds."""
+
+
+def mark(device: torch.device) -> Mark:
+    """Mark this point of the work that was asked for; the host does not wait for a GPU."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def seconds_between(marks: Sequence[Mark]) -> list[float]:
+    """Return the device's seconds between neighboring marks; waits for the last one."""
+    if marks and isinstance(marks[0], torch.cuda.Event):
+        marks[-1].synchronize()
+        return [first.elapsed_time(second) / 1e3 for first, second in pairwise(marks)]
+    return [second - first for first, second in pairwise(marks)]
 
 
 def row_blocks(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

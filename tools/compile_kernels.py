@@ -30,6 +30,7 @@ import torch
 import triton
 from torch import Tensor
 
+from nemotron.ops.adamw import Settings
 from nemotron.ops.tuning import base
 from nemotron.tune.compiled import SHARED_LIMIT, launches_replaced, pretend, used
 
@@ -191,6 +192,15 @@ def cross_entropy(sizes: Sizes, dtype: torch.dtype) -> None:
         )
 
 
+def optimizer(sizes: Sizes, dtype: torch.dtype) -> None:
+    function = importlib.import_module("nemotron.ops.adamw.triton").adamw
+    settings = Settings(1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0)
+    shape, step = (sizes.expert, sizes.expert_input), empty()
+    tensors = [[empty(*shape).detach()] for _ in range(4)]
+    function(*tensors, [step], [empty(*shape, dtype=dtype).detach()], settings)
+    function(*tensors, [step], [None], settings)
+
+
 CASES: dict[str, Callable[[], None]] = {
     f"{name}-{size}-{str(dtype).removeprefix('torch.').replace('bfloat', 'bf')}": functools.partial(
         function, sizes, dtype
@@ -206,6 +216,7 @@ CASES: dict[str, Callable[[], None]] = {
         "copies": copies,
         "routing": routing,
         "cross_entropy": cross_entropy,
+        "adamw": optimizer,
     }.items()
     for size, sizes in {"nano": NANO, "super": SUPER}.items()
     for dtype in (BF16, FP32)

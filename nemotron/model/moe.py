@@ -1,6 +1,6 @@
 """Mixture of experts: routed experts in full width or in a latent, beside one shared expert."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -170,8 +170,19 @@ class Experts(nn.Module):
         counts: Int[Tensor, " E"],
         numbers: Int[Tensor, " R"] | None,
     ) -> Float[Tensor, "R N"]:
-        """Multiply each expert's rows by its matrix, cast to the dtype of the rows.
+        """Multiply each expert's rows by its matrix, rounded to the dtype of the rows.
 
         `numbers` are the rows' in the whole batch, of use where rows are rounded at random.
         """
-        return self.grouped_linear(rows, weight.to(rows.dtype), counts)
+        return self.grouped_linear(rows, weight, counts)
+
+
+def multiplied_weights(model: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the weights that are multiplied in the dtype of activations, those of shards apart."""
+    for module in model.modules():
+        held: tuple[nn.Parameter, ...] = ()
+        if isinstance(module, Linear):
+            held = (module.weight,)
+        elif isinstance(module, Experts):
+            held = (module.up_proj, module.down_proj)
+        yield from (weight for weight in held if type(weight) is nn.Parameter)

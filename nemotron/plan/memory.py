@@ -16,6 +16,9 @@ RUNTIME_BYTES = {"cpu": 0.5 * GIB}
 RUNTIME_BYTES_GPU = 6.0 * GIB
 """As above, and a guess, too."""
 
+WEIGHT_BYTES = GRADIENT_BYTES = 4.0
+"""Of a parameter, within those of its states."""
+
 
 @dataclass(frozen=True)
 class Memory:
@@ -51,6 +54,10 @@ def _of_stage(job: Job, stage: str) -> Memory:
     if storage.gathers:
         terms["gathered weights"] = _gathered(job, stage, dense + experts)
     terms |= _activations(job, stage)
+    if dims.world == 1 and job.micro_batches == 1:
+        # backward frees activations as it makes gradients, and there are none before it
+        gradients = GRADIENT_BYTES * (dense + experts)
+        terms["activations"] -= min(gradients, terms["activations"])
     if stage != "first":
         terms["head and loss"] = head_bytes(job)
     if "E" in model.hybrid_override_pattern and dims.ep > 1:
@@ -68,6 +75,9 @@ def _gathered(job: Job, stage: str, local: float) -> float:
     of the head and of one block.
     """
     b, g, tp = job.compute_bytes, job.reduce_bytes, job.dims.tp
+    if job.dims.world == 1:
+        # nothing is gathered; products in another format than the weight's have copies of all
+        return b * local if b < WEIGHT_BYTES else 0.0
     blocks = [layer_split(job.model, letter, tp) for letter in job.layers]
     block = max(_on_rank(job, split) for split in blocks)
     table = job.model.vocab_size * job.model.hidden_size / tp

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron.ops.rounded import fresh_copy
 from nemotron.precision.groups import Sizes, expert_chunks
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import Quantized, Scheme, multiply
@@ -33,6 +34,7 @@ class _Linear(torch.autograd.Function):
         draw: Draw | None,
         product: Product,
         is_training: bool,
+        copy: Tensor | None,
     ) -> Float[Tensor, "R N"]:
         ctx.scheme, ctx.draw, ctx.product = scheme, draw, product
         ctx.shape, ctx.weight_dtype = weight.shape, weight.dtype
@@ -43,7 +45,8 @@ class _Linear(torch.autograd.Function):
         saved: list[Tensor] = []
         for chunk in ctx.chunks:
             own, rows = scheme.for_experts(chunk.experts), x[chunk.rows]
-            narrow = weight[chunk.experts].to(torch.bfloat16).flatten(0, 1)
+            matrices = weight[chunk.experts] if copy is None else copy[chunk.experts]
+            narrow = matrices.to(torch.bfloat16).flatten(0, 1)
             outputs = (weight.shape[1],) * len(chunk.sizes)
             if is_training:
                 own.remember("x", rows, chunk.sizes)
@@ -75,7 +78,7 @@ class _Linear(torch.autograd.Function):
                 ctx.product(row, _restore(weight, saved), dx[chunk.rows].split(chunk.sizes))
             if dw is not None:
                 ctx.product(columnwise, _restore(activation, saved), dw[chunk.experts].unbind())
-        return dx, dw, None, None, None, None, None
+        return dx, dw, None, None, None, None, None, None
 
 
 def quantized_linear(
@@ -91,8 +94,9 @@ def quantized_linear(
     names the random bits of the gradient's rounding; without it gradients round to nearest.
     """
     sizes = (x.shape[0],)
-    is_training = torch.is_grad_enabled()
-    return _Linear.apply(x, weight.unsqueeze(0), sizes, scheme, draw, product, is_training)
+    is_training, copy = torch.is_grad_enabled(), fresh_copy(weight, torch.bfloat16)
+    copy = None if copy is None else copy.unsqueeze(0)
+    return _Linear.apply(x, weight.unsqueeze(0), sizes, scheme, draw, product, is_training, copy)
 
 
 def quantized_grouped_linear(
@@ -107,8 +111,8 @@ def quantized_grouped_linear(
 
     Each expert's rows and matrix are tensors of their own. One without rows has the gradient zero.
     """
-    sizes = tuple(counts.tolist())
-    return _Linear.apply(x, weight, sizes, scheme, draw, product, torch.is_grad_enabled())
+    sizes, copy = tuple(counts.tolist()), fresh_copy(weight, torch.bfloat16)
+    return _Linear.apply(x, weight, sizes, scheme, draw, product, torch.is_grad_enabled(), copy)
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,12 @@ import resource
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
+
+from nemotron.device import Mark, mark, seconds_between
 
 FLUSHED_BYTES = 128 << 20
 """Written before each repetition: more than twice the 50 to 60 MB of cache of a Hopper GPU, and of
@@ -26,26 +27,18 @@ class Clock:
         self.is_gpu = device.type == "cuda"
         self._flushed = torch.empty(FLUSHED_BYTES, dtype=torch.int8, device=device)
 
-    def mark(self) -> Any:  # Any: an event or a number
+    def mark(self) -> Mark:
         """Mark this point of the work that was queued."""
-        if not self.is_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+        return mark(self.device)
 
     def wait(self) -> None:
         """Wait until all that was queued is done."""
         if self.is_gpu:
             torch.cuda.synchronize()
 
-    def milliseconds(self, marks: Sequence[Any]) -> list[float]:
+    def milliseconds(self, marks: Sequence[Mark]) -> list[float]:
         """Return the times between neighboring marks; waits for the last one."""
-        self.wait()
-        pairs = pairwise(marks)
-        if self.is_gpu:
-            return [first.elapsed_time(second) for first, second in pairs]
-        return [1e3 * (second - first) for first, second in pairs]
+        return [1e3 * seconds for seconds in seconds_between(marks)]
 
     def flush(self) -> None:
         """Drive everything out of the caches."""

@@ -48,6 +48,8 @@ class OptimizerConfig(Section):
     and embedding, head, convolutions and vectors by AdamW."""
     muon: MuonConfig = MuonConfig()
     """Settings of Muon."""
+    kernel: Literal["torch", "triton"] = "torch"
+    """AdamW's implementation: torch's fused one; triton: ours, on a GPU."""
     betas: Annotated[tuple[float, float], Field(strict=False)] = (0.9, 0.95)
     """Decay rates of the two moments of AdamW."""
     eps: float = Field(1e-8, gt=0)

@@ -119,7 +119,7 @@ def loop(setup: Setup, log: RunLog, saver: Saver, stop: StopRequest, profiler: P
                 watch.begin("data")
                 batch = trainer.batches.take(step)
                 result = trainer.update(step, batch, stop=stop, watch=watch)
-            stragglers.add(result.seconds)
+            stragglers.add(result.watch)
             if is_last or due(step, config.logging.every_steps):
                 across_ranks, slow = stragglers.report()
                 values = trainer.values(step, result)

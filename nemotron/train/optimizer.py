@@ -1,11 +1,13 @@
 """AdamW, and Muon for matrices, with decayed and undecayed parameters; gradient norms by kind."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nemotron.ops.adamw import Kernel, Settings, kernel_for
+from nemotron.ops.rounded import copy_of, keep_rounded, renew
 from nemotron.train.config import OptimizerConfig
 from nemotron.train.muon import Matrices, Muon, is_matrix
 
@@ -37,7 +39,16 @@ class Optimizer:
         self._muon = Muon(own, config.muon, config.weight_decay, matrices) if own else None
         self._local = {name: p for name, p in every.items() if name not in own}
         decay = {n: config.weight_decay if decays(n, p) else 0.0 for n, p in self._local.items()}
-        self._adamw = AdamW(self._local, decay, config.betas, config.eps)
+        devices = {parameter.device for parameter in every.values()}
+        kernel = kernel_for(config.kernel, *devices) if devices else None
+        self._adamw = AdamW(self._local, decay, config.betas, config.eps, kernel)
+        self._copies: dict[str, Tensor] = {}
+
+    def keep_rounded(self, weights: Iterable[Tensor], dtype: torch.dtype) -> None:
+        """Give these weights copies in a dtype, and bring those of parameters up to date."""
+        keep_rounded(weights, dtype)
+        copies = ((name, copy_of(parameter)) for name, parameter in self.parameters.items())
+        self._copies = {name: copy for name, copy in copies if copy is not None}
 
     def zero_grad(self) -> None:
         """Forget the gradients."""
@@ -50,12 +61,16 @@ class Optimizer:
         return {name: self._held(p.grad) for name, p in named if p.grad is not None}
 
     def step(self, lr: float, clip_coefficient: float = 1.0) -> None:
-        """Scale the gradients by the coefficient and update the parameters."""
+        """Scale the gradients by the coefficient and update the parameters and their copies."""
         gradients = self.gradients()
         if self._muon is not None:
             self._muon.step(gradients, lr, clip_coefficient)
         rest = {name: gradients[name] for name in self._local if name in gradients}
-        self._adamw.step(rest, lr, clip_coefficient)
+        self._adamw.step(rest, lr, clip_coefficient, self._copies)
+        for name in self._copies.keys() & gradients.keys():
+            if name not in rest:
+                self._copies[name].copy_(self.parameters[name].detach())
+            renew(self.parameters[name])
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Return the optimizer's state as it is, by key and parameter, for saving or loading."""
@@ -78,9 +93,11 @@ class AdamW:
         weight_decays: Mapping[str, float],
         betas: tuple[float, float],
         eps: float,
+        kernel: Kernel | None = None,
     ) -> None:
-        """Take float32 tensors, all on one device, and the weight decay of each."""
+        """Take float32 tensors of one device, the weight decay of each, and a kernel for them."""
         self._parameters, self._betas, self._eps = dict(parameters), betas, eps
+        self._kernel = kernel
         self._groups: dict[float, list[str]] = {}
         for name in parameters:
             self._groups.setdefault(weight_decays[name], []).append(name)
@@ -93,46 +110,69 @@ class AdamW:
         """By key and parameter; the step counts updates, in float32."""
 
     @torch.no_grad()
-    def step(self, gradients: Mapping[str, Tensor], lr: float, clip_coefficient: float) -> None:
-        """Update every tensor that has a gradient, which is scaled by the coefficient."""
-        if not gradients:
-            return
-        scale = self._scale(gradients, clip_coefficient)
+    def step(
+        self,
+        gradients: Mapping[str, Tensor],
+        lr: float,
+        clip_coefficient: float,
+        copies: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Update every tensor that has a gradient, which is scaled by the coefficient.
+
+        `copies` hold the new values, too, in a dtype of their own.
+        """
         for weight_decay, group in self._groups.items():
             if names := [name for name in group if name in gradients]:
                 steps, averages, squares = (
                     [of_key[name] for name in names] for of_key in self.state.values()
                 )
                 torch._foreach_add_(steps, 1)
-                torch._fused_adamw_(
+                (self._kernel or _torchs)(
                     [self._parameters[name] for name in names],
                     [gradients[name] for name in names],
                     averages,
                     squares,
-                    [],
                     steps,
-                    lr=lr,
-                    beta1=self._betas[0],
-                    beta2=self._betas[1],
-                    weight_decay=weight_decay,
-                    eps=self._eps,
-                    amsgrad=False,
-                    maximize=False,
-                    **scale,
+                    [copies.get(name) if copies else None for name in names],
+                    Settings(lr, self._betas, self._eps, weight_decay, clip_coefficient),
                 )
 
-    def _scale(self, gradients: Mapping[str, Tensor], coefficient: float) -> dict[str, Tensor]:
-        """Scale the gradients, or have the kernel do it, which saves a pass over them.
 
-        The kernel divides by `grad_scale`, and skips when `found_inf` is not zero.
-        """
-        device = next(iter(gradients.values())).device
-        if device.type == "cuda":
-            scale = torch.full((), 1 / coefficient, device=device)
-            return {"grad_scale": scale, "found_inf": torch.zeros((), device=device)}
-        if coefficient < 1.0:
-            torch._foreach_mul_(list(gradients.values()), coefficient)
-        return {}
+def _torchs(
+    parameters: list[Tensor],
+    gradients: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+    copies: list[Tensor | None],
+    settings: Settings,
+) -> None:
+    scale, device = {}, parameters[0].device
+    if device.type == "cuda":
+        # the kernel divides by it, which saves a pass over the gradients
+        scale["grad_scale"] = torch.full((), 1 / settings.coefficient, device=device)
+        scale["found_inf"] = torch.zeros((), device=device)
+    elif settings.coefficient < 1.0:
+        torch._foreach_mul_(gradients, settings.coefficient)
+    torch._fused_adamw_(
+        parameters,
+        gradients,
+        averages,
+        squares,
+        [],
+        steps,
+        lr=settings.lr,
+        beta1=settings.betas[0],
+        beta2=settings.betas[1],
+        weight_decay=settings.weight_decay,
+        eps=settings.eps,
+        amsgrad=False,
+        maximize=False,
+        **scale,
+    )
+    for parameter, copy in zip(parameters, copies, strict=True):
+        if copy is not None:
+            copy.copy_(parameter)
 
 
 def decays(name: str, parameter: Tensor) -> bool:

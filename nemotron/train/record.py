@@ -11,6 +11,7 @@ from nemotron.model.router import Router
 from nemotron.run.metrics import Record
 from nemotron.train.loss import StepSums
 from nemotron.train.optimizer import GradientNorms
+from nemotron.train.reliability.progress import Stopwatch
 from nemotron.train.state import Skip
 
 
@@ -34,7 +35,8 @@ class StepResult:
     spike: bool
     stop: bool
     """Whether the run ends here because a rank was asked to."""
-    seconds: dict[str, float]
+    watch: Stopwatch
+    """Its seconds, as all that is still on the device, are waited for when they are read."""
 
     def values(self, routers: Mapping[str, Router], peak_tokens_per_s: float) -> Record:
         """Return the step's metrics; reading them waits for the device.
@@ -42,7 +44,8 @@ class StepResult:
         A utilization above 1 is not true, so it is None: the peak was measured while other programs
         slowed the device down.
         """
-        step_s = sum(self.seconds.values())
+        parts = self.watch.seconds
+        step_s = sum(parts.values())
         speed = self.tokens / step_s
         utilization = speed / peak_tokens_per_s
         return {
@@ -56,7 +59,7 @@ class StepResult:
             "perf/tokens_per_s": speed,
             "perf/mfu": utilization if utilization <= 1 else None,
             "perf/step_s": step_s,
-            **{f"perf/{part}_s": seconds for part, seconds in self.seconds.items()},
+            **{f"perf/{part}_s": seconds for part, seconds in parts.items()},
         }
 
     def events(self) -> list[str]:

@@ -12,6 +12,7 @@ from nemotron.model.build import build_on_meta
 from nemotron.model.flops import training_flops_per_token
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.parameters import count_parameters
+from nemotron.ops.adamw import kernel_for
 from nemotron.ops.apply import bind
 from nemotron.ops.describe import choose_backends, describe
 from nemotron.parallel.runtime import Launch, start
@@ -140,6 +141,7 @@ def dry_run(
     flops = training_flops_per_token(config.model, config.data.seq_len, config.num_depths) * tokens
     documents = config.data.reset_documents
     choices = choose_backends(config.ops, device, DTYPES[config.precision.compute], documents)
+    kernel_for(config.optimizer.kernel, device)
     tables = [table for _, _, table in _precision_tables(config, model, device)]
     formats = summarize(tables[0]) if config.precision.quantizes else []
     if launch is not None and launch.rank > 0:

@@ -1,6 +1,7 @@
 """The trainer: one optimizer step, and the objects that it happens to."""
 
 import copy
+import itertools
 import math
 from collections.abc import Iterator
 
@@ -17,6 +18,7 @@ from nemotron.errors import UserError
 from nemotron.model.build import build_on_meta
 from nemotron.model.flops import training_flops_per_token
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.moe import multiplied_weights
 from nemotron.model.router import RoutingStats, routers
 from nemotron.parallel.local import LocalModel
 from nemotron.parallel.quantized import connect
@@ -63,6 +65,9 @@ class Trainer:
         trained = {n: p for n, p in self.local.parameters().items() if p.requires_grad}
         matrices = local.whole_matrices()
         self.optimizer = Optimizer(trained, config.optimizer, matrices, local.held)
+        if device.type == "cuda" and config.precision.compute == "bf16":
+            weights = itertools.chain(*map(multiplied_weights, self.local.models))
+            self.optimizer.keep_rounded(weights, torch.bfloat16)
         self.routers = {n: r for model in self.local.models for n, r in routers(model).items()}
         self.state = TrainerState.fresh()
         counted = filter(self.local.counts, self.optimizer.parameters)
@@ -148,7 +153,7 @@ class Trainer:
             skip=skip,
             spike=is_spike,
             stop=stops > 0,
-            seconds=watch.seconds,
+            watch=watch,
         )
 
     def _micro_batches(self, batch: Batch) -> Iterator[tuple[Numbers, Batch]]:

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from nemotron.ops.adamw import Settings
+from nemotron.ops.adamw import triton as adamw
 from nemotron.ops.causal_conv1d import triton as causal_conv1d
 from nemotron.ops.linear_cross_entropy import triton as linear_cross_entropy
 from nemotron.ops.rms_norm import gated_triton as gated_rms_norm
@@ -238,6 +240,22 @@ def _head(sizes: Sizes, draw: Draw) -> Run:
     return _run(linear_cross_entropy.linear_cross_entropy, [hidden, weight], labels, "sum")
 
 
+def _optimizer(sizes: Sizes, draw: Draw) -> Run:
+    shape = sizes.experts, sizes.expert_width, sizes.expert_input
+    tensors = [draw.normal(*shape).float() for _ in range(3)]
+    tensors.append(tensors[-1].square())
+    settings = Settings(1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0)
+    step = draw.uniform().float() + 3
+
+    def run() -> list[Tensor]:
+        parameter, gradient, average, square = (tensor.clone() for tensor in tensors)
+        copy = torch.empty_like(parameter, dtype=BF16)
+        adamw.adamw([parameter], [gradient], [average], [square], [step], [copy], settings)
+        return [parameter, average, square, copy]
+
+    return run
+
+
 def _quantize_rows(sizes: Sizes, draw: Draw) -> Run:
     rows, groups = sizes.all * sizes.copies, sizes.experts
     x = draw.normal(rows, sizes.expert_input)
@@ -347,6 +365,7 @@ PROBLEMS = (
     Problem("gated_rms_norm", (gated_rms_norm.BACKWARD, gated_rms_norm.FORWARD), _gated_norm),
     Problem("squared_relu", (squared_relu.BACKWARD, squared_relu.FORWARD), _activation),
     Problem("token_copies", (token_copies.ADD, token_copies.COPY), _copies),
+    Problem("adamw", (adamw.UPDATE,), _optimizer),
     Problem("quantize_fp8", (quantize_fp8.QUANTIZE, quantize_fp8.MEASURE), _quantize_rows),
     _product("by_experts", grouped_fp8.BY_EXPERTS),
     _product("by_rows", grouped_fp8.BY_ROWS),

@@ -396,7 +396,10 @@ def test_candidates_are_compiled_without_a_gpu(capsys: pytest.CaptureFixture[str
 
 def test_what_cannot_be_tuned_is_named(capsys: pytest.CaptureFixture[str]):
     assert command.main(["rms", "--compile-only"]) == 2
-    assert "operation = rms is unknown; use all or one of causal_conv1d" in capsys.readouterr().err
+    assert (
+        "operation = rms is unknown; use all or one of adamw, causal_conv1d"
+        in capsys.readouterr().err
+    )
     if not torch.cuda.is_available():
         assert command.main(["rms_norm"]) == 2
         assert "torch finds no CUDA device" in capsys.readouterr().err

@@ -22,6 +22,7 @@ OTHERS = (
     "copies",
     "routing",
     "cross_entropy",
+    "adamw",
 )
 
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from ruamel.yaml import YAML
 
 from nemotron.errors import UserError
@@ -194,3 +195,14 @@ def test_a_dry_run_tells_the_formats_and_refuses_a_backend_that_is_not_fit(recip
 def test_a_dry_run_refuses_a_backend_that_does_not_exist(recipe):
     with pytest.raises(UserError, match=r"ops.ssd = fast is unknown; use auto or one of .*chunked"):
         dry_run(recipe(ops={"ssd": "fast"}))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there the kernel can be used")
+def test_a_kernel_for_another_device_is_refused_before_and_at_the_start(recipe):
+    config = recipe(optimizer={"kernel": "triton"})
+    for begin in (dry_run, train):
+        with pytest.raises(
+            UserError, match=r"optimizer.kernel = triton cannot be used: runs on cuda"
+        ):
+            begin(config)
+    assert not Path(config.run_path).exists()

@@ -49,6 +49,7 @@ TASKS = (
     Task("cli", "cli", 110, together="checks"),
     Task("ops", "ops", 90, packages=True),
     Task("step", "step", 50, ("--variant", "auto")),
+    Task("step", "step", 45, ("--variant", "adamw")),
     Task("step", "step", 45, ("--variant", "fp8_current")),
     Task("before", "step", 45, ("--variant", "before")),
     Task("formats", "step", 45, ("--variant", "fp8_block"), usual=False),
@@ -75,7 +76,7 @@ def main() -> int:
         print(f"unknown stages: {', '.join(unknown)}; there are {', '.join(STAGES)}, warm")
         return 2
     options.out.mkdir(parents=True, exist_ok=True)
-    tasks = [p for p in TASKS if p.stage in chosen or p.module in chosen]
+    tasks = [p for p in TASKS if p.stage in chosen or (p.module == "warm" and "warm" in chosen)]
     scale, begin = options.seconds / USUAL, time.monotonic()
     seconds: dict[str, dict[str, object]] = {}
     while tasks:

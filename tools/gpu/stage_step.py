@@ -1,10 +1,12 @@
 """Stage 6: a training step of one GPU's share of Nano, with the project's model, loss, optimizer.
 
-Variants: `auto`, the backends that the project chooses; `before`, torch's alone; number formats.
+Variants: `auto`, what the project chooses; `adamw`, our kernel for it; `before`, torch's operations
+alone; number formats.
 The time of all 52 layers follows from a block of each kind and the head, measured by themselves.
 """
 
 import statistics
+import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 
 from nemotron.model.flops import head_flops, layer_flops, training_flops_per_token
 from nemotron.model.hybrid import HybridLM
+from nemotron.model.moe import multiplied_weights
 from nemotron.model.router import RoutingStats, routers
 from nemotron.ops.apply import apply
 from nemotron.plan.build import layout_of, main_stretch, read_setting
@@ -32,24 +35,33 @@ from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import Optimizer, clip_coefficient, squares_by_kind
 from nemotron.train.schedule import plan_training
 
-VARIANTS = ("auto", "before", "fp8_current", "fp8_block", "mxfp8", "nvfp4")
+VARIANTS = ("auto", "adamw", "before", "fp8_current", "fp8_block", "mxfp8", "nvfp4")
 LR = 1e-4
+HELD_MS = 8.0
+"""Longer than the host takes to queue a block forward and backward, which hides behind others."""
+IN_A_ROW = 12
+"""Steps without any wait between them but the trainer's own."""
 
 
 class Training:
     """The share's model and what a step of the trainer does to it."""
 
-    def __init__(self, config: PretrainConfig, stage: Stage, precision: str) -> None:
+    def __init__(self, config: PretrainConfig, stage: Stage, variant: str) -> None:
         self.config, self.clock, self.device = config, stage.clock, stage.device
         self.model: HybridLM = build(config.model, stage.device, torch.bfloat16)
         apply(self.model, config.ops)
         # a preset leaves two blocks at either end alone, which would be all of a small model
-        is_small = len(config.model.hybrid_override_pattern) < 8
-        rules = [{"kind": "*", "format": precision}] if is_small and precision != "bf16" else []
-        values = {"compute": "bf16", "preset": precision, "rules": rules}
+        is_small, preset = len(config.model.hybrid_override_pattern) < 8, _preset(variant)
+        rules = [{"kind": "*", "format": preset}] if is_small and preset != "bf16" else []
+        values = {"compute": "bf16", "preset": preset, "rules": rules}
         chosen = PrecisionConfig.model_validate(values)
         self.quantization = Quantization(self.model, chosen, 0)
-        self.optimizer = Optimizer(dict(self.model.named_parameters()), config.optimizer)
+        parameters, is_before = dict(self.model.named_parameters()), variant == "before"
+        kernel = "triton" if variant == "adamw" else "torch"
+        settings = config.optimizer.model_copy(update={"kernel": kernel})
+        self.optimizer = Optimizer(parameters, settings)
+        if not is_before:
+            self.optimizer.keep_rounded(multiplied_weights(self.model), torch.bfloat16)
         self._kinds = kinds(config.model)
         self._kind_of = parameter_kinds(self.optimizer.parameters, config.model)
         self._routers = routers(self.model)
@@ -101,7 +113,7 @@ def _run(stage: Stage, variant: str) -> None:
     if variant == "before":
         config = config.model_copy(update={"ops": torch_alone(stage.device)})
     stage.clock.begin_peak()
-    training = Training(config, stage, "bf16" if variant == "before" else _preset(variant))
+    training = Training(config, stage, variant)
     static = stage.clock.peak_gib()
     for number in range(1 if variant == "before" else 2):
         stage.clock.milliseconds(training.step(number))
@@ -114,6 +126,7 @@ def _run(stage: Stage, variant: str) -> None:
         at_most=1 if few else 12,
     )
     peak = stage.clock.peak_gib()
+    in_a_row = _in_a_row(training, 1 if few else IN_A_ROW)
     step = statistics.median(sum(t) for t in times)
     forward, backward, optimizer = (statistics.median(t[i] for t in times) for i in range(3))
     tokens = ROWS * training.tokens
@@ -123,16 +136,17 @@ def _run(stage: Stage, variant: str) -> None:
     stage.emit(
         variant,
         ms=round(step, 2),
+        in_a_row_ms=round(in_a_row, 2),
         forward_ms=round(forward, 2),
         backward_ms=round(backward, 2),
         optimizer_ms=round(optimizer, 2),
-        tokens_per_s=round(tokens / step * 1e3),
-        model_tflops=round(flops / step / 1e9, 2),
-        mfu=round(flops / step * 1e3 / data_sheet(stage.device).flops, 4),
+        tokens_per_s=round(tokens / in_a_row * 1e3),
+        model_tflops=round(flops / in_a_row / 1e9, 2),
+        mfu=round(flops / in_a_row * 1e3 / data_sheet(stage.device).flops, 4),
         mfu_without_optimizer=round(
             flops / (forward + backward) * 1e3 / data_sheet(stage.device).flops, 4
         ),
-        of_roof=round(flops / step * 1e3 / roof, 4),
+        of_roof=round(flops / in_a_row * 1e3 / roof, 4),
         loss=round(training.loss, 4),
         static_gib=round(static, 2),
         peak_gib=round(peak, 2),
@@ -150,12 +164,59 @@ def _run(stage: Stage, variant: str) -> None:
         table = stage.out / f"kernels_{variant}.txt"
         found = profile(lambda: training.step(2), stage.clock, table)
         stage.emit(f"{variant} kernels", **found)
+    with stage.attempt(f"{variant} host"):
+        stage.emit(f"{variant} host", **_host(training))
     with stage.attempt(f"{variant} waits"):
         waits: Counter[str] = Counter()
         with host_waits(waits):
             training.step(3)
         lines = dict(waits.most_common(12))
         stage.emit(f"{variant} waits", total=sum(waits.values()), lines=lines)
+
+
+def _in_a_row(training: Training, count: int) -> float:
+    """Return the milliseconds of a step where the next one follows at once, as in training."""
+    training.step(0)
+    training.clock.wait()
+    begin = time.perf_counter()
+    for number in range(count):
+        training.step(number)
+    training.clock.wait()
+    return (time.perf_counter() - begin) / count * 1e3
+
+
+def _host(training: Training, top: int = 10) -> dict[str, Any]:
+    """Return the milliseconds that the host takes to queue a step, and what of it takes longest.
+
+    The device is held back meanwhile, so that the host never waits for it.
+    """
+    times = []
+    for number in range(3):
+        training.clock.wait()
+        training.clock.hold(400.0)
+        marks = [time.perf_counter()]
+        training.optimizer.zero_grad()
+        batch = training.batches[number].to(training.device)
+        sums, _ = compute_sums(training.objective, training.model, batch)
+        loss = training.objective.combine(sums, training.counts)
+        marks.append(time.perf_counter())
+        loss.backward()
+        times.append([*marks, time.perf_counter()])
+    forward, backward = (
+        statistics.median(each[i + 1] - each[i] for each in times) for i in range(2)
+    )
+    training.clock.wait()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as found:
+        training.step(3)
+    rows = sorted(found.key_averages(), key=lambda row: -row.self_cpu_time_total)
+    return {
+        "forward_ms": round(forward * 1e3, 1),
+        "backward_ms": round(backward * 1e3, 1),
+        "slowest": [
+            f"{row.self_cpu_time_total / 1e3:.1f} ms {row.count}x {row.key[:40]}"
+            for row in rows[:top]
+        ],
+    }
 
 
 def _three_layers(config: PretrainConfig) -> PretrainConfig:
@@ -166,7 +227,7 @@ def _three_layers(config: PretrainConfig) -> PretrainConfig:
 
 
 def _preset(variant: str) -> str:
-    return "bf16" if variant == "auto" else variant
+    return "bf16" if variant in ("auto", "adamw", "before") else variant
 
 
 def planned_memory(config: PretrainConfig) -> tuple[float, dict[str, float]]:
@@ -240,7 +301,7 @@ def _passes(
         for parameter in parameters():
             parameter.grad = None
         clock.flush()
-        clock.hold()
+        clock.hold(HELD_MS)
         marks = [clock.mark()]
         found = run(leaf)
         marks.append(clock.mark())

@@ -8,12 +8,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.registry import Backend, Operation
+from nemotron.ops.rounded import round_weight
 
 
 class GroupedLinearOp(Operation):
     """Multiply the first counts[0] rows by weight[0]ᵀ, the next counts[1] by weight[1]ᵀ, …
 
-    The counts add up to R: no row is dropped, and an expert without rows is fine.
+    The weights are rounded to the dtype of `x` first. The counts add up to R: no row is dropped,
+    and an expert without rows is fine.
     """
 
     def __call__(
@@ -26,7 +28,7 @@ def reference(
     x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
 ) -> Float[Tensor, "R N"]:
     """Multiply the rows of each group by the group's matrix."""
-    parts = x.split(counts.tolist())
+    parts, weight = x.split(counts.tolist()), weight.to(x.dtype)
     return torch.cat([part @ matrix.T for part, matrix in zip(parts, weight, strict=True)])
 
 
@@ -70,7 +72,7 @@ def loop(
     x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
 ) -> Float[Tensor, "R N"]:
     """One product per expert that has rows, written into one output; on CPUs the fastest."""
-    return _GroupedLinear.apply(x, weight, counts)
+    return _GroupedLinear.apply(x, weight.to(x.dtype), counts)
 
 
 def grouped_mm(
@@ -81,7 +83,7 @@ def grouped_mm(
     Widths must be multiples of 8 (16 bytes in bf16).
     """
     ends = counts.cumsum(0, dtype=torch.int32)
-    return F.grouped_mm(x, weight.mT, offs=ends)
+    return F.grouped_mm(x, round_weight(weight, x.dtype).mT, offs=ends)
 
 
 def _limit(*widths: int) -> str | None:

@@ -11,12 +11,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.ops.registry import Backend
+from nemotron.ops.rounded import rounded
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        narrow = weight.to(x.dtype)
+        narrow = rounded(weight, x.dtype)
         ctx.save_for_backward(x, narrow)
         return F.linear(x, narrow)
 

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 
 from nemotron.ops.launch import LOG2_E, power_of_2
 from nemotron.ops.linear_cross_entropy import IGNORED, add_product
+from nemotron.ops.rounded import rounded
 from nemotron.ops.tuning.tunable import Configuration, Tunable
 
 # at 4096 rows the products run at full speed, and the head's gradient is added to only twice
@@ -162,7 +163,7 @@ class _SummedLoss(torch.autograd.Function):
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
         hidden, labels = hidden.contiguous(), labels.contiguous()
         weights = None if weights is None else weights.contiguous()
-        matrix = weight.to(hidden.dtype)
+        matrix = rounded(weight, hidden.dtype)
         losses = torch.empty(labels.shape, dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = None
@@ -208,7 +209,7 @@ class _LossPerToken(torch.autograd.Function):
         losses, peaks, totals = (
             torch.empty(labels.shape, dtype=torch.float32, device=hidden.device) for _ in range(3)
         )
-        for rows, logits in _logits(hidden, weight.to(hidden.dtype)):
+        for rows, logits in _logits(hidden, rounded(weight, hidden.dtype)):
             _launch_losses(logits, labels[rows], None, losses[rows], peaks[rows], totals[rows])
         ctx.save_for_backward(hidden, weight, labels, peaks, totals)
         return losses
@@ -218,7 +219,7 @@ class _LossPerToken(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         hidden, weight, labels, peaks, totals = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad[:2]
-        matrix, grad = weight.to(hidden.dtype), grad.contiguous()
+        matrix, grad = rounded(weight, hidden.dtype), grad.contiguous()
         grad_hidden = torch.empty_like(hidden) if needs_hidden else None
         grad_weight = None
         for rows, logits in _logits(hidden, matrix):

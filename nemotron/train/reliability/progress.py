@@ -2,10 +2,11 @@
 
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
-from nemotron.device import synchronize
+from nemotron.device import Mark, mark, seconds_between
 
 PHASES = (
     "start",
@@ -63,20 +64,21 @@ class StepProgress:
 
 
 class Stopwatch:
-    """Seconds of each part of a step, by a clock that cannot go backwards."""
+    """Seconds of each part of a step: of the device's time, without making the host wait for it."""
 
     def __init__(self, device: torch.device, progress: StepProgress, step: int) -> None:
         self._device, self._progress, self._step = device, progress, step
-        self.seconds: dict[str, float] = {}
-        self._part: str | None = None
-        self._start = 0.0
+        self._parts: list[tuple[str | None, Mark]] = []
 
     def begin(self, part: str | None) -> None:
-        """End the part so far, waiting for the device first, and begin another, if any."""
-        synchronize(self._device)
-        now = time.perf_counter()
-        if self._part is not None:
-            self.seconds[self._part] = now - self._start
-        self._part, self._start = part, now
+        """End the part so far and begin another, if any."""
+        self._parts.append((part, mark(self._device)))
         if part is not None:
             self._progress.enter(self._step, part)
+
+    @cached_property
+    def seconds(self) -> dict[str, float]:
+        """By part, to be read when the last one has ended; waits until the device is there, too."""
+        marks = [at for _, at in self._parts]
+        named = zip(self._parts, seconds_between(marks), strict=False)
+        return {part: seconds for (part, _), seconds in named if part is not None}

@@ -7,7 +7,6 @@ a product of fixed size that shows a slow device.
 
 import statistics
 import time
-from collections.abc import Mapping
 
 import torch
 
@@ -15,6 +14,7 @@ from nemotron.device import synchronize
 from nemotron.parallel.runtime import Ranks
 from nemotron.run.metrics import Record
 from nemotron.train.config import ReliabilityConfig
+from nemotron.train.reliability.progress import Stopwatch
 
 OWN_PARTS = ("data", "forward_backward", "optimizer")
 """Parts of a step that are a rank's own, as its stopwatch names them; the others are waiting."""
@@ -32,8 +32,7 @@ class Stragglers:
     def __init__(self, config: ReliabilityConfig, ranks: Ranks, device: torch.device) -> None:
         self._factor, self._after = config.straggler_factor, config.straggler_after
         self._ranks, self._device = ranks, device
-        self._seconds = dict.fromkeys(OWN_PARTS, 0.0)
-        self._num_steps = 0
+        self._watches: list[Stopwatch] = []
         self._slow: list[int] = []
         """The slow rank of each of the last intervals, all the same one."""
 
@@ -42,11 +41,10 @@ class Stragglers:
         """Whether there is anything to compare."""
         return self._factor is not None and self._ranks.world > 1
 
-    def add(self, seconds: Mapping[str, float]) -> None:
-        """Take in the parts of a step."""
-        self._num_steps += 1
-        for part in OWN_PARTS:
-            self._seconds[part] += seconds[part]
+    def add(self, watch: Stopwatch) -> None:
+        """Take in a step, whose seconds are read when they are compared."""
+        if self.measures:
+            self._watches.append(watch)
 
     def report(self) -> tuple[Record, str | None]:
         """Compare the ranks since the last report, in one exchange.
@@ -55,8 +53,9 @@ class Stragglers:
         """
         if not self.measures:
             return {}, None
-        own = [self._seconds[part] / self._num_steps for part in OWN_PARTS] + [self._probe()]
-        self._seconds, self._num_steps = dict.fromkeys(OWN_PARTS, 0.0), 0
+        steps, self._watches = [watch.seconds for watch in self._watches], []
+        own = [statistics.fmean(seconds[part] for seconds in steps) for part in OWN_PARTS]
+        own.append(self._probe())
         table = torch.zeros(self._ranks.world, len(own), dtype=torch.float64, device=self._device)
         table[self._ranks.rank] = torch.tensor(own, dtype=torch.float64)
         rank, part, factor, seconds = slowest(self._ranks.sum(table).tolist())
