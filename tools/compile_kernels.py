@@ -51,6 +51,8 @@ class Sizes:
     expert_input: int = 2688
     vocabulary: int = 131072
     top_k: int = 6
+    experts: int = 128
+    """Of all ranks."""
 
     @property
     def inner(self) -> int:
@@ -62,7 +64,7 @@ class Sizes:
 
 
 NANO = Sizes(hidden=2688, heads=64)
-SUPER = Sizes(hidden=4096, heads=128, expert=2688, expert_input=1024, top_k=22)
+SUPER = Sizes(hidden=4096, heads=128, expert=2688, expert_input=1024, top_k=22, experts=512)
 
 
 @dataclass(frozen=True)
@@ -155,8 +157,24 @@ def copies(sizes: Sizes, dtype: torch.dtype) -> None:
     x, rows = (empty(n, sizes.expert_input, dtype=dtype) for n in (TOKENS, TOKENS * sizes.top_k))
     token, place = (empty(TOKENS * sizes.top_k, dtype=torch.int64) for _ in range(2))
     starts = empty(TOKENS, dtype=torch.int64)
-    call("token_copies", "token_copies", x, token, place, starts, "copy")
-    call("token_copies", "token_copies", rows, token, place, starts, "add")
+    call("routing", "token_copies", x, token, place, starts, "copy", module="copies_triton")
+    call("routing", "token_copies", rows, token, place, starts, "add", module="copies_triton")
+
+
+def routing(sizes: Sizes, dtype: torch.dtype) -> None:
+    logits, bias = empty(TOKENS, sizes.experts, dtype=dtype), empty(sizes.experts).detach()
+    given = empty(TOKENS, sizes.top_k, dtype=torch.int64)
+    for experts in (None, given):
+        inputs = logits, bias, experts, sizes.top_k, 1, 1, True, 2.5
+        call("routing", "topk_routing", *inputs, module="topk_triton")
+    scores = empty(TOKENS, sizes.experts)
+    for padding in (None, empty(2, TOKENS // 2, dtype=torch.bool)):
+        inputs = scores, padding, 2, sizes.top_k
+        call("routing", "balance_sums", *inputs, module="balance_triton")
+    numbers = [empty(TOKENS * sizes.top_k, dtype=torch.int64) for _ in range(2)]
+    counts = empty(sizes.experts, dtype=torch.int64)
+    inputs = empty(TOKENS * sizes.top_k), *numbers, counts, TOKENS, 1
+    call("routing", "expert_order", *inputs, module="order_triton")
 
 
 def cross_entropy(sizes: Sizes, dtype: torch.dtype) -> None:
@@ -196,6 +214,7 @@ CASES: dict[str, Callable[[], None]] = {
         "gated_rms_norm": gated_norms,
         "squared_relu": activation,
         "copies": copies,
+        "routing": routing,
         "cross_entropy": cross_entropy,
         "adamw": optimizer,
     }.items()

@@ -14,13 +14,25 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 SCAN = "ssd-nano-bf16"
-OTHERS = ("conv", "rms_norm", "gated_rms_norm", "squared_relu", "copies", "cross_entropy", "adamw")
+OTHERS = (
+    "conv",
+    "rms_norm",
+    "gated_rms_norm",
+    "squared_relu",
+    "copies",
+    "routing",
+    "cross_entropy",
+    "adamw",
+)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "cases",
-    [further([SCAN], id="scan"), further([f"{case}-nano-bf16" for case in OTHERS], id="others")],
+    [
+        further([SCAN], id="scan"),
+        further([f"{case}-nano-bf16" for case in OTHERS] + ["routing-super-bf16"], id="others"),
+    ],
 )
 def test_no_kernel_spills_or_asks_for_more_memory_than_there_is(cases: list[str]):
     command = [sys.executable, "tools/compile_kernels.py", *cases, "--processes", "1", "--json"]
