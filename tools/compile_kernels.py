@@ -56,6 +56,7 @@ class Sizes:
     vocabulary: int = 131072
     top_k: int = 6
     experts: int = 128
+    """Of all ranks."""
 
     @property
     def inner(self) -> int:
@@ -160,8 +161,24 @@ def copies(sizes: Sizes, dtype: torch.dtype) -> None:
     x, rows = (empty(n, sizes.expert_input, dtype=dtype) for n in (TOKENS, TOKENS * sizes.top_k))
     token, place = (empty(TOKENS * sizes.top_k, dtype=torch.int64) for _ in range(2))
     starts = empty(TOKENS, dtype=torch.int64)
-    call("token_copies", "token_copies", x, token, place, starts, "copy")
-    call("token_copies", "token_copies", rows, token, place, starts, "add")
+    call("routing", "token_copies", x, token, place, starts, "copy", module="copies_triton")
+    call("routing", "token_copies", rows, token, place, starts, "add", module="copies_triton")
+
+
+def routing(sizes: Sizes, dtype: torch.dtype) -> None:
+    logits, bias = empty(TOKENS, sizes.experts, dtype=dtype), empty(sizes.experts).detach()
+    given = empty(TOKENS, sizes.top_k, dtype=torch.int64)
+    for experts in (None, given):
+        inputs = logits, bias, experts, sizes.top_k, 1, 1, True, 2.5
+        call("routing", "topk_routing", *inputs, module="topk_triton")
+    scores = empty(TOKENS, sizes.experts)
+    for padding in (None, empty(2, TOKENS // 2, dtype=torch.bool)):
+        inputs = scores, padding, 2, sizes.top_k
+        call("routing", "balance_sums", *inputs, module="balance_triton")
+    numbers = [empty(TOKENS * sizes.top_k, dtype=torch.int64) for _ in range(2)]
+    counts = empty(sizes.experts, dtype=torch.int64)
+    inputs = empty(TOKENS * sizes.top_k), *numbers, counts, TOKENS, 1
+    call("routing", "expert_order", *inputs, module="order_triton")
 
 
 def mamba_step(sizes: Sizes, dtype: torch.dtype) -> None:
@@ -241,6 +258,7 @@ CASES: dict[str, Callable[[], None]] = {
         "mamba_step": mamba_step,
         "expert_step": expert_step,
         "router_step": router_step,
+        "routing": routing,
         "cross_entropy": cross_entropy,
         "adamw": optimizer,
     }.items()

@@ -20,7 +20,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import MLP, Linear
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.moe import Experts, MoE
-from nemotron.model.router import Choice, Router, Routing, RoutingStats
+from nemotron.model.router import Choice, FirstRun, Router, Routing, RoutingStats
 from nemotron.model.state import AttentionState, MambaState
 from nemotron.ops.mamba_step import Weights
 from nemotron.ops.token_step import TokenStepOp
@@ -254,11 +254,16 @@ class RouterStep(Router):
     def __init__(self, router: Router) -> None:
         take_over(self, router)
 
-    def forward(self, x: Float[Tensor, "M D"], choice: Choice | None = None) -> Routing:
+    def forward(
+        self,
+        x: Float[Tensor, "M D"],
+        choice: Choice | None = None,
+        first_run: FirstRun | None = None,
+    ) -> Routing:
         """As `Router.forward`; of equal scores another expert may be chosen."""
         is_plain = choice is None and self.num_groups == 1 and not torch.is_grad_enabled()
         if not is_plain or not self.router_step.takes(x, (x.shape[0],)):
-            return super().forward(x, choice)
+            return super().forward(x, choice, first_run)
         bias, top_k = self.e_score_correction_bias, self.top_k
         found = self.router_step(
             x, self.weight, bias, top_k, self.scaling, normalize=self.normalize
@@ -278,6 +283,7 @@ class MoEStep(MoE):
         stats_name: str | None = None,
         padding: Bool[Tensor, "B S"] | None = None,
         choice: Choice | None = None,
+        first_run: FirstRun | None = None,
     ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
         """As `MoE.forward`."""
         tokens, experts = x.flatten(0, 1), self.experts
@@ -288,7 +294,7 @@ class MoEStep(MoE):
             or not _is_plain(experts, x.dtype)
             or not experts.expert_step.takes(tokens, (copies,))
         ):
-            return super().forward(x, stats_name, padding, choice)
+            return super().forward(x, stats_name, padding, choice, first_run)
         routing = self.gate(tokens, choice)
         given = routing.experts, routing.weights, experts.up_proj, experts.down_proj
         shared = self.shared_experts(tokens)

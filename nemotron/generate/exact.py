@@ -25,9 +25,10 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import Linear, RMSNorm
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.moe import Experts
-from nemotron.model.router import Choice, Router, Routing
+from nemotron.model.router import Choice, FirstRun, Router, Routing
 from nemotron.model.state import CHUNK, MambaSlots, MambaState, Partial
 from nemotron.ops.rms_norm import gated_reference, reference
+from nemotron.ops.routing import count
 
 ROWS, KEYS = 16, 64
 """Tokens in a tile of a product, and keys in a block."""
@@ -164,7 +165,12 @@ class ExactRouter(Router):
     def __init__(self, router: Router) -> None:
         take_over(self, router)
 
-    def forward(self, x: Float[Tensor, "M D"], choice: Choice | None = None) -> Routing:
+    def forward(
+        self,
+        x: Float[Tensor, "M D"],
+        choice: Choice | None = None,
+        first_run: FirstRun | None = None,
+    ) -> Routing:
         """As `Router.forward`."""
         if choice is not None:  # the gate before it is not exact either
             return super().forward(x, choice)
@@ -174,7 +180,7 @@ class ExactRouter(Router):
             torch.cat([getattr(tile, name) for tile in tiles])[: x.shape[0]]
             for name in ("scores", "experts", "weights")
         )
-        return Routing(scores, experts, weights)
+        return Routing(scores, experts, weights, count(experts.flatten(), self.num_experts))
 
 
 class ExactMamba(Mamba2):

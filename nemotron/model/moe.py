@@ -4,18 +4,17 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nemotron.model.adapter import Adapter
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import MLP, Linear
-from nemotron.model.router import Choice, Router, Routing, RoutingStats
+from nemotron.model.router import Choice, FirstRun, Router, Routing, RoutingStats
 from nemotron.ops.expert_step import expert_step
 from nemotron.ops.grouped_linear import grouped_linear, row_multiple
+from nemotron.ops.routing import TokenCopiesOp, expert_order, token_copies
 from nemotron.ops.squared_relu import squared_relu
-from nemotron.ops.token_copies import TokenCopiesOp, token_copies
 
 
 class MoE(nn.Module):
@@ -43,14 +42,16 @@ class MoE(nn.Module):
         stats_name: str | None = None,
         padding: Bool[Tensor, "B S"] | None = None,
         choice: Choice | None = None,
+        first_run: FirstRun | None = None,
     ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
         """Return the layer's output and, when `stats_name` is given, the router's statistics.
 
         `padding` says which tokens of the whole rows these leave out. `choice` says of each token
-        its experts or their group, where it is not the router that chooses them.
+        its experts or their group, where it is not the router that chooses them. `first_run` is of
+        a layer that is computed again.
         """
         tokens = x.flatten(0, 1)  # [M, D]
-        routing = self.gate(tokens, choice)
+        routing = self.gate(tokens, choice, first_run)
         latent = tokens if self.fc1_latent_proj is None else self.fc1_latent_proj(tokens)
         dispatched = self.experts.dispatch(latent, routing)
         shared = self.shared_experts(x)  # while tokens may be on their way to other ranks
@@ -118,7 +119,8 @@ class Experts(nn.Module):
         self.up_adapter: Adapter | None = None
         self.down_adapter: Adapter | None = None
         self.grouped_linear, self.squared_relu = grouped_linear, squared_relu
-        self.token_copies, self.expert_step = token_copies, expert_step
+        self.expert_order, self.token_copies = expert_order, token_copies
+        self.expert_step = expert_step
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, input_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, input_size, intermediate_size))
 
@@ -139,10 +141,15 @@ class Experts(nn.Module):
             # there is nothing to multiply, but other ranks wait for this one's gradients
             parts = (x, dispatched.weights, *self.parameters())
             return dispatched.combine(torch.zeros_like(x) + sum(part[:0].sum() for part in parts))
-        copies, counts = _arrange(dispatched, x.shape[0], row_multiple(x))
         # padding has weight 0, so it changes no gradient
-        weights = dispatched.weights.new_zeros(copies.token.shape[0])
-        weights = weights.scatter(0, copies.place, dispatched.weights)
+        weights, copies, counts = self.expert_order(
+            dispatched.weights,
+            dispatched.experts,
+            dispatched.token,
+            dispatched.counts,
+            num_tokens=x.shape[0],
+            multiple=row_multiple(x),
+        )
         numbers = None
         if dispatched.numbers is not None:
             numbers = dispatched.numbers.new_zeros(copies.token.shape[0])
@@ -170,38 +177,6 @@ class Experts(nn.Module):
         `numbers` are the rows' in the whole batch, of use where rows are rounded at random.
         """
         return self.grouped_linear(rows, weight, counts)
-
-
-class Copies(NamedTuple):
-    """Copies of tokens, lined up as the rows of a matrix: what `ops.token_copies` takes."""
-
-    token: Int[Tensor, " R"]
-    """The token in each row."""
-    place: Int[Tensor, " copies"]
-    """The rows of all tokens' copies, token after token, without padding."""
-    starts: Int[Tensor, " M"]
-    """Where the copies of each token begin in `place`."""
-
-
-def _arrange(
-    dispatched: Dispatched, num_tokens: int, multiple: int
-) -> tuple[Copies, Int[Tensor, " E"]]:
-    """Line up the copies by expert, padding each expert's rows to `multiple` with token 0.
-
-    Also returns the number of rows of each expert.
-    """
-    # 16 bits take a quarter of the passes that a GPU's radix sort makes over 64
-    order = dispatched.experts.to(torch.int16).argsort(stable=True)
-    row = torch.arange(order.shape[0], device=order.device)
-    token, counts = dispatched.token[order], dispatched.counts
-    if multiple > 1:
-        counts = (counts + multiple - 1) // multiple * multiple
-        padding = F.pad((counts - dispatched.counts).cumsum(0), (1, 0))
-        row = row + padding[dispatched.experts[order]]
-        token = token.new_zeros(int(counts.sum())).scatter_(0, row, token)
-    place = torch.empty_like(order).scatter_(0, order, row)
-    starts = torch.searchsorted(dispatched.token, torch.arange(num_tokens, device=order.device))
-    return Copies(token, place, starts), counts
 
 
 def multiplied_weights(model: nn.Module) -> Iterator[nn.Parameter]:

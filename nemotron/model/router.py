@@ -1,6 +1,5 @@
 """Which experts a token goes to, and the statistics that keep the experts balanced."""
 
-import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from nemotron.model.config import ModelConfig
 from nemotron.ops.linear import wide_linear
 from nemotron.ops.router_step import router_step
+from nemotron.ops.routing import balance_sums, choose, count, topk_routing
 
 
 @dataclass(frozen=True)
@@ -25,21 +25,10 @@ class Routing:
     scores: Float[Tensor, "M E"]
     experts: Int[Tensor, "M K"]
     weights: Float[Tensor, "M K"]
+    counts: Int[Tensor, " E"]
+    """Tokens that each expert gets."""
     own: Int[Tensor, "M K"] | None = None
     """What the router chose by itself, where the experts were given."""
-
-    @functools.cached_property
-    def counts(self) -> Int[Tensor, " E"]:
-        """Tokens that each expert gets."""
-        return count(self.experts.flatten(), self.scores.shape[1])
-
-
-def count(
-    numbers: Int[Tensor, " N"], size: int, weights: Int[Tensor, " N"] | None = None
-) -> Int[Tensor, " size"]:
-    """Return how often each number below `size` is there; unlike `bincount`, without a wait."""
-    counts = torch.zeros(size, dtype=torch.int64, device=numbers.device)
-    return counts.scatter_add_(0, numbers, torch.ones_like(numbers) if weights is None else weights)
 
 
 @dataclass(frozen=True)
@@ -86,6 +75,16 @@ Choice = GroupChoice | ExpertChoice
 """What is decided about a token's experts before its router is asked."""
 
 
+@dataclass
+class FirstRun:
+    """What a router chose in the first run of a layer that is computed again for backward.
+
+    The second run uses it: scores that differ in their last bits could send tokens to other ranks.
+    """
+
+    experts: Int[Tensor, "M K"] | None = None
+
+
 class Router(nn.Module):
     """Sigmoid router in float32: the bias chooses, the unbiased score weighs.
 
@@ -107,32 +106,53 @@ class Router(nn.Module):
         self.group_names = () if experts is None else experts.languages
         """Names of the groups, where each is balanced by itself."""
         self.sum_over_row = self.own_tokens = None
-        self.wide_linear, self.router_step = wide_linear, router_step
+        self.wide_linear, self.topk_routing = wide_linear, topk_routing
+        self.balance_sums, self.router_step = balance_sums, router_step
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.e_score_correction_bias: Tensor
         self.register_buffer(
             "e_score_correction_bias", torch.zeros(self.num_experts, dtype=torch.float32)
         )
 
-    def forward(self, x: Float[Tensor, "M D"], choice: Choice | None = None) -> Routing:
+    def forward(
+        self,
+        x: Float[Tensor, "M D"],
+        choice: Choice | None = None,
+        first_run: FirstRun | None = None,
+    ) -> Routing:
         """Choose experts, of the group that was chosen already if there is one, or weigh given."""
-        scores = self.wide_linear(x, self.weight).sigmoid()  # never rounded to bfloat16
-        biased = scores.detach() + self.e_score_correction_bias
-        own = None
-        if isinstance(choice, GroupChoice):
-            experts = self._inside(biased, choice.group).topk(self.top_k, dim=-1).indices
-        else:
-            experts = self._choose(biased)
-        if isinstance(choice, ExpertChoice):
-            own, given = experts, choice.experts.long()
-            experts = torch.where(given < 0, own, given)
-        weights = scores.gather(1, experts)
-        if self.normalize:
-            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-        weights = weights * self.scaling
+        logits = self.wide_linear(x, self.weight)  # never rounded to bfloat16
+        given, own = self._given(logits.detach(), choice)
+        if first_run is not None and first_run.experts is not None:
+            given = first_run.experts
+        weights, scores, experts, counts = self.topk_routing(
+            logits,
+            self.e_score_correction_bias,
+            given,
+            top_k=self.top_k,
+            num_groups=self.num_groups,
+            top_groups=self.top_groups,
+            normalize=self.normalize,
+            scaling=self.scaling,
+        )
+        if first_run is not None:
+            first_run.experts = experts
         if isinstance(choice, GroupChoice) and choice.factor is not None:
             weights = weights * choice.factor
-        return Routing(scores, experts, weights, own)
+        return Routing(scores, experts, weights, counts, own)
+
+    def _given(
+        self, logits: Float[Tensor, "M E"], choice: Choice | None
+    ) -> tuple[Int[Tensor, "M K"] | None, Int[Tensor, "M K"] | None]:
+        """Return the experts that a choice leaves no doubt about, and the router's own beside."""
+        if choice is None:
+            return None, None
+        biased = logits.sigmoid() + self.e_score_correction_bias
+        if isinstance(choice, GroupChoice):
+            return self._inside(biased, choice.group).topk(self.top_k, dim=-1).indices, None
+        own = choose(biased, self.top_k, self.num_groups, self.top_groups)
+        given = choice.experts.long()
+        return torch.where(given < 0, own, given), own
 
     def _inside(
         self, scores: Float[Tensor, "M E"], group: Int[Tensor, " M"], outside: float = -math.inf
@@ -142,16 +162,6 @@ class Router(nn.Module):
         number = torch.arange(self.num_groups, device=group.device)
         others = (number != group.unsqueeze(1)).unsqueeze(2)
         return grouped.masked_fill(others, outside).flatten(1)
-
-    def _choose(self, biased: Float[Tensor, "M E"]) -> Int[Tensor, "M K"]:
-        if self.num_groups > 1:
-            # a group's score is the sum of its best top_k / top_groups experts
-            grouped = biased.unflatten(1, (self.num_groups, -1))  # [M, groups, E / groups]
-            best = grouped.topk(self.top_k // self.top_groups, dim=-1).values.sum(-1)
-            allowed = torch.zeros_like(best, dtype=torch.bool)
-            allowed.scatter_(1, best.topk(self.top_groups, dim=-1).indices, True)
-            biased = grouped.masked_fill(~allowed.unsqueeze(-1), float("-inf")).flatten(1)
-        return biased.topk(self.top_k, dim=-1).indices
 
     def statistics(
         self, routing: Routing, num_rows: int, name: str, padding: Bool[Tensor, "B T"] | None = None
@@ -166,32 +176,22 @@ class Router(nn.Module):
         """
         if padding is not None and self.own_tokens is not None:
             padding = self.own_tokens(padding)
-        scores, num_groups = routing.scores, 1
+        scores, counts, num_groups = routing.scores, routing.counts, 1
         if self.group_names:
             num_groups = self.num_groups
             group = routing.experts[:, 0] // (self.num_experts // num_groups)
             scores = self._inside(scores, group, outside=0.0)
-        share = scores / (scores.sum(-1, keepdim=True) + 1e-20)
-        share = share.unflatten(0, (num_rows, -1))  # [B, T, E]
-        counts = routing.counts
         if padding is not None:
-            share = share.masked_fill(padding.unsqueeze(-1), 0)
             real = (~padding).flatten().long().repeat_interleave(self.top_k)
             counts = count(routing.experts.flatten(), self.num_experts, real)
-        with torch.no_grad():
-            chosen = share.topk(self.top_k, dim=-1).indices.flatten(1)  # [B, T * K]
-            load = torch.zeros_like(share[:, 0])
-            ones = torch.ones_like(chosen, dtype=load.dtype)
-            if padding is not None:
-                ones = ones.masked_fill_(padding.repeat_interleave(self.top_k, dim=1), 0)
-            load.scatter_add_(1, chosen, ones)
-            if self.sum_over_row is not None:
-                load = self.sum_over_row(load)
-            # top-k x tokens of the row; a row may be nothing but padding
-            grouped = load.unflatten(1, (num_groups, -1))
-            load = (grouped / grouped.sum(-1, keepdim=True).clamp(min=1)).flatten(1)
         # per row, tokens x mean score = sum of scores
-        aux_loss_sum = self.num_experts // num_groups * (load * share.sum(1)).sum()
+        shares, load = self.balance_sums(scores, padding, num_rows=num_rows, top_k=self.top_k)
+        if self.sum_over_row is not None:
+            load = self.sum_over_row(load)
+        # top-k x tokens of the row; a row may be nothing but padding
+        grouped = load.unflatten(1, (num_groups, -1))
+        load = (grouped / grouped.sum(-1, keepdim=True).clamp(min=1)).flatten(1)
+        aux_loss_sum = self.num_experts // num_groups * (load * shares).sum()
         return RoutingStats(name, counts, aux_loss_sum)
 
     @torch.no_grad()

@@ -13,14 +13,16 @@ from nemotron.ops.mamba_step import mamba_step
 from nemotron.ops.registry import Operation
 from nemotron.ops.rms_norm import gated_rms_norm, rms_norm
 from nemotron.ops.router_step import router_step
+from nemotron.ops.routing import balance_sums, expert_order, token_copies, topk_routing
 from nemotron.ops.squared_relu import squared_relu
 from nemotron.ops.ssd import ssd
-from nemotron.ops.token_copies import token_copies
 from nemotron.ops.token_step import token_step
 
 ALL: tuple[Operation, ...] = (
     attention,
+    balance_sums,
     causal_conv1d,
+    expert_order,
     expert_step,
     gated_rms_norm,
     grouped_linear,
@@ -33,6 +35,7 @@ ALL: tuple[Operation, ...] = (
     ssd,
     token_copies,
     token_step,
+    topk_routing,
     wide_linear,
 )
 """Every operation, free to choose among its backends."""

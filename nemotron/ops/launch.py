@@ -59,7 +59,7 @@ class Launcher:
         grid: tuple[int, int, int],
         tensors: tuple[Any, ...],
         numbers: tuple[int, ...],
-        constants: tuple[int, ...],
+        constants: tuple[float, ...],
         **options: int,
     ) -> None:
         """Launch on the tensors' device, which is the current one.

@@ -16,9 +16,8 @@ from torch import Tensor, nn
 
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.moe import Copies, Dispatched, Experts
-from nemotron.model.router import count
-from nemotron.ops.token_copies import TokenCopiesOp
+from nemotron.model.moe import Dispatched, Experts
+from nemotron.ops.routing import Copies, TokenCopiesOp, count
 from nemotron.parallel import collectives
 from nemotron.parallel.collectives import Group
 from nemotron.parallel.config import ParallelConfig

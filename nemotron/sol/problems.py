@@ -28,6 +28,8 @@ class Problem:
     flops: float = 0.0
     again: float = 2.0
     needs: frozenset[str] = frozenset()
+    is_wide: bool = False
+    """Whether its inputs are float32 whatever the activations are."""
     reads_again: bool = True
     """Whether backward must read the floating inputs, or gets by with the output's gradient."""
 
@@ -120,6 +122,20 @@ def problems(size: Size, rows: Rows) -> list[Problem]:
         weight = s.normal(size.all_experts, size.hidden, dtype=FP32, scale=0.02)
         return [s.normal(m, size.hidden), weight], ()
 
+    def chosen(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        logits = s.normal(m, size.all_experts, dtype=FP32)
+        bias = s.normal(size.all_experts, dtype=FP32, scale=0.01)
+        return [logits, bias], (None, size.copies, 1, 1, True, 2.5)
+
+    def balanced(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        return [s.uniform(m, size.all_experts)], (None, b, size.copies)
+
+    def ordered(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        experts = _distinct(s, m, size).flatten()
+        token = torch.arange(copies, device=experts.device) // size.copies
+        counts = torch.bincount(experts, minlength=size.experts)
+        return [s.uniform(copies), experts, token, counts], (m, 1)
+
     def weighted(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
         return [s.normal(copies, size.expert_width), s.uniform(copies, 1)], ()
 
@@ -127,10 +143,8 @@ def problems(size: Size, rows: Rows) -> list[Problem]:
         return [s.normal(b, t, size.shared_width)], (None,)
 
     def routed(s: Source, direction: str) -> tuple[list[Tensor], tuple[object, ...]]:
-        # rows sorted by expert, each token's experts drawn apart
-        scores = s.uniform(m, max(size.experts, size.copies))
-        experts = scores.topk(size.copies, dim=1).indices.flatten()
-        order = experts.argsort(stable=True)
+        # rows sorted by expert
+        order = _distinct(s, m, size).flatten().argsort(stable=True)
         row = torch.arange(copies, device=order.device)
         place = torch.empty_like(order).scatter_(0, order, row)
         starts = torch.arange(0, copies, size.copies, device=order.device)
@@ -155,6 +169,9 @@ def problems(size: Size, rows: Rows) -> list[Problem]:
         Problem("ssd", "", lambda s: scan(s, None), m * scanned),
         Problem("squared_relu", "experts", weighted),
         Problem("squared_relu", "shared", unweighted),
+        Problem("topk_routing", "", chosen, is_wide=True),
+        Problem("balance_sums", "", balanced, is_wide=True),
+        Problem("expert_order", "", ordered, is_wide=True, reads_again=False),
         Problem("token_copies", "copy", lambda s: routed(s, "copy"), reads_again=False),
         Problem("token_copies", "add", lambda s: routed(s, "add"), reads_again=False),
         Problem("linear_cross_entropy", "", head, 2.0 * m * size.hidden * size.vocab),
@@ -185,6 +202,12 @@ def problems(size: Size, rows: Rows) -> list[Problem]:
             needs=pieces,
         ),
     ]
+
+
+def _distinct(s: Source, tokens: int, size: Size) -> Tensor:
+    """Return the experts of each token, drawn apart: [M, K]."""
+    scores = s.uniform(tokens, max(size.experts, size.copies))
+    return scores.topk(size.copies, dim=1).indices
 
 
 def _up(size: Size) -> tuple[int, int]:

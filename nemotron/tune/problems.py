@@ -17,9 +17,9 @@ from nemotron.ops.expert_step import triton as expert_step
 from nemotron.ops.linear_cross_entropy import triton as linear_cross_entropy
 from nemotron.ops.rms_norm import gated_triton as gated_rms_norm
 from nemotron.ops.rms_norm import triton as rms_norm
+from nemotron.ops.routing import copies_triton as token_copies
 from nemotron.ops.squared_relu import triton as squared_relu
 from nemotron.ops.ssd import triton as ssd
-from nemotron.ops.token_copies import triton as token_copies
 from nemotron.ops.tuning.tunable import Tunable
 from nemotron.precision.formats import E4M3, E5M2
 from nemotron.precision.kernels import grouped_fp8, quantize_fp8

@@ -1,6 +1,7 @@
 import torch
 
 from nemotron.data.batch import Batch
+from nemotron.model.router import routers
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
@@ -27,6 +28,22 @@ def test_computing_blocks_again_changes_no_bit_and_counts_no_token_twice():
     for one, two in zip(counts, counts_again, strict=True):
         assert torch.equal(one, two)
         assert int(one.sum()) == 2 * 33 * 3
+
+
+def test_a_block_that_is_computed_again_uses_the_experts_of_its_first_run():
+    objective = PretrainObjective(Auxiliary(LossConfig(), num_depths=2))
+    batch = Batch(tokens(2, 33), tokens(2, 33, seed=1), None).look_ahead(2)
+    results = []
+    for again in (False, True):
+        model = build(dtype=torch.float32)
+        recompute(model, again)
+        sums, _ = compute_sums(objective, model, batch)
+        for router in routers(model).values():
+            # as if its scores were others the second time
+            router.e_score_correction_bias += torch.arange(router.num_experts)
+        results.append(gradients(model, objective.combine(sums, objective.counts(batch))))
+    once, twice = results
+    assert all(torch.equal(gradient, twice[name]) for name, gradient in once.items())
 
 
 def test_less_is_kept_for_the_backward_pass():

@@ -5,10 +5,10 @@ import torch
 from against_reference import doubled, results, worst
 from torch import Tensor
 
-from nemotron.ops.token_copies import embedding_bag, reference
+from nemotron.ops.routing import copy_or_add, embedding_bag
 
 pytest.importorskip("triton")
-kernels = importlib.import_module("nemotron.ops.token_copies.triton")
+kernels = importlib.import_module("nemotron.ops.routing.copies_triton")
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -41,7 +41,7 @@ def test_copies_and_sums_are_those_of_the_reference(
     lists = draw(copies_of)
     for direction, num_rows in (("copy", len(copies_of)), ("add", lists[0].shape[0])):
         x = values(num_rows, width, dtype)
-        exact = results(reference, [*doubled([x]), *lists], direction)
+        exact = results(copy_or_add, [*doubled([x]), *lists], direction)
         # sums of at most 17 rows in float32, rounded once; the interpreter cuts bfloat16 off
         limit = 1e-6 if dtype == torch.float32 else 2**-7
         for function in (kernels.token_copies, embedding_bag):
@@ -66,7 +66,7 @@ def test_rows_are_added_in_the_order_of_place():
 def test_rows_that_only_fill_up_are_not_added():
     token, place, starts = draw([2, 1, 3], filling=4)
     rows = values(10, 48, torch.float32)
-    exact = results(reference, [*doubled([rows]), token, place, starts], "add")
+    exact = results(copy_or_add, [*doubled([rows]), token, place, starts], "add")
     filled = torch.ones(10, dtype=torch.bool, device=DEVICE).index_fill(0, place, False)
     poisoned = rows.masked_fill(filled[:, None], float("nan"))
     found = kernels.token_copies(poisoned, token, place, starts, "add")
@@ -104,7 +104,7 @@ def test_a_wide_row_takes_several_programs():
     narrow = {"columns": 32, "warps": 4, "rows": 4}
     for direction, num_rows in (("copy", 2), ("add", 12)):
         x = values(num_rows, 83, torch.float32)
-        exact = results(reference, [*doubled([x]), *lists], direction)
+        exact = results(copy_or_add, [*doubled([x]), *lists], direction)
         with kernels.COPY.forced(narrow), kernels.ADD.forced(narrow):
             found = results(kernels.token_copies, [x, *lists], direction)
         assert worst(found, exact) <= 1e-6

@@ -12,7 +12,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 from nemotron.errors import UserError
 from nemotron.ops.rms_norm import triton as rms_norm
-from nemotron.ops.token_copies import triton as token_copies
+from nemotron.ops.routing import copies_triton as token_copies
 from nemotron.ops.tuning import base
 from nemotron.ops.tuning.base import Base, Entry
 from nemotron.ops.tuning.tunable import Tunable

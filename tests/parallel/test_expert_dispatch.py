@@ -103,8 +103,9 @@ def run(
     """Return output and gradients: of tokens, of weights, of both stacks of experts."""
     x, weights = x.clone().requires_grad_(), weights.clone().requires_grad_()
     scores = x.new_zeros(x.shape[0], case.experts)
+    counts = choices.flatten().bincount(minlength=case.experts)
     with rows_padded(case.multiple):
-        y = experts(experts.dispatch(x, Routing(scores, choices, weights)))
+        y = experts(experts.dispatch(x, Routing(scores, choices, weights, counts)))
         inputs = [x, weights, experts.up_proj, experts.down_proj]
         return [y.detach(), *torch.autograd.grad(y, inputs, cotangent)]
 

@@ -4,6 +4,7 @@ Sources: huggingface/transformers#48989 and #45591, vllm-project/vllm#45037,
 PrimeIntellect-ai/prime-rl#2338, state-spaces/mamba#910, ggml-org/llama.cpp#15507.
 """
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
@@ -18,7 +19,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import MLP
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.moe import Experts, MoE
-from nemotron.model.router import GroupChoice, Router, Routing
+from nemotron.model.router import FirstRun, GroupChoice, Router, Routing
 from nemotron.ops.attention import attention
 from nemotron.ops.causal_conv1d import causal_conv1d
 from nemotron.ops.rms_norm import gated_rms_norm
@@ -97,12 +98,12 @@ def bias_stored_in_bfloat16(model: HybridLM, _: Patch) -> None:
 def biased_scores_as_weights(_: HybridLM, patch: Patch) -> None:
     right = Router.forward
 
-    def wrong(self: Router, x: Tensor, choice: GroupChoice | None = None) -> Routing:
-        routing = right(self, x, choice)
+    def wrong(self: Router, x: Tensor, *rest: GroupChoice | FirstRun | None) -> Routing:
+        routing = right(self, x, *rest)
         weights = (routing.scores + self.e_score_correction_bias).gather(1, routing.experts)
         if self.normalize:
             weights = weights / weights.sum(-1, keepdim=True)
-        return Routing(routing.scores, routing.experts, weights * self.scaling)
+        return dataclasses.replace(routing, weights=weights * self.scaling)
 
     patch.setattr(Router, "forward", wrong)
 
@@ -110,10 +111,10 @@ def biased_scores_as_weights(_: HybridLM, patch: Patch) -> None:
 def softmax_instead_of_sigmoid(_: HybridLM, patch: Patch) -> None:
     right = Router.forward
 
-    def wrong(self: Router, x: Tensor, choice: GroupChoice | None = None) -> Routing:
+    def wrong(self: Router, x: Tensor, *rest: GroupChoice | FirstRun | None) -> Routing:
         with Patch.context() as inside:
             inside.setattr(Tensor, "sigmoid", lambda scores: scores.softmax(-1))
-            return right(self, x, choice)
+            return right(self, x, *rest)
 
     patch.setattr(Router, "forward", wrong)
 

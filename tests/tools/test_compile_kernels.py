@@ -14,7 +14,16 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 ROOT = Path(__file__).parents[2]
 SCAN = "ssd-nano-bf16"
-OTHERS = ("conv", "rms_norm", "gated_rms_norm", "squared_relu", "copies", "cross_entropy", "adamw")
+OTHERS = (
+    "conv",
+    "rms_norm",
+    "gated_rms_norm",
+    "squared_relu",
+    "copies",
+    "routing",
+    "cross_entropy",
+    "adamw",
+)
 STEPS = ("mamba_step", "router_step", "expert_step")
 
 
@@ -23,7 +32,7 @@ STEPS = ("mamba_step", "router_step", "expert_step")
     "cases",
     [
         further([SCAN], id="scan"),
-        further([f"{case}-nano-bf16" for case in OTHERS], id="others"),
+        further([f"{case}-nano-bf16" for case in OTHERS] + ["routing-super-bf16"], id="others"),
         pytest.param([f"{case}-nano-bf16" for case in STEPS], id="steps"),
     ],
 )

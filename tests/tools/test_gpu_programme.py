@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.support.models import build_config
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -101,6 +103,23 @@ def test_balanced_experts_get_the_same_tokens_and_no_token_one_expert_twice(modu
     chosen = module("share").turns(24, 16, 6, torch.device("cpu"))
     assert (chosen.flatten().bincount() == 9).all()
     assert all(len(set(row.tolist())) == 6 for row in chosen)
+
+
+def test_a_router_weighs_balanced_experts_by_its_own_scores(module):
+    torch = importlib.import_module("torch")
+    share, router = module("share"), importlib.import_module("nemotron.model.router").Router
+    gate = router(build_config())
+    torch.nn.init.normal_(gate.weight)
+    x = torch.randn(14, gate.weight.shape[1])
+    free = gate(x)
+    with share.balanced_experts():
+        forced = gate(x)
+    assert torch.equal(forced.experts, share.turns(14, gate.num_experts, gate.top_k, x.device))
+    assert len(set(forced.counts.tolist())) == 1
+    chosen = free.scores.gather(1, forced.experts)
+    expected = gate.scaling * chosen / chosen.sum(1, keepdim=True)
+    assert (forced.weights - expected).abs().max() <= 1e-6  # float32
+    assert torch.equal(gate(x).experts, free.experts)
 
 
 def test_the_script_names_a_stage_that_does_not_exist():

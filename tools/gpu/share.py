@@ -91,16 +91,16 @@ def random_batch(config: ModelConfig, rows: int, tokens: int, seed: int) -> Batc
 @contextmanager
 def balanced_experts() -> Iterator[None]:
     """Give every expert as many tokens as any other, whatever the router's scores."""
-    choose = Router._choose
+    given = Router._given
 
-    def in_turn(router: Router, biased: Tensor) -> Tensor:
-        return turns(biased.shape[0], router.num_experts, router.top_k, biased.device)
+    def in_turn(router: Router, logits: Tensor, choice: object) -> tuple[Tensor, None]:
+        return turns(logits.shape[0], router.num_experts, router.top_k, logits.device), None
 
-    Router._choose = in_turn  # type: ignore[method-assign]
+    Router._given = in_turn  # type: ignore[assignment, method-assign]
     try:
         yield
     finally:
-        Router._choose = choose  # type: ignore[method-assign]
+        Router._given = given  # type: ignore[method-assign]
 
 
 @cache

@@ -10,12 +10,16 @@ MOST_TOKENS = 64
 """That the kernels take; beyond, their partial sums are as many bytes as the steps of a router."""
 
 
+Found = tuple[Float[Tensor, "M E"], Int[Tensor, "M K"], Float[Tensor, "M K"], Int[Tensor, " E"]]
+
+
 class RouterStepOp(Operation):
-    """Return a sigmoid router's scores, chosen experts and their weights, all float32 or wider.
+    """Return a sigmoid router's scores, chosen experts, their weights, and tokens of each expert.
 
     The best `top_k` of sigmoid(x weightᵀ) + `bias` are chosen, the best first. They are weighed by
     their scores without the bias, divided by the sum of these where `normalize` is set, times
-    `scaling`. The product is that of `wide_linear`: neither side is rounded. Without gradients.
+    `scaling`. Both are float32 or wider, and the product is that of `wide_linear`: neither side is
+    rounded. Without gradients.
     Source: NVIDIA/Megatron-LM: megatron/core/transformer/moe/router.py.
     """
 
@@ -28,7 +32,7 @@ class RouterStepOp(Operation):
         scaling: float,
         *,
         normalize: bool,
-    ) -> tuple[Float[Tensor, "M E"], Int[Tensor, "M K"], Float[Tensor, "M K"]]:
+    ) -> Found:
         function = self.select(x, sizes=(x.shape[0],))
         return function(x, weight, bias, top_k, scaling, normalize)
 
@@ -40,7 +44,7 @@ def reference(
     top_k: int,
     scaling: float,
     normalize: bool,
-) -> tuple[Float[Tensor, "M E"], Int[Tensor, "M K"], Float[Tensor, "M K"]]:
+) -> Found:
     """Score, choose, weigh."""
     wide = torch.promote_types(weight.dtype, torch.float32)
     scores = (x.to(wide) @ weight.to(wide).T).sigmoid()
@@ -48,7 +52,8 @@ def reference(
     weights = scores.gather(1, experts)
     if normalize:
         weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
-    return scores, experts, weights * scaling
+    counts = experts.flatten().bincount(minlength=weight.shape[0])
+    return scores, experts, weights * scaling, counts
 
 
 def _limit(tokens: int) -> str | None:

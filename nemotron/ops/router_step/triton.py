@@ -7,10 +7,11 @@ second adds up the pieces in one order.
 import torch
 import triton
 import triton.language as tl
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.ops import launch
+from nemotron.ops.router_step import Found
 
 LOG2_E = tl.constexpr(launch.LOG2_E)
 LOWEST = tl.constexpr(-3e38)
@@ -25,6 +26,7 @@ def _multiply(
     x_ptr,
     weight_ptr,
     parts_ptr,
+    counts_ptr,
     M,
     x_stride,
     D: tl.constexpr,
@@ -37,6 +39,9 @@ def _multiply(
 ):
     expert = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
     piece = tl.program_id(1)
+    if (piece == 0) & (tl.program_id(2) == 0):
+        # the next launch counts
+        tl.store(counts_ptr + expert, tl.zeros([EXPERTS], tl.int64), mask=expert < E)
     inner = piece * INPUTS + tl.arange(0, INPUTS)
     inside = (expert < E)[:, None] & (inner < D)[None, :]
     at = weight_ptr + expert[:, None] * D + inner[None, :]
@@ -67,6 +72,7 @@ def _choose(
     scores_ptr,
     experts_ptr,
     weights_ptr,
+    counts_ptr,
     M,
     scaling,
     E: tl.constexpr,
@@ -105,6 +111,8 @@ def _choose(
     at = token * K + place
     tl.store(experts_ptr + at, chosen.to(tl.int64), mask=place < K)
     tl.store(weights_ptr + at, weights * scaling, mask=place < K)
+    one = tl.full([PLACES], 1, tl.int64)
+    tl.atomic_add(counts_ptr + chosen, one, mask=place < K, sem="relaxed")
 
 
 def router_step(
@@ -114,7 +122,7 @@ def router_step(
     top_k: int,
     scaling: float,
     normalize: bool,
-) -> tuple[Float[Tensor, "M E"], Int[Tensor, "M K"], Float[Tensor, "M K"]]:
+) -> Found:
     """The reference's formulas in float32; of equal scores, the expert with the lower number."""
     (tokens, size), num_experts = x.shape, weight.shape[0]
     assert x.stride(1) == 1, x.stride()
@@ -126,11 +134,13 @@ def router_step(
     parts, scores = empty(pieces, tokens, num_experts), empty(tokens, num_experts)
     experts, weights = empty(tokens, top_k, dtype=torch.int64), empty(tokens, top_k)
     if not tokens:
-        return scores, experts, weights
+        return scores, experts, weights, experts.new_zeros(num_experts)
+    counts = empty(num_experts, dtype=torch.int64)
     _multiply[(triton.cdiv(num_experts, EXPERTS), pieces, triton.cdiv(tokens, TOKENS))](
         x,
         weight.contiguous(),
         parts,
+        counts,
         tokens,
         x.stride(0),
         D=size,
@@ -148,6 +158,7 @@ def router_step(
         scores,
         experts,
         weights,
+        counts,
         tokens,
         scaling,
         E=num_experts,
@@ -159,4 +170,4 @@ def router_step(
         NORMALIZE=normalize,
         num_warps=4 if num_experts <= 128 else 8,
     )
-    return scores, experts, weights
+    return scores, experts, weights, counts
