@@ -1,16 +1,18 @@
 """Compile Triton kernels for a GPU that is not here: compile_kernels.py [CASE ...] [--arch 90].
 
-Each case calls an operation on meta tensors, forward and backward, at the sizes of Nano or Super.
-Launches are compiled instead of run, so what is compiled is what the operation would launch. The
-table shows registers, stack (spilled registers lie there), shared memory, and how many matrix
-instructions of Hopper (HGMMA) stand where the kernel multiplies. Exit code 1: a kernel spills, asks
-for more shared memory than a block can have, or multiplies bfloat16 without HGMMA.
+Each case calls an operation on meta tensors, at the sizes of Nano or Super, forward and, where the
+operation trains, backward. Launches are compiled instead of run, so what is compiled is what the
+operation would launch. The table shows registers, stack (spilled registers lie there), shared
+memory, and how many matrix instructions of Hopper (HGMMA) stand where the kernel multiplies. Exit
+code 1: a kernel spills, asks for more shared memory than a block can have, or multiplies bfloat16
+without HGMMA.
 """
 
 import argparse
 import functools
 import importlib
 import json
+import math
 import os
 import re
 import subprocess
@@ -36,6 +38,8 @@ from nemotron.tune.compiled import SHARED_LIMIT, launches_replaced, pretend, use
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TOKENS = 8192
+ROWS = 8
+"""Texts that a step of generation continues."""
 
 
 @dataclass(frozen=True)
@@ -177,6 +181,43 @@ def routing(sizes: Sizes, dtype: torch.dtype) -> None:
     call("routing", "expert_order", *inputs, module="order_triton")
 
 
+def mamba_step(sizes: Sizes, dtype: torch.dtype) -> None:
+    from nemotron.ops.mamba_step import Weights
+    from nemotron.ops.mamba_step.triton import mamba_step
+
+    ends = sizes.inner + sizes.channels
+    projected = torch.empty(ROWS, ends + sizes.heads, device="meta", dtype=dtype)
+    head = [torch.empty(sizes.heads, device="meta") for _ in range(3)]
+    mamba_step(
+        projected[:, sizes.inner : ends],
+        projected[:, ends:],
+        torch.empty(ROWS, 3, sizes.channels, device="meta", dtype=dtype),
+        torch.empty(ROWS, sizes.heads, sizes.head_dim, sizes.state, device="meta"),
+        torch.empty(ROWS, device="meta", dtype=torch.int64),
+        Weights(empty(sizes.channels, 4), empty(sizes.channels), *head, (0.0, math.inf)),
+    )
+
+
+def expert_step(sizes: Sizes, dtype: torch.dtype) -> None:
+    from nemotron.ops.expert_step.triton import expert_step
+
+    up = torch.empty(sizes.experts, sizes.expert, sizes.expert_input, device="meta", dtype=dtype)
+    for tokens in (1, 8, 23 if sizes is SUPER else 32):
+        chosen = torch.empty(tokens, sizes.top_k, device="meta", dtype=torch.int64)
+        x = torch.empty(tokens, sizes.expert_input, device="meta", dtype=dtype)
+        down = up.view(sizes.experts, sizes.expert_input, sizes.expert)
+        expert_step(x, chosen, chosen.float(), up, down, x)
+
+
+def router_step(sizes: Sizes, dtype: torch.dtype) -> None:
+    from nemotron.ops.router_step.triton import router_step
+
+    x = torch.empty(ROWS, sizes.hidden, device="meta", dtype=dtype)
+    weight = torch.empty(sizes.experts, sizes.hidden, device="meta")
+    bias = torch.empty(sizes.experts, device="meta")
+    router_step(x, weight, bias, sizes.top_k, 2.5, True)
+
+
 def cross_entropy(sizes: Sizes, dtype: torch.dtype) -> None:
     hidden, weight = empty(TOKENS, sizes.hidden, dtype=dtype), empty(sizes.vocabulary, sizes.hidden)
     labels = empty(TOKENS, dtype=torch.int64)
@@ -214,6 +255,9 @@ CASES: dict[str, Callable[[], None]] = {
         "gated_rms_norm": gated_norms,
         "squared_relu": activation,
         "copies": copies,
+        "mamba_step": mamba_step,
+        "expert_step": expert_step,
+        "router_step": router_step,
         "routing": routing,
         "cross_entropy": cross_entropy,
         "adamw": optimizer,

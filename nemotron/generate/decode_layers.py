@@ -10,7 +10,7 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from nemotron.generate.block_layers import BlockLinear, BlockMoE
@@ -20,8 +20,9 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.linear import MLP, Linear
 from nemotron.model.mamba2 import Mamba2
 from nemotron.model.moe import Experts, MoE
-from nemotron.model.router import Choice, Routing
+from nemotron.model.router import Choice, FirstRun, Router, Routing, RoutingStats
 from nemotron.model.state import AttentionState, MambaState
+from nemotron.ops.mamba_step import Weights
 from nemotron.ops.token_step import TokenStepOp
 from nemotron.precision.static import is_attached
 
@@ -110,11 +111,17 @@ def _replace(parent: nn.Module, dtype: torch.dtype, blocks: TokenStepOp | None) 
             continue
         if isinstance(child, MoE) and not any(map(is_attached, child.modules())):
             _cast(child.experts, dtype)
-            if child.experts.up_proj.device.type == "cpu":
+            if child.experts.expert_step.takes(child.experts.up_proj, (1,)):
+                child = MoEStep(child)
+                setattr(parent, name, child)
+            elif child.experts.up_proj.device.type == "cpu":
                 for part in (child.shared_experts.up_proj, child.shared_experts.down_proj):
                     _cast(part, dtype)
                 is_few = FewTokensMoE(child) if blocks is None else BlockMoE(child, blocks)
                 setattr(parent, name, is_few)
+        elif isinstance(child, Router) and child.router_step.takes(child.weight, (1,)):
+            child = RouterStep(child)
+            setattr(parent, name, child)
         elif isinstance(child, Mamba2):
             child = MambaStep(child, copies=True)
             setattr(parent, name, child)
@@ -241,6 +248,68 @@ class FewTokensMoE(nn.Module):
         return routed if self.includes_shared else routed + moe.shared_experts(x)
 
 
+class RouterStep(Router):
+    """Routes few tokens by an operation of its own, others as in training."""
+
+    def __init__(self, router: Router) -> None:
+        take_over(self, router)
+
+    def forward(
+        self,
+        x: Float[Tensor, "M D"],
+        choice: Choice | None = None,
+        first_run: FirstRun | None = None,
+    ) -> Routing:
+        """As `Router.forward`; of equal scores another expert may be chosen."""
+        is_plain = choice is None and self.num_groups == 1 and not torch.is_grad_enabled()
+        if not is_plain or not self.router_step.takes(x, (x.shape[0],)):
+            return super().forward(x, choice, first_run)
+        bias, top_k = self.e_score_correction_bias, self.top_k
+        found = self.router_step(
+            x, self.weight, bias, top_k, self.scaling, normalize=self.normalize
+        )
+        return Routing(*found)
+
+
+class MoEStep(MoE):
+    """Reads the chosen experts alone where tokens are few; others are computed as in training."""
+
+    def __init__(self, moe: MoE) -> None:
+        take_over(self, moe)
+
+    def forward(
+        self,
+        x: Float[Tensor, "B T D"],
+        stats_name: str | None = None,
+        padding: Bool[Tensor, "B S"] | None = None,
+        choice: Choice | None = None,
+        first_run: FirstRun | None = None,
+    ) -> tuple[Float[Tensor, "B T D"], RoutingStats | None]:
+        """As `MoE.forward`."""
+        tokens, experts = x.flatten(0, 1), self.experts
+        copies = tokens.shape[0] * self.gate.top_k
+        if (
+            stats_name is not None
+            or torch.is_grad_enabled()
+            or not _is_plain(experts, x.dtype)
+            or not experts.expert_step.takes(tokens, (copies,))
+        ):
+            return super().forward(x, stats_name, padding, choice, first_run)
+        routing = self.gate(tokens, choice)
+        given = routing.experts, routing.weights, experts.up_proj, experts.down_proj
+        shared = self.shared_experts(tokens)
+        if self.fc1_latent_proj is None or self.fc2_latent_proj is None:
+            return experts.expert_step(tokens, *given, shared).view_as(x), None
+        latent = experts.expert_step(self.fc1_latent_proj(tokens), *given)
+        return (self.fc2_latent_proj(latent) + shared).view_as(x), None
+
+
+def _is_plain(experts: Experts, dtype: torch.dtype) -> bool:
+    """Whether the experts are all here, prepared for a dtype, and nothing is added to them."""
+    others = experts.dispatcher, experts.number_copies, experts.up_adapter, experts.down_adapter
+    return experts.up_proj.dtype == dtype and all(other is None for other in others)
+
+
 def take_over(new: nn.Module, old: nn.Module) -> None:
     """Give a module what another one holds: parameters, children, settings, operations."""
     for name, value in vars(old).items():
@@ -268,6 +337,9 @@ class MambaStep(Mamba2):
         if state is None or state.keeps_inputs or not is_stepwise:
             return super().forward(u, seq_idx, state)
         z, xBC, dt = self.in_proj(u).split(self.splits, dim=-1)
+        if u.shape[1] == 1 and (y := self._fused_step(xBC, dt, state)) is not None:
+            y = self.gated_rms_norm(y, z, self.norm.weight, self.num_groups, self.norm.eps)
+            return self.out_proj(y)
         dt = self._time_step(dt)
         constants = self._constants or self._find_constants()
         if u.shape[1] == 1:
@@ -277,6 +349,22 @@ class MambaStep(Mamba2):
             y = torch.cat([self._step(*one, state, constants) for one in each], dim=1)
         y = self.gated_rms_norm(y.to(u.dtype), z, self.norm.weight, self.num_groups, self.norm.eps)
         return self.out_proj(y)
+
+    def _fused_step(
+        self, xBC: Float[Tensor, "B 1 C"], dt: Float[Tensor, "B 1 H"], state: MambaState
+    ) -> Float[Tensor, "B 1 I"] | None:
+        """Do what lies between the projection and the norm in one operation, where there is one."""
+        if (places := state.in_place()) is None or not self.mamba_step.takes(xBC):
+            return None
+        weights = Weights(
+            self.conv1d.weight.squeeze(1),
+            self.conv1d.bias,
+            self.dt_bias,
+            self.A_log,
+            self.D,
+            self.time_step_limit,
+        )
+        return self.mamba_step(xBC.squeeze(1), dt.squeeze(1), *places, weights).unsqueeze(1)
 
     def _find_constants(self) -> "_Constants":
         kernel, decay = self.conv1d.weight.squeeze(1).T, -self.A_log.exp()

@@ -13,6 +13,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.linear import Linear, RMSNorm
 from nemotron.model.state import MambaState
 from nemotron.ops.causal_conv1d import causal_conv1d
+from nemotron.ops.mamba_step import mamba_step
 from nemotron.ops.rms_norm import gated_rms_norm
 from nemotron.ops.ssd import ssd
 
@@ -61,6 +62,7 @@ class Mamba2(nn.Module):
         self.norm = RMSNorm(inner, eps=config.layer_norm_epsilon)
         self.out_proj = Linear(inner, config.hidden_size)
         self.causal_conv1d, self.ssd, self.gated_rms_norm = causal_conv1d, ssd, gated_rms_norm
+        self.mamba_step = mamba_step
         self.conv_and_scan = conv_and_scan
 
     def forward(

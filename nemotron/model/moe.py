@@ -11,6 +11,7 @@ from nemotron.model.adapter import Adapter
 from nemotron.model.config import ModelConfig
 from nemotron.model.linear import MLP, Linear
 from nemotron.model.router import Choice, FirstRun, Router, Routing, RoutingStats
+from nemotron.ops.expert_step import expert_step
 from nemotron.ops.grouped_linear import grouped_linear, row_multiple
 from nemotron.ops.routing import TokenCopiesOp, expert_order, token_copies
 from nemotron.ops.squared_relu import squared_relu
@@ -119,6 +120,7 @@ class Experts(nn.Module):
         self.down_adapter: Adapter | None = None
         self.grouped_linear, self.squared_relu = grouped_linear, squared_relu
         self.expert_order, self.token_copies = expert_order, token_copies
+        self.expert_step = expert_step
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, input_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, input_size, intermediate_size))
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from nemotron.model.config import ModelConfig
 from nemotron.ops.linear import wide_linear
+from nemotron.ops.router_step import router_step
 from nemotron.ops.routing import balance_sums, choose, count, topk_routing
 
 
@@ -106,7 +107,7 @@ class Router(nn.Module):
         """Names of the groups, where each is balanced by itself."""
         self.sum_over_row = self.own_tokens = None
         self.wide_linear, self.topk_routing = wide_linear, topk_routing
-        self.balance_sums = balance_sums
+        self.balance_sums, self.router_step = balance_sums, router_step
         self.weight = nn.Parameter(torch.empty(self.num_experts, config.hidden_size))
         self.e_score_correction_bias: Tensor
         self.register_buffer(

@@ -64,11 +64,10 @@ class MambaState:
     """The state of one Mamba-2 layer for the rows of a call.
 
     Rows in neighboring slots are views: what changes `conv` and `ssm` in place changes the slots.
-    The others are copies, read by `load`; `store` brings both kinds up to date.
+    The others are copies, read when they are first asked for after `load`; `store` brings both
+    kinds up to date. `in_place` is for those that need neither.
     """
 
-    conv: Float[Tensor, "B W C"]
-    ssm: Float[Tensor, "B H P N"]
     history: list[tuple[Tensor, Tensor]] | None
     """If `states` are kept: the state before the call, then after each token."""
     inputs: Inputs | None
@@ -83,16 +82,46 @@ class MambaState:
         self.steps: Int[Tensor, " B"] | None = None
         """Lengths of the texts before the call, for stochastic rounding and replay."""
         self.partial: Partial | None = None
+        self._here: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def conv(self) -> Float[Tensor, "B W C"]:
+        """The last W-1 inputs of the convolution."""
+        return self._both[0]
+
+    @property
+    def ssm(self) -> Float[Tensor, "B H P N"]:
+        """The states, float32 where they are stored in fewer bits."""
+        return self._both[1]
+
+    @property
+    def _both(self) -> tuple[Tensor, Tensor]:
+        if self._here is None:
+            rows, slots = self._rows, self._slots
+            if isinstance(rows, slice):
+                conv, ssm = slots.conv[rows], slots.ssm[rows]
+            else:
+                conv, ssm = (t.index_select(0, rows) for t in (slots.conv, slots.ssm))
+            self._here = conv, ssm.float() if slots.is_rounded else ssm
+        return self._here
+
+    def in_place(self) -> tuple[Tensor, Tensor, Int[Tensor, " B"] | None] | None:
+        """Return `conv` and `ssm` as they are stored, and the rows' slots in them.
+
+        Without slots, the rows are all there is. None where a call must do more than change them.
+        """
+        slots, rows = self._slots, self._rows
+        if self.history is not None or self.keeps_inputs or slots.partial is not None:
+            return None
+        if slots.seed is not None:
+            return None
         if isinstance(rows, slice):
-            self.conv, self.ssm = slots.conv[rows], slots.ssm[rows]
+            return slots.conv[rows], slots.ssm[rows], None
+        return slots.conv, slots.ssm, rows
 
     def load(self) -> None:
-        """Read the slots before a call."""
-        if not isinstance(self._rows, slice):
-            self.conv = self._slots.conv.index_select(0, self._rows)
-            self.ssm = self._slots.ssm.index_select(0, self._rows)
-        if self._slots.is_rounded:
-            self.ssm = self._slots.ssm[self._rows].float()
+        """Forget what was read of the slots: a call begins."""
+        self._here = None
         if (partial := self._slots.partial) is not None:
             self.partial = Partial(partial.mixed[self._rows], partial.dt[self._rows])
         if self.history is not None:
@@ -110,13 +139,13 @@ class MambaState:
         if self._slots.is_rounded:
             rounded = self._round(ssm)
             self._slots.conv[self._rows], self._slots.ssm[self._rows] = conv, rounded
-            self.conv, self.ssm = conv, rounded.float()
+            self._here = conv, rounded.float()
         elif isinstance(self._rows, slice):
             self.conv.copy_(conv)
             if ssm is not self.ssm:
                 self.ssm.copy_(ssm)
         else:
-            self.conv, self.ssm = conv, ssm
+            self._here = conv, ssm
             self._slots.conv.index_copy_(0, self._rows, conv)
             self._slots.ssm.index_copy_(0, self._rows, ssm)
             if self._slots.partial is not None and self.partial is not None:

@@ -5,11 +5,14 @@ from torch import nn
 from nemotron.ops.attention import attention
 from nemotron.ops.causal_conv1d import causal_conv1d
 from nemotron.ops.config import OpsConfig
+from nemotron.ops.expert_step import expert_step
 from nemotron.ops.grouped_linear import grouped_linear
 from nemotron.ops.linear import linear, wide_linear
 from nemotron.ops.linear_cross_entropy import linear_cross_entropy
+from nemotron.ops.mamba_step import mamba_step
 from nemotron.ops.registry import Operation
 from nemotron.ops.rms_norm import gated_rms_norm, rms_norm
+from nemotron.ops.router_step import router_step
 from nemotron.ops.routing import balance_sums, expert_order, token_copies, topk_routing
 from nemotron.ops.squared_relu import squared_relu
 from nemotron.ops.ssd import ssd
@@ -20,11 +23,14 @@ ALL: tuple[Operation, ...] = (
     balance_sums,
     causal_conv1d,
     expert_order,
+    expert_step,
     gated_rms_norm,
     grouped_linear,
     linear,
     linear_cross_entropy,
+    mamba_step,
     rms_norm,
+    router_step,
     squared_relu,
     ssd,
     token_copies,
@@ -33,6 +39,9 @@ ALL: tuple[Operation, ...] = (
     wide_linear,
 )
 """Every operation, free to choose among its backends."""
+
+GENERATION = frozenset({"expert_step", "mamba_step", "router_step", "token_step"})
+"""Names of those that only generation calls."""
 
 
 def bind(choices: OpsConfig) -> dict[str, Operation]:

@@ -26,6 +26,13 @@ class OpsConfig(Section):
     """Copies of tokens for the routed experts, and the sums of their results."""
     token_step: str = "auto"
     """A few tokens through all layers, for generation on a CPU; `reference`: layer by layer."""
+    mamba_step: str = "auto"
+    """One token through a Mamba-2 layer, for generation on a GPU; `reference`: as elsewhere."""
+    router_step: str = "auto"
+    """Experts of a few tokens, for generation on a GPU; `reference`: as in training."""
+    expert_step: str = "auto"
+    """What the experts make of a few tokens, for generation on a GPU; `reference`: as in training.
+    """
     wide_linear: str = "auto"
     """Matrix product of the router, in float32 whatever the activations are."""
     linear_cross_entropy: str = "auto"

@@ -170,3 +170,17 @@ class Operation:
             call = Call(x.device.type, x.dtype, needed, sizes=sizes)
             function = self._chosen[key] = self.choose(call).function
         return function
+
+    def takes(self, x: torch.Tensor, sizes: tuple[int, ...] = (), **needs: bool) -> bool:
+        """Say whether a backend other than the reference would take tensors like `x`.
+
+        For operations that layers call in place of their own code where that is faster. Sizes that
+        a named backend does not take are left to the layers.
+
+        Raises:
+            UserError: when a named backend cannot take the call for another reason.
+        """
+        limit = None if self.pinned is None else self.backend(self.pinned).limit
+        if limit is not None and sizes and limit(*sizes):
+            return False
+        return self.select(x, sizes, **needs) is not self.backends[-1].function

@@ -13,6 +13,7 @@ from torch import Tensor
 from nemotron.ops.adamw import Settings
 from nemotron.ops.adamw import triton as adamw
 from nemotron.ops.causal_conv1d import triton as causal_conv1d
+from nemotron.ops.expert_step import triton as expert_step
 from nemotron.ops.linear_cross_entropy import triton as linear_cross_entropy
 from nemotron.ops.rms_norm import gated_triton as gated_rms_norm
 from nemotron.ops.rms_norm import triton as rms_norm
@@ -24,6 +25,8 @@ from nemotron.precision.formats import E4M3, E5M2
 from nemotron.precision.kernels import grouped_fp8, quantize_fp8
 
 BF16, FP32 = torch.bfloat16, torch.float32
+STEP_ROWS = 8
+"""Texts that a step of generation continues."""
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,17 @@ def _copies(sizes: Sizes, draw: Draw) -> Run:
     return copied  # its backward is the sum
 
 
+def _few_experts(sizes: Sizes, draw: Draw) -> Run:
+    x = draw.normal(STEP_ROWS, sizes.expert_input)
+    # in turn, so that all matrices are read
+    count = STEP_ROWS * sizes.copies
+    experts = (torch.arange(count, device=draw.device) % sizes.experts).view(STEP_ROWS, -1)
+    weights = draw.uniform(STEP_ROWS, sizes.copies)
+    up = draw.normal(sizes.experts, sizes.expert_width, sizes.expert_input, scale=0.02)
+    down = draw.normal(sizes.experts, sizes.expert_input, sizes.expert_width, scale=0.02)
+    return lambda: [expert_step.expert_step(x, experts, weights, up, down, None)]
+
+
 def _head(sizes: Sizes, draw: Draw) -> Run:
     rows = min(sizes.all, 4096)  # a chunk
     hidden = draw.normal(rows, sizes.hidden)
@@ -372,8 +386,10 @@ PROBLEMS = (
     _product("by_rows_narrow", grouped_fp8.BY_ROWS_NARROW),
     _product("by_rows_wide", grouped_fp8.BY_ROWS_WIDE),
     Problem("quantize_fp8 blocks", (quantize_fp8.QUANTIZE_BLOCKS,), _quantize_blocks),
+    Problem("expert_step", (expert_step.MULTIPLY,), _few_experts),
 )
-"""In the order of time in a training step: the first are the first to be searched."""
+"""In the order of time in a training step: the first are the first to be searched. The last one is
+of generation."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
 from nemotron.model.cache import Cache
 from nemotron.model.hybrid import HybridLM
+from nemotron.ops.apply import apply
+from nemotron.ops.config import OpsConfig
 from tests.generate.conftest import build_model
 
 # float32: other sizes of products have another order of sums; the largest seen is 1e-6
@@ -133,10 +135,14 @@ def test_graphs_are_the_steps(width: int, lengths: list[int], order: list[int]) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("width", [16, 12])
-def test_an_engine_captures_what_needs_no_host(width: int) -> None:
-    engine = Engine(on_gpu(width))
+@pytest.mark.parametrize(
+    ("width", "experts", "captured"),
+    [(16, "auto", True), (12, "auto", True), (16, "reference", True), (12, "reference", False)],
+)
+def test_an_engine_captures_what_needs_no_host(width: int, experts: str, captured: bool) -> None:
+    apply(used := on_gpu(width), OpsConfig(expert_step=experts))
+    engine = Engine(used)
     assert len(answers(engine)) == 10
     assert engine._steps is not None
-    captured = {step._graph is not None for step in engine._steps._steps.values()}
-    assert captured == {width % 8 == 0}
+    found = {step._graph is not None for step in engine._steps._steps.values()}
+    assert found == {captured}

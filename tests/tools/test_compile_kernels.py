@@ -24,6 +24,7 @@ OTHERS = (
     "cross_entropy",
     "adamw",
 )
+STEPS = ("mamba_step", "router_step", "expert_step")
 
 
 @pytest.mark.slow
@@ -32,6 +33,7 @@ OTHERS = (
     [
         further([SCAN], id="scan"),
         further([f"{case}-nano-bf16" for case in OTHERS] + ["routing-super-bf16"], id="others"),
+        pytest.param([f"{case}-nano-bf16" for case in STEPS], id="steps"),
     ],
 )
 def test_no_kernel_spills_or_asks_for_more_memory_than_there_is(cases: list[str]):

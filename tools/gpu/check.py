@@ -55,7 +55,7 @@ TASKS = (
     Task("formats", "step", 45, ("--variant", "fp8_block"), usual=False),
     Task("formats", "step", 45, ("--variant", "mxfp8"), usual=False),
     Task("formats", "step", 45, ("--variant", "nvfp4"), usual=False),
-    Task("decode", "decode", 60),
+    Task("decode", "decode", 110),
     Task("peer", "peer", 100, packages=True),
     Task("sol", "sol", 100, usual=False),
     Task("tune", "tune", 100, usual=False),
