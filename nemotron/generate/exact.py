@@ -32,6 +32,9 @@ from nemotron.ops.routing import count
 
 ROWS, KEYS = 16, 64
 """Tokens in a tile of a product, and keys in a block."""
+SIDES = 16
+"""What the widths of a product are filled up to a multiple of: with 7 inputs, a row's sum has another
+order at another place of its tile, on CPUs with vectors of 32 bytes."""
 VECTORS = 64
 """Tokens for which functions such as exp are computed at once: a multiple of any vector's width,
 because the elements that are left over pass through other code."""
@@ -76,10 +79,11 @@ def in_vectors(function: Callable[..., Tensor], *tensors: Float[Tensor, "B T *re
 
 def linear(x: Float[Tensor, "*batch I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "*batch O"]:
     """As `ops.linear`, tile by tile."""
-    rows, weight = x.reshape(-1, x.shape[-1]), weight.to(x.dtype)
-    filled = F.pad(rows, (0, 0, 0, -rows.shape[0] % ROWS))
+    rows, (outputs, inputs) = x.reshape(-1, x.shape[-1]), weight.shape
+    filled = F.pad(rows, (0, -inputs % SIDES, 0, -rows.shape[0] % ROWS))
+    weight = F.pad(weight.to(x.dtype), (0, -inputs % SIDES, 0, -outputs % SIDES))
     tiles = [F.linear(tile.contiguous(), weight) for tile in filled.split(ROWS)]
-    return torch.cat(tiles)[: rows.shape[0]].view(*x.shape[:-1], -1)
+    return torch.cat(tiles)[: rows.shape[0], :outputs].reshape(*x.shape[:-1], outputs)
 
 
 def wide_linear(x: Float[Tensor, "M I"], weight: Float[Tensor, "O I"]) -> Float[Tensor, "M O"]:
@@ -94,7 +98,7 @@ def grouped_linear(
     """As `ops.grouped_linear`, tile by tile."""
     parts = rows.split(counts.tolist())
     pairs = zip(parts, weight, strict=True)
-    return torch.cat([linear(part, own) if part.shape[0] else part @ own.T for part, own in pairs])
+    return torch.cat([linear(part, own) for part, own in pairs])
 
 
 def rms_norm(
@@ -120,19 +124,20 @@ def attention(
     dtype, wide = v.dtype, torch.promote_types(q.dtype, torch.float32)
     if lengths is None:
         lengths = torch.full((q.shape[0],), k.shape[1], device=q.device)
-    length, groups = q.shape[1], k.shape[2]
+    length, groups, size = q.shape[1], k.shape[2], q.shape[3]
+    side = -size % SIDES
     places = lengths[:, None] - length + torch.arange(length + -length % ROWS, device=q.device)
-    q = F.pad(q.to(wide), (0, 0, 0, 0, 0, -length % ROWS)) * q.shape[-1] ** -0.5
+    q = F.pad(q.to(wide), (0, side, 0, 0, 0, -length % ROWS)) * size**-0.5
     q = q.unflatten(2, (groups, -1)).permute(0, 2, 3, 1, 4)  # [B, Hkv, R, T, Dh]
     is_known = torch.arange(k.shape[1], device=k.device) < lengths[:, None]
     k, v = (
-        F.pad(t.to(wide) * is_known[..., None, None], (0, 0, 0, 0, 0, -t.shape[1] % KEYS))
+        F.pad(t.to(wide) * is_known[..., None, None], (0, side, 0, 0, 0, -t.shape[1] % KEYS))
         for t in (k, v)
     )
     k, v = (t.transpose(1, 2).flatten(0, 1) for t in (k, v))  # [B Hkv, S, Dh]
     tiles = zip(q.split(ROWS, dim=3), places.split(ROWS, dim=1), strict=True)
     found = torch.cat([_attend(tile, place, k, v) for tile, place in tiles], dim=3)
-    return found.permute(0, 3, 1, 2, 4).flatten(2, 3)[:, :length].to(dtype)
+    return found.permute(0, 3, 1, 2, 4).flatten(2, 3)[:, :length, :, :size].to(dtype)
 
 
 def _attend(
@@ -242,16 +247,23 @@ class ExactMamba(Mamba2):
             places = begins[:, None] + torch.arange(count, device=mixed.device)
             partial.mixed[row, places] = mixed[:, first : first + count]
             partial.dt[row, places] = dt[:, first : first + count]
-            x, B, C = self.split(partial.mixed)
+            x, B, C = (_fill(t) for t in self.split(partial.mixed))
             decay = partial.dt * -self.A_log.exp()
             inputs = few_tokens.Inputs(partial.mixed, x, partial.dt, decay, B)
-            results.append(few_tokens.scan(inputs, C, self.D, state.ssm).flatten(2)[row, places])
+            ssm = _fill(_fill(state.ssm).mT).mT.contiguous()
+            y = few_tokens.scan(inputs, C, self.D, ssm)[..., : self.head_dim]
+            results.append(y.flatten(2)[row, places])
             state.steps = state.steps + count
             ends = (begins + count == CHUNK) * CHUNK
             if bool(ends.any()):
-                inputs.advance(state.ssm, ends)
+                inputs.advance(ssm, ends)
+                state.ssm.copy_(ssm[..., : self.head_dim, : self.state_size])
             first += count
         return torch.cat(results, dim=1)
+
+
+def _fill(x: Float[Tensor, "*batch N"]) -> Float[Tensor, "*batch filled"]:
+    return F.pad(x, (0, -x.shape[-1] % SIDES)) if x.shape[-1] % SIDES else x
 
 
 def _convolve(

@@ -127,7 +127,8 @@ def test_padding_counts_as_no_expert_s_load_and_costs_no_balance():
     # what fills the row up makes no difference
     packed.input_ids[packed.padding] = 3
     other, again = compute_sums(objective, model, packed)
-    assert torch.equal(other, sums)
+    # other experts of the padding move rows, which changes the last bits on some CPUs
+    assert (other - sums).abs().max() <= 1e-12 * sums.abs().max()
     assert all(torch.equal(a.counts, b.counts) for a, b in zip(again, routing, strict=True))
 
 
