@@ -42,7 +42,8 @@ class Backend:
     """Modules that the function imports; a package may be installed and still fail to import."""
     by_name: bool = False
     """Whether it is used only where a recipe names it: its results have other bits than those of
-    the backend that existing runs use, and which package is installed must not change a run."""
+    the backend that existing runs use, and which package is installed must not change a run; or it
+    was tested in an interpreter and has not run on its device yet."""
     limit: Callable[..., str | None] | None = None
     """Takes the sizes of a call and says why the function cannot compute it, or returns None."""
 

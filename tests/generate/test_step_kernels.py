@@ -29,6 +29,7 @@ pytest.importorskip("triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 STEPS = (mamba_step, router_step, expert_step)
 ELSEWHERE = {operation.name: "reference" for operation in STEPS}
+HERE = {operation.name: "triton" for operation in STEPS}
 
 
 @pytest.fixture
@@ -55,11 +56,11 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[Counter[str]]:
 
 
 def prepared(model: HybridLM, **ops: str) -> HybridLM:
-    """Return a view for decoding; `ops` are put in afterwards."""
+    """Return a view for decoding with these kernels; `ops` are put in afterwards."""
     model = copy.deepcopy(model).to(DEVICE)
-    apply(model, OpsConfig(token_step="reference"))
+    apply(model, OpsConfig(token_step="reference", **HERE))
     view = decode_view(model, pack=True)
-    apply(view, OpsConfig(token_step="reference", **ops))
+    apply(view, OpsConfig(token_step="reference", **(HERE | ops)))
     return view
 
 
@@ -110,7 +111,7 @@ def test_answers_are_those_of_the_layers(
 
 @pytest.mark.slow
 def test_probabilities_are_those_of_training(model: HybridLM, calls: Counter[str]):
-    apply(used := copy.deepcopy(model).to(DEVICE), OpsConfig(token_step="reference"))
+    apply(used := copy.deepcopy(model).to(DEVICE), OpsConfig(token_step="reference", **HERE))
     for parity in check_parity(used, [3], [2], 2):
         assert parity.largest <= 1e-4
     assert calls.keys() == ELSEWHERE.keys()
@@ -148,8 +149,8 @@ def test_gradients_and_statistics_come_from_training_s_own_code(
     assert torch.allclose(plain, stats_too, rtol=1e-4, atol=1e-5)
 
 
-def test_a_named_kernel_leaves_long_prompts_to_the_layers(calls: Counter[str], model: HybridLM):
-    view = prepared(model, expert_step="triton", router_step="triton")
-    with torch.inference_mode():
-        view(torch.zeros(1, 300, dtype=torch.int64, device=view.backbone.embeddings.weight.device))
+def test_kernels_that_no_recipe_names_are_not_used(calls: Counter[str], model: HybridLM):
+    used = copy.deepcopy(model).to(DEVICE)
+    apply(used, OpsConfig(token_step="reference"))
+    answers(Engine(used, slots=2))
     assert not calls

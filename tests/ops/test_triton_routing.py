@@ -126,9 +126,9 @@ def test_rows_are_shared_among_programs(elements: int, monkeypatch: pytest.Monke
 
 
 def here(operation: Operation) -> Operation:
-    """Return the operation with its kernels fit for the device of the tests."""
-    devices = frozenset({DEVICE})
-    return replace(operation, backends=[replace(b, devices=devices) for b in operation.backends])
+    """Return the operation with its kernels fit for the device of the tests, unnamed."""
+    fit = [replace(b, devices=frozenset({DEVICE}), by_name=False) for b in operation.backends]
+    return replace(operation, backends=fit)
 
 
 def test_groups_and_too_many_choices_go_to_the_reference():
@@ -263,13 +263,15 @@ def test_the_host_does_not_wait_for_the_device(no_waits):
     logits, bias = draw(33, 45)
     logits.requires_grad_()
     token = torch.arange(33 * 5, device=DEVICE) // 5
+    operations = topk_routing, expert_order, balance_sums
+    route, line_up, add_up = (operation.bind("triton") for operation in operations)
 
     def step() -> None:
-        routed = topk_routing(logits, bias, top_k=5)
-        weights, *_ = expert_order(
+        routed = route(logits, bias, top_k=5)
+        weights, *_ = line_up(
             routed.weights.flatten(), routed.experts.flatten(), token, routed.counts, 33
         )
-        sums, _ = balance_sums(routed.scores, None, num_rows=3, top_k=5)
+        sums, _ = add_up(routed.scores, None, num_rows=3, top_k=5)
         (weights.square().sum() + sums.square().sum()).backward()
 
     step()  # compiles

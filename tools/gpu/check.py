@@ -49,7 +49,7 @@ TASKS = (
     Task("cli", "cli", 110, together="checks"),
     Task("ops", "ops", 90, packages=True),
     Task("step", "step", 50, ("--variant", "auto")),
-    Task("step", "step", 45, ("--variant", "adamw")),
+    Task("step", "step", 45, ("--variant", "named")),
     Task("step", "step", 45, ("--variant", "fp8_current")),
     Task("before", "step", 45, ("--variant", "before")),
     Task("formats", "step", 45, ("--variant", "fp8_block"), usual=False),

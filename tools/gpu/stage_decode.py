@@ -28,7 +28,7 @@ from nemotron.ops.router_step import router_step
 
 PROMPT, NEW, BATCHES, REPLAYS = 128, 64, (1, 8, 32), 50
 STEPS = (expert_step, mamba_step, router_step)
-WITH = OpsConfig(token_step="reference")
+WITH = OpsConfig(token_step="reference", **{step.name: "triton" for step in STEPS})
 WITHOUT = OpsConfig(token_step="reference", **{step.name: "reference" for step in STEPS})
 """As decoding was before there were these kernels."""
 

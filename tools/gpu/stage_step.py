@@ -1,7 +1,7 @@
 """Stage 6: a training step of one GPU's share of Nano, with the project's model, loss, optimizer.
 
-Variants: `auto`, what the project chooses; `adamw`, our kernel for it; `before`, torch's operations
-alone; number formats.
+Variants: `auto`, what the project chooses; `named`, with kernels that a recipe must name; `before`,
+torch's operations alone; number formats.
 The time of all 52 layers follows from a block of each kind and the head, measured by themselves.
 """
 
@@ -22,6 +22,7 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.model.moe import multiplied_weights
 from nemotron.model.router import RoutingStats, routers
 from nemotron.ops.apply import apply
+from nemotron.ops.config import OpsConfig
 from nemotron.plan.build import layout_of, main_stretch, read_setting
 from nemotron.plan.hardware import find_hardware
 from nemotron.plan.memory import memory
@@ -35,10 +36,12 @@ from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import Optimizer, clip_coefficient, squares_by_kind
 from nemotron.train.schedule import plan_training
 
-VARIANTS = ("auto", "adamw", "before", "fp8_current", "fp8_block", "mxfp8", "nvfp4")
+VARIANTS = ("auto", "named", "before", "fp8_current", "fp8_block", "mxfp8", "nvfp4")
 LR = 1e-4
 HELD_MS = 8.0
 """Longer than the host takes to queue a block forward and backward, which hides behind others."""
+NAMED = OpsConfig(topk_routing="triton", balance_sums="triton", expert_order="triton")
+"""Kernels of a training step that have not run on a GPU; AdamW's is another."""
 IN_A_ROW = 12
 """Steps without any wait between them but the trainer's own."""
 
@@ -57,7 +60,7 @@ class Training:
         chosen = PrecisionConfig.model_validate(values)
         self.quantization = Quantization(self.model, chosen, 0)
         parameters, is_before = dict(self.model.named_parameters()), variant == "before"
-        kernel = "triton" if variant == "adamw" else "torch"
+        kernel = "triton" if variant == "named" else "torch"
         settings = config.optimizer.model_copy(update={"kernel": kernel})
         self.optimizer = Optimizer(parameters, settings)
         if not is_before:
@@ -112,6 +115,8 @@ def _run(stage: Stage, variant: str) -> None:
     config = share(stage.tiny)
     if variant == "before":
         config = config.model_copy(update={"ops": torch_alone(stage.device)})
+    elif variant == "named":
+        config = config.model_copy(update={"ops": NAMED})
     stage.clock.begin_peak()
     training = Training(config, stage, variant)
     static = stage.clock.peak_gib()
@@ -227,7 +232,7 @@ def _three_layers(config: PretrainConfig) -> PretrainConfig:
 
 
 def _preset(variant: str) -> str:
-    return "bf16" if variant in ("auto", "adamw", "before") else variant
+    return "bf16" if variant in ("auto", "named", "before") else variant
 
 
 def planned_memory(config: PretrainConfig) -> tuple[float, dict[str, float]]:

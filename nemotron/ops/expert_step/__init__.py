@@ -64,6 +64,7 @@ expert_step = ExpertStepOp(
             devices=frozenset({"cuda"}),
             dtypes=frozenset({torch.bfloat16, torch.float32}),
             packages=("triton",),
+            by_name=True,  # has not run on a GPU yet
             install="comes with torch for CUDA",
             imports=("nemotron.ops.expert_step.triton",),
             limit=_limit,

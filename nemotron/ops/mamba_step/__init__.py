@@ -86,6 +86,7 @@ mamba_step = MambaStepOp(
             devices=frozenset({"cuda"}),
             dtypes=frozenset({torch.bfloat16, torch.float32}),
             packages=("triton",),
+            by_name=True,  # has not run on a GPU yet
             install="comes with torch for CUDA",
             imports=("nemotron.ops.mamba_step.triton",),
         ),

@@ -71,6 +71,7 @@ router_step = RouterStepOp(
             devices=frozenset({"cuda"}),
             dtypes=frozenset({torch.bfloat16, torch.float32}),
             packages=("triton",),
+            by_name=True,  # has not run on a GPU yet
             install="comes with torch for CUDA",
             imports=("nemotron.ops.router_step.triton",),
             limit=_limit,
