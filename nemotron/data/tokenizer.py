@@ -142,12 +142,18 @@ def _read(content: bytes, *, specials: bool) -> tokenizers.Tokenizer:
 
 @contextmanager
 def _answering() -> Iterator[None]:
-    """Turn a panic of the library, as over a regular expression that never ends, into a mistake."""
+    """Turn what the library says of a tokenizer that fails on a text into a mistake.
+
+    Its errors are of the class `Exception` itself, and its panics are none: a panic is, for
+    example, a regular expression that never ends.
+    """
     try:
         yield
-    except (Exception, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:
+        if isinstance(error, Exception) and type(error) is not Exception:
+            raise
         raise UserError(f"the tokenizer fails on a text: {error}; use another one.") from None
 
 

@@ -141,6 +141,25 @@ def test_a_token_of_absurd_length_is_refused():
         Tokenizer(json.dumps(layout).encode())
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "null"},
+        {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "null"},
+        {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "null"}
+        | {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+        {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None},
+    ],
+    ids=["bpe", "word level", "word piece", "unigram"],
+)
+def test_an_unknown_word_without_a_token_for_it_is_a_mistake_of_the_tokenizer(model):
+    poor = Tokenizer(changed(model=model, pre_tokenizer=None, added_tokens=[]))
+    assert poor.encode("a") == [0]
+    for encode in (poor.encode, poor.encode_offsets):
+        with pytest.raises(UserError, match=r"the tokenizer fails on a text: .*; use another one"):
+            encode("b")
+
+
 def test_an_expression_without_end_is_a_mistake_of_the_tokenizer():
     pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
     endless = Tokenizer(changed(pre_tokenizer=pattern | {"invert": False}))
