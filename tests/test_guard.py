@@ -180,6 +180,7 @@ def test_no_file_is_opened_as_a_standard_descriptor():
     assert (done.returncode, done.stdout) == (0, f"{os.devnull}\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("most", "words", "code"),
     [
