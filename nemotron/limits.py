@@ -6,6 +6,8 @@ MOST_SAMPLES = 100_000
 """Answers to each row."""
 MOST_TOKENS = 1 << 22
 """Tokens of a prompt or an answer."""
+MOST_ROWS = 1 << 16
+"""Rows of text from which a quantization is decided."""
 MOST_CHATS = 1_000_000_000
 """Conversations that are written into a file."""
 MOST_MIB = 1 << 20

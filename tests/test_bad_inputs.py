@@ -296,6 +296,11 @@ def write_other(world: Path, name: str) -> None:
 
 
 DATA_ROWS = [
+    Row("blend of wrong types", write("blend.json", '{"sources": [3, {"weight": []}]}'),
+        [*CHECK, "data.sources=null", "data.blend=blend.json"],
+        ("blend.json: data.sources.0 = 3",)),
+    Row("blend with another text", write("blend.json", '[0.5, "x", "much", "y"]'),
+        [*CHECK, "data.sources=null", "data.blend=blend.json"], ("blend.json", "much")),
     Row("24 missing path", edit("path: shards/text", "path: shards/nothing"), TRAIN,
         ("nothing.bin", "does not exist", "/world/")),
     Row("24 a folder without shards", edit("path: shards/text", "path: runs"), TRAIN,
@@ -399,6 +404,10 @@ FOLDER_ROWS = [
         ("config.json", "not valid JSON")),
     Row("configuration with text", replace("exported/config.json", '"vocab_size": 4096',
         '"vocab_size": "many"'), IMPORT, ("config.json", "vocab_size", "integer")),
+    Row("configuration with a list", replace("exported/config.json", '"model_type": "nemotron_h"',
+        '"model_type": ["nemotron_h"]'), IMPORT, ("config.json", "model_type")),
+    Row("pattern that is a number", replace("exported/config.json", '"ME*-"', "7"), IMPORT,
+        ("config.json", "hybrid_override_pattern")),
     Row("configuration that cannot be", replace("exported/config.json", '"n_groups": 2',
         '"n_groups": 3'), IMPORT, ("config.json", "n_groups = 3", "mamba_num_heads = 4")),
     Row("report that is none", write("exported/export_report.json", '{"xxh128": 3}'), IMPORT,
@@ -440,6 +449,8 @@ NEWEST = "runs/half/checkpoints/step-00000002"
 ONLY = f"{NEWEST}/rank-00000.safetensors"
 
 RUN_ROWS = [
+    Row("origin of an export", write("runs/mine/provenance.json", "[1]"),
+        ["export", "runs/mine", "--out", "out", "--no-check"], ("runs/mine/provenance.json",)),
     Row("37 tensors missing", remove(ONLY), RESUME, ("step-00000002", "rank-00000.safetensors")),
     Row("37 index empty", write(f"{NEWEST}/index.json", b""), RESUME,
         ("step-00000002", "index.json has 0 bytes")),
@@ -585,6 +596,18 @@ def test_a_run_in_use_is_named_with_its_holder(world: Path, capsys: pytest.Captu
         answer = capsys.readouterr().err
         assert f"in use by process {os.getpid()} on {socket.gethostname()} since" in answer
         assert snapshot(world) == before
+
+
+@pytest.mark.parametrize("origin", ['"a"', "[1]", '{"starts": [3]}', '{"starts": 3, "id": "x"}'])
+def test_a_run_with_a_broken_origin_is_not_resumed(
+    world: Path, origin: str, capsys: pytest.CaptureFixture
+):
+    (world / "runs/half/provenance.json").write_text(origin)
+    known = sorted(os.listdir("runs/half/checkpoints"))
+    assert run(RESUME) == 2
+    assert "runs/half/provenance.json: " in capsys.readouterr().err
+    assert (world / "runs/half/provenance.json").read_text() == origin
+    assert sorted(os.listdir("runs/half/checkpoints")) == known
 
 
 def test_a_folder_that_cannot_be_written_is_found_before_training(

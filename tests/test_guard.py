@@ -180,6 +180,22 @@ def test_no_file_is_opened_as_a_standard_descriptor():
     assert (done.returncode, done.stdout) == (0, f"{os.devnull}\n")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("most", "words", "code"),
+    [
+        (5, f"train {RECIPE} output=OUT --dry-run", exit_codes.FAILED),
+        (6, "data prepare README.md --out OUT/text --workers 1", exit_codes.WRONG_INPUT),
+    ],
+    ids=["train", "prepare"],
+)
+def test_few_open_files_are_a_sentence(most: int, words: str, code: int, tmp_path: Path):
+    line = f"ulimit -n {most}; exec {NEMOTRON} {words.replace('OUT', str(tmp_path))}"
+    done = shell(line)
+    [said] = done.stderr.splitlines()
+    assert (done.returncode, "Too many open files" in said) == (code, True), said
+
+
 def test_ctrl_c_while_libraries_load_ends_at_once_and_in_silence(tmp_path: Path):
     process = subprocess.Popen(
         [sys.executable, "-m", "nemotron", "train", RECIPE, f"output={tmp_path}"],

@@ -45,6 +45,8 @@ from nemotron.run.metrics import MetricsFile
 from nemotron.run.provenance import with_start
 from nemotron.run.status import read_status
 from nemotron.terminal import print_text
+from nemotron.train.pretraining import open_data
+from nemotron.train.schedule import plan_training
 
 Direct = Callable[[], object]
 
@@ -121,6 +123,12 @@ def shards(folder: str, name: str = "embedded") -> Direct:
         check_all(folder, Path(folder), tokens.train, own.vocab_size)
 
     return read
+
+
+def packed() -> None:
+    """Open the rows of conversations, as their cache has them."""
+    config = load_recipe("sft.yaml", []).text
+    open_data(config, plan_training(config)).batch(0)
 
 
 def reported() -> None:

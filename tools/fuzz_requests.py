@@ -70,11 +70,16 @@ def judge(words: list[str]) -> int:
 def draw_tasks(words: list[str]) -> int:
     """Write the prompts of the first rollout batch of a recipe."""
     from nemotron.errors import UserError
+    from nemotron.posttrain.config import RlConfig
     from nemotron.posttrain.tasks import Tasks
     from nemotron.recipe.load import load_recipe
 
     try:
-        tasks = Tasks(load_recipe(Path(words[0]), []).config)
+        config = load_recipe(Path(words[0]), []).config
+        if not isinstance(config, RlConfig):
+            print("is of another stage")
+            return 2
+        tasks = Tasks(config)
         print(tasks.describe(), len(tasks.batch(0)))
     except UserError as error:
         print(error)

@@ -22,6 +22,11 @@ LEARN_TOKENS = ["data", "tokenizer", "--out", "learned.json", "--vocab-size", "3
 SHARDS = [["data", "inspect", "shards", "--check"], ["data", "plan", "mine.yaml"], TRAIN]
 
 
+ANEW = ["data", "prepare", "rows.jsonl", "--out", "shards", "--workers", "1", "--overwrite"]
+PACKED = [["data", "plan", "sft.yaml"], ["data", "inspect", "sft.yaml"]]
+PACKED_USES = ("sft.yaml", "chats", "cache")
+
+
 def prepare(source: str, *options: str) -> list[str]:
     return ["data", "prepare", source, "--out", "out", "--workers", "1", *options]
 
@@ -138,6 +143,22 @@ RUNS: dict[str, Target] = {
     "run status": of_run("status.json"),
     "run metrics": of_run("metrics.jsonl", mutate.of_lines),
     "run tokenizer": of_run("tokenizer.json", reads=direct.tokenizer("runs/half/tokenizer.json")),
+    "run experts": Target(
+        "runs/mine/experts.json", mutate.of_json, [["report", "runs/mine", "--out", "page.html"]],
+        ("runs/mine",), direct=direct.reported,
+    ),
+    "output mark": Target(
+        "shards/.nemotron.json", mutate.of_json, [ANEW],
+        ("rows.jsonl", "shards"),
+    ),
+    "cached counts": Target(
+        "cache/rows-*/counts.json", mutate.of_json, PACKED, PACKED_USES,
+        direct=direct.packed,
+    ),
+    "cached rows": Target(
+        "cache/rows-*/row_ends.npy", mutate.of_integers, PACKED, PACKED_USES,
+        direct=direct.packed,
+    ),
     "checkpoint manifest": of_checkpoint("manifest.json"),
     "checkpoint model": of_checkpoint("model.json"),
     "checkpoint state": of_checkpoint("state.json"),

@@ -10,7 +10,7 @@ from nemotron.commands.answers import AnswerOptions
 from nemotron.commands.decoding import DecodingOptions
 from nemotron.commands.shared import CommandGroup, Device, Language, Model, Overrides
 from nemotron.commands.suites import SuiteOptions
-from nemotron.limits import MOST_TOKENS
+from nemotron.limits import MOST_ROWS, MOST_TOKENS
 from nemotron.merge.coefficients import EMA_DECAY
 
 app = CommandGroup()
@@ -50,7 +50,7 @@ def generate(
         bool, typer.Option("--resume", help="Answer only the prompts that OUT does not answer yet.")
     ] = False,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Largest number of tokens to add.")
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Largest number of tokens to add.")
     ] = 128,
     stream: Annotated[bool, typer.Option(help="Print tokens while generating.")] = True,
     device: Device = "auto",
@@ -309,11 +309,15 @@ def quantize(
         bool | None,
         typer.Option(help="Write FP8 scales of keys and values; default: as the preset."),
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of text to calibrate on.")] = 128,
+    rows: Annotated[
+        int, typer.Option(min=1, max=MOST_ROWS, help="Rows of text to calibrate on.")
+    ] = 128,
     score: Annotated[
         str, typer.Option(help="Sensitivity for --bits: fisher (one backward) or kl.")
     ] = "fisher",
-    score_rows: Annotated[int, typer.Option(min=1, help="Rows of text for --bits.")] = 32,
+    score_rows: Annotated[
+        int, typer.Option(min=1, max=MOST_ROWS, help="Rows of text for --bits.")
+    ] = 32,
     cost: Annotated[
         str,
         typer.Option(

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from nemotron.commands.shared import CommandGroup
+from nemotron.limits import MOST_TOKENS
 
 app = CommandGroup()
 
@@ -34,7 +35,10 @@ def report(
         typer.Option(help="Text that the kept checkpoints continue on the page; repeatable."),
     ] = None,
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="With --prompt: largest number of tokens to add.")
+        int,
+        typer.Option(
+            min=1, max=MOST_TOKENS, help="With --prompt: largest number of tokens to add."
+        ),
     ] = 48,
 ) -> int:
     """Write what runs did as one HTML file, which needs no other."""

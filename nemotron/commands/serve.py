@@ -9,6 +9,7 @@ import typer
 from nemotron.commands.answers import AnswerOptions
 from nemotron.commands.decoding import DecodingOptions
 from nemotron.commands.shared import CommandGroup, Device, Model
+from nemotron.limits import MOST_TOKENS
 
 if TYPE_CHECKING:
     from nemotron.data.tokenizer import Tokenizer
@@ -117,7 +118,7 @@ def chat(
     model: Model,
     system: Annotated[str, typer.Option(help="System message.")] = "",
     max_new_tokens: Annotated[
-        int, typer.Option(min=1, help="Largest number of tokens of an answer.")
+        int, typer.Option(min=1, max=MOST_TOKENS, help="Largest number of tokens of an answer.")
     ] = 1024,
     think: Annotated[bool, typer.Option(help="Let answers begin with reasoning.")] = True,
     calculator: Annotated[

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemotron.limits import MOST_SAMPLES, MOST_TASKS
+from nemotron.limits import MOST_SAMPLES, MOST_TASKS, MOST_TOKENS
 
 if TYPE_CHECKING:
     from nemotron.evaluate.suites import Plan
@@ -36,7 +36,9 @@ class SuiteOptions:
         float, typer.Option(help="Sampling temperature; 0 always takes the most likely token.")
     ] = 0.0
     seed: Annotated[int, typer.Option(min=0, help="Seed of rows and answers.")] = 0
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256
+    max_new_tokens: Annotated[int, typer.Option(min=1, max=MOST_TOKENS, help="Longest answer.")] = (
+        256
+    )
     prompt: Annotated[
         str,
         typer.Option(help="chat, text, or auto: chat if the model brings a chat template."),

@@ -1,9 +1,14 @@
 """The folder of a cache: made by one process at a time, each entry whole or not at all."""
 
 import shutil
+import tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
 
 from nemotron.errors import UserError
 from nemotron.files import FULL, locked, sync_folder
@@ -44,3 +49,21 @@ def new_entry(folder: Path) -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
     part.rename(folder)
     sync_folder(folder.parent)
+
+
+def map_array(path: Path, dtype: DTypeLike) -> NDArray[Any]:  # Any: of `dtype`
+    """Return a stored array of one dimension, of which only what is used is read.
+
+    Raises:
+        ValueError: when the file is damaged, or holds anything else.
+        OSError: when there is no such file.
+    """
+    if not path.is_file():  # no pipe and no device is opened
+        raise FileNotFoundError(f"{path} is no file")
+    try:
+        array: NDArray[Any] = np.load(path, mmap_mode="r")
+    except (tokenize.TokenError, SyntaxError, EOFError, OverflowError, TypeError) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if array.ndim != 1 or array.dtype != dtype:
+        raise ValueError(f"{path} holds {array.ndim} dimensions of {array.dtype}")
+    return array

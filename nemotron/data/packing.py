@@ -11,10 +11,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from nemotron.data.cache import held_cache, new_entry
+from nemotron.data.cache import held_cache, map_array, new_entry
 from nemotron.data.config import PackingConfig
 from nemotron.data.indexed import Stream
-from nemotron.files import sync, write_json
+from nemotron.files import read_regular, sync, write_json
 
 log = logging.getLogger(__name__)
 
@@ -77,11 +77,41 @@ def plan_rows(
     what = [FORMAT, identity, capacity, config.kind, config.long_documents]
     folder = cache / f"rows-{xxhash.xxh64_hexdigest(json.dumps(what).encode())}"
     with held_cache(cache):
-        if not folder.exists():
+        if (plan := _find(folder, stream, capacity)) is None:
             _store(pack_stream(stream, capacity, config), folder)
-    counts = PackingCounts(**json.loads((folder / "counts.json").read_text()))
-    arrays = [np.load(folder / f"{name}.npy", mmap_mode="r") for name in ARRAYS]
-    return RowPlan(arrays[0], arrays[1], arrays[2], counts)
+            plan = _find(folder, stream, capacity)
+    assert plan is not None, f"what was just written into {folder} cannot be read"
+    return plan
+
+
+def _find(folder: Path, stream: Stream, capacity: int) -> RowPlan | None:
+    """Return a stored plan; None where there is none, or one that cannot be of this stream."""
+    try:
+        starts, lengths, row_ends = (map_array(folder / f"{n}.npy", np.int64) for n in ARRAYS)
+        counts = PackingCounts(**json.loads(read_regular(folder / "counts.json")))
+        plan = RowPlan(starts, lengths, row_ends, counts)
+        if _fits(plan, stream, capacity):
+            return plan
+    except (OSError, ValueError, TypeError, RecursionError):
+        pass
+    if folder.exists():
+        log.warning("%s is damaged and is written again", folder)
+    return None
+
+
+def _fits(plan: RowPlan, stream: Stream, capacity: int) -> bool:
+    """Say whether all pieces lie in the stream, and are as many as the counts say."""
+    starts, lengths, ends = plan.starts, plan.lengths, plan.row_ends
+    if not all(type(value) is int for value in asdict(plan.counts).values()):
+        return False
+    sizes = np.diff(ends, prepend=0)
+    return (
+        len(starts) == len(lengths) == (int(ends[-1]) if len(ends) else 0)
+        and (plan.counts.rows, plan.counts.tokens) == (len(ends), int(lengths.sum()))
+        and bool((sizes > 0).all() and (starts >= 0).all())
+        and bool(((lengths > 0) & (lengths <= capacity)).all())
+        and bool((starts <= stream.num_tokens - lengths).all())
+    )
 
 
 def pack_stream(stream: Stream, capacity: int, config: PackingConfig) -> RowPlan:

@@ -115,6 +115,8 @@ class Tokenizer:
 
 def _read(content: bytes, *, specials: bool) -> tokenizers.Tokenizer:
     """Return a tokenizer that keeps its settings: to change them per call is unsafe in threads."""
+    layout = _parse(content)
+    _check_merges(layout)
     try:
         tokenizer = tokenizers.Tokenizer.from_str(content.decode())
         vocabulary = tokenizer.get_vocab(with_added_tokens=True)
@@ -127,9 +129,8 @@ def _read(content: bytes, *, specials: bool) -> tokenizers.Tokenizer:
         raise ValueError(f"its largest id is {largest}, it must be from 0 to {MOST_TOKENS - 1}")
     if (longest := max(map(len, vocabulary))) > LONGEST_TOKEN:
         raise ValueError(f"a token has {longest} characters; it may have {LONGEST_TOKEN}")
-    steps = json.loads(content)
     for name in ("normalizer", "pre_tokenizer", "decoder"):
-        if (growth := _growth(steps.get(name))) > MOST_GROWTH:
+        if (growth := _growth(layout.get(name))) > MOST_GROWTH:
             raise ValueError(
                 f"its {name} makes a text {growth:.1e} times as long; it may be {MOST_GROWTH} times"
             )
@@ -140,14 +141,57 @@ def _read(content: bytes, *, specials: bool) -> tokenizers.Tokenizer:
     return tokenizer
 
 
+def _parse(content: bytes) -> dict[str, Any]:  # Any: nested JSON
+    """Return the one meaning of a `tokenizer.json`."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            raise ValueError("a key is given twice")
+        return found
+
+    try:
+        layout = json.loads(content, object_pairs_hook=once)
+    except RecursionError:
+        raise ValueError("it is nested too deep") from None
+    if not isinstance(layout, dict):
+        raise ValueError("it is not a mapping")
+    return layout
+
+
+def _check_merges(layout: dict[str, Any]) -> None:  # Any: nested JSON
+    """Refuse a merge without the prefix of its model.
+
+    The library cuts the prefix off without looking, which ends the process.
+    """
+    model = layout.get("model")
+    prefix = model.get("continuing_subword_prefix") if isinstance(model, dict) else None
+    if not isinstance(model, dict) or not isinstance(prefix, str) or not prefix:
+        return
+    merges = model.get("merges")
+    for merge in merges if isinstance(merges, list) else []:
+        parts = merge.split(" ") if isinstance(merge, str) else merge
+        last = parts[-1] if isinstance(parts, list) and parts else None
+        if not isinstance(last, str) or not last.startswith(prefix):
+            raise ValueError(
+                f"the merge {merge!r} does not go on with continuing_subword_prefix {prefix!r}"
+            )
+
+
 @contextmanager
 def _answering() -> Iterator[None]:
-    """Turn a panic of the library, as over a regular expression that never ends, into a mistake."""
+    """Turn what the library says of a tokenizer that fails on a text into a mistake.
+
+    Its errors are of the class `Exception` itself, and its panics are none: a panic is, for
+    example, a regular expression that never ends.
+    """
     try:
         yield
-    except (Exception, KeyboardInterrupt):
+    except KeyboardInterrupt:
         raise
     except BaseException as error:
+        if isinstance(error, Exception) and type(error) is not Exception:
+            raise
         raise UserError(f"the tokenizer fails on a text: {error}; use another one.") from None
 
 

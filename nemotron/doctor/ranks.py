@@ -18,7 +18,6 @@ from rich.table import Table
 from nemotron.console import LOG_WIDTH, PrintableConsole
 from nemotron.device import synchronize
 from nemotron.doctor.report import RankReport, differences, remarks, report, resolve, spell
-from nemotron.errors import UserError
 from nemotron.exit_codes import DONE, FAILED
 from nemotron.parallel.runtime import Launch, leave_alone
 
@@ -43,8 +42,6 @@ class Seat:
     """Which rank of how many this process is, and where all of them meet."""
 
     launch: Launch
-    host: str
-    port: int
     hosted: bool
     """Whether the starter keeps the meeting point, instead of rank 0."""
 
@@ -57,6 +54,16 @@ class Seat:
     def world(self) -> int:
         """Number of processes."""
         return self.launch.world
+
+    @property
+    def host(self) -> str:
+        """Where the first rank can be reached."""
+        return self.launch.host
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self.launch.port
 
 
 def compare_ranks(timeout_s: float) -> int:
@@ -85,18 +92,8 @@ def _seat() -> Seat | None:
     launch = Launch.of_this_process()
     if launch is None:
         return None
-    if launch.rank >= launch.world:
-        rule = f"is not below WORLD_SIZE = {launch.world}."
-        raise UserError(rule, key="RANK", value=launch.rank, where="environment")
-    host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
-    if not host or not port.isdecimal():
-        raise UserError(
-            f"MASTER_ADDR={host}, MASTER_PORT={port or None} must say where rank 0 can be "
-            "reached, as a host and a number; start the ranks with torchrun, which sets both.",
-            where="environment",
-        )
     hosted = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return Seat(launch, host, int(port), hosted)
+    return Seat(launch, hosted)
 
 
 def _examine(seat: Seat, timeout_s: float) -> int:

@@ -381,6 +381,8 @@ class Engine:
         return events
 
     def _leave(self, sample: Sample) -> None:
+        """Let go of a sample whose answer has ended, once its newest pass is recorded."""
+        sample.answer.experts = sample.experts
         samples = self._live[sample.request_id]
         samples.remove(sample)
         if not samples:

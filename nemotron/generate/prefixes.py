@@ -46,11 +46,15 @@ class PrefixStore:
         slot: int,
         experts: Int[Tensor, "tokens layers K"] | None = None,
     ) -> None:
-        """Keep the present state of a slot, which has read exactly these tokens."""
+        """Keep the present state of a slot, which has read exactly these tokens.
+
+        `experts` may go on: a text that lost its slot is read again, but not recorded again.
+        """
         key = array("q", tokens).tobytes()
         if not self._limit or key in self._stored:
             return
-        self._stored[key] = Prefix(self._cache.snapshot(slot), experts=experts)
+        own = None if experts is None else experts[: len(tokens)]
+        self._stored[key] = Prefix(self._cache.snapshot(slot), experts=own)
         if len(self._stored) > self._limit:
             self.make_room()
 

@@ -139,7 +139,6 @@ class Sample:
             if self._stream is not None:
                 text += self._stops.push(self._stream.close()) + self._stops.close()
             self.answer.finish = finish
-            self.answer.experts = self.experts
         self.answer.text += text
         place = len(self.answer.tokens) - (token is not None)
         return Event(self.request_id, self.number, token, text, self.answer, finish, place)

@@ -22,6 +22,7 @@ from nemotron.terminal import say
 
 T = TypeVar("T")
 
+MOST_RANKS = 1 << 20
 ECHO_S = 10.0
 """Seconds in which torchrun or srun ends the other ranks when one has ended."""
 
@@ -33,13 +34,18 @@ class Launch:
     rank: int
     world: int
     local_rank: int
+    host: str
+    """Where the first rank can be reached."""
+    port: int
 
     @classmethod
     def of_this_process(cls) -> "Launch | None":
-        """Read RANK, WORLD_SIZE and LOCAL_RANK; None for a process that was started alone.
+        """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
+
+        None for a process that was started alone.
 
         Raises:
-            UserError: when they are there in part, or are not numbers.
+            UserError: when they are there in part, or out of range.
         """
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
         values = [os.environ.get(name) for name in names]
@@ -51,7 +57,23 @@ class Launch:
             given = ", ".join(f"{n}={v}" for n, v in zip(names, values, strict=True))
             rule = f"{given} must be three numbers; start the ranks with torchrun, which sets them."
             raise UserError(rule, where="environment") from None
-        return cls(rank, world, local)
+        if not 1 <= world <= MOST_RANKS:
+            raise UserError(
+                f"must lie in 1 … {MOST_RANKS}.", key=names[1], value=world, where="environment"
+            )
+        for name, number in zip(names[::2], (rank, local), strict=True):
+            if not 0 <= number < world:
+                rule = f"must lie in 0 … {world - 1}, below WORLD_SIZE."
+                raise UserError(rule, key=name, value=number, where="environment")
+        host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+        if not host or not (port.isdecimal() and len(port) < 9 and 0 < int(port) < 1 << 16):
+            raise UserError(
+                f"MASTER_ADDR={host}, MASTER_PORT={port or None} must say where rank 0 can be "
+                "reached, as a host and a port up to 65535; start the ranks with torchrun, which "
+                "sets both.",
+                where="environment",
+            )
+        return cls(rank, world, local, host, int(port))
 
 
 class Ranks:

@@ -101,7 +101,8 @@ def _insert(document: Document, values: Any, path: Path_, folder: Path, budget: 
             rule = f"is given together with {both[0]}; keep one of them."
             key = ".".join((*path, "blend"))
             raise UserError(rule, key=key, value=Path(named), where=place)
-        found = read_blend(Path(os.path.normpath(folder / named)), budget)
+        file = Path(os.path.normpath(folder / named))
+        found = read_blend(file, budget)
         if path == ("data",):
             del values["blend"]
             document.places.pop((*path, "blend"), None)
@@ -112,7 +113,7 @@ def _insert(document: Document, values: Any, path: Path_, folder: Path, budget: 
             values["blend"] = found.values
             at = (*path, "blend")
         for key in found.values:
-            document.places[(*at, key)] = place
+            document.places[(*at, key)] = str(file)
         document.places.update({(*at, *key): line for key, line in found.places.items()})
     for key, item in values.items():
         _insert(document, item, (*path, key), folder, budget)

@@ -1,7 +1,10 @@
 """Documents into rows: nothing lost in silence, nothing twice, and as full as the method allows."""
 
 import itertools
+import os
 from collections import Counter
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -106,6 +109,55 @@ def test_a_plan_is_made_once_and_found_again(tmp_path: Path):
     assert [again.pieces(i) for i in range(again.counts.rows)] == [
         first.pieces(i) for i in range(first.counts.rows)
     ]
+
+
+HEADER = np.lib.format.magic(1, 0) + b"\x76\x00" + b"{'descr': '<i8', (".ljust(118)
+"""Of an array file, with a description that does not end."""
+
+
+def planted(name: str, array: np.ndarray) -> Callable[[Path], object]:
+    return lambda folder: np.save(folder / f"{name}.npy", array, allow_pickle=True)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "counts.json").write_text('{"rows": []}'),
+        lambda folder: (folder / "counts.json").write_text("[" * 99_999),
+        lambda folder: (folder / "counts.json").write_text('{"seats": 1}'),
+        lambda folder: (folder / "counts.json").unlink(),
+        lambda folder: os.truncate(folder / "starts.npy", 3),
+        lambda folder: os.truncate(folder / "lengths.npy", 140),
+        lambda folder: (folder / "starts.npy").write_bytes(HEADER),
+        planted("row_ends", np.array([9])),
+        planted("starts", np.array([0.5])),
+        planted("starts", np.full(6, 1 << 60)),
+        planted("lengths", np.full(6, -1)),
+        planted("row_ends", np.array([len], dtype=object)),
+        lambda folder: ((folder / "starts.npy").unlink(), os.mkfifo(folder / "starts.npy")),
+    ],
+)
+@pytest.mark.timeout(60)  # a pipe that nobody writes is waited for without an end
+def test_a_damaged_plan_is_made_again(damage: Callable, tmp_path: Path, caplog):
+    (tmp_path / "cache").mkdir()
+    stream = make_stream(tmp_path, [4, 12, 9, 20, 3])
+    plan = partial(plan_rows, stream, "id", CAPACITY, PackingConfig(kind="best_fit"))
+    first = plan(tmp_path / "cache")
+    pieces = [first.pieces(row) for row in range(first.counts.rows)]
+    [folder] = (tmp_path / "cache").glob("rows-*")
+    damage(folder)
+    again = plan(tmp_path / "cache")
+    assert [again.pieces(row) for row in range(again.counts.rows)] == pieces
+    assert "is damaged and is written again" in caplog.text
+
+
+def test_a_plan_without_rows_is_stored_and_found(tmp_path: Path):
+    (tmp_path / "cache").mkdir()
+    stream = make_stream(tmp_path, [20])
+    config = PackingConfig(kind="best_fit", long_documents="drop")
+    for _ in range(2):
+        plan = plan_rows(stream, "id", CAPACITY, config, tmp_path / "cache")
+        assert (plan.counts.rows, len(plan.starts)) == (0, 0)
 
 
 def test_packed_rows_of_a_run_hold_every_whole_document_once_a_pass(tmp_path: Path):

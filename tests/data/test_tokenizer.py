@@ -141,6 +141,43 @@ def test_a_token_of_absurd_length_is_refused():
         Tokenizer(json.dumps(layout).encode())
 
 
+@pytest.mark.parametrize(
+    "model",
+    [
+        {"type": "BPE", "vocab": {"a": 0}, "merges": [], "unk_token": "null"},
+        {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "null"},
+        {"type": "WordPiece", "vocab": {"a": 0}, "unk_token": "null"}
+        | {"continuing_subword_prefix": "##", "max_input_chars_per_word": 100},
+        {"type": "Unigram", "vocab": [["a", 0.0]], "unk_id": None},
+    ],
+    ids=["bpe", "word level", "word piece", "unigram"],
+)
+def test_an_unknown_word_without_a_token_for_it_is_a_mistake_of_the_tokenizer(model):
+    poor = Tokenizer(changed(model=model, pre_tokenizer=None, added_tokens=[]))
+    assert poor.encode("a") == [0]
+    for encode in (poor.encode, poor.encode_offsets):
+        with pytest.raises(UserError, match=r"the tokenizer fails on a text: .*; use another one"):
+            encode("b")
+
+
+@pytest.mark.parametrize("merges", [[["a", "é"]], ["a é"], [["a", "##b"], ["a", "b"]], [[]], [3]])
+def test_a_merge_without_the_prefix_of_its_model_ends_no_process(merges):
+    vocabulary = {"a": 0, "b": 1, "##b": 2, "ab": 3, "é": 4, "aé": 5}
+    model = {"type": "BPE", "vocab": vocabulary, "continuing_subword_prefix": "##"}
+    assert Tokenizer(changed(model=model | {"merges": [["a", "##b"]]}, added_tokens=[]))
+    with pytest.raises(ValueError, match="does not go on with continuing_subword_prefix '##'"):
+        Tokenizer(changed(model=model | {"merges": merges}, added_tokens=[]))
+
+
+def test_a_tokenizer_with_two_meanings_is_refused():
+    twice = TOKENIZER.content.replace(b'"model"', b'"model": {}, "model"', 1)
+    with pytest.raises(ValueError, match="a key is given twice"):
+        Tokenizer(twice)
+    for content, said in ((b"[]", "it is not a mapping"), (b"[" * 99_999, "nested too deep")):
+        with pytest.raises(ValueError, match=said):
+            Tokenizer(content)
+
+
 def test_an_expression_without_end_is_a_mistake_of_the_tokenizer():
     pattern = {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"}
     endless = Tokenizer(changed(pre_tokenizer=pattern | {"invert": False}))

@@ -135,24 +135,41 @@ def test_one_process_needs_no_launcher(no_rank, capsys: pytest.CaptureFixture):
     assert "ranks 1, machines 1: no difference" in capsys.readouterr().out
 
 
+SMOKE = str(Path(__file__).parents[2] / "recipes/tiny/smoke.yaml")
 REST = {"WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
 
 
+@pytest.mark.parametrize(
+    "words", [["doctor", "--ranks"], ["train", SMOKE], ["train", SMOKE, "--dry-run"]], ids=" ".join
+)
 @pytest.mark.parametrize(
     ("given", "sentence"),
     [
         ({"RANK": "0"}, "RANK=0, WORLD_SIZE=None, LOCAL_RANK=None must be three numbers"),
         (REST | {"RANK": "one"}, "RANK=one, WORLD_SIZE=2, LOCAL_RANK=0 must be three numbers"),
-        (REST | {"RANK": "2"}, "RANK = 2 is not below WORLD_SIZE = 2."),
+        (REST | {"RANK": "9" * 5000}, "must be three numbers"),
+        (REST | {"RANK": "2"}, "RANK = 2 must lie in 0 … 1, below WORLD_SIZE."),
+        (REST | {"RANK": "-1"}, "RANK = -1 must lie in 0 … 1, below WORLD_SIZE."),
+        (REST | {"RANK": "1", "LOCAL_RANK": "-1"}, "LOCAL_RANK = -1 must lie in 0 … 1"),
+        (REST | {"RANK": "0", "WORLD_SIZE": "0"}, "WORLD_SIZE = 0 must lie in 1 … "),
+        (REST | {"RANK": "0", "WORLD_SIZE": "9" * 20}, "99999999 must lie in 1 … "),
         (REST | {"RANK": "1", "MASTER_ADDR": ""}, "MASTER_ADDR=, MASTER_PORT=1 must say where"),
+        (REST | {"RANK": "1", "MASTER_PORT": ""}, "MASTER_ADDR=x, MASTER_PORT=None must say where"),
         (REST | {"RANK": "1", "MASTER_PORT": "x"}, "MASTER_ADDR=x, MASTER_PORT=x must say where"),
+        (REST | {"RANK": "1", "MASTER_PORT": "0"}, "MASTER_ADDR=x, MASTER_PORT=0 must say where"),
+        (REST | {"RANK": "1", "MASTER_PORT": "99999"}, "MASTER_PORT=99999 must say where"),
     ],
 )
 def test_half_an_environment_is_a_mistake(
-    no_rank: pytest.MonkeyPatch, capsys: pytest.CaptureFixture, given: dict, sentence: str
+    no_rank: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+    words: list[str],
+    given: dict[str, str],
+    sentence: str,
 ):
     for name, value in given.items():
         no_rank.setenv(name, value)
     no_rank.setattr(runtime, "ECHO_S", 0.0)  # there is no other rank that says it first
-    assert cli.run(["doctor", "--ranks"]) == 2
-    assert sentence in capsys.readouterr().err
+    assert cli.run(words) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert sentence in line

@@ -63,8 +63,29 @@ def test_log_probabilities_are_of_the_distribution_drawn_from(model: HybridLM) -
         assert abs(found.logprobs[place] - share.log().item()) <= 1e-6  # float32
 
 
-def test_the_experts_are_those_of_one_pass(model: HybridLM) -> None:
-    found = answer(model, Request(PROMPT, 11, Sampling(seed=2), experts=True))
+@SPECULATIONS
+@pytest.mark.parametrize(
+    ("forced", "max_tokens", "num_tokens"),
+    # 9 ends an answer: after a draft that is right, before one, and with the first token
+    [((), 11, 11), ((7, 8), 3, 3), ((7, 8, 8, 9, 8), 12, 4), ((7, 9), 1, 1), ((9,), 12, 1)],
+)
+def test_the_experts_are_those_of_one_pass(
+    model: HybridLM,
+    speculation: Speculation | None,
+    forced: tuple[int, ...],
+    max_tokens: int,
+    num_tokens: int,
+) -> None:
+    request = Request(
+        PROMPT,
+        max_tokens,
+        Sampling(seed=2, logit_bias={9: -100.0}),
+        stop_ids=frozenset([9]),
+        forced=forced,
+        experts=True,
+    )
+    found = answer(model, request, speculation=speculation)
+    assert len(found.tokens) == num_tokens
     chosen = []
 
     def keep(module: torch.nn.Module, inputs: object, routing: Routing) -> None:
@@ -76,7 +97,7 @@ def test_the_experts_are_those_of_one_pass(model: HybridLM) -> None:
         hook.remove()
     assert found.experts is not None
     assert found.experts.dtype == torch.int16
-    assert found.experts.shape == (len(PROMPT) + 10, 2, 3)
+    assert found.experts.shape == (len(PROMPT) + num_tokens - 1, 2, 3)
     assert found.experts.equal(torch.stack(chosen, dim=1).to(torch.int16))
     assert answer(model, Request(PROMPT, 3)).experts is None
 

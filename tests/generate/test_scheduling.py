@@ -86,6 +86,17 @@ def check_nothing_is_left(engine: Engine) -> None:
     assert not engine.scheduler.running
 
 
+class DrawnTime:
+    """A clock after which each pass takes as long as a generator draws."""
+
+    def __init__(self) -> None:
+        self._generator, self._now = random.Random(1), 0.0
+
+    def perf_counter(self) -> float:
+        self._now += self._generator.uniform(0.5, 2.0)
+        return self._now
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("count", "prefixes", "speculation"),
@@ -99,9 +110,15 @@ def check_nothing_is_left(engine: Engine) -> None:
     ],
 )
 def test_answers_of_many_requests_are_those_of_each_alone(
-    model: HybridLM, count: int, prefixes: int, speculation: Speculation | None
+    model: HybridLM,
+    monkeypatch: pytest.MonkeyPatch,
+    count: int,
+    prefixes: int,
+    speculation: Speculation | None,
 ) -> None:
     generator = random.Random(prefixes)
+    # adaptive drafts: of many lengths, and the same ones each time
+    monkeypatch.setattr("nemotron.generate.speculate.time", DrawnTime())
     requests = [random_request(generator) for _ in range(count)]
     # some prompts go on from others'
     requests[10:20] = [
@@ -219,6 +236,22 @@ def test_a_prefix_whose_experts_nobody_recorded_is_of_no_use_to_whom_needs_them(
     [*_, event] = engine.run([Request((*text, 5, 6, 7, 8), 2, GREEDY, experts=True)])
     assert event.answer.experts.shape[0] == 21 + 4 + 1
     assert engine.timing.prompt_tokens == 2
+
+
+def test_a_text_that_was_read_again_leaves_a_prefix_with_its_own_experts(model: HybridLM) -> None:
+    engine, text = small_engine(model, prefixes=8), tuple(range(30, 51))
+    engine.submit(Request(text, 6, GREEDY, experts=True))
+    while not engine.scheduler.running or not engine.scheduler.running[0].answer.tokens:
+        engine.step()
+    engine.prefixes.clear()  # as where blocks run out
+    engine.scheduler.preempt(engine.scheduler.running[0])
+    engine.step()  # the first piece again
+    request = Request((*text[:8], 5, 6, 7), 6, GREEDY, experts=True)
+    [*_, event] = engine.run([request])
+    [*_, alone] = small_engine(model).run([request])
+    assert event.answer.experts is not None
+    assert event.answer.experts.shape[0] == 11 + 5
+    assert event.answer.experts.equal(alone.answer.experts)
 
 
 def engine_tokens(engine: Engine, text: tuple[int, ...]) -> list[int]:

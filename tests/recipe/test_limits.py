@@ -175,14 +175,25 @@ ENDLESS = [
     ("rl", "pivots", "pivot.yaml", "rows.jsonl", "--out", "o", "--samples"),
     ("data", "codeswitch", "t.jsonl", "--languages", "a,b", "--out", "o", "--per-sentence"),
     ("data", "prepare", "t.jsonl", "--out", "o", "--max-row-mib"),
+    ("quantize", "runs/none", "--preset", "fp8", "--out", "o", "--rows"),
+    ("quantize", "runs/none", "--bits", "6", "--out", "o", "--score-rows"),
+    ("quantize", "runs/none", "--out", "o", "--bits"),
+    ("generate", "runs/none", "--prompt", "x", "--max-new-tokens"),
+    ("evaluate", "runs/none", "--suite", "mcqa", "--max-new-tokens"),
+    ("report", "runs/none", "--prompt", "x", "--max-new-tokens"),
+    ("chat", "runs/none", "--max-new-tokens"),
 ]
 
 
+@pytest.mark.parametrize("number", ["9" * 20, "9" * 5000, "1e400", "inf", "nan"])
 @pytest.mark.parametrize("words", ENDLESS, ids=lambda words: f"{words[0]} {words[-1]}")
-def test_no_command_is_asked_without_end(words: tuple[str, ...], capsys, tmp_path, monkeypatch):
+def test_no_command_is_asked_without_end(
+    words: tuple[str, ...], number: str, capsys, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
-    assert run([*words, "9" * 20]) == 2
-    assert words[-1] in capsys.readouterr().err
+    assert run([*words, number]) == 2
+    [said] = capsys.readouterr().err.splitlines()
+    assert words[-1] in said
     assert not list(tmp_path.iterdir())
 
 

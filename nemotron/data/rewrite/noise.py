@@ -1,5 +1,6 @@
 """The command `nemotron data noise`: texts to pairs whose candidates have errors."""
 
+import contextlib
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -51,8 +52,8 @@ def _tokens(rows: Rows, column: str) -> Counter[str]:
     """Count the tokens of all texts; what is unfit is named when it is written."""
     counts: Counter[str] = Counter()
     for _, row in rows:
-        if isinstance(text := row.get(column), str):
-            counts.update(split_mixed(text))
+        with contextlib.suppress(ValueError):
+            counts.update(split_mixed(text_of(row, column)))
     return counts
 
 

@@ -135,19 +135,27 @@ def rewrite(
         for place, row in rows:
             read += 1
             try:
-                made = list(make(read - 1, row))
+                lines = [_line(new) for new in make(read - 1, row)]
             except ValueError as error:
                 rows.refuse(place(), str(error))
                 continue
-            for new in made:
-                file.write(json.dumps(new, ensure_ascii=False) + "\n")
-            written += len(made)
+            file.writelines(lines)
+            written += len(lines)
         if not written:
             first = f"; the first bad one: {rows.bad[0]}" if rows.bad else ""
             raise UserError(
                 f"no row could be used{first}; nothing was written.", where=", ".join(rows.sources)
             )
     return Written(read, written)
+
+
+def _line(row: Row) -> str:
+    text = json.dumps(row, ensure_ascii=False) + "\n"
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("holds a lone surrogate, which is not a character") from None
+    return text
 
 
 def check_file(out: Path, sources: Iterable[str], *, overwrite: bool) -> None:

@@ -4,6 +4,7 @@ An entry of the cache belongs to the rows of one length of one source, or of its
 holds a number for each token of the stream, and which rows are done.
 """
 
+import contextlib
 import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, PLACES, Batch
-from nemotron.data.cache import held_cache, new_entry
+from nemotron.data.cache import held_cache, map_array, new_entry
 from nemotron.files import hash_file, sync, write_json
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats
@@ -45,10 +46,11 @@ class Stored:
         digest = xxhash.xxh128_hexdigest(json.dumps([FORMAT, *identity]).encode())
         folder = cache / f"reference-{digest}"
         if _is_whole(folder):
-            values = np.load(folder / VALUES, mmap_mode="r")
-            done = np.load(folder / ROWS)
-            if values.shape == (tokens,) and done.shape == (rows,):
-                return cls(folder, values, done)
+            with contextlib.suppress(ValueError):
+                values = map_array(folder / VALUES, np.float32)
+                done = np.array(map_array(folder / ROWS, np.bool_))
+                if values.shape == (tokens,) and done.shape == (rows,):
+                    return cls(folder, values, done)
         return cls(folder, np.zeros(tokens, np.float32), np.zeros(rows, np.bool_))
 
     def add(self, places: NDArray[np.int64], values: NDArray[np.float32]) -> None:

@@ -274,6 +274,30 @@ def test_sounds_are_the_only_candidate(tmp_path: Path):
     assert "".join(found[0]["candidates"][0].split()) == pinyin_of("我们去公园")
 
 
+@pytest.mark.parametrize("kind", ["noise", "codeswitch"])
+def test_half_a_character_is_left_out_and_gets_into_no_other_row(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    texts = [f"The river runs past stone {n}." for n in range(12)]
+    rows = [{"text": text, "translation": text.upper()} for text in texts]
+    rows[3]["text"] = " ".join(f"\ud800{n}" for n in range(200))  # of most of all words
+    rows[5]["id"] = rows[5]["translation"] = "\udfff"
+    source, out = tmp_path / "text.jsonl", tmp_path / "out.jsonl"
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["data", kind, str(source), "--out", str(out)]
+    if kind == "noise":
+        words += ["--language", "letters", "--rate", "1"]
+    else:
+        words += ["--languages", "xx,en", "--spf", "none", "--mode", "parallel"]
+    assert run(words) == 0
+    said = capsys.readouterr()
+    assert f"{source}:4 has a text with a lone surrogate" in said.out + said.err
+    assert f"{source}:6 h" in said.out + said.err
+    found = [json.loads(line) for line in out.read_text().splitlines()]
+    assert "\ud800" not in json.dumps(found, ensure_ascii=False)
+    assert found
+
+
 @pytest.mark.parametrize(
     ("package", "language"), [("pycantonese", "yue"), ("pypinyin", "zh"), ("gruut_lang_en", "en")]
 )
