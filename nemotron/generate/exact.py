@@ -33,8 +33,8 @@ from nemotron.ops.routing import count
 ROWS, KEYS = 16, 64
 """Tokens in a tile of a product, and keys in a block."""
 SIDES = 16
-"""Widths of a product are filled up to a multiple of it. With 7 inputs, a row's sum has another order
-at another place of its tile on CPUs with vectors of 32 bytes."""
+"""Widths of a product are filled up to a multiple of it: with 7 inputs, a row's sum has another
+order at another place of its tile on CPUs with vectors of 32 bytes."""
 VECTORS = 64
 """Tokens for which functions such as exp are computed at once: a multiple of any vector's width,
 because the elements that are left over pass through other code."""
