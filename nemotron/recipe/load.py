@@ -17,6 +17,7 @@ from nemotron.posttrain.sft_config import DistillConfig
 from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check, find_stage
 from nemotron.recipe.explain import explain
+from nemotron.recipe.lengths import drop_replaced_lengths
 from nemotron.recipe.read import Budget, Document, Path_, place_of, read_yaml
 from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
@@ -204,11 +205,12 @@ def _expand_precision(document: Document) -> None:
 def _lay_over(below: Document, above: Document) -> None:
     """Lay `above` over `below`: mappings are merged, everything else is replaced.
 
-    First, what `above` lists under `remove` goes from `below`.
+    First, what `above` lists under `remove` goes from `below`, and lengths that it gives anew.
     """
     place = above.places.get(("remove",), "recipe")
     for name in _take_names(above, "remove", "a key such as schedule.decay_steps", place):
         _remove(below, tuple(name.split(".")), place)
+    drop_replaced_lengths(below, above)
     check_references(above)
     _expand_precision(above)
     for path in list(below.places):

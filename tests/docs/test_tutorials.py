@@ -209,7 +209,7 @@ def test_fine_tune_nano(newcomer: Path):
     (row,) = (b.text for b in blocks("json") if b.page.name == "fine_tune_nano.md")
     (newcomer / "chats.jsonl").write_text(row * 40)
     # a small model in the place of Nano
-    keys = ", ".join(f"schedule.{name}_steps" for name in ("total", "warmup", "decay"))
+    keys = "schedule.total_steps, schedule.warmup_fraction, schedule.decay_fraction"
     (newcomer / "recipes/nano/model.yaml").write_text(
         f"extends: ../tiny/pretrain.yaml\nremove: [{keys}]\n"
     )

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nemotron.errors import UserError
 from nemotron.train.config import ScheduleConfig
@@ -105,6 +107,34 @@ def test_an_impossible_schedule_is_answered_in_one_sentence(changes, words):
     with pytest.raises(UserError, match=words) as error:
         super_schedule(**changes)
     assert "\n" not in str(error.value)
+
+
+@given(
+    warmup=st.integers(0, 1000),
+    decay=st.integers(1, 1000),
+    total=st.floats(1, 1e9),
+    tokens_per_step=st.integers(1, 10**7),
+)
+def test_fractions_that_fit_together_fit_into_a_run_of_any_length(
+    warmup: int, decay: int, total: float, tokens_per_step: int
+):
+    config = ScheduleConfig(
+        peak=1.0,
+        total_tokens=total,
+        warmup_fraction=warmup / 1000,
+        decay_fraction=decay / 1000,
+    )
+    if warmup + decay > 1000 or warmup == 1000:
+        with pytest.raises(UserError, match="do not fit"):
+            build_schedule(config, tokens_per_step)
+        return
+    found = build_schedule(config, tokens_per_step)
+    assert found.warmup + found.decay <= total
+    assert found.warmup < total
+    assert found.warmup % tokens_per_step == 0
+    assert abs(found.warmup - total * warmup / 1000) <= tokens_per_step
+    assert abs(found.decay - total * decay / 1000) <= tokens_per_step
+    assert found.lr(found.num_steps - 1) <= 1
 
 
 SCHEDULE = {"peak": 1.0, "min": 0.1, "warmup_tokens": 310, "decay_tokens": 620}
