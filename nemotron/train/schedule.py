@@ -48,14 +48,22 @@ class Schedule:
 
     def lr_at(self, tokens: float) -> float:
         """Return the rate of the step after which `tokens` will have been consumed."""
-        if tokens < self.warmup:
+        part = self.part_at(tokens)
+        if part == "warm-up":
             return self.peak * tokens / self.warmup
-        if not self.decay or tokens <= self.total - self.decay:
+        if part == "stable":
             return self.peak
         if tokens > self.total:
             return self.min
         done = (tokens - (self.total - self.decay)) / self.decay
         return self.min + (self.peak - self.min) * DECAYS[self.shape](done)
+
+    def part_at(self, tokens: float) -> str:
+        """Return `warm-up`, `stable` or `decay` for the step of `lr_at`."""
+        if tokens < self.warmup:
+            return "warm-up"
+        is_stable = not self.decay or tokens <= self.total - self.decay
+        return "stable" if is_stable else "decay"
 
 
 @dataclass(frozen=True)
@@ -132,9 +140,21 @@ class TrainingPlan:
 
     def lr(self, step: int) -> float:
         """Return the rate of the optimizer step with this index, counted from 0."""
+        schedule, tokens = self._at(step)
+        return schedule.lr_at(tokens)
+
+    def part(self, step: int) -> str:
+        """Return `warm-up`, `stable` or `decay`, after the name of the phase if there are some."""
+        schedule, tokens = self._at(step)
+        phases = self.timeline.phases
+        name = phases[self.timeline.phase_of(step)].name if len(phases) > 1 else ""
+        return f"{name} {schedule.part_at(tokens)}".lstrip()
+
+    def _at(self, step: int) -> tuple[Schedule, int]:
+        """Return the schedule of a step, and the tokens of it that will then be consumed."""
         phase = self.timeline.phase_of(step)
         tokens = self.timeline.tokens_before(step) + self.timeline.tokens_per_step(step)
-        return self.schedules[phase].lr_at(tokens - self.counted_from[phase])
+        return self.schedules[phase], tokens - self.counted_from[phase]
 
 
 def plan_training(config: TextConfig) -> TrainingPlan:

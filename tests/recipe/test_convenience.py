@@ -33,6 +33,7 @@ def refusal(path: Path | str, *overrides: str) -> str:
         ("optimizer.lr=1", "optimizer.lr is unknown; it is `schedule.peak` here."),
         ("batch_size=8", "it is `batch.global_tokens` here (in tokens: rows times data.seq_len)."),
         ("max-steps=10", "it is `schedule.total_steps` here."),
+        ("decay_ratio=0.1", "it is `schedule.decay_fraction` here."),
         ("fp8=true", "it is `precision` here (one word, such as precision: bf16)."),
         ("model.d_model=64", "it is `model.hidden_size` here."),
         ("num_epochs=3", "give the length as `schedule.total_steps` or"),

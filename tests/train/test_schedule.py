@@ -174,6 +174,20 @@ def test_the_last_phase_takes_what_the_schedule_has_left(plan):
     assert plan(phases, total_tokens=1600).timeline.phases[1].num_steps == 4
 
 
+def test_each_step_is_in_a_part_of_the_schedule(plan, recipe):
+    phases = [
+        {"name": "a", "steps": 6},
+        {"name": "long", "steps": 2, "schedule": {"kind": "constant", "peak": 0.25}},
+        {"name": "b", "steps": 3},
+    ]
+    found = plan(phases)
+    parts = [found.part(step) for step in range(found.num_steps)]
+    # step 1 reaches the peak; the last four of the nine steps of `a` and `b` decay
+    assert parts[:6] == ["a warm-up"] + ["a stable"] * 4 + ["a decay"]
+    assert parts[6:] == ["long stable"] * 2 + ["b decay"] * 3
+    assert plan_training(recipe()).part(0) == "warm-up"
+
+
 def test_a_phase_with_a_schedule_of_its_own_counts_for_itself(plan):
     phases = [
         {"name": "a", "steps": 10},
