@@ -239,7 +239,7 @@ def _drop_replaced_lengths(below: Document, above: Document) -> None:
     """Remove from `below` the lengths that the schedule of `above` takes the place of.
 
     So `schedule.total_tokens` replaces an extended `total_steps`, and `kind: cosine`, which has no
-    decay length, an extended `decay_steps`. What two settings of one place say is left to be
+    decay of its own, an extended `decay_steps`. What two settings of one place say is left to be
     refused, for example two on the command line.
     """
     old, new = below.values.get("schedule"), above.values.get("schedule")
@@ -255,13 +255,16 @@ def _drop_replaced_lengths(below: Document, above: Document) -> None:
 
 
 def _replacements(schedule: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield each key that gives a length, with a key of another unit."""
+    """Yield each key that gives a length or the kind, with a key that it leaves no effect."""
     for name in LENGTHS:
         keys = length_keys(name)
         given = [key for key in keys if schedule.get(key) is not None]
         yield from ((key, other) for key in given for other in keys)
-    if schedule.get("kind", "wsd") != "wsd":
-        yield from (("kind", key) for key in length_keys("decay"))
+    kind = schedule.get("kind", "wsd")
+    if kind != "wsd":
+        yield from (("kind", key) for key in ("decay", *length_keys("decay")))
+    if kind == "constant":
+        yield "kind", "min"
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -142,6 +142,25 @@ def test_a_length_of_a_file_replaces_those_of_the_recipes_below(tmp_path: Path):
     assert ("schedule", "total_tokens") not in recipe.places
 
 
+@pytest.mark.parametrize("kind", ["cosine", "linear", "constant"])
+@pytest.mark.parametrize("name", ["tiny/pretrain", "nano/pretrain", "tiny/arith/rl"])
+def test_another_kind_takes_what_it_leaves_no_effect(name: str, kind: str):
+    recipe = load_recipe(name, [f"schedule.kind={kind}"])
+    decays = {path[1] for path in recipe.places if path[0] == "schedule" and path[1:]}
+    assert not {"decay", "decay_fraction", "decay_tokens"} & decays
+    assert ("min" in decays) == (kind != "constant" and "arith" not in name)
+    assert f"schedule.decay has no effect because schedule.kind = {kind}" in refusal(
+        name, f"schedule.kind={kind}", "schedule.decay=linear"
+    )
+
+
+@pytest.mark.parametrize("name", ["tiny/smoke", "tiny/arith/rl", "correct/tag", "nano/dpo"])
+def test_a_warm_up_longer_than_the_run_is_refused_in_every_stage(name: str):
+    said = refusal(name, "schedule.total_steps=100", "schedule.warmup_steps=900")
+    assert said.startswith("command line: schedule has warm-up ")
+    assert "do not fit into the run's " in said
+
+
 def test_a_run_shorter_than_its_warm_up_and_decay_is_refused_with_the_keys_that_follow_it():
     steps = ["schedule.warmup_steps=2", "schedule.decay_tokens=512"]
     said = refusal(SMOKE, "schedule.total_steps=3", *steps)
