@@ -21,7 +21,7 @@ RL = {
     "device": "cpu",
     "model": MODEL,
     "data": {"seq_len": 127},
-    "schedule": {"peak": 1e-3, "total_steps": 1},
+    "schedule": {"kind": "constant", "peak": 1e-3, "total_steps": 1},
     "batch": {"global_tokens": 8 * 127, "micro_batch": 2},
     "rollout": {
         "environments": [{"name": "arith_chain"}, {"name": "pivot", "options": {"data": "rows"}}],

@@ -19,6 +19,7 @@ BLENDS = sorted(RECIPES.rglob("blends/*.yaml"))
 PARTS = [*BLENDS, *RECIPES.rglob("layouts/*.yaml"), *RECIPES.rglob("model.yaml")]
 COMPLETE = sorted(set(RECIPES.rglob("*.yaml")) - set(PARTS))
 PUBLISHED = ["nano", "super"]
+OURS = [path for path in COMPLETE if path.relative_to(RECIPES).parts[0] not in PUBLISHED]
 
 
 def load(name: str) -> PretrainConfig:
@@ -39,6 +40,17 @@ def test_every_recipe_loads_with_a_model_and_a_schedule_that_can_be_built(path: 
     assert 0 < plan.lr(0) <= config.schedule.peak
     end = config.schedule.peak if config.schedule.kind == "constant" else config.schedule.min
     assert plan.lr(plan.num_steps - 1) == pytest.approx(end, rel=0.01)
+
+
+@pytest.mark.parametrize("path", OURS, ids=lambda path: str(path.relative_to(RECIPES)))
+def test_one_number_makes_a_recipe_of_ours_shorter_or_longer(path: Path):
+    for steps in (1, 2, 3, 7, 5000):
+        recipe = load_recipe(path, [f"schedule.total_steps={steps}"])
+        plan = recipe.trained.plan(recipe.config)
+        rates = [plan.lr(step) for step in range(plan.num_steps)]
+        assert len(rates) == steps
+        assert max(rates) == recipe.config.schedule.peak
+        assert steps < 3 or rates[-1] == pytest.approx(recipe.config.schedule.min, abs=1e-12)
 
 
 # Sums and numbers of entries of the files in NVIDIA-NeMo/Nemotron; Nano's long context is ours.

@@ -51,7 +51,8 @@ class Comparison:
 
 def length(steps: int, decay: int) -> tuple[str, ...]:
     """Return the settings of a schedule."""
-    return f"schedule.total_steps={steps}", f"schedule.decay_steps={decay}"
+    lengths = (f"total_steps={steps}", "warmup_steps=20", f"decay_steps={decay}")
+    return tuple(f"schedule.{length}" for length in lengths)
 
 
 SMALL = ("batch.global_tokens=512", "batch.micro_batch=2")

@@ -1,5 +1,6 @@
 """Commands that prepare data and inspect it."""
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -22,6 +23,16 @@ RowSources = Annotated[
 MaxBadRows = Annotated[
     int, typer.Option(min=0, help="Stop if there are more unreadable rows than this.")
 ]
+
+OPTIONS_OF_CHATS = {
+    "messages_column": "--messages",
+    "tools_column": "--tools",
+    "enable_thinking": "--no-thinking",
+    "truncate_history_thinking": "--all-thinking",
+    "reasoning_off_rate": "--no-reasoning",
+    "reasoning_budget_rate": "--cut-reasoning",
+}
+"""Fields of `ChatOptions`, and the options that set them."""
 
 app = CommandGroup(help="Prepare data and inspect it before a run.", no_args_is_help=True)
 
@@ -128,6 +139,11 @@ def data_prepare(
         reasoning_off_rate=reasoning_off_rate,
         reasoning_budget_rate=reasoning_budget_rate,
     )
+    changed = chats.model_dump(exclude_defaults=True)
+    if changed and not chat:
+        raise UserError(
+            "goes with --chat; give it, too.", key=OPTIONS_OF_CHATS[next(iter(changed))]
+        )
     options = PrepareOptions(
         column=column,
         filters=tuple(filters or ()),
@@ -411,7 +427,10 @@ def data_codeswitch(
 def data_inspect(
     target: Annotated[
         Path,
-        typer.Argument(help="Recipe (.yaml), folder of a run, prepared folder or shard, or text."),
+        typer.Argument(
+            help="Recipe (.yaml, or the name of a shipped one), folder of a run, prepared folder "
+            "or shard, or text."
+        ),
     ],
     overrides: Overrides = None,
     step: Annotated[int, typer.Option(min=0, help="Step whose rows to show.")] = 0,
@@ -438,7 +457,11 @@ def data_inspect(
     from nemotron.data.inspect_pairs import holds_pairs, inspect_pairs
     from nemotron.posttrain.correct.config import CorrectConfig
     from nemotron.recipe.load import load_recipe
+    from nemotron.recipe.shipped import names, path_of
 
+    is_there = any(os.path.exists(f"{target}{end}") for end in ("", ".bin", ".idx"))
+    if not is_there and str(target) in names():
+        target = path_of(str(target))
     if target.suffix in (".yaml", ".yml") or (target / "recipe.yaml").is_file():
         config = load_recipe(target, overrides or []).config
         if isinstance(config, CorrectConfig):

@@ -1,7 +1,7 @@
 """Opening the data of a run as the run will, without writing into its cache."""
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from nemotron.data.config import ConversationDataConfig, DataConfig
@@ -9,17 +9,25 @@ from nemotron.data.loader import TrainingData
 from nemotron.data.mixture import Timeline
 from nemotron.data.prepare.inputs import is_text
 from nemotron.data.raw import TextSource
-from nemotron.data.tokenizer import load_tokenizer
+from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 
 LARGEST_TEXT = 64 << 20
 """Bytes of text that are tokenized for it; more is left to the run."""
 
 
-def rehearse(config: DataConfig, timeline: Timeline, *, seed: int, vocab_size: int) -> list[str]:
+def rehearse(
+    config: DataConfig,
+    timeline: Timeline,
+    *,
+    seed: int,
+    vocab_size: int,
+    check: Callable[[Tokenizer, bool], None] = lambda tokenizer, is_chat: None,
+) -> list[str]:
     """Return the lines with which a run describes its data, after all checks that it makes.
 
     Text that is not in the cache yet is tokenized into a folder that is removed again. If there is
-    much of it, the rows and passes are not checked, and a line says so.
+    much of it, the rows and passes are not checked, and a line says so. `check` is called with the
+    tokenizer, and whether there are, or may be, conversations.
 
     Raises:
         UserError: when the run would be refused for its data.
@@ -27,11 +35,12 @@ def rehearse(config: DataConfig, timeline: Timeline, *, seed: int, vocab_size: i
     tokenizer = load_tokenizer(config.tokenizer)
     tokenizer.id(config.eod_token)
     # conversations are rendered by the run itself, which is quick
-    named = () if isinstance(config, ConversationDataConfig) else _paths(config, timeline)
+    named = () if isinstance(config, ConversationDataConfig) else [*_paths(config, timeline)]
     paths = dict.fromkeys(path for path in named if is_text(path))
     texts = [TextSource(path, config, tokenizer, config.validation_fraction) for path in paths]
     waiting = [text for text in texts if not text.is_prepared]
     if sum(text.num_bytes for text in waiting) > LARGEST_TEXT:
+        check(tokenizer, len(paths) < len(dict.fromkeys(named)))
         return [
             f"{text.path}: {len(text.plan.inputs):,} inputs, {text.num_bytes / 1e6:,.0f} MB, which "
             "the run tokenizes first; rows and passes are known only then"
@@ -44,6 +53,7 @@ def rehearse(config: DataConfig, timeline: Timeline, *, seed: int, vocab_size: i
                 Path(folder, path.name).symlink_to(path.absolute())
         with_own_cache = config.model_copy(update={"cache": folder})
         data = TrainingData(with_own_cache, timeline, seed=seed, vocab_size=vocab_size)
+        check(data.tokenizer, data.has_conversations)
         data.check_length()
         return data.describe()
 

@@ -51,7 +51,7 @@ def push_folder(folder: Path, repo: str) -> str:
     Raises:
         UserError: when the Hub does not take it.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, errors
 
     api = HfApi()
     try:
@@ -63,11 +63,13 @@ def push_folder(folder: Path, repo: str) -> str:
             ignore_patterns=[".*"],
         )
     except _failures() as error:
+        rule = f"could not be sent to {constants.ENDPOINT}: {_first_line(error)}; send it later"
+        if isinstance(error, errors.HfHubHTTPError | errors.LocalTokenNotFoundError | ValueError):
+            rule = f"was refused by {constants.ENDPOINT}: {_first_line(error)}; set HF_TOKEN to a "
+            rule += "token that may write, and send it"
+        way = f"hf upload --private {repo} {folder}"
         raise UserError(
-            f"was refused by {constants.ENDPOINT}: {_first_line(error)}; set HF_TOKEN to a token "
-            f"that may write; the export is in {folder}.",
-            key="--push",
-            value=repo,
+            f"{rule}: {way}; the export is complete.", key="--push", value=repo
         ) from None
     return str(created)
 

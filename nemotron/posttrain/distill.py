@@ -8,7 +8,6 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.data.batch import NO_LABEL, Batch
-from nemotron.data.rehearsal import rehearse
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.hf.read_scales import read_like
 from nemotron.model.build import build_on_meta
@@ -22,7 +21,7 @@ from nemotron.posttrain.teacher import HIDDEN, TaughtBatches, load_teacher
 from nemotron.precision.static import ModelScales, attach
 from nemotron.train.auxiliary import Auxiliary, LanguageObjective, total_weight
 from nemotron.train.build import build_local
-from nemotron.train.pretraining import open_data, text_batches, validate
+from nemotron.train.pretraining import open_data, rehearse_data, text_batches, validate
 from nemotron.train.schedule import TrainingPlan, plan_training
 from nemotron.train.setup import Setup
 from nemotron.train.trainer import Trainer
@@ -87,8 +86,7 @@ class Distillation:
         Raises:
             UserError: when the conversations are unfit, or the teacher has another vocabulary.
         """
-        vocab_size = config.model.vocab_size
-        lines = rehearse(config.data, plan.timeline, seed=config.seed, vocab_size=vocab_size)
+        lines = rehearse_data(config, plan)
         load_teacher(config, load_tokenizer(config.data.tokenizer), torch.device("cpu"))
         if (scales := _student_scales(config, build_on_meta(config.model))) is not None:
             lines.append(f"student    {len(scales.linears):,} matrices with fixed scales")

@@ -38,9 +38,11 @@ class Reinforcement:
 
         Raises:
             UserError: when an environment is unknown, cannot run here or has prompts that are too
-                long, or when the teacher is absent or has another vocabulary.
+                long, when the model's end of text is not that of the answers, or when the teacher
+                is absent or has another vocabulary.
         """
         tasks = Tasks(config)
+        check_end_of_text(config, tasks.tokenizer, is_chat=tasks.is_chat)
         tasks.held_out()
         if config.teacher:
             load_teacher(config, tasks.tokenizer, torch.device("cpu"))

@@ -6,6 +6,7 @@ from nemotron.divisors import divisors, nearest
 from nemotron.errors import Finding
 from nemotron.posttrain.correct.config import CorrectConfig
 from nemotron.recipe.read import Idle
+from nemotron.train.schedule import build_schedule
 
 HEADS = ("duration", "edit", "candidate")
 OPTIONS = {
@@ -92,7 +93,12 @@ def _heads(config: CorrectConfig) -> Iterator[Finding]:
 
 
 def idle(config: CorrectConfig) -> Iterator[Idle]:
-    """Yield keys that nothing reads, and why."""
+    """Yield keys that nothing reads, and why.
+
+    Raises:
+        UserError: when the schedule is impossible.
+    """
+    build_schedule(config.schedule, config.batch.global_tokens)
     kind = config.correct.kind
     for name, kinds in OPTIONS.items():
         yield Idle([f"correct.{name}"], kind not in kinds, f"correct.kind = {kind}")

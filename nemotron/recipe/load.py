@@ -2,7 +2,7 @@
 
 import copy
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
@@ -21,7 +21,7 @@ from nemotron.recipe.read import Budget, Document, Path_, place_of, read_yaml
 from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
 from nemotron.recipe.stages import Stage
-from nemotron.train.config import RunConfig, TextConfig
+from nemotron.train.config import LENGTHS, RunConfig, TextConfig, length_keys
 from nemotron.yaml_text import parse_yaml
 
 if TYPE_CHECKING:
@@ -204,11 +204,12 @@ def _expand_precision(document: Document) -> None:
 def _lay_over(below: Document, above: Document) -> None:
     """Lay `above` over `below`: mappings are merged, everything else is replaced.
 
-    First, what `above` lists under `remove` goes from `below`.
+    First, what `above` lists under `remove` goes from `below`, and lengths that it gives anew.
     """
     place = above.places.get(("remove",), "recipe")
     for name in _take_names(above, "remove", "a key such as schedule.decay_steps", place):
         _remove(below, tuple(name.split(".")), place)
+    _drop_replaced_lengths(below, above)
     check_references(above)
     _expand_precision(above)
     for path in list(below.places):
@@ -232,6 +233,38 @@ def _remove(document: Document, path: Path_, place: str) -> None:
     del holder[path[-1]]
     kept = {key: line for key, line in document.places.items() if key[: len(path)] != path}
     document.places = kept
+
+
+def _drop_replaced_lengths(below: Document, above: Document) -> None:
+    """Remove from `below` the lengths that the schedule of `above` takes the place of.
+
+    So `schedule.total_tokens` replaces an extended `total_steps`, and `kind: cosine`, which has no
+    decay of its own, an extended `decay_steps`. What two settings of one place say is left to be
+    refused, for example two on the command line.
+    """
+    old, new = below.values.get("schedule"), above.values.get("schedule")
+    if not isinstance(old, dict) or not isinstance(new, dict):
+        return
+    for key, replaced in _replacements(new):
+        path = ("schedule", replaced)
+        is_there = old.get(replaced) is not None and replaced not in new
+        place = place_of(above.places, ("schedule", key), "")
+        if is_there and place_of(below.places, path, "") != place:
+            below.values["schedule"] = old = {k: v for k, v in old.items() if k != replaced}
+            below.places.pop(path, None)
+
+
+def _replacements(schedule: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield each key that gives a length or the kind, with a key that it leaves no effect."""
+    for name in LENGTHS:
+        keys = length_keys(name)
+        given = [key for key in keys if schedule.get(key) is not None]
+        yield from ((key, other) for key in given for other in keys)
+    kind = schedule.get("kind", "wsd")
+    if kind != "wsd":
+        yield from (("kind", key) for key in ("decay", *length_keys("decay")))
+    if kind == "constant":
+        yield "kind", "min"
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

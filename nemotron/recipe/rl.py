@@ -7,6 +7,7 @@ from nemotron.errors import Finding
 from nemotron.posttrain.config import RlConfig
 from nemotron.recipe.read import Idle
 from nemotron.recipe.sft import unknown_parts
+from nemotron.train.schedule import build_schedule
 
 
 def impossible(config: RlConfig) -> Iterator[Finding]:
@@ -107,7 +108,12 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
 
 
 def idle(config: RlConfig) -> Iterator[Idle]:
-    """Yield keys that nothing reads, and why."""
+    """Yield keys that nothing reads, and why.
+
+    Raises:
+        UserError: when the schedule is impossible.
+    """
+    build_schedule(config.schedule, config.batch.global_tokens)
     model, text = config.model, "the text of this stage is written by the model"
     read = ("tokenizer", "eod_token", "seq_len", "reset_documents", "cache")
     yield Idle([f"data.{n}" for n in type(config.data).model_fields if n not in read], True, text)

@@ -9,6 +9,7 @@ KEYS = {
     "schedule.warmup_steps": "warmup num_warmup_steps warmup_iters lr_warmup_iters lr_warmup_steps",
     "schedule.warmup_fraction": "warmup_ratio lr_warmup_fraction warmup_share",
     "schedule.decay_steps": "cooldown_steps lr_wsd_decay_iters decay_iters",
+    "schedule.decay_fraction": "decay_ratio decay_share cooldown_fraction cooldown_ratio",
     "batch.global_tokens": "batch_size global_batch_size train_batch_size tokens_per_batch",
     "batch.micro_batch": "micro_batch_size per_device_train_batch_size local_batch_size",
     "data.seq_len": "seq_length sequence_length max_length max_seq_len context_length block_size",

@@ -4,7 +4,7 @@ import datetime
 import itertools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel as Box
@@ -49,8 +49,11 @@ class Curve:
 class Progress:
     """What the records so far amount to; only for the eye, nothing is computed from it."""
 
-    def __init__(self, title: str, num_steps: int) -> None:
-        self.title, self.num_steps = title, num_steps
+    def __init__(
+        self, title: str, num_steps: int, part: Callable[[int], str] = lambda step: ""
+    ) -> None:
+        """`part` names the part of the schedule in which a step is, counted from 0."""
+        self.title, self.num_steps, self._part = title, num_steps, part
         self.train: Record = {}
         self.validation: Record = {}
         self.suites: Record = {}
@@ -174,6 +177,7 @@ class Progress:
             "update",
             _join(
                 _part(train, "lr", "lr {:.2e}"),
+                self._part(step - 1) if step else "",
                 _part(train, "grad_norm/total", "gradient norm {:.3f}"),
                 _part(train, "clip_coef", "clip x{:.2f}"),
                 _part(train, "skipped_steps", "skipped {:.0f}"),

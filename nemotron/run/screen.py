@@ -58,9 +58,14 @@ class Screen:
             self._to_log(line)
         self._early.clear()
 
-    def start(self, title: str, num_steps: int) -> None:
-        """Begin to show steps: as a panel when the stream is a capable terminal."""
-        self._progress = Progress(printable(title), num_steps)
+    def start(
+        self, title: str, num_steps: int, part: Callable[[int], str] = lambda step: ""
+    ) -> None:
+        """Begin to show steps: as a panel when the stream is a capable terminal.
+
+        `part` names the part of the schedule in which a step is, counted from 0.
+        """
+        self._progress = Progress(printable(title), num_steps, lambda step: printable(part(step)))
         if self._stream is None:
             return
         console = Console(file=self._stream, force_terminal=self._panel or None)

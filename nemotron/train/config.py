@@ -17,6 +17,15 @@ from nemotron.section import Section
 LayerKind = Literal["mamba", "attention", "moe", "mlp"]
 """Kinds of layers, as `LAYER_KINDS` names them."""
 
+LENGTHS = ("total", "warmup", "decay")
+"""Lengths of a schedule, each of which is given in one unit."""
+
+
+def length_keys(length: str) -> list[str]:
+    """Return the keys of `ScheduleConfig` that give a length, one for each of its units."""
+    keys = [f"{length}_{unit}" for unit in ("tokens", "steps", "fraction")]
+    return [key for key in keys if key in ScheduleConfig.model_fields]
+
 
 class BatchConfig(Section):
     """How many tokens make one optimizer step, and how many rows are computed at once."""

@@ -62,7 +62,7 @@ def run(
             log.open(metrics, mirrors, folder)
             if metrics.num_damaged:
                 log.info(f"warning: {metrics.num_damaged} damaged lines of metrics.jsonl set aside")
-        log.screen.start(folder.path.name, num_steps)
+        log.screen.start(folder.path.name, num_steps, trainer.plan.part)
         stack.callback(log.screen.stop)
         try:
             if not ranks.any(stop.is_due(start)):

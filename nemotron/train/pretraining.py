@@ -42,8 +42,7 @@ class Pretraining:
         Raises:
             UserError: when the text is unfit, or too short.
         """
-        vocab_size = config.model.vocab_size
-        return rehearse(config.data, plan.timeline, seed=config.seed, vocab_size=vocab_size)
+        return rehearse_data(config, plan)
 
     def build(
         self,
@@ -63,6 +62,21 @@ class Pretraining:
         trainer = build_trainer(config, plan, data, device, peak_flops, ranks)
         has_held_out = bool(data.validation_domains)
         return Setup(trainer, data, (lambda: validate(trainer, data)) if has_held_out else None)
+
+
+def rehearse_data(config: TextConfig, plan: TrainingPlan) -> list[str]:
+    """Open the data of a run without writing into the cache; returns lines about it.
+
+    Raises:
+        UserError: when it is unfit, or too short.
+    """
+    return rehearse(
+        config.data,
+        plan.timeline,
+        seed=config.seed,
+        vocab_size=config.model.vocab_size,
+        check=lambda tokenizer, is_chat: check_end_of_text(config, tokenizer, is_chat=is_chat),
+    )
 
 
 def open_data(config: TextConfig, plan: TrainingPlan) -> TrainingData:

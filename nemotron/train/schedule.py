@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from nemotron.data.config import BlendConfig, LengthConfig, leaves
 from nemotron.data.mixture import Phase, RowLength, Timeline
 from nemotron.errors import UserError
-from nemotron.train.config import PhaseConfig, ScheduleConfig, TextConfig
+from nemotron.train.config import PhaseConfig, ScheduleConfig, TextConfig, length_keys
 
 DECAYS: dict[str, Callable[[float], float]] = {
     "minus_sqrt": lambda r: 1 - math.sqrt(r),
@@ -19,6 +19,9 @@ DECAYS: dict[str, Callable[[float], float]] = {
 
 Source: NVIDIA/Megatron-LM: megatron/core/optimizer_param_scheduler.py.
 """
+
+ROUNDING = 1e-12
+"""Share of a length by which a sum of two fractions of it may pass it."""
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,22 @@ class Schedule:
 
     def lr_at(self, tokens: float) -> float:
         """Return the rate of the step after which `tokens` will have been consumed."""
-        if tokens < self.warmup:
+        part = self.part_at(tokens)
+        if part == "warm-up":
             return self.peak * tokens / self.warmup
-        if not self.decay or tokens <= self.total - self.decay:
+        if part == "stable":
             return self.peak
         if tokens > self.total:
             return self.min
         done = (tokens - (self.total - self.decay)) / self.decay
         return self.min + (self.peak - self.min) * DECAYS[self.shape](done)
+
+    def part_at(self, tokens: float) -> str:
+        """Return `warm-up`, `stable` or `decay` for the step of `lr_at`."""
+        if tokens < self.warmup:
+            return "warm-up"
+        is_stable = not self.decay or tokens <= self.total - self.decay
+        return "stable" if is_stable else "decay"
 
 
 @dataclass(frozen=True)
@@ -93,16 +104,15 @@ def build_schedule(
             key="schedule.kind",
             value=config.kind,
         )
-    else:
-        decay = 0.0 if config.kind == "constant" else total - warmup
-    if warmup + decay > total or warmup >= total:
-        given = [key for part in ("warmup", "decay") for key in _given(config, part)]
+    if warmup + (decay or 0.0) > total * (1 + ROUNDING) or warmup >= total:
         raise UserError(
-            f"has warm-up {warmup:,.0f} + decay {decay:,.0f} tokens, which do not fit into the "
-            f"run's {total:,.0f}; shorten {' or '.join(given)}, or give warmup_fraction and "
-            "decay_fraction instead, which follow the length of the run.",
+            f"has warm-up {warmup:,.0f} + decay {decay or 0:,.0f} tokens, which do not fit into "
+            f"the run's {total:,.0f}; {_remedy(config)}.",
             key="schedule",
         )
+    warmup, decay = _in_whole_steps(config, warmup, decay or 0.0, total, tokens_per_step)
+    if config.kind in ("cosine", "linear"):
+        decay = total - warmup
     if config.min > config.peak:
         raise UserError(
             f"is above schedule.peak = {config.peak:g}; lower it.",
@@ -130,9 +140,21 @@ class TrainingPlan:
 
     def lr(self, step: int) -> float:
         """Return the rate of the optimizer step with this index, counted from 0."""
+        schedule, tokens = self._at(step)
+        return schedule.lr_at(tokens)
+
+    def part(self, step: int) -> str:
+        """Return `warm-up`, `stable` or `decay`, after the name of the phase if there are some."""
+        schedule, tokens = self._at(step)
+        phases = self.timeline.phases
+        name = phases[self.timeline.phase_of(step)].name if len(phases) > 1 else ""
+        return f"{name} {schedule.part_at(tokens)}".lstrip()
+
+    def _at(self, step: int) -> tuple[Schedule, int]:
+        """Return the schedule of a step, and the tokens of it that will then be consumed."""
         phase = self.timeline.phase_of(step)
         tokens = self.timeline.tokens_before(step) + self.timeline.tokens_per_step(step)
-        return self.schedules[phase].lr_at(tokens - self.counted_from[phase])
+        return self.schedules[phase], tokens - self.counted_from[phase]
 
 
 def plan_training(config: TextConfig) -> TrainingPlan:
@@ -195,8 +217,7 @@ def _length(
     given = _given(config, name)
     if len(given) > 1:
         raise UserError(
-            f"has {given[0]} and {given[1]}; keep one of them "
-            f"(remove=schedule.KEY removes one that an extended recipe gives).",
+            f"has {given[0]} and {given[1]}; keep one of them.",
             key="schedule",
         )
     if not given:
@@ -206,9 +227,36 @@ def _length(
         return _tokens_of(int(value), stretches, tokens_per_step)
     if given[0].endswith("_fraction"):
         assert total is not None
-        # whole steps, so that the same fraction means the same in every unit of length
-        return round(value * total / tokens_per_step) * float(tokens_per_step)
+        return value * total
     return value
+
+
+def _in_whole_steps(
+    config: ScheduleConfig, warmup: float, decay: float, total: float, tokens_per_step: int
+) -> tuple[float, float]:
+    """Round what is given as a fraction, so that it means the same in every unit of the total.
+
+    What leaves a step to the rest of the run still does once it is rounded.
+    """
+    step = float(tokens_per_step)
+    last = (math.ceil(total / step) - 1) * step
+    if config.warmup_fraction is not None:
+        warmup = min(round(warmup / step) * step, last)
+    if config.decay_fraction is not None:
+        most = total - max(warmup, step) if decay < total else total
+        decay = max(min(round(decay / step) * step, most), 0.0)
+    return warmup, decay
+
+
+def _remedy(config: ScheduleConfig) -> str:
+    """Say how warm-up and decay would fit into the run."""
+    given = [key for part in ("warmup", "decay") for key in _given(config, part)]
+    advice = f"shorten {' or '.join(given)}"
+    fixed = [key for key in given if not key.endswith("_fraction")]
+    if not fixed:
+        return advice
+    shares = " and ".join(f"{key.partition('_')[0]}_fraction" for key in fixed)
+    return f"{advice}, or give {shares} instead, which follow{'s' * (len(fixed) == 1)} its length"
 
 
 def _tokens_of(steps: int, stretches: Sequence[Stretch], tokens_per_step: int) -> float:
@@ -222,8 +270,7 @@ def _tokens_of(steps: int, stretches: Sequence[Stretch], tokens_per_step: int) -
 
 def _given(config: ScheduleConfig, name: str) -> list[str]:
     """Return the keys that give this length."""
-    keys = [f"{name}_{unit}" for unit in ("tokens", "steps", "fraction")]
-    return [key for key in keys if getattr(config, key, None) is not None]
+    return [key for key in length_keys(name) if getattr(config, key) is not None]
 
 
 def _lengths(config: TextConfig, phase: PhaseConfig | None) -> Sequence[LengthConfig]:

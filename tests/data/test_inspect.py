@@ -11,6 +11,7 @@ from nemotron.data.loader import TrainingData
 from nemotron.recipe.load import load_recipe
 from nemotron.train import pretraining
 from nemotron.train.schedule import plan_training
+from tests.support.embedded import fill_cache
 from tests.support.prepared import write_prepared
 
 RECIPE = """\
@@ -80,6 +81,18 @@ def test_inspecting_a_recipe_shows_shares_duplicates_and_rows(folder: Path, caps
     assert "all files and all ids are correct" in out
     assert "──── document 1" in out
     assert "step 0 row 0:" in out
+
+
+def test_a_shipped_recipe_is_inspected_by_its_name(tmp_path: Path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    fill_cache(tmp_path / "cache")
+    cache = f"data.cache={tmp_path / 'cache'}"
+    assert run(["data", "inspect", "tiny/smoke", cache, "--rows", "0", "--documents", "9"]) == 0
+    assert "20.8% of the tokens" in capsys.readouterr().out
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/smoke.bin").write_bytes(b"")
+    assert run(["data", "inspect", "tiny/smoke"]) == 2  # what lies there comes first
+    assert "tiny/smoke.idx" in capsys.readouterr().err
 
 
 def test_a_validation_set_is_compared_with_what_is_trained_on(folder: Path):

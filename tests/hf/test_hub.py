@@ -117,13 +117,22 @@ def test_an_export_is_uploaded_only_when_asked_and_with_the_token_of_the_environ
     assert f'name = "{NAME}"' in files["README.md"].decode()
 
 
-def test_an_upload_that_fails_leaves_the_export_and_says_so(nemotron: Callable, run: Path):
+def test_an_upload_that_fails_leaves_the_export_and_says_so(
+    nemotron: Callable, hub: StandInHub, run: Path, monkeypatch
+):
     arguments = ["export", run, "--no-check", "--push"]
     code, text = nemotron(*arguments, NAME, "--out", "out", endpoint="http://127.0.0.1:9")
     assert code == 2
-    assert f"--push = {NAME} was refused by http://127.0.0.1:9" in text
+    assert f"--push = {NAME} could not be sent to http://127.0.0.1:9" in text
+    assert f"send it later: hf upload --private {NAME} out; the export is complete" in text
     assert Path("out/config.json").is_file()
     assert "Traceback" not in text
+    monkeypatch.setattr(hub, "refuses", True)
+    code, text = nemotron(*arguments, NAME, "--out", "refused")
+    assert code == 2
+    assert f"--push = {NAME} was refused by {hub.url}: " in text
+    assert "; set HF_TOKEN to a token that may write, and send it: hf upload --private " in text
+    assert Path("refused/config.json").is_file()
     code, text = nemotron(*arguments, "no-owner", "--out", "other")
     assert code == 2
     assert "--push = no-owner is not a name on the Hub; give OWNER/NAME" in text

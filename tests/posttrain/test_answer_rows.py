@@ -30,7 +30,7 @@ def config() -> RlConfig:
                 "max_new_tokens": 9,
             },
             "batch": {"global_tokens": 15 * SEQ_LEN},
-            "schedule": {"peak": 1e-3, "total_steps": 1},
+            "schedule": {"kind": "constant", "peak": 1e-3, "total_steps": 1},
         }
     )
 

@@ -80,7 +80,11 @@ def test_a_model_keeps_the_turns_at_which_it_is_sometimes_right(
         "batch": {"global_tokens": 4 * 400, "micro_batch": 2},
     }
     recipe = workplace.folder / "pivot.yaml"
-    made = {**workplace.common("pivot"), **values, "schedule": {"peak": 1e-3, "total_steps": 1}}
+    made = {
+        **workplace.common("pivot"),
+        **values,
+        "schedule": {"kind": "constant", "peak": 1e-3, "total_steps": 1},
+    }
     recipe.write_text(json.dumps({**made, "schedule": {**made["schedule"], "kind": "constant"}}))
     few = write_rows(tmp_path / "few.jsonl", [chats[0], chats[1], trajectory("B", "quartz")])
     command = ["rl", "pivots", str(recipe), str(few), "--out", str(out), "--samples", "16"]

@@ -27,7 +27,7 @@ def test_files_are_merged_over_those_they_extend_and_the_command_line_wins(tmp_p
     config = load_recipe(tmp_path / "top.yaml", ["seed=9", "optimizer.betas=[0.8, 0.9]"]).config
     assert config.schedule.peak == 2e-3
     assert config.schedule.warmup_steps == 7
-    assert config.schedule.decay_steps == 100
+    assert config.schedule.decay_fraction == 0.333
     assert config.seed == 9
     assert config.optimizer.betas == (0.8, 0.9)
 

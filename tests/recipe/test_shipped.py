@@ -1,6 +1,7 @@
 """The package brings its recipes and start scripts along, and works from any folder."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -87,10 +88,13 @@ def test_a_copy_keeps_what_is_there(empty: Path, capsys: pytest.CaptureFixture):
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The files of a wheel that was built from the sources."""
     folder = tmp_path_factory.mktemp("wheel")
-    for name in ("nemotron", "recipes", "launch"):
-        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
+    copied = re.findall(r"^COPY (.*) \S+$", (ROOT / "Dockerfile").read_text(), re.MULTILINE)
+    for name in " ".join(copied).split():
+        if (ROOT / name).is_dir():
+            ignored = shutil.ignore_patterns("__pycache__")
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+        else:
+            shutil.copy(ROOT / name, folder)
     build = "from setuptools import build_meta; build_meta.build_wheel('dist')"
     done = subprocess.run(
         [sys.executable, "-c", build], cwd=folder, capture_output=True, text=True, timeout=120

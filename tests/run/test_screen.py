@@ -104,6 +104,16 @@ def test_the_panel_has_time_tokens_last_save_and_a_curve_as_wide_as_the_terminal
     assert (falling[0], falling[-1]) == ("█", "▁")
 
 
+def test_the_panel_names_the_part_of_the_schedule():
+    progress = Progress("run", 1000, {6: "long decay"}.__getitem__)
+    for records in ([], [TRAIN]):  # nothing yet, then the seventh step
+        for record in records:
+            progress.update(record)
+        out = io.StringIO()
+        Console(file=out, width=80, color_system=None).print(progress.render())
+        assert ("lr 3.00e-04  long decay  gradient norm" in out.getvalue()) == bool(records)
+
+
 def test_the_curve_stays_short_and_plain_curves_are_flat():
     progress = Progress("run", 10**6)
     for step in range(20_000):

@@ -19,6 +19,7 @@ class StandInHub:
         self.uploaded: dict[str, bytes] = {}
         self.created: list[dict[str, Any]] = []
         self.tokens: list[str | None] = []
+        self.refuses = False
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -67,6 +68,8 @@ class StandInHub:
         path = request.path.partition("?")[0]
         body = request.rfile.read(int(request.headers.get("Content-Length") or 0))
         self.tokens.append(request.headers.get("Authorization"))
+        if self.refuses:
+            return _send(request, 403, b"", {})
         if path == "/api/repos/create":
             self.created.append(json.loads(body))
             return _json(request, {"url": f"{self.url}/{self.name}", "name": self.name})

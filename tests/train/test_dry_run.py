@@ -55,6 +55,7 @@ def test_it_says_what_would_happen_with_memory_and_time(world: Path, capfd):
             "none.json does not exist; give the path of a tokenizer.json",
         ),
         (["data.eod_token=<end>"], "the tokenizer has no token '<end>'"),
+        (["model.eos_token_id=3"], "set model.eos_token_id = 2."),
         (["data.max_epochs=0.001"], "passes, where max_epochs = 0.001"),
         (["init_from=runs/none"], "give a run, checkpoint or export"),
         (["init_from=runs/smoke", "model.moe_latent_size=16"], "do not fit the recipe"),
@@ -74,6 +75,14 @@ def test_weights_that_fit_are_said_and_large_text_is_left_to_the_run(capfd, monk
     said = dry(capfd, "name=c", "init_from=runs/smoke", "data.sources=[a.txt]")
     assert "weights    every tensor of runs/smoke fits" in said
     assert "a.txt: 1 inputs, 0 MB, which the run tokenizes first" in said
+    said = dry(capfd, "name=c", "model.eos_token_id=3", "data.sources=[a.txt]")
+    assert "documents end with data.eod_token = </s>; set model.eos_token_id = 2." in said
+
+
+def test_reinforcement_learning_is_refused_for_its_end_of_text_already_when_dry(capfd):
+    words = ["remove=init_from", "device=cpu", "model.eos_token_id=3"]
+    assert run(["train", "tiny/arith/rl", "--dry-run", *words]) == 2
+    assert "set model.eos_token_id = 2." in capfd.readouterr().err
 
 
 def test_the_folder_of_a_run_is_its_recipe_also_when_it_was_moved(world: Path, capfd):

@@ -3,6 +3,8 @@
 import math
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from nemotron.errors import UserError
 from nemotron.train.config import ScheduleConfig
@@ -107,6 +109,34 @@ def test_an_impossible_schedule_is_answered_in_one_sentence(changes, words):
     assert "\n" not in str(error.value)
 
 
+@given(
+    warmup=st.integers(0, 1000),
+    decay=st.integers(1, 1000),
+    total=st.floats(1, 1e9),
+    tokens_per_step=st.integers(1, 10**7),
+)
+def test_fractions_that_fit_together_fit_into_a_run_of_any_length(
+    warmup: int, decay: int, total: float, tokens_per_step: int
+):
+    config = ScheduleConfig(
+        peak=1.0,
+        total_tokens=total,
+        warmup_fraction=warmup / 1000,
+        decay_fraction=decay / 1000,
+    )
+    if warmup + decay > 1000 or warmup == 1000:
+        with pytest.raises(UserError, match="do not fit"):
+            build_schedule(config, tokens_per_step)
+        return
+    found = build_schedule(config, tokens_per_step)
+    assert found.warmup + found.decay <= total
+    assert found.warmup < total
+    assert found.warmup % tokens_per_step == 0
+    assert abs(found.warmup - total * warmup / 1000) <= tokens_per_step
+    assert abs(found.decay - total * decay / 1000) <= tokens_per_step
+    assert found.lr(found.num_steps - 1) <= 1
+
+
 SCHEDULE = {"peak": 1.0, "min": 0.1, "warmup_tokens": 310, "decay_tokens": 620}
 
 
@@ -142,6 +172,20 @@ def test_the_last_phase_takes_what_the_schedule_has_left(plan):
     phases = [{"name": "a", "steps": 4}, {"name": "b", "global_tokens": 310}]
     assert plan(phases, total_tokens=1550).timeline.phases[1].num_steps == 3
     assert plan(phases, total_tokens=1600).timeline.phases[1].num_steps == 4
+
+
+def test_each_step_is_in_a_part_of_the_schedule(plan, recipe):
+    phases = [
+        {"name": "a", "steps": 6},
+        {"name": "long", "steps": 2, "schedule": {"kind": "constant", "peak": 0.25}},
+        {"name": "b", "steps": 3},
+    ]
+    found = plan(phases)
+    parts = [found.part(step) for step in range(found.num_steps)]
+    # step 1 reaches the peak; the last four of the nine steps of `a` and `b` decay
+    assert parts[:6] == ["a warm-up"] + ["a stable"] * 4 + ["a decay"]
+    assert parts[6:] == ["long stable"] * 2 + ["b decay"] * 3
+    assert plan_training(recipe()).part(0) == "warm-up"
 
 
 def test_a_phase_with_a_schedule_of_its_own_counts_for_itself(plan):

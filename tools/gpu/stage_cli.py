@@ -35,7 +35,7 @@ rollout:
   truncated: keep
   evaluation_tasks: 4
 batch: {{global_tokens: 1024, micro_batch: 4}}
-remove: [evaluation.tokens, schedule.warmup_steps, schedule.decay_steps]
+remove: [evaluation.tokens, schedule.warmup_fraction]
 schedule: {{kind: constant, peak: 1.0e-3, total_steps: 4}}
 """
 """Reinforcement learning on the first run's weights."""

@@ -255,7 +255,8 @@ def no_column(column: str, names: Collection[str]) -> str:
     """Say that a row lacks the column that is read, and what may be meant."""
     hint = ""
     if "conversations" in names:
-        hint = "; for rows of the ShareGPT form use --messages conversations"
+        way = "nemotron data prepare --chat --messages conversations"
+        hint = f"; for rows of the ShareGPT form use {way}"
     elif "messages" in names:
         hint = "; for conversations use nemotron data prepare --chat"
     elif {"instruction", "output"} <= set(names):

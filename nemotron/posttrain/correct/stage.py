@@ -122,7 +122,9 @@ class Correction:
         Raises:
             UserError: when they are unfit.
         """
-        return CorrectionData(config).describe()
+        data = CorrectionData(config)
+        check_end_of_text(config, data.tokenizer, is_chat=False)
+        return data.describe()
 
     def build(
         self,

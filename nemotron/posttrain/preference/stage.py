@@ -6,7 +6,6 @@ import torch
 
 from nemotron.data.batch import Batch
 from nemotron.data.loader import TrainingData
-from nemotron.data.rehearsal import rehearse
 from nemotron.data.tokenizer import load_tokenizer
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import RoutingStats
@@ -22,7 +21,7 @@ from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.build import build_local
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.loss import StepSums
-from nemotron.train.pretraining import open_data, text_batches
+from nemotron.train.pretraining import open_data, rehearse_data, text_batches
 from nemotron.train.schedule import TrainingPlan, plan_training
 from nemotron.train.setup import Setup
 from nemotron.train.trainer import Trainer
@@ -46,8 +45,7 @@ class PreferenceOptimization:
         Raises:
             UserError: when the pairs are unfit, or there is no fitting reference.
         """
-        vocab_size = config.model.vocab_size
-        lines = rehearse(config.data, plan.timeline, seed=config.seed, vocab_size=vocab_size)
+        lines = rehearse_data(config, plan)
         found = read_reference(config, load_tokenizer(config.data.tokenizer))
         return [*lines, *(f"{place} is the reference" for place in found.contents)]
 

@@ -490,7 +490,8 @@ def test_other_forms_of_conversations_are_recognized_or_refused_by_name(
     turns = [{"from": "human", "value": "Say it."}, {"from": "gpt", "value": "Yes."}]
     for table in (False, True):
         assert prepare_chats([{"conversations": turns}], "refused", table=table) == 2
-        assert "ShareGPT form use --messages conversations" in capsys.readouterr().err
+        way = "ShareGPT form use nemotron data prepare --chat --messages conversations"
+        assert way in capsys.readouterr().err
         name, column = f"share{table}", ("--messages", "conversations")
         assert prepare_chats([{"conversations": turns}], name, *column, table=table) == 0
         assert "Yes." in learned_of(Path(name))[0]
@@ -500,6 +501,25 @@ def test_other_forms_of_conversations_are_recognized_or_refused_by_name(
     calls = [*turns, {"from": "observation", "value": "{}"}]
     assert prepare_chats([{"messages": calls}], "calls") == 2
     assert "messages[2].from is 'observation'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "option"),
+    [
+        (["--messages", "conversations"], "--messages"),
+        (["--no-thinking"], "--no-thinking"),
+        (["--no-reasoning", "0.5"], "--no-reasoning"),
+    ],
+)
+def test_an_option_of_conversations_alone_is_refused(
+    tmp_path: Path, capsys, words: list[str], option: str
+):
+    (tmp_path / "a.jsonl").write_text('{"text": "Rain."}\n')
+    command = ["data", "prepare", str(tmp_path / "a.jsonl"), "--out", str(tmp_path / "o"), *words]
+    assert run(command) == 2
+    said = capsys.readouterr().err
+    assert said == f"nemotron: {option} goes with --chat; give it, too.\n"
+    assert not (tmp_path / "o").exists()
 
 
 def test_members_that_a_table_filled_with_null_are_absent(tmp_path: Path, monkeypatch):

@@ -204,3 +204,10 @@ def test_a_tokenizer_without_marks_is_refused(
     capsys.readouterr()
     assert run(["train", str(recipe)]) == 2
     assert "<void>" in capsys.readouterr().err
+
+
+def test_a_dry_run_refuses_another_end_of_text_as_training_does(place: PairPlace, capsys) -> None:
+    recipe = str(place.recipe("ends"))
+    for words in (["--dry-run"], []):
+        assert run(["train", recipe, *words, "model.eos_token_id=3"]) == 2
+        assert "but documents end with data.eod_token = " in capsys.readouterr().err
