@@ -42,8 +42,11 @@ CALLED = {
     ("torch._utils", "_rebuild_tensor_v2"),
     ("torch._utils", "_rebuild_tensor_v3"),
     ("collections", "OrderedDict"),
+    ("builtins", "getattr"),
 }
 """Names whose calls are recorded."""
+GETATTR, ENCODING = ("builtins", "getattr"), (METADATA, "_MEM_FORMAT_ENCODING")
+"""Some releases of Python 3.11 write a member of an enumeration as its name in the class."""
 
 
 class Refused(Exception):
@@ -146,6 +149,8 @@ class Machine:
                 CLASSES if opcode == "NEWOBJ" else CALLED
             ):
                 raise Refused(f"calls {name}, which no checkpoint needs")
+            if name.key == GETATTR and arguments[0] != Name(*ENCODING):
+                raise Refused("looks up an attribute, which no checkpoint needs")
             self.stack.append(Call(name, tuple(arguments)))
         elif opcode == "BUILD":
             state = self.stack.pop()

@@ -1,7 +1,9 @@
 """Checkpoints of the old format are converted bit by bit, and nothing in them is executed."""
 
+import collections
 import contextlib
 import json
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import metadata
 from torch.distributed.checkpoint.api import CheckpointException
 
 from nemotron.checkpoint import pickled
@@ -145,3 +148,23 @@ def test_the_reader_of_pickles_needs_no_more_than_the_standard_library(old):
     command = [sys.executable, "-I", "-S", pickled.__file__, str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     assert json.loads(done.stdout)["tensors"].keys() == TENSORS.keys()
+
+
+class LookedUp:
+    """Is written as an attribute of something, which some releases of Python 3.11 do for enums."""
+
+    def __init__(self, owner: object, name: str) -> None:
+        self.looked_up = owner, name
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return getattr, self.looked_up
+
+
+def test_a_member_of_an_enumeration_that_python_3_11_2_wrote_is_read_and_no_other_attribute():
+    member = LookedUp(metadata._MEM_FORMAT_ENCODING, "TORCH_CONTIGUOUS_FORMAT")
+    call = pickled.Machine().run(pickle.dumps(member))
+    assert call.name.key == pickled.GETATTR
+    assert call.arguments == (pickled.Name(*pickled.ENCODING), "TORCH_CONTIGUOUS_FORMAT")
+    for owner, name in ((torch.Size, "numel"), (collections.OrderedDict, "fromkeys")):
+        with pytest.raises(pickled.Refused, match="looks up an attribute"):
+            pickled.Machine().run(pickle.dumps(LookedUp(owner, name)))

@@ -89,6 +89,8 @@ class OldUnpickler(pickle.Unpickler):
             ("torch.serialization", "_get_layout"): torch.serialization._get_layout,
             ("pathlib", "PosixPath"): pathlib.PosixPath,
             (filesystem.__name__, "_StorageInfo"): filesystem._StorageInfo,
+            # for members of enumerations, as some releases of Python 3.11 write them
+            ("builtins", "getattr"): getattr,
         }
         if (module, name) in allowed:
             return allowed[module, name]
