@@ -59,7 +59,7 @@ def map_array(path: Path, dtype: DTypeLike) -> NDArray[Any]:  # Any: of `dtype`
         OSError: when there is no such file.
     """
     if not path.is_file():  # no pipe and no device is opened
-        raise FileNotFoundError(f"{path} is no file")
+        raise FileNotFoundError(f"{path} is not a file")
     try:
         array: NDArray[Any] = np.load(path, mmap_mode="r")
     except (tokenize.TokenError, SyntaxError, EOFError, OverflowError, TypeError) as error:

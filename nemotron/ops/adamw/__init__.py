@@ -55,7 +55,7 @@ _triton = Backend(
 
 
 def kernel_for(name: str, device: torch.device) -> Kernel | None:
-    """Return the kernel of that name; None for torch's own, which is no kernel of ours.
+    """Return the kernel of that name; None for that of torch.
 
     Raises:
         UserError: when it cannot be used on the device.

@@ -93,7 +93,7 @@ def _choose(
     scores = 1 / (1 + tl.exp2(-logits * LOG2_E))
     tl.store(scores_ptr + token * E + lane, scores, mask=inside)
     biased = scores + tl.load(bias_ptr + lane, mask=inside, other=0.0).to(tl.float32)
-    # what is no number comes last and must not leave the table
+    # what is not a number comes last and must not leave the table
     left = tl.where(biased > LOWEST, biased, LOWEST)
     left = tl.where(inside, left, -float("inf"))
     place = tl.arange(0, PLACES)
