@@ -80,7 +80,8 @@ def train(
     from nemotron.parallel.runtime import Launch
     from nemotron.recipe.load import load_recipe
 
-    Launch.of_this_process()  # reports a mistake in the environment before the recipe is read
+    # reports a mistake in the environment before the recipe is read
+    Launch.of_this_process(meets=not dry_run)
     loaded = load_recipe(recipe, overrides or [])
     if recipe.is_dir():
         loaded = _in_its_folder(loaded, recipe, overrides or [])

@@ -35,14 +35,15 @@ class Launch:
     world: int
     local_rank: int
     host: str
-    """Where the first rank can be reached."""
+    """Where the first rank can be reached; empty for a process that does not meet it."""
     port: int
 
     @classmethod
-    def of_this_process(cls) -> "Launch | None":
+    def of_this_process(cls, *, meets: bool = True) -> "Launch | None":
         """Read RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT.
 
-        None for a process that was started alone.
+        None for a process that was started alone. One that never `meets` the others, as in a dry
+        run, needs no address of theirs.
 
         Raises:
             UserError: when they are there in part, or out of range.
@@ -66,6 +67,8 @@ class Launch:
                 rule = f"must lie in 0 … {world - 1}, below WORLD_SIZE."
                 raise UserError(rule, key=name, value=number, where="environment")
         host, port = os.environ.get("MASTER_ADDR"), os.environ.get("MASTER_PORT", "")
+        if not meets and host is None and not port:
+            return cls(rank, world, local, "", 0)
         if not host or not (port.isdecimal() and len(port) < 9 and 0 < int(port) < 1 << 16):
             raise UserError(
                 f"MASTER_ADDR={host}, MASTER_PORT={port or None} must say where rank 0 can be "
@@ -218,7 +221,7 @@ def speaker() -> str:
     with it; who still lives after that has an error of its own.
     """
     try:
-        launch = Launch.of_this_process()
+        launch = Launch.of_this_process(meets=False)
     except UserError:  # that is what is being said
         return "nemotron"
     if launch is None or launch.rank == 0:

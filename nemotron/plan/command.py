@@ -93,7 +93,7 @@ def estimate(config: RunConfig) -> list[str]:
 
     On GPUs without a row in `SYSTEMS`, and for stages other than pre-training, nothing is known.
     """
-    launch = Launch.of_this_process()
+    launch = Launch.of_this_process(meets=False)
     name = _name_of_this(find_device(config.device))
     if name is None or not isinstance(config, TextConfig) or (launch and launch.rank):
         return []

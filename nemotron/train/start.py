@@ -126,7 +126,7 @@ def dry_run(
     Raises:
         UserError: as `train` does.
     """
-    launch = Launch.of_this_process()
+    launch = Launch.of_this_process(meets=False)
     trained: Stage = stage or Pretraining()
     plan = trained.plan(config)
     world = launch.world if launch else least_world(config.parallel)

@@ -173,3 +173,14 @@ def test_half_an_environment_is_a_mistake(
     assert cli.run(words) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert sentence in line
+
+
+def test_a_dry_run_of_a_rank_meets_nobody(
+    no_rank: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+):
+    for name, value in {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2"}.items():
+        no_rank.setenv(name, value)  # as launch/torchrun.sh does
+    assert cli.run(["train", SMOKE, "--dry-run"]) == 0
+    assert "ranks" in capsys.readouterr().out
+    assert cli.run(["train", SMOKE]) == 2
+    assert "MASTER_ADDR=None, MASTER_PORT=None must say where" in capsys.readouterr().err
