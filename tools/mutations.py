@@ -38,9 +38,9 @@ class Fault:
 FAULTS = (
     Fault(
         "model: the router's bias weighs, too, instead of choosing only",
-        "nemotron/model/router.py",
+        "nemotron/ops/routing/__init__.py",
         "weights = scores.gather(1, experts)",
-        "weights = (scores + self.e_score_correction_bias).gather(1, experts)",
+        "weights = (scores + bias).gather(1, experts)",
         "tests/model/test_router.py",
     ),
     Fault(
