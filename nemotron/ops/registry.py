@@ -98,6 +98,30 @@ def lazy(module: str, name: str) -> Callable[..., Any]:
     return call
 
 
+def triton_backend(
+    module: str,
+    function: str,
+    *,
+    dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16}),
+    features: frozenset[str] = frozenset(),
+    by_name: bool = False,
+    limit: Callable[..., str | None] | None = None,
+) -> Backend:
+    """Return the backend `triton` of a GPU, of which a module holds the kernels."""
+    return Backend(
+        "triton",
+        lazy(module, function),
+        devices=frozenset({"cuda"}),
+        dtypes=dtypes,
+        features=features,
+        packages=("triton",),
+        install="comes with torch for CUDA",
+        imports=(module,),
+        by_name=by_name,
+        limit=limit,
+    )
+
+
 @dataclass(eq=False)
 class Operation:
     """An operation and its backends, fastest first; the last one fits every call.

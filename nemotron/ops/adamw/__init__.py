@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from nemotron.errors import UserError
-from nemotron.ops.registry import Backend, Call, lazy
+from nemotron.ops.registry import Call, triton_backend
 
 
 class Settings(NamedTuple):
@@ -43,14 +43,10 @@ dtype of its own: None where a parameter has no copy.
 Source: Loshchilov and Hutter 2019, "Decoupled Weight Decay Regularization".
 """
 
-_triton = Backend(
-    "triton",
-    lazy("nemotron.ops.adamw.triton", "adamw"),
-    devices=frozenset({"cuda"}),
+_triton = triton_backend(
+    "nemotron.ops.adamw.triton",
+    "adamw",
     dtypes=frozenset({torch.float32}),
-    packages=("triton",),
-    install="comes with torch for CUDA",
-    imports=("nemotron.ops.adamw.triton",),
 )
 
 

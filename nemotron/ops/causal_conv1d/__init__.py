@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.causal_conv1d import cuda
-from nemotron.ops.registry import Backend, Operation, lazy
+from nemotron.ops.registry import Backend, Operation, lazy, triton_backend
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements of the float32 block that is worked on at a time: about one core's cache."""
@@ -205,17 +205,12 @@ def blocked(
 causal_conv1d = CausalConv1dOp(
     "causal_conv1d",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.causal_conv1d.triton", "causal_conv1d"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
+        triton_backend(
+            "nemotron.ops.causal_conv1d.triton",
+            "causal_conv1d",
             features=frozenset(
                 {"documents", "initial_state", "documents_after_a_state", "any_width"}
             ),
-            packages=("triton",),
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.causal_conv1d.triton",),
         ),
         cuda.backend,
         Backend(

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.registry import Backend, Operation, lazy
+from nemotron.ops.registry import Backend, Operation, triton_backend
 
 MOST_COPIES = 512
 """Tokens times experts of each that the kernels take; beyond, products by groups are as fast."""
@@ -58,15 +58,10 @@ def _limit(copies: int) -> str | None:
 expert_step = ExpertStepOp(
     "expert_step",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.expert_step.triton", "expert_step"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.bfloat16, torch.float32}),
-            packages=("triton",),
+        triton_backend(
+            "nemotron.ops.expert_step.triton",
+            "expert_step",
             by_name=True,  # has not run on a GPU yet
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.expert_step.triton",),
             limit=_limit,
         ),
         Backend("reference", reference),

@@ -9,7 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron.ops.registry import Backend, Operation, lazy
+from nemotron.ops.registry import Backend, Operation, triton_backend
 
 CHUNK_ELEMENTS = 1 << 21
 """Logits that exist at a time on a CPU; 8 MB in float32."""
@@ -263,14 +263,9 @@ def chunked(
 linear_cross_entropy = LinearCrossEntropyOp(
     "linear_cross_entropy",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.linear_cross_entropy.triton", "linear_cross_entropy"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.bfloat16, torch.float32}),
-            packages=("triton",),
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.linear_cross_entropy.triton",),
+        triton_backend(
+            "nemotron.ops.linear_cross_entropy.triton",
+            "linear_cross_entropy",
         ),
         Backend("chunked", chunked),
         Backend("reference", reference),

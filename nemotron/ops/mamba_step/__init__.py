@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.registry import Backend, Operation, lazy
+from nemotron.ops.registry import Backend, Operation, triton_backend
 
 
 class Weights(NamedTuple):
@@ -80,15 +80,10 @@ def reference(
 mamba_step = MambaStepOp(
     "mamba_step",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.mamba_step.triton", "mamba_step"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.bfloat16, torch.float32}),
-            packages=("triton",),
+        triton_backend(
+            "nemotron.ops.mamba_step.triton",
+            "mamba_step",
             by_name=True,  # has not run on a GPU yet
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.mamba_step.triton",),
         ),
         Backend("reference", reference),
     ],

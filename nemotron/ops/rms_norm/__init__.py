@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.device import CACHED_ELEMENTS, row_blocks
-from nemotron.ops.registry import Backend, Operation, lazy
+from nemotron.ops.registry import Backend, Operation, lazy, triton_backend
 
 
 class RMSNormOp(Operation):
@@ -177,14 +177,9 @@ def gated_fused(
 rms_norm = RMSNormOp(
     "rms_norm",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.rms_norm.triton", "rms_norm"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
-            packages=("triton",),
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.rms_norm.triton",),
+        triton_backend(
+            "nemotron.ops.rms_norm.triton",
+            "rms_norm",
         ),
         Backend(
             "numba",
@@ -204,14 +199,9 @@ rms_norm = RMSNormOp(
 gated_rms_norm = GatedRMSNormOp(
     "gated_rms_norm",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.rms_norm.gated_triton", "gated_rms_norm"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
-            packages=("triton",),
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.rms_norm.gated_triton",),
+        triton_backend(
+            "nemotron.ops.rms_norm.gated_triton",
+            "gated_rms_norm",
         ),
         Backend(
             "numba",

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.registry import Backend, Operation, lazy
+from nemotron.ops.registry import Backend, Operation, triton_backend
 
 MOST_TOKENS = 64
 """That the kernels take; beyond, their partial sums are as many bytes as the steps of a router."""
@@ -65,15 +65,10 @@ def _limit(tokens: int) -> str | None:
 router_step = RouterStepOp(
     "router_step",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.router_step.triton", "router_step"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.bfloat16, torch.float32}),
-            packages=("triton",),
+        triton_backend(
+            "nemotron.ops.router_step.triton",
+            "router_step",
             by_name=True,  # has not run on a GPU yet
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.router_step.triton",),
             limit=_limit,
         ),
         Backend("reference", reference),

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nemotron.ops.registry import Backend, Operation, lazy
+from nemotron.ops.registry import Backend, Operation, triton_backend
 
 
 class Routed(NamedTuple):
@@ -115,15 +115,10 @@ MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 topk_routing = TopkRoutingOp(
     "topk_routing",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.routing.topk_triton", "topk_routing"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.bfloat16, torch.float32}),
-            packages=("triton",),
+        triton_backend(
+            "nemotron.ops.routing.topk_triton",
+            "topk_routing",
             by_name=True,  # has not run on a GPU yet
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.routing.topk_triton",),
             limit=_too_wide,
         ),
         Backend("reference", reference, features=frozenset({"groups"})),
@@ -172,15 +167,10 @@ def add_up(
 balance_sums = BalanceSumsOp(
     "balance_sums",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.routing.balance_triton", "balance_sums"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.bfloat16, torch.float32}),
-            packages=("triton",),
+        triton_backend(
+            "nemotron.ops.routing.balance_triton",
+            "balance_sums",
             by_name=True,  # has not run on a GPU yet
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.routing.balance_triton",),
             limit=_too_wide,
         ),
         Backend("reference", add_up),
@@ -249,15 +239,10 @@ def sort(
 expert_order = ExpertOrderOp(
     "expert_order",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.routing.order_triton", "expert_order"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.bfloat16, torch.float32}),
-            packages=("triton",),
+        triton_backend(
+            "nemotron.ops.routing.order_triton",
+            "expert_order",
             by_name=True,  # has not run on a GPU yet
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.routing.order_triton",),
         ),
         Backend("reference", sort),
     ],
@@ -357,14 +342,9 @@ def embedding_bag(
 token_copies = TokenCopiesOp(
     "token_copies",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.routing.copies_triton", "token_copies"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.bfloat16, torch.float32}),
-            packages=("triton",),
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.routing.copies_triton",),
+        triton_backend(
+            "nemotron.ops.routing.copies_triton",
+            "token_copies",
         ),
         Backend("embedding_bag", embedding_bag),
         Backend("reference", copy_or_add),

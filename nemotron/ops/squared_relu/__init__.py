@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.device import row_blocks
-from nemotron.ops.registry import Backend, Operation, lazy
+from nemotron.ops.registry import Backend, Operation, lazy, triton_backend
 
 
 class SquaredReLUOp(Operation):
@@ -87,14 +87,9 @@ def blocked(
 squared_relu = SquaredReLUOp(
     "squared_relu",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.squared_relu.triton", "squared_relu"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
-            packages=("triton",),
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.squared_relu.triton",),
+        triton_backend(
+            "nemotron.ops.squared_relu.triton",
+            "squared_relu",
         ),
         Backend(
             "numba",

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.registry import Backend, Operation, lazy
+from nemotron.ops.registry import Backend, Operation, lazy, triton_backend
 from nemotron.ops.ssd import chunked, mamba_ssm
 
 TRITON_SIZES = {16, 32, 64, 128}
@@ -91,15 +91,10 @@ def reference(
 ssd = SSDOp(
     "ssd",
     [
-        Backend(
-            "triton",
-            lazy("nemotron.ops.ssd.triton", "ssd"),
-            devices=frozenset({"cuda"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
+        triton_backend(
+            "nemotron.ops.ssd.triton",
+            "ssd",
             features=frozenset({"documents", "initial_state", "final_state"}),
-            packages=("triton",),
-            install="comes with torch for CUDA",
-            imports=("nemotron.ops.ssd.triton",),
             limit=_triton_limit,
         ),
         mamba_ssm.backend,
