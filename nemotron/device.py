@@ -2,6 +2,7 @@
 
 import functools
 import os
+import platform
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -71,12 +72,23 @@ def memory_values(device: torch.device) -> dict[str, float]:
     return values
 
 
+@functools.cache
+def cpu_multiplies_bfloat16() -> bool:
+    """Say whether this CPU has instructions for products of bfloat16."""
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 def measure_matmul_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.3) -> float:
     """Return the FLOP/s of large matrix products in `dtype`: the fastest, on random numbers.
 
     Other programs only slow a product down, so the fastest is nearest to what the device can do. A
-    GPU multiplies constant matrices up to 13 % faster, since their bits hardly toggle.
+    GPU multiplies constant matrices up to 13 % faster, since their bits hardly toggle. bfloat16 is
+    float32 on a CPU without instructions for it, as in `ops.float32_products`.
     """
+    if device.type == "cpu" and dtype == torch.bfloat16 and not cpu_multiplies_bfloat16():
+        dtype = torch.float32
     size = MEASURED_SIZE[device.type]
     generator = torch.Generator(device).manual_seed(0)
     a, b = (torch.randn(size, size, generator=generator, device=device).to(dtype) for _ in range(2))

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from nemotron import device
 from nemotron.device import find_device, measure_matmul_peak
 from nemotron.errors import UserError
 
@@ -33,3 +34,14 @@ def test_a_process_beyond_the_gpus_is_refused(monkeypatch) -> None:
 def test_the_measured_peak_is_what_a_product_of_that_size_reaches() -> None:
     peak = measure_matmul_peak(torch.device("cpu"), torch.float32, seconds=0.05)
     assert 1e8 < peak < 1e14
+
+
+def test_bfloat16_is_measured_as_it_is_multiplied(monkeypatch) -> None:
+    seen: list[torch.dtype] = []
+    product = torch.mm
+    monkeypatch.setattr(
+        torch, "mm", lambda a, b, out: seen.append(a.dtype) or product(a, b, out=out)
+    )
+    monkeypatch.setattr(device, "cpu_multiplies_bfloat16", lambda: False)
+    measure_matmul_peak(torch.device("cpu"), torch.bfloat16, seconds=0.0)
+    assert set(seen) == {torch.float32}

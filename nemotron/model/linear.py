@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nemotron.model.adapter import Adapter
 from nemotron.ops.linear import linear
-from nemotron.ops.linear_cross_entropy import linear_cross_entropy
+from nemotron.ops.linear_cross_entropy import linear_cross_entropy, widened
 from nemotron.ops.rms_norm import rms_norm
 from nemotron.ops.squared_relu import squared_relu
 
@@ -71,6 +71,7 @@ class Head(Linear):
         """
 
         def part(rows: Tensor, weight: Tensor, own: Tensor) -> Tensor:
+            rows, weight = widened(rows, weight)
             logits = (rows @ weight.to(rows.dtype).T).to(wide)
             return logits.gather(1, own) - logits.logsumexp(1, keepdim=True)
 
@@ -93,6 +94,7 @@ class Head(Linear):
         """
 
         def part(rows: Tensor, weight: Tensor, which: slice) -> Tensor:
+            rows, weight = widened(rows, weight)
             logits = rows @ weight.to(rows.dtype).T
             return function(logits, which)
 

@@ -33,7 +33,7 @@ class PassedOver:
     backend: str
     reason: str
     runs_here: bool
-    """Whether it is for the device of the run at all."""
+    """Whether it is for the device and dtype of the run at all."""
 
 
 def choose_backends(
@@ -55,7 +55,7 @@ def choose_backends(
             if backend.by_name:
                 continue
             reason = backend.unfit(call) or "the recipe names another one"
-            passed_over.append(PassedOver(backend.name, reason, backend.runs_on(call.device)))
+            passed_over.append(PassedOver(backend.name, reason, backend.is_for(call)))
         choices.append(Choice(operation.name, chosen.name, tuple(passed_over)))
     return choices
 
@@ -69,7 +69,7 @@ def training_call(
 
 
 def describe(choices: list[Choice]) -> list[str]:
-    """Return lines for the start of a run; backends for other devices go without saying."""
+    """Return lines for the start of a run; those for other devices and dtypes go without saying."""
     lines = [", ".join(f"{choice.operation} {choice.backend}" for choice in choices)]
     for choice in choices:
         lines += [

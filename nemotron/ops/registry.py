@@ -43,7 +43,7 @@ class Backend:
     by_name: bool = False
     """Whether it is used only where a recipe names it: its results have other bits than those of
     the backend that existing runs use, and which package is installed must not change a run; or it
-    was tested in an interpreter and has not run on its device yet."""
+    was tested in an interpreter and has not run on its device yet; or this machine has faster."""
     limit: Callable[..., str | None] | None = None
     """Takes the sizes of a call and says why the function cannot compute it, or returns None."""
 
@@ -57,13 +57,13 @@ class Backend:
                 return f"{module} cannot be imported ({reason})"
         return None
 
-    def runs_on(self, device: str) -> bool:
-        """Say whether the backend is for this type of device, installed or not."""
-        return device in self.devices
+    def is_for(self, call: Call) -> bool:
+        """Say whether the backend is for tensors of this kind, installed or not."""
+        return call.device in self.devices and call.dtype in self.dtypes
 
     def unfit(self, call: Call) -> str | None:
         """Say why this backend cannot take the call, or return None when it can."""
-        if not self.runs_on(call.device):
+        if call.device not in self.devices:
             return f"runs on {' or '.join(sorted(self.devices))}, not on {call.device}"
         if call.dtype not in self.dtypes:
             return f"does not take {str(call.dtype).removeprefix('torch.')}"

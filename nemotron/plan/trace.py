@@ -11,10 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nemotron.model.block import Block
 from nemotron.model.config import ModelConfig
+from nemotron.ops.apply import apply
+from nemotron.ops.config import OpsConfig
 from nemotron.plan.memory import activation_bytes
 
 TOKENS = 512
 """Length of the row; a second length is traced to find what grows with the tokens."""
+CPU_OPERATIONS = OpsConfig(
+    attention="sdpa", grouped_linear="loop", linear="reference", ssd="chunked"
+)
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,9 @@ class Kept:
 def trace_blocks(model: ModelConfig, width: int = 2) -> list[Kept]:
     """Trace a block of each kind that the pattern has, at its real size, and compare.
 
-    The operations are those for CPUs, whose scan keeps the states between its chunks; the formula
-    is evaluated for the same. `width` is that of an activation: 2 for bf16, 4 for fp32.
+    The operations are those for CPUs that multiply `width`, so that this one changes nothing; their
+    scan keeps the states between its chunks. The formula is for the same. `width` is that of an
+    activation: 2 for bf16, 4 for fp32.
     """
     found = []
     for letter in sorted(set(model.hybrid_override_pattern)):
@@ -57,6 +63,7 @@ def _kept(model: ModelConfig, letter: str, tokens: int, width: int) -> int:
     copies = tokens * model.num_experts_per_tok
     with FakeTensorMode(), _EvenRouting(copies, model.n_routed_experts):
         block = Block(model, letter)
+        apply(block, CPU_OPERATIONS)
         own = {_address(t) for t in (*block.parameters(), *block.buffers())}
         hidden = torch.empty(1, tokens, model.hidden_size, dtype=dtype, requires_grad=True)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

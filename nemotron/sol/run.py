@@ -138,8 +138,8 @@ def beside(candidate: Candidate) -> Candidate:
         return replace(candidate, backend="reference")
     device = torch.device(candidate.device).type
     call = Call(device, DTYPES[candidate.dtype], find_problem(candidate, candidate.rows).needs)
-    torchs = [b for b in operation.backends if not b.packages and b.unfit(call) is None]
-    return replace(candidate, backend=torchs[0].name)
+    fit = [b for b in operation.backends if b.unfit(call) is None and not b.by_name]
+    return replace(candidate, backend=next(b.name for b in fit if not b.packages))
 
 
 def measure(candidate: Candidate, machine: Machine, patience: Patience) -> Result:

@@ -5,6 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from nemotron.device import cpu_multiplies_bfloat16
 from nemotron.ops.grouped_linear import grouped_linear, grouped_mm, loop, reference, row_multiple
 
 
@@ -41,7 +42,8 @@ def test_bfloat16_products_round_their_result():
 
 
 def test_rows_are_rounded_up_only_where_shapes_are_compiled():
-    assert row_multiple(torch.zeros(1, dtype=torch.bfloat16)) == 64
+    narrow = row_multiple(torch.zeros(1, dtype=torch.bfloat16))
+    assert narrow == (64 if cpu_multiplies_bfloat16() else 1)
     assert row_multiple(torch.zeros(1)) == 1
     assert row_multiple(torch.zeros(1, dtype=torch.bfloat16, device="meta")) == 1
 

@@ -8,11 +8,13 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from nemotron.ops import float32_products
 from nemotron.ops.attention import flash_attn
 from nemotron.ops.registry import Backend, Operation, lazy
 
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The kernels of torch that take any length at once."""
+FEATURES = frozenset({"documents", "cache", "lengths", "documents_after_a_prefix"})
 
 
 class AttentionOp(Operation):
@@ -87,6 +89,17 @@ def sdpa(
         ids = None if seq_idx is None else seq_idx[row, :end]
         rows.append(_attend_row(q[row, None], k[row, None, :end], v[row, None, :end], ids))
     return torch.cat(rows)
+
+
+def sdpa_in_float32(
+    q: Float[Tensor, "B T Hq Dh"],
+    k: Float[Tensor, "B S Hkv Dh"],
+    v: Float[Tensor, "B S Hkv Dh"],
+    seq_idx: Int[Tensor, "B S"] | None,
+    lengths: Int[Tensor, " B"] | None,
+) -> Float[Tensor, "B T Hq Dh"]:
+    """The same for bfloat16 on CPUs that do not multiply it."""
+    return sdpa(q.float(), k.float(), v.float(), seq_idx, lengths).to(q.dtype)
 
 
 def _attend_row(
@@ -191,15 +204,16 @@ attention = AttentionOp(
             features=frozenset({"documents", "cache", "documents_after_a_prefix"}),
             limit=_flash_limit,
         ),
+        float32_products.backend(sdpa_in_float32, features=FEATURES),
         Backend(
             "sdpa",
             sdpa,
-            features=frozenset({"documents", "cache", "lengths", "documents_after_a_prefix"}),
+            features=FEATURES,
         ),
         Backend(
             "reference",
             reference,
-            features=frozenset({"documents", "cache", "lengths", "documents_after_a_prefix"}),
+            features=FEATURES,
         ),
     ],
 )

@@ -1,5 +1,6 @@
 """Matrix products of the routed experts: rows sorted by expert, one matrix each."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from nemotron.device import cpu_multiplies_bfloat16
+from nemotron.ops import float32_products
 from nemotron.ops.registry import Backend, Operation
 from nemotron.ops.rounded import round_weight
 
@@ -32,30 +35,48 @@ def reference(
     return torch.cat([part @ matrix.T for part, matrix in zip(parts, weight, strict=True)])
 
 
+Product = Callable[[Tensor, Tensor, Tensor], object]
+"""Writes the product of two matrices into a third."""
+
+
+def _multiply(a: Tensor, b: Tensor, out: Tensor) -> None:
+    torch.mm(a, b, out=out)
+
+
+def _multiply_in_float32(a: Tensor, b: Tensor, out: Tensor) -> None:
+    # a weight is float32 and gets rounded; its gradient is float32 and does not
+    a, b = (t.to(torch.bfloat16).float() for t in (a, b))
+    if out.dtype == torch.float32:
+        torch.mm(a, b, out=out)
+    else:
+        out.copy_(torch.mm(a, b))
+
+
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: Tensor, multiply: Product) -> Tensor:
         ctx.save_for_backward(x, weight)
+        ctx.multiply = multiply
         ctx.groups = groups_of(counts)
         y = x.new_empty(x.shape[0], weight.shape[1])
         for expert, rows in ctx.groups:
-            torch.mm(x[rows], weight[expert].T, out=y[rows])
+            multiply(x[rows], weight[expert].T, y[rows])
         return y
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         x, weight = ctx.saved_tensors
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             grad_x = torch.empty_like(x)
             for expert, rows in ctx.groups:
-                torch.mm(grad[rows], weight[expert], out=grad_x[rows])
+                ctx.multiply(grad[rows], weight[expert], grad_x[rows])
         if ctx.needs_input_grad[1]:
             used = len(ctx.groups) == weight.shape[0]
             grad_weight = torch.empty_like(weight) if used else torch.zeros_like(weight)
             for expert, rows in ctx.groups:
-                torch.mm(grad[rows].T, x[rows], out=grad_weight[expert])
-        return grad_x, grad_weight, None
+                ctx.multiply(grad[rows].T, x[rows], grad_weight[expert])
+        return grad_x, grad_weight, None, None
 
 
 def groups_of(counts: Tensor) -> list[tuple[int, slice]]:
@@ -72,7 +93,14 @@ def loop(
     x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
 ) -> Float[Tensor, "R N"]:
     """One product per expert that has rows, written into one output; on CPUs the fastest."""
-    return _GroupedLinear.apply(x, weight.to(x.dtype), counts)
+    return _GroupedLinear.apply(x, weight.to(x.dtype), counts, _multiply)
+
+
+def loop_in_float32(
+    x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
+) -> Float[Tensor, "R N"]:
+    """The same for bfloat16 on CPUs that do not multiply it; a gradient of weights is float32."""
+    return _GroupedLinear.apply(x, weight, counts, _multiply_in_float32)
 
 
 def grouped_mm(
@@ -102,6 +130,7 @@ grouped_linear = GroupedLinearOp(
             dtypes=frozenset({torch.bfloat16}),
             limit=_limit,
         ),
+        float32_products.backend(loop_in_float32),
         Backend("loop", loop),
         Backend("reference", reference),
     ],
@@ -114,4 +143,5 @@ def row_multiple(x: Tensor) -> int:
     oneDNN compiles a bf16 product for every distinct shape; few shapes keep it from compiling
     in every step. The products are right for any counts.
     """
-    return 64 if x.dtype == torch.bfloat16 and x.device.type == "cpu" else 1
+    compiles = x.dtype == torch.bfloat16 and x.device.type == "cpu"
+    return 64 if compiles and cpu_multiplies_bfloat16() else 1

@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
-from nemotron.ops.linear import float32_gradient, split
+from nemotron.ops.linear import float32_gradient, float32_products, split
 from nemotron.ops.registry import Backend, Operation
 
 
@@ -42,7 +42,11 @@ def wide_reference(x: Float[Tensor, "M K"], weight: Float[Tensor, "N K"]) -> Flo
 
 linear = LinearOp(
     "linear",
-    [float32_gradient.backend, Backend("reference", reference, features=frozenset({"same_dtype"}))],
+    [
+        float32_gradient.backend,
+        float32_products.backend,
+        Backend("reference", reference, features=frozenset({"same_dtype"})),
+    ],
 )
 
 wide_linear = WideLinearOp(

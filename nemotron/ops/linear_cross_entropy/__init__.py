@@ -9,6 +9,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron.device import cpu_multiplies_bfloat16
 from nemotron.ops.registry import Backend, Operation, triton_backend
 
 CHUNK_ELEMENTS = 1 << 21
@@ -219,6 +220,28 @@ def _split(values: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
     return values.split(_chunk(weight))
 
 
+class _RoundedInFloat32(torch.autograd.Function):
+    """The gradient passes as it is: float32, never rounded to bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, dtype: torch.dtype) -> Tensor:
+        return weight.to(dtype).float()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+def widened(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Return x and a weight as they are, or both in float32 where this CPU does not multiply x.
+
+    The weight is then rounded to the dtype of x first. What follows a product stays float32.
+    """
+    if x.device.type != "cpu" or x.dtype != torch.bfloat16 or cpu_multiplies_bfloat16():
+        return x, weight
+    return x.float(), _RoundedInFloat32.apply(weight, x.dtype)
+
+
 def summed_loss(
     hidden: Float[Tensor, "M D"],
     weight: Float[Tensor, "V D"],
@@ -227,7 +250,7 @@ def summed_loss(
     cross_entropy: CrossEntropy = cross_entropy,
 ) -> Float[Tensor, ""]:
     """Return the sum of the weighted losses; `cross_entropy` decides what a row's loss is."""
-    return _SummedLoss.apply(hidden, weight, labels, weights, cross_entropy)
+    return _SummedLoss.apply(*widened(hidden, weight), labels, weights, cross_entropy)
 
 
 def loss_per_token(
@@ -239,6 +262,7 @@ def loss_per_token(
     """Return the loss of each row, 0 without a label; `cross_entropy` decides what it is."""
     if labels.device.type != "cpu":  # the host would wait for a GPU to find the labels
         return _LossPerToken.apply(hidden, weight, labels, cross_entropy)
+    hidden, weight = widened(hidden, weight)
     kept = (labels != IGNORED).nonzero().squeeze(1)
     if kept.shape[0] == labels.shape[0]:
         return _LossPerToken.apply(hidden, weight, labels, cross_entropy)

@@ -110,6 +110,7 @@ ssd = SSDOp(
             by_name=True,
             limit=_numba_limit,
         ),
+        chunked.float32_backend,
         chunked.backend,
         Backend(
             "reference",

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor
 
+from nemotron.ops import float32_products
 from nemotron.ops.registry import Backend
 
 CHUNK = 64
@@ -390,8 +391,21 @@ def ssd(
     return y[:, :num_tokens], state.mT.reshape(b, heads, P, N)
 
 
-backend = Backend(
-    "chunked",
-    ssd,
-    features=frozenset({"documents", "initial_state", "final_state"}),
-)
+def in_float32(
+    x: Float[Tensor, "B T H P"],
+    dt: Float[Tensor, "B T H"],
+    A: Float[Tensor, " H"],
+    B: Float[Tensor, "B T G N"],
+    C: Float[Tensor, "B T G N"],
+    D: Float[Tensor, " H"],
+    initial_state: Float[Tensor, "B H P N"] | None,
+    seq_idx: Int[Tensor, "B T"] | None,
+) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"]]:
+    """The same for bfloat16 on CPUs that do not multiply it."""
+    y, state = ssd(x.float(), dt, A, B.float(), C.float(), D, initial_state, seq_idx)
+    return y.to(x.dtype), state
+
+
+FEATURES = frozenset({"documents", "initial_state", "final_state"})
+backend = Backend("chunked", ssd, features=FEATURES)
+float32_backend = float32_products.backend(in_float32, features=FEATURES)
