@@ -34,41 +34,13 @@ from torch import Tensor
 
 from nemotron.ops.adamw import Settings
 from nemotron.ops.tuning import base
+from nemotron.sol.sizes import SIZES, Size
 from nemotron.tune.compiled import SHARED_LIMIT, launches_replaced, pretend, used
 
 BF16, FP32 = torch.bfloat16, torch.float32
 TOKENS = 8192
 ROWS = 8
 """Texts that a step of generation continues."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """The dimensions of a released model that kernels see."""
-
-    hidden: int
-    heads: int
-    groups: int = 8
-    head_dim: int = 64
-    state: int = 128
-    expert: int = 1856
-    expert_input: int = 2688
-    vocabulary: int = 131072
-    top_k: int = 6
-    experts: int = 128
-    """Of all ranks."""
-
-    @property
-    def inner(self) -> int:
-        return self.heads * self.head_dim
-
-    @property
-    def channels(self) -> int:
-        return self.inner + 2 * self.groups * self.state
-
-
-NANO = Sizes(hidden=2688, heads=64)
-SUPER = Sizes(hidden=4096, heads=128, expert=2688, expert_input=1024, top_k=22, experts=512)
 
 
 @dataclass(frozen=True)
@@ -108,7 +80,7 @@ def call(operation: str, function: str, *arguments: Any, module: str = "triton")
     torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
 
 
-def ssd(sizes: Sizes, dtype: torch.dtype, *, documents: bool) -> None:
+def ssd(sizes: Size, dtype: torch.dtype, *, documents: bool) -> None:
     mixed = empty(2, TOKENS // 2, sizes.channels, dtype=dtype)
     bc = sizes.groups * sizes.state
     x, B, C = mixed.split([sizes.inner, bc, bc], dim=-1)
@@ -129,7 +101,7 @@ def ssd(sizes: Sizes, dtype: torch.dtype, *, documents: bool) -> None:
     )
 
 
-def convolution(sizes: Sizes, dtype: torch.dtype, *, documents: bool) -> None:
+def convolution(sizes: Size, dtype: torch.dtype, *, documents: bool) -> None:
     projected = empty(2, TOKENS // 2, sizes.inner + sizes.channels + sizes.heads, dtype=dtype)
     x = projected[..., sizes.inner : sizes.inner + sizes.channels]
     ids = empty(2, TOKENS // 2, dtype=torch.int32) if documents else None
@@ -138,12 +110,12 @@ def convolution(sizes: Sizes, dtype: torch.dtype, *, documents: bool) -> None:
     call("causal_conv1d", "causal_conv1d", x, weight, bias, state, ids, True)
 
 
-def norms(sizes: Sizes, dtype: torch.dtype) -> None:
+def norms(sizes: Size, dtype: torch.dtype) -> None:
     x, weight = empty(2, TOKENS // 2, sizes.hidden, dtype=dtype), empty(sizes.hidden)
     call("rms_norm", "rms_norm", x, weight, 1e-5)
 
 
-def gated_norms(sizes: Sizes, dtype: torch.dtype) -> None:
+def gated_norms(sizes: Size, dtype: torch.dtype) -> None:
     y = empty(2, TOKENS // 2, sizes.inner, dtype=dtype)
     projected = empty(2, TOKENS // 2, sizes.inner + sizes.channels, dtype=dtype)
     z = projected[..., : sizes.inner]
@@ -151,37 +123,46 @@ def gated_norms(sizes: Sizes, dtype: torch.dtype) -> None:
     call("rms_norm", "gated_rms_norm", *inputs, module="gated_triton")
 
 
-def activation(sizes: Sizes, dtype: torch.dtype) -> None:
-    x = empty(TOKENS * sizes.top_k, sizes.expert, dtype=dtype)
-    call("squared_relu", "squared_relu", x, empty(TOKENS * sizes.top_k, 1))
-    call("squared_relu", "squared_relu", empty(TOKENS, 2 * sizes.expert, dtype=dtype), None)
+def activation(sizes: Size, dtype: torch.dtype) -> None:
+    x = empty(TOKENS * sizes.copies, sizes.expert_width, dtype=dtype)
+    call("squared_relu", "squared_relu", x, empty(TOKENS * sizes.copies, 1))
+    call("squared_relu", "squared_relu", empty(TOKENS, sizes.shared_width, dtype=dtype), None)
 
 
-def copies(sizes: Sizes, dtype: torch.dtype) -> None:
-    x, rows = (empty(n, sizes.expert_input, dtype=dtype) for n in (TOKENS, TOKENS * sizes.top_k))
-    token, place = (empty(TOKENS * sizes.top_k, dtype=torch.int64) for _ in range(2))
+def experts(sizes: Size, dtype: torch.dtype) -> None:
+    held, rows = sizes.experts, TOKENS * sizes.copies
+    up = empty(held, sizes.expert_width, sizes.expert_input)
+    down = empty(held, sizes.expert_input, sizes.expert_width)
+    x, counts = empty(rows, sizes.expert_input, dtype=dtype), empty(held, dtype=torch.int64)
+    call("grouped_linear", "grouped_mlp", x, empty(rows, 1), up, down, counts)
+    call("grouped_linear", "grouped_linear", x, up, counts)
+
+
+def copies(sizes: Size, dtype: torch.dtype) -> None:
+    x, rows = (empty(n, sizes.expert_input, dtype=dtype) for n in (TOKENS, TOKENS * sizes.copies))
+    token, place = (empty(TOKENS * sizes.copies, dtype=torch.int64) for _ in range(2))
     starts = empty(TOKENS, dtype=torch.int64)
     call("routing", "token_copies", x, token, place, starts, "copy", module="copies_triton")
     call("routing", "token_copies", rows, token, place, starts, "add", module="copies_triton")
 
 
-def routing(sizes: Sizes, dtype: torch.dtype) -> None:
-    logits, bias = empty(TOKENS, sizes.experts, dtype=dtype), empty(sizes.experts).detach()
-    given = empty(TOKENS, sizes.top_k, dtype=torch.int64)
+def routing(sizes: Size, dtype: torch.dtype) -> None:
+    logits, bias = empty(TOKENS, sizes.all_experts, dtype=dtype), empty(sizes.all_experts).detach()
+    given = empty(TOKENS, sizes.copies, dtype=torch.int64)
     for experts in (None, given):
-        inputs = logits, bias, experts, sizes.top_k, 1, 1, True, 2.5
+        inputs = logits, bias, experts, sizes.copies, 1, 1, True, 2.5
         call("routing", "topk_routing", *inputs, module="topk_triton")
-    scores = empty(TOKENS, sizes.experts)
+    scores = empty(TOKENS, sizes.all_experts)
     for padding in (None, empty(2, TOKENS // 2, dtype=torch.bool)):
-        inputs = scores, padding, 2, sizes.top_k
+        inputs = scores, padding, 2, sizes.copies
         call("routing", "balance_sums", *inputs, module="balance_triton")
-    numbers = [empty(TOKENS * sizes.top_k, dtype=torch.int64) for _ in range(2)]
-    counts = empty(sizes.experts, dtype=torch.int64)
-    inputs = empty(TOKENS * sizes.top_k), *numbers, counts, TOKENS, 1
+    numbers = [empty(TOKENS * sizes.copies, dtype=torch.int64) for _ in range(2)]
+    counts = empty(sizes.all_experts, dtype=torch.int64)
+    inputs = empty(TOKENS * sizes.copies), *numbers, counts, TOKENS, 1
     call("routing", "expert_order", *inputs, module="order_triton")
 
 
-def mamba_step(sizes: Sizes, dtype: torch.dtype) -> None:
+def mamba_step(sizes: Size, dtype: torch.dtype) -> None:
     from nemotron.ops.mamba_step import Weights
     from nemotron.ops.mamba_step.triton import mamba_step
 
@@ -198,28 +179,30 @@ def mamba_step(sizes: Sizes, dtype: torch.dtype) -> None:
     )
 
 
-def expert_step(sizes: Sizes, dtype: torch.dtype) -> None:
+def expert_step(sizes: Size, dtype: torch.dtype) -> None:
     from nemotron.ops.expert_step.triton import expert_step
 
-    up = torch.empty(sizes.experts, sizes.expert, sizes.expert_input, device="meta", dtype=dtype)
-    for tokens in (1, 8, 23 if sizes is SUPER else 32):
-        chosen = torch.empty(tokens, sizes.top_k, device="meta", dtype=torch.int64)
+    up = torch.empty(
+        sizes.all_experts, sizes.expert_width, sizes.expert_input, device="meta", dtype=dtype
+    )
+    for tokens in (1, 8, 23 if sizes.name == "super" else 32):
+        chosen = torch.empty(tokens, sizes.copies, device="meta", dtype=torch.int64)
         x = torch.empty(tokens, sizes.expert_input, device="meta", dtype=dtype)
-        down = up.view(sizes.experts, sizes.expert_input, sizes.expert)
+        down = up.view(sizes.all_experts, sizes.expert_input, sizes.expert_width)
         expert_step(x, chosen, chosen.float(), up, down, x)
 
 
-def router_step(sizes: Sizes, dtype: torch.dtype) -> None:
+def router_step(sizes: Size, dtype: torch.dtype) -> None:
     from nemotron.ops.router_step.triton import router_step
 
     x = torch.empty(ROWS, sizes.hidden, device="meta", dtype=dtype)
-    weight = torch.empty(sizes.experts, sizes.hidden, device="meta")
-    bias = torch.empty(sizes.experts, device="meta")
-    router_step(x, weight, bias, sizes.top_k, 2.5, True)
+    weight = torch.empty(sizes.all_experts, sizes.hidden, device="meta")
+    bias = torch.empty(sizes.all_experts, device="meta")
+    router_step(x, weight, bias, sizes.copies, 2.5, True)
 
 
-def cross_entropy(sizes: Sizes, dtype: torch.dtype) -> None:
-    hidden, weight = empty(TOKENS, sizes.hidden, dtype=dtype), empty(sizes.vocabulary, sizes.hidden)
+def cross_entropy(sizes: Size, dtype: torch.dtype) -> None:
+    hidden, weight = empty(TOKENS, sizes.hidden, dtype=dtype), empty(sizes.vocab, sizes.hidden)
     labels = empty(TOKENS, dtype=torch.int64)
     for reduction in ("sum", "none"):
         call(
@@ -233,10 +216,10 @@ def cross_entropy(sizes: Sizes, dtype: torch.dtype) -> None:
         )
 
 
-def optimizer(sizes: Sizes, dtype: torch.dtype) -> None:
+def optimizer(sizes: Size, dtype: torch.dtype) -> None:
     function = importlib.import_module("nemotron.ops.adamw.triton").adamw
     settings = Settings(1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0)
-    shape, step = (sizes.expert, sizes.expert_input), empty()
+    shape, step = (sizes.expert_width, sizes.expert_input), empty()
     tensors = [[empty(*shape).detach()] for _ in range(4)]
     function(*tensors, [step], [empty(*shape, dtype=dtype).detach()], settings)
     function(*tensors, [step], [None], settings)
@@ -255,6 +238,7 @@ CASES: dict[str, Callable[[], None]] = {
         "gated_rms_norm": gated_norms,
         "squared_relu": activation,
         "copies": copies,
+        "grouped_mlp": experts,
         "mamba_step": mamba_step,
         "expert_step": expert_step,
         "router_step": router_step,
@@ -262,7 +246,7 @@ CASES: dict[str, Callable[[], None]] = {
         "cross_entropy": cross_entropy,
         "adamw": optimizer,
     }.items()
-    for size, sizes in {"nano": NANO, "super": SUPER}.items()
+    for size, sizes in ((name, SIZES[name]) for name in ("nano", "super"))
     for dtype in (BF16, FP32)
 }
 

@@ -56,7 +56,7 @@ class Block(nn.Module):
             # experts again, since another choice would send other tokens to other ranks
             inputs = (hidden, seq_idx, state, stats_name, padding, choice, FirstRun())
             return checkpoint(Block.forward, self, *inputs, use_reentrant=False)
-        x, stats = self.norm(hidden), None
+        (hidden, x), stats = self.norm.beside(hidden), None
         if self.letter in "M*":
             y = self.mixer(x, seq_idx, state)
         elif isinstance(self.mixer, MoE):

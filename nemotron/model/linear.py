@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from nemotron.model.adapter import Adapter
 from nemotron.ops.linear import linear
 from nemotron.ops.linear_cross_entropy import linear_cross_entropy, widened
-from nemotron.ops.rms_norm import rms_norm
+from nemotron.ops.rms_norm import residual_rms_norm, rms_norm
 from nemotron.ops.squared_relu import squared_relu
 
 ROWS_COMPARED = 512
@@ -112,10 +112,18 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
-        self.rms_norm = rms_norm
+        self.rms_norm, self.residual_rms_norm = rms_norm, residual_rms_norm
 
     def forward(self, x: Float[Tensor, "*batch D"]) -> Float[Tensor, "*batch D"]:
         return self.rms_norm(x, self.weight, self.eps)
+
+    def beside(
+        self, x: Float[Tensor, "*batch D"]
+    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
+        """Return `x` and its norm; one kernel may add their gradients."""
+        if self.residual_rms_norm.takes(x):
+            return self.residual_rms_norm(x, self.weight, self.eps)
+        return x, self(x)
 
 
 class Embedding(nn.Module):

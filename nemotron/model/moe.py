@@ -12,7 +12,7 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.linear import MLP, Linear
 from nemotron.model.router import Choice, FirstRun, Router, Routing, RoutingStats
 from nemotron.ops.expert_step import expert_step
-from nemotron.ops.grouped_linear import grouped_linear, row_multiple
+from nemotron.ops.grouped_linear import grouped_linear, grouped_mlp, row_multiple
 from nemotron.ops.routing import TokenCopiesOp, expert_order, token_copies
 from nemotron.ops.squared_relu import squared_relu
 
@@ -120,9 +120,15 @@ class Experts(nn.Module):
         self.down_adapter: Adapter | None = None
         self.grouped_linear, self.squared_relu = grouped_linear, squared_relu
         self.expert_order, self.token_copies = expert_order, token_copies
-        self.expert_step = expert_step
+        self.expert_step, self.grouped_mlp = expert_step, grouped_mlp
         self.up_proj = nn.Parameter(torch.empty(num_experts, intermediate_size, input_size))
         self.down_proj = nn.Parameter(torch.empty(num_experts, input_size, intermediate_size))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether its products are those of its weights, in the dtype of activations."""
+        adapted = self.up_adapter is not None or self.down_adapter is not None
+        return not adapted and "multiply" not in vars(self)
 
     def dispatch(self, x: Float[Tensor, "M I"], routing: Routing) -> Dispatched:
         """Begin to send each token to its experts; call the module with the result."""
@@ -155,6 +161,10 @@ class Experts(nn.Module):
             numbers = dispatched.numbers.new_zeros(copies.token.shape[0])
             numbers = numbers.scatter(0, copies.place, dispatched.numbers)
         rows = self.token_copies.copy(x, *copies)
+        if self.is_plain and self.grouped_mlp.takes(rows):
+            matrices = self.up_proj, self.down_proj
+            rows = self.grouped_mlp(rows, weights.unsqueeze(-1), *matrices, counts)
+            return dispatched.combine(self.token_copies.add(rows, *copies))
         hidden = self.multiply(rows, self.up_proj, counts, numbers)
         if self.up_adapter is not None:
             hidden = self.up_adapter.add_grouped(rows, hidden, counts, self.grouped_linear)

@@ -6,12 +6,12 @@ from nemotron.ops.attention import attention
 from nemotron.ops.causal_conv1d import causal_conv1d
 from nemotron.ops.config import OpsConfig
 from nemotron.ops.expert_step import expert_step
-from nemotron.ops.grouped_linear import grouped_linear
+from nemotron.ops.grouped_linear import grouped_linear, grouped_mlp
 from nemotron.ops.linear import linear, wide_linear
 from nemotron.ops.linear_cross_entropy import linear_cross_entropy
 from nemotron.ops.mamba_step import mamba_step
 from nemotron.ops.registry import Operation
-from nemotron.ops.rms_norm import gated_rms_norm, rms_norm
+from nemotron.ops.rms_norm import gated_rms_norm, residual_rms_norm, rms_norm
 from nemotron.ops.router_step import router_step
 from nemotron.ops.routing import balance_sums, expert_order, token_copies, topk_routing
 from nemotron.ops.squared_relu import squared_relu
@@ -26,9 +26,11 @@ ALL: tuple[Operation, ...] = (
     expert_step,
     gated_rms_norm,
     grouped_linear,
+    grouped_mlp,
     linear,
     linear_cross_entropy,
     mamba_step,
+    residual_rms_norm,
     rms_norm,
     router_step,
     squared_relu,
@@ -42,6 +44,9 @@ ALL: tuple[Operation, ...] = (
 
 GENERATION = frozenset({"expert_step", "mamba_step", "router_step", "token_step"})
 """Names of those that only generation calls."""
+
+COMBINED = frozenset({"grouped_mlp", "residual_rms_norm"})
+"""Names of those that training calls in place of others, where a backend is named or fit."""
 
 
 def bind(choices: OpsConfig) -> dict[str, Operation]:

@@ -15,12 +15,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.nn.functional import ScalingType, SwizzleType
 
+from nemotron.ops.grouped_linear import tiles
+from nemotron.ops.grouped_linear.tiles import TILE, Plan
 from nemotron.precision.config import NVFP4Config
 from nemotron.precision.delayed import DelayedFP8Scheme
 from nemotron.precision.formats import E4M3
 from nemotron.precision.kernels import grouped_fp8
 from nemotron.precision.kernels import quantize_fp8 as kernels
-from nemotron.precision.kernels.quantize_fp8 import TILE, Codes, Plan, Sides
+from nemotron.precision.kernels.quantize_fp8 import Codes, Sides
 from nemotron.precision.linear import quantized_grouped_linear, quantized_linear
 from nemotron.precision.random_bits import Draw
 from nemotron.precision.schemes import PER_TENSOR, BlockFP8Scheme, Scheme
@@ -98,7 +100,7 @@ class _Linear(torch.autograd.Function):
         if not rows:
             return x.new_empty(0, columns)
         wants_x, wants_weight = ctx.needs_input_grad[:2]
-        plan = None if counts is None else kernels.plan(counts, rows)
+        plan = None if counts is None else tiles.plan(counts, rows)
         activation, activation_columnwise = quantize(
             scheme, "x", x, plan, columnwise=is_training and wants_weight, remembers=is_training
         )

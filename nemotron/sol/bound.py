@@ -35,17 +35,22 @@ class Bound:
     binds: Binds
 
 
-def compulsory(problem: Problem, inputs: Sequence[Tensor], y: Tensor) -> tuple[Pass, Pass]:
+def compulsory(
+    problem: Problem, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> tuple[Pass, Pass]:
     """Count forward and backward as one pass each, with nothing written but results.
 
-    Forward reads its inputs and writes its output. Backward reads the output's gradient and, where
-    it needs them, the inputs, and writes the gradients of those that are numbers.
+    Forward reads its inputs and writes its outputs, but for an input that it hands on. Backward
+    reads the outputs' gradients and, where it needs them, the inputs, and writes the gradients of
+    those that are numbers.
     """
     everything = sum(t.nbytes for t in inputs)
     numbers = sum(t.nbytes for t in inputs if t.is_floating_point())
     read_again = everything if problem.reads_again else everything - numbers
-    forward = Pass(problem.flops, everything + y.nbytes)
-    backward = Pass(problem.again * problem.flops, read_again + y.nbytes + numbers)
+    found, given = sum(t.nbytes for t in outputs), {t.data_ptr() for t in inputs}
+    written = sum(t.nbytes for t in outputs if t.data_ptr() not in given)
+    forward = Pass(problem.flops, everything + written)
+    backward = Pass(problem.again * problem.flops, read_again + found + numbers)
     return forward, backward
 
 

@@ -114,6 +114,13 @@ def problems(size: Size, rows: Rows) -> list[Problem]:
         weight = s.normal(size.experts, n, k, scale=0.02)
         return [s.normal(used, k), weight, counts], ()
 
+    def experts(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
+        counts = torch.full((size.experts,), copies // size.experts, device=s.generator.device)
+        used = copies // size.experts * size.experts
+        k, n = _up(size)
+        up, down = (s.normal(size.experts, *shape, scale=0.02) for shape in ((n, k), (k, n)))
+        return [s.normal(used, k), s.uniform(used, 1), up, down, counts], ()
+
     def dense(s: Source) -> tuple[list[Tensor], tuple[object, ...]]:
         weight = s.normal(size.projected, size.hidden, dtype=FP32, scale=0.02)
         return [s.normal(b, t, size.hidden), weight], ()
@@ -164,6 +171,7 @@ def problems(size: Size, rows: Rows) -> list[Problem]:
     pieces = frozenset({"documents"})
     return [
         Problem("rms_norm", "", rms_norm),
+        Problem("residual_rms_norm", "", rms_norm),
         Problem("gated_rms_norm", "", gated),
         Problem("causal_conv1d", "", conv),
         Problem("ssd", "", lambda s: scan(s, None), m * scanned),
@@ -177,6 +185,7 @@ def problems(size: Size, rows: Rows) -> list[Problem]:
         Problem("linear_cross_entropy", "", head, 2.0 * m * size.hidden * size.vocab),
         Problem("grouped_linear", "up", lambda s: groups(s, *_up(size)), expert),
         Problem("grouped_linear", "down", lambda s: groups(s, *reversed(_up(size))), expert),
+        Problem("grouped_mlp", "", experts, 2 * expert),
         Problem("linear", "in_proj", dense, 2.0 * m * size.hidden * size.projected),
         Problem("wide_linear", "router", router, 2.0 * m * size.hidden * size.all_experts),
         Problem(

@@ -1,4 +1,7 @@
-"""What operations see of a model: the sizes of the released ones, and of small ones for CPUs."""
+"""What operations see of a model: the sizes of the released ones, and of small ones for CPUs.
+
+Bounds, tuning and what is compiled without a GPU take them from here.
+"""
 
 from dataclasses import dataclass
 

@@ -100,7 +100,7 @@ class Worker:
         self._backend: Backend = operation.backend(candidate.backend)
         self._reference: Function = operation.backend("reference").function
         self._problem = find_problem(candidate, candidate.rows)
-        self._dy: Tensor | None = None
+        self._slopes: list[Tensor] = []
 
     def check(self, seed: int) -> float:
         """Return the largest error in norm of output and gradients, against float64."""
@@ -119,26 +119,27 @@ class Worker:
         problem = self._problem
         inputs, rest = self._draw(problem, seed)
         with counted() as traffic:
-            y = _call(self._backend.function, inputs, rest)
-            y.backward(torch.ones_like(y))
-        return Compulsory(compulsory(problem, inputs, y), traffic.bytes)
+            found = call(self._backend.function, inputs, rest)
+            torch.autograd.backward(found, [torch.ones_like(y) for y in found])
+        return Compulsory(compulsory(problem, inputs, found), traffic.bytes)
 
     def time(self, seed: int) -> Timed:
         """Time forward and backward once: fresh inputs at other addresses, nothing in a cache."""
         inputs, rest = self._draw(self._problem, seed)
         inputs = [_moved(tensor, seed) for tensor in inputs]
-        dy = self._slope(inputs, rest)
+        slopes = self._slopes_of(inputs, rest)
         clock = self._clock
         clock.flush()
         clock.hold()
         with Watch() as watch:
             marks = [clock.mark()]
-            y = _call(self._backend.function, inputs, rest)
+            found = call(self._backend.function, inputs, rest)
             marks.append(clock.mark())
-            y.backward(dy)
+            torch.autograd.backward(found, slopes)
             marks.append(clock.mark())
             clock.wait()
-        _must_be_plain(y)
+        for y in found:
+            _must_be_plain(y)
         forward, backward = clock.milliseconds(marks)
         return Timed(forward / 1e3, (forward + backward) / 1e3, watch.others)
 
@@ -148,12 +149,12 @@ class Worker:
         inputs, rest = problem.draw(Source(generator, DTYPES[self._candidate.dtype]))
         return [t.detach().requires_grad_(t.is_floating_point()) for t in inputs], rest
 
-    def _slope(self, inputs: list[Tensor], rest: tuple[object, ...]) -> Tensor:
-        """Return a gradient for the output, drawn once."""
-        if self._dy is None:
-            with torch.no_grad():
-                self._dy = torch.randn_like(_call(self._backend.function, inputs, rest))
-        return self._dy
+    def _slopes_of(self, inputs: list[Tensor], rest: tuple[object, ...]) -> list[Tensor]:
+        """Return gradients for the outputs, drawn once."""
+        if not self._slopes:
+            found = call(self._backend.function, inputs, rest)
+            self._slopes = [torch.randn_like(y) for y in found]
+        return self._slopes
 
 
 def _moved(tensor: Tensor, seed: int) -> Tensor:
@@ -167,10 +168,10 @@ def _moved(tensor: Tensor, seed: int) -> Tensor:
     return copy.requires_grad_(tensor.requires_grad)
 
 
-def _call(function: Function, inputs: list[Tensor], rest: tuple[object, ...]) -> Tensor:
-    """Call a backend; of several results the first."""
-    y = function(*inputs, *rest)
-    return y[0] if isinstance(y, tuple) else y
+def call(function: Function, inputs: list[Tensor], rest: tuple[object, ...]) -> list[Tensor]:
+    """Call a backend; of several results return those that have gradients."""
+    found = function(*inputs, *rest)
+    return [y for y in found if y.requires_grad] if isinstance(found, tuple) else [found]
 
 
 def _must_be_plain(y: Tensor) -> None:
@@ -182,13 +183,14 @@ def _must_be_plain(y: Tensor) -> None:
 def _results(
     function: Function, inputs: list[Tensor], rest: tuple[object, ...], seed: int
 ) -> list[Tensor]:
-    """Return the output and the gradient of every input that has one."""
-    y = _call(function, inputs, rest)
-    generator = torch.Generator(y.device).manual_seed(seed)
-    slope = torch.randn(y.shape, generator=generator, device=y.device)
+    """Return the outputs and the gradient of every input that has one."""
+    found = call(function, inputs, rest)
+    generator = torch.Generator(inputs[0].device).manual_seed(seed)
+    drawn = [torch.randn(y.shape, generator=generator, device=y.device) for y in found]
     # both sides get the same numbers, which bfloat16 holds
-    y.backward(slope.to(torch.bfloat16).to(y.dtype))
-    return [y.detach(), *(t.grad for t in inputs if t.grad is not None)]
+    slopes = [slope.to(torch.bfloat16).to(y.dtype) for slope, y in zip(drawn, found, strict=True)]
+    torch.autograd.backward(found, slopes)
+    return [*(y.detach() for y in found), *(t.grad for t in inputs if t.grad is not None)]
 
 
 def _error(ours: Tensor, true: Tensor) -> float:

@@ -33,7 +33,8 @@ from nemotron.children import module_command
 from nemotron.ops import launch
 from nemotron.ops.tuning import base
 from nemotron.ops.tuning.tunable import Configuration
-from nemotron.tune.problems import Draw, Sizes, Target, targets
+from nemotron.sol.sizes import Rows, Size
+from nemotron.tune.problems import Draw, Target, targets
 
 SHARED_LIMIT = 227 * 1024
 """Bytes of shared memory that a block of compute capability 9.0 can have."""
@@ -247,11 +248,9 @@ def main() -> None:
     os.dup2(2, 1)  # what others print is not an answer
     for line in sys.stdin:
         job = json.loads(line)
-        target = next(
-            t
-            for t in targets(job["launch"], [Sizes(**job["sizes"])])
-            if t.problem.name == job["problem"]
-        )
+        rows = {name: Rows(**job["sizes"][name]) for name in ("usual", "checked")}
+        found_targets = targets(job["launch"], [Size(**job["sizes"] | rows)])
+        target = next(t for t in found_targets if t.problem.name == job["problem"])
         try:
             found = compile_one(target, job["configuration"], architecture)
         except Exception as problem:  # the compiler's: of any kind, and the next job is another

@@ -14,6 +14,8 @@ from nemotron.ops.adamw import Settings
 from nemotron.ops.adamw import triton as adamw
 from nemotron.ops.causal_conv1d import triton as causal_conv1d
 from nemotron.ops.expert_step import triton as expert_step
+from nemotron.ops.grouped_linear import tiles
+from nemotron.ops.grouped_linear import triton_kernels as grouped_linear
 from nemotron.ops.linear_cross_entropy import triton as linear_cross_entropy
 from nemotron.ops.rms_norm import gated_triton as gated_rms_norm
 from nemotron.ops.rms_norm import triton as rms_norm
@@ -23,86 +25,44 @@ from nemotron.ops.ssd import triton as ssd
 from nemotron.ops.tuning.tunable import Tunable
 from nemotron.precision.formats import E4M3, E5M2
 from nemotron.precision.kernels import grouped_fp8, quantize_fp8
+from nemotron.sol.sizes import SIZES, Rows, Size
 
 BF16, FP32 = torch.bfloat16, torch.float32
 STEP_ROWS = 8
 """Texts that a step of generation continues."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What kernels see of a model on one device."""
-
-    rows: int
-    tokens: int
-    """Of a row."""
-    hidden: int
-    heads: int
-    head_dim: int
-    groups: int
-    state: int
-    experts: int
-    """Held by this device."""
-    copies: int
-    """Of each token."""
-    expert_input: int
-    expert_width: int
-    vocabulary: int
-
-    @property
-    def all(self) -> int:
-        """Tokens of all rows."""
-        return self.rows * self.tokens
-
-    @property
-    def inner(self) -> int:
-        """Channels of the scan."""
-        return self.heads * self.head_dim
-
-    @property
-    def channels(self) -> int:
-        """Channels of the convolution."""
-        return self.inner + 2 * self.groups * self.state
-
-    @property
-    def projected(self) -> int:
-        """Columns of in_proj: the gate, the channels and a time step for each head."""
-        return self.inner + self.channels + self.heads
-
-
-NANO = Sizes(2, 4096, 2688, 64, 64, 8, 128, 16, 6, 2688, 1856, 131072)
-SUPER = Sizes(2, 4096, 4096, 128, 64, 8, 128, 64, 22, 1024, 2688, 131072)
-TINY = Sizes(1, 32, 32, 2, 16, 1, 16, 2, 2, 32, 16, 128)
-"""For tests, and to show bugs on a CPU."""
-MODELS = {"nano": NANO, "super": SUPER, "tiny": TINY}
-
-
-def sizes_of(shapes: str) -> Sizes:
-    """Return the sizes of a released model, or those of a recipe's file.
+def sizes_of(shapes: str) -> Size:
+    """Return the sizes of a model by its name, or those of a recipe's file.
 
     Raises:
         UserError: when the recipe has a mistake or is not there.
     """
-    if shapes in MODELS:
-        return MODELS[shapes]
+    if shapes in SIZES:
+        return SIZES[shapes]
     from nemotron.recipe.load import load_recipe
 
     config = load_recipe(Path(shapes), []).config
-    model = config.model
-    experts = max(1, model.n_routed_experts // config.parallel.ep)
-    return Sizes(
-        config.batch.micro_batch,
-        config.data.seq_len,
-        model.hidden_size,
-        model.mamba_num_heads,
-        model.mamba_head_dim,
-        model.n_groups,
-        model.ssm_state_size,
-        experts,
-        model.num_experts_per_tok,
-        model.moe_latent_size or model.hidden_size,
-        model.moe_intermediate_size,
-        model.vocab_size,
+    model, rows = config.model, Rows(config.batch.micro_batch, config.data.seq_len)
+    return Size(
+        name=shapes,
+        hidden=model.hidden_size,
+        heads=model.mamba_num_heads,
+        head_dim=model.mamba_head_dim,
+        groups=model.n_groups,
+        state=model.ssm_state_size,
+        query_heads=model.num_attention_heads,
+        key_heads=model.num_key_value_heads,
+        attention_dim=model.head_dim,
+        experts=max(1, model.n_routed_experts // config.parallel.ep),
+        all_experts=model.n_routed_experts,
+        copies=model.num_experts_per_tok,
+        expert_input=model.expert_input_size,
+        expert_width=model.moe_intermediate_size,
+        shared_width=model.moe_shared_expert_intermediate_size,
+        vocab=model.vocab_size,
+        usual=rows,
+        checked=rows,
     )
 
 
@@ -143,8 +103,8 @@ class Problem:
 
     name: str
     tunables: tuple[Tunable, ...]
-    draw: Callable[[Sizes, Draw], Run]
-    flops: Callable[[Sizes], float] = lambda sizes: 0.0
+    draw: Callable[[Size, Draw], Run]
+    flops: Callable[[Size], float] = lambda sizes: 0.0
     """Of each launch, where products are what binds it."""
     fp8: bool = False
     """Whether those are products of FP8."""
@@ -178,51 +138,74 @@ def _run(function: Callable[..., object], inputs: Sequence[Tensor | None], *rest
     return run
 
 
-def _scan(sizes: Sizes, draw: Draw) -> Run:
-    mixed = draw.normal(sizes.rows, sizes.tokens, sizes.channels)
+def _scan(sizes: Size, draw: Draw) -> Run:
+    mixed = draw.normal(sizes.usual.rows, sizes.usual.tokens, sizes.channels)
     bc = sizes.groups * sizes.state
     x, B, C = mixed.split([sizes.inner, bc, bc], dim=-1)
     B, C = (part.unflatten(-1, (sizes.groups, sizes.state)) for part in (B, C))
     x = x.unflatten(-1, (sizes.heads, sizes.head_dim))
-    dt = draw.uniform(sizes.rows, sizes.tokens, sizes.heads) * 0.1
+    dt = draw.uniform(sizes.usual.rows, sizes.usual.tokens, sizes.heads) * 0.1
     A, D = -1 - 15 * draw.uniform(sizes.heads), draw.normal(sizes.heads, dtype=FP32)
     # packed rows have documents, and that is how most training runs
-    cuts = draw.uniform(sizes.rows, sizes.tokens) < 4 / sizes.tokens
+    cuts = draw.uniform(sizes.usual.rows, sizes.usual.tokens) < 4 / sizes.usual.tokens
     documents = cuts.to(torch.int32).cumsum(1).to(torch.int32)
     return _run(ssd.ssd, [x, dt, A, B, C, D], None, documents)
 
 
-def _convolution(sizes: Sizes, draw: Draw) -> Run:
-    x = draw.normal(sizes.rows, sizes.tokens, sizes.projected)
+def _convolution(sizes: Size, draw: Draw) -> Run:
+    x = draw.normal(sizes.usual.rows, sizes.usual.tokens, sizes.projected)
     x = x[..., sizes.inner : sizes.inner + sizes.channels]
     weight = draw.normal(sizes.channels, 4, dtype=FP32, scale=0.5)
     bias = draw.normal(sizes.channels, dtype=FP32)
-    cuts = draw.uniform(sizes.rows, sizes.tokens) < 4 / sizes.tokens
+    cuts = draw.uniform(sizes.usual.rows, sizes.usual.tokens) < 4 / sizes.usual.tokens
     documents = cuts.to(torch.int32).cumsum(1).to(torch.int32)
     return _run(causal_conv1d.causal_conv1d, [x, weight, bias], None, documents, True)
 
 
-def _norm(sizes: Sizes, draw: Draw) -> Run:
-    x, weight = draw.normal(sizes.rows, sizes.tokens, sizes.hidden), draw.uniform(sizes.hidden)
+def _norm(sizes: Size, draw: Draw) -> Run:
+    x = draw.normal(sizes.usual.rows, sizes.usual.tokens, sizes.hidden)
+    weight = draw.uniform(sizes.hidden)
     return _run(rms_norm.rms_norm, [x, weight], 1e-5)
 
 
-def _gated_norm(sizes: Sizes, draw: Draw) -> Run:
-    y = draw.normal(sizes.rows, sizes.tokens, sizes.inner)
-    z = draw.normal(sizes.rows, sizes.tokens, sizes.projected)[..., : sizes.inner]
+def _gated_norm(sizes: Size, draw: Draw) -> Run:
+    y = draw.normal(sizes.usual.rows, sizes.usual.tokens, sizes.inner)
+    z = draw.normal(sizes.usual.rows, sizes.usual.tokens, sizes.projected)[..., : sizes.inner]
     weight = draw.uniform(sizes.inner)
     return _run(gated_rms_norm.gated_rms_norm, [y, z, weight], sizes.groups, 1e-5)
 
 
-def _activation(sizes: Sizes, draw: Draw) -> Run:
-    rows = sizes.all * sizes.copies
+def _activation(sizes: Size, draw: Draw) -> Run:
+    rows = sizes.usual.all * sizes.copies
     inputs = [draw.normal(rows, sizes.expert_width), draw.uniform(rows, 1)]
     return _run(squared_relu.squared_relu, inputs)
 
 
-def _copies(sizes: Sizes, draw: Draw) -> Run:
-    rows = sizes.all * sizes.copies
-    scores = draw.uniform(sizes.all, max(sizes.experts, sizes.copies))
+def _experts(sizes: Size, draw: Draw, launch: str) -> Run:
+    wide, deep, groups = sizes.expert_width, sizes.expert_input, sizes.experts
+    rows = sizes.usual.all * sizes.copies // groups * groups
+    plan = tiles.plan(torch.full((groups,), rows // groups, device=draw.device), rows)
+    x, hidden, weights = draw.normal(rows, deep), draw.normal(rows, wide), draw.uniform(rows, 1)
+    up = draw.normal(groups, wide, deep, scale=0.02)
+    down = draw.normal(groups, deep, wide, scale=0.02)
+
+    def run() -> list[Tensor]:
+        if launch == "by_rows":
+            return [grouped_linear.multiply(hidden, down, plan)]
+        if launch == "by_rows_back":
+            return [grouped_linear.multiply_back(hidden, up, plan)]
+        if launch == "activated":
+            return [*grouped_linear.activate(x, up, weights, plan)]
+        if launch == "slopes":
+            return [*grouped_linear.slopes(x, down, hidden, weights, plan)]
+        return [grouped_linear.multiply_columnwise(hidden, x, plan, FP32)]
+
+    return run
+
+
+def _copies(sizes: Size, draw: Draw) -> Run:
+    rows = sizes.usual.all * sizes.copies
+    scores = draw.uniform(sizes.usual.all, max(sizes.experts, sizes.copies))
     # rows sorted by expert, each token's experts drawn apart
     order = scores.topk(sizes.copies, dim=1).indices.flatten().argsort(stable=True)
     place = torch.empty_like(order).scatter_(0, order, torch.arange(rows, device=order.device))
@@ -230,12 +213,12 @@ def _copies(sizes: Sizes, draw: Draw) -> Run:
     token = order // sizes.copies
     copied = _run(
         lambda x: token_copies.token_copies(x, token, place, starts, "copy"),
-        [draw.normal(sizes.all, sizes.expert_input)],
+        [draw.normal(sizes.usual.all, sizes.expert_input)],
     )
     return copied  # its backward is the sum
 
 
-def _few_experts(sizes: Sizes, draw: Draw) -> Run:
+def _few_experts(sizes: Size, draw: Draw) -> Run:
     x = draw.normal(STEP_ROWS, sizes.expert_input)
     # in turn, so that all matrices are read
     count = STEP_ROWS * sizes.copies
@@ -246,15 +229,15 @@ def _few_experts(sizes: Sizes, draw: Draw) -> Run:
     return lambda: [expert_step.expert_step(x, experts, weights, up, down, None)]
 
 
-def _head(sizes: Sizes, draw: Draw) -> Run:
-    rows = min(sizes.all, 4096)  # a chunk
+def _head(sizes: Size, draw: Draw) -> Run:
+    rows = min(sizes.usual.all, 4096)  # a chunk
     hidden = draw.normal(rows, sizes.hidden)
-    weight = draw.normal(sizes.vocabulary, sizes.hidden, scale=0.02)
-    labels = draw.below(sizes.vocabulary, rows)
+    weight = draw.normal(sizes.vocab, sizes.hidden, scale=0.02)
+    labels = draw.below(sizes.vocab, rows)
     return _run(linear_cross_entropy.linear_cross_entropy, [hidden, weight], labels, "sum")
 
 
-def _optimizer(sizes: Sizes, draw: Draw) -> Run:
+def _optimizer(sizes: Size, draw: Draw) -> Run:
     shape = sizes.experts, sizes.expert_width, sizes.expert_input
     tensors = [draw.normal(*shape).float() for _ in range(3)]
     tensors.append(tensors[-1].square())
@@ -270,27 +253,27 @@ def _optimizer(sizes: Sizes, draw: Draw) -> Run:
     return run
 
 
-def _quantize_rows(sizes: Sizes, draw: Draw) -> Run:
-    rows, groups = sizes.all * sizes.copies, sizes.experts
+def _quantize_rows(sizes: Size, draw: Draw) -> Run:
+    rows, groups = sizes.usual.all * sizes.copies, sizes.experts
     x = draw.normal(rows, sizes.expert_input)
     counts = torch.full((groups,), rows // groups, device=draw.device)
 
     def run() -> list[Tensor]:
-        plan = quantize_fp8.plan(counts, rows)
+        plan = tiles.plan(counts, rows)
         amax = quantize_fp8.largest(x, plan)
         found = quantize_fp8.quantize(x, E4M3, quantize_fp8.BY_AMAX, given=amax, plan=plan)
         assert found.row is not None
         assert found.columnwise is not None
         # what is behind the last expert's rows is not written
         used = rows // groups * groups
-        across = -(-(rows // groups) // quantize_fp8.TILE) * quantize_fp8.TILE * groups
+        across = -(-(rows // groups) // tiles.TILE) * tiles.TILE * groups
         return [amax, found.row.elements[:used], found.columnwise.elements[:, :across]]
 
     return run
 
 
-def _quantize_blocks(sizes: Sizes, draw: Draw) -> Run:
-    x = draw.normal(sizes.all, sizes.hidden)
+def _quantize_blocks(sizes: Size, draw: Draw) -> Run:
+    x = draw.normal(sizes.usual.all, sizes.hidden)
 
     def run() -> list[Tensor]:
         sides = quantize_fp8.quantize(x, E4M3, quantize_fp8.BY_ROWS)
@@ -303,8 +286,8 @@ def _quantize_blocks(sizes: Sizes, draw: Draw) -> Run:
     return run
 
 
-def _products(sizes: Sizes, draw: Draw, launch: str) -> Run:
-    rows, groups = sizes.all * sizes.copies, sizes.experts
+def _products(sizes: Size, draw: Draw, launch: str) -> Run:
+    rows, groups = sizes.usual.all * sizes.copies, sizes.experts
     wide, deep = sizes.expert_width, sizes.expert_input
     if launch == "by_rows_wide":  # the columns of wide tiles must fit
         wide, deep = deep, wide
@@ -322,7 +305,7 @@ def _products(sizes: Sizes, draw: Draw, launch: str) -> Run:
             plan=plan if is_rows else None,
         )
 
-    plan = quantize_fp8.plan(counts, rows)
+    plan = tiles.plan(counts, rows)
     sides, matrices, slopes = codes(x, True), codes(weight, False), codes(dy, True, gradient=True)
 
     def run() -> list[Tensor]:
@@ -355,8 +338,17 @@ def _product(launch: str, tunable: Tunable) -> Problem:
         f"grouped_fp8 {launch}",
         (tunable,),
         lambda sizes, draw: _products(sizes, draw, launch),
-        lambda s: 2.0 * s.all * s.copies * s.expert_width * s.expert_input,
+        lambda s: 2.0 * s.usual.all * s.copies * s.expert_width * s.expert_input,
         fp8=True,
+    )
+
+
+def _experts_product(tunable: Tunable) -> Problem:
+    return Problem(
+        tunable.name,
+        (tunable,),
+        lambda sizes, draw: _experts(sizes, draw, tunable.launch),
+        lambda s: 2.0 * s.usual.all * s.copies * s.expert_width * s.expert_input,
     )
 
 
@@ -378,6 +370,7 @@ PROBLEMS = (
     Problem("rms_norm", (rms_norm.BACKWARD, rms_norm.FORWARD), _norm),
     Problem("gated_rms_norm", (gated_rms_norm.BACKWARD, gated_rms_norm.FORWARD), _gated_norm),
     Problem("squared_relu", (squared_relu.BACKWARD, squared_relu.FORWARD), _activation),
+    *(_experts_product(tunable) for tunable in grouped_linear.TUNABLES),
     Problem("token_copies", (token_copies.ADD, token_copies.COPY), _copies),
     Problem("adamw", (adamw.UPDATE,), _optimizer),
     Problem("quantize_fp8", (quantize_fp8.QUANTIZE, quantize_fp8.MEASURE), _quantize_rows),
@@ -398,10 +391,10 @@ class Target:
 
     problem: Problem
     tunable: Tunable
-    sizes: Sizes
+    sizes: Size
 
 
-def targets(operation: str, sizes: Sequence[Sizes]) -> list[Target]:
+def targets(operation: str, sizes: Sequence[Size]) -> list[Target]:
     """Return what belongs to an operation, a launch (`ssd outputs`) or everything (`all`)."""
     return [
         Target(problem, tunable, each)

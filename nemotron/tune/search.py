@@ -15,9 +15,10 @@ import triton
 from nemotron.ops.tuning import base
 from nemotron.ops.tuning.base import Base, Binds, Entry, Lesson
 from nemotron.ops.tuning.tunable import Configuration, Tunable, name_of
+from nemotron.sol.sizes import Size
 from nemotron.tune.candidates import order, text
 from nemotron.tune.compiled import Compiled, Job
-from nemotron.tune.problems import Sizes, Target
+from nemotron.tune.problems import Target
 from nemotron.tune.timing import TOLERANCE, NotLaunched, Timed
 
 FIRST_BATCH, NEXT_BATCH = 12, 6
@@ -101,7 +102,7 @@ class Search:
         self.found, self._say, self._keep = found, say, keep
         self._device, self._compiler = device, compiler
         self._states = [self._begin(target) for target in targets]
-        self.settled: dict[tuple[object, ...], Sizes] = {}
+        self.settled: dict[tuple[object, ...], Size] = {}
         """Which sizes were searched for each bucket: others in it are left alone."""
         self._commit = commit()
 

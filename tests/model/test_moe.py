@@ -1,8 +1,12 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
 from nemotron.model import moe
 from nemotron.model.moe import Dispatched, MoE
+from nemotron.ops.grouped_linear import grouped_mlp, one_by_one
+from nemotron.ops.registry import Backend
 from tests.support.models import build_config
 
 
@@ -96,3 +100,27 @@ def test_experts_that_get_no_token_have_gradients_of_zero():
     inputs = [x, weights, *layer.experts.parameters()]
     for part, gradient in zip(inputs, torch.autograd.grad(y.sum(), inputs), strict=True):
         assert torch.equal(gradient, torch.zeros_like(part))
+
+
+def test_experts_pass_through_one_operation_only_where_nothing_is_added_to_them():
+    layer, x = build_layer(), draw(2, 13)
+    expected, calls = by_token(layer, x), []
+
+    def named(*inputs: torch.Tensor) -> torch.Tensor:
+        calls.append(len(inputs))
+        return one_by_one(*inputs)
+
+    backends = [Backend("named", named, by_name=True), *grouped_mlp.backends]
+    layer.experts.grouped_mlp = replace(grouped_mlp, backends=backends)
+    assert (layer(x)[0] - expected).abs().max() <= 1e-12
+    assert not calls  # no recipe names it
+    layer.experts.grouped_mlp = layer.experts.grouped_mlp.bind("named")
+    assert (layer(x)[0] - expected).abs().max() <= 1e-12
+    assert len(calls) == 1
+    # another product, as quantization has it
+    vars(layer.experts)["multiply"] = layer.experts.multiply
+    assert (layer(x)[0] - expected).abs().max() <= 1e-12
+    assert len(calls) == 1
+    del vars(layer.experts)["multiply"]
+    layer(x)
+    assert len(calls) == 2

@@ -57,6 +57,38 @@ def test_the_norm_is_the_references(shape: tuple[int, ...]):
     assert worst(found[2:], exact[2:]) <= 5e-6
 
 
+@pytest.mark.parametrize("shape", SHAPES[:3])
+def test_the_residual_goes_on_and_its_gradient_comes_back_with_the_norms(shape: tuple[int, ...]):
+    def exactly(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return x, reference(x, weight, eps)
+
+    def function(*inputs: object) -> tuple[Tensor, ...]:
+        return tuple(plain.residual_rms_norm(*inputs))
+
+    inputs = draw(shape, 1)
+    exact = results(exactly, doubled(inputs), EPS)
+    found = results(function, [t.to(DEVICE) for t in inputs], EPS)
+    assert torch.equal(found[0].cpu(), inputs[0])
+    # float32 sums of a row, and of up to 15 rows for the gain
+    assert worst(found, exact) <= 5e-6
+    exact = results(exactly, doubled(halved(inputs)), EPS)
+    found = results(function, [t.to(DEVICE) for t in halved(inputs)], EPS)
+    assert [t.dtype for t in found] == [*[torch.bfloat16] * 3, torch.float32]
+    # the interpreter truncates to bfloat16
+    assert worst(found, exact) <= 2**-7
+
+
+def test_a_residuals_gradient_is_read_where_it_lies():
+    x, weight = (t.to(DEVICE).requires_grad_() for t in draw((7, 24), 1))
+    slopes = torch.randn(7, 3, 24, device=DEVICE)
+    residual, normed = plain.residual_rms_norm(x, weight, EPS)
+    found = torch.autograd.grad([residual, normed], [x, weight], [slopes[:, 1], slopes[:, 2]])
+    y = reference(x, weight, EPS)
+    exact = torch.autograd.grad([x * 1, y], [x, weight], [slopes[:, 1], slopes[:, 2]])
+    # float32 on both sides
+    assert worst(found, [t.double() for t in exact]) <= 5e-6
+
+
 @pytest.mark.parametrize(("shape", "groups"), GATED)
 def test_the_gated_norm_is_the_references(shape: tuple[int, ...], groups: int):
     inputs = draw(shape, 2)

@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,17 @@ from nemotron.ops.tuning.base import Base, Entry
 from nemotron.ops.tuning.tunable import Tunable
 from nemotron.precision.formats import E4M3
 from nemotron.precision.kernels import quantize_fp8
+from nemotron.sol.sizes import SIZES, Rows
 from nemotron.tune import __main__ as command
 from nemotron.tune.candidates import moves, order
 from nemotron.tune.compiled import Compiled, Job
-from nemotron.tune.problems import PROBLEMS, TINY, Target, sizes_of, targets
+from nemotron.tune.problems import PROBLEMS, Target, sizes_of, targets
 from nemotron.tune.search import Search, verify
 from nemotron.tune.timing import Timed, Timer, difference
 
 ARCH = "sm00"
 """Of no GPU, so that nothing is shipped for it."""
+TINY = replace(SIZES["tiny"], usual=Rows(1, 32), expert_input=32)
 KERNEL = Tunable(
     "op",
     "launch",
@@ -368,19 +371,19 @@ def test_a_recipe_gives_the_sizes_of_its_model():
     recipe = Path(__file__).parents[2] / "recipes/nano/pretrain.yaml"
     found = sizes_of(str(recipe))
     assert (found.hidden, found.channels, found.projected) == (2688, 6144, 10304)
-    assert (found.expert_width, found.copies, found.vocabulary) == (1856, 6, 131072)
+    assert (found.expert_width, found.copies, found.vocab) == (1856, 6, 131072)
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=lambda problem: problem.name)
 def test_every_problem_asks_for_its_launches(problem):
     from nemotron.tune.compiled import launches_replaced
-    from nemotron.tune.problems import NANO, Draw
+    from nemotron.tune.problems import Draw
 
     # on meta tensors nothing runs, and this is what is compiled for
     with launches_replaced(lambda *_, **__: None):
         for tunable in problem.tunables:
             with tunable.forced(tunable.default(torch.bfloat16)) as asked:
-                problem.draw(NANO, Draw(torch.device("meta"), 0))()
+                problem.draw(SIZES["nano"], Draw(torch.device("meta"), 0))()
             assert asked, tunable.name
 
 

@@ -12,6 +12,7 @@ pytest.importorskip("triton")
 
 from test_scaled_mm import check_as_cuda, decoded
 
+from nemotron.ops.grouped_linear import tiles
 from nemotron.precision import fp8, fp8_layer
 from nemotron.precision.config import DelayedConfig
 from nemotron.precision.delayed import DelayedFP8Scheme, Histories
@@ -138,7 +139,7 @@ def test_squares_of_weights_have_the_emulations_codes_and_scales():
 def test_magnitudes_of_tiles_give_the_scale_of_the_largest(parts: int, monkeypatch):
     monkeypatch.setattr(kernels, "PARTS", parts)
     x = numbers(sum(COUNTS), 300, seed=3).clamp(-1e30, 1e30).bfloat16().to(DEVICE)
-    plan = kernels.plan(torch.tensor(COUNTS, device=DEVICE), len(x))
+    plan = tiles.plan(torch.tensor(COUNTS, device=DEVICE), len(x))
     for tensor, where in ((x, plan), (x, None), (x.view(2, -1, 300), None)):
         by_amax, by_parts = (
             kernels.quantize(tensor, E5M2, scaling, given=find(tensor, where), plan=where)
@@ -154,7 +155,7 @@ def test_magnitudes_of_tiles_give_the_scale_of_the_largest(parts: int, monkeypat
 
 def test_rows_of_experts_begin_at_tiles_once_they_are_transposed():
     x = numbers(sum(COUNTS) + 9, 140, seed=2).bfloat16()
-    plan = kernels.plan(torch.tensor(COUNTS, device=DEVICE), len(x))
+    plan = tiles.plan(torch.tensor(COUNTS, device=DEVICE), len(x))
     given = kernels.largest(x.to(DEVICE), plan)
     found = kernels.quantize(x.to(DEVICE), E4M3, kernels.BY_AMAX, given=given, plan=plan)
     # nobody has the last 9 rows

@@ -26,11 +26,15 @@ def test_the_score_is_one_at_the_bound_and_a_half_at_the_reference():
 def test_every_input_output_and_gradient_is_moved_once():
     problem = Problem("linear", "", lambda s: ([], ()), flops=7.0)
     x, ids, y = torch.zeros(5, 3), torch.zeros(5, dtype=torch.int64), torch.zeros(5, 2)
-    forward, backward = compulsory(problem, [x, ids], y)
+    forward, backward = compulsory(problem, [x, ids], [y])
     assert (forward.flops, backward.flops) == (7.0, 14.0)
     assert forward.bytes == 60 + 40 + 40
     # x, ids and the output's gradient are read, the gradient of x is written
     assert backward.bytes == 60 + 40 + 40 + 60
+    # handed on, x is not written, but has a gradient to read
+    forward, backward = compulsory(problem, [x, ids], [x, y])
+    assert forward.bytes == 60 + 40 + 40
+    assert backward.bytes == 60 + 40 + 60 + 40 + 60
 
 
 def test_traffic_counts_what_is_computed_and_no_view():

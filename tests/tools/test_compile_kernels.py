@@ -20,6 +20,7 @@ OTHERS = (
     "gated_rms_norm",
     "squared_relu",
     "copies",
+    "grouped_mlp",
     "routing",
     "cross_entropy",
     "adamw",

@@ -10,7 +10,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from nemotron.sol.bound import bound, compulsory, score
 from nemotron.sol.clock import repeat
 from nemotron.sol.problems import Problem, Source, problems
 from nemotron.sol.sizes import SIZES, Size
+from nemotron.sol.worker import call
 
 REFERENCE_ONLY = {"ssd", "attention", "linear_cross_entropy"}
 """Operations whose reference loops over tokens or holds far too much at full size."""
@@ -181,17 +181,11 @@ def draw(
     return tensors, rest
 
 
-def call(function: Callable[..., Any], tensors: list[Tensor], rest: tuple[object, ...]) -> Tensor:
-    """Call a backend; of several results the first."""
-    y = function(*tensors, *rest)
-    return y[0] if isinstance(y, tuple) else y
-
-
 def _run_once(stage: Stage, case: Case) -> None:
     for problem in (case.check, case.problem):
         tensors, rest = draw(problem, stage.device, 0)
-        y = call(case.backend.function, tensors, rest)
-        y.backward(torch.ones_like(y))
+        found = call(case.backend.function, tensors, rest)
+        torch.autograd.backward(found, [torch.ones_like(y) for y in found])
         stage.clock.wait()
 
 
@@ -205,12 +199,12 @@ def error(case: Case, device: torch.device) -> float:
         (case.backend.function, tensors),
         (case.operation.backend("reference").function, exact),
     ):
-        y = call(function, inputs, rest)
-        cotangent = torch.randn(
-            y.shape, generator=torch.Generator(device).manual_seed(3), device=device
-        )
-        y.backward(cotangent.to(torch.bfloat16).to(y.dtype))
-        found.append([y.detach(), *(t.grad for t in inputs if t.grad is not None)])
+        outputs, generator = call(function, inputs, rest), torch.Generator(device).manual_seed(3)
+        drawn = [torch.randn(y.shape, generator=generator, device=device) for y in outputs]
+        slopes = [t.bfloat16().to(y.dtype) for t, y in zip(drawn, outputs, strict=True)]
+        torch.autograd.backward(outputs, slopes)
+        gradients = [t.grad for t in inputs if t.grad is not None]
+        found.append([*(y.detach() for y in outputs), *gradients])
     pairs = zip(*found, strict=True)
     return max(((a.float() - b).norm() / b.norm().clamp_min(1e-30)).item() for a, b in pairs)
 
@@ -221,10 +215,10 @@ def _measure(
     wrong = error(case, stage.device)
     clock, function = stage.clock, case.backend.function
     sets = [draw(case.problem, stage.device, seed) for seed in range(SETS)]
-    y = call(function, *sets[0])
-    dy = torch.randn_like(y)
-    passes = compulsory(case.problem, sets[0][0], y)
-    del y
+    outputs = call(function, *sets[0])
+    slopes = [torch.randn_like(y) for y in outputs]
+    passes = compulsory(case.problem, sets[0][0], outputs)
+    del outputs
 
     def once(number: int) -> list[float]:
         (stage.out / "ops.progress").touch()
@@ -234,9 +228,9 @@ def _measure(
         clock.flush()
         clock.hold()
         marks = [clock.mark()]
-        y = call(function, tensors, rest)
+        outputs = call(function, tensors, rest)
         marks.append(clock.mark())
-        y.backward(dy)
+        torch.autograd.backward(outputs, slopes)
         return clock.milliseconds([*marks, clock.mark()])
 
     times = repeat(once, seconds=0.1 if stage.tiny else 0.25)

@@ -40,7 +40,13 @@ VARIANTS = ("auto", "named", "before", "fp8_current", "fp8_block", "mxfp8", "nvf
 LR = 1e-4
 HELD_MS = 8.0
 """Longer than the host takes to queue a block forward and backward, which hides behind others."""
-NAMED = OpsConfig(topk_routing="triton", balance_sums="triton", expert_order="triton")
+NAMED = OpsConfig(
+    topk_routing="triton",
+    balance_sums="triton",
+    expert_order="triton",
+    grouped_mlp="triton",
+    residual_rms_norm="triton",
+)
 """Kernels of a training step that have not run on a GPU; AdamW's is another."""
 IN_A_ROW = 12
 """Steps without any wait between them but the trainer's own."""

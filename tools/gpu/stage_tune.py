@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from stage import Stage, one_line, parser
 
 from nemotron.ops.tuning import base
+from nemotron.sol.sizes import SIZES
 from nemotron.tune.compiled import Compiled, Job, Pool
-from nemotron.tune.problems import MODELS, targets
+from nemotron.tune.problems import targets
 from nemotron.tune.search import Search
 from nemotron.tune.timing import Timer
 
@@ -61,7 +62,7 @@ def main() -> None:
             seconds = (stage.left() - MARGIN_S) * (1 if is_last else asked.share)
             if seconds < 10:
                 break
-            chosen = targets(asked.operation, [MODELS[shape]])
+            chosen = targets(asked.operation, [SIZES[shape]])
             say(f"{shape}: {len(chosen)} launches, {seconds:.0f} s")
             known = base.read(path, name)
             search = Search(chosen, known, device, compiler, say, keep)

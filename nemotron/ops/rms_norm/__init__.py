@@ -196,6 +196,39 @@ rms_norm = RMSNormOp(
     ],
 )
 
+
+class ResidualRMSNormOp(Operation):
+    """Return `x`, which goes on beside a mixer, and its norm, which goes into the mixer.
+
+    For blocks that would else call the norm alone: the gradients that come back on both ways are
+    added in float32 and rounded once, where autograd would add what the norm's was rounded to.
+    """
+
+    def __call__(
+        self, x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float = 1e-5
+    ) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
+        return self.select(x)(x, weight, eps)
+
+
+def beside(
+    x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float
+) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
+    """Return `x` and its norm by the first choice for norms."""
+    return x, rms_norm(x, weight, eps)
+
+
+residual_rms_norm = ResidualRMSNormOp(
+    "residual_rms_norm",
+    [
+        triton_backend(
+            "nemotron.ops.rms_norm.triton",
+            "residual_rms_norm",
+            by_name=True,  # has not run on a GPU yet
+        ),
+        Backend("reference", beside),
+    ],
+)
+
 gated_rms_norm = GatedRMSNormOp(
     "gated_rms_norm",
     [

@@ -50,17 +50,20 @@ def _backward(
     weight_ptr,
     scale_ptr,
     grad_ptr,
+    beside_ptr,
     grad_x_ptr,
     grad_weight_ptr,
     rows,
     steps,
     x_stride,
     grad_stride,
+    beside_stride,
     D: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
     WEIGHT_GRAD: tl.constexpr,
+    BESIDE: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = tl.arange(0, ROWS)
@@ -81,6 +84,9 @@ def _backward(
         inner = grad * weight[None, :]
         shared = tl.sum(unit * inner, 1) / D
         grad_x = (inner - unit * shared[:, None]) * scale[:, None]
+        if BESIDE:
+            at = first * beside_stride + (row[:, None] * beside_stride + column[None, :])
+            grad_x += tl.load(beside_ptr + at, mask=inside, other=0.0).to(tl.float32)
         at = grad_x_ptr + first * D + (row[:, None] * D + column[None, :])
         tl.store(at, grad_x.to(grad_x_ptr.dtype.element_ty), mask=inside)
     if WEIGHT_GRAD:
@@ -120,26 +126,7 @@ BACKWARD = Tunable(
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        matrix = as_rows(x)
-        rows, width = matrix.shape
-        result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        scale = torch.empty(rows, dtype=torch.float32, device=x.device)
-        block = power_of_2(width)
-        launch = FORWARD.at(x, rows, width)
-        height = rows_of_a_block(launch["elements"], block)
-        _forward[(triton.cdiv(rows, height),)](
-            matrix,
-            weight,
-            result,
-            scale,
-            rows,
-            matrix.stride(0),
-            eps,
-            D=width,
-            ROWS=height,
-            BLOCK=block,
-            num_warps=launch["warps"],
-        )
+        result, scale = _normalize(x, weight, eps)
         ctx.save_for_backward(x, weight, scale)
         return result
 
@@ -147,37 +134,91 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
         x, weight, scale = ctx.saved_tensors
-        matrix, grad = as_rows(x), as_rows(grad)
-        rows, width = matrix.shape
-        block = power_of_2(width)
-        launch = BACKWARD.at(x, rows, width)
-        height = rows_of_a_block(launch["elements"], block)
-        most = launch["programs"] * multiprocessors(x.device)
-        programs, steps = share(rows, height, most)
-        grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        needs_weight = ctx.needs_input_grad[1]
-        partial = torch.empty(
-            programs if needs_weight else 0, width, dtype=torch.float32, device=x.device
-        )
-        _backward[(programs,)](
-            matrix,
-            weight,
-            scale,
-            grad,
-            grad_x,
-            partial,
-            rows,
-            steps,
-            matrix.stride(0),
-            grad.stride(0),
-            D=width,
-            ROWS=height,
-            BLOCK=block,
-            STAGES=launch["stages"],
-            WEIGHT_GRAD=needs_weight,
-            num_warps=launch["warps"],
-        )
-        return grad_x, partial.sum(0).to(weight.dtype) if needs_weight else None, None
+        return *_gradients(x, weight, scale, grad, None, ctx.needs_input_grad[1]), None
+
+
+class _ResidualRMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        result, scale = _normalize(x, weight, eps)
+        ctx.save_for_backward(x, weight, scale)
+        return x.view_as(x), result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, beside: Tensor, grad: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        x, weight, scale = ctx.saved_tensors
+        return *_gradients(x, weight, scale, grad, beside, ctx.needs_input_grad[1]), None
+
+
+def _normalize(x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the norm and by what each row was multiplied for it."""
+    matrix = as_rows(x)
+    rows, width = matrix.shape
+    result = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    scale = torch.empty(rows, dtype=torch.float32, device=x.device)
+    block = power_of_2(width)
+    launch = FORWARD.at(x, rows, width)
+    height = rows_of_a_block(launch["elements"], block)
+    _forward[(triton.cdiv(rows, height),)](
+        matrix,
+        weight,
+        result,
+        scale,
+        rows,
+        matrix.stride(0),
+        eps,
+        D=width,
+        ROWS=height,
+        BLOCK=block,
+        num_warps=launch["warps"],
+    )
+    return result, scale
+
+
+def _gradients(
+    x: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    grad: Tensor,
+    beside: Tensor | None,
+    needs_weight: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Return those of `x`, to which `beside` is added, and of the weight."""
+    matrix, grad = as_rows(x), as_rows(grad)
+    other = grad if beside is None else as_rows(beside)
+    rows, width = matrix.shape
+    block = power_of_2(width)
+    launch = BACKWARD.at(x, rows, width)
+    height = rows_of_a_block(launch["elements"], block)
+    most = launch["programs"] * multiprocessors(x.device)
+    programs, steps = share(rows, height, most)
+    grad_x = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    partial = torch.empty(
+        programs if needs_weight else 0, width, dtype=torch.float32, device=x.device
+    )
+    _backward[(programs,)](
+        matrix,
+        weight,
+        scale,
+        grad,
+        other,
+        grad_x,
+        partial,
+        rows,
+        steps,
+        matrix.stride(0),
+        grad.stride(0),
+        other.stride(0),
+        D=width,
+        ROWS=height,
+        BLOCK=block,
+        STAGES=launch["stages"],
+        WEIGHT_GRAD=needs_weight,
+        BESIDE=beside is not None,
+        num_warps=launch["warps"],
+    )
+    return grad_x, partial.sum(0).to(weight.dtype) if needs_weight else None
 
 
 def as_rows(x: Float[Tensor, "*batch D"]) -> Float[Tensor, "M D"]:
@@ -211,3 +252,10 @@ def rms_norm(
 ) -> Float[Tensor, "*batch D"]:
     """The reference's formula in float32, rounded once, with a hand-written gradient."""
     return _RMSNorm.apply(x, weight, eps)
+
+
+def residual_rms_norm(
+    x: Float[Tensor, "*batch D"], weight: Float[Tensor, " D"], eps: float
+) -> tuple[Float[Tensor, "*batch D"], Float[Tensor, "*batch D"]]:
+    """Return `x` and its norm; backward adds the gradients of both in the norm's own pass."""
+    return _ResidualRMSNorm.apply(x, weight, eps)

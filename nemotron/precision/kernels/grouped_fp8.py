@@ -13,9 +13,10 @@ from jaxtyping import Float
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from nemotron.ops.grouped_linear.tiles import TILE, Plan, locate
 from nemotron.ops.launch import INTERPRETED, Launcher, power_of_2
 from nemotron.ops.tuning.tunable import Tunable
-from nemotron.precision.kernels.quantize_fp8 import TILE, Codes, Plan, locate
+from nemotron.precision.kernels.quantize_fp8 import Codes
 
 BULK = True
 """Whether tiles come by bulk copies (TMA), or by loads of each thread."""

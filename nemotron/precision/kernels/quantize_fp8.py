@@ -2,7 +2,8 @@
 
 A tile of 128 by 128 elements is a program's. Tensors lie one under another: matrices of equal size
 (a single one, or the stacked weights of experts), or the rows of each expert, whose numbers only
-the device knows (`Plan`). Codes are those of `nemotron.precision.fp8`, to the bit.
+the device knows (`Plan`). A tile is a block of FP8 with block scales. Codes are those of
+`nemotron.precision.fp8`, to the bit.
 """
 
 from functools import lru_cache
@@ -14,35 +15,16 @@ import triton.language as tl
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
+from nemotron.ops.grouped_linear.tiles import TILE, Plan, locate, most_tiles
 from nemotron.ops.launch import INTERPRETED, Launcher, power_of_2
 from nemotron.ops.tuning.tunable import Tunable
 from nemotron.precision.formats import E4M3, FP8
 
-TILE = 128
-"""Rows and columns of a tile: a block of FP8 with block scales."""
 PARTS = 2048
 """Magnitudes of tiles that are read at once for the largest of a tensor."""
 BY_AMAX, BY_SCALE, BY_ROWS, BY_SQUARES, BY_PARTS = range(5)
 """Where scales come from: each tensor's largest magnitude, scales that are known, blocks of 128
 along each direction, squares of 128 by 128, the largest magnitudes of each tensor's tiles."""
-
-
-class Plan(NamedTuple):
-    """Where the rows of each expert are, on the device.
-
-    Each expert's rows are cut into tiles, of which the last is partial. Rows that no expert has are
-    the last, and have tiles as well.
-    """
-
-    bounds: Int[Tensor, "2 G+2"]
-    """First row, and first tile, of each expert, of the rows left over, and of what is behind."""
-    groups: int
-    rows: int
-
-    @property
-    def tiles(self) -> int:
-        """The most tiles that there can be."""
-        return most_tiles(self.rows, self.groups)
 
 
 class Codes(NamedTuple):
@@ -63,42 +45,6 @@ class Sides(NamedTuple):
 
     row: Codes | None
     columnwise: Codes | None
-
-
-@triton.jit
-def _plan(counts, bounds, rows, GROUPS: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr):
-    group = tl.arange(0, SIZE)
-    count = tl.load(counts + group, mask=group < GROUPS, other=0).to(tl.int32)
-    count = tl.where(group == GROUPS, rows - tl.sum(count, 0), count)
-    tiles = (count + TILE - 1) // TILE
-    first_row = tl.cumsum(count, 0) - count
-    first_tile = tl.cumsum(tiles, 0) - tiles
-    tl.store(bounds + group, first_row, mask=group < GROUPS + 2)
-    tl.store(bounds + GROUPS + 2 + group, first_tile, mask=group < GROUPS + 2)
-
-
-@triton.jit
-def locate(tile, bounds, each, GROUPS: tl.constexpr, SIZE: tl.constexpr, PLANNED: tl.constexpr,
-           TILE: tl.constexpr):  # fmt: skip
-    """Return a tile's group, its place among the group's tiles, its first row, and the last's end.
-
-    The group is GROUPS for rows that no expert has, and more behind them.
-    """
-    if PLANNED:
-        index = tl.arange(0, SIZE)
-        ends = tl.load(bounds + GROUPS + 3 + index, mask=index < GROUPS + 1, other=0x7FFFFFFF)
-        group = tl.sum((ends <= tile).to(tl.int32), 0)
-        held = tl.minimum(group, GROUPS)
-        place = tile - tl.load(bounds + GROUPS + 2 + held)
-        first = tl.load(bounds + held) + place * TILE
-        end = tl.load(bounds + held + 1)
-    else:
-        tiles = (each + TILE - 1) // TILE
-        group = tile // tiles
-        place = tile % tiles
-        first = group * each + place * TILE
-        end = (group + 1) * each
-    return group, place, first, end
 
 
 @triton.jit
@@ -311,9 +257,7 @@ def _quantize(
         tl.store(columnwise_codes + columnwise_base + at, columnwise, mask=mask)
 
 
-_plan_on, _measure_on, _largest_on, _quantize_on = map(
-    Launcher, (_plan, _measure, _largest, _quantize)
-)
+_measure_on, _largest_on, _quantize_on = map(Launcher, (_measure, _largest, _quantize))
 
 
 AXES = ("groups", "rows", "columns")
@@ -333,15 +277,6 @@ QUANTIZE_BLOCKS = Tunable(
 # enough loads at once to fill the memory's queue; a pass that only reads needs few registers
 MEASURE = Tunable("quantize_fp8", "measure", (_measure,), AXES, {"warps": 8}, {"warps": (4, 8, 16)})
 REDUCE_WARPS = 8
-
-
-def plan(counts: Int[Tensor, " G"], rows: int) -> Plan:
-    """Return where the rows of each expert are, without a look at the counts from the host."""
-    groups = counts.shape[0]
-    bounds = torch.empty(2, groups + 2, dtype=torch.int32, device=counts.device)
-    constants = (groups, power_of_2(groups + 2), TILE)
-    _plan_on((1, 1, 1), (counts, bounds), (rows,), constants, num_warps=4)
-    return Plan(bounds, groups, rows)
 
 
 class Layout(NamedTuple):
@@ -526,11 +461,6 @@ def _strides(x: Tensor) -> tuple[Tensor, int, int]:
         data = data.float()  # it reads subnormal numbers of bfloat16 as others
     strides = data.stride()
     return data, strides[-2], strides[0] if len(strides) == 3 else 0
-
-
-def most_tiles(rows: int, experts: int) -> int:
-    """Return the most tiles that so many rows can have: the device knows how many there are."""
-    return (rows + (TILE - 1) * (experts + 1)) // TILE
 
 
 def _round_up(size: int, multiple: int) -> int:
