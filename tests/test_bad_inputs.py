@@ -77,6 +77,7 @@ def valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert run(["train", "mine.yaml"]) == 0
         assert run(["train", "mine.yaml", "name=half", "--stop-at", "2"]) == 75
         assert run(["export", "runs/mine", "--out", "exported"]) == 0
+        assert run([*QUANTIZE, "--preset", "fp8", "--out", "small"]) == 0
     return world
 
 
@@ -94,6 +95,7 @@ CHECK = ["recipe", "check", "mine.yaml"]
 RESUME = ["train", "mine.yaml", "name=half", "--resume"]
 IMPORT = ["import", "exported", "--out", "imported"]
 GENERATE = ["generate", "runs/mine", "--prompt", "The river"]
+QUANTIZE = ["quantize", "runs/mine", "--rows", "2", "--no-check"]
 
 
 @dataclass(frozen=True)
@@ -168,15 +170,15 @@ def occupy(name: str) -> Callable[[Path], object]:
     return spoil
 
 
-def weights(change: Callable[[dict], object]) -> Callable[[Path], object]:
-    """Change the tensors of the export, whose hash is then no longer known."""
+def weights(change: Callable[[dict], object], folder: str = "exported") -> Callable[[Path], object]:
+    """Change the tensors of an export, whose hash is then no longer known."""
 
     def spoil(world: Path) -> None:
-        (file,) = (world / "exported").glob("*.safetensors")
+        (file,) = (world / folder).glob("*.safetensors")
         tensors = load_file(file)
         change(tensors)
         save_file(tensors, file, metadata={"format": "pt"})
-        index = world / "exported" / "model.safetensors.index.json"
+        index = world / folder / "model.safetensors.index.json"
         if index.exists():
             values = json.loads(index.read_text())
             values["weight_map"] = dict.fromkeys(tensors, file.name)
@@ -544,6 +546,93 @@ RUN_ROWS = [
     Row("unknown tracker", nothing, [*TRAIN, "logging.trackers=[wnadb]"], ("wnadb", "wandb")),
 ]  # fmt: skip
 
+NEW = [*QUANTIZE, "--out", "new"]
+FP8 = [*NEW, "--preset", "fp8"]
+LIKE = [*NEW, "--like", "small"]
+EVALUATE = ["evaluate", "runs/mine"]
+SMALL = ["evaluate", "small", "--recipe", "runs/mine"]
+REPORT_OF = ["report", "runs/mine"]
+MERGE = ["merge", "runs/mine", "--out", "runs/new"]
+DECLARED = "small/hf_quant_config.json"
+CUT = truncate("small/model-00001-of-00001.safetensors", 99)
+
+
+def scales(ending: str, change: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], object]:
+    """Change all scales of a kind in the quantized folder."""
+    return weights(
+        lambda t: t.update({key: change(t[key]) for key in t if key.endswith(ending)}), "small"
+    )
+
+
+NO_SCALES = weights(
+    lambda t: [t.pop(key) for key in list(t) if key.endswith(".weight_scale")], "small"
+)
+IMPORT_SMALL = ["import", "small", "--out", "new"]
+
+FINISHED_ROWS = [
+    Row("quantize without formats", nothing, NEW, ("--preset", "--bits", "--like")),
+    Row("quantize twice", nothing, [*FP8, "--bits", "8"], ("twice",)),
+    Row("quantize to an unknown preset", nothing, [*NEW, "--preset", "nvfp5"], ("nvfp5", "nvfp4")),
+    Row("quantize what does not fit", nothing, [*NEW, "--preset", "nvfp4"], ("16", "--keep")),
+    Row("quantize to too few bits", nothing, [*NEW, "--bits", "3"], ("3", "least")),
+    Row("quantize to no number of bits", nothing, [*NEW, "--bits", "nan"], ("--bits",)),
+    Row("a score of nothing", nothing, [*FP8, "--score", "kl"], ("--score", "--bits")),
+    Row("rows for a score of nothing", nothing, [*FP8, "--score-rows", "4"],
+        ("--score-rows", "--bits")),
+    Row("a cost of nothing", nothing, [*FP8, "--cost", "active"], ("--cost", "--bits")),
+    Row("scales of no weights", nothing, [*FP8, "--weights", "mse"], ("--weights", "NVFP4")),
+    Row("quantize nothing", nothing, [*FP8, "--keep", "*"], ("--keep = *", "every layer")),
+    Row("keep what is not there", nothing, [*FP8, "--keep", "head"], ("--keep = head",)),
+    Row("like nothing", nothing, [*NEW, "--like", "nowhere"], ("--like = nowhere",)),
+    Row("like an export", nothing, [*NEW, "--like", "exported"], ("--like = exported",)),
+    Row("like a damaged configuration", write("small/config.json", "{"), LIKE, ("config.json",)),
+    Row("like a damaged declaration", write(DECLARED, "{"), LIKE, ("hf_quant_config.json",)),
+    Row("like a short file", CUT, LIKE, ("small", "truncated")),
+    Row("like missing scales", NO_SCALES, LIKE, ("weight_scale",)),
+    Row("like scales that are NaN", scales("weight_scale", lambda t: t * torch.nan), LIKE,
+        ("weight_scale", "nan", "positive")),
+    Row("like negative scales of inputs", scales("input_scale", lambda t: -t), LIKE,
+        ("input_scale", "positive")),
+    Row("quantize a quantized folder", nothing,
+        ["quantize", "small", "--recipe", "runs/mine", "--preset", "fp8", "--out", "new"],
+        ("small", "quantized already")),
+    Row("quantize into the run", nothing,
+        [*QUANTIZE, "--preset", "fp8", "--out", "runs/mine", "--overwrite"], ("runs/mine",)),
+    Row("quantize over other files", occupy("new"), [*FP8, "--overwrite"], ("new",)),
+    Row("rows of no suite", nothing, [*EVALUATE, "--tasks", "4"], ("--tasks", "--suite")),
+    Row("a temperature of no suite", nothing, [*EVALUATE, "--temperature", "1"],
+        ("--temperature", "--suite")),
+    Row("depths of no long texts", nothing, [*EVALUATE, "--suite", "mcqa@0", "--depths", "0.5"],
+        ("--depths", "--suite ruler")),
+    Row("an unknown suite", nothing, [*EVALUATE, "--suite", "maths"], ("maths", "mathematics")),
+    Row("against nothing", nothing, [*EVALUATE, "--against", "nowhere"], ("--against = nowhere",)),
+    Row("evaluate a short file", CUT, SMALL, ("small", "truncated")),
+    Row("evaluate scales of 0", scales("weight_scale", torch.zeros_like), SMALL,
+        ("weight_scale", "positive")),
+    Row("evaluate an unknown format", replace(DECLARED, '"FP8"', '"INT4"'), SMALL,
+        ("hf_quant_config.json", "INT4", "FP8")),
+    Row("import missing scales", NO_SCALES, IMPORT_SMALL, ("weight_scale",)),
+    Row("import a short file", CUT, IMPORT_SMALL, ("small", "truncated")),
+    Row("seconds between no reports", nothing, [*REPORT_OF, "--every", "5"],
+        ("--every", "--watch")),
+    Row("tokens after no prompt", nothing, [*REPORT_OF, "--max-new-tokens", "5"],
+        ("--max-new-tokens", "--prompt")),
+    Row("report of an export", nothing, ["report", "exported"], ("exported",)),
+    Row("report onto a folder", occupy("new"), [*REPORT_OF, "--out", "new"], ("new",)),
+    Row("list what is not there", nothing, ["runs", "nowhere"], ("nowhere",)),
+    Row("compare with nothing", nothing, ["compare", "runs/mine", "nowhere"], ("nowhere",)),
+    Row("merge one checkpoint", nothing, [*MERGE, "--step", "4"], ("--step",)),
+    Row("merge an unknown step", nothing, [*MERGE, "--step", "4", "--step", "9"], ("9",)),
+    Row("merge no number of tokens", nothing, [*MERGE, "--last-tokens", "nan"],
+        ("--last-tokens", "nan")),
+    Row("a decay of no average", nothing, [*MERGE, "--ema-decay", "0.5"],
+        ("--ema-decay", "--shape ema")),
+    Row("a device of no search", nothing, [*MERGE, "--device", "cpu"], ("--device", "--search")),
+    Row("merge into the run", nothing, [*MERGE[:-1], "runs/mine", "--overwrite"], ("runs/mine",)),
+    Row("merge into a trained run", nothing, [*MERGE[:-1], "runs/half", "--overwrite"],
+        ("runs/half",)),
+]  # fmt: skip
+
 
 def snapshot(folder: Path) -> dict[str, str]:
     """Return every path below the folder with what is there.
@@ -562,7 +651,9 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.parametrize(
-    "row", RECIPE_ROWS + DATA_ROWS + FOLDER_ROWS + RUN_ROWS, ids=lambda row: row.name
+    "row",
+    RECIPE_ROWS + DATA_ROWS + FOLDER_ROWS + RUN_ROWS + FINISHED_ROWS,
+    ids=lambda row: row.name,
 )
 def test_a_bad_input_gets_one_sentence(row: Row, world: Path, capsys: pytest.CaptureFixture):
     if row.name.startswith("54") and torch.cuda.is_available():

@@ -8,12 +8,22 @@ import typer
 
 from nemotron.commands.answers import AnswerOptions
 from nemotron.commands.decoding import DecodingOptions
-from nemotron.commands.shared import CommandGroup, Device, Language, Model, Overrides
+from nemotron.commands.shared import (
+    CommandGroup,
+    Device,
+    Language,
+    Model,
+    Overrides,
+    refuse_without,
+)
 from nemotron.commands.suites import SuiteOptions
 from nemotron.limits import MOST_ROWS, MOST_TOKENS
 from nemotron.merge.coefficients import EMA_DECAY
 
 app = CommandGroup()
+
+SCORE, SCORE_ROWS, COST = "fisher", 32, "weights"
+"""Of a search, by default."""
 
 
 class MambaDecode(StrEnum):
@@ -122,6 +132,7 @@ def evaluate(
     from nemotron.evaluate.command import evaluate as run
 
     text = Text(recipe, overrides or ())
+    suites.refuse_idle()
     if not suites.is_asked:
         if suites.resume:
             rule = "continues an evaluation on suites; name them with --suite."
@@ -273,6 +284,10 @@ def merge(
     from nemotron.merge.command import Choice, check_shape
     from nemotron.merge.command import merge as run_merge
 
+    if not search:
+        refuse_without("--search", {"device": device}, {"device": "auto"})
+        if shape != "ema":
+            refuse_without("--shape ema", {"ema_decay": ema_decay}, {"ema_decay": EMA_DECAY})
     choice = Choice(
         last_tokens or (), last or (), step or (), check_shape(shape), ema_decay, search
     )
@@ -314,16 +329,16 @@ def quantize(
     ] = 128,
     score: Annotated[
         str, typer.Option(help="Sensitivity for --bits: fisher (one backward) or kl.")
-    ] = "fisher",
+    ] = SCORE,
     score_rows: Annotated[
         int, typer.Option(min=1, max=MOST_ROWS, help="Rows of text for --bits.")
-    ] = 32,
+    ] = SCORE_ROWS,
     cost: Annotated[
         str,
         typer.Option(
             help="Mean that --bits is: over weights, or active ones, of a token's experts."
         ),
-    ] = "weights",
+    ] = COST,
     inputs: Annotated[
         str, typer.Option(help="Reach of the scales of inputs: max, percentile or mse.")
     ] = "max",
@@ -346,6 +361,10 @@ def quantize(
     from nemotron.quantize.command import quantize as run_quantize
     from nemotron.quantize.decide import Wanted
 
+    if bits is None:
+        searched = {"score": score, "score_rows": score_rows, "cost": cost}
+        defaults = {"score": SCORE, "score_rows": SCORE_ROWS, "cost": COST}
+        refuse_without("--bits", searched, defaults)
     wanted = Wanted(
         preset,
         bits,

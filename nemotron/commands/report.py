@@ -5,12 +5,13 @@ from typing import Annotated
 
 import typer
 
-from nemotron.commands.shared import CommandGroup
+from nemotron.commands.shared import CommandGroup, refuse_without
 from nemotron.limits import MOST_TOKENS
 
 app = CommandGroup()
 
 RUN = "Folder of a run."
+EVERY, NEW_TOKENS = 10.0, 48
 
 
 @app.command(epilog="Example: nemotron report runs/tiny")
@@ -29,7 +30,7 @@ def report(
         bool,
         typer.Option("--watch", help="Write it again and again until no run is running."),
     ] = False,
-    every: Annotated[float, typer.Option(min=1, help="With --watch: seconds between two.")] = 10.0,
+    every: Annotated[float, typer.Option(min=1, help="With --watch: seconds between two.")] = EVERY,
     prompt: Annotated[
         list[str] | None,
         typer.Option(help="Text that the kept checkpoints continue on the page; repeatable."),
@@ -39,12 +40,17 @@ def report(
         typer.Option(
             min=1, max=MOST_TOKENS, help="With --prompt: largest number of tokens to add."
         ),
-    ] = 48,
+    ] = NEW_TOKENS,
 ) -> int:
     """Write what runs did as one HTML file, which needs no other."""
     from nemotron.report.command import Prompts
     from nemotron.report.command import report as run
 
+    if not watch:
+        refuse_without("--watch", {"every": every}, {"every": EVERY})
+    if not prompt:
+        given = {"max_new_tokens": max_new_tokens}
+        refuse_without("--prompt", given, {"max_new_tokens": NEW_TOKENS})
     return run(
         runs,
         out,

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -54,6 +54,22 @@ class CommandGroup(typer.Typer):
             return function
 
         return declare
+
+
+def refuse_without(option: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse options that have no effect without another one, if they are not at their defaults.
+
+    Both name options as parameters do, such as `max_new_tokens`.
+
+    Raises:
+        UserError: when one of `values` is not its default.
+    """
+    from nemotron.errors import UserError
+
+    for name, value in values.items():
+        if value != defaults[name]:
+            key = "--" + name.replace("_", "-")
+            raise UserError(f"has no effect without {option}; leave it out or add that.", key=key)
 
 
 def _spread(function: Callable[..., int]) -> Callable[..., int]:

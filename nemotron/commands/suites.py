@@ -1,15 +1,20 @@
 """Options of an evaluation on suites."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from nemotron.commands.shared import refuse_without
 from nemotron.limits import MOST_SAMPLES, MOST_TASKS, MOST_TOKENS
 
 if TYPE_CHECKING:
     from nemotron.evaluate.suites import Plan
+
+
+RULER = "ruler"
+LONG_TEXTS = ("lengths", "depths")
 
 
 @dataclass(frozen=True)
@@ -68,6 +73,21 @@ class SuiteOptions:
     def is_asked(self) -> bool:
         """Whether more is wanted than the loss on held-out text."""
         return bool(self.suite) or self.against is not None
+
+    def refuse_idle(self) -> None:
+        """Refuse options of suites where none reads them.
+
+        Raises:
+            UserError: when one is given.
+        """
+        values, defaults = vars(self), {field.name: field.default for field in fields(self)}
+        of_text = ("suite", "against", "resume", *LONG_TEXTS)
+        if not self.suite:
+            own = {name: value for name, value in values.items() if name not in of_text}
+            refuse_without("--suite", own, defaults)
+        if RULER not in (self.suite or ()):
+            own = {name: values[name] for name in LONG_TEXTS}
+            refuse_without(f"--suite {RULER}", own, defaults)
 
     def plan(self) -> "Plan":
         """Return the evaluation.

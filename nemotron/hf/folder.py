@@ -13,10 +13,10 @@ from torch import Tensor
 from nemotron.checkpoint.read import EMBEDDING, TIED_HEAD
 from nemotron.errors import UserError
 from nemotron.files import hash_file
-from nemotron.hf.config import from_hf
+from nemotron.hf.config import HFConfig, from_hf
 from nemotron.hf.formats import FORMATS, DiskFormat, DiskTensor
 from nemotron.hf.names import DiskParameter, count_parameters, disk_parameters, disk_tensors
-from nemotron.hf.quantized.declaration import check_constants
+from nemotron.hf.quantized.declaration import Declaration, check_constants, check_scales
 from nemotron.hf.quantized.read import read_declaration
 from nemotron.hf.shards import ShardedFolder, StoredTensor, read_json
 from nemotron.model.build import shapes
@@ -64,6 +64,29 @@ def read_folder(folder: Path, formats: Sequence[DiskFormat] = FORMATS) -> Loaded
             no positive number or the declaration of quantized layers contradicts their tensors,
             when a file is damaged, or when the configuration asks for what the model cannot do.
     """
+    read, declared, parameters, stored = _open(folder, formats)
+    weights = _collect(read.model, parameters, stored, str(folder))
+    if read.model.tie_word_embeddings:
+        _tie(folder, weights)
+    notes = (*read.notes, *(declared.notes(parameters) if declared else ()))
+    return LoadedFolder(read.model, weights, notes, read.stop_ids, _note_formats(parameters))
+
+
+def check_folder(folder: Path) -> None:
+    """Check all of a folder but the numbers that its weights hold, reading no more than scales.
+
+    Raises:
+        UserError: as `read_folder`.
+    """
+    _, _, parameters, stored = _open(folder, FORMATS)
+    for parameter in parameters:
+        check_scales(parameter, stored.read, str(folder))
+
+
+def _open(
+    folder: Path, formats: Sequence[DiskFormat]
+) -> tuple[HFConfig, Declaration | None, list[DiskParameter], ShardedFolder]:
+    """Return what a folder describes, once its files fit the description."""
     values, declared = read_json(folder / CONFIG), read_declaration(folder)
     if declared is not None:
         values.pop("quantization_config", None)
@@ -87,11 +110,7 @@ def read_folder(folder: Path, formats: Sequence[DiskFormat] = FORMATS) -> Loaded
     _check_names(folder, tensors, list(stored.tensors))
     _check_stored(folder, parameters, formats, stored.tensors)
     _check_hashes(folder, {entry.file for entry in stored.tensors.values()})
-    weights = _collect(read.model, parameters, stored, str(folder))
-    if read.model.tie_word_embeddings:
-        _tie(folder, weights)
-    notes = (*read.notes, *(declared.notes(parameters) if declared else ()))
-    return LoadedFolder(read.model, weights, notes, read.stop_ids, _note_formats(parameters))
+    return read, declared, parameters, stored
 
 
 def _note_formats(parameters: Sequence[DiskParameter]) -> dict[str, JsonValue]:

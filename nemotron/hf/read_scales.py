@@ -5,7 +5,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from nemotron.errors import UserError
-from nemotron.hf.folder import is_exported
+from nemotron.hf.folder import check_folder, is_exported
 from nemotron.hf.shards import ShardedFolder
 from nemotron.precision.scales import LinearScales
 from nemotron.precision.static import ModelScales, lacking
@@ -40,8 +40,10 @@ def read_like(folder: Path, model: nn.Module, key: str) -> ModelScales:
     `key` is what names the folder.
 
     Raises:
-        UserError: when it is no quantized folder, or one of another model.
+        UserError: when it is no quantized folder, a damaged one, or one of another model.
     """
+    if is_exported(folder):
+        check_folder(folder)
     scales = read_scales(folder) if is_exported(folder) else None
     if scales is None:
         raise UserError(

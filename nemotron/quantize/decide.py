@@ -115,6 +115,7 @@ def decide(subject: Subject, wanted: Wanted) -> Decision:
         return Decision(_formats(subject, scales), scales, Observed())
     base = wanted.base
     table = assign(subject.model, base, wanted.keep)  # what does not fit is found before any work
+    _check_table(table, wanted)
     observed = calibrate(
         subject.model,
         subject.rows(wanted.rows),
@@ -133,6 +134,20 @@ def decide(subject: Subject, wanted: Wanted) -> Decision:
     found = search(groups, scores, wanted.bits)
     scales = _scales(subject, found.table, observed, wanted)
     return Decision(found.table, scales, observed, found, scores)
+
+
+def _check_table(table: Mapping[str, StoredFormat], wanted: Wanted) -> None:
+    """Check that something is quantized, and that the scales of weights are those of something.
+
+    Raises:
+        UserError: when an option leaves nothing to be done, or has no effect.
+    """
+    if not table:
+        rule = "keeps every layer that would be quantized; give fewer patterns."
+        raise UserError(rule, key="--keep", value=" ".join(wanted.keep) or None)
+    if wanted.bits is None and wanted.weights is not None and "nvfp4" not in table.values():
+        rule = "has no effect, because no layer is in NVFP4; leave it out."
+        raise UserError(rule, key="--weights", value=wanted.weights)
 
 
 def _formats(subject: Subject, scales: ModelScales) -> dict[str, StoredFormat]:

@@ -1,7 +1,7 @@
 """What a folder declares about its quantized layers, held against the tensors that are there."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -145,16 +145,29 @@ def check_constants(parameter: DiskParameter, own: Mapping[str, Tensor], where: 
     Raises:
         UserError: when one is not.
     """
+    form = check_scales(parameter, own.__getitem__, where)
+    if isinstance(form, QuantizedLinear) and form.format == "fp8":
+        code = f"{layer_of(parameter.name)}.{form.layout.codes[form.format]}"
+        if bool((own[code].view(torch.uint8) & 0x7F == 0x7F).any()):
+            raise UserError("holds NaN.", key=code, where=where)
+
+
+def check_scales(parameter: DiskParameter, read: Callable[[str], Tensor], where: str) -> DiskFormat:
+    """Check that scales are positive numbers; returns the format of the weight beside them.
+
+    `read` gives the tensor of a name on disk.
+
+    Raises:
+        UserError: when one is not.
+    """
     form, layer = parameter.format, layer_of(parameter.name)
     while isinstance(form, QuantizedLinear | WithConstants):
         for key in form.specs:
-            _check_positive(f"{layer}.{key}", own[f"{layer}.{key}"], where)
+            _check_positive(f"{layer}.{key}", read(f"{layer}.{key}"), where)
         if isinstance(form, QuantizedLinear):
-            code = f"{layer}.{form.layout.codes[form.format]}"
-            if form.format == "fp8" and bool((own[code].view(torch.uint8) & 0x7F == 0x7F).any()):
-                raise UserError("holds NaN.", key=code, where=where)
-            return
+            break
         form = form.inner
+    return form
 
 
 def _check_positive(name: str, scale: Tensor, where: str) -> None:
