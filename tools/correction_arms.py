@@ -57,8 +57,8 @@ def length(steps: int, decay: int) -> tuple[str, ...]:
 
 SMALL = ("batch.global_tokens=512", "batch.micro_batch=2")
 PAIRS_SIZE = (*length(400, 130), *SMALL)
-WAYS_SIZE = (*length(200, 60), *SMALL)
-"""Of runs that go on from a model of the language."""
+WAYS_SIZE = length(1000, 300)
+"""Of runs that go on from a model of the language; token by token, it copies from step 350 on."""
 ALL_HELD_OUT = "evaluation.tokens=138240"
 """More than what any source of texts holds out, so that arms are measured on the same rows."""
 TEXTS_SIZE = (*length(200, 70), "batch.global_tokens=1920", "batch.micro_batch=8", ALL_HELD_OUT)
@@ -80,9 +80,13 @@ ARMS = (
     Arm("duration", "duration", PAIRS_SIZE),
 )
 
+WER = Figure("WER", "answer_wer")
 CER = Figure("CER", "answer_cer")
 F05 = Figure("correction F0.5", "correction_f0.5")
 F1 = Figure("detection F1", "detection_f1")
+PRECISION = Figure("precision", "correction_precision")
+RECALL = Figure("recall", "correction_recall")
+BETTER = Figure("sentences made better", "sentences_better")
 WORSE = Figure("sentences made worse", "sentences_worse")
 
 
@@ -137,7 +141,7 @@ COMPARISONS = (
         "token by token or in one pass, from the same trunk (`sft.yaml`, `tag.yaml`)",
         "written",
         "one-pass",
-        (CER, F05, WORSE),
+        (WER, CER, F05, PRECISION, RECALL, BETTER, WORSE),
     ),
     Comparison(
         "durations",

@@ -93,6 +93,7 @@ def _parallel(
     from nemotron.data.correct.sound import LANGUAGES, sound_of
     from nemotron.device import find_device
     from nemotron.errors import UserError
+    from nemotron.generate.decode_layers import decode_view
     from nemotron.loading import fix_language, load_with_tokenizer
     from nemotron.posttrain.correct.config import CorrectConfig
     from nemotron.posttrain.correct.parallel import InParallel
@@ -121,5 +122,6 @@ def _parallel(
     if threshold is None and config.correct.kind == "soft":
         threshold = read_threshold(run.path, config)
     on_device = allowed.to(next(loaded.parameters()).device)
-    corrector = Corrector(loaded, config.correct, specials, on_device, threshold or 0.0)
+    view = decode_view(loaded, pack=True)
+    corrector = Corrector(view, config.correct, specials, on_device, threshold or 0.0)
     return InParallel(corrector, tokenizer, language if language in LANGUAGES else None)

@@ -61,9 +61,13 @@ class TokenSteps:
         tokens: Int[Tensor, "B T"],
         rows: CachedRows,
         *,
+        embedded: Float[Tensor, "B T D"] | None = None,
         only_last: bool = False,
     ) -> Float[Tensor, "B S D"] | None:
-        """Return the hidden states; None for a call that the layers themselves must compute."""
+        """Return the hidden states; None for a call that the layers themselves must compute.
+
+        The first layer reads what is `embedded` already in place of the tokens' embeddings.
+        """
         dtype = model.compute_dtype or torch.float32
         if not _suits(rows, tokens, dtype):
             return None
@@ -71,6 +75,7 @@ class TokenSteps:
             self._stack = stack_of(model, dtype)
         step, stack = _step_of(rows, tokens), self._stack
         step.has_experts, step.only_last = self.record is not None, only_last
+        step.hidden = embedded
         hidden = model.token_step(stack, step)
         if self.record is not None:
             self.record += step.chosen
@@ -122,7 +127,6 @@ def operation_of(model: HybridLM, dtype: torch.dtype) -> TokenStepOp | None:
         "adapters": any(isinstance(module, Adapter) for module in modules),
         "fixed_scales": any(map(is_attached, modules)),
         "language_experts": model.language is not None,
-        "candidates": model.candidates is not None,
         "groups_of_experts": config.n_group > 1,
     }
     operation = model.token_step

@@ -139,12 +139,15 @@ class HybridLM(nn.Module):
         mixture layers use again (`ExpertChoice`). With `only_last`, those of the last token of each
         row are all that is returned.
         """
-        is_plain = candidates is None and languages is None and experts is None
-        if cache is not None and self.steps is not None and is_plain and routing is None:
-            found = self.steps(self, input_ids, cache, only_last=only_last)
+        is_plain = languages is None and experts is None and routing is None
+        # steps look up plain tokens themselves
+        hidden = None if self.candidates is None else self.embed(input_ids, candidates)
+        if cache is not None and self.steps is not None and is_plain:
+            found = self.steps(self, input_ids, cache, embedded=hidden, only_last=only_last)
             if found is not None:
                 return found
-        hidden = self.embed(input_ids, candidates)
+        if hidden is None:
+            hidden = self.embed(input_ids)
         if cache is not None:
             cache.begin(input_ids.shape[1])
         gate = None if self.language is None else GatePass(self.language, languages, padding)

@@ -24,9 +24,13 @@ class Steps(Protocol):
         tokens: Int[Tensor, "B T"],
         rows: CachedRows,
         *,
+        embedded: Float[Tensor, "B T D"] | None = None,
         only_last: bool = False,
     ) -> Float[Tensor, "B S D"] | None:
-        """Return the hidden states after the final norm; None leaves the call to the layers."""
+        """Return the hidden states after the final norm; None leaves the call to the layers.
+
+        The first layer reads what is `embedded` already in place of the tokens' embeddings.
+        """
 
     def ahead(
         self,

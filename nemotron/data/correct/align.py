@@ -10,6 +10,7 @@ inserted token belongs, we ask for the nearest.
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Generic, TypeVar
 
 from nemotron.data.correct.sound import distance
@@ -79,14 +80,20 @@ class _Costs(Generic[Token]):
         for token, own, lost in zip(self.first, self._sounds[0], self.alone[0], strict=True):
             above, left = rows[-1], rows[-1][0] + lost
             row = [left]
+            apart = map(distance, repeat(own), self._sounds[1])
             steps = [
-                -match if token == mate else edit + distance(own, other)
-                for mate, other in zip(mates, self._sounds[1], strict=True)
+                -match if token == mate else edit + far
+                for mate, far in zip(mates, apart, strict=True)
             ]
+            # min() of three numbers takes longer than all the rest
             for corner, up, step, added in zip(
                 above, above[1:], steps, self.alone[1], strict=False
             ):
-                left = min(corner + step, up + lost, left + added)
+                left += added
+                if up + lost < left:
+                    left = up + lost
+                if corner + step < left:
+                    left = corner + step
                 row.append(left)
             rows.append(row)
         return rows
@@ -107,12 +114,19 @@ def align(
     """
     if list(first) == list(second):
         return Alignment(tuple((i, i) for i in range(len(first))), 0, len(first), 0)
-    costs = _Costs(first, second, sound)
+    # no alignment is better, or looked at before, than one that pairs equal ends
+    ends = 0
+    while ends < min(len(first), len(second)) and first[-1 - ends] == second[-1 - ends]:
+        ends += 1
+    lengths = len(first) - ends, len(second) - ends
+    costs = _Costs(first[: lengths[0]], second[: lengths[1]], sound)
     pairs = _trace(costs)
     both = [(i, j) for i, j in pairs if i is not None and j is not None]
     matches = sum(first[i] == second[j] for i, j in both)
     apart = sum(costs.distance(i, j) for i, j in both if first[i] != second[j])
-    return Alignment(pairs, len(pairs) - matches, matches, apart + costs.lengths_alone(pairs))
+    edits, apart = len(pairs) - matches, apart + costs.lengths_alone(pairs)
+    tail = tuple((lengths[0] + i, lengths[1] + i) for i in range(ends))
+    return Alignment(pairs + tail, edits, matches + ends, apart)
 
 
 def _trace(costs: _Costs[Token]) -> tuple[tuple[int | None, int | None], ...]:

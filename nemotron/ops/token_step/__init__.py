@@ -11,9 +11,7 @@ from nemotron.ops.token_step.reference import advance, multiply
 from nemotron.ops.token_step.reference import token_step as step_by_layers
 from nemotron.ops.token_step.stack import Matrix, Stack, Step
 
-OTHER_LAYERS = frozenset(
-    {"adapters", "fixed_scales", "language_experts", "candidates", "groups_of_experts"}
-)
+OTHER_LAYERS = frozenset({"adapters", "fixed_scales", "language_experts", "groups_of_experts"})
 """What models may have that a stack has not; their own layers compute it."""
 
 Work = Literal["step", "advance", "multiply"]

@@ -96,7 +96,8 @@ class Program:
         """Do a step."""
         rows, length = step.tokens.shape
         given = None if step.hidden is None else step.hidden.float().contiguous()
-        assert (given is None) == (self._stack.join is None), "a join needs what it joins"
+        is_joined = self._stack.join is not None
+        assert given is not None or not is_joined, "a join needs what it joins"
         chosen = None
         if step.has_experts:
             chosen = torch.empty(rows * length * self._num_chosen, dtype=torch.int64)
@@ -106,6 +107,10 @@ class Program:
             self._take(step)
             self._set(tokens=step.tokens.data_ptr(), counts=0, skipped=step.skipped)
             self._set(given=0 if given is None else given.data_ptr())
+            if given is not None and not is_joined:
+                self._set(tokens=0, given=0)
+                hidden = self._buffers["hidden"].numbers
+                hidden[: rows * length, : self._size] = given.flatten(0, 1)
             if chosen is not None:
                 self._set(chosen=chosen.data_ptr())
             if step.only_last and length > 1 and chosen is None and not step.keeps_inputs:

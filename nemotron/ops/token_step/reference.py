@@ -32,7 +32,10 @@ def multiply(x: Float[Tensor, "*batch I"], matrix: Matrix) -> Float[Tensor, "*ba
 def token_step(stack: Stack, step: Step) -> Float[Tensor, "B T D"]:
     """hidden + mixer(norm(hidden)) for every layer, then the final norm."""
     wide = torch.promote_types(stack.dtype, torch.float32)
-    hidden = F.embedding(step.tokens, stack.embeddings).to(stack.dtype).to(wide)
+    if stack.join is None and step.hidden is not None:
+        hidden = step.hidden.to(wide)
+    else:
+        hidden = F.embedding(step.tokens, stack.embeddings).to(stack.dtype).to(wide)
     if stack.join is not None:
         hidden = _join(stack.join, hidden, step)
     step.kept = [None] * len(stack.layers)

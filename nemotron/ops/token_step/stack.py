@@ -180,7 +180,7 @@ class Step:
     places: tuple[MambaPlace | KeysPlace | None, ...]
     keeps_inputs: bool = False
     hidden: Float[Tensor, "B T D"] | None = None
-    """What is joined with the embeddings, if the stack has a `join`."""
+    """What is joined with the embeddings, if the stack has a `join`; else what is read for them."""
     skipped: int = 0
     """Places at the beginning of each text that hold no keys and values; counted in `lengths`."""
     only_last: bool = False

@@ -1,12 +1,13 @@
 """Lines corrected in parallel, by a model of the stage correct."""
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from nemotron.data.correct.align import columns_of
-from nemotron.data.correct.sound import LANGUAGES, sound_of
+from nemotron.data.correct.sound import KEPT, LANGUAGES, sound_of
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.posttrain.correct.answers import Corrected, Counts, Line
@@ -21,6 +22,8 @@ class InParallel:
     tokenizer: Tokenizer
     language: str | None = None
     """How tokens sound, by which candidates are aligned; absent: as the language of each line."""
+    _sounds: dict[str, Callable[[int], str]] = field(default_factory=dict, init=False, repr=False)
+    """Of each language that lines had so far, with the sounds of their tokens."""
 
     def __call__(self, lines: Sequence[Line], counts: Counts) -> list[Corrected]:
         """Return the corrected text of each line.
@@ -47,7 +50,8 @@ class InParallel:
         pair, wanted = line.pair, self.corrector.model.config.num_candidates
         counts.repeated += len(pair.candidates) < wanted
         counts.cut += len(pair.candidates) > wanted
-        ids = self.tokenizer.encode_batch(pair.exactly(wanted))
+        # one by one: to wake other cores would take longer
+        ids = [self.tokenizer.encode(text) for text in pair.exactly(wanted)]
         columns = columns_of(ids, self._sound(pair.language)).lines
         void = self.corrector.specials.marks.void
         filled = np.array([[void if t is None else t for t in own] for own in columns], np.int64)
@@ -67,5 +71,10 @@ class InParallel:
 
     def _sound(self, language: str | None) -> Callable[[int], str]:
         known = language if language in LANGUAGES else "letters"
-        sound = sound_of(self.language or known)
-        return lambda token: sound(self.tokenizer.decode([token]).strip())
+        name = self.language or known
+        if name not in self._sounds:
+            sound, decode = sound_of(name), self.tokenizer.decode
+            self._sounds[name] = functools.lru_cache(KEPT)(
+                lambda token: sound(decode([token]).strip())
+            )
+        return self._sounds[name]

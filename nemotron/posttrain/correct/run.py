@@ -1,7 +1,8 @@
 """Correcting sources with a trained model: one pass, or two with a cache between them."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nemotron.generate.forward import new_cache
-from nemotron.model.cache import CachedRows
+from nemotron.model.cache import Cache, CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.posttrain.correct.choose import choose
 from nemotron.posttrain.correct.config import CorrectOptions
@@ -57,6 +58,12 @@ class Corrector:
     """Ids that an answer may have."""
     threshold: float
     """Score up to which a token is answered anew (kind soft)."""
+    _caches: list[Cache] = field(default_factory=list, init=False, repr=False)
+    """The one of the calls before, if it is there."""
+    _forbidden: dict[int | None, Bool[Tensor, " V"]] = field(
+        default_factory=dict, init=False, repr=False
+    )
+    """Ids that an answer may not have, by the mark that it may have."""
 
     @torch.inference_mode()
     def correct(self, sources: Sequence[Source]) -> list[Answer]:
@@ -84,7 +91,11 @@ class Corrector:
 
     def _tag(self, sources: Sequence[Source]) -> list[Answer]:
         void = self.specials.marks.void
-        hidden = self._read(sources, readings=2)
+        if self.model.steps is None:  # layers one by one need no cache
+            hidden = self._read(sources, readings=2)
+        else:
+            with self._open(len(sources)) as cache:
+                hidden = self._read(sources, readings=2, cache=cache)
         second = second_reading(sources[0].columns.shape[1])
         found = self._best(hidden[:, second], void).tolist()
         return [
@@ -95,23 +106,21 @@ class Corrector:
     def _ctc(self, sources: Sequence[Source]) -> list[Answer]:
         selected = [self._without_holes(source.columns[0]) for source in sources]
         runs = [[(token, True) for token in tokens] for tokens in selected]
-        cache = self._open(sources)
-        self._read(sources, readings=1, cache=cache)
-        return [
-            Answer(tokens, chosen)
-            for tokens, chosen in zip(self._rewrite(cache, runs), selected, strict=True)
-        ]
+        with self._open(len(sources)) as cache:
+            self._read(sources, readings=1, cache=cache, only_last=True)
+            found = self._rewrite(cache, runs)
+        return [Answer(tokens, own) for tokens, own in zip(found, selected, strict=True)]
 
     def _soft(self, sources: Sequence[Source]) -> list[Answer]:
-        cache = self._open(sources)
-        judged = self._judge(sources, self._read(sources, readings=2, cache=cache))
         void = self.specials.marks.void
         runs: list[list[tuple[int, bool]]] = []
-        for columns, scores in judged:
-            flagged = (scores <= self.threshold).tolist()
-            pairs = zip(columns.tolist(), flagged, strict=True)
-            runs.append([(token, wrong) for token, wrong in pairs if token != void])
-        found = self._rewrite(cache, runs)
+        with self._open(len(sources)) as cache:
+            judged = self._judge(sources, self._read(sources, readings=2, cache=cache))
+            for columns, scores in judged:
+                flagged = (scores <= self.threshold).tolist()
+                pairs = zip(columns.tolist(), flagged, strict=True)
+                runs.append([(token, wrong) for token, wrong in pairs if token != void])
+            found = self._rewrite(cache, runs)
         return [
             Answer(tokens, self._without_holes(columns), scores, columns)
             for tokens, (columns, scores) in zip(found, judged, strict=True)
@@ -136,9 +145,13 @@ class Corrector:
         return found
 
     def _duration(self, sources: Sequence[Source]) -> list[Answer]:
+        with self._open(len(sources)) as cache:
+            return self._repeat(sources, cache)
+
+    def _repeat(self, sources: Sequence[Source], cache: CachedRows) -> list[Answer]:
+        """Answer each token as often as its duration says."""
         model = self.model
         assert model.edit_heads is not None, "a rule of the recipe"
-        cache = self._open(sources)
         hidden = self._read(sources, readings=2, cache=cache)
         num_columns = sources[0].columns.shape[1]
         states = hidden[:, second_reading(num_columns)]
@@ -213,23 +226,40 @@ class Corrector:
         self, hidden: Float[Tensor, "B T D"], allowed: int | None = None
     ) -> Int[Tensor, "B T"]:
         """Return the likeliest token of text, or the one mark that is allowed beside."""
-        may = self.is_text.clone()
-        if allowed is not None:
-            may[allowed] = True
-        return self.model.logits(hidden).masked_fill(~may, float("-inf")).argmax(-1)
+        forbidden = self._forbidden.get(allowed)
+        if forbidden is None:
+            forbidden = self._forbidden[allowed] = ~self.is_text
+            if allowed is not None:
+                forbidden[allowed] = False
+        return self.model.logits(hidden).masked_fill(forbidden, float("-inf")).argmax(-1)
 
-    def _open(self, sources: Sequence[Source]) -> CachedRows:
-        cache = new_cache(self.model, len(sources))
-        return cache.rows([cache.admit() for _ in sources])
+    @contextmanager
+    def _open(self, count: int) -> Iterator[CachedRows]:
+        """Give empty rows of a cache, which is used again by the next call."""
+        if not self._caches or len(self._caches[0].lengths) < count:
+            self._caches[:] = [new_cache(self.model, count)]
+        cache = self._caches[0]
+        slots = [cache.admit() for _ in range(count)]
+        try:
+            yield cache.rows(slots)
+        finally:
+            for slot in slots:
+                cache.free(slot)
 
     def _read(
-        self, sources: Sequence[Source], readings: int, cache: CachedRows | None = None
-    ) -> Float[Tensor, "B T D"]:
-        """Read the sources so many times."""
+        self,
+        sources: Sequence[Source],
+        readings: int,
+        cache: CachedRows | None = None,
+        *,
+        only_last: bool = False,
+    ) -> Float[Tensor, "B S D"]:
+        """Read the sources so many times; return all hidden states, or the last."""
         columns = [prefix(source.columns.T, readings, self.specials) for source in sources]
         candidates = torch.from_numpy(np.stack(columns)).to(self.is_text.device)  # [B, T, K]
         several = candidates if candidates.shape[2] > 1 else None
-        return self.model(candidates[:, :, 0], cache=cache, candidates=several)
+        ids = candidates[:, :, 0]
+        return self.model(ids, cache=cache, candidates=several, only_last=only_last)
 
     def _without_holes(self, tokens: NDArray[np.int64]) -> list[int]:
         return tokens[tokens != self.specials.marks.void].tolist()

@@ -1,6 +1,9 @@
 """Correction by the commands: it learns, resumes to the same bits, and refuses what is wrong."""
 
+import copy
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,6 +11,8 @@ import torch
 
 from nemotron.checkpoint.read import read_model
 from nemotron.cli import run
+from nemotron.generate.decode_layers import lay_out
+from nemotron.ops.token_step import TokenStepOp, token_step
 from nemotron.posttrain.correct.choose import choose
 from nemotron.posttrain.correct.config import CorrectOptions
 from nemotron.posttrain.correct.evaluate import Errors, distance, errors_of
@@ -101,6 +106,40 @@ def test_sources_are_corrected_together_as_each_by_itself(kind: str) -> None:
     text = set(own.is_text.nonzero().flatten().tolist())
     assert all(set(answer.tokens) <= text for answer in together)
     assert len({tuple(answer.tokens) for answer in together}) > 3
+
+
+@pytest.mark.parametrize("kind", ["tag", "ctc", "soft", "duration"])
+@pytest.mark.parametrize("backend", ["numba", "reference"])
+def test_steps_correct_as_the_layers_do(kind: str, backend: str) -> None:
+    own = corrector(kind, threshold=-4.0)
+    if reason := token_step.backend(backend).missing():
+        pytest.skip(reason)
+    operation = token_step.bind(backend)
+    assert isinstance(operation, TokenStepOp)
+    model = copy.deepcopy(own.model).float()
+    model.compute_dtype, model.token_step = torch.float32, operation
+    lay_out(model, torch.float32, operation)
+    fast, calls = replace(own, model=model), []
+    bind = model.steps
+    assert bind is not None
+
+    def counted(*given: Any, **named: Any) -> Any:
+        calls.append(given[1].shape)
+        found = bind(*given, **named)
+        assert found is not None, "the layers themselves were called"
+        return found
+
+    model.steps = counted  # type: ignore[assignment]
+    sources = [Source(row.columns) for row in make_rows(12, 2)]
+    expected = own.correct(sources)
+    for given in (sources, sources[:5]):  # the second call goes on in the cache of the first
+        found = fast.correct(given)
+        for ours, theirs in zip(found, expected, strict=False):
+            assert (ours.tokens, ours.selected) == (theirs.tokens, theirs.selected)
+            if ours.scores is not None and theirs.scores is not None:
+                # another order of sums
+                np.testing.assert_allclose(ours.scores, theirs.scores, rtol=0, atol=1e-4)
+    assert len(calls) > len({source.columns.shape[1] for source in sources})
 
 
 def test_right_durations_are_counted_by_token() -> None:
