@@ -158,6 +158,7 @@ class Engine:
             UserError: when the request is impossible, or too long for the blocks of the cache.
         """
         self._check(request)
+        assert request.begun is None or request.num_samples == 1, "one sample has begun"
         number, seed = self._next_number, request.sampling.seed
         self._next_number += 1
         seed = fresh_seed() if seed is None else seed
@@ -236,12 +237,13 @@ class Engine:
         """Go on with new weights, between two steps.
 
         `model` is the same one if its parameters changed in place. What was computed with the old
-        weights is computed again, unless `keep_states`. Tokens chosen from now on bear `version`.
+        weights is computed again, unless `keep_states`: texts then go on from the states they have,
+        and new ones from stored prefixes. Tokens chosen from now on bear `version`.
         """
         assert version > self.version, f"version {version} does not follow {self.version}"
         assert model.config == self.model.config, "the cache is made for another model"
         self.model, self.version = self._prepare(model), version
-        self.prefixes.clear()
+        self.prefixes.clear(only_shared=keep_states)
         for sample in [] if keep_states else self.scheduler.running[:]:
             self.scheduler.preempt(sample)
 

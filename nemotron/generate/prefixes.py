@@ -95,9 +95,14 @@ class PrefixStore:
             return False
         return True
 
-    def clear(self) -> None:
-        """Drop all, as after an update of the weights."""
-        while self.make_room(also_shared=True):
+    def clear(self, *, only_shared: bool = False) -> None:
+        """Drop all, as after an update of the weights.
+
+        `only_shared` keeps those that are stored, whose next logits are not known.
+        """
+        while self._shared:
+            self._drop(self._shared.pop(0))
+        while not only_shared and self.make_room():
             pass
 
     def _drop(self, prefix: Prefix) -> None:

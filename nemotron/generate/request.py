@@ -18,6 +18,27 @@ Finish = Literal["stop", "length", "abort"]
 
 
 @dataclass(frozen=True)
+class Begun:
+    """The first tokens of an answer, as they were chosen before; the answer goes on after them."""
+
+    tokens: tuple[int, ...]
+    forced: tuple[bool, ...]
+    logprobs: tuple[float, ...]
+    versions: tuple[tuple[int, int], ...]
+    """As `Answer.versions`."""
+
+    @classmethod
+    def of(cls, answer: "Answer") -> "Begun":
+        """Return an answer with log-probabilities as far as it goes."""
+        return cls(
+            tuple(answer.tokens),
+            tuple(answer.forced),
+            tuple(answer.logprobs),
+            tuple(answer.versions),
+        )
+
+
+@dataclass(frozen=True)
 class Request:
     """A prompt and how it is to be continued."""
 
@@ -42,6 +63,9 @@ class Request:
     """The form of the answer; tokens that are forced are not checked against it."""
     experts: bool = False
     """Whether the experts that each token chose are recorded."""
+    begun: Begun | None = None
+    """What the one sample has answered before, with the seed of now. It counts in `max_tokens`, is
+    read again as the prompt is, and has 0 as log-probability under the model itself."""
 
     def check(self, vocab_size: int, name: str = "prompt") -> None:
         """Refuse what a model with such a vocabulary cannot answer; `name` is that of the prompt.

@@ -11,7 +11,7 @@ from torch import Tensor
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.generate.budget import Reasoning
 from nemotron.generate.prefixes import Prefix
-from nemotron.generate.request import Answer, Event, Finish, Request, TokenScore
+from nemotron.generate.request import Answer, Begun, Event, Finish, Request, TokenScore
 from nemotron.generate.sampling import streams
 from nemotron.generate.text import StopStrings, TextStream
 
@@ -67,6 +67,20 @@ class Sample:
         if self.request.budget is not None:
             self._reasoning = Reasoning(self.request.budget)
             self.forced.extend(self._reasoning.begin())
+        if self.request.begun is not None:
+            self._go_on_after(self.request.begun)
+
+    def _go_on_after(self, begun: Begun) -> None:
+        """Be where the answer was after these tokens."""
+        version_at = dict(begun.versions)
+        version = 0
+        for place, token in enumerate(begun.tokens):
+            version = version_at.get(place, version)
+            is_forced = begun.forced[place]
+            if is_forced:
+                self.take_forced()
+            self.push(Selected(token, is_forced, begun.logprobs[place]), version)
+        assert self.answer.finish is None, "an answer that has ended does not go on"
 
     @property
     def uniform(self) -> float:

@@ -1,15 +1,17 @@
 """Rollouts that are written while the batch before them is learned from."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.runtime import Ranks
-from nemotron.posttrain.rollout import Rollout
+from nemotron.posttrain.paused import PausedAnswers
+from nemotron.posttrain.rollout import Draft, Rollout, Sampler
 
-NUMBER, ROLLOUTS = "number", "rollouts"
-"""Keys of the state: number of the batch, and its rollouts."""
+NUMBER, ROLLOUTS, PAUSED = "number", "rollouts", "paused"
+"""Keys of the state: number of the batch, its rollouts, and answers that wait for new weights."""
 
 
 class RolloutsAhead:
@@ -18,34 +20,67 @@ class RolloutsAhead:
     All ranks call each method together, so that each of them gets the rollouts of all.
     """
 
-    def __init__(self, ranks: Ranks) -> None:
-        self._ranks = ranks
+    def __init__(self, ranks: Ranks, sampler: Sampler, paused: PausedAnswers) -> None:
+        self._ranks, self._sampler, self._paused = ranks, sampler, paused
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._pending: Future[list[Rollout]] | None = None
-        self._number: int | None = None
+        self._draft: Draft | None = None
+        """What this rank has written of the batch and goes on with later."""
+        self.number: int | None = None
+        """Of the batch; None if there is none."""
         self._rollouts: list[Rollout] = []
 
-    def begin(self, number: int, write: Callable[[], list[Rollout]]) -> None:
-        """Let the thread write this rank's rollouts of a batch, with weights that stay."""
-        self._number, self._rollouts = number, []
+    def begin(
+        self, number: int, draft: Draft, model: HybridLM, version: int, until: int | None
+    ) -> None:
+        """Let the thread write this rank's rollouts of a batch; `until` as of `go_on`."""
+        self.number, self._draft, self._rollouts = number, draft, []
+        self.go_on(model, version, until)
+
+    def go_on(self, model: HybridLM, version: int, until: int | None) -> None:
+        """Let the thread go on with these weights, which must stay as they are.
+
+        Until each answer has so many sampled tokens, or else to the end, and to the verdicts.
+        """
+        self.wait()
+        draft = self._draft
+        assert draft is not None, "no answer waits"
+
+        def write() -> list[Rollout]:
+            self._sampler.write(draft, model, version, until)
+            return [] if until is not None else self._sampler.judge(draft)
+
+        if until is None:
+            self._draft = None
         self._pending = self._thread.submit(write)
 
     def take(self, number: int) -> list[Rollout] | None:
         """Return the rollouts of this batch once they are there; None if it was not begun."""
-        if number != self._number:
+        if number != self.number:
             return None
         found = self._settle()
-        self._number, self._rollouts = None, []
+        self.number, self._rollouts = None, []
         return found
 
     def state(self) -> dict[str, Any]:  # Any: nested JSON
-        """Return what `restore` reads; waits until all is written."""
-        rollouts = [json.loads(rollout.as_line()) for rollout in self._settle()]
-        return {NUMBER: self._number, ROLLOUTS: rollouts}
+        """Return what `restore` reads; waits until all is written.
 
-    def restore(self, number: int | None, rollouts: Sequence[Rollout]) -> None:
-        """Take rollouts that were written before."""
-        self._pending, self._number, self._rollouts = None, number, list(rollouts)
+        Answers that wait for new weights are read again from their prompts, here and there alike.
+        """
+        rollouts = [json.loads(rollout.as_line()) for rollout in self._settle()]
+        found = {NUMBER: self.number, ROLLOUTS: rollouts}
+        if self._draft is not None:
+            self._draft.answerer = None
+            parts = self._ranks.gather(self._paused.save(self._draft))
+            found[PAUSED] = [answer for part in parts for answer in part]
+        return found
+
+    def restore(
+        self, number: int | None, rollouts: Sequence[Rollout], draft: Draft | None = None
+    ) -> None:
+        """Take rollouts that were written before, or what this rank had written of them."""
+        self._pending, self.number, self._rollouts = None, number, list(rollouts)
+        self._draft = draft
 
     def wait(self) -> None:
         """Return when the thread is idle, so that models and verifiers are free."""

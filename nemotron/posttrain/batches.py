@@ -2,9 +2,8 @@
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, fields, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,15 +16,22 @@ from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.advantages import advantages
-from nemotron.posttrain.ahead import NUMBER, ROLLOUTS, RolloutsAhead, by_group
+from nemotron.posttrain.ahead import NUMBER, PAUSED, ROLLOUTS, RolloutsAhead, by_group
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.contents import KEY, check_contents, model_contents
 from nemotron.posttrain.curriculum import Curriculum
 from nemotron.posttrain.gather import whole_model
-from nemotron.posttrain.metrics import PROB_ERROR, batch_metrics, check_agreement
+from nemotron.posttrain.metrics import (
+    CURRENT_ERROR,
+    batch_metrics,
+    check_agreement,
+    current_error,
+    mean_lag,
+)
 from nemotron.posttrain.objective import ADVANTAGE, OLD, REFERENCE, SAMPLED
+from nemotron.posttrain.paused import PausedAnswers
 from nemotron.posttrain.replay import Differences, Experts
-from nemotron.posttrain.rollout import Rollout, Sampler, rollout_lines
+from nemotron.posttrain.rollout import Draft, Rollout, Sampler, rollout_lines
 from nemotron.posttrain.rows import Rows, pack_answers
 from nemotron.posttrain.scoring import score
 from nemotron.posttrain.suites.examine import examine
@@ -46,7 +52,8 @@ class RolloutBatches:
 
     Every `updates_per_step` steps the ranks answer a new batch of tasks together; each of them
     knows all answers, and takes its share of the rows of every step. With `rollout.lag` a thread
-    answers the next batch meanwhile, with the weights as they were before these steps.
+    answers the next batch meanwhile, with the weights as they were before these steps; or, if
+    weights are updated in flight, so many tokens of each answer with the weights of each step.
     """
 
     def __init__(
@@ -77,7 +84,9 @@ class RolloutBatches:
         self._experts = Experts.of(config)
         plan = config.rollout.curriculum
         self._curriculum = None if plan is None else Curriculum(plan, config.rollout)
-        self._ahead = RolloutsAhead(ranks) if config.rollout.lag else None
+        self._paused = PausedAnswers(sampler, self._experts)
+        self._ahead = RolloutsAhead(ranks, sampler, self._paused) if config.rollout.lag else None
+        self._in_flight = config.rollout.in_flight_weight_updates
         self._number = -1
         """Number of the rollout batch at hand."""
         self._rollouts: list[Rollout] = []
@@ -93,6 +102,8 @@ class RolloutBatches:
         number, update = divmod(step, updates)
         if number != self._number:
             self._begin(number, step)
+        elif update and self._in_flight and self._ahead is not None:
+            self._ahead_with_new_weights(step, self._until(update))
         # the answers to one prompt are spread over the updates
         answers = self._rollouts[update::updates]
         readers = 1 if self._local.mesh is None else self._local.mesh.dims.batch
@@ -153,12 +164,29 @@ class RolloutBatches:
         """
         if self._ahead is None or saved is None:
             return
-        known = isinstance(saved, dict) and saved.keys() == {NUMBER, ROLLOUTS}
-        if not known or not isinstance(saved[ROLLOUTS], list):
+        known = isinstance(saved, dict) and saved.keys() - {PAUSED} == {NUMBER, ROLLOUTS}
+        if not known or not all(isinstance(saved.get(k, []), list) for k in (ROLLOUTS, PAUSED)):
             rule = "are damaged; resume from another checkpoint."
             raise UserError(f"the rollouts ahead of step {step} {rule}")
         if saved[NUMBER] in (None, self._number + 1):
-            self._ahead.restore(saved[NUMBER], self._read_rollouts(saved[ROLLOUTS], step))
+            draft = (
+                self._read_draft(saved[PAUSED], saved[NUMBER], step) if PAUSED in saved else None
+            )
+            rollouts = self._read_rollouts(saved[ROLLOUTS], step)
+            self._ahead.restore(saved[NUMBER], rollouts, draft)
+
+    def _read_draft(self, saved: list[Any], number: int, step: int) -> Draft:  # Any: JSON
+        ranks, vocab_size = self._ranks, self._config.model.vocab_size
+        try:
+            return self._paused.restore(
+                saved, self._seed(number), ranks.rank, ranks.world, vocab_size
+            )
+        except (ValueError, TypeError) as error:
+            problem = str(error).splitlines()[0]
+            raise UserError(
+                f"the answers that wait in the checkpoint of step {step} are damaged: {problem}; "
+                "resume from another one."
+            ) from None
 
     def _read_rollouts(self, saved: list[Any], step: int) -> list[Rollout]:  # Any: JSON
         vocab_size = self._config.model.vocab_size
@@ -207,10 +235,10 @@ class RolloutBatches:
     def _begin(self, number: int, step: int) -> None:
         """Roll out, verify, score and compare a batch; all ranks then have all of it."""
         start = time.perf_counter()
-        written = None if self._ahead is None else self._ahead.take(number)
+        written = None if self._ahead is None else self._take_ahead(self._ahead, number, step)
         self._rollouts = self._write(number, step) if written is None else written
-        # what was written ahead was judged ahead
-        verify_s = self._sampler.verify_s if written is None else 0.0
+        # what was written ahead to its end was judged ahead
+        verify_s = self._sampler.verify_s if written is None or self._in_flight else 0.0
         rollout_s = time.perf_counter() - start - verify_s
         start = time.perf_counter()
         self._differences = self._score()
@@ -228,31 +256,52 @@ class RolloutBatches:
             self._folder.mkdir(parents=True, exist_ok=True)
             path = self._folder / f"step-{step:08}.jsonl"
             write_text(path, rollout_lines(self._rollouts))
-        if written is None:  # the others differ from the trainer by what was learned since
-            check_agreement(self._metrics[PROB_ERROR], self._config, step)
+        # tokens of other weights differ from the trainer by what was learned since
+        if (error := current_error(self._rollouts, step, self._config)) is not None:
+            check_agreement(error, self._config, step)
         self._go_ahead(number + 1, step)
 
     def _write(self, number: int, step: int) -> list[Rollout]:
         """Return the rollouts of a batch with the weights of now."""
-        write = self._writer(number, step)
+        draft = self._draft(number)
         with whole_model(self._local, self._ranks) as model:
-            own = write(model)
-        return by_group(self._ranks.gather(own))
+            self._sampler.write(draft, model, step)
+        return by_group(self._ranks.gather(self._sampler.judge(draft)))
 
     def _go_ahead(self, number: int, step: int) -> None:
         """Let the thread write the rollouts of the next batch with the weights of now."""
         if self._ahead is None or number * self._config.rollout.updates_per_step >= self._num_steps:
             return
-        write = self._writer(number, step)
+        draft, until = self._draft(number), self._until(0) if self._in_flight else None
         with whole_model(self._local, self._ranks, plain=True) as copy:
-            self._ahead.begin(number, partial(write, copy))
+            self._ahead.begin(number, draft, copy, step, until)
 
-    def _writer(self, number: int, step: int) -> Callable[[HybridLM], list[Rollout]]:
-        """Return what has a model write this rank's rollouts of a batch; the tasks are chosen."""
+    def _until(self, update: int) -> int:
+        """Return how many tokens answers have before the weights after this update are needed."""
+        return (update + 1) * self._config.rollout.tokens_with_same_weights
+
+    def _ahead_with_new_weights(self, step: int, until: int | None) -> None:
+        """Let the thread go on with the weights of now, if some answers are written ahead."""
+        if self._ahead is not None and self._ahead.number is not None:
+            with whole_model(self._local, self._ranks, plain=True) as copy:
+                self._ahead.go_on(copy, step, until)
+
+    def _take_ahead(self, ahead: RolloutsAhead, number: int, step: int) -> list[Rollout] | None:
+        """Return the rollouts of a batch that were begun before, if any were, once all have ended.
+
+        What answers still lack is written with the weights of now.
+        """
+        if self._in_flight:
+            self._ahead_with_new_weights(step, None)
+        return ahead.take(number)
+
+    def _draft(self, number: int) -> Draft:
+        """Return this rank's rollouts of a batch before they begin; the tasks are chosen."""
         tasks = list(enumerate(self._tasks.batch(number, self._curriculum)))
-        own = tasks[self._ranks.rank :: self._ranks.world]
-        seed = f"{self._config.seed} {number}"
-        return lambda model: self._sampler.roll_out(model, own, seed, step)
+        return self._sampler.draft(tasks[self._ranks.rank :: self._ranks.world], self._seed(number))
+
+    def _seed(self, number: int) -> str:
+        return f"{self._config.seed} {number}"
 
     def close(self) -> None:
         """End the thread that writes ahead."""
@@ -263,7 +312,10 @@ class RolloutBatches:
         figures = batch_metrics(self._rollouts, self._config) | self._differences.metrics()
         if self._ahead is not None:
             begin = self._number * self._config.rollout.updates_per_step
-            figures["rl/lag"] = float(np.mean([begin - r.version for r in self._rollouts]))
+            figures["rl/lag"] = mean_lag(self._rollouts, begin)
+            error = current_error(self._rollouts, begin, self._config)
+            if self._in_flight and error is not None:
+                figures[CURRENT_ERROR] = error
         return figures | ({} if self._curriculum is None else self._curriculum.metrics())
 
     def _learn(self) -> None:

@@ -163,6 +163,17 @@ class RolloutConfig(Section):
     """Rollout batches between the weights that answer and those that learn. 1: a thread answers the
     next batch while this one is learned from, with the weights as they were before; it has a copy
     of them. `policy.correction` weighs what they differ by. 0: rollouts and updates alternate."""
+    in_flight_weight_updates: bool = False
+    """Whether answers that are written ahead go on with new weights: after so many of its tokens
+    each one waits for the next optimizer step, and all that follow the last step of the batch
+    before it are written with the newest weights. Needs `lag`."""
+    tokens_per_weight_update: int | None = Field(None, gt=0)
+    """Tokens of an answer that are written with the same weights, those of all its turns counted.
+    Absent: `max_new_tokens` over one more than `updates_per_step`, rounded up."""
+    recompute_kv_cache_after_weight_updates: bool = True
+    """Whether new weights read an answer again from its prompt on. Otherwise it goes on from the
+    keys, values and Mamba states of the old ones, which are kept for every answer of the batch; a
+    checkpoint does not hold them, so that answers are read again after each."""
     slots: int = Field(64, gt=0)
     """Answers that are written at the same time on each rank."""
     router_replay: bool = True
@@ -181,6 +192,12 @@ class RolloutConfig(Section):
     held_out_fraction: float = Field(0.0, ge=0, lt=1)
     """Share of the tasks that only evaluations ask; a hash of the prompt decides on each. 0:
     evaluations draw tasks anew, some of which training may have asked where there are few."""
+
+    @property
+    def tokens_with_same_weights(self) -> int:
+        """Tokens of an answer after which it waits for new weights."""
+        given = self.tokens_per_weight_update
+        return given or -(-self.max_new_tokens // (self.updates_per_step + 1))
 
     @model_validator(mode="after")
     def _check(self) -> "RolloutConfig":

@@ -15,6 +15,9 @@ log = logging.getLogger(__name__)
 PROB_ERROR = "rl/token_mult_prob_error"
 """Mean over the policy's own tokens of `exp |log trainer - log sampled|`."""
 
+CURRENT_ERROR = "rl/token_mult_prob_error_current"
+"""The same over the tokens that were sampled with the trainer's weights of now."""
+
 
 def batch_metrics(rollouts: Sequence[Rollout], config: RlConfig) -> dict[str, float]:
     """Return rewards, lengths, agreement with the trainer, and what of the batch has no signal.
@@ -31,7 +34,7 @@ def batch_metrics(rollouts: Sequence[Rollout], config: RlConfig) -> dict[str, fl
     values = {f"rl/reward/{name}": _mean(found) for name, found in rewards.items()}
     size = config.rollout.num_generations_per_prompt
     by_group = np.array([r.verdict.reward for r in rollouts]).reshape(-1, size)
-    old, sampled = _own_logprobs(rollouts)
+    old, sampled, _ = _own_logprobs(rollouts)
     difference = old - sampled
     masked = [r for r in rollouts if r.is_masked]
     if config.teacher is not None:
@@ -61,6 +64,24 @@ def batch_metrics(rollouts: Sequence[Rollout], config: RlConfig) -> dict[str, fl
     }
 
 
+def current_error(rollouts: Sequence[Rollout], version: int, config: RlConfig) -> float | None:
+    """Return `PROB_ERROR` over the tokens that this version of the weights gave; None without any.
+
+    Where states of older weights are kept, only answers count that no other version took part in.
+    """
+    if not config.rollout.recompute_kv_cache_after_weight_updates:
+        rollouts = [r for r in rollouts if set(r.token_versions) == {version}]
+    old, sampled, versions = _own_logprobs(rollouts)
+    own = versions == version
+    return _mean(np.exp(np.abs(old - sampled))[own]) if own.any() else None
+
+
+def mean_lag(rollouts: Sequence[Rollout], version: int) -> float:
+    """Return by how many steps the weights of sampled tokens are older, on average."""
+    *_, versions = _own_logprobs(rollouts)
+    return _mean(version - versions)
+
+
 def check_agreement(error: float, config: RlConfig, step: int) -> None:
     """Warn, or end the run, when trainer and engine disagree about a rollout batch.
 
@@ -85,18 +106,25 @@ def check_agreement(error: float, config: RlConfig, step: int) -> None:
     )
 
 
-def _own_logprobs(rollouts: Sequence[Rollout]) -> tuple[np.ndarray, np.ndarray]:
-    """Return what the trainer and the rollout policy say of the tokens that the policy chose."""
-    pairs = [
-        (old, sampled)
+def _own_logprobs(rollouts: Sequence[Rollout]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return what the trainer and the rollout policy say of the tokens that the policy chose.
+
+    Beside them, in float64 too, stands the version of the policy.
+    """
+    found = [
+        (old, sampled, version)
         for rollout in rollouts
-        for old, sampled, forced in zip(
-            rollout.old_logprobs, rollout.logprobs, rollout.forced, strict=True
+        for old, sampled, version, forced in zip(
+            rollout.old_logprobs,
+            rollout.logprobs,
+            rollout.token_versions,
+            rollout.forced,
+            strict=True,
         )
         if not forced
     ]
-    old, sampled = np.array(pairs, np.float64).reshape(-1, 2).T
-    return old, sampled
+    old, sampled, versions = np.array(found, np.float64).reshape(-1, 3).T
+    return old, sampled, versions
 
 
 def _mean(values: Sequence[float] | np.ndarray) -> float:

@@ -18,7 +18,7 @@ from nemotron.posttrain.config import RlConfig, RolloutConfig
 from nemotron.posttrain.environments.base import Response, Verdict
 from nemotron.posttrain.replay import Experts
 from nemotron.posttrain.tasks import Task, Tasks
-from nemotron.posttrain.turns import Conversation, Limits, converse
+from nemotron.posttrain.turns import Conversation, Limits, begin, go_on
 from nemotron.posttrain.verify import Verifiers
 
 
@@ -38,7 +38,7 @@ class Rollout:
     """Whether a token was not the policy's choice; nothing is learned from such tokens."""
     is_truncated: bool
     version: int
-    """Optimizer steps that the sampling weights had seen."""
+    """Optimizer steps that the weights of the first token had seen."""
     response: Response
     verdict: Verdict
     advantage: float = 0.0
@@ -59,6 +59,18 @@ class Rollout:
     experts: str = ""
     """Experts of each token of prompt and answer but the last (`replay.Experts`); empty if they
     were not recorded."""
+    versions: list[tuple[int, int]] = dataclasses.field(default_factory=list)
+    """From which token on which version of the weights was used; empty: `version` for all."""
+
+    @property
+    def token_versions(self) -> list[int]:
+        """The version of the weights for each token."""
+        from_place = dict(self.versions)
+        versions, version = [], self.version
+        for place in range(len(self.tokens)):
+            version = from_place.get(place, version)
+            versions.append(version)
+        return versions
 
     @property
     def token_advantages(self) -> list[float]:
@@ -95,6 +107,19 @@ def _adapter() -> TypeAdapter[Rollout]:
     return TypeAdapter(Rollout)
 
 
+@dataclass
+class Draft:
+    """Rollouts of some tasks while they are written."""
+
+    places: list[tuple[int, Task, int]]
+    """Of each one the number of its prompt, its task, and its number among the prompt's answers."""
+    talks: list[Conversation]
+    version: int | None = None
+    """Of the weights that they begin with; absent before they begin."""
+    answerer: Answerer | None = None
+    """Holds the states of answers that go on from them."""
+
+
 class Sampler:
     """Answers tasks with a model in training, which it leaves as it is, and has them verified."""
 
@@ -115,22 +140,42 @@ class Sampler:
         """Return what answers with the weights that the model has now."""
         return Answerer(model, self._prompts, self._how)
 
-    def roll_out(
-        self, model: HybridLM, tasks: Sequence[tuple[int, Task]], seed: str, version: int
-    ) -> list[Rollout]:
-        """Return all answers to the tasks, each given with its number in the batch.
+    def draft(self, tasks: Sequence[tuple[int, Task]], seed: str) -> Draft:
+        """Return rollouts of tasks, each given with its number in the batch, before they begin.
 
         The random numbers of an answer depend on `seed`, the number of its task and its own.
         """
         size, at = self._config.num_generations_per_prompt, self._config.temperature
-        pairs = [(number, task, k) for number, task in tasks for k in range(size)]
+        places = [(number, task, k) for number, task in tasks for k in range(size)]
         talks = [
             Conversation.about(
                 task.row, task.prompt, Sampling(at, seed=seed_of(seed, number) + k), self._limits
             )
-            for number, task, k in pairs
+            for number, task, k in places
         ]
-        converse(self.answerer(model), self.verifiers, talks, size)
+        return Draft(places, talks)
+
+    def write(self, draft: Draft, model: HybridLM, version: int, until: int | None = None) -> None:
+        """Let a model answer, until each answer has ended or has so many sampled tokens."""
+        if draft.version is None:
+            begin(self.verifiers, draft.talks)
+            draft.version = version
+        if not any(talk.goes_on(until) for talk in draft.talks):
+            return
+        if draft.answerer is None:
+            keeps = until is not None and not self._config.recompute_kv_cache_after_weight_updates
+            how = dataclasses.replace(self._how, keep_states=keeps)
+            draft.answerer = Answerer(model, self._prompts, how, version)
+        else:
+            draft.answerer.update(model, version)
+        size = self._config.num_generations_per_prompt
+        go_on(draft.answerer, self.verifiers, draft.talks, size, until)
+        if not draft.answerer.how.keep_states:
+            draft.answerer = None
+
+    def judge(self, draft: Draft) -> list[Rollout]:
+        """Return the rollouts of answers that have all ended, with their verdicts."""
+        talks = draft.talks
         start = time.perf_counter()
         verdicts = self.verifiers.verify(
             [talk.row for talk in talks],
@@ -141,8 +186,8 @@ class Sampler:
         )
         self.verify_s = time.perf_counter() - start
         return [
-            self._rollout(task, number, talk, verdict, version)
-            for (number, task, _), talk, verdict in zip(pairs, talks, verdicts, strict=True)
+            self._rollout(task, number, talk, verdict, draft.version or 0)
+            for (number, task, _), talk, verdict in zip(draft.places, talks, verdicts, strict=True)
         ]
 
     def _rollout(
@@ -158,6 +203,7 @@ class Sampler:
             forced=said.forced,
             is_truncated=talk.response.is_truncated,
             version=version,
+            versions=said.versions,
             response=talk.response,
             verdict=verdict,
             experts="" if experts is None or not self._experts else self._experts.encode(experts),

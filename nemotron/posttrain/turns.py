@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nemotron.data.chat.calls import Call, read_calls
-from nemotron.generate.request import Answer
+from nemotron.generate.request import Answer, Begun
 from nemotron.generate.sampling import Sampling
 from nemotron.posttrain.answering import Answerer, Asked
 from nemotron.posttrain.environments.base import Response, Row, params_of
@@ -58,6 +58,8 @@ class Conversation:
     fault: str | None = None
     """Why tools did not answer; such a conversation says nothing about the model."""
     is_over: bool = False
+    begun: Begun | None = None
+    """The answer that the model has not ended."""
 
     @classmethod
     def about(
@@ -78,6 +80,15 @@ class Conversation:
         """Tokens that may still come; None without a limit."""
         limit = self.limits.max_tokens
         return None if limit is None else limit - len(self.transcript)
+
+    @property
+    def num_sampled(self) -> int:
+        """Tokens of all answers so far."""
+        return self.transcript.num_sampled + (len(self.begun.tokens) if self.begun else 0)
+
+    def goes_on(self, until: int | None) -> bool:
+        """Say whether the model has something to answer before it has `until` tokens."""
+        return not self.is_over and (until is None or self.num_sampled < until)
 
     def take(self, answer: Answer, response: Response) -> ToolCalls | None:
         """Take an answer of the model; returns the calls that must be run for it to go on."""
@@ -138,8 +149,8 @@ class Conversation:
             for place, call in enumerate(calls)
         ]
 
-    def next(self) -> Asked:
-        """Return what the model is asked next."""
+    def next(self, until: int | None = None) -> Asked:
+        """Return what the model is asked next, up to so many tokens of all its answers."""
         seed = self.sampling.seed
         seed = None if seed is None else (seed + self.turns * STRIDE) % 2**63
         return Asked(
@@ -147,6 +158,8 @@ class Conversation:
             replace(self.sampling, seed=seed),
             experts=self.limits.experts,
             room=self.room,
+            begun=self.begun,
+            pause_at=None if until is None else until - self.transcript.num_sampled,
         )
 
 
@@ -158,17 +171,42 @@ def converse(
     `samples` conversations about one row, with seeds that count on, stand side by side; its prompt
     is read once for all of them.
     """
+    begin(verifiers, talks)
+    go_on(answerer, verifiers, talks, samples)
+
+
+def begin(verifiers: Verifiers, talks: Sequence[Conversation]) -> None:
+    """Bring the tools into the states in which conversations begin."""
     timeout_s = talks[0].limits.timeout_s if talks else 0.0
     with_tools = [talk for talk in talks if talk.tools]
     beginnings = verifiers.begin([talk.row for talk in with_tools], timeout_s)
     for talk, beginning in zip(with_tools, beginnings, strict=True):
         talk.begin(beginning)
-    first = [replace(talk.next(), num_samples=samples) for talk in talks[::samples]]
-    answers = answerer.answer(first)
-    pairs = [(t, a) for t, a in zip(talks, answers, strict=True) if not t.is_over]
+
+
+def go_on(
+    answerer: Answerer,
+    verifiers: Verifiers,
+    talks: Sequence[Conversation],
+    samples: int,
+    until: int | None = None,
+) -> None:
+    """As `converse`, with conversations that have begun, until each has so many sampled tokens."""
+    timeout_s = talks[0].limits.timeout_s if talks else 0.0
+    if any(talk.num_sampled for talk in talks):
+        open_ = [talk for talk in talks if talk.goes_on(until)]
+        answers = answerer.answer([talk.next(until) for talk in open_])
+        pairs = list(zip(open_, answers, strict=True))
+    else:
+        first = [replace(talk.next(until), num_samples=samples) for talk in talks[::samples]]
+        answers = answerer.answer(first)
+        pairs = [(t, a) for t, a in zip(talks, answers, strict=True) if not t.is_over]
     while pairs:
         waiting = []
         for talk, answer in pairs:
+            talk.begun = None if answer.finish else Begun.of(answer)
+            if talk.begun:
+                continue
             is_truncated = answer.finish == "length"
             response = answerer.prompts.response(answer.tokens, is_truncated=is_truncated)
             if (calls := talk.take(answer, response)) is not None:
@@ -176,6 +214,6 @@ def converse(
         found = verifiers.call([calls for _, calls in waiting], timeout_s)
         for (talk, made), called in zip(waiting, found, strict=True):
             talk.hear(made, called, answerer.prompts)
-        open_ = [talk for talk, _ in waiting if not talk.is_over]
-        answers = answerer.answer([talk.next() for talk in open_])
+        open_ = [talk for talk, _ in waiting if talk.goes_on(until)]
+        answers = answerer.answer([talk.next(until) for talk in open_])
         pairs = list(zip(open_, answers, strict=True))

@@ -51,6 +51,13 @@ def impossible(config: RlConfig) -> Iterator[Finding]:
             "tis, or 0.",
             rollout.lag,
         )
+    if rollout.in_flight_weight_updates and not rollout.lag:
+        yield Finding(
+            "rollout.in_flight_weight_updates",
+            "replaces the weights of answers that are written ahead, but with rollout.lag = 0 none "
+            "are; use lag: 1, or false.",
+            rollout.in_flight_weight_updates,
+        )
     if policy.on_policy and rollout.updates_per_step > 1:
         yield Finding(
             "policy.on_policy",
@@ -137,6 +144,9 @@ def idle(config: RlConfig) -> Iterator[Idle]:
     yield Idle(thinking, rollout.prompt == "text", "rollout.prompt = text")
     yield Idle(budget, not rollout.enable_thinking, "rollout.enable_thinking = false")
     yield Idle(["policy.kl_kind"], not config.policy.kl_coefficient, "policy.kl_coefficient = 0")
+    in_flight = ["tokens_per_weight_update", "recompute_kv_cache_after_weight_updates"]
+    stays = "rollout.in_flight_weight_updates = false"
+    yield Idle([f"rollout.{n}" for n in in_flight], not rollout.in_flight_weight_updates, stays)
     unlimited = rollout.reasoning_budget is None
     yield Idle(["rollout.reasoning_grace"], unlimited, "rollout.reasoning_budget is absent")
     yield Idle(["evaluation.tokens"], True, "rollout.evaluation_tasks says how much is evaluated")

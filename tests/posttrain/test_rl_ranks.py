@@ -14,7 +14,9 @@ from tests.support.tiny_run import MODEL
 pytestmark = pytest.mark.distributed
 
 
-def build(folder: Path, name: str, lag: int = 0, **parallel: int) -> RlConfig:
+def build(
+    folder: Path, name: str, lag: int = 0, *, in_flight: bool = False, **parallel: int
+) -> RlConfig:
     return RlConfig.model_validate(
         {
             "name": name,
@@ -32,6 +34,7 @@ def build(folder: Path, name: str, lag: int = 0, **parallel: int) -> RlConfig:
                 "evaluation_tasks": 3,
                 "truncated": "keep",
                 "lag": lag,
+                "in_flight_weight_updates": in_flight,
                 "verify_timeout_s": 100.0,  # a busy machine takes its time
             },
             "advantage": {"baseline": "none", "scale": "none"},
@@ -66,6 +69,18 @@ def test_ranks_that_answer_ahead_learn_what_one_does(tmp_path: Path) -> None:
         found[name] = read_model(job.run)[1]
         lines = (job.run / "rollouts" / "step-00000002.jsonl").read_text().splitlines()
         assert {json.loads(line)["version"] for line in lines} == {1}
+    check(found)
+
+
+@pytest.mark.nightly
+def test_ranks_whose_answers_get_new_weights_learn_what_one_does(tmp_path: Path) -> None:
+    found = {}
+    for name, world in (("one", 1), ("two", 2)):
+        job = Job(build(tmp_path, name, lag=1, in_flight=True), world=world)
+        assert job.wait() == [0] * world, job.text()
+        found[name] = read_model(job.run)[1]
+        lines = (job.run / "rollouts" / "step-00000002.jsonl").read_text().splitlines()
+        assert [[0, 1], [6, 2]] in [json.loads(line)["versions"] for line in lines]
     check(found)
 
 

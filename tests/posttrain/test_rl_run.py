@@ -154,6 +154,14 @@ def test_several_environments_share_the_prompts(recipe, tmp_path: Path, capsys) 
             {"rollout": arithmetic(lag=1), "policy": {"correction": {"kind": "none"}}},
             "rollout.lag = 1 answers with older weights",
         ),
+        (
+            {"rollout": arithmetic(in_flight_weight_updates=True)},
+            "rollout.in_flight_weight_updates = true replaces the weights of answers",
+        ),
+        (
+            {"rollout": arithmetic(lag=1, tokens_per_weight_update=2)},
+            "has no effect because rollout.in_flight_weight_updates = false",
+        ),
         ({"policy": {"clip_low": 0.1}}, "has no effect because rollout.updates_per_step = 1"),
         ({"policy": {"kl_coefficient": 0.1}}, "compares with the weights of init_from"),
         ({"policy": {"kl_kind": "k1"}}, "policy.kl_coefficient = 0"),

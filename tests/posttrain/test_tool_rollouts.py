@@ -1,6 +1,7 @@
 """Rollouts with tools through the real command: forced calls, free answers, real tools."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ def calls_once(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def recipe(folder: Path, **rollout: Any) -> Path:
+    updates = rollout.get("updates_per_step", 1)
     given = {
         "environments": [{"name": "arith_chain", "label": "sums", "options": {"tools": True}}],
         "prompt": "chat",
@@ -54,8 +56,8 @@ def recipe(folder: Path, **rollout: Any) -> Path:
     values = rl_values(
         rollout=given,
         data={"seq_len": 767},
-        batch={"global_tokens": 4 * 767},
-        schedule={"total_steps": 2},
+        batch={"global_tokens": 4 // updates * 767},
+        schedule={"total_steps": 2 * updates},
     )
     return write_recipe(folder, "tools", values)
 
@@ -96,6 +98,32 @@ def test_a_conversation_is_stored_scored_and_judged_as_a_whole(tmp_path: Path, c
     assert "8 rollouts  0 changed  0 faults" in capsys.readouterr().out
     assert run(["rl", "evaluate", str(path), "--model", str(folder)]) == 0
     assert "sums" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("calls_once")
+def test_conversations_go_on_with_new_weights_and_after_a_stop(tmp_path: Path) -> None:
+    """A stop lies in the middle of the call; what follows what the tool said has newer weights."""
+    flying = {"lag": 1, "in_flight_weight_updates": True, "tokens_per_weight_update": 20}
+    path = recipe(tmp_path, **flying, updates_per_step=2)
+    folder, stored = tmp_path / "runs" / "tools", "rollouts/step-00000002.jsonl"
+    assert run(["train", str(path)]) == 0
+    whole = (folder / stored).read_text()
+    shutil.rmtree(folder)
+    assert run(["train", str(path), "--stop-at", "1"]) == 75
+    state = json.loads((folder / "checkpoints" / "step-00000001" / "state.json").read_text())
+    call = len(TOKENIZER.encode(CALL, specials=True))
+    for answer in state["data"]["ahead"]["paused"]:
+        assert 0 < len(answer["begun"]["tokens"]) < call
+    assert run(["train", str(folder / "recipe.yaml"), "--resume"]) == 0
+    assert (folder / stored).read_text() == whole
+    for answer in map(json.loads, whole.splitlines()):
+        assert answer["turns"] == 2
+        assert answer["versions"][0] == [0, 0]
+        assert [version for _, version in answer["versions"]] == [0, 1, 2]
+    lines = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    [line] = [line for line in lines if line["kind"] == "train" and line["step"] == 3]
+    assert line["rl/token_mult_prob_error_current"] < 1 + 1e-4
 
 
 @pytest.mark.slow
