@@ -21,7 +21,7 @@ from nemotron.generate.sampling import Sampling
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import ALL, COMBINED, GENERATION, apply
 from nemotron.ops.config import OpsConfig
-from nemotron.ops.registry import Operation
+from nemotron.ops.registry import Backend, Operation
 from nemotron.parallel.stages import Stage, cut
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
@@ -92,6 +92,33 @@ def test_a_model_that_was_given_nothing_uses_the_fastest(calls: Counter):
     train(build(dtype=torch.float32))
     assert calls["ssd", "chunked"]
     assert not calls["ssd", "reference"]
+
+
+def test_operations_that_stand_for_others_are_called_where_they_are_named(
+    monkeypatch: pytest.MonkeyPatch,
+):
+    counted: Counter[str] = Counter()
+    for operation in ALL:
+        if operation.name in COMBINED:
+            function = operation.backend("reference").function
+
+            def named(*inputs: Any, name: str = operation.name, own: Any = function) -> Any:
+                counted[name] += 1
+                return own(*inputs)
+
+            backends = [Backend("named", named, by_name=True), *operation.backends]
+            monkeypatch.setattr(operation, "backends", backends)
+    found = []
+    for choices in (OpsConfig(), OpsConfig(**dict.fromkeys(COMBINED, "named"))):
+        model = build(dtype=torch.float32)
+        apply(model, choices)
+        assert not counted
+        train(model)
+        found.append({name: p.grad for name, p in model.named_parameters()})
+    # once for each block, the prediction block's two included, and for each layer of experts
+    assert counted == {"residual_rms_norm": 5 + 2, "grouped_mlp": 1 + 1}
+    alone, together = found
+    assert all(torch.equal(gradient, together[name]) for name, gradient in alone.items())
 
 
 def test_choices_can_be_changed_and_lifted(calls: Counter):
