@@ -81,7 +81,8 @@ def plain_base(workplace: Workplace) -> Path:
 
 def without_ahead(model: dict[str, Any]) -> dict[str, Any]:
     absent = ("num_nextn_predict_layers", "mtp_hybrid_override_pattern")
-    return {key: value for key, value in model.items() if key not in absent}
+    even = {"n_routed_experts": 6}  # for two ranks that share them
+    return {key: value for key, value in model.items() if key not in absent} | even
 
 
 def in_layout(workplace: Workplace, base: Path, name: str, parallel: dict[str, int]) -> DpoConfig:
@@ -118,7 +119,13 @@ def alone(workplace: Workplace, plain_base: Path) -> Found:
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    "parallel", [{}, further({"cp": 2}), further({"tp": 2}), {"pp": 2}], ids=str
+    "parallel",
+    [
+        {},
+        *map(further, ({"cp": 2}, {"tp": 2}, {"ep": 2}, {"dp_replicate": 2})),
+        {"pp": 2},
+    ],
+    ids=str,
 )
 def test_two_ranks_learn_what_one_learns(
     workplace: Workplace, plain_base: Path, alone: Found, parallel: dict

@@ -40,6 +40,9 @@ ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 class ReasoningGym(WithoutTools):
     """Answer a question of a data set, which scores the last `<answer>`, or else `\\boxed{}`.
 
+    Rows of NVIDIA-NeMo/Gym have `question`, `answer` and `metadata` themselves; without tag and box
+    their whole answer is scored.
+
     Only a full score is rewarded: data sets give a part of it for long answers that contain the
     right one. A level raises every attribute of a set's curriculum so many times.
 
@@ -95,7 +98,7 @@ class ReasoningGym(WithoutTools):
         Raises:
             BadRow: when one is absent or unknown.
         """
-        dataset, entry = find_field(row, "dataset"), find_field(row, "entry")
+        dataset, entry = task_of(row)
         if dataset not in self._factory.DATASETS:
             raise BadRow(f"dataset = {dataset!r} is unknown; give one of reasoning-gym")
         if not isinstance(entry, dict) or not {"question", "answer", "metadata"} <= entry.keys():
@@ -105,12 +108,14 @@ class ReasoningGym(WithoutTools):
         """Reward 1 for a full score, else 0."""
         found = ANSWER.findall(response.text)
         answer = found[-1] if found else last_boxed(response.text)
+        if answer is None and "entry" not in row:  # as the server of such rows
+            answer = response.text
         if answer is None or not answer.strip():
             return Verdict(0.0)
-        dataset = find_field(row, "dataset")
+        dataset, entry = task_of(row)
         if dataset not in self._scorers:
             self._scorers[dataset] = self._factory.create_dataset(dataset, size=1, seed=0)
-        score = self._scorers[dataset].score_answer(answer.strip(), find_field(row, "entry"))
+        score = self._scorers[dataset].score_answer(answer.strip(), entry)
         return Verdict(float(score >= 1), {"score": float(score)}, extracted=answer.strip())
 
     def _make(self, name: str, seed: int, level: int) -> dict[str, Any]:
@@ -125,3 +130,16 @@ class ReasoningGym(WithoutTools):
             config = curriculum.generate_configuration({"size": 1, "seed": seed})
             found = self._factory.DATASETS[name][0](config)[0]
         return dict(found)
+
+
+def task_of(row: Row) -> tuple[Any, Any]:  # Any: JSON
+    """Return the data set of a row and its entry; rows of NVIDIA-NeMo/Gym are entries themselves.
+
+    Raises:
+        BadRow: when one is absent.
+    """
+    metadata = row.get("metadata")
+    if "question" in row and isinstance(metadata, dict) and "source_dataset" in metadata:
+        entry = {name: row.get(name) for name in ("question", "answer", "metadata")}
+        return metadata["source_dataset"], entry
+    return find_field(row, "dataset"), find_field(row, "entry")

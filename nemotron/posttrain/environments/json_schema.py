@@ -22,6 +22,7 @@ from nemotron.posttrain.environments.documents import BadDocument, read_document
 
 TYPES = ("json", "yaml")
 MODES = ("text", "tool")
+RESPONSE_MODES = ("text", "tool_call")
 TOOL = "submit"
 
 
@@ -30,8 +31,9 @@ class JsonSchema:
 
     The schema is made strict, as OpenAI's structured outputs are: each object has all of its
     properties and no others. In mode `text` the whole answer is the document; in mode `tool` the
-    arguments of the only call are. Level 0 has two flat properties, further levels more and nested
-    ones.
+    arguments of the only call are. With `response_mode: tool_call`, as in NVIDIA-NeMo/Gym, the only
+    call is one of `tool_name`, and the document may lie under `tool_payload_key`. Level 0 has two
+    flat properties, further levels more and nested ones.
 
     Raises:
         UserError: when the package `jsonschema` is not installed.
@@ -84,7 +86,8 @@ class JsonSchema:
         Raises:
             BadRow: when the schema is not a valid one, or refers to another document.
         """
-        for name, known in (("schema_type", TYPES), ("mode", MODES)):
+        kinds = (("schema_type", TYPES), ("mode", MODES), ("response_mode", RESPONSE_MODES))
+        for name, known in kinds:
             value = optional_field(row, name, known[0])
             if value not in known:
                 raise BadRow(f"{name} = {value!r} is unknown; give one of {', '.join(known)}")
@@ -107,6 +110,8 @@ class JsonSchema:
 
     def verify(self, row: Row, response: Response, state: Any) -> Verdict:
         """Reward 1 if the document is well-formed and fits the strict schema, else 0."""
+        if optional_field(row, "response_mode", "text") == "tool_call":
+            return self._verify_call(row, response)
         text, kind = response.text, optional_field(row, "schema_type", "json")
         if optional_field(row, "mode", "text") == "tool":
             made = calls_of(response)
@@ -118,6 +123,21 @@ class JsonSchema:
         except BadDocument:
             return Verdict(0.0)
         return Verdict(float(self._fits(document, row)), extracted=text)
+
+    def _verify_call(self, row: Row, response: Response) -> Verdict:
+        """Judge the one call of a row of NVIDIA-NeMo/Gym, or what its `tool_payload_key` holds."""
+        made, name = calls_of(response), optional_field(row, "tool_name", None)
+        if len(made) != 1 or (name and made[0].name != name):
+            return Verdict(0.0)
+        try:
+            document = read_document(made[0].arguments, "json")
+        except BadDocument:
+            return Verdict(0.0)
+        if key := optional_field(row, "tool_payload_key", None):
+            if not isinstance(document, dict) or key not in document:
+                return Verdict(0.0)
+            document = document[key]
+        return Verdict(float(self._fits(document, row)), extracted=made[0].arguments)
 
     def _fits(self, document: Any, row: Row) -> bool:
         import referencing

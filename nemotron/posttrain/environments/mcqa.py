@@ -23,7 +23,9 @@ from nemotron.posttrain.environments.facts import RELATIONS, Relation
 
 MODES = ("strict_single_letter_boxed", "lenient_boxed", "lenient_answer_colon")
 AROUND = " \t\n().:$*"
-"""What may surround the letter in a box."""
+"""What may surround the text of an option."""
+LETTER = re.compile(r"[^A-Za-z]*([A-Z])[^A-Za-z]*|\s*([A-Z])\s*[:).\-].*", re.DOTALL)
+"""A letter by itself, or as the label of whatever follows; as in NVIDIA-NeMo/Gym 0.7.0."""
 
 
 class MultipleChoice(WithoutTools):
@@ -106,8 +108,10 @@ def extract(row: Row, text: str) -> str | None:
 def _choose(content: str, options: dict[str, str], by_text: bool) -> str | None:
     """Return the option that `content` names by its letter, or by its whole text."""
     inner = without_text(content.strip(AROUND)).strip(AROUND)
-    if inner in options:
-        return inner
+    if found := LETTER.fullmatch(without_text(content.strip())):
+        letter = found[1] or found[2]
+        if letter in options:
+            return letter
     if not by_text:
         return None
     if inner.upper() in options:

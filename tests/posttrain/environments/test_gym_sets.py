@@ -76,3 +76,15 @@ def test_an_unknown_set_is_refused(environment: ReasoningGym, rows: list[Row]):
             environment.check({**rows[0], **changes})
     with pytest.raises(BadRow, match="dataset is absent"):
         environment.check(build_row("reasoning_gym", "?"))
+
+
+def test_rows_of_gym_are_entries_and_a_whole_answer_may_be_the_answer(
+    environment: ReasoningGym, rows: list[Row]
+):
+    for row in rows:
+        entry = row["entry"]
+        metadata = {**entry["metadata"], "source_dataset": row["dataset"]}
+        theirs = {**build_row("reasoning_gym", entry["question"]), **entry, "metadata": metadata}
+        assert judge(environment, theirs, f"<answer>{entry['answer']}</answer>") == 1
+        assert judge(environment, theirs, entry["answer"]) == 1
+        assert judge(environment, theirs, "no idea") == 0

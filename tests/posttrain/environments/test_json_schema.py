@@ -148,6 +148,36 @@ def test_the_tables_are_long_enough():
     assert_enough(RIGHT, WRONG, HACKS)
 
 
+@pytest.mark.parametrize(
+    ("calls", "reward"),
+    [
+        ([("extract", {"found": {"name": "Rome", "size": 3}})], 1.0),
+        ([("extract", {"found": {"name": "Rome"}})], 0.0),
+        ([("extract", {"name": "Rome", "size": 3})], 0.0),
+        ([("extract", ["found"])], 0.0),
+        ([("other", {"found": {"name": "Rome", "size": 3}})], 0.0),
+        ([("extract", {"found": {"name": "Rome", "size": 3}})] * 2, 0.0),
+        ([], 0.0),
+    ],
+)
+def test_rows_of_gym_may_ask_for_the_call_of_a_tool(calls: list[tuple[str, Any]], reward: float):
+    """`tools/gym_verdicts.py` compares the same forms with the server of NeMo Gym."""
+    kinds = {"name": {"type": "string"}, "size": {"type": "integer"}}
+    asked = {"response_mode": "tool_call", "tool_name": "extract", "tool_payload_key": "found"}
+    schema = json.dumps({"type": "object", "properties": kinds})
+    row = build_row("json_schema", "What is it?", schema_str=schema, **asked)
+    output = tuple(
+        {"type": "function_call", "name": name, "arguments": json.dumps(given), "call_id": "c"}
+        for name, given in calls
+    )
+    text = json.dumps({"name": "Rome", "size": 3})
+    assert judge(JsonSchema(), row, Response(text, output=output)) == reward
+    whole = {key: value for key, value in row.items() if key != "tool_payload_key"}
+    made = {**output[0], "arguments": text} if output else None
+    if made and made["name"] == "extract" and len(output) == 1:
+        assert judge(JsonSchema(), whole, Response("", output=(made,))) == 1.0
+
+
 def test_older_rows_of_gym_load():
     older = {"responses_create_params": {"input": "?"}, "schema": json.dumps(SCHEMA)}
     older |= {"schema_type": "json", "schema_fields_count": "5"}
