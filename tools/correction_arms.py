@@ -47,6 +47,8 @@ class Comparison:
     without: str
     with_: str
     figures: tuple[Figure, ...]
+    more: tuple[str, ...] = ()
+    """Further arms, which are drawn and have no line in the table."""
 
 
 def length(steps: int, decay: int) -> tuple[str, ...]:
@@ -66,7 +68,10 @@ SWITCHED_SIZE = (*length(200, 70), *SMALL, ALL_HELD_OUT)
 
 ARMS = (
     Arm("unmasked", "tag", ("correct.mask_rate=0", *PAIRS_SIZE)),
+    Arm("masked-10", "tag", ("correct.mask_rate=0.1", *PAIRS_SIZE)),
     Arm("masked", "tag", PAIRS_SIZE),
+    Arm("masked-30", "tag", ("correct.mask_rate=0.3", *PAIRS_SIZE)),
+    Arm("masked-50", "tag", ("correct.mask_rate=0.5", *PAIRS_SIZE)),
     Arm("nbest", "nbest", PAIRS_SIZE),
     Arm("ctc", "ctc", PAIRS_SIZE),
     Arm("soft", "soft", ("correct.first_steps=280", *PAIRS_SIZE)),
@@ -102,6 +107,7 @@ COMPARISONS = (
         "unmasked",
         "masked",
         (CER, F05, WORSE),
+        ("masked-10", "masked-30", "masked-50"),
     ),
     Comparison("candidates", "1 or 4 candidates", "masked", "nbest", (CER, F05)),
     Comparison(
@@ -198,6 +204,6 @@ that switches needs the packages of the extra `correct`."""
 
 def arms_of(comparisons: Sequence[Comparison]) -> list[Arm]:
     """Return the arms of comparisons, each after the one that it needs."""
-    names = {name for each in comparisons for name in (each.without, each.with_)}
+    names = {name for each in comparisons for name in (each.without, each.with_, *each.more)}
     names |= {arm.needs for arm in ARMS if arm.name in names and arm.needs}
     return [arm for arm in ARMS if arm.name in names]

@@ -41,19 +41,24 @@ def parts() -> list[str]:
     return found
 
 
-def switching(first: str, second: str, rng: random.Random) -> str:
-    """Return a text that takes turns between both, at spaces."""
+def switching(first: str, second: str, rng: random.Random) -> tuple[str, list[tuple[int, int]]]:
+    """Return a text that takes turns between both, at spaces.
+
+    The second result has of each turn where it begins, and 0 or 1 for the language.
+    """
     words = [first.split(" "), permuted(second).split(" ")]
     found: list[str] = []
+    turns: list[tuple[int, int]] = []
     side = rng.randrange(2)
     while all(words) and sum(map(len, found)) + len(found) < PART:
         length = rng.randint(STRETCH // 2, 3 * STRETCH // 2)
+        turns.append((sum(map(len, found)) + len(found), side))
         taken = 0
         while words[side] and taken < length:
             found.append(words[side].pop(0))
             taken += len(found[-1]) + 1
         side = 1 - side
-    return " ".join(found)[:PART]
+    return " ".join(found)[:PART], turns
 
 
 def main() -> None:
@@ -68,7 +73,8 @@ def main() -> None:
         "a": rest[::2],
         "b": [permuted(text) for text in rest[1::2]],
         "both": [
-            switching(one, other, rng) for one, other in zip(pairs[::2], pairs[1::2], strict=True)
+            switching(one, other, rng)[0]
+            for one, other in zip(pairs[::2], pairs[1::2], strict=True)
         ],
     }
     for name, own in texts.items():
