@@ -2,6 +2,7 @@
 
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from pathlib import Path
@@ -37,6 +38,17 @@ class Command(TyperCommand):
     def __init__(self, *arguments: Any, **keywords: Any) -> None:  # Any: those of typer
         super().__init__(*arguments, **keywords)
         self.params.append(_debug_option())
+
+    def invoke(self, ctx: Any) -> Any:  # Any: those of typer
+        """Run the command, unless an option is no finite number: limits let NaN pass."""
+        for option in self.params:
+            given = ctx.params.get(option.name)
+            for value in given if isinstance(given, list | tuple) else [given]:
+                if isinstance(value, float) and not math.isfinite(value):
+                    from nemotron.errors import UserError
+
+                    raise UserError("must be finite.", key=option.opts[0], value=value)
+        return super().invoke(ctx)
 
 
 class CommandGroup(typer.Typer):

@@ -133,8 +133,13 @@ def open_text(model: Path, text: Text, device: str) -> tuple[HeldOut, Recipe]:
     """Return the held-out text, with the model's weights, and the recipe that names it.
 
     Raises:
-        UserError: when one of them is absent, or they do not belong together.
+        UserError: when one of them is absent, or they do not belong together, or an override is of
+            the model, which is as it was trained.
     """
+    for override in text.overrides:
+        if override.startswith("model."):
+            rule = "has no effect on a trained model; override the text alone, as data.seq_len=512."
+            raise UserError(rule, where="command line", key=override.split("=")[0])
     place = find_folder(model)
     loaded = load_recipe(text.recipe or _own_recipe(place, model), text.overrides)
     found = read_initial(str(place))
