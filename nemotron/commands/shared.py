@@ -39,16 +39,30 @@ class Command(TyperCommand):
         super().__init__(*arguments, **keywords)
         self.params.append(_debug_option())
 
-    def invoke(self, ctx: Any) -> Any:  # Any: those of typer
-        """Run the command, unless an option is no finite number: limits let NaN pass."""
-        for option in self.params:
-            given = ctx.params.get(option.name)
+
+def _with_finite(function: Callable[..., int]) -> Callable[..., int]:
+    """Return a command that refuses NaN, which limits let pass, and infinity as its numbers.
+
+    Without such options this is the function itself.
+    """
+    parameters = inspect.signature(function).parameters
+    numbers = [name for name, p in parameters.items() if "float" in str(p.annotation)]
+    if not numbers:
+        return function
+
+    @functools.wraps(function)
+    def call(**words: Any) -> int:  # Any: values of the options
+        from nemotron.errors import UserError
+
+        for name in numbers:
+            given = words[name]
             for value in given if isinstance(given, list | tuple) else [given]:
                 if isinstance(value, float) and not math.isfinite(value):
-                    from nemotron.errors import UserError
+                    key = "--" + name.replace("_", "-")
+                    raise UserError("must be finite.", key=key, value=value)
+        return function(**words)
 
-                    raise UserError("must be finite.", key=option.opts[0], value=value)
-        return super().invoke(ctx)
+    return call
 
 
 class CommandGroup(typer.Typer):
@@ -62,7 +76,7 @@ class CommandGroup(typer.Typer):
         register = super().command(name, cls=Command, **keywords)
 
         def declare(function: Callable[..., int]) -> Callable[..., int]:
-            register(_spread(function))
+            register(_with_finite(_spread(function)))
             return function
 
         return declare
