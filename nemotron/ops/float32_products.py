@@ -4,10 +4,12 @@ A product of two bfloat16 numbers is exact in float32, and sums are taken in flo
 bfloat16 too. torch's own products of bfloat16 take five times as long there.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from nemotron.device import cpu_multiplies_bfloat16
 from nemotron.ops.registry import Backend
@@ -23,3 +25,22 @@ def backend(function: Callable[..., Any], features: frozenset[str] = frozenset()
         features=features,
         by_name=cpu_multiplies_bfloat16(),
     )
+
+
+def in_float32(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a function that takes bfloat16 tensors in float32; its (first) result is rounded."""
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Any:
+        found = function(*map(_widened, arguments))
+        if isinstance(found, tuple):
+            return found[0].to(torch.bfloat16), *found[1:]
+        return found.to(torch.bfloat16)
+
+    return call
+
+
+def _widened(argument: Any) -> Any:
+    if isinstance(argument, Tensor) and argument.dtype == torch.bfloat16:
+        return argument.float()
+    return argument

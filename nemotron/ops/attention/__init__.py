@@ -91,17 +91,6 @@ def sdpa(
     return torch.cat(rows)
 
 
-def sdpa_in_float32(
-    q: Float[Tensor, "B T Hq Dh"],
-    k: Float[Tensor, "B S Hkv Dh"],
-    v: Float[Tensor, "B S Hkv Dh"],
-    seq_idx: Int[Tensor, "B S"] | None,
-    lengths: Int[Tensor, " B"] | None,
-) -> Float[Tensor, "B T Hq Dh"]:
-    """The same for bfloat16 on CPUs that do not multiply it."""
-    return sdpa(q.float(), k.float(), v.float(), seq_idx, lengths).to(q.dtype)
-
-
 def _attend_row(
     q: Float[Tensor, "1 T Hq Dh"],
     k: Float[Tensor, "1 S Hkv Dh"],
@@ -204,7 +193,7 @@ attention = AttentionOp(
             features=frozenset({"documents", "cache", "documents_after_a_prefix"}),
             limit=_flash_limit,
         ),
-        float32_products.backend(sdpa_in_float32, features=FEATURES),
+        float32_products.backend(float32_products.in_float32(sdpa), features=FEATURES),
         Backend(
             "sdpa",
             sdpa,

@@ -391,21 +391,6 @@ def ssd(
     return y[:, :num_tokens], state.mT.reshape(b, heads, P, N)
 
 
-def in_float32(
-    x: Float[Tensor, "B T H P"],
-    dt: Float[Tensor, "B T H"],
-    A: Float[Tensor, " H"],
-    B: Float[Tensor, "B T G N"],
-    C: Float[Tensor, "B T G N"],
-    D: Float[Tensor, " H"],
-    initial_state: Float[Tensor, "B H P N"] | None,
-    seq_idx: Int[Tensor, "B T"] | None,
-) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"]]:
-    """The same for bfloat16 on CPUs that do not multiply it."""
-    y, state = ssd(x.float(), dt, A, B.float(), C.float(), D, initial_state, seq_idx)
-    return y.to(x.dtype), state
-
-
 FEATURES = frozenset({"documents", "initial_state", "final_state"})
 backend = Backend("chunked", ssd, features=FEATURES)
-float32_backend = float32_products.backend(in_float32, features=FEATURES)
+float32_backend = float32_products.backend(float32_products.in_float32(ssd), features=FEATURES)
