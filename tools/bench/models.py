@@ -10,6 +10,7 @@ than 10 % of the cores is dropped; a case that finds no quiet moment gives no fi
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -32,6 +33,8 @@ TOLERANCE = 1e-5
 WARM_UPS = 2
 PILOTS = 2
 """Timed steps of each setting when a side's best one is searched."""
+HOPELESS = 3
+"""A setting whose second step takes so many times as long as the best one is not tried further."""
 
 
 class Disagreement(Exception):
@@ -116,9 +119,12 @@ class Patience:
 
 
 def quiet_steps(
-    workers: list[Worker], steps: int, patience: Patience
+    workers: list[Worker], steps: int, patience: Patience, longest: float = math.inf
 ) -> list[list[dict[str, Any]]]:
-    """Let the workers take turns until each has enough undisturbed steps."""
+    """Let the workers take turns until each has enough undisturbed steps.
+
+    A step that takes more seconds than `longest` is the only one, unless it is a worker's first.
+    """
     kept: list[list[dict[str, Any]]] = [[] for _ in workers]
     turn = 0
     while min(map(len, kept)) < steps:
@@ -127,6 +133,8 @@ def quiet_steps(
             raise NotQuiet(f"no quiet moment: kept {counts}, need {steps} each")
         for worker, results in zip(workers, kept, strict=True):
             answer = worker.ask("step", turn)
+            if turn and answer["seconds"] > longest:
+                return [[answer] for _ in workers]
             if turn >= WARM_UPS and answer["others"] <= patience.max_others:
                 results.append(answer)
         turn += 1
@@ -138,10 +146,11 @@ def best_setting(case: Case, side: str, patience: Patience) -> tuple[str, str]:
     settings = case.programs(side)
     if len(settings) == 1:
         return settings[0]
-    seconds = {}
+    seconds: dict[tuple[str, str], float] = {}
     for setting in settings:
+        longest = HOPELESS * min(seconds.values(), default=math.inf)
         with Worker(side, case, *setting) as worker:
-            (steps,) = quiet_steps([worker], min(PILOTS, case.kept), patience)
+            (steps,) = quiet_steps([worker], min(PILOTS, case.kept), patience, longest)
         seconds[setting] = min(step["seconds"] for step in steps)
         print(f"    {worker.label}: {seconds[setting]:.4g} s", flush=True)
     return min(seconds, key=seconds.__getitem__)
