@@ -83,7 +83,8 @@ class RolloutBatches:
         self._folder = RunFiles(config.run_path).rollouts
         self._experts = Experts.of(config)
         plan = config.rollout.curriculum
-        self._curriculum = None if plan is None else Curriculum(plan, config.rollout)
+        highest = {title: own.max_level for title, own in tasks.environments.items()}
+        self._curriculum = None if plan is None else Curriculum(plan, config.rollout, highest)
         self._paused = PausedAnswers(sampler, self._experts)
         self._ahead = RolloutsAhead(ranks, sampler, self._paused) if config.rollout.lag else None
         self._in_flight = config.rollout.in_flight_weight_updates
