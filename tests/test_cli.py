@@ -162,6 +162,7 @@ def test_control_characters_of_what_was_typed_are_shown_not_sent(
     assert r"\x1b[31mred.yaml" in answer
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_run_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

@@ -62,7 +62,7 @@ def report(
 @app.command(epilog="Example: nemotron runs")
 def runs(
     folder: Annotated[
-        Path, typer.Argument(help="Folder of runs, or one run.", metavar="[FOLDER]")
+        Path, typer.Argument(help="Folder of runs, or one run.", metavar="FOLDER")
     ] = Path("runs"),
 ) -> int:
     """List runs with their state, step and best validation."""
