@@ -7,6 +7,7 @@ from nemotron.model.parameters import Split, layer_split
 from nemotron.ops.linear_cross_entropy import CHUNK_ELEMENTS
 from nemotron.ops.ssd.chunked import CHUNK
 from nemotron.parallel.context.state_passing import GATHERED_BYTES
+from nemotron.parallel.fsdp import BLOCKS_AHEAD
 from nemotron.plan.communication import dispatched_bytes
 from nemotron.plan.job import Job
 
@@ -71,8 +72,8 @@ def _of_stage(job: Job, stage: str) -> Memory:
 def _gathered(job: Job, stage: str, local: float) -> float:
     """Weights in compute format and the gradients that are on their way, whole on this rank.
 
-    Held at a time: embedding, head, two blocks (one computes, one is fetched), and the gradients
-    of the head and of one block.
+    Held at a time: embedding, head, a block that computes and those that are fetched meanwhile,
+    and the gradients of the head and of one block.
     """
     b, g, tp = job.compute_bytes, job.reduce_bytes, job.dims.tp
     if job.dims.world == 1:
@@ -85,7 +86,7 @@ def _gathered(job: Job, stage: str, local: float) -> float:
     if stage == "last" and not job.depths:
         tables = 1
     keeps_weights = not job.reshard_after_forward
-    weights = b * (local if keeps_weights else tables * table + 2 * block)
+    weights = b * (local if keeps_weights else tables * table + (1 + BLOCKS_AHEAD) * block)
     gradients = g * (table + block if job.sync_every_micro_batch else local)
     return weights + gradients
 
