@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from nemotron.plan.communication import traffic
 from nemotron.plan.job import Job
-from nemotron.plan.memory import activation_bytes
+from nemotron.plan.memory import activation_bytes, saved_bytes
 
 HIDDEN_LINK_EFFICIENCY = 0.75
 """Share of the nominal bandwidth of what runs beside the computation; the usual 70-80 %."""
@@ -105,11 +105,12 @@ def terms(job: Job) -> tuple[float, float, float, float]:
 
 
 def _moved_per_token(job: Job) -> float:
-    """Return what all blocks keep for a token; of those computed again, a third more."""
+    """Return what all blocks keep for a token; of what is computed again, a third more."""
     moved = 0.0
     for letter, count in job.passes.items():
-        again = 4 / 3 if job.recomputes(letter) else 1.0
-        moved += count * again * activation_bytes(job.model, letter, width=job.compute_bytes)
+        kept = activation_bytes(job.model, letter, width=job.compute_bytes)
+        again = kept if job.recomputes(letter) else saved_bytes(job, letter)
+        moved += count * (kept + again / 3)
     return moved
 
 
