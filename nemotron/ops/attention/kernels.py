@@ -18,7 +18,7 @@ from numba import carray, njit
 
 from nemotron.ops.jit.barrier import take, wait
 from nemotron.ops.jit.scalars import _pointer, decode, encode, floats, item_size, items, share
-from nemotron.ops.jit.softmax import LOWEST, advance, advance_masked, retreat, retreat_masked
+from nemotron.ops.jit.softmax import LOWEST, advance, hide, retreat
 from nemotron.ops.jit.strips import (
     ROW,
     multiply,
@@ -104,12 +104,14 @@ def _forward(call, side, begin, scratch, kind):
                 keys + offset, KEYS * ROW, depth // LANES, queries + place, scores, count, True
             )
             more = strip * ROW
-            if low[last] > start or high[lane] < start + count - 1:
-                advance_masked(scores, count, tops + more, totals + more, sums + place, depth,
-                               lows + more, highs + more, start)  # fmt: skip
-            else:
-                advance(scores, count, tops + more, totals + more, sums + place, depth,
-                        lows + more, highs + more, start)  # fmt: skip
+            # all columns see the keys between these two
+            seen_from = min(max(low[last] - start, 0), count)
+            seen_to = min(max(high[lane] + 1 - start, seen_from), count)
+            _hide(scores, seen_from, seen_to, count, np.float32(LOWEST), lows + more, highs + more,
+                  start)  # fmt: skip
+            advance(scores, count, tops + more, totals + more, sums + place, depth)
+            _hide(scores, seen_from, seen_to, count, np.float32(0.0), lows + more, highs + more,
+                  start)  # fmt: skip
             multiply_transposed(
                 values + offset, KEYS * ROW, depth // LANES, scores, count, sums + place, False
             )
@@ -235,11 +237,12 @@ def _segment(call, side, segment, scratch, kind):
                     values + offset, step, channels, columns_dy + strip * size, g, count, True
                 )
                 lane, more = strip * LANES, strip * ROW
-                if low[lane + LANES - 1] > key or high[lane] < key + count - 1:
-                    retreat_masked(p, g, count, logs + more, inner + more, lows + more,
-                                   highs + more, key)  # fmt: skip
-                else:
-                    retreat(p, g, count, logs + more, inner + more, lows + more, highs + more, key)
+                retreat(p, g, count, logs + more, inner + more)
+                seen_from = min(max(low[lane + LANES - 1] - key, 0), count)
+                seen_to = min(max(high[lane] + 1 - key, seen_from), count)
+                for some in (p, g):
+                    _hide(some, seen_from, seen_to, count, np.float32(0.0), lows + more,
+                          highs + more, key)  # fmt: skip
                 multiply_transposed(
                     keys + offset, step, channels, g, count, part + strip * size, is_first
                 )
@@ -271,6 +274,15 @@ def _add_parts(call, side, pair, scratch, kind):
                 for p in range(call.depth * LANES):
                     total[p] += part[p]
         _write(call, call.dq, side, strip * LANES, sums, some, _scale(call), kind)
+
+
+@njit
+def _hide(strip, seen_from, seen_to, count, value, lows, highs, first):
+    """Write a value where a column does not see a row's key: before and behind some rows."""
+    if seen_from > 0:
+        hide(strip, 0, seen_from, value, lows, highs, first)
+    if seen_to < count:
+        hide(strip, seen_to, count, value, lows, highs, first)
 
 
 @njit
@@ -308,9 +320,14 @@ def _bounds(call, side, first, lows, highs):
     tokens = call.rows * call.length
     every_low, every_high = _integers(call.lows, tokens), _integers(call.highs, tokens)
     low, high = _integers(lows, LANES), _integers(highs, LANES)
+    ratio = call.heads // call.groups
+    token, head = _token(call, side, first), first % ratio
+    last = _token(call, side, call.columns)
     for lane in range(LANES):
-        token = _token(call, side, first + lane)
         low[lane], high[lane] = every_low[token], every_high[token]
+        head += 1
+        if head == ratio:
+            token, head = min(token + 1, last), 0
 
 
 @njit
@@ -362,14 +379,20 @@ def _clear_row(target, step, strips):
 @njit
 def _read(call, address, row, token, head, side, first, target, step, factor, kind):
     """Write sixteen columns into strips of channels; those behind the last are zeros."""
+    ratio = call.heads // call.groups
+    size = item_size(kind)
+    base = address + (side // call.groups * row + side % call.groups * ratio * head) * size
+    t, h = first // ratio, first % ratio
     for lane in range(LANES):
         place = target + lane * ROW
-        if first + lane >= call.columns:
+        if first + lane < call.columns:
+            source = base + (t * token + h * head) * size
+            _read_row(source, place, step, call.head_size, factor, kind)
+        else:
             _clear_row(place, step, call.depth // LANES)
-            continue
-        t, h = _place(call, side, first + lane)
-        source = address + (side // call.groups * row + t * token + h * head) * item_size(kind)
-        _read_row(source, place, step, call.head_size, factor, kind)
+        h += 1
+        if h == ratio:
+            t, h = t + 1, 0
 
 
 @njit
@@ -411,11 +434,15 @@ def _write(call, address, side, first, source, some, factor, kind):
     for strip in range(call.depth // LANES):
         more = strip * LANES * ROW
         transpose(source + more, some + more)
+    ratio, size = call.heads // call.groups, call.head_size * item_size(kind)
+    token = side // call.groups * call.length + first // ratio
+    begin, head = side % call.groups * ratio, first % ratio
     for lane in range(min(LANES, call.columns - first)):
-        token, head = _place(call, side, first + lane)
-        place = (side // call.groups * call.length + token) * call.heads + head
-        target = address + place * call.head_size * item_size(kind)
+        target = address + (token * call.heads + begin + head) * size
         _write_row(some + lane * ROW, LANES * ROW, target, call.head_size, factor, kind)
+        head += 1
+        if head == ratio:
+            token, head = token + 1, 0
 
 
 @njit
