@@ -46,7 +46,11 @@ def forward(calls, thread, threads, kind):
     """Fill y, and for each column its highest score `tops` and the sum of powers `totals`."""
     call = calls[0]
     scratch = call.scratch + thread * call.scratch_size
-    sides = call.rows * call.groups
+    sides = call.sides
+    first, last = share(sides * call.blocks, thread, threads)
+    for unit in range(first, last):
+        _read_block(call, unit // call.blocks, unit % call.blocks * KEYS, kind)
+    wait(call.counter, threads)
     blocks = -(-call.columns // COLUMNS)
     units = blocks * sides
     while units > 0:
@@ -59,13 +63,25 @@ def forward(calls, thread, threads, kind):
 
 
 @njit
+def _read_block(call, side, begin, kind):
+    """Write a block of keys and values as strips of float32."""
+    room = call.blocks * KEYS
+    place = (side * room * call.depth + begin * LANES) * 4
+    end = min(begin + KEYS, _last_key(call, side) + 1)
+    _read_keys(call, call.k, call.k_row, call.k_token, call.k_head, side, begin, end, KEYS,
+               call.keys + place, room * ROW, kind)  # fmt: skip
+    _read_keys(call, call.v, call.v_row, call.v_token, call.v_head, side, begin, end, KEYS,
+               call.values + place, room * ROW, kind)  # fmt: skip
+
+
+@njit
 def _forward(call, side, begin, scratch, kind):
     depth = call.depth
     size = depth * ROW  # a strip of queries
     strips = -(-min(COLUMNS, call.columns - begin) // LANES)
-    keys = scratch
-    values = keys + KEYS * depth * 4
-    scores = values + KEYS * depth * 4
+    step = call.blocks * KEYS * ROW
+    keys, values = call.keys + side * depth * step // LANES, call.values + side * depth * step // LANES
+    scores = scratch
     queries = scores + KEYS * ROW
     sums = queries + COLUMNS * depth * 4
     some = sums + COLUMNS * depth * 4
@@ -87,10 +103,6 @@ def _forward(call, side, begin, scratch, kind):
     end = high[strips * LANES - 1] + 1
     for block in range(low[0] // KEYS * KEYS, end, KEYS):
         stop = min(end, block + KEYS)
-        _read_keys(call, call.k, call.k_row, call.k_token, call.k_head, side, block, stop, KEYS,
-                   keys, kind)  # fmt: skip
-        _read_keys(call, call.v, call.v_row, call.v_token, call.v_head, side, block, stop, KEYS,
-                   values, kind)  # fmt: skip
         for strip in range(strips):
             lane = strip * LANES
             last = lane + LANES - 1
@@ -98,11 +110,9 @@ def _forward(call, side, begin, scratch, kind):
             count = -(-(min(high[last] + 1, stop) - start) // EIGHT) * EIGHT
             if count <= 0:
                 continue
-            offset = (start - block) * ROW
+            offset = start * ROW
             place = strip * size
-            multiply(
-                keys + offset, KEYS * ROW, depth // LANES, queries + place, scores, count, True
-            )
+            multiply(keys + offset, step, depth // LANES, queries + place, scores, count, True)
             more = strip * ROW
             # all columns see the keys between these two
             seen_from = min(max(low[last] - start, 0), count)
@@ -113,7 +123,7 @@ def _forward(call, side, begin, scratch, kind):
             _hide(scores, seen_from, seen_to, count, np.float32(0.0), lows + more, highs + more,
                   start)  # fmt: skip
             multiply_transposed(
-                values + offset, KEYS * ROW, depth // LANES, scores, count, sums + place, False
+                values + offset, step, depth // LANES, scores, count, sums + place, False
             )
     top, total = floats(tops, COLUMNS), floats(totals, COLUMNS)
     for strip in range(strips):
@@ -200,9 +210,9 @@ def _segment(call, side, segment, scratch, kind):
     end = min(begin + call.segment, call.total)
     stop = min(end, _last_key(call, side) + 1)
     _read_keys(call, call.k, call.k_row, call.k_token, call.k_head, side, begin, stop, call.segment,
-               keys, kind)  # fmt: skip
+               keys, step, kind)  # fmt: skip
     _read_keys(call, call.v, call.v_row, call.v_token, call.v_head, side, begin, stop, call.segment,
-               values, kind)  # fmt: skip
+               values, step, kind)  # fmt: skip
     _fill(dk, 2 * call.segment * depth, np.float32(0.0))  # and dv behind it
     factor, between = _scale(call) * LOG2_E, PAIR * ROW * LANES
     for pair in range(-(-call.strips // PAIR)):
@@ -396,16 +406,17 @@ def _read(call, address, row, token, head, side, first, target, step, factor, ki
 
 
 @njit
-def _read_keys(call, address, row, token, head, side, begin, end, room, target, kind):
+def _read_keys(call, address, row, token, head, side, begin, end, room, target, step, kind):
     """Write keys or values into strips of channels; those behind the last are zeros."""
-    source = address + (side // call.groups * row + side % call.groups * head) * item_size(kind)
+    size = item_size(kind)
+    source = address + (side // call.groups * row + side % call.groups * head) * size
+    count, strips = call.head_size, call.depth // LANES
     for key in range(begin, begin + room):
         place = target + (key - begin) * ROW
         if key < end:
-            source_of_key = source + key * token * item_size(kind)
-            _read_row(source_of_key, place, room * ROW, call.head_size, np.float32(1.0), kind)
+            _read_row(source + key * token * size, place, step, count, np.float32(1.0), kind)
         else:
-            _clear_row(place, room * ROW, call.depth // LANES)
+            _clear_row(place, step, strips)
 
 
 @njit
@@ -458,7 +469,7 @@ def _write_keys(call, address, side, begin, end, source, factor, kind):
 
 FIELDS = (
     *("rows", "length", "total", "heads", "groups", "sides", "head_size", "depth", "columns"),
-    *("strips", "segment", "segments", "q", "q_row", "q_token", "q_head", "k", "k_row", "k_token"),
+    *("strips", "blocks", "keys", "values", "segment", "segments", "q", "q_row", "q_token", "q_head", "k", "k_row", "k_token"),
     *("k_head", "v", "v_row", "v_token", "v_head", "lows", "highs", "y", "tops", "totals"),
     *("dy", "dy_row", "dy_token", "dy_head", "logs", "inner", "parts", "dq", "dk", "dv"),
     *("next", "scratch", "scratch_size", "counter"),

@@ -30,7 +30,10 @@ class _Attention(torch.autograd.Function):
         y = torch.empty(q.shape, dtype=q.dtype)
         tops, totals = torch.empty(2, values["sides"], values["columns"])
         numbers = found.COLUMNS * (2 * values["depth"] + 4)
-        numbers += (2 * found.KEYS + found.LANES) * values["depth"] + found.KEYS * found.LANES
+        numbers += found.LANES * values["depth"] + found.KEYS * found.LANES
+        blocks = -(-k.shape[1] // found.KEYS)
+        shape = (values["sides"], values["depth"] // found.LANES, blocks * found.KEYS, found.LANES)
+        values |= {"blocks": blocks, "keys": torch.empty(shape), "values": torch.empty(shape)}
         values |= {"y": y, "tops": tops, "totals": totals} | scratch(numbers)
         run(found.forward, found.CALL, q.dtype, values)
         ctx.save_for_backward(q, k, v, lows, highs, y, tops + totals.log2())
