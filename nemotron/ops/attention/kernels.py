@@ -43,7 +43,7 @@ LN_2 = np.float32(math.log(2.0))
 
 @njit(nogil=True, cache=True)
 def forward(calls, thread, threads, kind):
-    """Fill y, and for each column its highest score `tops` and the sum of powers `totals`."""
+    """Fill y, float32, and for each column its highest score and the sum of powers."""
     call = calls[0]
     scratch = call.scratch + thread * call.scratch_size
     sides = call.sides
@@ -80,7 +80,10 @@ def _forward(call, side, begin, scratch, kind):
     size = depth * ROW  # a strip of queries
     strips = -(-min(COLUMNS, call.columns - begin) // LANES)
     step = call.blocks * KEYS * ROW
-    keys, values = call.keys + side * depth * step // LANES, call.values + side * depth * step // LANES
+    keys, values = (
+        call.keys + side * depth * step // LANES,
+        call.values + side * depth * step // LANES,
+    )
     scores = scratch
     queries = scores + KEYS * ROW
     sums = queries + COLUMNS * depth * 4
@@ -138,7 +141,8 @@ def _forward(call, side, begin, scratch, kind):
         for lane in range(LANES):
             total[strip * LANES + lane] = np.float32(1.0) / total[strip * LANES + lane]
         scale_rows(sums + strip * size, totals + strip * ROW, depth)
-        _write(call, call.y, side, first, sums + strip * size, some, np.float32(1.0), kind)
+        _write(call, call.y, side, first, sums + strip * size, some, np.float32(1.0),
+               np.float32)  # fmt: skip
 
 
 @njit(nogil=True, cache=True)
@@ -169,8 +173,8 @@ def backward(calls, thread, threads, kind):
 def _inner(call, side, first, scratch, kind):
     """Write dy · y of the columns of a strip."""
     size = call.head_size
-    _read(call, call.dy, call.dy_row, call.dy_token, call.dy_head, side, first, scratch, ROW * LANES,
-          np.float32(1.0), kind)  # fmt: skip
+    _read(call, call.dy, call.dy_row, call.dy_token, call.dy_head, side, first, scratch,
+          ROW * LANES, np.float32(1.0), kind)  # fmt: skip
     row = scratch + LANES * call.depth * 4
     numbers = floats(row, call.depth)
     columns = min(LANES, call.columns - first)
@@ -182,7 +186,7 @@ def _inner(call, side, first, scratch, kind):
                 numbers[strip * LANES + p] = part[p]
         token, head = _place(call, side, first + lane)
         y = ((side // call.groups * call.length + token) * call.heads + head) * size
-        target[lane] = dot(row, call.y + y * item_size(kind), size, kind)
+        target[lane] = dot(row, call.y + y * 4, size, np.float32)
 
 
 @njit
@@ -240,12 +244,8 @@ def _segment(call, side, segment, scratch, kind):
             offset = (key - begin) * ROW
             for strip in range(strips):
                 p, g = powers + strip * KEYS * ROW, slopes + strip * KEYS * ROW
-                multiply(
-                    keys + offset, step, channels, columns_q + strip * size, p, count, True
-                )
-                multiply(
-                    values + offset, step, channels, columns_dy + strip * size, g, count, True
-                )
+                multiply(keys + offset, step, channels, columns_q + strip * size, p, count, True)
+                multiply(values + offset, step, channels, columns_dy + strip * size, g, count, True)
                 lane, more = strip * LANES, strip * ROW
                 retreat(p, g, count, logs + more, inner + more)
                 seen_from = min(max(low[lane + LANES - 1] - key, 0), count)
@@ -469,7 +469,21 @@ def _write_keys(call, address, side, begin, end, source, factor, kind):
 
 FIELDS = (
     *("rows", "length", "total", "heads", "groups", "sides", "head_size", "depth", "columns"),
-    *("strips", "blocks", "keys", "values", "segment", "segments", "q", "q_row", "q_token", "q_head", "k", "k_row", "k_token"),
+    *(
+        "strips",
+        "blocks",
+        "keys",
+        "values",
+        "segment",
+        "segments",
+        "q",
+        "q_row",
+        "q_token",
+        "q_head",
+        "k",
+        "k_row",
+        "k_token",
+    ),
     *("k_head", "v", "v_row", "v_token", "v_head", "lows", "highs", "y", "tops", "totals"),
     *("dy", "dy_row", "dy_token", "dy_head", "logs", "inner", "parts", "dq", "dk", "dv"),
     *("next", "scratch", "scratch_size", "counter"),

@@ -133,10 +133,10 @@ def advance(context, scores, rows, top, total, sums, depth):
         factor = _exp2(b, b.fsub(before, now))
         _store(b, _fma(b, _load(b, total), factor, b.load(added)), total)
         changed = b.bitcast(b.fcmp_unordered("!=", before, now), ir.IntType(LANES))
-        with b.if_then(b.icmp_unsigned("!=", changed, ir.IntType(LANES)(0))):
-            with cgutils.for_range(b, depth, intp=_I64) as loop:
-                place = _row(b, sums, loop.index)
-                _store(b, b.fmul(_load(b, place), factor), place)
+        any_of_them = b.icmp_unsigned("!=", changed, ir.IntType(LANES)(0))
+        with b.if_then(any_of_them), cgutils.for_range(b, depth, intp=_I64) as loop:
+            place = _row(b, sums, loop.index)
+            _store(b, b.fmul(_load(b, place), factor), place)
         b.ret_void()
 
     signature = types.void(*[types.int64] * 6)

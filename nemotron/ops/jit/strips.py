@@ -1,4 +1,4 @@
-"""Products of small float32 matrices that lie in strips of sixteen columns: [columns / 16, rows, 16].
+"""Products of small float32 matrices that lie in strips of columns: [columns / 16, rows, 16].
 
 A row of a strip is one vector, and all of a strip's rows lie one behind the other, so the distance
 between them is part of each instruction. A few rows of a result stay in registers while its inputs
