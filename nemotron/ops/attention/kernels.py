@@ -33,6 +33,8 @@ COLUMNS = 128
 """Queries of a unit of work."""
 PAIR = 2
 """Strips of queries whose sums for keys and values are taken together."""
+MANY = 32
+"""Pairs after which these sums are added to those of all: long sums lose digits."""
 KEYS = 64
 """Keys of a block; a segment has whole blocks."""
 EIGHT = 8
@@ -199,7 +201,8 @@ def _segment(call, side, segment, scratch, kind):
     values = keys + wide
     dk = values + wide
     dv = dk + wide
-    powers = dv + wide
+    sums = dv + wide  # of dk and dv
+    powers = sums + 2 * wide
     slopes = powers + PAIR * KEYS * ROW
     queries = slopes + PAIR * KEYS * ROW
     outputs = queries + PAIR * size
@@ -217,7 +220,8 @@ def _segment(call, side, segment, scratch, kind):
                keys, step, kind)  # fmt: skip
     _read_keys(call, call.v, call.v_row, call.v_token, call.v_head, side, begin, stop, call.segment,
                values, step, kind)  # fmt: skip
-    _fill(dk, 2 * call.segment * depth, np.float32(0.0))  # and dv behind it
+    _fill(dk, 4 * call.segment * depth, np.float32(0.0))  # and what is behind it
+    added = 0
     factor, between = _scale(call) * LOG2_E, PAIR * ROW * LANES
     for pair in range(-(-call.strips // PAIR)):
         start, finish = _seen(call, side, pair, begin, stop)
@@ -263,8 +267,12 @@ def _segment(call, side, segment, scratch, kind):
                          False)  # fmt: skip
                 multiply(slopes, KEYS * ROW, strips, queries + channel * between, dk + more, count,
                          False)  # fmt: skip
-    _write_keys(call, call.dk, side, begin, end, dk, LN_2, kind)
-    _write_keys(call, call.dv, side, begin, end, dv, np.float32(1.0), kind)
+        added += 1
+        if added % MANY == 0:
+            _move(dk, sums, 2 * call.segment * depth)
+    _move(dk, sums, 2 * call.segment * depth)
+    _write_keys(call, call.dk, side, begin, end, sums, LN_2, kind)
+    _write_keys(call, call.dv, side, begin, end, sums + wide, np.float32(1.0), kind)
 
 
 @njit
@@ -315,6 +323,15 @@ def _integers(address, count):
 @njit
 def _fill(target, count, value):
     floats(target, count)[:] = value
+
+
+@njit
+def _move(source, target, count):
+    """Add numbers to others, and leave zeros."""
+    numbers, sums = floats(source, count), floats(target, count)
+    for i in range(count):
+        sums[i] += numbers[i]
+        numbers[i] = np.float32(0.0)
 
 
 @njit

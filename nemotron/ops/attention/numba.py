@@ -54,7 +54,7 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
         values |= {"segment": size, "segments": segments, "parts": parts, "inner": inner}
         values |= {"y": y, "logs": logs, "dq": dq, "dk": dk, "dv": dv} | _strides("dy", dy)
-        numbers = 4 * size * depth + pair * lanes * (2 * found.KEYS + 4 * depth + 4)
+        numbers = 6 * size * depth + pair * lanes * (2 * found.KEYS + 4 * depth + 4)
         run(found.backward, found.CALL, q.dtype, values | scratch(numbers))
         return dq, dk, dv, None, None
 
