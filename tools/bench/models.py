@@ -33,8 +33,8 @@ TOLERANCE = 1e-5
 WARM_UPS = 2
 PILOTS = 2
 """Timed steps of each setting when a side's best one is searched."""
-HOPELESS = 3
-"""A setting whose second step takes so many times as long as the best one is not tried further."""
+HOPELESS = 5
+"""A setting one of whose steps takes so many times as long as the best one is not tried further."""
 
 
 class Disagreement(Exception):
@@ -123,7 +123,7 @@ def quiet_steps(
 ) -> list[list[dict[str, Any]]]:
     """Let the workers take turns until each has enough undisturbed steps.
 
-    A step that takes more seconds than `longest` is the only one, unless it is a worker's first.
+    A step that takes more seconds than `longest` is the only one.
     """
     kept: list[list[dict[str, Any]]] = [[] for _ in workers]
     turn = 0
@@ -133,7 +133,7 @@ def quiet_steps(
             raise NotQuiet(f"no quiet moment: kept {counts}, need {steps} each")
         for worker, results in zip(workers, kept, strict=True):
             answer = worker.ask("step", turn)
-            if turn and answer["seconds"] > longest:
+            if answer["seconds"] > longest:
                 return [[answer] for _ in workers]
             if turn >= WARM_UPS and answer["others"] <= patience.max_others:
                 results.append(answer)
