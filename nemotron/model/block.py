@@ -1,8 +1,5 @@
 """One layer of the stack: a norm, one mixer, and the residual around them."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
@@ -15,20 +12,20 @@ from nemotron.model.mamba2 import Mamba2
 from nemotron.model.moe import MoE
 from nemotron.model.router import Choice, FirstRun, RoutingStats
 from nemotron.model.state import AttentionState, MambaState
+from nemotron.ops.recompute import Saving, keeping_all
 
 
 class Block(nn.Module):
     """hidden + mixer(norm(hidden)), with the mixer that the pattern's letter names.
 
-    With `recompute`, backward computes the activations again instead of keeping them. `saving`
-    opens the context in which a block without it decides what to keep.
+    With `recompute`, backward computes activations again; without, `saving` decides what is kept.
     """
 
     def __init__(self, config: ModelConfig, letter: str) -> None:
         super().__init__()
         self.letter = letter
         self.recompute = False
-        self.saving: Callable[[], AbstractContextManager[object]] = nullcontext
+        self.saving: Saving = keeping_all
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer: nn.Module
         if letter == "M":

@@ -8,10 +8,15 @@ Source of the idea: NVIDIA/Megatron-LM: megatron/core/tensor_parallel/random.py
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+
+Saving = Callable[[], AbstractContextManager[object]]
+"""Opens the context of a forward pass that decides what backward keeps."""
+keeping_all: Saving = nullcontext
 
 
 class _Call:

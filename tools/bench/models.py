@@ -27,6 +27,7 @@ from cases import CASES, DTYPES, PROXIES, Case
 from machine import describe
 
 from nemotron.model.flops import training_flops_per_token
+from nemotron.ops.prepare import prepare
 
 TOLERANCE = 1e-5
 """Largest relative difference of loss, gradients or logits in float32."""
@@ -220,6 +221,7 @@ def main() -> int:
         "--max-others", type=float, default=0.10, help="drop a step when others use more cores"
     )
     options = parser.parse_args()
+    prepare()  # no step compiles
     peaks = measure_peaks()
     rows, failed = [], []
     for case in CASES:
