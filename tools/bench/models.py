@@ -34,8 +34,9 @@ TOLERANCE = 1e-5
 WARM_UPS = 2
 PILOTS = 2
 """Timed steps of each setting when a side's best one is searched."""
-HOPELESS = 5
-"""A setting one of whose steps takes so many times as long as the best one is not tried further."""
+HOPELESS, LOADING_S = 5, 10.0
+"""A setting is not tried further after a step that takes so many times as long as the best one, and
+more seconds than kernels need to be loaded."""
 
 
 class Disagreement(Exception):
@@ -149,7 +150,7 @@ def best_setting(case: Case, side: str, patience: Patience) -> tuple[str, str]:
         return settings[0]
     seconds: dict[tuple[str, str], float] = {}
     for setting in settings:
-        longest = HOPELESS * min(seconds.values(), default=math.inf)
+        longest = max(LOADING_S, HOPELESS * min(seconds.values(), default=math.inf))
         with Worker(side, case, *setting) as worker:
             (steps,) = quiet_steps([worker], min(PILOTS, case.kept), patience, longest)
         seconds[setting] = min(step["seconds"] for step in steps)
