@@ -219,7 +219,7 @@ def _unwritable(error: OSError) -> OSError | None:
 def _message(error: typer.TyperException) -> str:
     format_message = getattr(error, "format_message", None)
     text = " ".join(str(format_message() if format_message else error).split())
-    return text if not text or text.endswith(".") else f"{text}."
+    return text if not text or text.endswith((".", "?")) else f"{text}."
 
 
 def _report(sentence: str, code: int) -> int:

@@ -162,6 +162,12 @@ def test_control_characters_of_what_was_typed_are_shown_not_sent(
     assert r"\x1b[31mred.yaml" in answer
 
 
+def test_a_question_about_a_command_ends_with_one_mark(capsys: pytest.CaptureFixture[str]):
+    assert run(["traim"]) == 2
+    assert "Did you mean 'train'? See " in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_a_dry_run_says_what_would_run_and_writes_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ):

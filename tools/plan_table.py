@@ -15,7 +15,7 @@ from pathlib import Path
 
 from nemotron.plan.calibration import calibration_rows, error, fit
 from nemotron.plan.memory import GIB, memory
-from nemotron.plan.published import ROWS, Published
+from nemotron.plan.published import OWN, ROWS, Published
 from nemotron.plan.throughput import FITTED, predict
 
 PAGE = Path(__file__).parents[1] / "docs/plan.md"
@@ -53,10 +53,13 @@ def summary() -> Iterator[str]:
     fitted = calibration_rows()
     others = [row for row in ROWS if row.held_out]
     usual = [row for row in others if error(row, FITTED) < OUTLIER]
+    [unusual] = [row for row in others if row not in usual]
+    own = [row for row in ROWS if row.source == OWN]
     yield (
         f"Root mean square of the errors: {_spread(fitted)} over the {len(fitted)} fitted rows, "
-        f"{_spread(usual)} over {len(usual)} of the {len(others)} held-out rows (without the last "
-        "row, for which the prediction is wrong by a large factor)."
+        f"{_spread(usual)} over {len(usual)} of the {len(others)} held-out rows (without "
+        f"{unusual.title}, for which the prediction is wrong by a large factor), {_spread(own)} "
+        f"over the {len(own)} rows of this project."
     )
     [row] = [row for row in ROWS if row.peak_gib is not None]
     need = memory(row.job)

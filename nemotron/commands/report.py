@@ -61,9 +61,9 @@ def report(
 
 @app.command(epilog="Example: nemotron runs")
 def runs(
-    folder: Annotated[Path, typer.Argument(help="Folder to search.", metavar="[FOLDER]")] = Path(
-        "runs"
-    ),
+    folder: Annotated[
+        Path, typer.Argument(help="Folder of runs, or one run.", metavar="FOLDER")
+    ] = Path("runs"),
 ) -> int:
     """List runs with their state, step and best validation."""
     from nemotron.report.compare import list_runs

@@ -40,16 +40,23 @@ class Timing:
     prompt_tokens: int = 0
     prefill_s: float = 0.0
     new_tokens: int = 0
+    """Of all answers, with the token that ends one."""
+    further_tokens: int = 0
+    """The new ones but the first of each answer, which comes out of the pass of its prompt."""
     decode_s: float = 0.0
+    """Taken by the further tokens."""
 
     def __str__(self) -> str:
         read = self.prompt_tokens / max(self.prefill_s, 1e-9)
-        line = f"prompt {self.prompt_tokens} tokens, {read:,.0f} tokens/s"
+        line = f"prompt {_tokens(self.prompt_tokens)}, {read:,.0f} tokens/s"
+        line += f"; new {_tokens(self.new_tokens)}"
         if self.decode_s:
-            line += (
-                f"; new {self.new_tokens} tokens, {self.new_tokens / self.decode_s:,.1f} tokens/s"
-            )
+            line += f", {self.further_tokens / self.decode_s:,.1f} tokens/s"
         return line
+
+
+def _tokens(number: int) -> str:
+    return f"{number} token{'s' * (number != 1)}"
 
 
 @dataclass(frozen=True)
@@ -192,6 +199,7 @@ class Engine:
         further += [True] * len(verified)
         events += verified
         events += self._choose([*known, *decoded, *read])
+        self.timing.new_tokens += sum(event.token is not None for event in events)
         self._count(further, read_s, time.perf_counter() - begin - read_s)
         return events
 
@@ -400,7 +408,7 @@ class Engine:
         `further` says of each token that was read alone whether it belongs to an answer. Choosing
         the first token of an answer belongs to reading the prompt.
         """
-        self.timing.new_tokens += sum(further)
+        self.timing.further_tokens += sum(further)
         self.timing.prompt_tokens += len(further) - sum(further)
         self.timing.prefill_s += read_s if any(further) else read_s + other_s
         self.timing.decode_s += other_s if any(further) else 0.0

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 from pathlib import Path
+from typing import Any
 
 from nemotron.checkpoint.manifest import CheckpointInfo
 from nemotron.checkpoint.read import read_state
@@ -232,6 +233,8 @@ def _training(info: CheckpointInfo, run: RunFiles | None) -> Rows:
     state = read_state(info)
     if state.trainer is not None:
         rows.append(("tokens seen", f"{state.trainer.tokens:,}"))
+    if state.merged is not None:
+        rows += _average(state.merged)
     # runs on pairs or rollouts have other states, which say little of the model
     if state.data is not None and any(key.startswith("data.") for key in state.data):
         rows += _data(read_fingerprint(state.data))
@@ -242,6 +245,16 @@ def _training(info: CheckpointInfo, run: RunFiles | None) -> Rows:
         rows.append(("recipe (sha256)", f"`{hashlib.sha256(read_regular(recipe)).hexdigest()}`"))
     if provenance.is_file():
         rows += _provenance(read_provenance(provenance))
+    return rows
+
+
+def _average(merged: Mapping[str, Any]) -> Rows:  # Any: JSON
+    """Say which checkpoints the weights are the average of, and which of the run were damaged."""
+    rows: Rows = []
+    for key, name in (("steps", "average of steps"), ("damaged", "left out, damaged: steps")):
+        steps = merged.get(key)
+        if isinstance(steps, list) and steps and all(type(step) is int for step in steps):
+            rows.append((name, ", ".join(f"{step:,}" for step in steps)))
     return rows
 
 

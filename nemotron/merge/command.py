@@ -97,7 +97,7 @@ def merge(
         raise UserError(
             "is inside the checkpoints folder; choose another folder.", where=str(target)
         )
-    checkpoints = read_checkpoints(files, print_text)
+    checkpoints, damaged = read_checkpoints(files, print_text)
     windows = choice.windows(checkpoints)
     if choice.search:
         chosen = _search(files, windows, choice, device)
@@ -111,7 +111,7 @@ def merge(
     average = chosen.average(choice.ema_decay)
     try:
         with writing_beside(target, COMMAND) as partial:
-            _write_run(files, average, chosen, RunFiles(partial))
+            _write_run(files, average, chosen, damaged, RunFiles(partial))
             publish(partial, target, COMMAND)
     except CheckpointNotSaved as problem:
         print_text(f"failed: {problem}")
@@ -140,7 +140,13 @@ def _search(files: RunFiles, windows: list[Window], choice: Choice, device: str)
     return best
 
 
-def _write_run(source: RunFiles, average: Average, chosen: Candidate, run: RunFiles) -> None:
+def _write_run(
+    source: RunFiles,
+    average: Average,
+    chosen: Candidate,
+    damaged: tuple[int, ...],
+    run: RunFiles,
+) -> None:
     """Fill the empty folder of `run` with the checkpoint and the files that belong to its model."""
     for file in (source.tokenizer, source.recipe):
         if file.exists():
@@ -156,5 +162,6 @@ def _write_run(source: RunFiles, average: Average, chosen: Candidate, run: RunFi
         "steps": [one.step for one in average.window],
         "tokens": [one.tokens for one in average.window],
         "coefficients": list(average.coefficients),
+        "damaged": list(damaged),
     }
     average.write(run.checkpoints, SavedState(merged=record_merge(run.provenance, facts)))

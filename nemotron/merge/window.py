@@ -36,13 +36,16 @@ Window = tuple[Trained, ...]
 """Two or more checkpoints of one model, oldest first."""
 
 
-def read_checkpoints(run: RunFiles, report: Callable[[str], None]) -> Window:
-    """Return the whole checkpoints of a run; damaged ones are reported and left out.
+def read_checkpoints(
+    run: RunFiles, report: Callable[[str], None]
+) -> tuple[Window, tuple[int, ...]]:
+    """Return the whole checkpoints of a run, and the steps of damaged ones, which are reported.
 
     Raises:
         UserError: when fewer than two can be averaged.
     """
-    found = []
+    found: list[Trained] = []
+    damaged = []
     for step in reversed(steps(run.checkpoints)):
         path = run.checkpoints / folder_name(step)
         try:
@@ -51,6 +54,7 @@ def read_checkpoints(run: RunFiles, report: Callable[[str], None]) -> Window:
             raise UserError(f"{old}.") from None
         except DamagedCheckpoint as damage:
             report(f"{path.name} is damaged ({damage}); left out")
+            damaged.append(step)
     if len(found) < 2:
         raise UserError(
             f"has {len(found)} whole checkpoint{'s' * (len(found) != 1)}, and two or "
@@ -58,7 +62,7 @@ def read_checkpoints(run: RunFiles, report: Callable[[str], None]) -> Window:
             where=str(run.path),
         )
     _check_alike(found)
-    return tuple(found)
+    return tuple(found), tuple(damaged)
 
 
 def share_of_run(window: Window) -> float:

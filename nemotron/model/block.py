@@ -12,18 +12,20 @@ from nemotron.model.mamba2 import Mamba2
 from nemotron.model.moe import MoE
 from nemotron.model.router import Choice, FirstRun, RoutingStats
 from nemotron.model.state import AttentionState, MambaState
+from nemotron.ops.recompute import Saving, keeping_all
 
 
 class Block(nn.Module):
     """hidden + mixer(norm(hidden)), with the mixer that the pattern's letter names.
 
-    With `recompute`, backward computes the activations again instead of keeping them.
+    With `recompute`, backward computes activations again; without, `saving` decides what is kept.
     """
 
     def __init__(self, config: ModelConfig, letter: str) -> None:
         super().__init__()
         self.letter = letter
         self.recompute = False
+        self.saving: Saving = keeping_all
         self.norm = RMSNorm(config.hidden_size, eps=config.layer_norm_epsilon)
         self.mixer: nn.Module
         if letter == "M":
@@ -56,12 +58,13 @@ class Block(nn.Module):
             # experts again, since another choice would send other tokens to other ranks
             inputs = (hidden, seq_idx, state, stats_name, padding, choice, FirstRun())
             return checkpoint(Block.forward, self, *inputs, use_reentrant=False)
-        (hidden, x), stats = self.norm.beside(hidden), None
-        if self.letter in "M*":
-            y = self.mixer(x, seq_idx, state)
-        elif isinstance(self.mixer, MoE):
-            y, stats = self.mixer(x, stats_name, padding, choice, first_run)
-        else:
-            # a stand-in for decoding
-            y = self.mixer(x, choice) if self.letter == "E" else self.mixer(x)
-        return hidden + y, stats
+        with self.saving():
+            (hidden, x), stats = self.norm.beside(hidden), None
+            if self.letter in "M*":
+                y = self.mixer(x, seq_idx, state)
+            elif isinstance(self.mixer, MoE):
+                y, stats = self.mixer(x, stats_name, padding, choice, first_run)
+            else:
+                # a stand-in for decoding
+                y = self.mixer(x, choice) if self.letter == "E" else self.mixer(x)
+            return hidden + y, stats

@@ -1,10 +1,13 @@
 """Which backends the operations of a model use: bound to its modules, not to the process."""
 
+from collections.abc import Collection
+from dataclasses import replace
+
 from torch import nn
 
 from nemotron.ops.attention import attention
 from nemotron.ops.causal_conv1d import causal_conv1d
-from nemotron.ops.config import OpsConfig
+from nemotron.ops.config import RECOMPUTED, OpsConfig, Recomputed
 from nemotron.ops.expert_step import expert_step
 from nemotron.ops.grouped_linear import grouped_linear, grouped_mlp
 from nemotron.ops.linear import linear, wide_linear
@@ -71,3 +74,15 @@ def apply(model: nn.Module, choices: OpsConfig) -> None:
         for name, value in vars(module).items():
             if isinstance(value, Operation):
                 setattr(module, name, bound[value.name])
+
+
+def recompute(module: nn.Module, names: Collection[Recomputed]) -> None:
+    """Let a module and those inside it recompute the results of these operations in backward.
+
+    That needs the context `saving` of `nemotron.ops.recompute` around the module's forward pass.
+    """
+    chosen = frozenset().union(*(RECOMPUTED[name] for name in names))
+    for part in module.modules():
+        for name, value in vars(part).items():
+            if isinstance(value, Operation) and value.name in chosen:
+                setattr(part, name, replace(value, recomputed=True))

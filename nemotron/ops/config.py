@@ -1,6 +1,19 @@
-"""Which implementation of each operation to use."""
+"""Which implementation of each operation to use, and which may be computed again."""
+
+from typing import Literal, get_args
 
 from nemotron.section import Section
+
+Recomputed = Literal["layernorm", "gated_rms_norm", "causal_conv1d", "moe_act", "token_copies"]
+"""What `recompute` names beside kinds of layers: as Megatron-LM does, or as our operations are."""
+
+RECOMPUTED: dict[Recomputed, frozenset[str]] = {
+    name: frozenset({name}) for name in get_args(Recomputed)
+} | {
+    "layernorm": frozenset({"rms_norm", "residual_rms_norm"}),
+    "moe_act": frozenset({"squared_relu"}),
+}
+"""The operations of each: those that take the time of a pass over memory, not of products."""
 
 
 class OpsConfig(Section):

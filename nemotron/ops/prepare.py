@@ -2,6 +2,7 @@
 
 import torch
 
+from nemotron.ops.attention import numba as attention
 from nemotron.ops.causal_conv1d import numba as causal_conv1d
 from nemotron.ops.jit.call import kernels
 from nemotron.ops.rms_norm import numba as rms_norm
@@ -9,15 +10,15 @@ from nemotron.ops.squared_relu import numba as squared_relu
 from nemotron.ops.ssd import numba as ssd
 from nemotron.ops.token_step import compiled
 
-MODULES = (causal_conv1d.MODULE, rms_norm.MODULE, squared_relu.MODULE, ssd.MODULE)
+OPERATIONS = (attention, causal_conv1d, rms_norm, squared_relu, ssd)
 
 
 def prepare() -> None:
     """Compile what is not kept yet, for float32 and bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
         compiled.kernels(str(dtype).removeprefix("torch."))
-        for module in MODULES:
-            kernels(module, dtype)
+        for operation in OPERATIONS:
+            kernels(operation.MODULE, dtype)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nemotron.errors import UserError
+from nemotron.ops import recompute
 
 
 @dataclass(frozen=True)
@@ -134,6 +135,8 @@ class Operation:
     backends: Sequence[Backend]
     pinned: str | None = None
     """The backend to use for every call; absent: the first that is fit for it."""
+    recomputed: bool = False
+    """Whether backward computes results again that would be kept (`nemotron.ops.recompute`)."""
     _chosen: dict[tuple[Any, ...], Callable[..., Any]] = field(
         default_factory=dict, init=False, repr=False
     )
@@ -188,6 +191,13 @@ class Operation:
         self, x: torch.Tensor, sizes: tuple[int, ...] = (), **needs: bool
     ) -> Callable[..., Any]:
         """Return the function for tensors like `x`; each true keyword is a needed feature."""
+        function = self.fittest(x, sizes, **needs)
+        return functools.partial(recompute.call, function) if self.recomputed else function
+
+    def fittest(
+        self, x: torch.Tensor, sizes: tuple[int, ...] = (), **needs: bool
+    ) -> Callable[..., Any]:
+        """Return the function of the backend, for results that are kept where they are needed."""
         key = (x.device, x.dtype, sizes, *needs.items())
         function = self._chosen.get(key)
         if function is None:
@@ -208,4 +218,4 @@ class Operation:
         limit = None if self.pinned is None else self.backend(self.pinned).limit
         if limit is not None and sizes and limit(*sizes):
             return False
-        return self.select(x, sizes, **needs) is not self.backends[-1].function
+        return self.fittest(x, sizes, **needs) is not self.backends[-1].function

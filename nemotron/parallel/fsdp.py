@@ -3,7 +3,6 @@
 Gradients are added up, never averaged: the loss is divided by the tokens of all ranks before.
 """
 
-import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -22,6 +21,9 @@ from nemotron.model.linear import Linear
 from nemotron.model.moe import Experts
 from nemotron.parallel.config import ParallelConfig
 from nemotron.parallel.mesh import Mesh
+
+BLOCKS_AHEAD = 2
+"""Blocks whose weights are gathered while one computes."""
 
 
 def shard(model: HybridLM, root: nn.Module, mesh: Mesh, config: ParallelConfig) -> None:
@@ -82,14 +84,17 @@ def units(root: nn.Module) -> Iterator[FSDPModule]:
 
 
 def _gather_ahead(blocks: Sequence[nn.Module]) -> None:
-    """Gather the weights of the next block while one computes.
+    """Gather the weights of the next two blocks while one computes, forward and backward.
 
     By itself FSDP2 gathers as early as the host reaches a layer, and a host that waits for a number
-    of the router reaches it late. Backward gathers one unit ahead without being asked.
+    of the router reaches it late; backward gathers one unit ahead.
     """
-    for block, following in itertools.pairwise(blocks):
+    for index, block in enumerate(blocks):
         assert isinstance(block, FSDPModule), type(block)
-        block.set_modules_to_forward_prefetch(list(units(following)))
+        following = blocks[index + 1 : index + 1 + BLOCKS_AHEAD]
+        before = blocks[max(index - BLOCKS_AHEAD, 0) : index]
+        block.set_modules_to_forward_prefetch([u for b in following for u in units(b)])
+        block.set_modules_to_backward_prefetch([u for b in reversed(before) for u in units(b)])
 
 
 def drop_gathered(root: nn.Module) -> None:

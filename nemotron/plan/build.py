@@ -69,7 +69,8 @@ class Setting:
         """Return the job of a stretch in a layout."""
         config, parallel = self.config, self.config.parallel
         if recompute is None:
-            recompute = frozenset(filter(config.recomputes, LAYER_KINDS.values()))
+            kinds = filter(config.recomputes, LAYER_KINDS.values())
+            recompute = frozenset(kinds) | config.recomputed_operations
         return Job(
             model=config.model,
             dims=dims,

@@ -66,7 +66,9 @@ def plan(
         layout=describe_layout(setting, legal, constants, tokens) if legal else None,
         compared=nearest_published(setting, flops),
         found=find_layouts(setting, gpus, constants) if search else None,
-        kept=trace_blocks(config.model, width) if check_memory else None,
+        kept=trace_blocks(config.model, width, config.recomputed_operations)
+        if check_memory
+        else None,
     )
     if as_text:
         show(grids_of(report, constants), PrintableConsole())

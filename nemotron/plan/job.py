@@ -46,7 +46,8 @@ class Job:
     depths: int = 0
     """Depths of multi-token prediction that are trained."""
     recompute: frozenset[str] = frozenset()
-    """Kinds of layers whose blocks are computed again in the backward pass."""
+    """Kinds of layers whose blocks are computed again in the backward pass, and operations whose
+    results are in all other blocks (`RECOMPUTED`)."""
     compute_bytes: int = 2
     """Bytes of an activation."""
     reduce_bytes: int = 4

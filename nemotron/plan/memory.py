@@ -1,5 +1,6 @@
 """Memory of one rank, term by term."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from nemotron.model.config import ModelConfig
@@ -7,6 +8,7 @@ from nemotron.model.parameters import Split, layer_split
 from nemotron.ops.linear_cross_entropy import CHUNK_ELEMENTS
 from nemotron.ops.ssd.chunked import CHUNK
 from nemotron.parallel.context.state_passing import GATHERED_BYTES
+from nemotron.parallel.fsdp import BLOCKS_AHEAD
 from nemotron.plan.communication import dispatched_bytes
 from nemotron.plan.job import Job
 
@@ -71,8 +73,8 @@ def _of_stage(job: Job, stage: str) -> Memory:
 def _gathered(job: Job, stage: str, local: float) -> float:
     """Weights in compute format and the gradients that are on their way, whole on this rank.
 
-    Held at a time: embedding, head, two blocks (one computes, one is fetched), and the gradients
-    of the head and of one block.
+    Held at a time: embedding, head, a block that computes and those that are fetched meanwhile,
+    and the gradients of the head and of one block.
     """
     b, g, tp = job.compute_bytes, job.reduce_bytes, job.dims.tp
     if job.dims.world == 1:
@@ -85,7 +87,7 @@ def _gathered(job: Job, stage: str, local: float) -> float:
     if stage == "last" and not job.depths:
         tables = 1
     keeps_weights = not job.reshard_after_forward
-    weights = b * (local if keeps_weights else tables * table + 2 * block)
+    weights = b * (local if keeps_weights else tables * table + (1 + BLOCKS_AHEAD) * block)
     gradients = g * (table + block if job.sync_every_micro_batch else local)
     return weights + gradients
 
@@ -136,10 +138,60 @@ def activation_bytes(
     return kept + copies * (3 * wide + 2 * 8)  # weights; order of the copies
 
 
+def result_bytes(
+    model: ModelConfig,
+    letter: str,
+    recompute: Collection[str],
+    *,
+    width: int = 2,
+    received: float | None = None,
+) -> float:
+    """Return how much less that is for each token where results are computed again.
+
+    `received` is how many tokens come from other ranks for each own one, if any do: those that are
+    copied for experts are then kept, and so are latent ones.
+    """
+    elements = {"layernorm": float(model.hidden_size)}
+    if letter == "M":
+        elements["gated_rms_norm"] = model.mamba_inner_size
+        elements["causal_conv1d"] = model.conv_channels
+    elif letter == "-":
+        elements["moe_act"] = model.intermediate_size or 0
+    elif letter == "E":
+        copies = model.num_experts_per_tok
+        elements["moe_act"] = copies * model.moe_intermediate_size
+        elements["moe_act"] += model.moe_shared_expert_intermediate_size
+        if received is None:
+            received = 0.0 if model.moe_latent_size is None else 1.0
+        elements["token_copies"] = max(copies - received, 0.0) * model.expert_input_size
+    return width * sum(elements.get(name, 0.0) for name in recompute)
+
+
 def block_bytes(job: Job, letter: str) -> float:
     """Return what one block keeps for a micro-batch on one rank."""
-    kept = job.tokens * activation_bytes(job.model, letter, scan=job.scan, width=job.compute_bytes)
-    return kept / job.dims.tp * (job.imbalance if letter == "E" else 1.0)
+    kept = activation_bytes(job.model, letter, scan=job.scan, width=job.compute_bytes)
+    kept -= saved_bytes(job, letter)
+    return _of_micro_batch(job, letter, kept)
+
+
+def _of_micro_batch(job: Job, letter: str, per_token: float) -> float:
+    """Return the bytes of a micro-batch on the fullest rank."""
+    return job.tokens * per_token / job.dims.tp * (job.imbalance if letter == "E" else 1.0)
+
+
+def saved_bytes(job: Job, letter: str) -> float:
+    """Return what a block does not keep for a token because backward computes it again."""
+    if job.recomputes(letter):
+        return 0.0
+    recompute, received = job.recompute, None
+    if job.dims.tp > 1:
+        # a mixer keeps the norm's results of all ranks, which it gathered
+        recompute -= {"layernorm"}
+    if job.dims.ep > 1:
+        row = job.tokens / job.dims.tp * job.model.expert_input_size * job.compute_bytes
+        received = dispatched_bytes(job) / row * job.dims.ep / (job.dims.ep - 1)
+    width = job.compute_bytes
+    return result_bytes(job.model, letter, recompute, width=width, received=received)
 
 
 def _activations(job: Job, stage: str) -> dict[str, float]:
@@ -150,7 +202,12 @@ def _activations(job: Job, stage: str) -> dict[str, float]:
             inputs += count * input_bytes(job, letter)
         else:
             kept += count * block_bytes(job, letter)
-    again = [block_bytes(job, letter) for letter in job.layers if job.recomputes(letter)]
+    again = [
+        block_bytes(job, letter)
+        if job.recomputes(letter)
+        else _of_micro_batch(job, letter, saved_bytes(job, letter))
+        for letter in job.layers
+    ]
     terms = {
         "inputs of recomputed blocks": inputs * in_flight,
         "one block recomputed": max(again, default=0.0),

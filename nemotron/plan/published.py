@@ -3,7 +3,8 @@
 A row is held out by a rule that does not look at its error: all rows of GB200, and all that do not
 come from Megatron-Bridge's own table of 8K pre-training on H100, B200, B300 and GB300 (other
 software, other models, repeated runs, other routing, fine-tuning). The one run in bf16 on H100 is
-kept for calibration, because no other row of the table shows that format.
+kept for calibration, because no other row of the table shows that format. Of this project's own
+steps, those on H100 are fitted and those on H200 are held out.
 """
 
 from dataclasses import dataclass
@@ -51,13 +52,16 @@ def models() -> dict[str, ModelConfig]:
     """Return the models by the names of the published tables.
 
     Nano and Super are those of the recipes that ship with the package. Lightning is Nano with
-    multi-token prediction.
+    multi-token prediction. A share of Nano is what one of eight GPUs computes of a period of its
+    layers, as `tools/gpu/share.py` measures it.
     Source: NVIDIA-NeMo/Megatron-Bridge: recipes/nemotronh/h100/nemotron_3_nano.py.
     """
     nano, super_ = _read_model("nano"), _read_model("super")
     prediction = {"num_nextn_predict_layers": 1, "mtp_hybrid_override_pattern": "*E"}
+    period = {"hybrid_override_pattern": "MEMEM*EMEMEM*E", "num_hidden_layers": 14}
     return {
         "Nano": nano,
+        "Share of Nano": nano.model_copy(update={**period, "n_routed_experts": 16}),
         "Lightning": nano.model_copy(update=prediction),
         "Super": super_,
         "Ultra": ULTRA,
@@ -134,7 +138,21 @@ TABLE = "Megatron-Bridge: docs/performance-summary.md"
 ARCHIVE = "Megatron-Bridge: docs/performance-summary-archive.md"
 CARD = "Megatron-Bridge: examples/model_verification_cards"
 AUTOMODEL = "Automodel: docs/performance-summary.mdx"  # its DeepEP sends once for each node
+OWN = "docs/benchmarks.md"  # forward, backward and optimizer on one GPU, without exchanges
 EVERYTHING = ("mamba", "attention", "moe", "mlp")
+
+
+def _own(system: str, preset: str, tokens_per_second: float, *, card: str = "") -> Published:
+    """Return a step of this project on one GPU; a card that stands in two calls is named."""
+    note = f"this project{'; ' if card else ''}{card}"
+    return Published(
+        *("Share of Nano", system, 1, preset, 2, 2, 1, 1, tokens_per_second, OWN),
+        seq_len=4096,
+        held_out=system != "h100",
+        storage=Storage(),
+        note=note,
+    )
+
 
 ROWS = (
     Published("Nano", "gb300", 8, "mxfp8", 512, 4, 1, 8, 39_936, TABLE),
@@ -224,5 +242,15 @@ ROWS = (
         held_out=True,
         note="fine-tuning; 8 rows a step and ep 2 assumed",
     ),
+    _own("h100", "bf16", 53_088),
+    _own("h100", "fp8_current", 51_773),
+    _own("h100", "fp8_block", 50_722),
+    _own("h100", "bf16", 51_071, card="another card"),
+    _own("h100", "fp8_current", 54_452, card="another card"),
+    _own("h100", "fp8_block", 52_841, card="another card"),
+    _own("h200", "bf16", 57_222),
+    _own("h200", "fp8_current", 55_660),
+    _own("h200", "fp8_block", 52_607),
+    _own("h200", "bf16", 56_200, card="a day before"),
 )
 """All rows; without those of adapters (16 x GB200, 645 tokens/s), which train no full model."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from nemotron.divisors import divisors
 from nemotron.model.config import LAYER_KINDS
+from nemotron.ops.config import RECOMPUTED
 from nemotron.parallel.dims import ParallelDims
 from nemotron.plan.build import Setting, main_stretch
 from nemotron.plan.job import Job
@@ -15,6 +16,8 @@ MOST_STAGES, MOST_ROWS = 16, 8
 """Pipeline stages and rows of a micro-batch that are tried at most."""
 LONG_ROW = 8192
 """Tokens of a row on one rank below which sharing the row further is not tried."""
+CHEAP: frozenset[str] = frozenset(RECOMPUTED)
+"""What `selective` recomputes."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +45,12 @@ class Candidate:
 def _recompute(job: Job) -> str:
     kinds = {LAYER_KINDS[letter] for letter in job.layers}
     chosen = sorted(job.recompute & kinds)
-    if not chosen:
-        return "recompute=none"
-    return "recompute=block" if kinds <= job.recompute else f"'recompute=[{', '.join(chosen)}]'"
+    if kinds <= job.recompute:
+        return "recompute=block"
+    chosen += ["selective"] if job.recompute >= CHEAP else []
+    if len(chosen) < 2:
+        return f"recompute={chosen[0] if chosen else 'none'}"
+    return f"'recompute=[{', '.join(chosen)}]'"
 
 
 @dataclass(frozen=True)
@@ -93,18 +99,18 @@ def _rank(candidate: Candidate) -> tuple[float, float]:
 
 def _choices(setting: Setting) -> Iterator[frozenset[str]]:
     """Yield what is recomputed, from nothing to everything; the mixtures keep most."""
-    kinds = {LAYER_KINDS[letter] for letter in setting.config.model.hybrid_override_pattern}
+    pattern = setting.config.model.hybrid_override_pattern
+    kinds = frozenset(LAYER_KINDS[letter] for letter in pattern)
     seen = []
-    for names in (
-        (),
-        ("moe", "mlp"),
-        ("moe", "mlp", "mamba"),
-        ("moe", "mlp", "mamba", "attention"),
-    ):
+    for names in ((), ("moe", "mlp"), ("moe", "mlp", "mamba")):
         chosen = frozenset(names) & kinds
         if chosen not in seen:
             seen.append(chosen)
             yield chosen
+            if chosen != kinds:
+                yield chosen | CHEAP
+    if kinds not in seen:
+        yield kinds
 
 
 def _layouts(setting: Setting, world: int) -> Iterator[tuple[ParallelDims, int]]:

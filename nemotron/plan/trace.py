@@ -1,6 +1,6 @@
 """What a block really keeps for backward: one of each kind, run with tensors that hold no data."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,8 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nemotron.model.block import Block
 from nemotron.model.config import ModelConfig
 from nemotron.ops.apply import apply
-from nemotron.ops.config import OpsConfig
-from nemotron.plan.memory import activation_bytes
+from nemotron.ops.apply import recompute as apply_recompute
+from nemotron.ops.config import OpsConfig, Recomputed
+from nemotron.ops.recompute import saving
+from nemotron.plan.memory import activation_bytes, result_bytes
 
 TOKENS = 512
 """Length of the row; a second length is traced to find what grows with the tokens."""
@@ -36,22 +38,27 @@ class Kept:
         return self.formula / self.traced - 1
 
 
-def trace_blocks(model: ModelConfig, width: int = 2) -> list[Kept]:
+def trace_blocks(
+    model: ModelConfig, width: int = 2, recompute: Collection[Recomputed] = ()
+) -> list[Kept]:
     """Trace a block of each kind that the pattern has, at its real size, and compare.
 
     The operations are those for CPUs that multiply `width`, so that this one changes nothing; their
     scan keeps the states between its chunks. The formula is for the same. `width` is that of an
-    activation: 2 for bf16, 4 for fp32.
+    activation: 2 for bf16, 4 for fp32. Results of operations are recomputed as named.
     """
     found = []
     for letter in sorted(set(model.hybrid_override_pattern)):
-        once, twice = (_kept(model, letter, n * TOKENS, width) for n in (1, 2))
+        once, twice = (_kept(model, letter, n * TOKENS, width, recompute) for n in (1, 2))
         formula = activation_bytes(model, letter, scan="chunked", width=width)
+        formula -= result_bytes(model, letter, recompute, width=width)
         found.append(Kept(letter, formula, (twice - once) / TOKENS))
     return found
 
 
-def _kept(model: ModelConfig, letter: str, tokens: int, width: int) -> int:
+def _kept(
+    model: ModelConfig, letter: str, tokens: int, width: int, recompute: Collection[Recomputed]
+) -> int:
     """Return the bytes that one call of a block saves, each storage once, parameters left out."""
     dtype = torch.bfloat16 if width == 2 else torch.float32
     storages: dict[int, Tensor] = {}
@@ -64,9 +71,10 @@ def _kept(model: ModelConfig, letter: str, tokens: int, width: int) -> int:
     with FakeTensorMode(), _EvenRouting(copies, model.n_routed_experts):
         block = Block(model, letter)
         apply(block, CPU_OPERATIONS)
+        apply_recompute(block, recompute)
         own = {_address(t) for t in (*block.parameters(), *block.buffers())}
         hidden = torch.empty(1, tokens, model.hidden_size, dtype=dtype, requires_grad=True)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        with saving(keep):
             block(hidden)
         return sum(
             tensor.untyped_storage().nbytes()

@@ -3,7 +3,7 @@
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -15,12 +15,12 @@ from nemotron.files import write_text
 from nemotron.model.hybrid import HybridLM
 from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
-from nemotron.posttrain.advantages import advantages
 from nemotron.posttrain.ahead import NUMBER, PAUSED, ROLLOUTS, RolloutsAhead, by_group
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.contents import KEY, check_contents, model_contents
 from nemotron.posttrain.curriculum import Curriculum
 from nemotron.posttrain.gather import whole_model
+from nemotron.posttrain.grading import Grading, compare
 from nemotron.posttrain.metrics import (
     CURRENT_ERROR,
     batch_metrics,
@@ -33,18 +33,21 @@ from nemotron.posttrain.paused import PausedAnswers
 from nemotron.posttrain.replay import Differences, Experts
 from nemotron.posttrain.rollout import Draft, Rollout, Sampler, rollout_lines
 from nemotron.posttrain.rows import Rows, pack_answers
-from nemotron.posttrain.scoring import score
+from nemotron.posttrain.saved_rollouts import (
+    AHEAD,
+    BATCH,
+    CURRICULUM,
+    REPLAYED,
+    check_saved,
+    check_saved_ahead,
+    read_differences,
+    read_rollouts,
+    refusing_damage,
+)
 from nemotron.posttrain.suites.examine import examine
 from nemotron.posttrain.suites.results import summarize
 from nemotron.posttrain.tasks import Tasks, held_out_drawing, held_out_items
 from nemotron.run.files import RunFiles
-
-CURRICULUM = "curriculum"
-"""Where its pass rates stand in the state of a checkpoint."""
-AHEAD = "ahead"
-"""Where the rollouts of the next batch stand in the state of a checkpoint."""
-REPLAYED = "replayed"
-"""Key of what a checkpoint says about replayed experts."""
 
 
 class RolloutBatches:
@@ -74,7 +77,8 @@ class RolloutBatches:
         """
         self._config, self._tasks, self._sampler = config, tasks, sampler
         self._local, self._ranks, self._num_steps = local, ranks, num_steps
-        self._reference, self._teacher = reference, teacher
+        self._reference = reference
+        self._eod_id = tasks.tokenizer.id(config.data.eod_token)
         self._contents = {
             **tasks.contents(),
             **model_contents("init_from", config.init_from, reference),
@@ -82,8 +86,12 @@ class RolloutBatches:
         }
         self._folder = RunFiles(config.run_path).rollouts
         self._experts = Experts.of(config)
+        self._grading = Grading(
+            config, local, ranks, self._eod_id, self._experts, reference, teacher
+        )
         plan = config.rollout.curriculum
-        self._curriculum = None if plan is None else Curriculum(plan, config.rollout)
+        highest = {title: own.max_level for title, own in tasks.environments.items()}
+        self._curriculum = None if plan is None else Curriculum(plan, config.rollout, highest)
         self._paused = PausedAnswers(sampler, self._experts)
         self._ahead = RolloutsAhead(ranks, sampler, self._paused) if config.rollout.lag else None
         self._in_flight = config.rollout.in_flight_weight_updates
@@ -118,8 +126,8 @@ class RolloutBatches:
         """
         return {
             KEY: self._contents,
-            "rollout_batch": self._number,
-            "rollouts": [json.loads(rollout.as_line()) for rollout in self._rollouts],
+            BATCH: self._number,
+            ROLLOUTS: [json.loads(rollout.as_line()) for rollout in self._rollouts],
             **({} if self._curriculum is None else {CURRICULUM: self._curriculum.state()}),
             **({} if self._ahead is None else {AHEAD: self._ahead.state()}),
             REPLAYED: asdict(self._differences),
@@ -131,18 +139,9 @@ class RolloutBatches:
         Raises:
             UserError: when the checkpoint is of another kind of run, or files or models changed.
         """
-        known = {KEY, REPLAYED, "rollout_batch", "rollouts"}
-        if (saved.keys() - {CURRICULUM, AHEAD}) | {KEY, REPLAYED} != known:
-            raise UserError(
-                f"the checkpoint of step {step} is of a run without rollouts; begin a new run "
-                "with init_from."
-            )
+        check_saved(saved, step)
         check_contents(saved, self._contents, step)
-        if type(saved["rollout_batch"]) is not int:
-            rule = "is not a number; resume from another checkpoint."
-            place = f"the checkpoint of step {step}"
-            raise UserError(rule, key="rollout_batch", value=saved["rollout_batch"], where=place)
-        self._rollouts = self._read_rollouts(saved["rollouts"], step)
+        self._rollouts = self._read_rollouts(saved[ROLLOUTS], step)
         if self._curriculum is not None:
             try:
                 self._curriculum.restore(saved.get(CURRICULUM))
@@ -151,9 +150,9 @@ class RolloutBatches:
                     f"rollout.curriculum cannot go on from the checkpoint of step {step}: {error}; "
                     "resume with the recipe of the run, or begin a new run with init_from."
                 ) from None
-        self._number = saved["rollout_batch"]
+        self._number = saved[BATCH]
         self._restore_ahead(saved.get(AHEAD), step)
-        self._differences = _read_differences(saved.get(REPLAYED, {}), step)
+        self._differences = read_differences(saved.get(REPLAYED, {}), step)
         self._metrics = self._figures() if self._rollouts else {}
 
     def _restore_ahead(self, saved: Any, step: int) -> None:  # Any: JSON
@@ -164,10 +163,7 @@ class RolloutBatches:
         """
         if self._ahead is None or saved is None:
             return
-        known = isinstance(saved, dict) and saved.keys() - {PAUSED} == {NUMBER, ROLLOUTS}
-        if not known or not all(isinstance(saved.get(k, []), list) for k in (ROLLOUTS, PAUSED)):
-            rule = "are damaged; resume from another checkpoint."
-            raise UserError(f"the rollouts ahead of step {step} {rule}")
+        check_saved_ahead(saved, step)
         if saved[NUMBER] in (None, self._number + 1):
             draft = (
                 self._read_draft(saved[PAUSED], saved[NUMBER], step) if PAUSED in saved else None
@@ -177,35 +173,13 @@ class RolloutBatches:
 
     def _read_draft(self, saved: list[Any], number: int, step: int) -> Draft:  # Any: JSON
         ranks, vocab_size = self._ranks, self._config.model.vocab_size
-        try:
+        with refusing_damage("the answers that wait", step):
             return self._paused.restore(
                 saved, self._seed(number), ranks.rank, ranks.world, vocab_size
             )
-        except (ValueError, TypeError) as error:
-            problem = str(error).splitlines()[0]
-            raise UserError(
-                f"the answers that wait in the checkpoint of step {step} are damaged: {problem}; "
-                "resume from another one."
-            ) from None
 
     def _read_rollouts(self, saved: list[Any], step: int) -> list[Rollout]:  # Any: JSON
-        vocab_size = self._config.model.vocab_size
-        try:
-            found = [Rollout.of_json(values) for values in saved]
-            ids = (i for r in found for i in (*r.task.prompt, *r.tokens))
-            if not all(0 <= i < vocab_size for i in ids):
-                raise ValueError("an id is not in the vocabulary")
-            if self._experts is not None:
-                for rollout in found:
-                    size = len(rollout.task.prompt) + len(rollout.tokens)
-                    self._experts.check(rollout.experts, size)
-        except (ValueError, TypeError) as error:
-            problem = str(error).splitlines()[0]
-            raise UserError(
-                f"the rollouts in the checkpoint of step {step} are damaged: {problem}; resume "
-                "from another one."
-            ) from None
-        return found
+        return read_rollouts(saved, step, self._config.model.vocab_size, self._experts)
 
     def metrics(self, step: int) -> dict[str, float]:
         """Return the figures of the rollout batch of the last of so many steps.
@@ -241,8 +215,8 @@ class RolloutBatches:
         verify_s = self._sampler.verify_s if written is None or self._in_flight else 0.0
         rollout_s = time.perf_counter() - start - verify_s
         start = time.perf_counter()
-        self._differences = self._score()
-        self._compare()
+        self._differences = self._grading.score(self._rollouts)
+        compare(self._rollouts, self._config)
         score_s = time.perf_counter() - start
         self._number = number
         self._learn()
@@ -331,69 +305,8 @@ class RolloutBatches:
                 rate = float(np.mean(rewards))
                 self._curriculum.learn(task.environment, task.level, task.row, rate)
 
-    def _score(self) -> Differences:
-        """Have the trainer's weights, and those of the frozen models, score all answers.
-
-        Returns how the trainer's choice of experts differs from the one that it replays.
-        """
-        [model] = self._local.models
-        found, differences = self._scores(model, self._experts)
-        for rollout, values in zip(self._rollouts, found, strict=True):
-            rollout.old_logprobs = values
-        self._local.drop_gathered()
-        if self._reference is not None:
-            found, _ = self._scores(self._reference)
-            for rollout, values in zip(self._rollouts, found, strict=True):
-                rollout.reference_logprobs = values
-        if self._teacher is not None:
-            found, _ = self._scores(self._teacher)
-            for rollout, values in zip(self._rollouts, found, strict=True):
-                rollout.teacher_logprobs = values
-        return differences
-
-    def _scores(
-        self, model: HybridLM, experts: Experts | None = None
-    ) -> tuple[list[list[float]], Differences]:
-        """Return the log-probabilities of each answer's tokens; every rank scores a share.
-
-        Models with other weights choose their own experts.
-        """
-        ranks, rollouts = self._ranks, self._rollouts
-        rows = pack_answers(rollouts, self._config, ranks.world)
-        share = len(rows.answers) // ranks.world
-        own = rows.part(ranks.rank * share, share)
-        found = score(self._config, model, self._local.device, self._batch_of(own, experts))
-        numbers = {id(rollout): number for number, rollout in enumerate(rollouts)}
-        scores = {numbers[key]: each for key, each in own.take_apart(found.logprobs).items()}
-        parts = ranks.gather((scores, found.differences))
-        every = {number: values for own, _ in parts for number, values in own.items()}
-        differences = sum((differences for _, differences in parts), Differences())
-        return [every[number] for number in range(len(rollouts))], differences
-
-    def _compare(self) -> None:
-        config, rollouts = self._config, self._rollouts
-        shape = (-1, config.rollout.num_generations_per_prompt)
-        rewards = torch.tensor([r.verdict.reward for r in rollouts], dtype=torch.float64)
-        lengths = torch.tensor([len(r.tokens) - sum(r.forced) for r in rollouts]).double()
-        found = advantages(rewards.view(shape), lengths.view(shape), config.advantage).flatten()
-        # a fault has no reward, so the others to that prompt have nothing to be compared with
-        faulty = {rollout.group for rollout in rollouts if rollout.verdict.error is not None}
-        for rollout, value in zip(rollouts, found.tolist(), strict=True):
-            rollout.advantage = value
-            rollout.is_masked = (
-                rollout.group in faulty
-                or rollout.verdict.mask
-                or (rollout.is_truncated and config.rollout.truncated == "mask")
-                or self._disagrees(rollout)
-            )
-
-    def _disagrees(self, rollout: Rollout) -> bool:
-        """Say whether trainer and rollout policy give the answer too different probabilities."""
-        limit = self._config.policy.correction.max_sequence_error
-        return limit is not None and sequence_error(rollout) > limit
-
     def _batch(self, rows: Rows) -> Batch:
-        batch = self._batch_of(rows, self._experts)
+        batch = rows.batch(self._eod_id, self._config.policy.average, self._experts)
         mask = batch.labels != NO_LABEL
         own = [rollout for answers in rows.answers for rollout in answers]
         found = {
@@ -405,28 +318,3 @@ class RolloutBatches:
             found[REFERENCE] = {id(r): r.reference_logprobs for r in own}
         extras = {n: torch.where(mask, rows.line_up(values), 0) for n, values in found.items()}
         return replace(batch, extras=extras).look_ahead(self._config.num_depths)
-
-    def _batch_of(self, rows: Rows, experts: Experts | None) -> Batch:
-        eod = self._tasks.tokenizer.id(self._config.data.eod_token)
-        batch = rows.batch(eod, self._config.policy.average)
-        return batch if experts is None else replace(batch, experts=rows.line_up_experts(experts))
-
-
-def _read_differences(saved: Any, step: int) -> Differences:  # Any: JSON
-    """Return what `state` saved; checkpoints without router replay have nothing.
-
-    Raises:
-        UserError: when it is something else.
-    """
-    names = {field.name for field in fields(Differences)}
-    known = isinstance(saved, dict) and saved.keys() <= names
-    if not known or not all(type(count) is int for count in saved.values()):
-        raise UserError(f"{REPLAYED} in the checkpoint of step {step} is not counts of tokens.")
-    return Differences(**saved)
-
-
-def sequence_error(rollout: Rollout) -> float:
-    """Return the mean `exp |log trainer - log sampled|` over the policy's own tokens."""
-    pairs = zip(rollout.old_logprobs, rollout.logprobs, rollout.forced, strict=True)
-    errors = [abs(old - sampled) for old, sampled, forced in pairs if not forced]
-    return float(np.exp(errors).mean()) if errors else 1.0

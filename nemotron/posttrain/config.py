@@ -98,7 +98,7 @@ class EnvironmentConfig(Section):
     weight: float = Field(1.0, gt=0)
     """Share of the prompts, relative to the other environments."""
     level: Annotated[float, Field(ge=0)] = 0.0
-    """Difficulty of the tasks, from 0."""
+    """Difficulty of the tasks, from 0 to the highest level of the environment."""
 
     @property
     def title(self) -> str:
@@ -117,7 +117,7 @@ class CurriculumConfig(Section):
     step: float = Field(1.0, gt=0)
     """Distance of one level from the next; the first is that of the environment."""
     max_level: float = Field(10.0, gt=0)
-    """Highest level."""
+    """Highest level; an environment whose own highest level is lower ends there."""
     window: int = Field(64, gt=0)
     """Newest tasks of a level over which its pass rate is the mean; fewer decide nothing."""
     least_weight: float = Field(0.1, gt=0, le=1)

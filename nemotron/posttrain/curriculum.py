@@ -3,7 +3,7 @@
 import json
 import random
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import xxhash
@@ -36,8 +36,12 @@ class Curriculum:
     the next one is added; older levels stay, with a weight that falls as they become easy.
     """
 
-    def __init__(self, config: CurriculumConfig, rollout: RolloutConfig) -> None:
+    def __init__(
+        self, config: CurriculumConfig, rollout: RolloutConfig, highest: Mapping[str, int]
+    ) -> None:
+        """`highest` is the highest level that the tasks of each environment have."""
         self._config = config
+        self._highest = {title: min(own, config.max_level) for title, own in highest.items()}
         self._levels: dict[str, dict[float, deque[float]]] = {
             entry.title: {entry.level: self._window()} for entry in rollout.environments
         }
@@ -65,7 +69,7 @@ class Curriculum:
         levels[level].append(pass_rate)
         newest, next_ = max(levels), max(levels) + self._config.step
         is_known = len(levels[newest]) == self._config.window
-        if is_known and next_ <= self._config.max_level:
+        if is_known and next_ <= self._highest[environment]:
             rate = _mean(levels[newest])
             if rate is not None and rate >= self._config.raise_at:
                 levels[next_] = self._window()

@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from nemotron.errors import UserError
 from nemotron.files import write_text
-from nemotron.posttrain.environments.base import Response, Row, messages_of
+from nemotron.posttrain.environments.base import Response, Row, level_problem, messages_of
 from nemotron.posttrain.environments.registry import ENVIRONMENTS, find_environment
 from nemotron.posttrain.holding_out import draw_rows
 
@@ -68,9 +68,9 @@ class TaskSet:
             UserError: when the level is not a number from 0.
         """
         plain = text.removesuffix("+tools")
-        name, _, level = plain.partition("@")
+        name, at, level = plain.partition("@")
         try:
-            value = float(level or 0)
+            value = float(level if at else 0)
         except ValueError:
             value = -1.0
         if not 0 <= value < float("inf"):
@@ -105,6 +105,8 @@ def chats(tasks: TaskSet, count: int, seed: int, manner: Manner) -> Iterator[dic
         UserError: as `write_chats`.
     """
     environment = find_environment(tasks.environment, {"tools": True} if tasks.tools else {})
+    if problem := level_problem(environment, tasks.level):
+        raise UserError(problem, key=repr(f"{tasks.environment}@{tasks.level:g}"))
     needed = Errs if manner.mistakes else Demonstrates
     if not isinstance(environment, needed):
         able = [name for name, kind in ENVIRONMENTS.items() if issubclass(kind, needed)]

@@ -1,7 +1,7 @@
 """Answers laid side by side in rows, as documents that do not see each other."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,10 +47,14 @@ class Rows:
             for row, rollout, first in self._places()
         }
 
-    def batch(self, eod_id: int, average: str) -> Batch:
-        """Return inputs, and as labels the tokens that count; all others have none."""
+    def batch(self, eod_id: int, average: str, experts: Experts | None = None) -> Batch:
+        """Return inputs, and as labels the tokens that count; all others have none.
+
+        With `experts` each input has those that it went to when it was written.
+        """
         rows = [_row(rollouts, eod_id, average) for rollouts in self.answers]
-        return pack(rows, self.length, eod_id, mask_eod_loss=False)
+        batch = pack(rows, self.length, eod_id, mask_eod_loss=False)
+        return batch if experts is None else replace(batch, experts=self.line_up_experts(experts))
 
     def line_up_experts(self, experts: Experts) -> Int[Tensor, "B T layers K"]:
         """Return the experts that each input went to when it was written, int16; -1 elsewhere."""

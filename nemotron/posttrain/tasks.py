@@ -16,6 +16,7 @@ from nemotron.posttrain.environments.base import (
     ReadsFile,
     Row,
     belonging_to,
+    level_problem,
     messages_of,
     params_of,
 )
@@ -52,6 +53,10 @@ class Tasks:
         self._config, self._rollout = config, config.rollout
         self.tokenizer: Tokenizer = load_tokenizer(config.data.tokenizer)
         own = {e.title: find_environment(e.name, e.options) for e in self._rollout.environments}
+        for entry in self._rollout.environments:
+            if problem := level_problem(own[entry.title], entry.level):
+                where = f"environments: {entry.title}"
+                raise UserError(problem, key="level", value=entry.level, where=where)
         self.environments = own
         self.is_chat = self._rollout.prompt == "chat"
         ends = [config.data.eod_token, *([TURN_END] if self.is_chat else [])]

@@ -35,7 +35,8 @@ def explain(
     """
     problems = sorted(invalid.errors(), key=lambda e: e["type"] != "extra_forbidden")
     problem: dict[str, Any] = dict(problems[0])
-    path = tuple(str(part) for part in problem["loc"])
+    parts = [str(part) for part in problem["loc"]]
+    path = tuple(part for part in parts if "[" not in part)  # that names one form of several
     key, value = ".".join(path), problem["input"]
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
@@ -52,9 +53,14 @@ def explain(
     if kind in EXPECTED:
         rule = EXPECTED[kind]
     elif kind == "literal_error":
-        rule = f"must be one of {context['expected'].replace(chr(39), '')}"
+        expected, words = context["expected"].replace("'", ""), _words(recipe, path)
+        if len(path) < len(parts):
+            expected = f"{', '.join(words[:-1])} or {words[-1]}"
+            listed = value if isinstance(value, list | tuple) else [value]
+            value = next((item for item in listed if item not in words), value)
+        rule = f"must be one of {expected}"
         if isinstance(value, str):
-            near = difflib.get_close_matches(value, _words(recipe, path), 1)
+            near = difflib.get_close_matches(value, words, 1)
             rule += f"; did you mean {near[0]}?" if near else ""
     else:
         rule = problem["msg"].replace("Input should", "must").replace("Value should", "must")

@@ -47,12 +47,16 @@ def compare(paths: Sequence[Path]) -> int:
 def list_runs(folder: Path) -> int:
     """Print a line for each run in a folder, the one that was written last first.
 
+    The folder may be a run itself, or something in one.
+
     Raises:
         UserError: when there is no such folder.
     """
     if not folder.is_dir():
         raise UserError("is not a folder; give the one that holds your runs.", where=str(folder))
     found = sorted(_find(folder, 0), key=_written, reverse=True)
+    if not found and (outer := _around(folder)):
+        folder, found = outer.path, [outer]
     if not found:
         print_text(f"no runs in {folder}")
         return DONE
@@ -87,6 +91,12 @@ def _find(folder: Path, depth: int) -> Iterator[RunFiles]:
         return
     for path in inner:
         yield from _find(path, depth + 1)
+
+
+def _around(folder: Path) -> RunFiles | None:
+    """Return the run in which a folder lies, if there is one."""
+    outer = (RunFiles(path) for path in folder.absolute().parents[:2])
+    return next((files for files in outer if is_run(files)), None)
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

@@ -7,6 +7,8 @@ from nemotron.model.build import build_on_meta
 from nemotron.model.config import LAYER_KINDS
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import apply as apply_ops
+from nemotron.ops.apply import recompute
+from nemotron.ops.recompute import saving
 from nemotron.parallel.apply import distribute
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.local import LocalModel
@@ -37,6 +39,9 @@ def build_model(config: RunConfig, device: torch.device, mesh: Mesh | None = Non
         for block in model.modules():
             if isinstance(block, Block):
                 block.recompute = config.recomputes(LAYER_KINDS[block.letter])
+                if config.recomputed_operations and not block.recompute:
+                    recompute(block, config.recomputed_operations)
+                    block.saving = saving
         return model
 
     local = distribute(

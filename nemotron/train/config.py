@@ -9,7 +9,7 @@ from nemotron.data.config import BlendConfig, DataConfig, LengthConfig, check_le
 from nemotron.errors import RuleBroken
 from nemotron.limits import MOST_SAMPLES, MOST_TASKS
 from nemotron.model.config import MTP_DEPTHS, ModelConfig
-from nemotron.ops.config import OpsConfig
+from nemotron.ops.config import RECOMPUTED, OpsConfig, Recomputed
 from nemotron.parallel.config import ParallelConfig
 from nemotron.precision.config import PrecisionConfig
 from nemotron.section import Section
@@ -352,9 +352,13 @@ class RunConfig(Section):
     """Run, checkpoint, exported folder or OWNER/NAME[@REVISION] of the Hub to start from."""
     recompute: (
         Literal["none", "block"]
-        | Annotated[tuple[LayerKind, ...], Field(strict=False, min_length=1)]
+        | Annotated[
+            tuple[Literal[LayerKind, Recomputed, "selective"], ...],
+            Field(strict=False, min_length=1),
+        ]
     ) = "none"
-    """Blocks whose activations backward computes again, to save memory: none, all, or kinds."""
+    """What backward computes again to save memory: nothing, all blocks, those of some kinds of
+    layers, results of some operations; `selective`: those of all operations that are cheap."""
     nonfinite_limit: int = Field(10, gt=0)
     """Consecutive skipped steps, not finite or spikes, that end the run."""
     model: ModelConfig
@@ -407,6 +411,14 @@ class RunConfig(Section):
     def recomputes(self, kind: str) -> bool:
         """Say whether the activations of layers of this kind are computed again."""
         return self.recompute == "block" or kind in self.recompute
+
+    @property
+    def recomputed_operations(self) -> frozenset[Recomputed]:
+        """Operations whose results are computed again, in blocks that are not as a whole."""
+        if self.recompute == "block":
+            return frozenset()
+        named = RECOMPUTED.keys() if "selective" in self.recompute else self.recompute
+        return frozenset(name for name in RECOMPUTED if name in named)
 
     @property
     def unshared_axes(self) -> tuple[str, ...]:

@@ -175,6 +175,12 @@ def test_wrong_input_is_one_sentence_and_loses_nothing(
     cases = [
         (["--suite", "arithmetik"], None, "did you mean arithmetic?"),
         (["--suite", "arith_chain@hard"], None, "write arith_chain@1"),
+        (["--suite", "arith_chain@"], None, "write arith_chain@1"),
+        (["--suite", "mcqa@99"], None, "suite = mcqa@99 is above 4, the highest level"),
+        (["--suite", "mcqa_likelihood@4.5"], None, "is above 4, the highest level"),
+        (["--suite", "knowledge@1"], None, "only an environment has; write knowledge"),
+        (["--suite", "ruler@1"], None, "only an environment has; write ruler"),
+        (["--suite", "arith_chain@1+tools"], None, "leave out +tools"),
         (["--suite", "tools"], None, "need the chat format"),
         ([*asked, "--samples", "2"], None, "raise the temperature"),
         ([*asked, "--temperature", "-1"], None, "temperature = -1"),

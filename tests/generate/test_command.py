@@ -131,3 +131,4 @@ def test_speculation_changes_no_text_and_says_what_was_accepted(
     output = capsys.readouterr()
     assert (code, output.out) == (0, expected + "\n")
     assert "tokens a pass" in output.err
+    assert "; new 30 tokens, " in output.err

@@ -106,10 +106,26 @@ def test_the_stream_ends_when_every_row_has_ended(model: HybridLM) -> None:
 def test_timing_counts_prompt_and_new_tokens(model: HybridLM) -> None:
     engine = Engine(model)
     engine.generate(random_prompts(9, 4, 1), 5, GREEDY)
+    assert (engine.timing.prompt_tokens, engine.timing.new_tokens) == (14, 3 * 5)
     # the first token of each row comes out of the prompt's pass
-    assert (engine.timing.prompt_tokens, engine.timing.new_tokens) == (14, 3 * 4)
+    assert engine.timing.further_tokens == 3 * 4
     assert engine.timing.prefill_s > 0
     assert engine.timing.decode_s > 0
+
+
+def test_the_tokens_that_timing_counts_are_those_of_the_answers(model: HybridLM) -> None:
+    prompts = random_prompts(9, 4)
+    free = Engine(model).generate(prompts, 12, GREEDY)
+    for stop in ((), (free[0][3],)):
+        for most in (1, 2, 8):
+            engine = Engine(model, stop)
+            answers = engine.generate(prompts, most, GREEDY)
+            assert engine.timing.new_tokens == sum(map(len, answers))
+            assert engine.timing.further_tokens == sum(map(len, answers)) - len(answers)
+            said = str(engine.timing)
+            assert "prompt 13 tokens, " in said
+            assert f"; new {sum(map(len, answers))} tokens" in said
+            assert said.endswith("tokens/s") == (most > 1)
 
 
 @pytest.mark.parametrize(

@@ -133,7 +133,11 @@ def test_a_damaged_checkpoint_is_left_out_and_named(
     assert run(["merge", str(copied), "--out", str(out), "--shape", "uniform"]) == 0
     assert "step-00000004 is damaged" in capsys.readouterr().out
     facts = json.loads((out / "provenance.json").read_text())["merged"]
-    assert facts["steps"] == [2, 6, 8]
+    assert (facts["steps"], facts["damaged"]) == ([2, 6, 8], [4])
+    assert run(["export", str(out), "--no-check"]) == 0
+    card = (out / "export/README.md").read_text()
+    assert "| average of steps | 2, 6, 8 |" in card
+    assert "| left out, damaged: steps | 4 |" in card
 
 
 def test_tokens_that_do_not_rise_are_named(

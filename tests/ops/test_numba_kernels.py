@@ -9,7 +9,7 @@ from against_reference import doubled, results, worst
 from torch import Tensor
 
 from nemotron.errors import UserError
-from nemotron.ops import causal_conv1d, rms_norm, squared_relu, ssd
+from nemotron.ops import attention, causal_conv1d, rms_norm, squared_relu, ssd
 from nemotron.ops.apply import ALL, apply
 from nemotron.ops.config import OpsConfig
 from nemotron.ops.describe import choose_backends
@@ -17,14 +17,20 @@ from nemotron.ops.registry import Call
 from tests.support.models import build, gradients, tokens
 
 pytest.importorskip("numba", reason="numba is not installed")
+from nemotron.ops.attention import numba as attention_kernels
 from nemotron.ops.causal_conv1d import numba as conv_kernels
 from nemotron.ops.rms_norm import numba as norm_kernels
 from nemotron.ops.squared_relu import numba as activation_kernels
 from nemotron.ops.ssd import numba as scan_kernels
 
-NAMED = ("causal_conv1d", "gated_rms_norm", "rms_norm", "squared_relu", "ssd")
+NAMED = ("attention", "causal_conv1d", "gated_rms_norm", "rms_norm", "squared_relu", "ssd")
 SCANS = [(2, 1, 4, 2, 32, 48), (2, 70, 4, 2, 64, 16), (1, 150, 2, 1, 32, 16), (3, 33, 3, 3, 96, 32)]
 """Rows, tokens, heads, groups, size of a head and of its state."""
+ATTENTIONS = [
+    *[(1, 1, 1, 1, 1, 8), (2, 63, 63, 4, 2, 32), (1, 700, 700, 6, 2, 20), (2, 5, 80, 4, 4, 64)],
+    *[(1, 150, 201, 4, 1, 128), (3, 1, 90, 8, 1, 17)],
+]
+"""Rows, queries, keys, heads of queries and of keys, size of a head."""
 
 
 class Draw:
@@ -98,6 +104,84 @@ def test_no_document_sees_another_ones_numbers():
         assert torch.equal(one[grad][:, 37:], two[grad][:, 37:])
 
 
+def attending(
+    rows: int, length: int, total: int, heads: int, groups: int, size: int
+) -> list[Tensor]:
+    """q, k, v as slices of wider tensors, whose scores are far apart."""
+    d = Draw(length)
+    wide = d.normal(rows, total, heads + 2 * groups, size + 3)[..., 1:-2]
+    q, k, v = wide.split([heads, groups, groups], dim=2)
+    return [q[:, :length] * 3, k, v]
+
+
+@pytest.mark.parametrize("with_documents", [False, True])
+@pytest.mark.parametrize("shape", ATTENTIONS)
+def test_attention_agrees(shape: tuple[int, ...], with_documents: bool):
+    inputs = attending(*shape)
+    ids = Draw(1).documents(shape[0], shape[2]) if with_documents else None
+    exact = results(attention.reference, doubled(inputs), ids, None)
+    # as PyTorch's own in test_attention.py
+    assert worst(results(attention_kernels.attention, inputs, ids, None), exact) <= 5e-6
+
+
+def test_attention_takes_documents_of_many_blocks_and_slices():
+    q, k, v = attending(1, 500, 500, 8, 2, 16)
+    ids = (torch.arange(500) >= 130).int() + (torch.arange(500) >= 400).int()
+    exact = results(attention.reference, doubled([q, k, v]), ids[None], None)
+    found = results(attention_kernels.attention, [q, k, v], ids[None], None)
+    assert worst(found, exact) <= 5e-6
+    # `results` copies its inputs: here they lie in a wider tensor, and the gradient is transposed
+    assert not k.is_contiguous()
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    y = attention_kernels.attention(*leaves, ids[None], None)
+    assert torch.equal(y, found[0])
+    slope = torch.randn(1, 8, 16, 500).permute(0, 3, 1, 2)
+    one = torch.autograd.grad(y, leaves, slope, retain_graph=True)
+    two = torch.autograd.grad(y, leaves, slope.contiguous())
+    assert all(map(torch.equal, one, two))
+
+
+def test_long_rows_keep_their_digits():
+    inputs = [t.detach() for t in attending(1, 2000, 2000, 8, 1, 16)]
+    inputs[0] = inputs[0] / 3  # a gradient of keys and values adds up all 16000 queries
+    exact = results(attention.sdpa, doubled(inputs), None, None)
+    assert worst(results(attention_kernels.attention, inputs, None, None), exact) <= 2e-6
+
+
+def test_attention_does_not_read_behind_a_row():
+    q, k, v = attending(3, 4, 150, 4, 2, 24)
+    lengths = torch.tensor([150, 4, 77])
+    exact = results(attention.reference, doubled([q, k, v]), None, lengths)
+    for row, end in enumerate(lengths):
+        k[row, end:], v[row, end:] = torch.nan, torch.inf
+    found = results(attention_kernels.attention, [q, k, v], None, lengths)
+    assert worst(found, exact) <= 5e-6
+    ids = Draw(2).documents(3, 150)
+    exact = results(attention.reference, doubled([q, *map(torch.nan_to_num, (k, v))]), ids, lengths)
+    assert worst(results(attention_kernels.attention, [q, k, v], ids, lengths), exact) <= 5e-6
+
+
+def test_no_query_sees_another_document():
+    inputs, ids = attending(1, 90, 90, 4, 2, 32), (torch.arange(90) >= 37).int()[None]
+    other = [torch.cat([t[:, :37].flip(1) * 1.5 + 0.1, t[:, 37:]], dim=1) for t in inputs]
+    one, two = (results(attention_kernels.attention, t, ids, None) for t in (inputs, other))
+    for first, second in zip(one, two, strict=True):
+        assert not torch.equal(first[:, :37], second[:, :37])
+        assert torch.equal(first[:, 37:], second[:, 37:])
+
+
+def test_attention_passes_on_what_is_not_a_number():
+    q, k, v = attending(1, 40, 40, 2, 1, 16)
+    q[0, 20, 1, 3] = torch.nan
+    y = attention_kernels.attention(q, k, v, None, None)
+    assert y[0, 20, 1].isnan().all()
+    assert y.isnan().sum() == 16
+    k[0, 30, 0, 0] = torch.nan
+    y = attention_kernels.attention(q, k, v, None, None)
+    assert y[0, 30:].isnan().all()
+    assert y.isnan().sum() == 16 * (1 + 20)
+
+
 @pytest.mark.parametrize("activation", [True, False])
 @pytest.mark.parametrize("with_state", [True, False])
 @pytest.mark.parametrize("with_documents", [False, True])
@@ -154,8 +238,10 @@ def calls() -> list[tuple[str, Callable[..., Any], Callable[..., Any], list[Any]
     norm = [rows, d.normal(24)]
     gated = [d.normal(300, 24), rows, d.normal(24)]
     activation = [d.normal(300, 21), d.normal(300, 1)]
+    attended = attending(2, 300, 300, 4, 2, 20)
     convolved, scanned = convolution(2, 300), scan(2, 70, 4, 2, 32, 16)
     return [
+        ("attention", attention_kernels.attention, attention.reference, attended, (ids, None)),
         ("norm", norm_kernels.rms_norm, rms_norm.reference, norm, (1e-5,)),
         ("gated", norm_kernels.gated_rms_norm, rms_norm.gated_reference, gated, (3, 1e-5)),
         ("activation", activation_kernels.squared_relu, squared_relu.reference, activation, ()),
@@ -164,7 +250,14 @@ def calls() -> list[tuple[str, Callable[..., Any], Callable[..., Any], list[Any]
     ]
 
 
-NARROW = {"norm": [0], "gated": [0, 1], "activation": [0], "conv": [0], "scan": [0, 3, 4]}
+NARROW = {
+    "attention": [0, 1, 2],
+    "norm": [0],
+    "gated": [0, 1],
+    "activation": [0],
+    "conv": [0],
+    "scan": [0, 3, 4],
+}
 """Inputs that have the dtype of activations."""
 
 
@@ -176,7 +269,7 @@ def test_bfloat16_is_rounded_once():
         # 2^-9 of the largest number
         assert worst(found, exact) <= 2**-8, name
         assert found[0].dtype == torch.bfloat16
-    _, kernel, reference, (x, weight), rest = calls()[0]
+    _, kernel, reference, (x, weight), rest = calls()[1]
     exact = reference(x.bfloat16().double(), weight.double(), *rest)
     assert torch.equal(kernel(x.bfloat16(), weight, *rest), exact.float().bfloat16())
 

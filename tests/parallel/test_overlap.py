@@ -84,20 +84,20 @@ def sent(values: dict[str, Any]) -> list[list[Event]]:
     return happened
 
 
-def test_weights_of_the_next_layer_are_gathered_before_one_has_computed(
+def test_weights_of_the_next_two_layers_are_gathered_before_one_has_computed(
     pair: Pool, values: dict[str, Any]
 ):
     for happened in pair.run(gathered, values | {"parallel": {}}):
         computed = [event for event in happened if event[0] == "computed"]
         assert computed[:4] == [("computed", str(index)) for index in range(4)]
-        for index in range(3):
-            following = happened.index(("gather", str(index + 1)))
-            assert following < happened.index(("computed", str(index))), index
-        # and on the way back, those of the layer before it
+        for index, ahead in ((0, 1), (0, 2), (1, 3), (2, 3)):
+            following = happened.index(("gather", str(ahead)))
+            assert following < happened.index(("computed", str(index))), (index, ahead)
+        # and on the way back, those of the layers before it
         there = max(happened.index(event) for event in computed[:4])
-        for index in (2, 1):
-            earlier = happened.index(("gather", str(index - 1)), there)
-            assert earlier < happened.index(("back", str(index)), there), index
+        for index, ahead in ((3, 2), (3, 1), (2, 0), (1, 0)):
+            earlier = happened.index(("gather", str(ahead)), there)
+            assert earlier < happened.index(("back", str(index)), there), (index, ahead)
 
 
 @pytest.mark.parametrize("method", ["all_gather", "all_to_all"])

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from nemotron.model.config import ModelConfig
+from nemotron.ops.config import RECOMPUTED, Recomputed
 from nemotron.parallel.config import PipelineConfig
 from nemotron.parallel.dims import ParallelDims
 from nemotron.plan.build import layout_of, main_stretch, read_setting
@@ -114,15 +115,20 @@ def test_a_stage_with_head_and_further_depths_gets_fewer_layers():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("model", "width"),
+    ("model", "width", "recompute"),
     [
-        pytest.param(load_recipe(TINY).config.model, 2, id="tiny bf16"),
-        further((load_recipe(TINY).config.model, 4), id="tiny fp32"),
-        further((NANO, 2), id="nano bf16"),
+        pytest.param(load_recipe(TINY).config.model, 2, (), id="tiny bf16"),
+        pytest.param(load_recipe(TINY).config.model, 2, tuple(RECOMPUTED), id="tiny selective"),
+        further((load_recipe(TINY).config.model, 4, ()), id="tiny fp32"),
+        further((NANO, 2, ()), id="nano bf16"),
+        *(further((NANO, 2, (name,)), id=f"nano {name}") for name in RECOMPUTED),
+        further((SUPER, 2, tuple(RECOMPUTED)), id="super selective"),
     ],
 )
-def test_autograd_keeps_what_the_formula_says(model: ModelConfig, width: int):
-    traced = trace_blocks(model, width)
+def test_autograd_keeps_what_the_formula_says(
+    model: ModelConfig, width: int, recompute: tuple[Recomputed, ...]
+):
+    traced = trace_blocks(model, width, recompute)
     assert {item.letter for item in traced} == set(model.hybrid_override_pattern)
     for item in traced:
         # nothing is sampled, and what does not grow with the tokens cancels; below 1 % a backend

@@ -56,6 +56,22 @@ RECIPES: dict[str, tuple[Callable[[Workplace], Path], str]] = {
         lambda w: rl(w, environments=[{"name": "arith_chian"}]),
         "did you mean arith_chain?",
     ),
+    "a level that no task has": (
+        lambda w: rl(w, environments=[{"name": "mcqa", "level": 5}]),
+        "environments: mcqa: level = 5.0 is above 4, the highest level",
+    ),
+    "a level of a file": (
+        lambda w: rl(w, environments=[{"name": "pivot", "level": 1, "options": {"data": "x"}}]),
+        "environments: pivot: level = 1.0 is a level, but tasks of pivot have none",
+    ),
+    "a suite whose level no task has": (
+        lambda w: write_recipe(
+            w.folder,
+            "bad",
+            rl_values(evaluation={"suites": {"names": ["json_schema@0", "mcqa@99"]}}),
+        ),
+        "evaluation.suites.names = mcqa@99 is above 4, the highest level",
+    ),
     "a row without verifier fields": (
         lambda w: gym(w, PIVOT, "pivot"),
         "expected_action is absent",

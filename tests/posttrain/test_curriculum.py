@@ -17,10 +17,10 @@ EASY = build_row("arith_chain", "1+1=", question="1+1", expected_answer="2")
 HARD = build_row("arith_chain", "7-9=", question="7-9", expected_answer="-2")
 
 
-def curriculum(**values: float) -> Curriculum:
+def curriculum(highest: int = 100, **values: float) -> Curriculum:
     rollout = RolloutConfig(num_prompts_per_step=4, num_generations_per_prompt=2, max_new_tokens=4)
     given = {"raise_at": 0.75, "window": 4, "max_level": 2.0, **values}
-    return Curriculum(CurriculumConfig.model_validate(given), rollout)
+    return Curriculum(CurriculumConfig.model_validate(given), rollout, {"arith_chain": highest})
 
 
 def newest(subject: Curriculum) -> float:
@@ -44,6 +44,14 @@ def test_a_level_is_added_when_the_newest_one_is_solved_often_enough() -> None:
         for _ in range(4):
             subject.learn("arith_chain", level, EASY, 1.0)
     assert newest(subject) == 2  # not above max_level
+
+
+def test_no_level_is_added_above_the_highest_one_of_the_environment() -> None:
+    subject = curriculum(highest=1)
+    for level in (0.0, 1.0):
+        for _ in range(4):
+            subject.learn("arith_chain", level, EASY, 1.0)
+    assert newest(subject) == 1
 
 
 def test_levels_come_by_what_they_teach() -> None:

@@ -85,7 +85,14 @@ def without_ahead(model: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in model.items() if key not in absent} | even
 
 
-def in_layout(workplace: Workplace, base: Path, name: str, parallel: dict[str, int]) -> DpoConfig:
+def in_layout(
+    workplace: Workplace,
+    base: Path,
+    name: str,
+    parallel: dict[str, int],
+    peak: float = 1e-3,
+    **more: Any,
+) -> DpoConfig:
     """Return a run of two steps, which has the reference score the pairs for itself."""
     changes = preferring(
         workplace,
@@ -93,9 +100,10 @@ def in_layout(workplace: Workplace, base: Path, name: str, parallel: dict[str, i
         dpo={"reference_policy_kl_penalty": 0.5, "sft_loss_weight": 0.1},
         loss={"moe_aux_loss_coeff": 0.01},
         optimizer={"eps": 1e-2},
-        schedule={"peak": 1e-3, "total_steps": 2},
+        schedule={"peak": peak, "total_steps": 2},
         parallel=parallel,
         data={"cache": str(workplace.folder / f"cache-{name}")},
+        **more,
     )
     values = workplace.values(name, **changes)
     return DpoConfig.model_validate(values | {"model": without_ahead(values["model"])})
@@ -142,6 +150,29 @@ def test_two_ranks_learn_what_one_learns(
     for name, tensor in alone[2].items():
         # float32 gradients summed in another order
         torch.testing.assert_close(found[2][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+def test_two_ranks_learn_the_adapters_that_one_learns(
+    workplace: Workplace, plain_base: Path
+) -> None:
+    tune = {"adapter": {"kind": "lora", "rank": 3, "alpha": 6}}
+    one, two = (
+        learned(Job(in_layout(workplace, plain_base, f"lora-{n}", {}, 0.1, tune=tune), world=n), n)
+        for n in (1, 2)
+    )
+    for alone, shared in zip(one[0], two[0], strict=True):
+        for key in (k for k in alone if k.startswith(("loss/", "dpo/rewards"))):
+            assert shared[key] == pytest.approx(alone[key], abs=2e-6), key
+    before = read_model(plain_base)[1]
+    changes = {name: (tensor - before[name]).abs().max() for name, tensor in one[2].items()}
+    changed = {name for name, change in changes.items() if change}
+    assert changed < before.keys()  # norms, the embedding and the like stay
+    assert max(changes.values()) > 1e-3  # more than what the comparison allows
+    for name, tensor in one[2].items():
+        # float32 gradients summed in another order
+        torch.testing.assert_close(two[2][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
 
 
 MISTAKES = {

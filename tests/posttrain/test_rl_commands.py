@@ -118,6 +118,7 @@ def test_a_mistake_earns_no_reward_and_its_reasoning_leads_to_it() -> None:
         (["mcqa", "--mistakes", "0.5"], "mcqa does not make mistakes; choose from arith_chain."),
         (["if_constraints"], "does not answer its own tasks; choose from arith_chain"),
         (["arith_chain@hard"], "write arith_chain@1"),
+        (["arith_chain", "mcqa@99"], "'mcqa@99' is above 4, the highest level"),
         (["arith_chian"], "did you mean arith_chain?"),
     ],
 )

@@ -14,7 +14,7 @@ from nemotron.generate.routing import recorded
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.router import routers
-from nemotron.posttrain import batches
+from nemotron.posttrain import grading
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.objective import ADVANTAGE, OLD, SAMPLED, PolicyObjective
 from nemotron.posttrain.replay import Experts
@@ -43,13 +43,13 @@ def flipped(model: HybridLM) -> Iterator[None]:
 @pytest.fixture
 def trainer_flips(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the routers choose otherwise whenever the trainer scores answers."""
-    real = batches.score
+    real = grading.score
 
     def score(config: RlConfig, model: HybridLM, device: torch.device, batch: Batch):
         with flipped(model):
             return real(config, model, device, batch)
 
-    monkeypatch.setattr(batches, "score", score)
+    monkeypatch.setattr(grading, "score", score)
 
 
 def recipe(folder: Path, compute: str, scale: float = 0.4, **rollout: object) -> str:

@@ -91,12 +91,17 @@ def test_a_single_item_stands_for_a_list_of_one():
     assert config.recompute == ("mamba",)
     assert [source.name for source in config.data.sources] == ["verse"]
     assert load_recipe(SMOKE, ["recompute=block"]).config.recompute == "block"
+    assert load_recipe(SMOKE, ["recompute=selective"]).config.recompute == ("selective",)
 
 
 def test_a_single_item_is_no_pair_and_no_mistake():
     assert "optimizer.betas = 0.9 must be a list" in refusal(SMOKE, "optimizer.betas=0.9")
     assert "must be one of wandb" in refusal(SMOKE, "logging.trackers=wandbx")
-    assert "recompute" in refusal(SMOKE, "recompute=mambo")
+    words = "none, block, mamba, attention, moe, mlp, layernorm, gated_rms_norm, causal_conv1d, "
+    words += "moe_act, token_copies or selective"
+    expected = f"recompute = mambo must be one of {words}; did you mean mamba?"
+    assert refusal(SMOKE, "recompute=mambo").endswith(expected)
+    assert refusal(SMOKE, "recompute=[moe, mambo]").endswith(expected)
     assert "logging.trackers" in refusal(SMOKE, "logging.trackers=null")
 
 

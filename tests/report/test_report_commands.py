@@ -155,6 +155,17 @@ def test_runs_are_listed_with_state_step_and_best_validation(
     assert rows[4][5:7] == ["-", "-"]
 
 
+def test_a_run_or_something_in_it_is_listed_by_itself(
+    copy: Copy, capsys: pytest.CaptureFixture[str]
+):
+    path = copy("mine")
+    copy("other")
+    for given in (path, path / "checkpoints", next((path / "checkpoints").iterdir())):
+        assert run(["runs", str(given)]) == 0
+        [_, row] = capsys.readouterr().out.splitlines()
+        assert row.split()[:5] == [str(path), "done", "9", "of", "9"]
+
+
 def test_a_folder_without_runs_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert run(["runs", str(tmp_path)]) == 0
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"

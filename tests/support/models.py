@@ -1,11 +1,16 @@
 """A small model with every kind of layer, in float64, no weight at a special value."""
 
+from collections.abc import Collection
+
 import torch
 from torch import Tensor
 
 from nemotron.model.block import Block
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from nemotron.ops.apply import recompute as apply_recompute
+from nemotron.ops.config import RECOMPUTED, Recomputed
+from nemotron.ops.recompute import saving
 
 VALUES = {
     "vocab_size": 61,
@@ -50,6 +55,16 @@ def recompute(model: HybridLM, again: bool) -> None:
     for module in model.modules():
         if isinstance(module, Block):
             module.recompute = again
+
+
+def recompute_operations(
+    model: HybridLM, names: Collection[Recomputed] = tuple(RECOMPUTED)
+) -> None:
+    """Let the blocks that are not computed again do so with the results of operations."""
+    for module in model.modules():
+        if isinstance(module, Block) and not module.recompute:
+            apply_recompute(module, names)
+            module.saving = saving
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:

@@ -8,11 +8,17 @@ from pathlib import Path
 
 import torch
 
+from nemotron.device import cpu_multiplies_bfloat16
 from nemotron.sol.clock import Watch
 
 
 def matmul_peak(dtype: torch.dtype, size: int = 2048) -> tuple[float, float]:
-    """Return the best FLOP/s of a square product over two seconds, and the others' share then."""
+    """Return the best FLOP/s of a square product over two seconds, and the others' share then.
+
+    bfloat16 is float32 where this CPU has no instructions for it, as in `float32_products`.
+    """
+    if dtype == torch.bfloat16 and not cpu_multiplies_bfloat16():
+        dtype = torch.float32
     a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
     torch.mm(a, b)
     best, others = 0.0, 1.0

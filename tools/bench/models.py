@@ -10,6 +10,7 @@ than 10 % of the cores is dropped; a case that finds no quiet moment gives no fi
 
 import argparse
 import json
+import math
 import statistics
 import subprocess
 import sys
@@ -26,12 +27,16 @@ from cases import CASES, DTYPES, PROXIES, Case
 from machine import describe
 
 from nemotron.model.flops import training_flops_per_token
+from nemotron.ops.prepare import prepare
 
 TOLERANCE = 1e-5
 """Largest relative difference of loss, gradients or logits in float32."""
 WARM_UPS = 2
 PILOTS = 2
 """Timed steps of each setting when a side's best one is searched."""
+HOPELESS, LOADING_S = 5, 10.0
+"""A setting is not tried further after a step that takes so many times as long as the best one, and
+more seconds than kernels need to be loaded."""
 
 
 class Disagreement(Exception):
@@ -116,9 +121,12 @@ class Patience:
 
 
 def quiet_steps(
-    workers: list[Worker], steps: int, patience: Patience
+    workers: list[Worker], steps: int, patience: Patience, longest: float = math.inf
 ) -> list[list[dict[str, Any]]]:
-    """Let the workers take turns until each has enough undisturbed steps."""
+    """Let the workers take turns until each has enough undisturbed steps.
+
+    A step that takes more seconds than `longest` is the only one.
+    """
     kept: list[list[dict[str, Any]]] = [[] for _ in workers]
     turn = 0
     while min(map(len, kept)) < steps:
@@ -127,6 +135,8 @@ def quiet_steps(
             raise NotQuiet(f"no quiet moment: kept {counts}, need {steps} each")
         for worker, results in zip(workers, kept, strict=True):
             answer = worker.ask("step", turn)
+            if answer["seconds"] > longest:
+                return [[answer] for _ in workers]
             if turn >= WARM_UPS and answer["others"] <= patience.max_others:
                 results.append(answer)
         turn += 1
@@ -138,10 +148,11 @@ def best_setting(case: Case, side: str, patience: Patience) -> tuple[str, str]:
     settings = case.programs(side)
     if len(settings) == 1:
         return settings[0]
-    seconds = {}
+    seconds: dict[tuple[str, str], float] = {}
     for setting in settings:
+        longest = max(LOADING_S, HOPELESS * min(seconds.values(), default=math.inf))
         with Worker(side, case, *setting) as worker:
-            (steps,) = quiet_steps([worker], min(PILOTS, case.kept), patience)
+            (steps,) = quiet_steps([worker], min(PILOTS, case.kept), patience, longest)
         seconds[setting] = min(step["seconds"] for step in steps)
         print(f"    {worker.label}: {seconds[setting]:.4g} s", flush=True)
     return min(seconds, key=seconds.__getitem__)
@@ -211,6 +222,7 @@ def main() -> int:
         "--max-others", type=float, default=0.10, help="drop a step when others use more cores"
     )
     options = parser.parse_args()
+    prepare()  # no step compiles
     peaks = measure_peaks()
     rows, failed = [], []
     for case in CASES:

@@ -193,6 +193,17 @@ attention = AttentionOp(
             features=frozenset({"documents", "cache", "documents_after_a_prefix"}),
             limit=_flash_limit,
         ),
+        Backend(
+            "numba",
+            lazy("nemotron.ops.attention.numba", "attention"),
+            devices=frozenset({"cpu"}),
+            dtypes=frozenset({torch.float32, torch.bfloat16}),
+            features=FEATURES,
+            packages=("numba",),
+            install="pip install numba",
+            imports=("nemotron.ops.jit.vectors",),
+            by_name=True,
+        ),
         float32_products.backend(float32_products.in_float32(sdpa), features=FEATURES),
         Backend(
             "sdpa",

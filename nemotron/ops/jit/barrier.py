@@ -43,3 +43,9 @@ def wait(counter, threads):
         if spins >= SPINS:
             _sched_yield()
             spins = 0
+
+
+@njit
+def take(counter):
+    """Return what a counter, an int64 at an address, says, and count on: for the next unit."""
+    return _add(counter, 1)

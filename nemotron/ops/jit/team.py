@@ -1,4 +1,4 @@
-"""Threads that do one compiled call together, and sleep between calls."""
+"""Threads that do one compiled call together."""
 
 import os
 import queue
@@ -10,13 +10,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from nemotron.ops.jit.openmp import parallel
+
+_PROCESS = os.getpid()
+"""The process that imported this; a fork of it has none of PyTorch's threads."""
+
 
 class Team:
-    """As many threads as PyTorch uses: the calling one, and others that wait for work.
+    """As many threads as PyTorch uses: its own ones where they can be had.
 
     A call takes a thread's number and how many there are as its last arguments, waits for all of
-    them before it returns, and releases the interpreter's lock. One call runs at a time; a forked
-    process starts threads of its own.
+    them before it returns, and releases the interpreter's lock. One call runs at a time. Elsewhere,
+    and in a forked process, where PyTorch's threads are missing, threads of its own wait for work.
     """
 
     def __init__(self) -> None:
@@ -34,14 +39,24 @@ class Team:
     def run(self, function: Callable[..., None], *arguments: int) -> None:
         """Call function(*arguments, thread, threads) in every thread."""
         with self._lock:
-            threads = torch.get_num_threads()
-            if threads > 1:
-                # only ever more: a thread may still have to see that the others came
-                self._counter[0] += -self._counter[0] % threads
-                self._hire(threads - 1)
-                for thread, work in enumerate(self._queues[: threads - 1], 1):
-                    work.put((function, (*arguments, thread, threads)))
-            function(*arguments, 0, threads)
+            threads, run = torch.get_num_threads(), parallel()
+            if threads == 1:
+                function(*arguments, 0, 1)
+            elif run is not None and os.getpid() == _PROCESS:
+                self._counter[0] = 0
+                run(lambda thread, threads: function(*arguments, thread, threads), threads)
+            else:
+                self._run_in_own(function, arguments, threads)
+
+    def _run_in_own(
+        self, function: Callable[..., None], arguments: tuple[int, ...], threads: int
+    ) -> None:
+        # only ever more: a thread may still have to see that the others came
+        self._counter[0] += -self._counter[0] % threads
+        self._hire(threads - 1)
+        for thread, work in enumerate(self._queues[: threads - 1], 1):
+            work.put((function, (*arguments, thread, threads)))
+        function(*arguments, 0, threads)
 
     def _hire(self, count: int) -> None:
         if self._process != os.getpid():  # threads stay behind in a fork

@@ -48,6 +48,8 @@ class ArithChain:
     """
 
     name = "arith_chain"
+    max_level = 100
+    """Of 102 terms; more would only make long texts."""
 
     def __init__(self, tools: bool = False) -> None:
         if not isinstance(tools, bool):

@@ -70,6 +70,11 @@ class Environment(Protocol):
         """Name in recipes, and `agent_ref.name` of its rows."""
         ...
 
+    @property
+    def max_level(self) -> int:
+        """Highest level of its tasks, from 0; 0 where tasks have no levels."""
+        ...
+
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
         """Yield so many tasks; a larger `level` makes them harder."""
         ...
@@ -141,6 +146,15 @@ def random_of(name: str, seed: int, level: float, number: int) -> random.Random:
 def whole_level(rng: random.Random, level: float) -> int:
     """Return a whole level; one between two whole ones mixes them in proportion."""
     return int(level) + (rng.random() < level - int(level))
+
+
+def level_problem(environment: Environment, level: float) -> str | None:
+    """Return what is wrong with a level for these tasks, None if nothing is."""
+    if level <= environment.max_level:
+        return None
+    if environment.max_level == 0:
+        return f"is a level, but tasks of {environment.name} have none; leave it out."
+    return f"is above {environment.max_level}, the highest level of these tasks; use at most that."
 
 
 def build_row(environment: str, prompt: str, /, **fields: Any) -> Row:

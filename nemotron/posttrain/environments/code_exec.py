@@ -46,6 +46,8 @@ class CodeExec(WithoutTools):
     """
 
     name = "code_exec"
+    max_level = 100
+    """Steps of the function; more would only make long texts."""
 
     def __init__(self, sandbox: Mapping[str, Any] | None = None) -> None:
         """`sandbox` has the settings of `SandboxConfig`."""

@@ -81,6 +81,7 @@ class FileRows:
 class FromFile:
     """What environments have in common whose tasks stand in a file."""
 
+    max_level = 0
     _rows: FileRows
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:

@@ -78,6 +78,13 @@ class ReasoningGym(WithoutTools):
                     where="environments: reasoning_gym",
                 )
 
+    @property
+    def max_level(self) -> int:
+        """The last level of the set that has most of them."""
+        known = (name for name in self._datasets if name in self._factory.CURRICULA)
+        curricula = (self._factory.create_curriculum(name) for name in known)
+        return max((len(a.levels) - 1 for c in curricula for a in c.attributes.values()), default=0)
+
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
         """Yield tasks, of each set in turn; each depends on `seed`, `level` and its number."""
         for number in range(count):

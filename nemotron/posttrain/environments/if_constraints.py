@@ -16,7 +16,7 @@ from nemotron.posttrain.environments.base import (
     whole_level,
 )
 from nemotron.posttrain.environments.constraints import COMPARE, CONSTRAINTS, words
-from nemotron.posttrain.environments.instructions import SUBJECTS, compose
+from nemotron.posttrain.environments.instructions import FAMILIES, SUBJECTS, compose
 
 MODES = ("binary", "fraction")
 
@@ -30,6 +30,8 @@ class IfConstraints(WithoutTools):
     """
 
     name = "if_constraints"
+    max_level = len(FAMILIES) - 1
+    """One constraint of each family."""
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
         """Yield tasks; each depends on `seed`, `level` and its number alone."""

@@ -40,6 +40,8 @@ class JsonSchema:
     """
 
     name = "json_schema"
+    max_level = 8
+    """Has as many properties as a task may have."""
 
     def __init__(self) -> None:
         try:

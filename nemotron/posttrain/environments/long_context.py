@@ -43,6 +43,8 @@ class LongContext(WithoutTools):
     """
 
     name = "long_context"
+    max_level = (LONGEST // SHORTEST).bit_length() - 1
+    """Has prompts of the longest kind."""
 
     def __init__(
         self,

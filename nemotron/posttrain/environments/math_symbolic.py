@@ -19,7 +19,7 @@ from nemotron.posttrain.environments.base import (
     random_of,
     whole_level,
 )
-from nemotron.posttrain.environments.math_tasks import make_task
+from nemotron.posttrain.environments.math_tasks import MAKERS, make_task
 
 MAX_LENGTH = 300
 """Characters of the longest answer."""
@@ -46,6 +46,7 @@ class MathSymbolic(WithoutTools):
     """
 
     name = "math_symbolic"
+    max_level = len(MAKERS) - 1
 
     def __init__(self) -> None:
         try:

@@ -37,6 +37,8 @@ class MultipleChoice(WithoutTools):
     """
 
     name = "mcqa"
+    max_level = 4
+    """Offers ten options."""
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
         """Yield tasks; each depends on `seed`, `level` and its number alone."""

@@ -41,6 +41,8 @@ class TextToSql(WithoutTools):
     """
 
     name = "text_to_sql"
+    max_level = 8
+    """Kinds of question end at 4, sizes of tables here."""
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
         """Yield tasks; each depends on `seed`, `level` and its number alone."""

@@ -41,6 +41,8 @@ class ToolCalcDb:
     """
 
     name = "tool_calc_db"
+    max_level = 16
+    """Has every kind of job once; tables end growing at 11."""
 
     def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
         """Yield tasks; each depends on `seed`, `level` and its number alone."""

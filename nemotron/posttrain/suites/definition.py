@@ -118,6 +118,12 @@ def read_task(text: str, tokenizer: str = "embedded") -> SuiteTask:
     method: Literal["generate", "likelihood"] = "generate"
     if environment == f"mcqa{LIKELIHOOD}":
         environment, method = "mcqa", "likelihood"
+    if given.environment in NAMES and given.environment not in ENVIRONMENTS:
+        rule = f"is a suite with a level, which only an environment has; write {environment}."
+        raise UserError(rule, key="suite", value=text)
+    if given.tools:
+        rule = "asks for tools, which `nemotron rl chats` alone does; leave out +tools."
+        raise UserError(rule, key="suite", value=text)
     if environment not in ENVIRONMENTS or (part and environment != "reasoning_gym"):
         known = [*NAMES, *ENVIRONMENTS]
         near = difflib.get_close_matches(given.environment, known, 1)

@@ -9,6 +9,7 @@ from nemotron.posttrain.environments.base import (
     BadRow,
     Environment,
     Row,
+    level_problem,
     messages_of,
     params_of,
 )
@@ -139,6 +140,8 @@ class Suites:
         Raises:
             UserError: saying why.
         """
+        if problem := level_problem(environment, task.level):
+            raise UserError(problem, key="suite", value=task.name)
         [row] = self._make(task, environment, 1)
         try:
             if params_of(row).get("tools") and not self.prompts.is_chat:

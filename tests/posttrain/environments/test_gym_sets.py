@@ -65,6 +65,8 @@ def test_levels_follow_the_curriculum(environment: ReasoningGym):
         return sum(len(row["entry"]["question"]) for row in environment.rows(36, 1, level))
 
     assert length(0) < length(3)
+    assert ReasoningGym(["gcd"]).max_level == 3
+    assert environment.max_level == 35  # of leg_counting, whose curriculum is the longest
 
 
 def test_an_unknown_set_is_refused(environment: ReasoningGym, rows: list[Row]):

@@ -1,0 +1,165 @@
+"""Softmax over the rows of a strip, a bit at a time: each of sixteen columns is a query of its own.
+
+Scores are logarithms to base 2, and a row is a key. Counts of rows are multiples of 4.
+"""
+
+from llvmlite import ir
+from numba import types
+from numba.core import cgutils
+from numba.extending import intrinsic
+
+from nemotron.ops.jit.strips import ROW, _call
+from nemotron.ops.jit.vectors import (
+    _F32,
+    _I32,
+    _I64,
+    _VECTOR,
+    LANES,
+    _at,
+    _fma,
+    _load,
+    _pointer,
+    _splat,
+    _store,
+    _zero,
+)
+
+LOWEST = -1e30
+"""What a score is that a query does not see, and its highest one before it has seen any."""
+_BITS = ir.VectorType(_I32, LANES)
+_TOGETHER = 1
+_POLYNOMIAL = (
+    *(1.3264727065e-03, 9.6715126489e-03, 5.5507337437e-02, 2.4022242085e-01, 6.9314697760e-01),
+    1.0,
+)
+"""Of 2^x for |x| <= 1/2, by least greatest relative error (9e-8) among those that are 1 at 0."""
+
+
+def _all(value):
+    return ir.Constant(_VECTOR, [value] * LANES)
+
+
+def _exp2(b, x):
+    """Return 2^x for x <= 0, or a little above, with an error of about a unit in the last place."""
+    lowest, shift = _all(-125.0), _all(12582912.0)  # 1.5 · 2^23: adding it rounds to an integer
+    x = b.select(b.fcmp_ordered("<", x, lowest), lowest, x)  # NaN stays NaN
+    shifted = b.fadd(x, shift)
+    rest = b.fsub(x, b.fsub(shifted, shift))
+    power = _all(_POLYNOMIAL[0])
+    for coefficient in _POLYNOMIAL[1:]:
+        power = _fma(b, power, rest, _all(coefficient))
+    exponent = b.shl(b.bitcast(shifted, _BITS), ir.Constant(_BITS, [23] * LANES))
+    return b.bitcast(b.add(b.bitcast(power, _BITS), exponent), _VECTOR)
+
+
+def _greater(b, x, y):
+    return b.select(b.fcmp_ordered("<", x, y), y, x)
+
+
+def _sum(b, rows):
+    while len(rows) > 1:
+        rows = [b.fadd(x, y) for x, y in zip(rows[::2], rows[1::2], strict=True)]
+    return rows[0]
+
+
+def _splat_integer(b, value):
+    none = ir.Constant(_BITS, ir.Undefined)
+    first = b.insert_element(none, value, _I32(0))
+    return b.shuffle_vector(first, none, ir.Constant(_BITS, [0] * LANES))
+
+
+def _in_groups(b, rows, body, together=_TOGETHER):
+    with cgutils.for_range_slice(b, _I64(0), rows, _I64(together), _I64) as (row, _):
+        body([b.add(row, _I64(more)) for more in range(together)])
+
+
+def _row(b, strip, row):
+    return _at(b, strip, b.mul(row, _I64(ROW)))
+
+
+@intrinsic
+def hide(context, strip, begin, end, value, lows, highs, first):
+    """Write a value where a column does not see the key of a row, for some of the rows.
+
+    The key of row 0 is `first`; a column sees those from `lows` to `highs`, int32.
+    """
+
+    def fill(b, arguments):
+        strip, begin, end, value, lows, highs, first = arguments
+        low, high = (b.load(_pointer(b, place, _BITS), align=4) for place in (lows, highs))
+        hidden = _splat(b, value)
+        with cgutils.for_range_slice(b, begin, end, _I64(1), _I64) as (row, _):
+            place = _row(b, strip, row)
+            key = _splat_integer(b, b.trunc(b.add(first, row), _I32))
+            seen = b.and_(b.icmp_signed("<=", low, key), b.icmp_signed("<=", key, high))
+            _store(b, b.select(seen, _load(b, place), hidden), place)
+        b.ret_void()
+
+    signature = types.void(*[types.int64] * 3, types.float32, *[types.int64] * 3)
+    return signature, _call("nemotron_hide", [_I64] * 3 + [_F32] + [_I64] * 3, fill)
+
+
+@intrinsic
+def advance(context, scores, rows, top, total, sums, depth):
+    """Replace scores by 2^(score - top) with the new `top`, and add them to `total`.
+
+    `total` and the `depth` rows of `sums` are first scaled to the new top.
+    """
+
+    def fill(b, arguments):
+        scores, rows, top, total, sums, depth = arguments
+        before = _load(b, top)
+        highest = cgutils.alloca_once_value(b, before)
+
+        def find(places):
+            found = [_load(b, _row(b, scores, row)) for row in places]
+            left, right = (_greater(b, *found[i : i + 2]) for i in (0, 2))
+            b.store(_greater(b, b.load(highest), _greater(b, left, right)), highest)
+
+        _in_groups(b, rows, find, 4)
+        now = b.load(highest)
+        _store(b, now, top)
+        added = cgutils.alloca_once_value(b, _zero())
+
+        def replace(places):
+            found = []
+            for row in places:
+                place = _row(b, scores, row)
+                found.append(_exp2(b, b.fsub(_load(b, place), now)))
+                _store(b, found[-1], place)
+            b.store(b.fadd(b.load(added), _sum(b, found)), added)
+
+        _in_groups(b, rows, replace)
+        factor = _exp2(b, b.fsub(before, now))
+        _store(b, _fma(b, _load(b, total), factor, b.load(added)), total)
+        changed = b.bitcast(b.fcmp_unordered("!=", before, now), ir.IntType(LANES))
+        any_of_them = b.icmp_unsigned("!=", changed, ir.IntType(LANES)(0))
+        with b.if_then(any_of_them), cgutils.for_range(b, depth, intp=_I64) as loop:
+            place = _row(b, sums, loop.index)
+            _store(b, b.fmul(_load(b, place), factor), place)
+        b.ret_void()
+
+    signature = types.void(*[types.int64] * 6)
+    return signature, _call("nemotron_softmax", [_I64] * 6, fill)
+
+
+@intrinsic
+def retreat(context, scores, slopes, rows, logs, inner):
+    """Replace scores by p = 2^(score - log), and their slopes g by p (g - inner)."""
+
+    def fill(b, arguments):
+        scores, slopes, rows, logs, inner = arguments
+        log, mean = _load(b, logs), _load(b, inner)
+
+        def replace(places):
+            for row in places:
+                place, other = _row(b, scores, row), _row(b, slopes, row)
+                power = _exp2(b, b.fsub(_load(b, place), log))
+                _store(b, power, place)
+                _store(b, b.fmul(power, b.fsub(_load(b, other), mean)), other)
+
+        _in_groups(b, rows, replace)
+        b.ret_void()
+
+    signature = types.void(*[types.int64] * 5)
+    return signature, _call("nemotron_softmax_back", [_I64] * 5, fill)
