@@ -12,6 +12,9 @@ import torch
 from nemotron.ops.jit import openmp, team
 from nemotron.ops.jit.team import Team
 
+with_library = pytest.mark.skipif(
+    openmp.parallel() is None, reason="this PyTorch has no OpenMP library of GNU's beside it"
+)
 LIMITED = """
 import torch
 from nemotron.ops.jit.team import Team
@@ -28,12 +31,10 @@ def two_threads():
     torch.set_num_threads(before)
 
 
-@pytest.fixture(params=["PyTorch's", "own"])
+@pytest.fixture(params=[pytest.param("PyTorch's", marks=with_library), "own"])
 def threads_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     if request.param == "own":
         monkeypatch.setattr(team, "parallel", lambda: None)
-    elif openmp.parallel() is None:
-        pytest.skip("this PyTorch has no OpenMP library of GNU's beside it")
     return str(request.param)
 
 
@@ -48,9 +49,8 @@ def test_every_thread_is_called_once_with_the_arguments(threads_of: str):
     assert calls == {(7, 0, 2): 50, (7, 1, 2): 50}
 
 
+@with_library
 def test_calls_from_several_threads_take_turns():
-    if openmp.parallel() is None:
-        pytest.skip("this PyTorch has no OpenMP library of GNU's beside it")
     together, order = Team(), list[int]()
 
     def ask(call: int) -> None:
@@ -62,9 +62,8 @@ def test_calls_from_several_threads_take_turns():
     assert sorted(order[::2]) == list(range(200))
 
 
+@with_library
 def test_an_error_in_a_thread_reaches_the_caller():
-    if openmp.parallel() is None:
-        pytest.skip("this PyTorch has no OpenMP library of GNU's beside it")
 
     def fail(thread: int, threads: int) -> None:
         if thread == 1:
@@ -74,9 +73,8 @@ def test_an_error_in_a_thread_reaches_the_caller():
         Team().run(fail)
 
 
+@with_library
 def test_a_limit_on_threads_is_kept():
-    if openmp.parallel() is None:
-        pytest.skip("this PyTorch has no OpenMP library of GNU's beside it")
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     found = subprocess.run(
         [sys.executable, "-c", LIMITED], env=environment, capture_output=True, text=True, check=True

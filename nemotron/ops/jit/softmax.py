@@ -27,7 +27,6 @@ from nemotron.ops.jit.vectors import (
 LOWEST = -1e30
 """What a score is that a query does not see, and its highest one before it has seen any."""
 _BITS = ir.VectorType(_I32, LANES)
-_TOGETHER = 1
 _POLYNOMIAL = (
     *(1.3264727065e-03, 9.6715126489e-03, 5.5507337437e-02, 2.4022242085e-01, 6.9314697760e-01),
     1.0,
@@ -56,21 +55,10 @@ def _greater(b, x, y):
     return b.select(b.fcmp_ordered("<", x, y), y, x)
 
 
-def _sum(b, rows):
-    while len(rows) > 1:
-        rows = [b.fadd(x, y) for x, y in zip(rows[::2], rows[1::2], strict=True)]
-    return rows[0]
-
-
 def _splat_integer(b, value):
     none = ir.Constant(_BITS, ir.Undefined)
     first = b.insert_element(none, value, _I32(0))
     return b.shuffle_vector(first, none, ir.Constant(_BITS, [0] * LANES))
-
-
-def _in_groups(b, rows, body, together=_TOGETHER):
-    with cgutils.for_range_slice(b, _I64(0), rows, _I64(together), _I64) as (row, _):
-        body([b.add(row, _I64(more)) for more in range(together)])
 
 
 def _row(b, strip, row):
@@ -111,25 +99,19 @@ def advance(context, scores, rows, top, total, sums, depth):
         before = _load(b, top)
         highest = cgutils.alloca_once_value(b, before)
 
-        def find(places):
-            found = [_load(b, _row(b, scores, row)) for row in places]
+        with cgutils.for_range_slice(b, _I64(0), rows, _I64(4), _I64) as (row, _):
+            found = [_load(b, _row(b, scores, b.add(row, _I64(more)))) for more in range(4)]
             left, right = (_greater(b, *found[i : i + 2]) for i in (0, 2))
             b.store(_greater(b, b.load(highest), _greater(b, left, right)), highest)
-
-        _in_groups(b, rows, find, 4)
         now = b.load(highest)
         _store(b, now, top)
         added = cgutils.alloca_once_value(b, _zero())
 
-        def replace(places):
-            found = []
-            for row in places:
-                place = _row(b, scores, row)
-                found.append(_exp2(b, b.fsub(_load(b, place), now)))
-                _store(b, found[-1], place)
-            b.store(b.fadd(b.load(added), _sum(b, found)), added)
-
-        _in_groups(b, rows, replace)
+        with cgutils.for_range(b, rows, intp=_I64) as loop:
+            place = _row(b, scores, loop.index)
+            power = _exp2(b, b.fsub(_load(b, place), now))
+            _store(b, power, place)
+            b.store(b.fadd(b.load(added), power), added)
         factor = _exp2(b, b.fsub(before, now))
         _store(b, _fma(b, _load(b, total), factor, b.load(added)), total)
         changed = b.bitcast(b.fcmp_unordered("!=", before, now), ir.IntType(LANES))
@@ -151,14 +133,11 @@ def retreat(context, scores, slopes, rows, logs, inner):
         scores, slopes, rows, logs, inner = arguments
         log, mean = _load(b, logs), _load(b, inner)
 
-        def replace(places):
-            for row in places:
-                place, other = _row(b, scores, row), _row(b, slopes, row)
-                power = _exp2(b, b.fsub(_load(b, place), log))
-                _store(b, power, place)
-                _store(b, b.fmul(power, b.fsub(_load(b, other), mean)), other)
-
-        _in_groups(b, rows, replace)
+        with cgutils.for_range(b, rows, intp=_I64) as loop:
+            place, other = _row(b, scores, loop.index), _row(b, slopes, loop.index)
+            power = _exp2(b, b.fsub(_load(b, place), log))
+            _store(b, power, place)
+            _store(b, b.fmul(power, b.fsub(_load(b, other), mean)), other)
         b.ret_void()
 
     signature = types.void(*[types.int64] * 5)
