@@ -1,9 +1,12 @@
 """A validation error as a finding: where, what is wrong, what would be right."""
 
 import difflib
-from typing import Any, Literal, get_args, get_origin
+import re
+from types import NoneType, UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
+from pydantic.fields import FieldInfo
 
 from nemotron.errors import Finding, RuleBroken
 from nemotron.recipe import synonyms
@@ -35,8 +38,8 @@ def explain(
     """
     problems = sorted(invalid.errors(), key=lambda e: e["type"] != "extra_forbidden")
     problem: dict[str, Any] = dict(problems[0])
-    parts = [str(part) for part in problem["loc"]]
-    path = tuple(part for part in parts if "[" not in part)  # that names one form of several
+    path = _path(recipe, [str(part) for part in problem["loc"]])
+    forms, words = _has_forms(recipe, path), _words(recipe, path)
     key, value = ".".join(path), problem["input"]
     kind, context = problem["type"], problem.get("ctx", {})
     if kind == "extra_forbidden":
@@ -50,11 +53,9 @@ def explain(
         path = (*path, own.key)
         place = place_of(places, path, source)
         return Finding(".".join(filter(None, path)), f"{own.rule}.", own.value, place)
-    if kind in EXPECTED:
-        rule = EXPECTED[kind]
-    elif kind == "literal_error":
-        expected, words = context["expected"].replace("'", ""), _words(recipe, path)
-        if len(path) < len(parts):
+    if kind == "literal_error":
+        expected = context["expected"].replace("'", "")
+        if forms:
             expected = f"{', '.join(words[:-1])} or {words[-1]}"
             listed = value if isinstance(value, list | tuple) else [value]
             value = next((item for item in listed if item not in words), value)
@@ -63,16 +64,31 @@ def explain(
             near = difflib.get_close_matches(value, words, 1)
             rule += f"; did you mean {near[0]}?" if near else ""
     else:
-        rule = problem["msg"].replace("Input should", "must").replace("Value should", "must")
-        rule = rule.replace("String should", "must").replace("Tuple should", "must")
+        message = re.sub("^(Input|Value|String|Tuple) should", "must", problem["msg"])
+        rule = " or ".join([EXPECTED.get(kind, message), *(words if forms else [])])
     end = "" if rule.endswith("?") else "."
     return Finding(key, f"{rule}{end}", value, place_of(places, path, source))
 
 
+def _path(recipe: type[RunConfig], location: list[str]) -> Path_:
+    """Return the keys of a location, which ends with the form where a field has several."""
+    for length in range(1, len(location)):
+        if _has_forms(recipe, tuple(location[:length])):
+            return tuple(location[:length])
+    return tuple(location)
+
+
+def _has_forms(recipe: type[RunConfig], path: Path_) -> bool:
+    """Say whether a key takes one of several types, such as a number or a word."""
+    field = _field(recipe, path)
+    if field is None or get_origin(field.annotation) not in (Union, UnionType):
+        return False
+    return len(set(get_args(field.annotation)) - {NoneType}) > 1
+
+
 def _words(recipe: type[RunConfig], path: Path_) -> list[str]:
     """Return the words that a key may be."""
-    section = _section(recipe, path[:-1])
-    field = section.model_fields.get(path[-1]) if section else None
+    field = _field(recipe, path)
     return [word for word in _literals(field.annotation) if isinstance(word, str)] if field else []
 
 
@@ -98,6 +114,11 @@ def _unknown(recipe: type[RunConfig], path: Path_) -> str:
     if near:
         return f"is unknown; the nearest known one is `{near[0]}`."
     return f"is unknown; known are {', '.join(section.model_fields)}."
+
+
+def _field(recipe: type[RunConfig], path: Path_) -> FieldInfo | None:
+    section = _section(recipe, path[:-1]) if path else None
+    return section.model_fields.get(path[-1]) if section else None
 
 
 def _section(recipe: type[RunConfig], path: Path_) -> type[BaseModel] | None:
@@ -132,6 +153,5 @@ def _homes(recipe: type[RunConfig]) -> list[Path_]:
 
 
 def _description(recipe: type[RunConfig], path: Path_) -> str:
-    section = _section(recipe, path[:-1])
-    found = section.model_fields.get(path[-1]) if section else None
+    found = _field(recipe, path)
     return (found.description or "needed").rstrip(".") if found else "needed"

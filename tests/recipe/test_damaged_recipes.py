@@ -130,3 +130,23 @@ KEYS = st.sampled_from(["schedule.", "model.hidden_size", "name", "data.sources"
 @given(KEYS, st.text(max_size=20) | WORDS, VALUES | st.text(max_size=12))
 def test_any_override(known: str, key: str, value: Any):
     check(BASES[0], f"{known if known and not known.endswith('.') else known + key}={value}")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("a[b=1", ": a[b is unknown; known are version, stage, "),
+        ("[=1", ": [ is unknown; known are version, stage, "),
+        ("model[0]=1", ": model[0] is unknown; the nearest known one is `model`."),
+        ('model.correction={"q[": 1}', ": model.correction.q[ is unknown; known are candidates, "),
+        ('data.sources=[{"a[b": 1}]', ": data.sources.0.a[b is unknown; known are name, weight"),
+        ('data.tiers={"a[b": -1}', ": data.tiers.a[b = -1 must be greater than 0."),
+        ("parallel.dp_shard=x", ": parallel.dp_shard = x must be a whole number or auto."),
+        ("parallel.dp_shard=0", ": parallel.dp_shard = 0 must be greater than 0 or auto."),
+        ("recompute=[moe, x]", ": recompute = x must be one of none, block, mamba, attention, "),
+    ],
+)
+def test_a_refusal_names_the_key_as_it_was_written(change: str, said: str):
+    code, answer = verdict(["recipe", "check", str(BASES[0]), change])
+    assert (code, len(answer.splitlines())) == (2, 1)
+    assert said in answer
