@@ -19,6 +19,7 @@ COMPILE_S = 8
 """About how long a core compiles an operation's kernels for one dtype."""
 
 _team = Team()
+_room = torch.empty(0)
 
 
 @functools.cache
@@ -63,6 +64,18 @@ def scratch(numbers: int) -> dict[str, Any]:
     size = -(-numbers // 16) * 16
     room = torch.empty(torch.get_num_threads(), size)
     return {"scratch": room, "scratch_size": size * 4}
+
+
+def workspace(**numbers: int) -> dict[str, Any]:
+    """Return room for so many float32 numbers by name, whose content the next call may overwrite.
+
+    It is kept: memory that the system gives anew costs more than what small kernels compute.
+    """
+    global _room
+    sizes = [-(-count // 16) * 16 for count in numbers.values()]
+    if sum(sizes) > _room.numel():
+        _room = torch.empty(sum(sizes))
+    return dict(zip(numbers, _room[: sum(sizes)].split(sizes), strict=True))
 
 
 def add_up(parts: Float[Tensor, "units *rest"]) -> Float[Tensor, "*rest"]:

@@ -14,6 +14,7 @@ from numba.extending import intrinsic
 from nemotron.ops.jit.vectors import (
     _F32,
     _I1,
+    _I16,
     _I32,
     _I64,
     _VECTOR,
@@ -161,6 +162,50 @@ def widen(context, source, target, factor, kind):
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, types.float32, kind), generate
+
+
+def _narrow(b, vector):
+    """Return float32 numbers as bfloat16, rounded to nearest even; NaN stays NaN."""
+    wide = ir.VectorType(_I32, LANES)
+    bits, by = b.bitcast(vector, wide), ir.Constant(wide, [16] * LANES)
+    odd = b.and_(b.lshr(bits, by), ir.Constant(wide, [1] * LANES))
+    rounded = b.lshr(b.add(bits, b.add(odd, ir.Constant(wide, [0x7FFF] * LANES))), by)
+    is_nan = b.fcmp_unordered("uno", vector, vector)
+    rounded = b.select(is_nan, ir.Constant(wide, [0x7FC0] * LANES), rounded)
+    return b.trunc(rounded, ir.VectorType(_I16, LANES))
+
+
+@intrinsic
+def read_lanes(context, source, target, given, kind):
+    """Write 16 numbers of the format `given` as float32, rounded to the format `kind`."""
+    narrow, rounds = _is_bf16(given), _is_bf16(kind) and not _is_bf16(given)
+
+    def generate(context, b, signature, arguments):
+        source, target, *_ = arguments
+        found = _load(b, source, bf16=narrow)
+        if rounds:
+            wide = b.zext(_narrow(b, found), ir.VectorType(_I32, LANES))
+            found = b.shl(wide, ir.Constant(wide.type, [16] * LANES))
+        _store(b, found, target)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, given, kind), generate
+
+
+@intrinsic
+def write_lanes(context, source, target, kind):
+    """Write 16 float32 numbers in a format."""
+    bf16 = _is_bf16(kind)
+
+    def generate(context, b, signature, arguments):
+        source, target, _ = arguments
+        found = _load(b, source)
+        b.store(_narrow(b, found) if bf16 else found,
+                _pointer(b, target, ir.VectorType(_I16 if bf16 else _F32, LANES)),
+                align=2 if bf16 else 4)  # fmt: skip
+        return context.get_dummy_value()
+
+    return types.void(types.int64, types.int64, kind), generate
 
 
 @intrinsic

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.registry import Backend, Operation, lazy, triton_backend
+from nemotron.ops.registry import Backend, Operation, numba_backend, triton_backend
 from nemotron.ops.ssd import chunked, mamba_ssm
 
 TRITON_SIZES = {16, 32, 64, 128}
@@ -98,16 +98,10 @@ ssd = SSDOp(
             limit=_triton_limit,
         ),
         mamba_ssm.backend,
-        Backend(
-            "numba",
-            lazy("nemotron.ops.ssd.numba", "ssd"),
-            devices=frozenset({"cpu"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
+        numba_backend(
+            "nemotron.ops.ssd.numba",
+            "ssd",
             features=frozenset({"documents", "initial_state", "final_state"}),
-            packages=("numba",),
-            install="pip install numba",
-            imports=("nemotron.ops.jit.vectors",),
-            by_name=True,
             limit=_numba_limit,
         ),
         chunked.float32_backend,
