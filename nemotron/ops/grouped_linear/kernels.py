@@ -36,54 +36,81 @@ def forward(calls, thread, threads, kind):
     call = calls[0]
     scratch = call.scratch + thread * call.scratch_size
     depth, strips = strips_of(call.inner), strips_of(call.outer)
-    strip_size = depth * LANES * ROW  # of a transposed matrix
-    pieces = -(-call.outer // ROWS)
-    units = call.groups * pieces
+    units = call.groups * pieces(call.outer)
     while units > 0:
         unit = take(call.next)
         if unit >= units:
             break
-        group, piece = unit // pieces, unit % pieces
-        filled = _read_weight(call, group, piece, scratch, ROWS * ROW, kind)
-        place = group * strips + piece * ROWS // LANES
-        turn(scratch, filled, ROWS * ROW, depth, call.packed + place * strip_size)
+        read_transposed(call, call.weight, call.outer, call.inner, unit, scratch, call.packed, kind)
     wait(call.counter, threads)
     result = scratch + depth * ROWS * ROW
     while call.blocks > 0:
         unit = take(call.next + 8)
         if unit >= call.blocks:
             break
-        block = _block(call, unit)
-        step = fill_up(block.rows) * ROW
-        x = call.x + block.first * call.inner * item_size(kind)
-        y = call.y + block.first * call.outer * item_size(kind)
-        read_rows(x, block.rows, call.inner, scratch, step, step, kind, kind)
-        for strip in range(0, strips, WIDE):
-            weights = call.packed + (block.group * strips + strip) * strip_size
-            count = min(WIDE, strips - strip)
-            multiply_block(scratch, step, depth, weights, count, result)
-            write_rows(result, step, block.rows, count, y, call.outer, strip * LANES, kind)
+        block = block_of(call, unit)
+        read_block(block, call.x, call.inner, scratch, kind)
+        weights = call.packed + block.group * strips * depth * LANES * ROW
+        multiply_rows(block, scratch, depth, weights, call.y, call.outer, result, kind)
     wait(call.counter, threads)
 
 
 @njit
-def _block(call, number):
+def block_of(call, number):
+    """Return a block of the table."""
     return carray(_pointer(call.table), (call.blocks,), BLOCK)[number]
 
 
 @njit
-def _read_weight(call, group, piece, target, step, kind):
-    """Write a piece of a matrix's rows as strips, and return how many they are when filled up."""
-    first = piece * ROWS
-    rows = min(ROWS, call.outer - first)
+def pieces(outer):
+    """Return in how many pieces a matrix with so many rows is read."""
+    return -(-outer // ROWS)
+
+
+@njit
+def multiply_rows(block, a, depth, weights, y, columns, result, kind):
+    """Write the product of a block, which lies at `a`, and weights as rows of y, in all columns."""
+    step = fill_up(block.rows) * ROW
+    target = y + block.first * columns * item_size(kind)
+    strips = strips_of(columns)
+    for strip in range(0, strips, WIDE):
+        count = min(WIDE, strips - strip)
+        multiply_block(a, step, depth, weights + strip * depth * LANES * ROW, count, result)
+        write_rows(result, step, block.rows, count, target, columns, strip * LANES, kind)
+
+
+@njit
+def read_transposed(call, weight, outer, inner, unit, scratch, packed, kind):
+    """Write a piece of the matrices [groups, outer, inner] as strips of their transposes."""
+    depth = strips_of(inner)
+    group, piece = unit // pieces(outer), unit % pieces(outer)
+    filled = _read_piece(call, weight, outer, inner, unit, scratch, ROWS * ROW, kind)
+    place = group * strips_of(outer) + piece * ROWS // LANES
+    turn(scratch, filled, ROWS * ROW, depth, packed + place * depth * LANES * ROW)
+
+
+@njit
+def read_straight(call, weight, outer, inner, unit, packed, kind):
+    """Write a piece of the matrices [groups, outer, inner] as strips."""
+    step = strips_of(outer) * LANES * ROW
+    group, piece = unit // pieces(outer), unit % pieces(outer)
+    target = packed + group * strips_of(inner) * step + piece * ROWS * ROW
+    _read_piece(call, weight, outer, inner, unit, target, step, kind)
+
+
+@njit
+def _read_piece(call, weight, outer, inner, unit, target, step, kind):
+    """Write a piece as strips, and return how many rows it has when they are filled up."""
+    group, first = unit // pieces(outer), unit % pieces(outer) * ROWS
+    rows = min(ROWS, outer - first)
     filled = strips_of(rows) * LANES
-    place = (group * call.outer + first) * call.inner
+    place = (group * outer + first) * inner
     if call.wide:
-        read_rows(call.weight + place * 4, rows, call.inner, target, filled * ROW, step,
-                  np.float32, kind)  # fmt: skip
+        source = weight + place * 4
+        read_rows(source, rows, inner, target, filled * ROW, step, np.float32, kind)
     else:
-        read_rows(call.weight + place * item_size(kind), rows, call.inner, target, filled * ROW,
-                  step, kind, kind)  # fmt: skip
+        source = weight + place * item_size(kind)
+        read_rows(source, rows, inner, target, filled * ROW, step, kind, kind)
     return filled
 
 
@@ -93,105 +120,78 @@ def backward(calls, thread, threads, kind):
     call = calls[0]
     scratch = call.scratch + thread * call.scratch_size
     inner, outer = strips_of(call.inner), strips_of(call.outer)
-    pieces = -(-call.outer // ROWS)
-    matrices = call.groups * pieces if call.dx else 0
+    matrices = call.groups * pieces(call.outer) if call.dx else 0
     while matrices + call.blocks > 0:
         unit = take(call.next)
         if unit >= matrices + call.blocks:
             break
         if unit < matrices:
-            group, piece = unit // pieces, unit % pieces
-            place = (group * inner * outer * LANES + piece * ROWS) * ROW
-            _read_weight(call, group, piece, call.packed + place, outer * LANES * ROW, kind)
-        else:
-            _read_block(call, unit - matrices, kind)
+            read_straight(call, call.weight, call.outer, call.inner, unit, call.packed, kind)
+            continue
+        block = block_of(call, unit - matrices)
+        read_block(block, call.dy, call.outer, call.slopes + block.place * outer * ROW, kind)
+        if call.dweight:
+            read_block(block, call.x, call.inner, call.rows + block.place * inner * ROW, kind)
     wait(call.counter, threads)
-    across = -(-inner // WIDE)
-    parts = -(-outer // TALL) * across
-    matrices = call.groups * parts if call.dweight else 0
+    matrices = call.groups * parts(call.outer, call.inner) if call.dweight else 0
     blocks = call.blocks if call.dx else 0
     while matrices + blocks > 0:
         unit = take(call.next + 8)
         if unit >= matrices + blocks:
             break
         if unit < matrices:
-            part = unit % parts
-            _add_up(call, unit // parts, part // across * TALL, part % across * WIDE, scratch)
-        else:
-            _go_back(call, unit - matrices, scratch, kind)
+            add_up(call, call.slopes, call.outer, call.rows, call.inner, unit, scratch,
+                   call.dweight)  # fmt: skip
+            continue
+        block = block_of(call, unit - matrices)
+        slopes = call.slopes + block.place * outer * ROW
+        weights = call.packed + block.group * inner * outer * LANES * ROW
+        multiply_rows(block, slopes, outer, weights, call.dx, call.inner, scratch, kind)
     wait(call.counter, threads)
 
 
 @njit
-def _read_block(call, unit, kind):
-    """Write a block of rows and its gradient as strips."""
-    block = _block(call, unit)
+def read_block(block, x, columns, target, kind):
+    """Write the rows of a block as strips."""
     step = fill_up(block.rows) * ROW
-    dy = call.dy + block.first * call.outer * item_size(kind)
-    target = call.slopes + block.place * strips_of(call.outer) * ROW
-    read_rows(dy, block.rows, call.outer, target, step, step, kind, kind)
-    if call.dweight:
-        x = call.x + block.first * call.inner * item_size(kind)
-        target = call.rows + block.place * strips_of(call.inner) * ROW
-        read_rows(x, block.rows, call.inner, target, step, step, kind, kind)
+    source = x + block.first * columns * item_size(kind)
+    read_rows(source, block.rows, columns, target, step, step, kind, kind)
 
 
 @njit
-def _go_back(call, unit, result, kind):
-    """Fill a block of dx."""
-    block = _block(call, unit)
-    step = fill_up(block.rows) * ROW
-    inner, outer = strips_of(call.inner), strips_of(call.outer)
-    slopes = call.slopes + block.place * outer * ROW
-    dx = call.dx + block.first * call.inner * item_size(kind)
-    for strip in range(0, inner, WIDE):
-        weights = call.packed + (block.group * inner + strip) * outer * LANES * ROW
-        count = min(WIDE, inner - strip)
-        multiply_block(slopes, step, outer, weights, count, result)
-        write_rows(result, step, block.rows, count, dx, call.inner, strip * LANES, kind)
+def parts(outer, inner):
+    """Return in how many parts the gradient of a matrix is added up."""
+    return -(-strips_of(outer) // TALL) * -(-strips_of(inner) // WIDE)
 
 
 @njit
-def _add_up(call, group, first, strip, result):
-    """Fill a part of dW: `TALL` strips of its rows and `WIDE` of its columns, or those left."""
-    inner, outer = strips_of(call.inner), strips_of(call.outer)
-    tall, wide = min(TALL, outer - first), min(WIDE, inner - strip)
+def add_up(call, slopes, outer, rows, inner, unit, result, dweight):
+    """Fill a part of dW, the sum of slopesᵀ rows: `TALL` strips of rows, `WIDE` of columns."""
+    across = -(-strips_of(inner) // WIDE)
+    group, part = unit // parts(outer, inner), unit % parts(outer, inner)
+    first, strip = part // across * TALL, part % across * WIDE
+    tall, wide = min(TALL, strips_of(outer) - first), min(WIDE, strips_of(inner) - strip)
     begin, end = integers(call.bounds, call.groups + 1)[group : group + 2]
     if begin == end:
         sums = floats(result, tall * wide * LANES * LANES)
         for place in range(len(sums)):
             sums[place] = np.float32(0.0)
-    for unit in range(begin, end):
-        block = _block(call, unit)
+    for number in range(begin, end):
+        block = block_of(call, number)
         padded = fill_up(block.rows)
-        slopes = call.slopes + (block.place * outer + first * padded) * ROW
-        rows = call.rows + (block.place * inner + strip * padded) * ROW
-        add_outer(slopes, rows, padded * ROW, tall, wide, result, unit == begin)
-    rows = min(tall * LANES, call.outer - first * LANES)
-    place = (group * call.outer + first * LANES) * call.inner
-    write_rows(result, tall * LANES * ROW, rows, wide, call.dweight + place * 4, call.inner,
-               strip * LANES, np.float32)  # fmt: skip
+        a = slopes + (block.place * strips_of(outer) + first * padded) * ROW
+        b = rows + (block.place * strips_of(inner) + strip * padded) * ROW
+        add_outer(a, b, padded * ROW, tall, wide, result, number == begin)
+    count = min(tall * LANES, outer - first * LANES)
+    target = dweight + (group * outer + first * LANES) * inner * 4
+    step = tall * LANES * ROW
+    write_rows(result, step, count, wide, target, inner, strip * LANES, np.float32)
 
 
-FIELDS = (
-    "inner",
-    "outer",
-    "groups",
-    "blocks",
-    "filled",
-    "table",
-    "bounds",
-    "wide",
-    "x",
-    "weight",
-    "packed",
-)
-GRADIENTS = ("dy", "slopes", "rows", "dx", "dweight")
+FIELDS = ("inner", "outer", "groups", "blocks", "table", "bounds", "wide", "next")
+TENSORS = ("x", "weight", "packed", "y", "dy", "slopes", "rows", "dx", "dweight")
 CALL = np.dtype(
-    [
-        (name, np.int64)
-        for name in (*FIELDS, "y", *GRADIENTS, "next", "scratch", "scratch_size", "counter")
-    ]
+    [(name, np.int64) for name in (*FIELDS, *TENSORS, "scratch", "scratch_size", "counter")]
 )
-"""Sizes and addresses; `next` is of two numbers of units that are taken."""
+"""Sizes and addresses; `next` is of numbers of units that are taken."""
 KERNELS = (forward, backward)

@@ -1,6 +1,6 @@
 """Products of rows by kernels for CPUs: in bfloat16 too, and as fast for small matrices."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
@@ -15,67 +15,86 @@ MODULE = "nemotron.ops.grouped_linear.kernels"
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
-        found = kernels(MODULE, x.dtype)
         x, weight = x.contiguous(), weight.contiguous()
         y = x.new_empty(x.shape[0], weight.shape[1])
-        values = _inputs(x, weight, counts)
-        strips = found.strips_of(weight.shape[2]) + found.WIDE
-        room = _workspace(found, weight, strips * found.ROWS * found.LANES)
-        run(found.forward, found.CALL, x.dtype, values | room | {"y": y})
         ctx.save_for_backward(x, weight)
-        ctx.counts = counts
+        ctx.found = found = kernels(MODULE, x.dtype)
+        ctx.blocks = Blocks.of(counts, found)
+        sizes = Sizes.of(weight, found)
+        room = workspace(sizes.inner * found.ROWS + sizes.result, packed=sizes.matrices)
+        run(found.forward, found.CALL, x.dtype, _inputs(x, weight, ctx.blocks) | room | {"y": y})
         return y
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
-        x, weight = ctx.saved_tensors
-        found, dx, dweight = kernels(MODULE, x.dtype), None, None
-        values = _inputs(x, weight, ctx.counts) | {"dy": dy.contiguous()}
+        (x, weight), found = ctx.saved_tensors, ctx.found
+        values: dict[str, Any] = {"dy": dy.contiguous()}
+        dx = dweight = None
         if ctx.needs_input_grad[0]:
             values["dx"] = dx = torch.empty_like(x)
         if ctx.needs_input_grad[1]:
             values["dweight"] = dweight = torch.empty(weight.shape)
-        width = found.LANES * values["filled"]
-        outer, inner = (found.strips_of(size) for size in weight.shape[1:])
-        numbers = found.WIDE * max(found.ROWS, found.TALL * found.LANES) * found.LANES
-        room = _workspace(found, weight, numbers, slopes=outer * width, rows=inner * width)
-        run(found.backward, found.CALL, x.dtype, values | room)
+        sizes, rows = Sizes.of(weight, found), ctx.blocks.rows
+        room = workspace(
+            sizes.result,
+            packed=sizes.matrices,
+            slopes=rows * sizes.outer,
+            rows=rows * sizes.inner,
+        )
+        run(found.backward, found.CALL, x.dtype, _inputs(x, weight, ctx.blocks) | room | values)
         return dx, None if dweight is None else dweight.to(weight.dtype), None
 
 
-def _workspace(found: Any, weight: Tensor, scratch: int, **numbers: int) -> dict[str, Any]:
-    """Return room for the matrices, for each thread, and for what else is named."""
-    outer, inner = (found.strips_of(size) * found.LANES for size in weight.shape[1:])
-    numbers["packed"] = weight.shape[0] * outer * inner
-    threads = torch.get_num_threads()
-    return workspace(scratch=scratch * threads, **numbers) | {"scratch_size": scratch * 4}
-
-
-def _inputs(x: Tensor, weight: Tensor, counts: list[int]) -> dict[str, Any]:
-    found = kernels(MODULE, x.dtype)
-    blocks, bounds, first, filled = [], [0], 0, 0
-    for group, count in enumerate(counts):
-        for row in range(0, count, found.ROWS):
-            rows = min(found.ROWS, count - row)
-            blocks.append((group, first + row, rows, filled))
-            filled += found.fill_up(rows)
-        first += count
-        bounds.append(len(blocks))
+def _inputs(x: Tensor, weight: Tensor, blocks: "Blocks") -> dict[str, Any]:
     groups, outer, inner = weight.shape
-    return {
-        "inner": inner,
-        "outer": outer,
-        "groups": groups,
-        "blocks": len(blocks),
-        "filled": filled,
-        "table": torch.tensor(blocks, dtype=torch.int64),
-        "bounds": torch.tensor(bounds),
-        "wide": weight.dtype != x.dtype,
-        "x": x,
-        "weight": weight,
-        "next": torch.zeros(2, dtype=torch.int64),
-    }
+    sizes = {"groups": groups, "outer": outer, "inner": inner, "wide": weight.dtype != x.dtype}
+    return sizes | blocks.inputs() | {"x": x, "weight": weight}
+
+
+class Blocks(NamedTuple):
+    """The blocks of rows of all groups, as kernels take them."""
+
+    table: Int[Tensor, "blocks 4"]
+    bounds: Int[Tensor, " groups+1"]
+    """The first block of each group, and the number of blocks."""
+    rows: int
+    """Rows, filled up in each block."""
+
+    @classmethod
+    def of(cls, counts: list[int], found: Any) -> "Blocks":
+        """Return the blocks of groups with so many rows each."""
+        blocks, bounds, first, filled = [], [0], 0, 0
+        for group, count in enumerate(counts):
+            for row in range(0, count, found.ROWS):
+                rows = min(found.ROWS, count - row)
+                blocks.append((group, first + row, rows, filled))
+                filled += found.fill_up(rows)
+            first += count
+            bounds.append(len(blocks))
+        return cls(torch.tensor(blocks, dtype=torch.int64), torch.tensor(bounds), filled)
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what every kernel takes of them, with new counters of units."""
+        counters = torch.zeros(3, dtype=torch.int64)
+        values = {"table": self.table, "bounds": self.bounds, "next": counters}
+        return {"blocks": len(self.table), **values}
+
+
+class Sizes(NamedTuple):
+    """Numbers that strips hold: of a row on either side, all matrices, and a block of a result."""
+
+    inner: int
+    outer: int
+    matrices: int
+    result: int
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "groups outer inner"], found: Any) -> "Sizes":
+        """Return those for a stack of matrices."""
+        outer, inner = (found.strips_of(size) * found.LANES for size in weight.shape[1:])
+        result = found.WIDE * found.LANES * max(found.ROWS, found.TALL * found.LANES)
+        return cls(inner, outer, weight.shape[0] * outer * inner, result)
 
 
 def grouped_linear(

@@ -66,16 +66,21 @@ def scratch(numbers: int) -> dict[str, Any]:
     return {"scratch": room, "scratch_size": size * 4}
 
 
-def workspace(**numbers: int) -> dict[str, Any]:
-    """Return room for so many float32 numbers by name, whose content the next call may overwrite.
+def workspace(scratch: int, **numbers: int) -> dict[str, Any]:
+    """Return room for so many float32 numbers, which any later call may overwrite: `scratch` for
+    each thread, and others by name.
 
     It is kept: memory that the system gives anew costs more than what small kernels compute.
     """
     global _room
-    sizes = [-(-count // 16) * 16 for count in numbers.values()]
+    threads = torch.get_num_threads()
+    sizes = [-(-count // 16) * 16 for count in (scratch, *numbers.values())]
+    sizes[0] *= threads
     if sum(sizes) > _room.numel():
         _room = torch.empty(sum(sizes))
-    return dict(zip(numbers, _room[: sum(sizes)].split(sizes), strict=True))
+    first, *others = _room[: sum(sizes)].split(sizes)
+    named = dict(zip(numbers, others, strict=True))
+    return {"scratch": first, "scratch_size": first.numel() // threads * 4, **named}
 
 
 def add_up(parts: Float[Tensor, "units *rest"]) -> Float[Tensor, "*rest"]:

@@ -175,6 +175,12 @@ def _narrow(b, vector):
     return b.trunc(rounded, ir.VectorType(_I16, LANES))
 
 
+def _widen(b, narrow):
+    """Return bfloat16 numbers as float32."""
+    wide = ir.VectorType(_I32, LANES)
+    return b.bitcast(b.shl(b.zext(narrow, wide), ir.Constant(wide, [16] * LANES)), _VECTOR)
+
+
 @intrinsic
 def read_lanes(context, source, target, given, kind):
     """Write 16 numbers of the format `given` as float32, rounded to the format `kind`."""
@@ -183,10 +189,7 @@ def read_lanes(context, source, target, given, kind):
     def generate(context, b, signature, arguments):
         source, target, *_ = arguments
         found = _load(b, source, bf16=narrow)
-        if rounds:
-            wide = b.zext(_narrow(b, found), ir.VectorType(_I32, LANES))
-            found = b.shl(wide, ir.Constant(wide.type, [16] * LANES))
-        _store(b, found, target)
+        _store(b, _widen(b, _narrow(b, found)) if rounds else found, target)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, given, kind), generate
@@ -200,9 +203,8 @@ def write_lanes(context, source, target, kind):
     def generate(context, b, signature, arguments):
         source, target, _ = arguments
         found = _load(b, source)
-        b.store(_narrow(b, found) if bf16 else found,
-                _pointer(b, target, ir.VectorType(_I16 if bf16 else _F32, LANES)),
-                align=2 if bf16 else 4)  # fmt: skip
+        found = _narrow(b, found) if bf16 else found
+        b.store(found, _pointer(b, target, found.type), align=2 if bf16 else 4)
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, kind), generate
