@@ -7,9 +7,14 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from nemotron.ops.jit import matrices
 from nemotron.ops.jit.call import kernels, run, workspace
+from nemotron.ops.jit.matrices import ROWS, TALL, WIDE
+from nemotron.ops.jit.vectors import LANES
 
 MODULE = "nemotron.ops.grouped_linear.kernels"
+
+fill_up, strips_of = matrices.fill_up.py_func, matrices.strips_of.py_func
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -19,9 +24,9 @@ class _GroupedLinear(torch.autograd.Function):
         y = x.new_empty(x.shape[0], weight.shape[1])
         ctx.save_for_backward(x, weight)
         ctx.found = found = kernels(MODULE, x.dtype)
-        ctx.blocks = Blocks.of(counts, found)
-        sizes = Sizes.of(weight, found)
-        room = workspace(sizes.inner * found.ROWS + sizes.result, packed=sizes.matrices)
+        ctx.blocks = Blocks.of(counts)
+        sizes = Sizes.of(weight)
+        room = workspace(sizes.inner * ROWS + sizes.result, packed=sizes.matrices)
         run(found.forward, found.CALL, x.dtype, _inputs(x, weight, ctx.blocks) | room | {"y": y})
         return y
 
@@ -35,7 +40,7 @@ class _GroupedLinear(torch.autograd.Function):
             values["dx"] = dx = torch.empty_like(x)
         if ctx.needs_input_grad[1]:
             values["dweight"] = dweight = torch.empty(weight.shape)
-        sizes, rows = Sizes.of(weight, found), ctx.blocks.rows
+        sizes, rows = Sizes.of(weight), ctx.blocks.rows
         room = workspace(
             sizes.result,
             packed=sizes.matrices,
@@ -62,14 +67,14 @@ class Blocks(NamedTuple):
     """Rows, filled up in each block."""
 
     @classmethod
-    def of(cls, counts: list[int], found: Any) -> "Blocks":
+    def of(cls, counts: list[int]) -> "Blocks":
         """Return the blocks of groups with so many rows each."""
         blocks, bounds, first, filled = [], [0], 0, 0
         for group, count in enumerate(counts):
-            for row in range(0, count, found.ROWS):
-                rows = min(found.ROWS, count - row)
+            for row in range(0, count, ROWS):
+                rows = min(ROWS, count - row)
                 blocks.append((group, first + row, rows, filled))
-                filled += found.fill_up(rows)
+                filled += fill_up(rows)
             first += count
             bounds.append(len(blocks))
         return cls(torch.tensor(blocks, dtype=torch.int64), torch.tensor(bounds), filled)
@@ -90,10 +95,10 @@ class Sizes(NamedTuple):
     result: int
 
     @classmethod
-    def of(cls, weight: Float[Tensor, "groups outer inner"], found: Any) -> "Sizes":
+    def of(cls, weight: Float[Tensor, "groups outer inner"]) -> "Sizes":
         """Return those for a stack of matrices."""
-        outer, inner = (found.strips_of(size) * found.LANES for size in weight.shape[1:])
-        result = found.WIDE * found.LANES * max(found.ROWS, found.TALL * found.LANES)
+        outer, inner = (strips_of(size) * LANES for size in weight.shape[1:])
+        result = WIDE * LANES * max(ROWS, TALL * LANES)
         return cls(inner, outer, weight.shape[0] * outer * inner, result)
 
 

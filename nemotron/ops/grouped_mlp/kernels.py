@@ -20,7 +20,7 @@ from nemotron.ops.grouped_linear.kernels import (
 )
 from nemotron.ops.jit.activation import activate_back, activate_lanes
 from nemotron.ops.jit.barrier import take, wait
-from nemotron.ops.jit.matrices import ROWS, TALL, WIDE, fill_up, multiply_block, strips_of
+from nemotron.ops.jit.matrices import ROWS, fill_up, multiply_block, strips_of
 from nemotron.ops.jit.scalars import floats, item_size
 from nemotron.ops.jit.strips import ROW
 from nemotron.ops.jit.vectors import LANES
@@ -87,7 +87,7 @@ def backward(calls, thread, threads, kind):
     """Fill dx, dup, ddown and the gradient of the weights, the latter three in float32."""
     call = calls[0]
     scratch = call.scratch + thread * call.scratch_size
-    inner, outer = strips_of(call.inner), strips_of(call.outer)
+    inner = strips_of(call.inner)
     ups = call.groups * pieces(call.outer) if call.dx else 0
     units = ups + call.groups * pieces(call.inner) + call.blocks
     while units > 0:

@@ -9,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 from nemotron.ops.grouped_linear.numba import Blocks, Sizes
 from nemotron.ops.jit.call import kernels, run, workspace
+from nemotron.ops.jit.matrices import ROWS
 
 MODULE = "nemotron.ops.grouped_mlp.kernels"
 
@@ -23,12 +24,12 @@ class _GroupedMLP(torch.autograd.Function):
         x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
         y, by = torch.empty_like(x), weights.float().contiguous()
         ctx.found = found = kernels(MODULE, x.dtype)
-        ctx.blocks = Blocks.of(counts, found)
+        ctx.blocks = Blocks.of(counts)
         ctx.of_weights = weights.dtype
-        sizes = Sizes.of(up, found)
+        sizes = Sizes.of(up)
         hidden = x.new_empty(ctx.blocks.rows, sizes.outer)
         ctx.save_for_backward(x, by, up, down, hidden)
-        scratch = (sizes.inner + sizes.outer) * found.ROWS + sizes.result
+        scratch = (sizes.inner + sizes.outer) * ROWS + sizes.result
         room = workspace(scratch, ups=sizes.matrices, downs=sizes.matrices)
         values = _inputs(x, by, up, down, hidden) | ctx.blocks.inputs() | {"y": y}
         run(found.forward, found.CALL, x.dtype, values | room)
@@ -49,7 +50,7 @@ class _GroupedMLP(torch.autograd.Function):
             values["dup"] = dup = torch.empty(up.shape)
         if wants_down:
             values["ddown"] = ddown = torch.empty(down.shape)
-        sizes, rows = Sizes.of(up, found), ctx.blocks.rows
+        sizes, rows = Sizes.of(up), ctx.blocks.rows
         room = workspace(
             sizes.result,
             ups=sizes.matrices,

@@ -43,7 +43,7 @@ def activate_lanes(context, place, kept, weight, kind):
 
 @intrinsic
 def activate_back(context, kept, slope, activated, sums, weight, kind):
-    """Replace the gradient dy by 2 relu(x) w dy, write relu(x)² w, and add relu(x)² dy to `sums`."""
+    """Replace dy by 2 relu(x) w dy, write relu(x)² w, and add relu(x)² dy to `sums`."""
     bf16 = _is_bf16(kind)
 
     def generate(context, b, signature, arguments):
