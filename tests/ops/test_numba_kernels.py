@@ -23,7 +23,10 @@ from nemotron.ops.rms_norm import numba as norm_kernels
 from nemotron.ops.squared_relu import numba as activation_kernels
 from nemotron.ops.ssd import numba as scan_kernels
 
-NAMED = ("attention", "causal_conv1d", "gated_rms_norm", "rms_norm", "squared_relu", "ssd")
+NAMED = (
+    *("attention", "causal_conv1d", "gated_rms_norm", "grouped_linear", "grouped_mlp", "linear"),
+    *("rms_norm", "squared_relu", "ssd"),
+)
 SCANS = [(2, 1, 4, 2, 32, 48), (2, 70, 4, 2, 64, 16), (1, 150, 2, 1, 32, 16), (3, 33, 3, 3, 96, 32)]
 """Rows, tokens, heads, groups, size of a head and of its state."""
 ATTENTIONS = [

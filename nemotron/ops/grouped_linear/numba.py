@@ -113,4 +113,4 @@ def linear(x: Float[Tensor, "*batch K"], weight: Float[Tensor, "N K"]) -> Float[
     """The same with one matrix for all rows."""
     rows = x.reshape(-1, x.shape[-1])
     y = _GroupedLinear.apply(rows, weight.unsqueeze(0), [rows.shape[0]])
-    return y.view(*x.shape[:-1], -1)
+    return y.view(*x.shape[:-1], weight.shape[0])
