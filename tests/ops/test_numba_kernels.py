@@ -91,6 +91,38 @@ def test_extreme_decays_neither_overflow_nor_lose_the_gradient():
     assert worst(results(scan_kernels.ssd, inputs, None), exact) <= 1e-5
 
 
+def test_a_scan_of_bfloat16_is_that_of_float32_rounded():
+    inputs = scan(2, 70, 4, 2, 32, 16)
+    narrow = [t.bfloat16() if i in NARROW["scan"] else t for i, t in enumerate(inputs)]
+    wide = [t.float() for t in narrow]
+    for y, exact in zip(
+        scan_kernels.ssd(*narrow, None), scan_kernels.ssd(*wide, None), strict=True
+    ):
+        assert torch.equal(y, exact.to(y.dtype))
+    slope = Draw(3).normal(2, 70, 4, 32).bfloat16()
+    for leaves in (narrow, wide):
+        for leaf in leaves:
+            leaf.requires_grad_()
+    found, exact = (
+        torch.autograd.grad(scan_kernels.ssd(*leaves, None)[0], leaves, slope.to(leaves[0].dtype))
+        for leaves in (narrow, wide)
+    )
+    for ours, other in zip(found, exact, strict=True):
+        assert torch.equal(ours, other.to(ours.dtype))
+
+
+def test_a_scan_passes_on_what_is_not_a_number():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, dt, A, B, C, D, state = scan(1, 70, 2, 1, 16, 16)
+        x, B, C = (t.to(dtype) for t in (x, B, C))
+        x[0, 40, 1, 3] = torch.nan
+        y, last = scan_kernels.ssd(x, dt, A, B, C, D, state, None)
+        assert y[0, 40:, 1, 3].isnan().all()
+        assert not y[0, :32].isnan().any()  # the chunk before
+        assert last[0, 1, 3].isnan().all()
+        assert y[..., 0, :].isfinite().all()
+
+
 def test_no_document_sees_another_ones_numbers():
     inputs, ids = scan(1, 90, 2, 1, 32, 16), (torch.arange(90) >= 37).int()[None]
     other = [t.clone() for t in inputs]
