@@ -27,7 +27,7 @@ NAMED = (
     *("attention", "causal_conv1d", "gated_rms_norm", "grouped_linear", "grouped_mlp", "linear"),
     *("rms_norm", "squared_relu", "ssd"),
 )
-SCANS = [(2, 1, 4, 2, 32, 48), (2, 70, 4, 2, 64, 16), (1, 150, 2, 1, 32, 16), (3, 33, 3, 3, 96, 32)]
+SCANS = [(2, 1, 4, 2, 32, 48), (2, 70, 4, 2, 64, 16), (1, 150, 2, 1, 16, 16), (3, 33, 3, 3, 96, 32)]
 """Rows, tokens, heads, groups, size of a head and of its state."""
 ATTENTIONS = [
     *[(1, 1, 1, 1, 1, 8), (2, 63, 63, 4, 2, 32), (1, 700, 700, 6, 2, 20), (2, 5, 80, 4, 4, 64)],
@@ -92,6 +92,38 @@ def test_extreme_decays_neither_overflow_nor_lose_the_gradient():
     inputs[1] = torch.cat([torch.full((1, 50, 2), 50.0), torch.full((1, 50, 2), 1e-6)], dim=1)
     exact = results(ssd.reference, doubled(inputs), None)
     assert worst(results(scan_kernels.ssd, inputs, None), exact) <= 1e-5
+
+
+def test_a_scan_of_bfloat16_is_that_of_float32_rounded():
+    inputs = scan(2, 70, 4, 2, 32, 16)
+    narrow = [t.bfloat16() if i in NARROW["scan"] else t for i, t in enumerate(inputs)]
+    wide = [t.float() for t in narrow]
+    for y, exact in zip(
+        scan_kernels.ssd(*narrow, None), scan_kernels.ssd(*wide, None), strict=True
+    ):
+        assert torch.equal(y, exact.to(y.dtype))
+    slope = Draw(3).normal(2, 70, 4, 32).bfloat16()
+    for leaves in (narrow, wide):
+        for leaf in leaves:
+            leaf.requires_grad_()
+    found, exact = (
+        torch.autograd.grad(scan_kernels.ssd(*leaves, None)[0], leaves, slope.to(leaves[0].dtype))
+        for leaves in (narrow, wide)
+    )
+    for ours, other in zip(found, exact, strict=True):
+        assert torch.equal(ours, other.to(ours.dtype))
+
+
+def test_a_scan_passes_on_what_is_not_a_number():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, dt, A, B, C, D, state = scan(1, 70, 2, 1, 16, 16)
+        x, B, C = (t.to(dtype) for t in (x, B, C))
+        x[0, 40, 1, 3] = torch.nan
+        y, last = scan_kernels.ssd(x, dt, A, B, C, D, state, None)
+        assert y[0, 40:, 1, 3].isnan().all()
+        assert not y[0, :32].isnan().any()  # the chunk before
+        assert last[0, 1, 3].isnan().all()
+        assert y[..., 0, :].isfinite().all()
 
 
 def test_no_document_sees_another_ones_numbers():
@@ -310,8 +342,8 @@ def test_they_are_used_only_where_a_recipe_names_them():
 def test_a_scan_that_does_not_fit_says_which_sizes_do():
     x, dt, A, B, C, D, _ = scan(1, 5, 2, 1, 32, 16)
     named = ssd.ssd.bind("numba")
-    with pytest.raises(UserError, match="takes heads of multiples of 32 and states of mul"):
-        named(x[..., :16], dt, A, B, C, D)
+    with pytest.raises(UserError, match="takes heads and states of multiples of 16, not of 8 and"):
+        named(x[..., :8], dt, A, B, C, D)
 
 
 def test_a_model_gets_the_same_loss_and_gradients():

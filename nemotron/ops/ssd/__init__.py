@@ -19,10 +19,9 @@ def _triton_limit(head_size: int, state_size: int) -> str | None:
 
 
 def _numba_limit(head_size: int, state_size: int) -> str | None:
-    if head_size % 32 == 0 and state_size % 16 == 0:
+    if head_size % 16 == 0 and state_size % 16 == 0:
         return None
-    sizes = f"{head_size} and {state_size}"
-    return f"takes heads of multiples of 32 and states of multiples of 16, not {sizes}"
+    return f"takes heads and states of multiples of 16, not of {head_size} and {state_size}"
 
 
 class SSDOp(Operation):
