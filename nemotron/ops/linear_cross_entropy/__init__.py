@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron.device import cpu_multiplies_bfloat16
-from nemotron.ops.registry import Backend, Operation, triton_backend
+from nemotron.ops.registry import Backend, Operation, numba_backend, triton_backend
 
 CHUNK_ELEMENTS = 1 << 21
 """Logits that exist at a time on a CPU; 8 MB in float32."""
@@ -291,6 +291,7 @@ linear_cross_entropy = LinearCrossEntropyOp(
             "nemotron.ops.linear_cross_entropy.triton",
             "linear_cross_entropy",
         ),
+        numba_backend("nemotron.ops.linear_cross_entropy.numba", "linear_cross_entropy"),
         Backend("chunked", chunked),
         Backend("reference", reference),
     ],
