@@ -21,10 +21,16 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        recorded: bool,
     ) -> Tensor:
         kept = (labels != IGNORED).nonzero().squeeze(1)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        # without a record, a parameter would still ask for its gradient
+        needs_hidden, needs_weight = (recorded and needs for needs in ctx.needs_input_grad[:2])
         make = torch.empty if kept.numel() else torch.zeros
         dx = make(kept.shape[0], hidden.shape[1]) if needs_hidden else None
         dweight = make(weight.shape) if needs_weight else None
@@ -52,7 +58,7 @@ class _SummedLoss(torch.autograd.Function):
             dx = torch.zeros(shape, dtype=dtype).index_copy_(0, kept, (dx * grad).to(dtype))
         if dweight is not None:
             dweight = (dweight * grad).to(ctx.weight)
-        return dx, dweight, None, None
+        return dx, dweight, None, None, None
 
 
 def _check(labels: Tensor, vocab: int) -> None:
@@ -98,6 +104,4 @@ def linear_cross_entropy(
         return chunked(hidden, weight, labels, reduction, weights)
     if weight.dtype != torch.float32:
         weight = weight.to(hidden.dtype)
-    if not torch.is_grad_enabled():  # a parameter would still ask for a gradient
-        hidden, weight = hidden.detach(), weight.detach()
-    return _SummedLoss.apply(hidden, weight, labels, weights)
+    return _SummedLoss.apply(hidden, weight, labels, weights, torch.is_grad_enabled())
