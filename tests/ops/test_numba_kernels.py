@@ -9,7 +9,14 @@ from against_reference import doubled, results, worst
 from torch import Tensor
 
 from nemotron.errors import UserError
-from nemotron.ops import attention, causal_conv1d, rms_norm, squared_relu, ssd
+from nemotron.ops import (
+    attention,
+    causal_conv1d,
+    linear_cross_entropy,
+    rms_norm,
+    squared_relu,
+    ssd,
+)
 from nemotron.ops.apply import ALL, apply
 from nemotron.ops.config import OpsConfig
 from nemotron.ops.describe import choose_backends
@@ -19,13 +26,14 @@ from tests.support.models import build, gradients, tokens
 pytest.importorskip("numba", reason="numba is not installed")
 from nemotron.ops.attention import numba as attention_kernels
 from nemotron.ops.causal_conv1d import numba as conv_kernels
+from nemotron.ops.linear_cross_entropy import numba as loss_kernels
 from nemotron.ops.rms_norm import numba as norm_kernels
 from nemotron.ops.squared_relu import numba as activation_kernels
 from nemotron.ops.ssd import numba as scan_kernels
 
 NAMED = (
     *("attention", "causal_conv1d", "gated_rms_norm", "grouped_linear", "grouped_mlp", "linear"),
-    *("rms_norm", "squared_relu", "ssd"),
+    *("linear_cross_entropy", "rms_norm", "squared_relu", "ssd"),
 )
 SCANS = [(2, 1, 4, 2, 32, 48), (2, 70, 4, 2, 64, 16), (1, 150, 2, 1, 16, 16), (3, 33, 3, 3, 96, 32)]
 """Rows, tokens, heads, groups, size of a head and of its state."""
@@ -34,6 +42,8 @@ ATTENTIONS = [
     *[(1, 150, 201, 4, 1, 128), (3, 1, 90, 8, 1, 17)],
 ]
 """Rows, queries, keys, heads of queries and of keys, size of a head."""
+LOSSES = [(1, 12, 37), (7, 16, 16), (600, 300, 70), (1100, 33, 130), (70, 24, 5000)]
+"""Tokens, size of their vectors, and of the vocabulary."""
 
 
 class Draw:
@@ -264,6 +274,117 @@ def test_the_activation_agrees():
     assert worst(results(activation_kernels.squared_relu, inputs), exact) <= 1e-6
     exact = results(squared_relu.reference, doubled(inputs[:1]), None)
     assert worst(results(activation_kernels.squared_relu, inputs[:1], None), exact) <= 1e-6
+
+
+def predictions(tokens: int, size: int, vocab: int) -> list[Tensor]:
+    """Vectors, weight, labels of which some are missing, and weights of the losses."""
+    d = Draw(tokens)
+    labels = torch.randint(vocab, (tokens,), generator=d.generator)
+    labels[1:][torch.rand(tokens - 1, generator=d.generator) < 0.2] = -100
+    weights = torch.rand(tokens, generator=d.generator)
+    return [d.normal(tokens, size), d.normal(vocab, size) / size**0.5 * 3, labels, weights]
+
+
+@pytest.mark.parametrize("blocks", [2, 1000])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("shape", LOSSES)
+def test_the_loss_agrees(
+    shape: tuple[int, ...], weighted: bool, blocks: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loss_kernels, "CHUNK_ELEMENTS", 64 * shape[2] * blocks)
+    *inputs, weights = predictions(*shape)
+    rest = ["sum", weights if weighted else None]
+    exact = results(linear_cross_entropy.reference, doubled(inputs), *rest)
+    found = results(loss_kernels.linear_cross_entropy, inputs, *rest)
+    assert worst(found, exact) <= 2e-6
+    narrow = [inputs[0].bfloat16(), inputs[1], inputs[2]]
+    rounded = [narrow[0], inputs[1].bfloat16(), inputs[2]]
+    exact = results(linear_cross_entropy.reference, doubled(rounded), *rest)
+    for matrix in (narrow, rounded):
+        loss, dx, dweight = results(loss_kernels.linear_cross_entropy, matrix, *rest)
+        assert worst([dx], [exact[1]]) <= 2**-8
+        assert worst([loss], [exact[0]]) <= 2e-6
+        assert dweight.dtype == matrix[1].dtype
+        assert worst([dweight], [exact[2]]) <= (2e-6 if matrix is narrow else 2**-8)
+
+
+def test_a_loss_over_many_tokens_of_a_vocabulary_keeps_its_digits():
+    *inputs, _ = predictions(3, 24, 100_000)
+    exact = results(linear_cross_entropy.reference, doubled(inputs), "sum")
+    assert worst(results(loss_kernels.linear_cross_entropy, inputs, "sum"), exact) <= 2e-6
+
+
+def test_the_loss_has_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch):
+    *inputs, weights = predictions(1100, 33, 130)
+    before, found = torch.get_num_threads(), []
+    for threads, blocks in ((1, 1), (1, 1000), (3, 1), (2, 5)):
+        monkeypatch.setattr(loss_kernels, "CHUNK_ELEMENTS", 64 * 130 * blocks)
+        torch.set_num_threads(threads)
+        try:
+            found.append(results(loss_kernels.linear_cross_entropy, inputs, "sum", weights))
+        finally:
+            torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+
+
+def test_the_loss_computes_only_the_gradients_that_are_asked_for(monkeypatch: pytest.MonkeyPatch):
+    hidden, weight, labels, weights = predictions(200, 24, 50)
+    loss, dx, dweight = results(
+        loss_kernels.linear_cross_entropy, [hidden, weight, labels], "sum", weights
+    )
+    computed: list[set[str]] = []
+    run = loss_kernels.run
+
+    def seen(kernel: Any, record: Any, dtype: torch.dtype, values: dict[str, Any]) -> None:
+        computed.append({"dx", "dweight"} & set(values))
+        run(kernel, record, dtype, values)
+
+    monkeypatch.setattr(loss_kernels, "run", seen)
+
+    def one(*inputs: Tensor) -> Tensor:
+        return loss_kernels.linear_cross_entropy(*inputs, labels, "sum", weights)
+
+    found, alone = results(one, [hidden], *[weight])
+    assert torch.equal(found, loss)
+    assert torch.equal(alone, dx)
+    found, alone = results(lambda w: one(hidden, w), [weight])
+    assert torch.equal(found, loss)
+    assert torch.equal(alone, dweight)
+    with torch.no_grad():
+        assert torch.equal(one(hidden.requires_grad_(), weight.requires_grad_()), loss)
+    assert computed == [{"dx"}, {"dweight"}, set()]
+
+
+def test_a_loss_without_labels_is_zero_and_a_label_outside_is_refused():
+    hidden, weight, labels, _ = predictions(20, 24, 50)
+    none = torch.full_like(labels, -100)
+    found = results(loss_kernels.linear_cross_entropy, [hidden, weight, none], "sum")
+    assert not any(tensor.any() for tensor in found)
+    for label in (50, -1):
+        labels[3] = label
+        with pytest.raises(IndexError, match=f"label {label} is outside of a vocabulary of 50"):
+            loss_kernels.linear_cross_entropy(hidden, weight, labels, "sum")
+
+
+def test_a_loss_of_large_logits_does_not_overflow_and_passes_on_what_is_not_a_number():
+    hidden, weight, labels, _ = predictions(100, 24, 50)
+    exact = results(linear_cross_entropy.reference, doubled([hidden * 1e4, weight, labels]), "sum")
+    found = results(loss_kernels.linear_cross_entropy, [hidden * 1e4, weight, labels], "sum")
+    assert worst(found, exact) <= 1e-5
+    hidden[0, 3] = torch.nan
+    loss, dx, dweight = results(loss_kernels.linear_cross_entropy, [hidden, weight, labels], "sum")
+    assert loss.isnan()
+    assert dx[0].isnan().all()
+    assert dx[1:].isfinite().all()
+    assert dweight.isnan().all()
+
+
+def test_losses_one_by_one_are_the_usual_ones():
+    *inputs, weights = predictions(200, 24, 50)
+    usual = results(linear_cross_entropy.chunked, inputs, "none", weights)
+    found = results(loss_kernels.linear_cross_entropy, inputs, "none", weights)
+    assert all(map(torch.equal, usual, found))
 
 
 def calls() -> list[tuple[str, Callable[..., Any], Callable[..., Any], list[Any], tuple[Any, ...]]]:

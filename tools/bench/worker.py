@@ -37,6 +37,7 @@ KERNELS = (
     "gated_rms_norm",
     "grouped_mlp",
     "linear",
+    "linear_cross_entropy",
     "rms_norm",
     "squared_relu",
     "ssd",

@@ -91,6 +91,20 @@ def write_rows(source, step, rows, strips, target, columns, first, kind):
 
 
 @njit
+def read_columns(source, columns, first, rows, strips, target, step):
+    """Write columns of rows of a float32 matrix as strips: the inverse of `write_rows`."""
+    for row in range(rows):
+        begin, place = source + row * columns * 4, target + row * ROW
+        for strip in range(strips):
+            column = first + strip * LANES
+            if column + LANES <= columns:
+                read_lanes(begin + column * 4, place + strip * step, np.float32, np.float32)
+            else:
+                left = columns - column
+                _read(begin + column * 4, left, place + strip * step, np.float32, np.float32)
+
+
+@njit
 def turn(source, rows, step, strips, target):
     """Write the transpose of rows of strips, `step` bytes apart; `rows` is a multiple of 16."""
     for strip in range(strips):

@@ -223,3 +223,33 @@ def scale_rows(context, target, factors, rows):
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
+def multiply_rows_by(context, target, factors, rows):
+    """Multiply each of some rows by a row of its own."""
+
+    def generate(context, b, signature, arguments):
+        target, factors, rows = arguments
+        with cgutils.for_range(b, rows, intp=_I64) as loop:
+            offset = b.mul(loop.index, _I64(ROW))
+            place = _at(b, target, offset)
+            _store(b, b.fmul(_load(b, _at(b, factors, offset)), _load(b, place)), place)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
+
+
+@intrinsic
+def add_rows(context, source, target, rows):
+    """Add some rows to others."""
+
+    def generate(context, b, signature, arguments):
+        source, target, rows = arguments
+        with cgutils.for_range(b, rows, intp=_I64) as loop:
+            offset = b.mul(loop.index, _I64(ROW))
+            place = _at(b, target, offset)
+            _store(b, b.fadd(_load(b, _at(b, source, offset)), _load(b, place)), place)
+        return context.get_dummy_value()
+
+    return types.void(*[types.int64] * 3), generate
