@@ -18,8 +18,19 @@ from nemotron.ops.grouped_linear.kernels import (
     read_straight,
     read_transposed,
 )
-from nemotron.ops.jit.activation import activate_back, activate_lanes
 from nemotron.ops.jit.barrier import take, wait
+from nemotron.ops.jit.lanes import (
+    fma,
+    load,
+    positive,
+    read,
+    rounded,
+    splat,
+    store,
+    total,
+    write,
+    zeros,
+)
 from nemotron.ops.jit.matrices import ROWS, fill_up, multiply_block, strips_of
 from nemotron.ops.jit.scalars import floats, item_size
 from nemotron.ops.jit.strips import ROW
@@ -71,7 +82,10 @@ def _activate(call, block, hidden, kept, kind):
         for strip in range(strips_of(call.outer)):
             place = strip * padded + row
             at = kept + place * LANES * item_size(kind)
-            activate_lanes(hidden + place * ROW, at, weight, kind)
+            write(at, load(hidden + place * ROW), kind)
+            number = positive(read(at, kind))
+            y = rounded(number * number * splat(weight), np.float32, kind)
+            store(hidden + place * ROW, y)
 
 
 @njit
@@ -137,20 +151,17 @@ def _go_back(call, block, scratch, kind):
     kept = call.hidden + block.place * outer * LANES * item_size(kind)
     slopes, weights = call.slopes + block.place * inner * ROW, call.downs + block.group * size
     multiply_block(slopes, padded * ROW, inner, weights, outer, inside)
-    sums = floats(scratch, LANES)
     for row in range(padded):
-        weight = _weight(call, block, row)
-        for lane in range(LANES):
-            sums[lane] = np.float32(0.0)
+        weight, inner_sum = splat(_weight(call, block, row)), zeros()
         for strip in range(outer):
             place = strip * padded + row
-            at = kept + place * LANES * item_size(kind)
-            activate_back(at, inside + place * ROW, activated + place * ROW, scratch, weight, kind)
+            number = positive(read(kept + place * LANES * item_size(kind), kind))
+            slope, square = load(inside + place * ROW), number * number
+            inner_sum = fma(square, slope, inner_sum)
+            store(activated + place * ROW, rounded(square * weight, np.float32, kind))
+            store(inside + place * ROW, number * slope * (weight + weight))
         if row < block.rows:
-            total = np.float32(0.0)
-            for lane in range(LANES):
-                total += sums[lane]
-            floats(call.dweights + block.first * 4, block.rows)[row] = total
+            floats(call.dweights + block.first * 4, block.rows)[row] = total(inner_sum)
     if call.dx:
         weights = call.ups + block.group * size
         multiply_rows(block, inside, outer, weights, call.dx, call.inner, scratch, kind)

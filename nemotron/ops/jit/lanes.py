@@ -81,22 +81,51 @@ def read(context, address, kind):
     return _lanes(types.int64, kind), generate
 
 
+def _narrow(b, vector):
+    """Return bfloat16 numbers, rounded to nearest even; NaN stays NaN."""
+    bits = b.bitcast(vector, _BITS)
+    odd = b.and_(b.lshr(bits, _all(16)), _all(1))
+    near = b.lshr(b.add(bits, b.add(odd, _all(0x7FFF))), _all(16))
+    is_nan = b.fcmp_unordered("uno", vector, vector)
+    return b.trunc(b.select(is_nan, _all(0x7FC0), near), ir.VectorType(_I16, LANES))
+
+
+@intrinsic
+def rounded(context, vector, given, kind):
+    """Return numbers of the format `given` as those of another one."""
+    is_same = _is_bf16(given) or not _is_bf16(kind)
+
+    def generate(context, b, signature, arguments):
+        if is_same:
+            return arguments[0]
+        wide = b.zext(_narrow(b, arguments[0]), _BITS)
+        return b.bitcast(b.shl(wide, _all(16)), _VECTOR)
+
+    return _lanes(_lanes, given, kind), generate
+
+
 @intrinsic
 def write(context, address, vector, kind):
     """Write numbers in a format to an address, rounded to nearest even."""
 
     def generate(context, b, signature, arguments):
         address, vector, _ = arguments
-        if _is_bf16(kind):
-            bits = b.bitcast(vector, _BITS)
-            odd = b.and_(b.lshr(bits, _all(16)), _all(1))
-            rounded = b.lshr(b.add(bits, b.add(odd, _all(0x7FFF))), _all(16))
-            is_nan = b.fcmp_unordered("uno", vector, vector)
-            vector = b.trunc(b.select(is_nan, _all(0x7FC0), rounded), ir.VectorType(_I16, LANES))
+        vector = _narrow(b, vector) if _is_bf16(kind) else vector
         b.store(vector, b.inttoptr(address, vector.type.as_pointer()), align=2)
         return context.get_dummy_value()
 
     return types.void(types.int64, _lanes, kind), generate
+
+
+@intrinsic
+def positive(context, vector):
+    """Return what is above 0, and 0 for the rest; NaN stays NaN."""
+
+    def generate(context, b, signature, arguments):
+        (x,) = arguments
+        return b.select(b.fcmp_unordered("ugt", x, _zero()), x, _zero())
+
+    return _lanes(_lanes), generate
 
 
 @intrinsic

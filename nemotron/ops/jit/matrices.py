@@ -8,15 +8,9 @@ are those of `strips`; `padded` is a count of rows, filled up to a multiple of 8
 import numpy as np
 from numba import njit
 
+from nemotron.ops.jit.lanes import load, read, rounded, store, write
 from nemotron.ops.jit.scalars import decode, encode, floats, item_size, items
-from nemotron.ops.jit.strips import (
-    ROW,
-    multiply,
-    multiply_transposed,
-    read_lanes,
-    transpose,
-    write_lanes,
-)
+from nemotron.ops.jit.strips import ROW, multiply, multiply_transposed, transpose
 from nemotron.ops.jit.vectors import LANES
 
 ROWS = 64
@@ -60,7 +54,8 @@ def read_rows(source, rows, columns, target, filled, step, given, kind):
     for row in range(rows):
         begin, place = source + row * columns * size, target + row * ROW
         for strip in range(columns // LANES):
-            read_lanes(begin + strip * LANES * size, place + strip * step, given, kind)
+            numbers = read(begin + strip * LANES * size, given)
+            store(place + strip * step, rounded(numbers, given, kind))
         if left:
             whole = columns // LANES
             _read(begin + whole * LANES * size, left, place + whole * step, given, kind)
@@ -79,7 +74,7 @@ def write_rows(source, step, rows, strips, target, columns, first, kind):
         for strip in range(strips):
             column = first + strip * LANES
             if column + LANES <= columns:
-                write_lanes(begin + strip * step, place + column * size, kind)
+                write(place + column * size, load(begin + strip * step), kind)
             else:
                 count = columns - column
                 x, y = (
@@ -98,7 +93,7 @@ def read_columns(source, columns, first, rows, strips, target, step):
         for strip in range(strips):
             column = first + strip * LANES
             if column + LANES <= columns:
-                read_lanes(begin + column * 4, place + strip * step, np.float32, np.float32)
+                store(place + strip * step, load(begin + column * 4))
             else:
                 left = columns - column
                 _read(begin + column * 4, left, place + strip * step, np.float32, np.float32)

@@ -14,7 +14,6 @@ from numba.extending import intrinsic
 from nemotron.ops.jit.vectors import (
     _F32,
     _I1,
-    _I16,
     _I32,
     _I64,
     _VECTOR,
@@ -164,52 +163,6 @@ def widen(context, source, target, factor, kind):
     return types.void(types.int64, types.int64, types.float32, kind), generate
 
 
-def _narrow(b, vector):
-    """Return float32 numbers as bfloat16, rounded to nearest even; NaN stays NaN."""
-    wide = ir.VectorType(_I32, LANES)
-    bits, by = b.bitcast(vector, wide), ir.Constant(wide, [16] * LANES)
-    odd = b.and_(b.lshr(bits, by), ir.Constant(wide, [1] * LANES))
-    rounded = b.lshr(b.add(bits, b.add(odd, ir.Constant(wide, [0x7FFF] * LANES))), by)
-    is_nan = b.fcmp_unordered("uno", vector, vector)
-    rounded = b.select(is_nan, ir.Constant(wide, [0x7FC0] * LANES), rounded)
-    return b.trunc(rounded, ir.VectorType(_I16, LANES))
-
-
-def _widen(b, narrow):
-    """Return bfloat16 numbers as float32."""
-    wide = ir.VectorType(_I32, LANES)
-    return b.bitcast(b.shl(b.zext(narrow, wide), ir.Constant(wide, [16] * LANES)), _VECTOR)
-
-
-@intrinsic
-def read_lanes(context, source, target, given, kind):
-    """Write 16 numbers of the format `given` as float32, rounded to the format `kind`."""
-    narrow, rounds = _is_bf16(given), _is_bf16(kind) and not _is_bf16(given)
-
-    def generate(context, b, signature, arguments):
-        source, target, *_ = arguments
-        found = _load(b, source, bf16=narrow)
-        _store(b, _widen(b, _narrow(b, found)) if rounds else found, target)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, given, kind), generate
-
-
-@intrinsic
-def write_lanes(context, source, target, kind):
-    """Write 16 float32 numbers in a format."""
-    bf16 = _is_bf16(kind)
-
-    def generate(context, b, signature, arguments):
-        source, target, _ = arguments
-        found = _load(b, source)
-        found = _narrow(b, found) if bf16 else found
-        b.store(found, _pointer(b, target, found.type), align=2 if bf16 else 4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, kind), generate
-
-
 @intrinsic
 def scale_rows(context, target, factors, rows):
     """Multiply each of some rows by a vector."""
@@ -220,36 +173,6 @@ def scale_rows(context, target, factors, rows):
         with cgutils.for_range(b, rows, intp=_I64) as loop:
             place = _at(b, target, b.mul(loop.index, _I64(ROW)))
             _store(b, b.fmul(by, _load(b, place)), place)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), generate
-
-
-@intrinsic
-def multiply_rows_by(context, target, factors, rows):
-    """Multiply each of some rows by a row of its own."""
-
-    def generate(context, b, signature, arguments):
-        target, factors, rows = arguments
-        with cgutils.for_range(b, rows, intp=_I64) as loop:
-            offset = b.mul(loop.index, _I64(ROW))
-            place = _at(b, target, offset)
-            _store(b, b.fmul(_load(b, _at(b, factors, offset)), _load(b, place)), place)
-        return context.get_dummy_value()
-
-    return types.void(*[types.int64] * 3), generate
-
-
-@intrinsic
-def add_rows(context, source, target, rows):
-    """Add some rows to others."""
-
-    def generate(context, b, signature, arguments):
-        source, target, rows = arguments
-        with cgutils.for_range(b, rows, intp=_I64) as loop:
-            offset = b.mul(loop.index, _I64(ROW))
-            place = _at(b, target, offset)
-            _store(b, b.fadd(_load(b, _at(b, source, offset)), _load(b, place)), place)
         return context.get_dummy_value()
 
     return types.void(*[types.int64] * 3), generate

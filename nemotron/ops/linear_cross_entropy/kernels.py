@@ -21,6 +21,7 @@ from nemotron.ops.grouped_linear.kernels import (
     read_transposed,
 )
 from nemotron.ops.jit.barrier import take, wait
+from nemotron.ops.jit.lanes import load, store
 from nemotron.ops.jit.matrices import (
     DEPTH,
     ROWS,
@@ -35,7 +36,7 @@ from nemotron.ops.jit.matrices import (
 )
 from nemotron.ops.jit.scalars import doubles, floats, integers
 from nemotron.ops.jit.softmax import exponentiate, raise_tops
-from nemotron.ops.jit.strips import ROW, add_rows, multiply, multiply_rows_by
+from nemotron.ops.jit.strips import ROW, multiply
 from nemotron.ops.jit.vectors import LANES
 
 
@@ -123,7 +124,7 @@ def _go_through(call, first, number, scratch, kind):
         _fill(part, padded, np.float32(0.0))
         for strip in range(k, min(k + DEPTH, strips)):
             exponentiate(slopes + strip * step, tops, part, padded)
-        add_rows(part, sums, padded)
+        _add(part, sums, padded)
     for row in range(padded):
         lanes, total, factor = floats(sums + row * ROW, LANES), 0.0, np.float32(0.0)
         if row < block.rows:
@@ -142,6 +143,13 @@ def _fill(target, rows, value):
     x = floats(target, rows * LANES)
     for place in range(len(x)):
         x[place] = value
+
+
+@njit
+def _add(source, target, rows):
+    """Add the rows of a strip to those of another."""
+    for at in range(0, rows * ROW, ROW):
+        store(target + at, load(target + at) + load(source + at))
 
 
 @njit
@@ -177,7 +185,9 @@ def _go_back(call, block, slopes, factors, labels, part, result):
     for k in range(0, strips, DEPTH):
         count, piece = min(DEPTH, strips - k), slopes + k * step
         for strip in range(count):
-            multiply_rows_by(piece + strip * step, factors, padded)
+            for at in range(0, step, ROW):
+                place = piece + strip * step + at
+                store(place, load(place) * load(factors + at))
         for row in range(block.rows):
             if k <= labels[row] // LANES < k + count:
                 slope = floats(_label(slopes, step, row, labels[row]), 1)
@@ -187,7 +197,7 @@ def _go_back(call, block, slopes, factors, labels, part, result):
         for strip in range(inner):
             weights = call.straight + (strip * strips + k) * LANES * ROW
             multiply(piece, step, count, weights, part, padded, True)
-            add_rows(part, result + strip * step, padded)
+            _add(part, result + strip * step, padded)
     if call.dx:
         target = call.dx + block.first * call.inner * 4
         write_rows(result, step, block.rows, inner, target, call.inner, 0, np.float32)
