@@ -146,7 +146,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(
         help="Values that override the recipe, such as schedule.peak=3e-4.",
-        metavar="[KEY=VALUE]...",
+        metavar="KEY=VALUE...",
     ),
 ]
 Model = Annotated[

@@ -12,7 +12,8 @@ from nemotron.model.config import ModelConfig
 from nemotron.model.linear import MLP, Linear
 from nemotron.model.router import Choice, FirstRun, Router, Routing, RoutingStats
 from nemotron.ops.expert_step import expert_step
-from nemotron.ops.grouped_linear import grouped_linear, grouped_mlp, row_multiple
+from nemotron.ops.grouped_linear import grouped_linear, row_multiple
+from nemotron.ops.grouped_mlp import grouped_mlp
 from nemotron.ops.routing import TokenCopiesOp, expert_order, token_copies
 from nemotron.ops.squared_relu import squared_relu
 

@@ -9,7 +9,8 @@ from nemotron.ops.attention import attention
 from nemotron.ops.causal_conv1d import causal_conv1d
 from nemotron.ops.config import RECOMPUTED, OpsConfig, Recomputed
 from nemotron.ops.expert_step import expert_step
-from nemotron.ops.grouped_linear import grouped_linear, grouped_mlp
+from nemotron.ops.grouped_linear import grouped_linear
+from nemotron.ops.grouped_mlp import grouped_mlp
 from nemotron.ops.linear import linear, wide_linear
 from nemotron.ops.linear_cross_entropy import linear_cross_entropy
 from nemotron.ops.mamba_step import mamba_step

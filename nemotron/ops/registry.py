@@ -123,6 +123,28 @@ def triton_backend(
     )
 
 
+def numba_backend(
+    module: str,
+    function: str,
+    *,
+    features: frozenset[str] = frozenset(),
+    limit: Callable[..., str | None] | None = None,
+) -> Backend:
+    """Return the backend `numba` of a CPU, of which a module holds the kernels; by name alone."""
+    return Backend(
+        "numba",
+        lazy(module, function),
+        devices=frozenset({"cpu"}),
+        dtypes=frozenset({torch.float32, torch.bfloat16}),
+        features=features,
+        packages=("numba",),
+        install="pip install numba",
+        imports=("nemotron.ops.jit.vectors",),
+        by_name=True,
+        limit=limit,
+    )
+
+
 @dataclass(eq=False)
 class Operation:
     """An operation and its backends, fastest first; the last one fits every call.

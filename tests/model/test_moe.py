@@ -5,7 +5,7 @@ import torch
 
 from nemotron.model import moe
 from nemotron.model.moe import Dispatched, MoE
-from nemotron.ops.grouped_linear import grouped_mlp, one_by_one
+from nemotron.ops.grouped_mlp import grouped_mlp, one_by_one
 from nemotron.ops.registry import Backend
 from tests.support.models import build_config
 

@@ -9,6 +9,19 @@ from torch import Tensor
 Inputs = Sequence[Tensor | None]
 
 
+def draw_experts(counts: list[int], inner: int, outer: int) -> list[Tensor]:
+    """Return rows, their weights, matrices up and down, and counts, as experts take them."""
+    g = torch.Generator().manual_seed(sum(counts) + inner)
+    shape, experts = (sum(counts), inner), len(counts)
+    return [
+        torch.randn(shape, generator=g),
+        torch.randn(shape[0], 1, generator=g),
+        torch.randn(experts, outer, inner, generator=g) / inner**0.5,
+        torch.randn(experts, inner, outer, generator=g) / outer**0.5,
+        torch.tensor(counts),
+    ]
+
+
 def results(function: Callable[..., Any], inputs: Inputs, *rest: object) -> list[Tensor]:
     """Return outputs, then the gradients of all floating inputs for one fixed cotangent."""
     leaves = [

@@ -73,6 +73,28 @@ def test_large_logits_do_not_overflow():
     assert worst(results(chunked, inputs, "sum"), exact) <= 1e-5
 
 
+class Products(TorchDispatchMode):
+    """Counts matrix products."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.count += func in (torch.ops.aten.mm.default, torch.ops.aten.addmm_.default)
+        return func(*args, **(kwargs or {}))
+
+
+def test_no_gradient_is_computed_where_none_is_recorded():
+    hidden, weight, labels = draw(20)
+    weight.requires_grad_()
+    with Products() as once:
+        loss = chunked(hidden.requires_grad_(), weight, labels, "sum")
+    with Products() as seen, torch.no_grad():
+        assert torch.equal(chunked(hidden, weight, labels, "sum"), loss)
+    assert (once.count, seen.count) == (3, 1)
+
+
 class LargestTensor(TorchDispatchMode):
     """Remembers the most elements that any result of an operator had."""
 

@@ -9,7 +9,14 @@ from against_reference import doubled, results, worst
 from torch import Tensor
 
 from nemotron.errors import UserError
-from nemotron.ops import attention, causal_conv1d, rms_norm, squared_relu, ssd
+from nemotron.ops import (
+    attention,
+    causal_conv1d,
+    linear_cross_entropy,
+    rms_norm,
+    squared_relu,
+    ssd,
+)
 from nemotron.ops.apply import ALL, apply
 from nemotron.ops.config import OpsConfig
 from nemotron.ops.describe import choose_backends
@@ -19,18 +26,24 @@ from tests.support.models import build, gradients, tokens
 pytest.importorskip("numba", reason="numba is not installed")
 from nemotron.ops.attention import numba as attention_kernels
 from nemotron.ops.causal_conv1d import numba as conv_kernels
+from nemotron.ops.linear_cross_entropy import numba as loss_kernels
 from nemotron.ops.rms_norm import numba as norm_kernels
 from nemotron.ops.squared_relu import numba as activation_kernels
 from nemotron.ops.ssd import numba as scan_kernels
 
-NAMED = ("attention", "causal_conv1d", "gated_rms_norm", "rms_norm", "squared_relu", "ssd")
-SCANS = [(2, 1, 4, 2, 32, 48), (2, 70, 4, 2, 64, 16), (1, 150, 2, 1, 32, 16), (3, 33, 3, 3, 96, 32)]
+NAMED = (
+    *("attention", "causal_conv1d", "gated_rms_norm", "grouped_linear", "grouped_mlp", "linear"),
+    *("linear_cross_entropy", "rms_norm", "squared_relu", "ssd"),
+)
+SCANS = [(2, 1, 4, 2, 32, 48), (2, 70, 4, 2, 64, 16), (1, 150, 2, 1, 16, 16), (3, 33, 3, 3, 96, 32)]
 """Rows, tokens, heads, groups, size of a head and of its state."""
 ATTENTIONS = [
     *[(1, 1, 1, 1, 1, 8), (2, 63, 63, 4, 2, 32), (1, 700, 700, 6, 2, 20), (2, 5, 80, 4, 4, 64)],
     *[(1, 150, 201, 4, 1, 128), (3, 1, 90, 8, 1, 17)],
 ]
 """Rows, queries, keys, heads of queries and of keys, size of a head."""
+LOSSES = [(1, 12, 37), (7, 16, 16), (600, 300, 70), (1100, 33, 130), (70, 24, 5000)]
+"""Tokens, size of their vectors, and of the vocabulary."""
 
 
 class Draw:
@@ -89,6 +102,38 @@ def test_extreme_decays_neither_overflow_nor_lose_the_gradient():
     inputs[1] = torch.cat([torch.full((1, 50, 2), 50.0), torch.full((1, 50, 2), 1e-6)], dim=1)
     exact = results(ssd.reference, doubled(inputs), None)
     assert worst(results(scan_kernels.ssd, inputs, None), exact) <= 1e-5
+
+
+def test_a_scan_of_bfloat16_is_that_of_float32_rounded():
+    inputs = scan(2, 70, 4, 2, 32, 16)
+    narrow = [t.bfloat16() if i in NARROW["scan"] else t for i, t in enumerate(inputs)]
+    wide = [t.float() for t in narrow]
+    for y, exact in zip(
+        scan_kernels.ssd(*narrow, None), scan_kernels.ssd(*wide, None), strict=True
+    ):
+        assert torch.equal(y, exact.to(y.dtype))
+    slope = Draw(3).normal(2, 70, 4, 32).bfloat16()
+    for leaves in (narrow, wide):
+        for leaf in leaves:
+            leaf.requires_grad_()
+    found, exact = (
+        torch.autograd.grad(scan_kernels.ssd(*leaves, None)[0], leaves, slope.to(leaves[0].dtype))
+        for leaves in (narrow, wide)
+    )
+    for ours, other in zip(found, exact, strict=True):
+        assert torch.equal(ours, other.to(ours.dtype))
+
+
+def test_a_scan_passes_on_what_is_not_a_number():
+    for dtype in (torch.float32, torch.bfloat16):
+        x, dt, A, B, C, D, state = scan(1, 70, 2, 1, 16, 16)
+        x, B, C = (t.to(dtype) for t in (x, B, C))
+        x[0, 40, 1, 3] = torch.nan
+        y, last = scan_kernels.ssd(x, dt, A, B, C, D, state, None)
+        assert y[0, 40:, 1, 3].isnan().all()
+        assert not y[0, :32].isnan().any()  # the chunk before
+        assert last[0, 1, 3].isnan().all()
+        assert y[..., 0, :].isfinite().all()
 
 
 def test_no_document_sees_another_ones_numbers():
@@ -231,6 +276,117 @@ def test_the_activation_agrees():
     assert worst(results(activation_kernels.squared_relu, inputs[:1], None), exact) <= 1e-6
 
 
+def predictions(tokens: int, size: int, vocab: int) -> list[Tensor]:
+    """Vectors, weight, labels of which some are missing, and weights of the losses."""
+    d = Draw(tokens)
+    labels = torch.randint(vocab, (tokens,), generator=d.generator)
+    labels[1:][torch.rand(tokens - 1, generator=d.generator) < 0.2] = -100
+    weights = torch.rand(tokens, generator=d.generator)
+    return [d.normal(tokens, size), d.normal(vocab, size) / size**0.5 * 3, labels, weights]
+
+
+@pytest.mark.parametrize("blocks", [2, 1000])
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("shape", LOSSES)
+def test_the_loss_agrees(
+    shape: tuple[int, ...], weighted: bool, blocks: int, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(loss_kernels, "CHUNK_ELEMENTS", 64 * shape[2] * blocks)
+    *inputs, weights = predictions(*shape)
+    rest = ["sum", weights if weighted else None]
+    exact = results(linear_cross_entropy.reference, doubled(inputs), *rest)
+    found = results(loss_kernels.linear_cross_entropy, inputs, *rest)
+    assert worst(found, exact) <= 2e-6
+    narrow = [inputs[0].bfloat16(), inputs[1], inputs[2]]
+    rounded = [narrow[0], inputs[1].bfloat16(), inputs[2]]
+    exact = results(linear_cross_entropy.reference, doubled(rounded), *rest)
+    for matrix in (narrow, rounded):
+        loss, dx, dweight = results(loss_kernels.linear_cross_entropy, matrix, *rest)
+        assert worst([dx], [exact[1]]) <= 2**-8
+        assert worst([loss], [exact[0]]) <= 2e-6
+        assert dweight.dtype == matrix[1].dtype
+        assert worst([dweight], [exact[2]]) <= (2e-6 if matrix is narrow else 2**-8)
+
+
+def test_a_loss_over_many_tokens_of_a_vocabulary_keeps_its_digits():
+    *inputs, _ = predictions(3, 24, 100_000)
+    exact = results(linear_cross_entropy.reference, doubled(inputs), "sum")
+    assert worst(results(loss_kernels.linear_cross_entropy, inputs, "sum"), exact) <= 2e-6
+
+
+def test_the_loss_has_the_same_bits_on_any_number_of_threads(monkeypatch: pytest.MonkeyPatch):
+    *inputs, weights = predictions(1100, 33, 130)
+    before, found = torch.get_num_threads(), []
+    for threads, blocks in ((1, 1), (1, 1000), (3, 1), (2, 5)):
+        monkeypatch.setattr(loss_kernels, "CHUNK_ELEMENTS", 64 * 130 * blocks)
+        torch.set_num_threads(threads)
+        try:
+            found.append(results(loss_kernels.linear_cross_entropy, inputs, "sum", weights))
+        finally:
+            torch.set_num_threads(before)
+    for others in found[1:]:
+        assert all(map(torch.equal, found[0], others))
+
+
+def test_the_loss_computes_only_the_gradients_that_are_asked_for(monkeypatch: pytest.MonkeyPatch):
+    hidden, weight, labels, weights = predictions(200, 24, 50)
+    loss, dx, dweight = results(
+        loss_kernels.linear_cross_entropy, [hidden, weight, labels], "sum", weights
+    )
+    computed: list[set[str]] = []
+    run = loss_kernels.run
+
+    def seen(kernel: Any, record: Any, dtype: torch.dtype, values: dict[str, Any]) -> None:
+        computed.append({"dx", "dweight"} & set(values))
+        run(kernel, record, dtype, values)
+
+    monkeypatch.setattr(loss_kernels, "run", seen)
+
+    def one(*inputs: Tensor) -> Tensor:
+        return loss_kernels.linear_cross_entropy(*inputs, labels, "sum", weights)
+
+    found, alone = results(one, [hidden], *[weight])
+    assert torch.equal(found, loss)
+    assert torch.equal(alone, dx)
+    found, alone = results(lambda w: one(hidden, w), [weight])
+    assert torch.equal(found, loss)
+    assert torch.equal(alone, dweight)
+    with torch.no_grad():
+        assert torch.equal(one(hidden.requires_grad_(), weight.requires_grad_()), loss)
+    assert computed == [{"dx"}, {"dweight"}, set()]
+
+
+def test_a_loss_without_labels_is_zero_and_a_label_outside_is_refused():
+    hidden, weight, labels, _ = predictions(20, 24, 50)
+    none = torch.full_like(labels, -100)
+    found = results(loss_kernels.linear_cross_entropy, [hidden, weight, none], "sum")
+    assert not any(tensor.any() for tensor in found)
+    for label in (50, -1):
+        labels[3] = label
+        with pytest.raises(IndexError, match=f"label {label} is outside of a vocabulary of 50"):
+            loss_kernels.linear_cross_entropy(hidden, weight, labels, "sum")
+
+
+def test_a_loss_of_large_logits_does_not_overflow_and_passes_on_what_is_not_a_number():
+    hidden, weight, labels, _ = predictions(100, 24, 50)
+    exact = results(linear_cross_entropy.reference, doubled([hidden * 1e4, weight, labels]), "sum")
+    found = results(loss_kernels.linear_cross_entropy, [hidden * 1e4, weight, labels], "sum")
+    assert worst(found, exact) <= 1e-5
+    hidden[0, 3] = torch.nan
+    loss, dx, dweight = results(loss_kernels.linear_cross_entropy, [hidden, weight, labels], "sum")
+    assert loss.isnan()
+    assert dx[0].isnan().all()
+    assert dx[1:].isfinite().all()
+    assert dweight.isnan().all()
+
+
+def test_losses_one_by_one_are_the_usual_ones():
+    *inputs, weights = predictions(200, 24, 50)
+    usual = results(linear_cross_entropy.chunked, inputs, "none", weights)
+    found = results(loss_kernels.linear_cross_entropy, inputs, "none", weights)
+    assert all(map(torch.equal, usual, found))
+
+
 def calls() -> list[tuple[str, Callable[..., Any], Callable[..., Any], list[Any], tuple[Any, ...]]]:
     """Name, kernel, reference, inputs in float32, and the rest of each operation."""
     d = Draw(5)
@@ -307,8 +463,8 @@ def test_they_are_used_only_where_a_recipe_names_them():
 def test_a_scan_that_does_not_fit_says_which_sizes_do():
     x, dt, A, B, C, D, _ = scan(1, 5, 2, 1, 32, 16)
     named = ssd.ssd.bind("numba")
-    with pytest.raises(UserError, match="takes heads of multiples of 32 and states of mul"):
-        named(x[..., :16], dt, A, B, C, D)
+    with pytest.raises(UserError, match="takes heads and states of multiples of 16, not of 8 and"):
+        named(x[..., :8], dt, A, B, C, D)
 
 
 def test_a_model_gets_the_same_loss_and_gradients():

@@ -4,7 +4,7 @@ from contextlib import ExitStack
 
 import pytest
 import torch
-from against_reference import doubled, results, worst
+from against_reference import doubled, draw_experts, results, worst
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -21,18 +21,6 @@ COUNTS = [[0, 20, 0, 130, 1, 0], [150], [0, 0, 128], [0, 0]]
 WIDTHS = [(40, 24), (72, 136)]
 
 
-def draw(counts: list[int], inner: int, outer: int) -> list[Tensor]:
-    g = torch.Generator().manual_seed(sum(counts) + inner)
-    shape, experts = (sum(counts), inner), len(counts)
-    return [
-        torch.randn(shape, generator=g),
-        torch.randn(shape[0], 1, generator=g),
-        torch.randn(experts, outer, inner, generator=g) / inner**0.5,
-        torch.randn(experts, inner, outer, generator=g) / outer**0.5,
-        torch.tensor(counts),
-    ]
-
-
 def exactly(x: Tensor, weights: Tensor, up: Tensor, down: Tensor, counts: Tensor) -> Tensor:
     return reference(squared_relu(reference(x, up, counts), weights), down, counts)
 
@@ -45,7 +33,7 @@ def here(tensors: list[Tensor]) -> list[Tensor]:
 @pytest.mark.parametrize("counts", COUNTS, ids=str)
 @pytest.mark.parametrize("widths", WIDTHS, ids=str)
 def test_the_experts_are_the_references(counts: list[int], widths: tuple[int, int]):
-    inputs = draw(counts, *widths)
+    inputs = draw_experts(counts, *widths)
     exact = results(exactly, doubled(inputs))
     # two products in float32 each way
     assert worst(results(triton.grouped_mlp, here(inputs)), exact) <= 5e-6
@@ -62,7 +50,7 @@ def test_the_experts_are_the_references(counts: list[int], widths: tuple[int, in
 @pytest.mark.slow
 @pytest.mark.parametrize("counts", COUNTS[:2], ids=str)
 def test_a_product_is_the_references(counts: list[int]):
-    x, _, weight, _, counts = draw(counts, 72, 136)
+    x, _, weight, _, counts = draw_experts(counts, 72, 136)
     exact = results(reference, doubled([x, weight, counts]))
     # sums of 72, and of the rows of an expert
     assert worst(results(triton.grouped_linear, here([x, weight, counts])), exact) <= 5e-6
@@ -78,7 +66,7 @@ def test_a_product_is_the_references(counts: list[int]):
 
 @pytest.mark.slow
 def test_what_an_expert_holds_does_not_reach_another():
-    x, weights, up, down, counts = draw([70, 3, 60], 40, 24)
+    x, weights, up, down, counts = draw_experts([70, 3, 60], 40, 24)
     clean = results(triton.grouped_mlp, here([x, weights, up, down, counts]))
     up[1], x[70:73] = torch.nan, torch.nan
     y, dx, dweights, dup, ddown = results(triton.grouped_mlp, here([x, weights, up, down, counts]))
@@ -101,7 +89,7 @@ def test_what_an_expert_holds_does_not_reach_another():
     ids=["narrow", "wide"],
 )
 def test_other_parameters_give_the_same_results(parameters: dict[str, int]):
-    inputs = draw([20, 0, 130], 72, 136)
+    inputs = draw_experts([20, 0, 130], 72, 136)
     exact = results(exactly, doubled(inputs))
     with ExitStack() as stack:
         for tunable in kernels.TUNABLES:
@@ -110,7 +98,7 @@ def test_other_parameters_give_the_same_results(parameters: dict[str, int]):
 
 
 def test_a_weight_that_is_frozen_has_no_gradient_and_changes_no_other():
-    x, weights, up, down, counts = here(draw([20, 0, 7], 40, 24))
+    x, weights, up, down, counts = here(draw_experts([20, 0, 7], 40, 24))
     whole = results(triton.grouped_mlp, [x, weights, up, down, counts])
     leaves = [t.clone().requires_grad_() for t in (x, weights)]
     y = triton.grouped_mlp(*leaves, up, down, counts)

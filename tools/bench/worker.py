@@ -31,7 +31,17 @@ from nemotron.train.config import LossConfig, OptimizerConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import Optimizer
 
-KERNELS = ("attention", "causal_conv1d", "gated_rms_norm", "rms_norm", "squared_relu", "ssd")
+KERNELS = (
+    "attention",
+    "causal_conv1d",
+    "gated_rms_norm",
+    "grouped_mlp",
+    "linear",
+    "linear_cross_entropy",
+    "rms_norm",
+    "squared_relu",
+    "ssd",
+)
 """Operations that have kernels for CPUs, which are used by name."""
 
 

@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemotron.ops import float32_products
 from nemotron.ops.attention import flash_attn
-from nemotron.ops.registry import Backend, Operation, lazy
+from nemotron.ops.registry import Backend, Operation, lazy, numba_backend
 
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The kernels of torch that take any length at once."""
@@ -193,17 +193,7 @@ attention = AttentionOp(
             features=frozenset({"documents", "cache", "documents_after_a_prefix"}),
             limit=_flash_limit,
         ),
-        Backend(
-            "numba",
-            lazy("nemotron.ops.attention.numba", "attention"),
-            devices=frozenset({"cpu"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
-            features=FEATURES,
-            packages=("numba",),
-            install="pip install numba",
-            imports=("nemotron.ops.jit.vectors",),
-            by_name=True,
-        ),
+        numba_backend("nemotron.ops.attention.numba", "attention", features=FEATURES),
         float32_products.backend(float32_products.in_float32(sdpa), features=FEATURES),
         Backend(
             "sdpa",

@@ -8,7 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.causal_conv1d import cuda
-from nemotron.ops.registry import Backend, Operation, lazy, triton_backend
+from nemotron.ops.registry import Backend, Operation, numba_backend, triton_backend
 
 BLOCK_ELEMENTS = 1 << 18
 """Elements of the float32 block that is worked on at a time: about one core's cache."""
@@ -213,18 +213,12 @@ causal_conv1d = CausalConv1dOp(
             ),
         ),
         cuda.backend,
-        Backend(
-            "numba",
-            lazy("nemotron.ops.causal_conv1d.numba", "causal_conv1d"),
-            devices=frozenset({"cpu"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
+        numba_backend(
+            "nemotron.ops.causal_conv1d.numba",
+            "causal_conv1d",
             features=frozenset(
                 {"documents", "initial_state", "documents_after_a_state", "any_width"}
             ),
-            packages=("numba",),
-            install="pip install numba",
-            imports=("nemotron.ops.jit.vectors",),
-            by_name=True,
         ),
         Backend(
             "blocked",

@@ -19,6 +19,7 @@ COMPILE_S = 8
 """About how long a core compiles an operation's kernels for one dtype."""
 
 _team = Team()
+_room = torch.empty(0)
 
 
 @functools.cache
@@ -63,6 +64,23 @@ def scratch(numbers: int) -> dict[str, Any]:
     size = -(-numbers // 16) * 16
     room = torch.empty(torch.get_num_threads(), size)
     return {"scratch": room, "scratch_size": size * 4}
+
+
+def workspace(scratch: int, **numbers: int) -> dict[str, Any]:
+    """Return room for so many float32 numbers, which any later call may overwrite: `scratch` for
+    each thread, and others by name.
+
+    It is kept: memory that the system gives anew costs more than what small kernels compute.
+    """
+    global _room
+    threads = torch.get_num_threads()
+    sizes = [-(-count // 16) * 16 for count in (scratch, *numbers.values())]
+    sizes[0] *= threads
+    if sum(sizes) > _room.numel():
+        _room = torch.empty(sum(sizes))
+    first, *others = _room[: sum(sizes)].split(sizes)
+    named = dict(zip(numbers, others, strict=True))
+    return {"scratch": first, "scratch_size": first.numel() // threads * 4, **named}
 
 
 def add_up(parts: Float[Tensor, "units *rest"]) -> Float[Tensor, "*rest"]:

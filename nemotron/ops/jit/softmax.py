@@ -1,6 +1,8 @@
 """Softmax over the rows of a strip, a bit at a time: each of sixteen columns is a query of its own.
 
-Scores are logarithms to base 2, and a row is a key. Counts of rows are multiples of 4.
+Scores are logarithms to base 2, and a row is a key. Counts of rows are multiples of 4. The last two
+functions are for a softmax over the columns of many strips, each row of which is one of its own;
+scores are then logarithms to base e.
 """
 
 from llvmlite import ir
@@ -142,3 +144,36 @@ def retreat(context, scores, slopes, rows, logs, inner):
 
     signature = types.void(*[types.int64] * 5)
     return signature, _call("nemotron_softmax_back", [_I64] * 5, fill)
+
+
+@intrinsic
+def raise_tops(context, strip, tops, rows):
+    """Replace the sixteen highest scores of each row before a strip by those with it."""
+
+    def fill(b, arguments):
+        strip, tops, rows = arguments
+        with cgutils.for_range(b, rows, intp=_I64) as loop:
+            place = _row(b, tops, loop.index)
+            _store(b, _greater(b, _load(b, place), _load(b, _row(b, strip, loop.index))), place)
+        b.ret_void()
+
+    signature = types.void(*[types.int64] * 3)
+    return signature, _call("nemotron_raise_tops", [_I64] * 3, fill)
+
+
+@intrinsic
+def exponentiate(context, strip, tops, sums, rows):
+    """Replace scores by e^(score - top), and add them to sixteen sums of each row."""
+
+    def fill(b, arguments):
+        strip, tops, sums, rows = arguments
+        with cgutils.for_range(b, rows, intp=_I64) as loop:
+            place, added = _row(b, strip, loop.index), _row(b, sums, loop.index)
+            below = b.fsub(_load(b, place), _load(b, _row(b, tops, loop.index)))
+            power = _exp2(b, b.fmul(below, _all(1.4426950408889634)))
+            _store(b, power, place)
+            _store(b, b.fadd(_load(b, added), power), added)
+        b.ret_void()
+
+    signature = types.void(*[types.int64] * 4)
+    return signature, _call("nemotron_exponentiate", [_I64] * 4, fill)

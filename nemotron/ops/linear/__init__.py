@@ -6,7 +6,9 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.ops.linear import float32_gradient, float32_products, split
-from nemotron.ops.registry import Backend, Operation
+from nemotron.ops.registry import Backend, Operation, numba_backend
+
+_SAME = frozenset({"same_dtype"})
 
 
 class LinearOp(Operation):
@@ -44,8 +46,9 @@ linear = LinearOp(
     "linear",
     [
         float32_gradient.backend,
+        numba_backend("nemotron.ops.grouped_linear.numba", "linear", features=_SAME),
         float32_products.backend,
-        Backend("reference", reference, features=frozenset({"same_dtype"})),
+        Backend("reference", reference, features=_SAME),
     ],
 )
 

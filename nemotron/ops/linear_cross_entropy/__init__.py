@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from nemotron.device import cpu_multiplies_bfloat16
-from nemotron.ops.registry import Backend, Operation, triton_backend
+from nemotron.ops.registry import Backend, Operation, numba_backend, triton_backend
 
 CHUNK_ELEMENTS = 1 << 21
 """Logits that exist at a time on a CPU; 8 MB in float32."""
@@ -80,9 +80,11 @@ class _SummedLoss(torch.autograd.Function):
         labels: Tensor,
         weights: Tensor | None,
         cross_entropy: CrossEntropy,
+        recorded: bool,
     ) -> Tensor:
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        # without a record, a parameter would still ask for its gradient
+        needs_hidden, needs_weight = (recorded and needs for needs in ctx.needs_input_grad[:2])
         matrix = weight.to(hidden.dtype)
         grad_hidden = torch.zeros_like(hidden) if needs_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_weight else None
@@ -113,7 +115,7 @@ class _SummedLoss(torch.autograd.Function):
             grad_hidden = grad_hidden * grad.to(grad_hidden.dtype)
         if grad_weight is not None:
             grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None, None
+        return grad_hidden, grad_weight, None, None, None, None
 
 
 class _LossPerToken(torch.autograd.Function):
@@ -250,7 +252,8 @@ def summed_loss(
     cross_entropy: CrossEntropy = cross_entropy,
 ) -> Float[Tensor, ""]:
     """Return the sum of the weighted losses; `cross_entropy` decides what a row's loss is."""
-    return _SummedLoss.apply(*widened(hidden, weight), labels, weights, cross_entropy)
+    recorded = torch.is_grad_enabled()
+    return _SummedLoss.apply(*widened(hidden, weight), labels, weights, cross_entropy, recorded)
 
 
 def loss_per_token(
@@ -291,6 +294,7 @@ linear_cross_entropy = LinearCrossEntropyOp(
             "nemotron.ops.linear_cross_entropy.triton",
             "linear_cross_entropy",
         ),
+        numba_backend("nemotron.ops.linear_cross_entropy.numba", "linear_cross_entropy"),
         Backend("chunked", chunked),
         Backend("reference", reference),
     ],

@@ -158,9 +158,15 @@ class _SummedLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, weights: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        labels: Tensor,
+        weights: Tensor | None,
+        recorded: bool,
     ) -> Tensor:
-        needs_hidden, needs_weight = ctx.needs_input_grad[:2]
+        # without a record, a parameter would still ask for its gradient
+        needs_hidden, needs_weight = (recorded and needs for needs in ctx.needs_input_grad[:2])
         hidden, labels = hidden.contiguous(), labels.contiguous()
         weights = None if weights is None else weights.contiguous()
         matrix = rounded(weight, hidden.dtype)
@@ -197,7 +203,7 @@ class _SummedLoss(torch.autograd.Function):
                 grad_weight = grad_weight.mul_(grad)
             else:
                 grad_weight = (grad_weight * grad).to(ctx.weight_dtype)
-        return grad_hidden, grad_weight, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 class _LossPerToken(torch.autograd.Function):
@@ -317,6 +323,6 @@ def linear_cross_entropy(
 ) -> Tensor:
     """The reference's loss; a label outside the vocabulary makes it NaN."""
     if reduction == "sum":
-        return _SummedLoss.apply(hidden, weight, labels, weights)
+        return _SummedLoss.apply(hidden, weight, labels, weights, torch.is_grad_enabled())
     losses = _LossPerToken.apply(hidden, weight, labels)
     return losses if weights is None else losses * weights

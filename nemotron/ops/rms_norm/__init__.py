@@ -8,7 +8,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.device import CACHED_ELEMENTS, row_blocks
-from nemotron.ops.registry import Backend, Operation, lazy, triton_backend
+from nemotron.ops.registry import Backend, Operation, numba_backend, triton_backend
 
 
 class RMSNormOp(Operation):
@@ -181,16 +181,7 @@ rms_norm = RMSNormOp(
             "nemotron.ops.rms_norm.triton",
             "rms_norm",
         ),
-        Backend(
-            "numba",
-            lazy("nemotron.ops.rms_norm.numba", "rms_norm"),
-            devices=frozenset({"cpu"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
-            packages=("numba",),
-            install="pip install numba",
-            imports=("nemotron.ops.jit.vectors",),
-            by_name=True,
-        ),
+        numba_backend("nemotron.ops.rms_norm.numba", "rms_norm"),
         Backend("fused", fused),
         Backend("reference", reference),
     ],
@@ -236,16 +227,7 @@ gated_rms_norm = GatedRMSNormOp(
             "nemotron.ops.rms_norm.gated_triton",
             "gated_rms_norm",
         ),
-        Backend(
-            "numba",
-            lazy("nemotron.ops.rms_norm.numba", "gated_rms_norm"),
-            devices=frozenset({"cpu"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
-            packages=("numba",),
-            install="pip install numba",
-            imports=("nemotron.ops.jit.vectors",),
-            by_name=True,
-        ),
+        numba_backend("nemotron.ops.rms_norm.numba", "gated_rms_norm"),
         Backend("fused", gated_fused),
         Backend("reference", gated_reference),
     ],

@@ -7,7 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.device import row_blocks
-from nemotron.ops.registry import Backend, Operation, lazy, triton_backend
+from nemotron.ops.registry import Backend, Operation, numba_backend, triton_backend
 
 
 class SquaredReLUOp(Operation):
@@ -91,16 +91,7 @@ squared_relu = SquaredReLUOp(
             "nemotron.ops.squared_relu.triton",
             "squared_relu",
         ),
-        Backend(
-            "numba",
-            lazy("nemotron.ops.squared_relu.numba", "squared_relu"),
-            devices=frozenset({"cpu"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
-            packages=("numba",),
-            install="pip install numba",
-            imports=("nemotron.ops.jit.vectors",),
-            by_name=True,
-        ),
+        numba_backend("nemotron.ops.squared_relu.numba", "squared_relu"),
         Backend("blocked", blocked),
         Backend("reference", reference),
     ],

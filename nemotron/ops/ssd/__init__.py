@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.ops.registry import Backend, Operation, lazy, triton_backend
+from nemotron.ops.registry import Backend, Operation, numba_backend, triton_backend
 from nemotron.ops.ssd import chunked, mamba_ssm
 
 TRITON_SIZES = {16, 32, 64, 128}
@@ -19,10 +19,9 @@ def _triton_limit(head_size: int, state_size: int) -> str | None:
 
 
 def _numba_limit(head_size: int, state_size: int) -> str | None:
-    if head_size % 32 == 0 and state_size % 16 == 0:
+    if head_size % 16 == 0 and state_size % 16 == 0:
         return None
-    sizes = f"{head_size} and {state_size}"
-    return f"takes heads of multiples of 32 and states of multiples of 16, not {sizes}"
+    return f"takes heads and states of multiples of 16, not of {head_size} and {state_size}"
 
 
 class SSDOp(Operation):
@@ -98,16 +97,10 @@ ssd = SSDOp(
             limit=_triton_limit,
         ),
         mamba_ssm.backend,
-        Backend(
-            "numba",
-            lazy("nemotron.ops.ssd.numba", "ssd"),
-            devices=frozenset({"cpu"}),
-            dtypes=frozenset({torch.float32, torch.bfloat16}),
+        numba_backend(
+            "nemotron.ops.ssd.numba",
+            "ssd",
             features=frozenset({"documents", "initial_state", "final_state"}),
-            packages=("numba",),
-            install="pip install numba",
-            imports=("nemotron.ops.jit.vectors",),
-            by_name=True,
             limit=_numba_limit,
         ),
         chunked.float32_backend,

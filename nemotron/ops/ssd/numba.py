@@ -1,4 +1,4 @@
-"""The scan as the recurrence itself, by kernels for CPUs; the gradient recomputes states."""
+"""The scan in short chunks by kernels for CPUs; the state before each chunk is kept."""
 
 from typing import Any
 
@@ -21,16 +21,16 @@ class _Scan(torch.autograd.Function):
         B: Tensor,
         C: Tensor,
         D: Tensor,
-        state: Float[Tensor, "b H halves N lanes"],
+        state: Float[Tensor, "b H strips P lanes"],
         ids: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         found = kernels(MODULE, x.dtype)
         chunks = -(-x.shape[1] // found.CHUNK)
-        states = state.new_empty(*state.shape[:3], chunks, *state.shape[3:])
+        states = state.new_empty(*state.shape[:2], chunks, *state.shape[2:])
         last, y = state.clone(), torch.empty(x.shape, dtype=x.dtype)
-        values = _inputs(x, dt, A, B, C, D, ids, chunks, found.LANES)
-        room = scratch(2 * found.CHUNK * B.shape[3] + 2 * found.LANES)
-        values |= room | {"state": last, "states": states, "y": y}
+        values = _inputs(x, dt, A, B, C, D, ids, chunks)
+        values |= scratch(found.forward_numbers(x.shape[3], B.shape[3]))
+        values |= {"state": last, "states": states, "y": y}
         run(found.forward, found.CALL, x.dtype, values)
         ctx.save_for_backward(x, dt, A, B, C, D, ids, states)
         return y, last
@@ -42,10 +42,9 @@ class _Scan(torch.autograd.Function):
         dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype) for t in (x, B, C))
         dA, dD = torch.zeros(2, x.shape[0], x.shape[2], dtype=torch.float64)
         slope = dstate.clone(memory_format=torch.contiguous_format)
-        ddt, dy = torch.zeros_like(dt), _rows(dy)
-        N, lanes, chunk = B.shape[3], found.LANES, found.CHUNK
-        numbers = chunk * N * 4 + (chunk + 2) * N * lanes + (2 * chunk + 1) * lanes
-        values = _inputs(x, dt, A, B, C, D, ids, states.shape[3], lanes) | scratch(numbers)
+        ddt, dy = torch.empty_like(dt), _rows(dy)
+        values = _inputs(x, dt, A, B, C, D, ids, states.shape[2])
+        values |= scratch(found.backward_numbers(x.shape[3], B.shape[3]))
         values |= {"state": slope, "states": states, "dx": dx, "dB": dB, "dC": dC, "ddt": ddt}
         values |= {"dA": dA, "dD": dD, "dy": dy, "dy_row": dy.stride(0), "dy_token": dy.stride(1)}
         run(found.backward, found.CALL, x.dtype, values)
@@ -61,7 +60,6 @@ def _inputs(
     D: Tensor,
     ids: Tensor | None,
     chunks: int,
-    lanes: int,
 ) -> dict[str, Any]:
     rows, length, heads, head_size = x.shape
     values: dict[str, Any] = {"dt": dt, "A": A, "D": D, "ids": 0 if ids is None else ids}
@@ -69,8 +67,7 @@ def _inputs(
         values[name] = tensor
         values[f"{name}_row"], values[f"{name}_token"] = tensor.stride()[:2]
     values |= {"rows": rows, "length": length, "chunks": chunks, "heads": heads}
-    values |= {"groups": B.shape[2], "state_size": B.shape[3]}
-    return values | {"head_size": head_size, "halves": head_size // lanes}
+    return values | {"groups": B.shape[2], "head_size": head_size, "state_size": B.shape[3]}
 
 
 def _rows(t: Float[Tensor, "b T H P"]) -> Float[Tensor, "b T H P"]:
@@ -89,13 +86,13 @@ def ssd(
     initial_state: Float[Tensor, "B H P N"] | None,
     seq_idx: Int[Tensor, "B T"] | None,
 ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"]]:
-    """Scan token by token, in float32."""
+    """Scan chunk by chunk, in float32."""
     b, _, heads, P = x.shape
     N = B.shape[3]
     if initial_state is None:
         initial_state = torch.zeros(b, heads, P, N)
-    state = initial_state.float().unflatten(2, (-1, 32)).mT.contiguous()
+    state = initial_state.float().unflatten(3, (-1, 16)).transpose(2, 3).contiguous()
     ids = None if seq_idx is None else seq_idx.to(torch.int64).contiguous()
     inputs = (_rows(x), dt.contiguous(), A.contiguous(), _rows(B), _rows(C), D.contiguous())
     y, state = _Scan.apply(*inputs, state, ids)
-    return y, state.mT.flatten(2, 3)
+    return y, state.transpose(2, 3).flatten(3)

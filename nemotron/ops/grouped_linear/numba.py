@@ -1,0 +1,116 @@
+"""Products of rows by kernels for CPUs: in bfloat16 too, and as fast for small matrices."""
+
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron.ops.jit import matrices
+from nemotron.ops.jit.call import kernels, run, workspace
+from nemotron.ops.jit.matrices import ROWS, TALL, WIDE
+from nemotron.ops.jit.vectors import LANES
+
+MODULE = "nemotron.ops.grouped_linear.kernels"
+
+fill_up, strips_of = matrices.fill_up.py_func, matrices.strips_of.py_func
+
+
+class _GroupedLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        y = x.new_empty(x.shape[0], weight.shape[1])
+        ctx.save_for_backward(x, weight)
+        ctx.found = found = kernels(MODULE, x.dtype)
+        ctx.blocks = Blocks.of(counts)
+        sizes = Sizes.of(weight)
+        room = workspace(sizes.inner * ROWS + sizes.result, packed=sizes.matrices)
+        run(found.forward, found.CALL, x.dtype, _inputs(x, weight, ctx.blocks) | room | {"y": y})
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        (x, weight), found = ctx.saved_tensors, ctx.found
+        values: dict[str, Any] = {"dy": dy.contiguous()}
+        dx = dweight = None
+        if ctx.needs_input_grad[0]:
+            values["dx"] = dx = torch.empty_like(x)
+        if ctx.needs_input_grad[1]:
+            values["dweight"] = dweight = torch.empty(weight.shape)
+        sizes, rows = Sizes.of(weight), ctx.blocks.rows
+        room = workspace(
+            sizes.result,
+            packed=sizes.matrices,
+            slopes=rows * sizes.outer,
+            rows=rows * sizes.inner,
+        )
+        run(found.backward, found.CALL, x.dtype, _inputs(x, weight, ctx.blocks) | room | values)
+        return dx, None if dweight is None else dweight.to(weight.dtype), None
+
+
+def _inputs(x: Tensor, weight: Tensor, blocks: "Blocks") -> dict[str, Any]:
+    groups, outer, inner = weight.shape
+    sizes = {"groups": groups, "outer": outer, "inner": inner, "wide": weight.dtype != x.dtype}
+    return sizes | blocks.inputs() | {"x": x, "weight": weight}
+
+
+class Blocks(NamedTuple):
+    """The blocks of rows of all groups, as kernels take them."""
+
+    table: Int[Tensor, "blocks 4"]
+    bounds: Int[Tensor, " groups+1"]
+    """The first block of each group, and the number of blocks."""
+    rows: int
+    """Rows, filled up in each block."""
+
+    @classmethod
+    def of(cls, counts: list[int]) -> "Blocks":
+        """Return the blocks of groups with so many rows each."""
+        blocks, bounds, first, filled = [], [0], 0, 0
+        for group, count in enumerate(counts):
+            for row in range(0, count, ROWS):
+                rows = min(ROWS, count - row)
+                blocks.append((group, first + row, rows, filled))
+                filled += fill_up(rows)
+            first += count
+            bounds.append(len(blocks))
+        return cls(torch.tensor(blocks, dtype=torch.int64), torch.tensor(bounds), filled)
+
+    def inputs(self) -> dict[str, Any]:
+        """Return what every kernel takes of them, with new counters of units."""
+        counters = torch.zeros(3, dtype=torch.int64)
+        values = {"table": self.table, "bounds": self.bounds, "next": counters}
+        return {"blocks": len(self.table), **values}
+
+
+class Sizes(NamedTuple):
+    """Numbers that strips hold: of a row on either side, all matrices, and a block of a result."""
+
+    inner: int
+    outer: int
+    matrices: int
+    result: int
+
+    @classmethod
+    def of(cls, weight: Float[Tensor, "groups outer inner"]) -> "Sizes":
+        """Return those for a stack of matrices."""
+        outer, inner = (strips_of(size) * LANES for size in weight.shape[1:])
+        result = WIDE * LANES * max(ROWS, TALL * LANES)
+        return cls(inner, outer, weight.shape[0] * outer * inner, result)
+
+
+def grouped_linear(
+    x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
+) -> Float[Tensor, "R N"]:
+    """The reference's products in float32, each result rounded once."""
+    return _GroupedLinear.apply(x, weight, counts.tolist())
+
+
+def linear(x: Float[Tensor, "*batch K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "*batch N"]:
+    """The same with one matrix for all rows."""
+    rows = x.reshape(-1, x.shape[-1])
+    y = _GroupedLinear.apply(rows, weight.unsqueeze(0), [rows.shape[0]])
+    return y.view(*x.shape[:-1], weight.shape[0])

@@ -1,0 +1,83 @@
+"""Routed experts by kernels for CPUs: what is between the products does not leave the cache."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from nemotron.ops.grouped_linear.numba import Blocks, Sizes
+from nemotron.ops.jit.call import kernels, run, workspace
+from nemotron.ops.jit.matrices import ROWS
+
+MODULE = "nemotron.ops.grouped_mlp.kernels"
+
+
+class _GroupedMLP(torch.autograd.Function):
+    """Of what has the experts' width, only the rows before the activation are kept."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, counts: list[int]
+    ) -> Tensor:
+        x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
+        y, by = torch.empty_like(x), weights.float().contiguous()
+        ctx.found = found = kernels(MODULE, x.dtype)
+        ctx.blocks = Blocks.of(counts)
+        ctx.of_weights = weights.dtype
+        sizes = Sizes.of(up)
+        hidden = x.new_empty(ctx.blocks.rows, sizes.outer)
+        ctx.save_for_backward(x, by, up, down, hidden)
+        scratch = (sizes.inner + sizes.outer) * ROWS + sizes.result
+        room = workspace(scratch, ups=sizes.matrices, downs=sizes.matrices)
+        values = _inputs(x, by, up, down, hidden) | ctx.blocks.inputs() | {"y": y}
+        run(found.forward, found.CALL, x.dtype, values | room)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x, by, up, down, hidden), found = ctx.saved_tensors, ctx.found
+        dweights = torch.empty(by.shape)
+        values = _inputs(x, by, up, down, hidden) | ctx.blocks.inputs()
+        values |= {"dy": dy.contiguous(), "dweights": dweights}
+        wants_x, _, wants_up, wants_down, _ = ctx.needs_input_grad
+        dx = dup = ddown = None
+        if wants_x:
+            values["dx"] = dx = torch.empty_like(x)
+        if wants_up:
+            values["dup"] = dup = torch.empty(up.shape)
+        if wants_down:
+            values["ddown"] = ddown = torch.empty(down.shape)
+        sizes, rows = Sizes.of(up), ctx.blocks.rows
+        room = workspace(
+            sizes.result,
+            ups=sizes.matrices,
+            downs=sizes.matrices,
+            slopes=rows * sizes.inner,
+            rows=rows * sizes.inner,
+            inside=rows * sizes.outer,
+            activated=rows * sizes.outer,
+        )
+        run(found.backward, found.CALL, x.dtype, values | room)
+        dup, ddown = (d if d is None else d.to(up.dtype) for d in (dup, ddown))
+        return dx, dweights.to(ctx.of_weights), dup, ddown, None
+
+
+def _inputs(x: Tensor, by: Tensor, up: Tensor, down: Tensor, hidden: Tensor) -> dict[str, Any]:
+    groups, outer, inner = up.shape
+    sizes = {"groups": groups, "outer": outer, "inner": inner, "wide": up.dtype != x.dtype}
+    tensors = {"x": x, "weights": by, "up": up, "down": down, "hidden": hidden}
+    return sizes | tensors
+
+
+def grouped_mlp(
+    x: Float[Tensor, "R I"],
+    weights: Float[Tensor, "R 1"],
+    up: Float[Tensor, "E F I"],
+    down: Float[Tensor, "E I F"],
+    counts: Int[Tensor, " E"],
+) -> Float[Tensor, "R I"]:
+    """The three operations at once; what is between them is rounded as they round it."""
+    return _GroupedMLP.apply(x, weights, up, down, counts.tolist())
