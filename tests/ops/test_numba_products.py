@@ -85,6 +85,21 @@ def test_a_linear_layer_is_the_reference(dtype: torch.dtype):
     assert numba.linear(x[:, :0], weight).shape == (3, 0, 70)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_weights_of_another_dtype_are_converted_to_that_of_the_rows(dtype: torch.dtype):
+    x, weights, up, down, counts = draw_experts([20, 0, 130], 40, 24)
+    stored = up.to(dtype), down.to(dtype)
+    wide = stored[0].float(), stored[1].float()
+    same = results(numba.linear, [x, wide[0][0]])
+    found = results(numba.linear, [x, stored[0][0]])
+    assert all(map(torch.equal, found, [*same[:2], same[2].to(dtype)]))
+    same = results(mlp.grouped_mlp, [x, weights, *wide, counts])
+    for up, down in (stored, (stored[0], wide[1])):
+        found = results(mlp.grouped_mlp, [x, weights, up, down, counts])
+        kinds = [*[torch.float32] * 3, up.dtype, down.dtype]
+        assert all(torch.equal(f, s.to(k)) for f, s, k in zip(found, same, kinds, strict=True))
+
+
 def test_experts_whose_matrices_are_not_trained():
     x, weights, up, down, counts = draw_experts([20, 0, 130], 40, 24)
     whole = results(mlp.grouped_mlp, [x, weights, up, down, counts])

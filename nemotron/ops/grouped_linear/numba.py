@@ -102,15 +102,20 @@ class Sizes(NamedTuple):
         return cls(inner, outer, weight.shape[0] * outer * inner, result)
 
 
+def readable(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a weight as kernels read it: in float32, or in the dtype of the rows."""
+    return weight if weight.dtype == torch.float32 else weight.to(dtype)
+
+
 def grouped_linear(
     x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
 ) -> Float[Tensor, "R N"]:
     """The reference's products in float32, each result rounded once."""
-    return _GroupedLinear.apply(x, weight, counts.tolist())
+    return _GroupedLinear.apply(x, readable(weight, x.dtype), counts.tolist())
 
 
 def linear(x: Float[Tensor, "*batch K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "*batch N"]:
     """The same with one matrix for all rows."""
     rows = x.reshape(-1, x.shape[-1])
-    y = _GroupedLinear.apply(rows, weight.unsqueeze(0), [rows.shape[0]])
+    y = _GroupedLinear.apply(rows, readable(weight, x.dtype).unsqueeze(0), [rows.shape[0]])
     return y.view(*x.shape[:-1], weight.shape[0])

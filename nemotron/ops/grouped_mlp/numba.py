@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron.ops.grouped_linear.numba import Blocks, Sizes
+from nemotron.ops.grouped_linear.numba import Blocks, Sizes, readable
 from nemotron.ops.jit.call import kernels, run, workspace
 from nemotron.ops.jit.matrices import ROWS
 
@@ -80,4 +80,7 @@ def grouped_mlp(
     counts: Int[Tensor, " E"],
 ) -> Float[Tensor, "R I"]:
     """The three operations at once; what is between them is rounded as they round it."""
-    return _GroupedMLP.apply(x, weights, up, down, counts.tolist())
+    if up.dtype != down.dtype:
+        up, down = up.to(x.dtype), down.to(x.dtype)
+    matrices = readable(up, x.dtype), readable(down, x.dtype)
+    return _GroupedMLP.apply(x, weights, *matrices, counts.tolist())

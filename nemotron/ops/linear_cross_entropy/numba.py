@@ -7,7 +7,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron.ops.grouped_linear.numba import Blocks, Sizes
+from nemotron.ops.grouped_linear.numba import Blocks, Sizes, readable
 from nemotron.ops.jit.call import kernels, run, workspace
 from nemotron.ops.jit.matrices import ROWS
 from nemotron.ops.jit.vectors import LANES
@@ -102,6 +102,5 @@ def linear_cross_entropy(
     """
     if reduction == "none":
         return chunked(hidden, weight, labels, reduction, weights)
-    if weight.dtype != torch.float32:
-        weight = weight.to(hidden.dtype)
+    weight = readable(weight, hidden.dtype)
     return _SummedLoss.apply(hidden, weight, labels, weights, torch.is_grad_enabled())
