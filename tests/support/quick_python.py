@@ -76,14 +76,20 @@ def _serve(path: Path, ready: threading.Event) -> None:
 def _accept(events: selectors.BaseSelector, client: socket.socket) -> None:
     header, streams, _, _ = socket.recv_fds(client, 8, 3)
     data, size = b"", int.from_bytes(header, "big")
-    while len(data) < size:
-        data += client.recv(size - len(data))
+    while len(data) < size and (more := client.recv(size - len(data))):
+        data += more
+    if not data or len(data) < size:  # the program was killed before it had asked
+        for stream in streams:
+            os.close(stream)
+        client.close()
+        return
     if not (pid := os.fork()):
         _become(json.loads(data), streams)
     for stream in streams:
         os.close(stream)
     process = os.pidfd_open(pid)
-    client.sendall(str(pid).encode())
+    with contextlib.suppress(OSError):  # else `end` sees that the program was killed
+        client.sendall(str(pid).encode())
 
     def end() -> None:
         """Report how it ended, be it because its program was killed."""
