@@ -116,7 +116,8 @@ def backward(calls, thread, threads, kind):
             block = block_of(call, unit - (units - call.blocks))
             place = block.place * inner * ROW
             read_block(block, call.dy, call.inner, call.slopes + place, kind)
-            read_block(block, call.x, call.inner, call.rows + place, kind)
+            if call.dup:
+                read_block(block, call.x, call.inner, call.rows + place, kind)
     wait(call.counter, threads)
     while call.blocks > 0:
         unit = take(call.next + 8)

@@ -56,7 +56,7 @@ class _GroupedMLP(torch.autograd.Function):
             ups=sizes.matrices,
             downs=sizes.matrices,
             slopes=rows * sizes.inner,
-            rows=rows * sizes.inner,
+            rows=rows * sizes.inner if wants_up else 0,
             inside=rows * sizes.outer,
             activated=rows * sizes.outer,
         )
