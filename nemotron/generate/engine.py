@@ -24,8 +24,9 @@ from nemotron.generate.scheduler import Scheduler
 from nemotron.generate.selection import select
 from nemotron.generate.speculate import Speculation, Speculator
 from nemotron.generate.timing import Timing
-from nemotron.model.cache import BLOCK_SIZE, CachedRows
+from nemotron.model.cache import BLOCK_SIZE
 from nemotron.model.cache_formats import UNCHANGED, CacheFormats
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 
 MambaDecode = Literal["recurrent", "replay"]
@@ -344,7 +345,7 @@ class Engine:
                 keep_experts(found.experts, samples, starts)
             return found.logits
         if self._rows is None or self._rows.slots != slots:
-            self._rows = self.cache.rows(slots)
+            self._rows = CachedRows(self.cache, slots)
         tokens = torch.tensor(ids, device=self.cache.device)
         with recorded(self.model, on=has_experts) as record:
             hidden = extend(self.model, self._rows, tokens, only_last=self.speculator is None)

@@ -10,6 +10,7 @@ from torch import Tensor
 from nemotron.generate.branches import Leaf, Scored, Stem, Tokens, grow
 from nemotron.generate.forward import PIECE, extend, new_cache
 from nemotron.model.cache import Snapshot
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 
 ROWS = 16
@@ -100,7 +101,7 @@ class Scorer:
         """Read texts of one length after a state; return the states after them."""
         cache = self._cache
         slots = [cache.admit(state) for _ in texts]
-        rows = cache.rows(slots)
+        rows = CachedRows(cache, slots)
         for tokens in torch.tensor(texts, device=cache.device).split(PIECE, dim=1):
             extend(self.model, rows, tokens)
         states = [cache.snapshot(slot) for slot in slots]
@@ -115,7 +116,7 @@ class Scorer:
         """
         cache, longest = self._cache, len(begun[0].rest)
         slots = [cache.admit(one.state) for one in begun]
-        rows = cache.rows(slots)
+        rows = CachedRows(cache, slots)
         filled = [one.rest + (FILL,) * (longest - len(one.rest)) for one in begun]
         tokens = torch.tensor(filled, device=cache.device)
         for first in range(0, longest, PIECE):

@@ -12,7 +12,8 @@ from nemotron.generate.graphs import FixedRows
 from nemotron.generate.stacks import stack_ahead, stack_of
 from nemotron.model.adapter import Adapter
 from nemotron.model.ahead import SKIPPED, RowsAhead
-from nemotron.model.cache import Cache, CachedRows
+from nemotron.model.cache import Cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import KeyValues, MambaSlots, MambaState
 from nemotron.ops.registry import Call, Operation

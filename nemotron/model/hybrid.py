@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nemotron.model.ahead import RowsAhead
 from nemotron.model.block import Block
-from nemotron.model.cache import CachedRows
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.candidates import CandidateNet
 from nemotron.model.config import ModelConfig
 from nemotron.model.edit_heads import EditHeads
