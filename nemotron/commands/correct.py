@@ -54,7 +54,7 @@ def correct(
     overwrite: ReplaceFile = False,
     device: Device = "auto",
 ) -> int:
-    """Correct texts, of which a recognizer or a writer has offered candidates."""
+    """Correct texts for which a recognizer or a writer offers candidates."""
     from nemotron.exit_codes import DONE
     from nemotron.posttrain.correct.answers import Files, correct_file
     from nemotron.terminal import say

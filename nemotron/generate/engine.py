@@ -1,4 +1,4 @@
-"""The engine: requests come at any time, and every step brings one more token to many of them."""
+"""The engine: takes requests at any time, and adds a token to each of many answers in a step."""
 
 import itertools
 import time
@@ -172,7 +172,7 @@ class Engine:
             self._leave(sample)
 
     def step(self) -> list[Event]:
-        """Bring every answer that can go on one token further; return what happened."""
+        """Add a token to every answer that can continue; return what happened."""
         begin, (events, self._ended) = time.perf_counter(), (self._ended, [])
         admitted = [(sample, sample.logits) for sample in self.scheduler.admit()]
         known = [Scores([s], logits[None]) for s, logits in admitted if logits is not None]
@@ -257,7 +257,7 @@ class Engine:
             )
 
     def _decode(self) -> list[Scores]:
-        """Append the one token that is not yet read of each sample that lacks no more."""
+        """Read the last token of each sample of which only that one is not yet read."""
         if self.speculator is not None:
             return []
         samples = [sample for sample in self.scheduler.running if self._num_left(sample) == 1]
@@ -269,7 +269,7 @@ class Engine:
         return [self._append(samples, 1)]
 
     def _speculate(self) -> list[Event]:
-        """Bring every sample whose newest token alone is not yet read some tokens further."""
+        """Add tokens, by drafts, to every sample of which only the newest is not yet read."""
         if self.speculator is None:
             return []
         ready = [s for s in self.scheduler.running if s.answer.tokens and self._num_left(s) == 1]
@@ -316,7 +316,7 @@ class Engine:
         return pieces
 
     def _append(self, samples: list[Sample], size: int) -> Scores:
-        """Pass the next `size` tokens of each sample; return those that lack none, with logits."""
+        """Read the next `size` tokens of each sample; return those now read whole, with logits."""
         by_slot = {sample.slot: sample for sample in samples if sample.slot is not None}
         slots = sorted(by_slot)  # neighboring slots need no copies of their states
         samples = [by_slot[slot] for slot in slots]
@@ -408,7 +408,7 @@ class Engine:
         return len(sample.tokens) - self.cache.lengths[sample.slot]
 
     def _num_to_prefill(self, sample: Sample) -> int:
-        """Tokens of a sample that are read as a prompt is; the newest alone is left to decoding."""
+        """Tokens of a sample that are read like a prompt; decoding reads the newest one."""
         left = self._num_left(sample)
         if self.speculator is not None:  # also again: drafts follow the same token as before
             return left - bool(sample.answer.tokens)

@@ -11,7 +11,7 @@ from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import Choice, FirstRun, Router, Routing, RoutingStats
 
 FEW_TOKENS = 8
-"""Up to so many tokens pass their experts one by one; the experts read twice cost little yet."""
+"""Up to so many tokens pass their experts one by one; few experts are then read twice."""
 
 
 class ChosenExperts(nn.Module):
@@ -75,7 +75,7 @@ def _sum_rows(
 
 
 class FewTokensMoE(nn.Module):
-    """A mixture that treats a few tokens by themselves; with more it is computed as in training."""
+    """A mixture that passes a few tokens one by one; computes more as in training."""
 
     def __init__(self, moe: MoE) -> None:
         super().__init__()
@@ -127,7 +127,7 @@ class RouterStep(Router):
 
 
 class MoEStep(MoE):
-    """Reads the chosen experts alone where tokens are few; others are computed as in training."""
+    """Reads only the chosen experts if tokens are few; computes others as in training."""
 
     def __init__(self, moe: MoE) -> None:
         take_over(self, moe)

@@ -1,4 +1,4 @@
-"""Three ways to forget the last tokens of a pass, of which Mamba-2 states keep no trace."""
+"""Three ways to forget the last tokens of a pass, which Mamba-2 states cannot undo."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -30,7 +30,7 @@ class Rollback(Protocol):
 
 
 class Replay:
-    """`replay`: memory of the inputs alone, and a few operations in each Mamba-2 layer."""
+    """`replay`: keeps only the inputs, and adds a few operations in each Mamba-2 layer."""
 
     def __init__(self) -> None:
         self._rows: CachedRows | None = None
@@ -63,7 +63,7 @@ class Store:
 
 
 class Copy:
-    """`snapshot`: memory of one more state, and a second pass wherever a token is forgotten."""
+    """`snapshot`: keeps one more state, and passes a row again if it forgets a token."""
 
     def __init__(self) -> None:
         self._copies: list[list[Tensor]] = []

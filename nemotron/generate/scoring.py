@@ -34,7 +34,7 @@ class Score:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A text of which the first `at` tokens are read, after which the cache was as in `state`."""
+    """A text whose first `at` tokens are read; `state` is the cache after them."""
 
     leaf: Leaf
     at: int
@@ -158,7 +158,7 @@ class _Target:
 def _targets(
     begun: list[_Begun], texts: Sequence[Scored], first: int, length: int
 ) -> list[_Target]:
-    """Return what is needed of the calls' tokens from `first` on, of which there are `length`."""
+    """Return what is needed of the `length` tokens of the calls, from `first` on."""
     found = []
     for row, one in enumerate(begun):
         begin = one.at + first

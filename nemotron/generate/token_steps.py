@@ -159,7 +159,7 @@ def _suits(rows: CachedRows | RowsAhead, tokens: Int[Tensor, "B T"], dtype: torc
 
 
 def _step_of(rows: CachedRows, tokens: Int[Tensor, "B T"]) -> Step:
-    """Take the blocks that the tokens need, and say where everything lies."""
+    """Take the blocks that the tokens need, and return where everything is stored."""
     before = [rows.cache.lengths[slot] for slot in rows.slots]
     return Step(
         tokens.contiguous(),

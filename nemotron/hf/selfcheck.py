@@ -52,7 +52,7 @@ TEXTS = (
 
 
 class Failed(Exception):
-    """A check that did not hold; says what was found."""
+    """A check that failed; its text is what was found."""
 
 
 class NotComparable(Exception):

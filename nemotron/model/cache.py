@@ -1,4 +1,4 @@
-"""What a model remembers of several texts that are continued independently of each other."""
+"""The states of several texts, which a model continues independently of each other."""
 
 import heapq
 from collections.abc import Sequence
@@ -31,9 +31,9 @@ class Cache:
 
     Mamba-2 layers keep a state of fixed size for each slot; attention layers share `blocks` blocks
     of `block_size` tokens, so that memory follows the texts' lengths. Without `blocks` the memory
-    grows as needed. With `drafts`, there is also what the multi-token-prediction block remembers,
-    which then reads up to so many hidden states at once that it has not read. With `replay`,
-    Mamba-2 layers keep their inputs since the last end of a chunk.
+    grows as needed. With `drafts`, the multi-token-prediction block has keys and values, too, and
+    at most so many hidden states wait until it reads them. With `replay`, Mamba-2 layers keep their
+    inputs since the last end of a chunk.
     """
 
     def __init__(
@@ -119,7 +119,7 @@ class Cache:
         return len(self._free)
 
     def admit(self, snapshot: "Snapshot | None" = None) -> int:
-        """Return a slot for a new text: an empty one, or one that goes on from a snapshot."""
+        """Return a slot for a new text: an empty one, or one that continues a snapshot."""
         assert self._free, f"all {len(self.lengths)} slots of the cache are in use"
         slot = heapq.heappop(self._free)
         if snapshot is None:
@@ -135,7 +135,7 @@ class Cache:
         return slot
 
     def snapshot(self, slot: int) -> "Snapshot":
-        """Return what is remembered of a text now, for any number of texts that go on from it.
+        """Return the state of a text now, which any number of texts can continue.
 
         The states are copied, the blocks shared until `release`.
         """
