@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from nemotron.commands.quantization import FormatOptions
 from nemotron.commands.shared import (
     CommandGroup,
     Device,
@@ -14,15 +15,11 @@ from nemotron.commands.shared import (
     ReplaceFolder,
     refuse_without,
 )
-from nemotron.limits import MOST_ROWS
 from nemotron.merge.coefficients import EMA_DECAY
 
 app = CommandGroup()
 checkpoint_app = CommandGroup(help="Work on checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
-
-SCORE, SCORE_ROWS, COST = "fisher", 32, "weights"
-"""Of a search, by default."""
 
 
 class Layout(StrEnum):
@@ -140,7 +137,12 @@ def merge(
         if shape != "ema":
             refuse_without("--shape ema", {"ema_decay": ema_decay}, {"ema_decay": EMA_DECAY})
     choice = Choice(
-        last_tokens or (), last or (), step or (), check_shape(shape), ema_decay, search
+        last_tokens=last_tokens or (),
+        last=last or (),
+        steps=step or (),
+        shape=check_shape(shape),
+        ema_decay=ema_decay,
+        search=search,
     )
     return run_merge(run, out, choice, device=device, overwrite=overwrite)
 
@@ -148,55 +150,10 @@ def merge(
 @app.command(epilog="Example: nemotron quantize runs/tiny --preset super_nvfp4 --out small/tiny")
 def quantize(
     model: Model,
+    *,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     overrides: Overrides = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Formats by kind of layer, such as fp8 and super_nvfp4.")
-    ] = None,
-    bits: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, max=32.0, help="Search formats of so many bits a weight, in place of a preset."
-        ),
-    ] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option(help="Quantized folder whose formats and scales are taken, after QAD."),
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(help="Pattern of layers that stay in bfloat16; repeatable."),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="Scales of NVFP4 weights: max, mse or four_over_six; default: preset's."),
-    ] = None,
-    kv_cache: Annotated[
-        bool | None,
-        typer.Option(help="Write FP8 scales of keys and values; default: as the preset."),
-    ] = None,
-    rows: Annotated[
-        int, typer.Option(min=1, max=MOST_ROWS, help="Rows of text to calibrate on.")
-    ] = 128,
-    score: Annotated[
-        str, typer.Option(help="Sensitivity for --bits: fisher (one backward) or kl.")
-    ] = SCORE,
-    score_rows: Annotated[
-        int, typer.Option(min=1, max=MOST_ROWS, help="Rows of text for --bits.")
-    ] = SCORE_ROWS,
-    cost: Annotated[
-        str,
-        typer.Option(
-            help="Mean that --bits is: over weights, or active ones, of a token's experts."
-        ),
-    ] = COST,
-    inputs: Annotated[
-        str, typer.Option(help="Reach of the scales of inputs: max, percentile or mse.")
-    ] = "max",
-    every_expert: Annotated[
-        bool,
-        typer.Option("--every-expert", help="Calibrate every expert on all tokens, too."),
-    ] = False,
+    formats: FormatOptions,
     recipe: Annotated[
         Path | None,
         typer.Option(help="Recipe whose text is used; default: that of the model's run."),
@@ -210,30 +167,11 @@ def quantize(
 ) -> int:
     """Quantize a model to FP8 and NVFP4, and compare it with what it was on held-out text."""
     from nemotron.quantize.command import quantize as run_quantize
-    from nemotron.quantize.decide import Wanted
 
-    if bits is None:
-        searched = {"score": score, "score_rows": score_rows, "cost": cost}
-        defaults = {"score": SCORE, "score_rows": SCORE_ROWS, "cost": COST}
-        refuse_without("--bits", searched, defaults)
-    wanted = Wanted(
-        preset,
-        bits,
-        like,
-        keep or (),
-        weights,
-        kv_cache,
-        rows,
-        score,
-        score_rows,
-        cost,
-        inputs,
-        every_expert,
-    )
     return run_quantize(
         model,
         out,
-        wanted,
+        formats.read(),
         recipe=recipe,
         overrides=overrides or (),
         layout=layout.value,

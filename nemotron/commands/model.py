@@ -78,12 +78,12 @@ def generate(
     wanted = Continuation(
         sampling,
         max_new_tokens,
-        answers.stop or (),
-        ends,
-        answers.think_budget,
-        device,
-        decoding.speculation,
-        decoding.formats,
+        stop=answers.stop or (),
+        stop_ids=ends,
+        reasoning_budget=answers.think_budget,
+        device=device,
+        speculation=decoding.speculation,
+        formats=decoding.formats,
     )
     if prompts is not None:
         return generate_file(loaded, tokenizer, prompts, out, wanted, resume=resume)
@@ -127,7 +127,9 @@ def evaluate(
         raise UserError(rule, key="--language", value=language)
     if suites.resume and out is None:
         raise UserError("needs the folder to continue; give --out FOLDER.", key="--resume")
-    wanted = Wanted(suites.plan(), text, suites.against, out, suites.resume, device)
+    wanted = Wanted(
+        suites.plan(), text, against=suites.against, out=out, resume=suites.resume, device=device
+    )
     return evaluate_suites(model, wanted)
 
 
