@@ -116,6 +116,7 @@ def test_a_kernel_that_divides_by_zero_is_an_error(threads: int):
 
 
 @with_library
+@pytest.mark.slow
 def test_a_limit_on_threads_is_kept():
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     found = subprocess.run(
