@@ -90,7 +90,6 @@ def test_no_error_is_swallowed():
         "data/chat/render_worker.py",  # a template may raise anything; its answer says what
         "train/reliability/store.py",  # it goes to the thread that asked
         "sol/worker.py",  # it goes to the process that asked
-        "ops/jit/openmp.py",  # it goes to the caller of the threads
     }
     assert all(len(places) == 1 for places in found.values())
 

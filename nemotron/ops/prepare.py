@@ -28,7 +28,7 @@ OPERATIONS = (
 def prepare() -> None:
     """Compile what is not kept yet, for float32 and bfloat16."""
     for dtype in (torch.float32, torch.bfloat16):
-        compiled.kernels(str(dtype).removeprefix("torch."))
+        compiled.kernels(dtype)
         for operation in OPERATIONS:
             kernels(operation.MODULE, dtype)
 

@@ -1,26 +1,54 @@
 """Threads that do a compiled call together: PyTorch's own, or others where those are missing."""
 
+import ctypes
 import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 
-from nemotron.ops.jit import openmp, team
+pytest.importorskip("numba", reason="numba is not installed")
+
+from nemotron.ops.jit import native, openmp, team
 from nemotron.ops.jit.team import Team
 
 with_library = pytest.mark.skipif(
     openmp.parallel() is None, reason="this PyTorch has no OpenMP library of GNU's beside it"
 )
+CODE = ctypes.CFUNCTYPE(
+    ctypes.c_int32, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p
+)
+Work = Callable[[int, int, int], int | None]
 LIMITED = """
 import torch
+from ctypes import CFUNCTYPE, c_int32, c_int64, c_void_p, cast
 from nemotron.ops.jit.team import Team
 torch.set_num_threads(2)
-Team().run(lambda thread, threads: print(thread, threads))
+kind = CFUNCTYPE(c_int32, *[c_void_p] * 2, *[c_int64] * 3, c_void_p)
+code = kind(lambda *numbers: print(*numbers[3:5]) or 0)
+Team().run(cast(code, c_void_p).value, 0)
 """
+
+
+def address(code: object) -> int:
+    return int(ctypes.cast(code, ctypes.c_void_p).value or 0)
+
+
+@pytest.fixture
+def kernel():
+    """Makes code of functions of a record, a thread and how many there are, and their status."""
+    kept = []
+
+    def make(work: Work) -> int:
+        kept.append(CODE(lambda result, error, *numbers: work(*numbers[:3]) or 0))
+        return address(kept[-1])
+
+    return make
 
 
 @pytest.fixture(autouse=True)
@@ -38,11 +66,11 @@ def threads_of(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     return str(request.param)
 
 
-def test_every_thread_is_called_once_with_the_arguments(threads_of: str):
+def test_every_thread_is_called_once_with_the_record(threads_of: str, kernel):
     calls: Counter[tuple[int, ...]] = Counter()
-    together = Team()
+    together, count = Team(), kernel(lambda *numbers: calls.update([numbers]))
     for _ in range(50):
-        together.run(lambda *numbers: calls.update([numbers]), 7)
+        together.run(count, 7)
         if threads_of == "own":  # a kernel waits for the others itself
             while sum(calls.values()) % 2:
                 os.sched_yield()
@@ -50,11 +78,12 @@ def test_every_thread_is_called_once_with_the_arguments(threads_of: str):
 
 
 @with_library
-def test_calls_from_several_threads_take_turns():
+def test_calls_from_several_threads_take_turns(kernel):
     together, order = Team(), list[int]()
+    append = kernel(lambda record, thread, threads: order.append(record))
 
     def ask(call: int) -> None:
-        together.run(lambda thread, threads: order.append(call))
+        together.run(append, call)
 
     with ThreadPoolExecutor(4) as pool:
         list(pool.map(ask, range(200)))
@@ -63,17 +92,31 @@ def test_calls_from_several_threads_take_turns():
 
 
 @with_library
-def test_an_error_in_a_thread_reaches_the_caller():
+@pytest.mark.parametrize("failing", [0, 1])
+def test_a_kernel_that_fails_in_a_thread_is_an_error(kernel, failing: int):
+    fail = kernel(lambda record, thread, threads: int(thread == failing))
+    with pytest.raises(RuntimeError, match="a compiled kernel failed"):
+        Team().run(fail, 0)
 
-    def fail(thread: int, threads: int) -> None:
-        if thread == 1:
-            raise ValueError("in the second thread")
 
-    with pytest.raises(ValueError, match="in the second thread"):
-        Team().run(fail)
+@pytest.mark.parametrize("threads", [1, 2])
+def test_a_kernel_that_divides_by_zero_is_an_error(threads: int):
+    from numba import njit
+
+    from nemotron.ops.jit.scalars import items
+
+    @njit(nogil=True)
+    def divide(address, thread, threads, kind):
+        items(address, 1, np.int64)[0] //= thread - threads + 1
+
+    torch.set_num_threads(threads)
+    number = np.ones(1, dtype=np.int64)
+    with pytest.raises(RuntimeError, match="a compiled kernel failed"):
+        Team().run(native.address_of(divide, torch.float32), number.ctypes.data)
 
 
 @with_library
+@pytest.mark.slow
 def test_a_limit_on_threads_is_kept():
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1"}
     found = subprocess.run(
@@ -82,13 +125,14 @@ def test_a_limit_on_threads_is_kept():
     assert found.stdout == "0 1\n"
 
 
-def test_a_forked_process_has_threads_of_its_own():
-    together = Team()
-    together.run(lambda thread, threads: None)
+def test_a_forked_process_has_threads_of_its_own(kernel):
+    together, done = Team(), list[int]()
+    append = kernel(lambda record, thread, threads: done.append(thread))
+    together.run(append, 0)
     child = os.fork()
     if child == 0:  # PyTorch's threads are missing here, and waiting for them would never end
-        done: list[int] = []
-        together.run(lambda thread, threads: done.append(thread))
+        done.clear()
+        together.run(append, 0)
         while len(done) < 2:
             os.sched_yield()
         os._exit(0 if sorted(done) == [0, 1] else 1)

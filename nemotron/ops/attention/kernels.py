@@ -44,9 +44,9 @@ LN_2 = np.float32(math.log(2.0))
 
 
 @njit(nogil=True, cache=True)
-def forward(calls, thread, threads, kind):
+def forward(address, thread, threads, kind):
     """Fill y, float32, and for each column its highest score and the sum of powers."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     scratch = call.scratch + thread * call.scratch_size
     sides = call.sides
     first, last = share(sides * call.blocks, thread, threads)
@@ -148,9 +148,9 @@ def _forward(call, side, begin, scratch, kind):
 
 
 @njit(nogil=True, cache=True)
-def backward(calls, thread, threads, kind):
+def backward(address, thread, threads, kind):
     """Fill dq, dk and dv; `logs` are of the sums of powers, `inner` becomes dy · y."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     scratch = call.scratch + thread * call.scratch_size
     sides = call.rows * call.groups
     first, last = share(call.rows * call.groups * call.strips, thread, threads)

@@ -25,9 +25,9 @@ TOKENS = 128
 
 
 @njit(nogil=True, cache=True)
-def forward(calls, thread, threads, kind):
+def forward(address, thread, threads, kind):
     """Fill y."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     sums = call.scratch + thread * call.scratch_size
     first, last = share(call.rows * call.blocks, thread, threads)
     for unit in range(first, last):
@@ -94,9 +94,9 @@ def _early(address, call, row, source):
 
 
 @njit(nogil=True, cache=True)
-def backward(calls, thread, threads, kind):
+def backward(address, thread, threads, kind):
     """Fill dx, the state's gradient, and each unit's part of those of weight and bias."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     slopes = call.scratch + thread * call.scratch_size
     first, last = share(call.rows * call.blocks, thread, threads)
     for unit in range(first, last):

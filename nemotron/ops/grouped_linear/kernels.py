@@ -22,7 +22,7 @@ from nemotron.ops.jit.matrices import (
     turn,
     write_rows,
 )
-from nemotron.ops.jit.scalars import _pointer, floats, integers, item_size
+from nemotron.ops.jit.scalars import _pointer, floats, integers, item_size, items
 from nemotron.ops.jit.strips import ROW
 from nemotron.ops.jit.vectors import LANES
 
@@ -31,9 +31,9 @@ BLOCK = np.dtype([(name, np.int64) for name in ("group", "first", "rows", "place
 
 
 @njit(nogil=True, cache=True)
-def forward(calls, thread, threads, kind):
+def forward(address, thread, threads, kind):
     """Fill y: the rows of each group times the transpose of its matrix."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     scratch = call.scratch + thread * call.scratch_size
     depth, strips = strips_of(call.inner), strips_of(call.outer)
     units = call.groups * pieces(call.outer)
@@ -115,9 +115,9 @@ def _read_piece(call, weight, outer, inner, unit, target, step, kind):
 
 
 @njit(nogil=True, cache=True)
-def backward(calls, thread, threads, kind):
+def backward(address, thread, threads, kind):
     """Fill dx = dy W and dW = dyᵀ x, float32, where they have an address."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     scratch = call.scratch + thread * call.scratch_size
     inner, outer = strips_of(call.inner), strips_of(call.outer)
     matrices = call.groups * pieces(call.outer) if call.dx else 0

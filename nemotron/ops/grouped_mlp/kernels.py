@@ -32,15 +32,15 @@ from nemotron.ops.jit.lanes import (
     zeros,
 )
 from nemotron.ops.jit.matrices import ROWS, fill_up, multiply_block, strips_of
-from nemotron.ops.jit.scalars import floats, item_size
+from nemotron.ops.jit.scalars import floats, item_size, items
 from nemotron.ops.jit.strips import ROW
 from nemotron.ops.jit.vectors import LANES
 
 
 @njit(nogil=True, cache=True)
-def forward(calls, thread, threads, kind):
+def forward(address, thread, threads, kind):
     """Fill y and, as strips, the rows before the activation."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     scratch = call.scratch + thread * call.scratch_size
     inner, outer = strips_of(call.inner), strips_of(call.outer)
     ups = call.groups * pieces(call.outer)
@@ -97,9 +97,9 @@ def _weight(call, block, row):
 
 
 @njit(nogil=True, cache=True)
-def backward(calls, thread, threads, kind):
+def backward(address, thread, threads, kind):
     """Fill dx, dup, ddown and the gradient of the weights, the latter three in float32."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     scratch = call.scratch + thread * call.scratch_size
     inner = strips_of(call.inner)
     ups = call.groups * pieces(call.outer) if call.dx else 0

@@ -1,7 +1,6 @@
 """Calls of compiled kernels: one record of sizes and addresses, done by all threads together."""
 
 import functools
-from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -11,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.ops.jit import storage
+from nemotron.ops.jit.native import address_of
 from nemotron.ops.jit.team import Team
 
 FORMATS = frozenset({torch.float32, torch.bfloat16})
@@ -32,31 +32,19 @@ def kernels(module: str, dtype: torch.dtype) -> ModuleType:
     operation = module.split(".")[-2]
     mark = storage.announce(f"{operation}-{name}", f"kernels of {operation} in {name}", COMPILE_S)
     found = storage.load(module)
-    kind = kind_of(dtype)
     for kernel in found.KERNELS:
-        kernel(np.zeros(1, found.CALL), 0, 1, kind)
+        address_of(kernel, dtype)
     mark.touch()
     return found
 
 
-@functools.cache
-def kind_of(dtype: torch.dtype) -> Any:  # Any: a type of numpy, which numba understands
-    """Return what names a number format for a kernel."""
-    from nemotron.ops.jit.scalars import KINDS
-
-    return KINDS[str(dtype).removeprefix("torch.")]
-
-
-def run(
-    kernel: Callable[..., None], record: Any, dtype: torch.dtype, values: dict[str, Any]
-) -> None:
+def run(kernel: Any, record: Any, dtype: torch.dtype, values: dict[str, Any]) -> None:
     """Fill a record with numbers and the addresses of tensors, and run a kernel in every thread."""
     call = np.zeros(1, record)
     for name, value in values.items():
         call[name] = value.data_ptr() if isinstance(value, Tensor) else value
     call["counter"] = _team.counter
-    kind = kind_of(dtype)
-    _team.run(lambda thread, threads: kernel(call, thread, threads, kind))
+    _team.run(address_of(kernel, dtype), call.ctypes.data)
 
 
 def scratch(numbers: int) -> dict[str, Any]:

@@ -10,9 +10,10 @@ import functools
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
-_Work = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+from nemotron.ops.jit import native, storage
 
 
 @functools.cache
@@ -23,31 +24,27 @@ def _library() -> Path | None:
 
 
 @functools.cache
-def parallel() -> Callable[[Callable[[int, int], None], int], None] | None:
-    """Return what calls work(thread, threads) in that many threads, or None where it is missing.
+def parallel() -> Callable[[int, int, int], None] | None:
+    """Return what calls a kernel at an address, with a record, in that many threads, or None where
+    the library is missing.
 
-    There may be fewer threads than asked for, as where OMP_THREAD_LIMIT says so. The first error
-    in a thread is raised after all of them have ended.
+    There may be fewer threads than asked for, as where OMP_THREAD_LIMIT says so. A kernel that
+    fails in any thread is an error after all of them have ended. No thread waits for the
+    interpreter's lock, which would take longer than a small kernel.
     """
     path = _library()
     if path is None:
         return None
-    start = ctypes.CDLL(str(path)).GOMP_parallel  # without the interpreter's lock
-    start.argtypes, start.restype = [_Work, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint], None
-    locked = ctypes.PyDLL(str(path))
-    number, count = locked.omp_get_thread_num, locked.omp_get_num_threads
+    library = ctypes.CDLL(str(path))
+    start = library.GOMP_parallel
+    start.argtypes, start.restype = [ctypes.c_void_p] * 2 + [ctypes.c_uint] * 2, None
+    named = (library.omp_get_thread_num, library.omp_get_num_threads)
+    number, count = (ctypes.cast(function, ctypes.c_void_p).value for function in named)
+    enter = storage.load("nemotron.ops.jit.enter").enter.address
 
-    def run(work: Callable[[int, int], None], threads: int) -> None:
-        errors: list[BaseException] = []
-
-        def call(_: int | None) -> None:
-            try:
-                work(number(), count())
-            except BaseException as error:
-                errors.append(error)
-
-        start(_Work(call), None, threads, 0)
-        if errors:
-            raise errors[0]
+    def run(function: int, record: int, threads: int) -> None:
+        work = np.array([function, record, number, count, 0])
+        start(enter, work.ctypes.data, threads, 0)
+        native.check(work[4] == 0)
 
     return run

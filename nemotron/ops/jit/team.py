@@ -4,12 +4,12 @@ import os
 import queue
 import threading
 import weakref
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 
+from nemotron.ops.jit import native
 from nemotron.ops.jit.openmp import parallel
 
 _PROCESS = os.getpid()
@@ -19,9 +19,9 @@ _PROCESS = os.getpid()
 class Team:
     """As many threads as PyTorch uses: its own ones where they can be had.
 
-    A call takes a thread's number and how many there are as its last arguments, waits for all of
-    them before it returns, and releases the interpreter's lock. One call runs at a time. Elsewhere,
-    and in a forked process, where PyTorch's threads are missing, threads of its own wait for work.
+    A call is of a kernel, by its address and that of its record, which waits for all threads before
+    it returns. One call runs at a time, without the interpreter's lock. Elsewhere, and in a forked
+    process, where PyTorch's threads are missing, threads of its own wait for work.
     """
 
     def __init__(self) -> None:
@@ -36,27 +36,29 @@ class Team:
     def __deepcopy__(self, memo: object) -> "Team":
         return Team()
 
-    def run(self, function: Callable[..., None], *arguments: int) -> None:
-        """Call function(*arguments, thread, threads) in every thread."""
+    def run(self, function: int, record: int) -> None:
+        """Call a kernel in every thread.
+
+        Raises:
+            RuntimeError: when it fails in PyTorch's threads, or in the calling one.
+        """
         with self._lock:
             threads, run = torch.get_num_threads(), parallel()
             if threads == 1:
-                function(*arguments, 0, 1)
+                native.call(function, record, 0, 1)
             elif run is not None and os.getpid() == _PROCESS:
                 self._counter[0] = 0
-                run(lambda thread, threads: function(*arguments, thread, threads), threads)
+                run(function, record, threads)
             else:
-                self._run_in_own(function, arguments, threads)
+                self._run_in_own(function, record, threads)
 
-    def _run_in_own(
-        self, function: Callable[..., None], arguments: tuple[int, ...], threads: int
-    ) -> None:
+    def _run_in_own(self, function: int, record: int, threads: int) -> None:
         # only ever more: a thread may still have to see that the others came
         self._counter[0] += -self._counter[0] % threads
         self._hire(threads - 1)
         for thread, work in enumerate(self._queues[: threads - 1], 1):
-            work.put((function, (*arguments, thread, threads)))
-        function(*arguments, 0, threads)
+            work.put((function, record, thread, threads))
+        native.call(function, record, 0, threads)
 
     def _hire(self, count: int) -> None:
         if self._process != os.getpid():  # threads stay behind in a fork
@@ -71,9 +73,7 @@ class Team:
 
 def _work(work: queue.SimpleQueue[Any]) -> None:
     while (task := work.get()) is not None:
-        function, arguments = task
-        function(*arguments)
-        del task, function, arguments
+        native.call(*task)
 
 
 def _end(queues: list[queue.SimpleQueue[Any]]) -> None:

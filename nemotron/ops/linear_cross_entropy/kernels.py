@@ -34,16 +34,16 @@ from nemotron.ops.jit.matrices import (
     strips_of,
     write_rows,
 )
-from nemotron.ops.jit.scalars import doubles, floats, integers
+from nemotron.ops.jit.scalars import doubles, floats, integers, items
 from nemotron.ops.jit.softmax import exponentiate, raise_tops
 from nemotron.ops.jit.strips import ROW, multiply
 from nemotron.ops.jit.vectors import LANES
 
 
 @njit(nogil=True, cache=True)
-def compute_loss(calls, thread, threads, kind):
+def compute_loss(address, thread, threads, kind):
     """Fill the summed loss, and its gradients dx and dW, float32, where they have an address."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     scratch = call.scratch + thread * call.scratch_size
     matrices = pieces(call.vocab)
     units = matrices * (2 if call.dx else 1)

@@ -26,9 +26,9 @@ ONE = np.float32(1.0)
 
 
 @njit(nogil=True, cache=True)
-def forward(calls, thread, threads, kind):
+def forward(address, thread, threads, kind):
     """Fill y and the scale of each row."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     wide = call.scratch + thread * call.scratch_size
     first, last = share(call.rows, thread, threads)
     values, weight = floats(wide, call.size), floats(call.weight, call.size)
@@ -52,9 +52,9 @@ def _scale(values, size, eps):
 
 
 @njit(nogil=True, cache=True)
-def backward(calls, thread, threads, kind):
+def backward(address, thread, threads, kind):
     """Fill dx and each unit's part of the gain's gradient."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     unit_values = call.scratch + thread * call.scratch_size
     inner = unit_values + call.size * 4
     first, last = share(call.units, thread, threads)
@@ -85,9 +85,9 @@ def _retreat(call, row, unit_values, inner, part, kind):
 
 
 @njit(nogil=True, cache=True)
-def gated_forward(calls, thread, threads, kind):
+def gated_forward(address, thread, threads, kind):
     """Fill y and the scale of each row's groups; x is multiplied by silu(z) first."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     wide = call.scratch + thread * call.scratch_size
     first, last = share(call.rows, thread, threads)
     values, weight = floats(wide, call.size), floats(call.weight, call.size)
@@ -109,9 +109,9 @@ def gated_forward(calls, thread, threads, kind):
 
 
 @njit(nogil=True, cache=True)
-def gated_backward(calls, thread, threads, kind):
+def gated_backward(address, thread, threads, kind):
     """Fill dx, dz and each unit's part of the gain's gradient."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     scratch = call.scratch + thread * call.scratch_size
     first, last = share(call.units, thread, threads)
     for number in range(first, last):

@@ -11,9 +11,9 @@ ZERO, TWO = np.float32(0.0), np.float32(2.0)
 
 
 @njit(nogil=True, cache=True)
-def forward(calls, thread, threads, kind):
+def forward(address, thread, threads, kind):
     """Fill y = relu(x)² w."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     first, last = share(call.rows, thread, threads)
     for row in range(first, last):
         place = row * call.size * item_size(kind)
@@ -26,9 +26,9 @@ def forward(calls, thread, threads, kind):
 
 
 @njit(nogil=True, cache=True)
-def backward(calls, thread, threads, kind):
+def backward(address, thread, threads, kind):
     """Fill dx = 2 relu(x) w dy and dw = sum of relu(x)² dy."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     scratch = call.scratch + thread * call.scratch_size
     positives, slopes = floats(scratch, call.size), floats(scratch + call.size * 4, call.size)
     first, last = share(call.rows, thread, threads)

@@ -26,7 +26,7 @@ from nemotron.ops.jit.lanes import (
     write,
     zeros,
 )
-from nemotron.ops.jit.scalars import doubles, exp, expm1, floats, integers, item_size, share
+from nemotron.ops.jit.scalars import doubles, exp, expm1, floats, integers, item_size, items, share
 from nemotron.ops.jit.strips import ROW, multiply, multiply_transposed, scale_rows, transpose
 from nemotron.ops.jit.vectors import LANES
 
@@ -53,9 +53,9 @@ def backward_numbers(head_size, N):
 
 
 @njit(nogil=True, cache=True)
-def forward(calls, thread, threads, kind):
+def forward(address, thread, threads, kind):
     """Fill y and the states at the beginning of each chunk; `state` becomes the last one."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     begin, end = share(call.rows * call.groups, thread, threads)
     scratch = call.scratch + thread * call.scratch_size
     for unit in range(begin, end):
@@ -132,9 +132,9 @@ def _output(call, head, count, x, y, vectors, target, kind):
 
 
 @njit(nogil=True, cache=True)
-def backward(calls, thread, threads, kind):
+def backward(address, thread, threads, kind):
     """Fill dx, dB, dC and ddt, add up dA and dD; `state` goes back to the first one's gradient."""
-    call = calls[0]
+    call = items(address, 1, CALL)[0]
     begin, end = share(call.rows * call.groups, thread, threads)
     scratch = call.scratch + thread * call.scratch_size
     for unit in range(begin, end):

@@ -11,8 +11,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.jit import storage
+from nemotron.ops.jit.native import address_of
 from nemotron.ops.jit.team import Team
 from nemotron.ops.token_step.buffers import Rows, rounded
+from nemotron.ops.token_step.kernels import records
 from nemotron.ops.token_step.stack import (
     BLOCK,
     AttentionWeights,
@@ -29,16 +31,12 @@ COMPILE_S = 20
 
 
 @functools.cache
-def kernels(dtype: str) -> tuple[Any, Any]:
-    """Return the step and the product for a number format; compile or load them."""
-    mark = storage.announce(dtype, f"kernels for decoding in {dtype}", COMPILE_S)
+def kernels(dtype: torch.dtype) -> tuple[int, int]:
+    """Return the addresses of the step and the product for a number format."""
+    name = str(dtype).removeprefix("torch.")
+    mark = storage.announce(name, f"kernels for decoding in {name}", COMPILE_S)
     module = storage.load("nemotron.ops.token_step.kernels.run")
-    from nemotron.ops.token_step.kernels.records import CALL
-
-    run, multiply = module.RUN[dtype], module.MULTIPLY[dtype]
-    nothing = np.zeros(1, CALL)
-    run(nothing.ctypes.data, 0, 0, 0, 1)
-    multiply(*[0] * 11, 1)
+    run, multiply = address_of(module.run, dtype), address_of(module.multiply, dtype)
     mark.touch()
     return run, multiply
 
@@ -47,12 +45,9 @@ class Program:
     """A stack as a table of addresses, with buffers that grow with the largest call."""
 
     def __init__(self, stack: Stack) -> None:
-        self._run, _ = kernels(_name(stack.dtype))
-        from nemotron.ops.token_step.kernels import records
-
+        self._run, _ = kernels(stack.dtype)
         self._layers = np.zeros(len(stack.layers), records.LAYER)
         self._call = np.zeros(1, records.CALL)
-        self._where = (int(self._call.ctypes.data), int(self._layers.ctypes.data))
         self._numbers = self._call.view(np.int64)
         self._places = {name: place for place, name in enumerate(records.NUMBERS)}
         self._team, self._lock = Team(), threading.Lock()
@@ -127,9 +122,9 @@ class Program:
 
     def _run_layers(self, first: int, end: int, *, is_part: bool = False) -> None:
         self._set(is_part=is_part)
-        call, layers = self._where
-        layers += first * self._layers.itemsize
-        self._team.run(self._run, call, layers, end - first)
+        layers = self._layers.ctypes.data + first * self._layers.itemsize
+        self._set(layers=layers, num_layers=end - first)
+        self._team.run(self._run, self._call.ctypes.data)
 
     def _reach_last(self, step: Step) -> int:
         """Pass all tokens as far as something remembers them, and the last ones to the end.
@@ -345,28 +340,17 @@ _products = Team()
 
 def multiply(x: Float[Tensor, "*batch I"], matrix: Matrix) -> Float[Tensor, "*batch O"]:
     """Return x Wᵀ, each row as if it were alone."""
-    _, product = kernels(_name(matrix.blocks.dtype))
+    _, product = kernels(matrix.blocks.dtype)
     rows = x.reshape(-1, x.shape[-1]).float().contiguous()
     (count, size), width = rows.shape, matrix.num_blocks * BLOCK
     result = torch.empty(count, width)
     tables = torch.empty(2 * count * torch.get_num_threads(), dtype=torch.int64)
-    _products.run(
-        product,
-        rows.data_ptr(),
-        size * 4,
-        result.data_ptr(),
-        width * 4,
-        count,
-        tables.data_ptr(),
-        matrix.blocks.data_ptr(),
-        size,
-        matrix.num_blocks,
-        _products.counter,
-    )
+    call = np.zeros(1, records.PRODUCT)
+    call["x"], call["x_step"] = rows.data_ptr(), size * 4
+    call["y"], call["y_step"] = result.data_ptr(), width * 4
+    call["rows"], call["tables"] = count, tables.data_ptr()
+    call["weight"], call["inputs"] = matrix.blocks.data_ptr(), size
+    call["blocks"], call["counter"] = matrix.num_blocks, _products.counter
+    _products.run(product, call.ctypes.data)
     result = result if width == matrix.num_outputs else result[:, : matrix.num_outputs]
     return result.to(x.dtype).view(*x.shape[:-1], matrix.num_outputs)
-
-
-@functools.cache
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

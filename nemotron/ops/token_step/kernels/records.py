@@ -28,6 +28,7 @@ NUMBERS = (
     "is_part",  # whether further layers follow, and the last one only stores keys and values
     "kept",  # what would change the states of all Mamba-2 layers; 0: they change
     "chosen",  # the experts of all mixture layers
+    "layers", "num_layers",  # address of the records of those that are passed
 )  # fmt: skip
 """The int64 fields of a call, which come first."""
 
@@ -59,3 +60,13 @@ LAYER = np.dtype(
     + [(name, np.float32) for name in ("eps", "gate_eps", "smallest", "largest", "scaling")],
     align=True,
 )  # fmt: skip
+
+PRODUCT = np.dtype(
+    [
+        (name, np.int64)
+        for name in (
+            "x", "x_step", "y", "y_step", "rows", "tables", "weight", "inputs", "blocks", "counter"
+        )
+    ]
+)  # fmt: skip
+"""A product by itself: steps are bytes from a row to the next."""

@@ -1,6 +1,5 @@
 """A step through all layers: one call, in which threads wait for each other between the parts."""
 
-import numpy as np
 from numba import njit
 
 from nemotron.ops.jit.barrier import wait
@@ -22,10 +21,12 @@ from nemotron.ops.token_step.kernels.mamba import change_states, mix
 _MAMBA, _ATTENTION, _EXPERTS = records.MAMBA, records.ATTENTION, records.EXPERTS
 
 
-@njit
-def _run(call_address, layers_address, count, thread, threads, kind):
-    call = items(call_address, 1, records.CALL)[0]
-    layers = items(layers_address, count, records.LAYER)
+@njit(nogil=True, cache=True)
+def run(address, thread, threads, kind):
+    """Pass the tokens of a call through the layers, or change the states by what was kept."""
+    call = items(address, 1, records.CALL)[0]
+    count = call.num_layers
+    layers = items(call.layers, count, records.LAYER)
     is_part = call.is_part  # the next call may change it once the last thread has come
     if call.counts:
         for number in range(count):
@@ -97,53 +98,17 @@ def _mix(call, layer, stores, thread, threads, kind):
     )  # fmt: skip
 
 
-@njit
-def _multiply(
-    x, x_step, y, y_step, rows, tables, weight, count, blocks, counter, thread, threads, kind
-):
-    sources = tables + thread * rows * 16
+@njit(nogil=True, cache=True)
+def multiply(address, thread, threads, kind):
+    """y = x W for rows at equal steps of bytes; `tables` is memory, 16 bytes a row and thread."""
+    call = items(address, 1, records.PRODUCT)[0]
+    rows = call.rows
+    sources = call.tables + thread * rows * 16
     targets = sources + rows * 8
     xs, ys = integers(sources, rows), integers(targets, rows)
     for row in range(rows):
-        xs[row], ys[row] = x + row * x_step, y + row * y_step
-    linear(sources, targets, rows, weight, count, blocks, True, thread, threads, kind)
-    wait(counter, threads)
-
-
-# Numbers alone are passed, since numba looks up the type of anything else anew in each call.
-@njit(nogil=True, cache=True)
-def run_float32(call, layers, count, thread, threads):
-    """Pass the tokens of a call through the layers, or change the states by what was kept."""
-    _run(call, layers, count, thread, threads, np.float32)
-
-
-@njit(nogil=True, cache=True)
-def run_bfloat16(call, layers, count, thread, threads):
-    """As `run_float32`."""
-    _run(call, layers, count, thread, threads, np.uint16)
-
-
-@njit(nogil=True, cache=True)
-def multiply_float32(
-    x, x_step, y, y_step, rows, tables, weight, count, blocks, counter, thread, threads
-):
-    """y = x W for rows at equal steps of bytes; `tables` is memory, 16 bytes a row and thread."""
-    _multiply(
-        x, x_step, y, y_step, rows, tables, weight, count, blocks, counter, thread, threads,
-        np.float32,
-    )  # fmt: skip
-
-
-@njit(nogil=True, cache=True)
-def multiply_bfloat16(
-    x, x_step, y, y_step, rows, tables, weight, count, blocks, counter, thread, threads
-):
-    """As `multiply_float32`."""
-    _multiply(
-        x, x_step, y, y_step, rows, tables, weight, count, blocks, counter, thread, threads,
-        np.uint16,
-    )  # fmt: skip
-
-
-RUN = {"float32": run_float32, "bfloat16": run_bfloat16}
-MULTIPLY = {"float32": multiply_float32, "bfloat16": multiply_bfloat16}
+        xs[row], ys[row] = call.x + row * call.x_step, call.y + row * call.y_step
+    linear(
+        sources, targets, rows, call.weight, call.inputs, call.blocks, True, thread, threads, kind
+    )
+    wait(call.counter, threads)
