@@ -92,7 +92,7 @@ class Engine:
         mamba_decode: MambaDecode = "recurrent",
     ) -> None:
         is_exact = mamba_decode == "replay"
-        self._prepare = exact_view if is_exact else _as_it_is
+        self._prepare = exact_view if is_exact else _unchanged
         self.model, self.tokenizer = self._prepare(model), tokenizer
         self.stop = frozenset(stop)
         self.prefill_tokens, self._row_by_row = prefill_tokens, row_by_row
@@ -415,5 +415,5 @@ class Engine:
         return left if left > 1 else 0
 
 
-def _as_it_is(model: HybridLM) -> HybridLM:
+def _unchanged(model: HybridLM) -> HybridLM:
     return model

@@ -39,7 +39,7 @@ class ChosenExperts(nn.Module):
         self.up_bags, self.down_bags = (
             most * part.shape[1] for part in (self.up_rows, self.down_rows)
         )
-        # the same memory serves when many tokens come
+        # many tokens use the same memory
         for name, table in (("up_proj", self.up), ("down_proj", self.down)):
             parts = table.view(num_all, -1, table.shape[1])[:num_experts].mT
             setattr(experts, name, frozen(parts))
@@ -80,7 +80,7 @@ class FewTokensMoE(nn.Module):
     def __init__(self, moe: MoE) -> None:
         super().__init__()
         self.moe = moe
-        # the shared expert goes along with the others where it can
+        # the shared expert is one more routed one where its width allows that
         width = moe.experts.up_proj.shape[1]
         shared_width = moe.shared_experts.up_proj.weight.shape[0]
         self.includes_shared = moe.fc1_latent_proj is None and shared_width % width == 0

@@ -153,7 +153,7 @@ def accept_or_draw(
     drafts = drafts.unsqueeze(1)
     is_accepted = test.unsqueeze(1) * drafted_with.gather(1, drafts) < shares.gather(1, drafts)
     mass = (shares - drafted_with).clamp_(min=0).cumsum(-1)
-    # both are equal but for rounding, and yet the draft was refused
+    # the draft was refused although both are equal up to rounding
     mass = torch.where(mass[:, -1:] > 0, mass, shares.cumsum(-1))
     whole = mass[:, -1:].contiguous()
     place = torch.searchsorted(mass, uniform.double().unsqueeze(1) * whole, right=True)

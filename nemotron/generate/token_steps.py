@@ -86,7 +86,7 @@ class TokenSteps:
             tokens.contiguous(),
             torch.tensor(rows.slots),
             torch.tensor(rows.firsts),
-            # before the places, since memory for more blocks lies elsewhere
+            # before the places: memory for more blocks is allocated anew
             _tables(rows.cache, rows.slots, rows.firsts, tokens.shape[1]),
             _places_of(rows.cache.ahead.layers),
             hidden=hidden,
@@ -165,7 +165,7 @@ def _step_of(rows: CachedRows, tokens: Int[Tensor, "B T"]) -> Step:
         tokens.contiguous(),
         torch.tensor(rows.slots),
         torch.tensor(before),
-        # before the places, since memory for more blocks lies elsewhere
+        # before the places: memory for more blocks is allocated anew
         _tables(rows.cache, rows.slots, before, tokens.shape[1]),
         _places_of(rows.cache.layers),
         any(la.keeps_inputs for la in rows.layers if isinstance(la, MambaState)),
