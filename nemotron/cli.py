@@ -13,6 +13,7 @@ import typer.main
 
 from nemotron import __version__
 from nemotron.commands import (
+    conversion,
     correct,
     data,
     harness,
@@ -138,6 +139,7 @@ app.add_typer(data.app, name="data")
 app.add_typer(rl.app, name="rl")
 app.add_typer(machine.app)
 app.add_typer(model.app)
+app.add_typer(conversion.app)
 app.add_typer(harness.app)
 app.add_typer(correct.app)
 app.add_typer(report.app)

@@ -74,9 +74,9 @@ class BackgroundSaver:
 
 
 class HostMemory:
-    """Copies of tensors on the host; what comes from a GPU goes into memory that is kept.
+    """Copies of tensors on the host; those from a GPU reuse the same memory each time.
 
-    A GPU copies several times faster into pinned memory, which is dear to allocate.
+    A GPU copies several times faster into pinned memory, which is slow to allocate.
     """
 
     def __init__(self) -> None:

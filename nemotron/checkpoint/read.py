@@ -175,11 +175,6 @@ class SavedTensors:
         return None
 
 
-def load_tensors(info: CheckpointInfo, into: dict[str, Tensor]) -> None:
-    """Copy tensors of a checkpoint into the given ones, as `SavedTensors.load` does."""
-    SavedTensors(info).load(into)
-
-
 def read_model(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return configuration and weights of the newest whole checkpoint at `path`, on the CPU.
 

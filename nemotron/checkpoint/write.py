@@ -54,7 +54,7 @@ class Saved:
 
 
 def save(folder: Path, content: Content, keep: int, ranks: Ranks | None = None) -> Saved:
-    """Write `folder/step-XXXXXXXX` so that it is there completely or not at all.
+    """Write `folder/step-XXXXXXXX` so that it exists completely or not at all.
 
     Each rank writes a safetensors file with what it holds of the tensors; state and the model's
     configuration become JSON. Afterwards only the newest `keep` whole checkpoints remain.

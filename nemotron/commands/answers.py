@@ -48,7 +48,10 @@ class AnswerOptions:
         from nemotron.generate.sampling import Sampling
 
         return Sampling(
-            *(self.temperature, self.top_k, self.top_p, self.seed),
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            seed=self.seed,
             min_p=self.min_p,
             repetition_penalty=self.repeat_penalty,
         )

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemotron.commands.shared import CommandGroup, Device, Model
+from nemotron.commands.shared import CommandGroup, Device, Model, ReplaceFile
 
 if TYPE_CHECKING:
     from nemotron.posttrain.correct.answers import Corrects
@@ -51,10 +51,10 @@ def correct(
     max_bad_rows: Annotated[
         int, typer.Option(min=0, help="Lines that may be unreadable; they are left out.")
     ] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+    overwrite: ReplaceFile = False,
     device: Device = "auto",
 ) -> int:
-    """Correct texts, of which a recognizer or a writer has offered candidates."""
+    """Correct texts for which a recognizer or a writer offers candidates."""
     from nemotron.exit_codes import DONE
     from nemotron.posttrain.correct.answers import Files, correct_file
     from nemotron.terminal import say

@@ -1,5 +1,6 @@
 """Commands that prepare data and inspect it."""
 
+import functools
 import os
 import tempfile
 from pathlib import Path
@@ -7,34 +8,30 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemotron.commands.shared import CommandGroup, Overrides, RecipeFile
+from nemotron.commands import sentences
+from nemotron.commands.conversations import ConversationOptions
+from nemotron.commands.shared import (
+    CommandGroup,
+    Overrides,
+    RecipeFile,
+    ReplaceFile,
+    ReplaceFolder,
+)
+from nemotron.commands.sources import (
+    DataSetOptions,
+    MaxBadRows,
+    SpecialTokens,
+    TextColumn,
+    Tokenizer,
+    Workers,
+)
 from nemotron.limits import MOST_MIB
 
 if TYPE_CHECKING:
     from nemotron.data.loader import TrainingData
 
-RowSources = Annotated[
-    list[str],
-    typer.Argument(
-        help="Files, folders or patterns: JSON lines or parquet; of text, each line is a row.",
-        metavar="SOURCE...",
-    ),
-]
-MaxBadRows = Annotated[
-    int, typer.Option(min=0, help="Stop if there are more unreadable rows than this.")
-]
-
-OPTIONS_OF_CHATS = {
-    "messages_column": "--messages",
-    "tools_column": "--tools",
-    "enable_thinking": "--no-thinking",
-    "truncate_history_thinking": "--all-thinking",
-    "reasoning_off_rate": "--no-reasoning",
-    "reasoning_budget_rate": "--cut-reasoning",
-}
-"""Fields of `ChatOptions`, and the options that set them."""
-
 app = CommandGroup(help="Prepare data and inspect it before a run.", no_args_is_help=True)
+app.add_typer(sentences.app)
 
 
 @app.command(
@@ -50,12 +47,11 @@ def data_prepare(
             metavar="SOURCE...",
         ),
     ],
+    *,
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    tokenizer: Annotated[
-        str, typer.Option(help="The word embedded, a tokenizer.json, or its folder.")
-    ] = "embedded",
+    tokenizer: Tokenizer = "embedded",
     eod_token: Annotated[str, typer.Option(help="Token at the end of each document.")] = "</s>",
-    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    column: TextColumn = "text",
     filters: Annotated[
         list[str] | None,
         typer.Option(
@@ -72,45 +68,10 @@ def data_prepare(
             min=0, max=0.999, help="Share of documents held out for validation, chosen by hash."
         ),
     ] = 0.01,
-    chat: Annotated[
-        bool, typer.Option("--chat", help="Read rows as conversations with messages and tools.")
-    ] = False,
-    messages: Annotated[str, typer.Option(help="Column that holds the messages.")] = "messages",
-    tools: Annotated[str, typer.Option(help="Column that holds the tools.")] = "tools",
-    thinking: Annotated[bool, typer.Option(help="Keep the reasoning of conversations.")] = True,
-    all_thinking: Annotated[
-        bool, typer.Option("--all-thinking", help="Keep the reasoning of earlier turns as well.")
-    ] = False,
-    reasoning_off_rate: Annotated[
-        float,
-        typer.Option(
-            "--no-reasoning",
-            min=0,
-            max=1,
-            help="Share of conversations to write without reasoning.",
-        ),
-    ] = 0.0,
-    reasoning_budget_rate: Annotated[
-        float,
-        typer.Option(
-            "--cut-reasoning",
-            min=0,
-            max=1,
-            help="Share of conversations whose reasoning is cut off.",
-        ),
-    ] = 0.0,
-    subset: Annotated[str | None, typer.Option(help="Subset of an hf:// data set.")] = None,
-    split: Annotated[str, typer.Option(help="Split of an hf:// data set.")] = "train",
-    revision: Annotated[str | None, typer.Option(help="Revision of an hf:// data set.")] = None,
-    streaming: Annotated[
-        bool, typer.Option("--streaming", help="Read an hf:// data set without storing it.")
-    ] = False,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes; default: one per core.")
-    ] = None,
-    max_bad_rows: Annotated[
-        int, typer.Option(min=0, help="Stop if there are more unreadable rows than this.")
-    ] = 100,
+    conversations: ConversationOptions,
+    data_set: DataSetOptions,
+    workers: Workers = None,
+    max_bad_rows: MaxBadRows = 100,
     max_row_mib: Annotated[
         int,
         typer.Option(
@@ -119,31 +80,15 @@ def data_prepare(
             help="Longest row of JSON lines; a longer row counts as unreadable.",
         ),
     ] = 256,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
+    overwrite: ReplaceFolder = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Read the list of inputs and write nothing.")
     ] = False,
 ) -> int:
     """Turn text or conversations into token shards; repeat a stopped command to continue it."""
     from nemotron.data.prepare.command import prepare
-    from nemotron.data.prepare.options import ChatOptions, HubOptions, PrepareOptions
-    from nemotron.errors import UserError
+    from nemotron.data.prepare.options import PrepareOptions
 
-    if reasoning_off_rate + reasoning_budget_rate > 1:
-        raise UserError("exceed 1; lower one.", key="--no-reasoning and --cut-reasoning")
-    chats = ChatOptions(
-        messages_column=messages,
-        tools_column=tools,
-        enable_thinking=thinking,
-        truncate_history_thinking=not all_thinking,
-        reasoning_off_rate=reasoning_off_rate,
-        reasoning_budget_rate=reasoning_budget_rate,
-    )
-    changed = chats.model_dump(exclude_defaults=True)
-    if changed and not chat:
-        raise UserError(
-            "goes with --chat; give it, too.", key=OPTIONS_OF_CHATS[next(iter(changed))]
-        )
     options = PrepareOptions(
         column=column,
         filters=tuple(filters or ()),
@@ -151,8 +96,8 @@ def data_prepare(
         eod_token=eod_token,
         validation_fraction=hold_out,
         max_row_bytes=max_row_mib << 20,
-        hub=HubOptions(subset=subset, split=split, revision=revision, streaming=streaming),
-        chat=chats if chat else None,
+        hub=data_set.read(),
+        chat=conversations.read(),
     )
     return prepare(
         sources,
@@ -180,15 +125,12 @@ def data_tokenizer(
     ],
     out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
     vocab_size: Annotated[int, typer.Option(help="Number of ids, special tokens included.")],
-    special: Annotated[
-        list[str] | None,
-        typer.Option(help="Special token in addition to those of Nemotron 3; repeatable."),
-    ] = None,
-    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
+    special: SpecialTokens = None,
+    column: TextColumn = "text",
     sample_mib: Annotated[
         int, typer.Option(min=1, help="Most MiB of input to learn from, spread over all of it.")
     ] = 1024,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+    overwrite: ReplaceFile = False,
 ) -> int:
     """Train a byte-level BPE tokenizer on text."""
     from nemotron.data.prepare.learn_tokens import learn_tokenizer
@@ -200,225 +142,6 @@ def data_tokenizer(
         specials=special or (),
         column=column,
         sample_bytes=sample_mib << 20,
-        overwrite=overwrite,
-    )
-
-
-@app.command("demo", epilog="Example: nemotron data demo grammar --out data/demo")
-def data_demo(
-    kind: Annotated[
-        str,
-        typer.Argument(
-            help="grammar, a small made-up language; en, English verse; or yue, 112,000 Cantonese "
-            "sentences of the package pycantonese, and 1,500 with English words."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder in which text.jsonl is written.")],
-    number: Annotated[
-        int | None, typer.Option(min=1, help="Sentences; default: all, 5000 of the grammar.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Decides the sentences of the grammar.")] = 1,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file.")] = False,
-) -> int:
-    """Write sentences to try text correction on."""
-    from nemotron.data.codeswitch.demo import write_demo
-
-    return write_demo(kind, out, number=number, seed=seed, overwrite=overwrite)
-
-
-@app.command(
-    "characters",
-    epilog="Example: nemotron data characters data/demo/*.jsonl --out data/demo/tokenizer.json",
-)
-def data_characters(
-    sources: RowSources,
-    out: Annotated[Path, typer.Option(help="The tokenizer.json to write.")],
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Most ids, special tokens included; default: no limit.")
-    ] = None,
-    special: Annotated[
-        list[str] | None,
-        typer.Option(help="Special token in addition to those of Nemotron 3; repeatable."),
-    ] = None,
-    column: Annotated[str, typer.Option(help="Column that holds the text; pairs need none.")] = (
-        "text"
-    ),
-    max_bad_rows: MaxBadRows = 100,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
-) -> int:
-    """Make a tokenizer whose tokens are the characters of texts and pairs."""
-    from nemotron.data.rewrite.characters import learn_characters
-
-    return learn_characters(
-        sources,
-        out,
-        vocab_size=vocab_size,
-        special=special or (),
-        column=column,
-        max_bad_rows=max_bad_rows,
-        overwrite=overwrite,
-    )
-
-
-@app.command(
-    "noise",
-    epilog="Example: nemotron data noise data/demo/text.jsonl --language grammar --out pairs.jsonl",
-)
-def data_noise(
-    sources: RowSources,
-    out: Annotated[Path, typer.Option(help="JSON lines to write, a pair in each.")],
-    language: Annotated[
-        str, typer.Option(help="Whose sounds are confused: grammar, zh, yue, en or letters.")
-    ],
-    candidates: Annotated[
-        int, typer.Option(min=1, max=16, help="Candidates of each pair, the best one first.")
-    ] = 4,
-    rate: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the tokens that some candidate has wrong.")
-    ] = 0.2,
-    seed: Annotated[int, typer.Option(help="Decides the errors.")] = 1,
-    sounds: Annotated[
-        bool,
-        typer.Option("--sounds", help="Write the sounds of the text as the only candidate."),
-    ] = False,
-    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    max_bad_rows: MaxBadRows = 100,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
-) -> int:
-    """Make pairs for text correction: texts, and candidates with the errors of a recognizer."""
-    from nemotron.data.rewrite.noise import add_noise
-
-    return add_noise(
-        sources,
-        out,
-        language=language,
-        candidates=candidates,
-        rate=rate,
-        seed=seed,
-        sounds=sounds,
-        column=column,
-        max_bad_rows=max_bad_rows,
-        overwrite=overwrite,
-    )
-
-
-@app.command(
-    "pairs",
-    epilog="Example: nemotron data pairs pairs.jsonl --tokenizer data/demo --out data/pairs",
-)
-def data_pairs(
-    sources: RowSources,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    form: Annotated[
-        str,
-        typer.Option(
-            "--as", help="rows: aligned, for stage: correct; chat: conversations, for stage: sft."
-        ),
-    ] = "rows",
-    candidates: Annotated[
-        int, typer.Option(min=1, max=16, help="Candidates of every pair in the shards.")
-    ] = 4,
-    language: Annotated[
-        str | None,
-        typer.Option(
-            help="Whose sounds align tokens: grammar, zh, yue, en or letters; default: that of "
-            "each pair, else letters."
-        ),
-    ] = None,
-    tokenizer: Annotated[
-        str, typer.Option(help="The word embedded, a tokenizer.json, or its folder.")
-    ] = "embedded",
-    filters: Annotated[
-        list[str] | None,
-        typer.Option("--filter", help="Keep only rows that pass, such as 'language == yue'."),
-    ] = None,
-    hold_out: Annotated[
-        float,
-        typer.Option(
-            min=0, max=0.999, help="Share of pairs held out for validation, chosen by their target."
-        ),
-    ] = 0.01,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Number of processes; default: one per core.")
-    ] = None,
-    max_bad_rows: MaxBadRows = 100,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
-) -> int:
-    """Turn pairs into token shards; repeat a stopped command to continue it."""
-    from nemotron.data.prepare.command import prepare_pairs
-
-    return prepare_pairs(
-        sources,
-        out,
-        form=form,
-        candidates=candidates,
-        language=language,
-        tokenizer=tokenizer,
-        filters=filters or (),
-        hold_out=hold_out,
-        workers=workers,
-        max_bad_rows=max_bad_rows,
-        overwrite=overwrite,
-    )
-
-
-@app.command(
-    "codeswitch",
-    epilog="Example: nemotron data codeswitch text.jsonl --lexicon cedict --out cs.jsonl",
-)
-def data_codeswitch(
-    sources: RowSources,
-    out: Annotated[Path, typer.Option(help="JSON lines to write, a sentence in each.")],
-    mode: Annotated[
-        str,
-        typer.Option(
-            help="insert: replace words by the lexicon; parallel: mix texts with translations."
-        ),
-    ] = "insert",
-    lexicon: Annotated[
-        str | None,
-        typer.Option(help="Words, tabs and translations in a file, or cedict: CC-CEDICT."),
-    ] = None,
-    segment: Annotated[
-        str, typer.Option(help="How words are found: longest in the lexicon, or jieba.")
-    ] = "longest",
-    share: Annotated[
-        float, typer.Option(min=0.01, max=0.99, help="Share of the words to switch.")
-    ] = 0.2,
-    per_sentence: Annotated[
-        int, typer.Option(min=1, max=1000, help="Most sentences that are made of one.")
-    ] = 5,
-    spf: Annotated[
-        str,
-        typer.Option(
-            help="Mean and deviation of the share of places that switch, of which sentences like "
-            "those are kept; none: any."
-        ),
-    ] = "0.29,0.21",
-    languages: Annotated[
-        str, typer.Option(help="Names of both languages, first that of the text.")
-    ] = "zh,en",
-    column: Annotated[str, typer.Option(help="Column that holds the text.")] = "text",
-    translation: Annotated[
-        str, typer.Option(help="Column that holds the translation, for parallel.")
-    ] = "translation",
-    seed: Annotated[int, typer.Option(help="Decides what switches.")] = 1,
-    max_bad_rows: MaxBadRows = 100,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
-) -> int:
-    """Make text that switches between two languages, and measure how much it does."""
-    from nemotron.data.codeswitch.command import codeswitch, read_rule
-
-    return codeswitch(
-        sources,
-        out,
-        rule=read_rule(languages, share, per_sentence, spf),
-        mode=mode,
-        lexicon=lexicon,
-        segment=segment,
-        columns=(column, translation),
-        seed=seed,
-        max_bad_rows=max_bad_rows,
         overwrite=overwrite,
     )
 
@@ -459,31 +182,30 @@ def data_inspect(
     from nemotron.recipe.load import load_recipe
     from nemotron.recipe.shipped import names, path_of
 
+    show = functools.partial(
+        inspect, step=step, rows=rows, documents=documents, check=check, plots=plots
+    )
     is_there = any(os.path.exists(f"{target}{end}") for end in ("", ".bin", ".idx"))
     if not is_there and str(target) in names():
         target = path_of(str(target))
     if target.suffix in (".yaml", ".yml") or (target / "recipe.yaml").is_file():
         config = load_recipe(target, overrides or []).config
-        if isinstance(config, CorrectConfig):
-            from nemotron.posttrain.correct.inspect import inspect_recipe
+        if not isinstance(config, CorrectConfig):
+            return show(_recipe_data(target, overrides))
+        from nemotron.posttrain.correct.inspect import inspect_recipe
 
-            _refuse_plots(plots)
-            return inspect_recipe(config, step=step, rows=rows, documents=documents, check=check)
-        data = _recipe_data(target, overrides)
-    elif holds_pairs(target):
+        _refuse_plots(plots)
+        return inspect_recipe(config, step=step, rows=rows, documents=documents, check=check)
+    if holds_pairs(target):
         _refuse_plots(plots)
         return inspect_pairs(
             target, tokenizer=tokenizer, rows=rows, documents=documents, check=check
         )
-    else:
-        with tempfile.TemporaryDirectory() as cache:
-            data = open_path(
-                target, tokenizer=tokenizer, eod_token=eod_token, seq_len=seq_len, cache=cache
-            )
-            return inspect(
-                data, step=step, rows=rows, documents=documents, check=check, plots=plots
-            )
-    return inspect(data, step=step, rows=rows, documents=documents, check=check, plots=plots)
+    with tempfile.TemporaryDirectory() as cache:
+        data = open_path(
+            target, tokenizer=tokenizer, eod_token=eod_token, seq_len=seq_len, cache=cache
+        )
+        return show(data)
 
 
 @app.command("plan", epilog="Example: nemotron data plan recipes/tiny/pretrain.yaml")

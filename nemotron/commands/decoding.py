@@ -52,7 +52,7 @@ class DecodingOptions:
 
     @property
     def speculation(self) -> "Speculation | None":
-        """What the options say about speculative decoding.
+        """The settings of speculative decoding; None without it.
 
         Raises:
             UserError: when one is impossible, or has no effect.

@@ -1,4 +1,4 @@
-"""Commands that take a trained model: generate, check, convert."""
+"""Commands that use a trained model: generate, evaluate, compare decoding with training."""
 
 from enum import StrEnum
 from pathlib import Path
@@ -14,16 +14,11 @@ from nemotron.commands.shared import (
     Language,
     Model,
     Overrides,
-    refuse_without,
 )
 from nemotron.commands.suites import SuiteOptions
-from nemotron.limits import MOST_ROWS, MOST_TOKENS
-from nemotron.merge.coefficients import EMA_DECAY
+from nemotron.limits import MOST_TOKENS
 
 app = CommandGroup()
-
-SCORE, SCORE_ROWS, COST = "fisher", 32, "weights"
-"""Of a search, by default."""
 
 
 class MambaDecode(StrEnum):
@@ -31,17 +26,6 @@ class MambaDecode(StrEnum):
 
     recurrent = "recurrent"
     replay = "replay"
-
-
-class Layout(StrEnum):
-    """Layouts of quantized folders."""
-
-    modelopt = "modelopt"
-    compressed_tensors = "compressed-tensors"
-
-
-checkpoint_app = CommandGroup(help="Work on checkpoints.", no_args_is_help=True)
-app.add_typer(checkpoint_app, name="checkpoint")
 
 
 @app.command(epilog='Example: nemotron generate runs/tiny --prompt "def read("')
@@ -94,12 +78,12 @@ def generate(
     wanted = Continuation(
         sampling,
         max_new_tokens,
-        answers.stop or (),
-        ends,
-        answers.think_budget,
-        device,
-        decoding.speculation,
-        decoding.formats,
+        stop=answers.stop or (),
+        stop_ids=ends,
+        reasoning_budget=answers.think_budget,
+        device=device,
+        speculation=decoding.speculation,
+        formats=decoding.formats,
     )
     if prompts is not None:
         return generate_file(loaded, tokenizer, prompts, out, wanted, resume=resume)
@@ -143,7 +127,9 @@ def evaluate(
         raise UserError(rule, key="--language", value=language)
     if suites.resume and out is None:
         raise UserError("needs the folder to continue; give --out FOLDER.", key="--resume")
-    wanted = Wanted(suites.plan(), text, suites.against, out, suites.resume, device)
+    wanted = Wanted(
+        suites.plan(), text, against=suites.against, out=out, resume=suites.resume, device=device
+    )
     return evaluate_suites(model, wanted)
 
 
@@ -179,228 +165,3 @@ def check_parity(
 
     loaded = load(model, find_device(device), ops=recipe_ops(model))
     return report(loaded, length or (100, 1000), rows or (1, 8), new_tokens, mamba_decode.value)
-
-
-@app.command(epilog="Example: nemotron export runs/tiny --out exported/tiny")
-def export(
-    run: Annotated[
-        Path, typer.Argument(help="Run, checkpoint or exported folder, or OWNER/NAME of the Hub.")
-    ],
-    out: Annotated[Path | None, typer.Option(help="Folder to write; default: RUN/export.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
-    mamba_fp32: Annotated[
-        bool, typer.Option("--mamba-fp32", help="Write A_log, D and dt_bias in float32.")
-    ] = False,
-    adapter: Annotated[
-        bool, typer.Option("--adapter", help="Write the adapters alone, in the layout of PEFT.")
-    ] = False,
-    base: Annotated[
-        str | None, typer.Option(help="Model that PEFT attaches the adapters to (--adapter).")
-    ] = None,
-    trunk_only: Annotated[
-        bool,
-        typer.Option("--trunk-only", help="Leave out what joins candidates, and heads of edits."),
-    ] = False,
-    check: Annotated[bool, typer.Option(help="Run the self-check at the end.")] = True,
-    max_shard_gb: Annotated[
-        float, typer.Option(min=0.001, max=1e6, help="Largest file size, in 10^9 bytes.")
-    ] = 5.0,
-    push: Annotated[
-        str | None,
-        typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hub, with HF_TOKEN."),
-    ] = None,
-) -> int:
-    """Export a model to a Hugging Face folder, and check it in a fresh process."""
-    from nemotron.hf.export import export as run_export
-    from nemotron.hf.export import opened_as_run
-    from nemotron.hf.formats import MAMBA_FP32, RELEASED
-
-    if adapter:
-        from nemotron.hf.adapter import export_adapter
-
-        return export_adapter(run, out, base=base, overwrite=overwrite)
-    with opened_as_run(run, out, overwrite=overwrite) as place:
-        return run_export(
-            place,
-            out,
-            overwrite=overwrite,
-            formats=MAMBA_FP32 if mamba_fp32 else RELEASED,
-            check=check,
-            max_shard_bytes=int(max_shard_gb * 1e9),
-            push=push,
-            trunk_only=trunk_only,
-        )
-
-
-@app.command("import", epilog="Example: nemotron import exported/tiny --out runs/imported")
-def import_(
-    folder: Annotated[
-        Path,
-        typer.Argument(
-            help="Folder in Hugging Face's layout, or OWNER/NAME or OWNER/NAME@REVISION on the Hub."
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Run folder to write.")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
-) -> int:
-    """Import a Hugging Face folder as a run, to train it further or export it again."""
-    from nemotron.hf.import_ import import_ as run_import
-
-    return run_import(folder, out, overwrite=overwrite)
-
-
-@app.command(epilog="Example: nemotron merge runs/tiny --last-tokens 400e3 --out runs/merged")
-def merge(
-    run: Annotated[Path, typer.Argument(help="Folder of a run.")],
-    out: Annotated[Path, typer.Option(help="Run folder to write.")],
-    last_tokens: Annotated[
-        list[float] | None,
-        typer.Option(help="Average over this many last tokens; repeatable with --search."),
-    ] = None,
-    last: Annotated[
-        list[int] | None,
-        typer.Option(min=2, help="Average this many last checkpoints; repeatable with --search."),
-    ] = None,
-    step: Annotated[
-        list[int] | None, typer.Option(help="Step of a checkpoint to average; repeatable.")
-    ] = None,
-    shape: Annotated[
-        str | None,
-        typer.Option(
-            help="minus_sqrt, linear (as if the learning rate decayed), uniform or ema; "
-            "default: minus_sqrt, with --search all."
-        ),
-    ] = None,
-    ema_decay: Annotated[
-        float, typer.Option(help="Factor from a checkpoint to the one before it (shape ema).")
-    ] = EMA_DECAY,
-    search: Annotated[
-        bool, typer.Option("--search", help="Choose the window and shape by validation loss.")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
-    device: Annotated[str, typer.Option(help="One of auto, cpu and cuda (--search).")] = "auto",
-) -> int:
-    """Average checkpoints of a run into a new run; default: all that it kept."""
-    from nemotron.merge.command import Choice, check_shape
-    from nemotron.merge.command import merge as run_merge
-
-    if not search:
-        refuse_without("--search", {"device": device}, {"device": "auto"})
-        if shape != "ema":
-            refuse_without("--shape ema", {"ema_decay": ema_decay}, {"ema_decay": EMA_DECAY})
-    choice = Choice(
-        last_tokens or (), last or (), step or (), check_shape(shape), ema_decay, search
-    )
-    return run_merge(run, out, choice, device=device, overwrite=overwrite)
-
-
-@app.command(epilog="Example: nemotron quantize runs/tiny --preset super_nvfp4 --out small/tiny")
-def quantize(
-    model: Model,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
-    overrides: Overrides = None,
-    preset: Annotated[
-        str | None, typer.Option(help="Formats by kind of layer, such as fp8 and super_nvfp4.")
-    ] = None,
-    bits: Annotated[
-        float | None,
-        typer.Option(
-            min=0.0, max=32.0, help="Search formats of so many bits a weight, in place of a preset."
-        ),
-    ] = None,
-    like: Annotated[
-        Path | None,
-        typer.Option(help="Quantized folder whose formats and scales are taken, after QAD."),
-    ] = None,
-    keep: Annotated[
-        list[str] | None,
-        typer.Option(help="Pattern of layers that stay in bfloat16; repeatable."),
-    ] = None,
-    weights: Annotated[
-        str | None,
-        typer.Option(help="Scales of NVFP4 weights: max, mse or four_over_six; default: preset's."),
-    ] = None,
-    kv_cache: Annotated[
-        bool | None,
-        typer.Option(help="Write FP8 scales of keys and values; default: as the preset."),
-    ] = None,
-    rows: Annotated[
-        int, typer.Option(min=1, max=MOST_ROWS, help="Rows of text to calibrate on.")
-    ] = 128,
-    score: Annotated[
-        str, typer.Option(help="Sensitivity for --bits: fisher (one backward) or kl.")
-    ] = SCORE,
-    score_rows: Annotated[
-        int, typer.Option(min=1, max=MOST_ROWS, help="Rows of text for --bits.")
-    ] = SCORE_ROWS,
-    cost: Annotated[
-        str,
-        typer.Option(
-            help="Mean that --bits is: over weights, or active ones, of a token's experts."
-        ),
-    ] = COST,
-    inputs: Annotated[
-        str, typer.Option(help="Reach of the scales of inputs: max, percentile or mse.")
-    ] = "max",
-    every_expert: Annotated[
-        bool,
-        typer.Option("--every-expert", help="Calibrate every expert on all tokens, too."),
-    ] = False,
-    recipe: Annotated[
-        Path | None,
-        typer.Option(help="Recipe whose text is used; default: that of the model's run."),
-    ] = None,
-    layout: Annotated[
-        Layout, typer.Option(help="Names and scales on disk, by the tool whose readers want them.")
-    ] = Layout.modelopt,
-    check: Annotated[bool, typer.Option(help="Run the self-check at the end.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")] = False,
-    device: Device = "auto",
-) -> int:
-    """Quantize a model to FP8 and NVFP4, and compare it with what it was on held-out text."""
-    from nemotron.quantize.command import quantize as run_quantize
-    from nemotron.quantize.decide import Wanted
-
-    if bits is None:
-        searched = {"score": score, "score_rows": score_rows, "cost": cost}
-        defaults = {"score": SCORE, "score_rows": SCORE_ROWS, "cost": COST}
-        refuse_without("--bits", searched, defaults)
-    wanted = Wanted(
-        preset,
-        bits,
-        like,
-        keep or (),
-        weights,
-        kv_cache,
-        rows,
-        score,
-        score_rows,
-        cost,
-        inputs,
-        every_expert,
-    )
-    return run_quantize(
-        model,
-        out,
-        wanted,
-        recipe=recipe,
-        overrides=overrides or (),
-        layout=layout.value,
-        device=device,
-        overwrite=overwrite,
-        check=check,
-    )
-
-
-@checkpoint_app.command("convert", epilog="Example: nemotron checkpoint convert runs/tiny")
-def checkpoint_convert(
-    path: Annotated[Path, typer.Argument(help="Run, its checkpoints folder, or one checkpoint.")],
-    out: Annotated[
-        Path | None,
-        typer.Option(help="Folder for the new checkpoints; default: in place of the old ones."),
-    ] = None,
-) -> int:
-    """Convert checkpoints of the old format, which held pickles; nothing in them is executed."""
-    from nemotron.checkpoint.convert import convert
-
-    return convert(path, out)

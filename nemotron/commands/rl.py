@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from nemotron.commands.shared import CommandGroup, Overrides, RecipeFile
+from nemotron.commands.shared import CommandGroup, Overrides, RecipeFile, ReplaceFile
 from nemotron.limits import MOST_CHATS
 from nemotron.terminal import print_text
 
@@ -45,7 +45,7 @@ def rl_chats(
         float,
         typer.Option(min=0, max=0.99, help="Share of tasks left to evaluations, as in the recipe."),
     ] = 0.0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+    overwrite: ReplaceFile = False,
 ) -> int:
     """Write conversations in which tasks are answered, as data for fine-tuning."""
     from nemotron.data.rewrite.rows import check_file
@@ -80,7 +80,7 @@ def rl_pivots(
     max_reward: Annotated[
         float, typer.Option(min=0, max=1, help="Largest mean reward of a pivot.")
     ] = 1.0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")] = False,
+    overwrite: ReplaceFile = False,
 ) -> int:
     """Find turns of expert trajectories at which a model is sometimes right (PivotRL)."""
     from nemotron.data.rewrite.rows import check_file

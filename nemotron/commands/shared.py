@@ -155,6 +155,8 @@ Model = Annotated[
         help="Run, checkpoint, exported folder, or OWNER/NAME, with @REVISION or not, on the Hub."
     ),
 ]
+ReplaceFile = Annotated[bool, typer.Option("--overwrite", help="Replace the file OUT.")]
+ReplaceFolder = Annotated[bool, typer.Option("--overwrite", help="Replace the folder OUT.")]
 Device = Annotated[str, typer.Option(help="One of auto, cpu and cuda.")]
 Language = Annotated[
     str | None,

@@ -104,16 +104,16 @@ class SuiteOptions:
             rule = "is unknown; give auto, chat or text."
             raise UserError(rule, key="--prompt", value=self.prompt)
         return Plan(
-            tuple(self.suite or ()),
-            SuiteSettings(self.tasks or 64, self.samples, self.temperature, self.seed),
-            Asking(self.prompt, self.thinking, tuple(self.stop or ())),
-            self.max_new_tokens,
-            self.batch,
-            self.row_by_row,
-            tuple(self.budget or ()),
-            tuple(int(value) for value in _numbers("--lengths", self.lengths, whole=True)),
-            tuple(_numbers("--depths", self.depths, whole=False)),
-            self.tasks or RULER_ROWS,
+            suites=tuple(self.suite or ()),
+            settings=SuiteSettings(self.tasks or 64, self.samples, self.temperature, self.seed),
+            asking=Asking(self.prompt, self.thinking, tuple(self.stop or ())),
+            max_new_tokens=self.max_new_tokens,
+            slots=self.batch,
+            row_by_row=self.row_by_row,
+            budgets=tuple(self.budget or ()),
+            lengths=tuple(int(value) for value in _numbers("--lengths", self.lengths, whole=True)),
+            depths=tuple(_numbers("--depths", self.depths, whole=False)),
+            ruler_rows=self.tasks or RULER_ROWS,
         )
 
 

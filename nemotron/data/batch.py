@@ -77,7 +77,7 @@ class Batch:
         return replace(self, ahead=tuple(ahead))
 
     def to(self, device: torch.device | str) -> "Batch":
-        """Return the batch on another device; from pinned memory the copy goes on beside work."""
+        """Return the batch on another device; copies from pinned memory overlap with work."""
         return self.map(operator.methodcaller("to", device, non_blocking=True))
 
     def pin(self) -> "Batch":
@@ -143,7 +143,7 @@ class Batches(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:  # Any: nested JSON
-        """Return what a checkpoint must hold to go on after the last step that was taken."""
+        """Return what a checkpoint must hold to continue after the last step that was taken."""
         ...
 
     def restore(self, saved: Mapping[str, Any], step: int) -> None:

@@ -16,7 +16,7 @@ from nemotron.files import FULL, locked, sync_folder
 
 @contextmanager
 def held_cache(cache: Path) -> Iterator[None]:
-    """Hold a cache, waiting for whoever holds it.
+    """Lock a cache; wait while another process holds it.
 
     Raises:
         UserError: when it cannot be written.

@@ -47,7 +47,7 @@ def prepare_embedded(domain: str, config: DataConfig, tokenizer: Tokenizer) -> P
 
 
 def is_whole(folder: Path) -> bool:
-    """Say whether a prepared folder is there with all its files as its manifest has them."""
+    """Return whether a prepared folder has all files of its manifest, unchanged."""
     if not (folder / MANIFEST).exists():
         return False
     try:

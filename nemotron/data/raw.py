@@ -50,7 +50,7 @@ class TextSource:
 
     @property
     def is_prepared(self) -> bool:
-        """Whether the folder is there, with every file in its size."""
+        """Whether the folder exists, with every file in its size."""
         try:
             manifest = read_manifest(self.folder)
         except UserError:

@@ -130,32 +130,13 @@ def _examine(seat: Seat, timeout_s: float) -> int:
 
 
 def _meet(seat: Seat, timeout_s: float) -> dist.Store:
-    """Return the store at which every rank has been seen.
+    """Return the store after every rank has registered in it.
 
     Raises:
         NotMet: naming the ranks that did not come.
     """
-    own = platform.node()
-    serves = seat.rank == 0 and not seat.hosted
-    deadline = time.monotonic() + timeout_s
-    if not serves:
-        _wait_for_port(seat, deadline, timeout_s)
-    try:
-        store: dist.Store = dist.TCPStore(
-            seat.host,
-            seat.port,
-            is_master=serves,
-            timeout=timedelta(seconds=timeout_s),
-            wait_for_workers=False,
-        )
-    except RuntimeError as error:
-        if "EADDRINUSE" not in str(error):
-            raise
-        raise NotMet(
-            f"rank {seat.rank} on {own} cannot open port {seat.port}, which is in use; "
-            f"choose another MASTER_PORT, or look for a second process with RANK 0."
-        ) from None
-    store = dist.PrefixStore("doctor", store)
+    own, deadline = platform.node(), time.monotonic() + timeout_s
+    store = dist.PrefixStore("doctor", _open_store(seat, deadline, timeout_s))
     keys = [f"rank/{rank}" for rank in range(seat.world)]
     store.set(keys[seat.rank], own)
     count = store.add(f"count/{seat.rank}", 1)
@@ -169,8 +150,7 @@ def _meet(seat: Seat, timeout_s: float) -> dist.Store:
     arrived = [rank for rank, key in enumerate(keys) if store.check([key])]
     if len(arrived) == seat.world:
         return store
-    absent = sorted(set(range(seat.world)) - set(arrived))
-    # whoever keeps the store must not go before the others have read it
+    # the process that keeps the store must not end before the others have read it
     store.add("left", 1)
     while seat.rank == 0 and store.add("left", 0) < len(arrived):
         if time.monotonic() > deadline + GRACE_S:
@@ -179,13 +159,45 @@ def _meet(seat: Seat, timeout_s: float) -> dist.Store:
     if seat.rank != arrived[0]:
         raise NotMet
     hosts = {rank: store.get(keys[rank]).decode() for rank in arrived}
+    raise NotMet(_absence(hosts, seat.world, timeout_s))
+
+
+def _open_store(seat: Seat, deadline: float, timeout_s: float) -> dist.Store:
+    """Open the store at the meeting point: the first rank keeps it unless the launcher does.
+
+    Raises:
+        NotMet: when the port is taken, or nobody listens there in time.
+    """
+    serves = seat.rank == 0 and not seat.hosted
+    if not serves:
+        _wait_for_port(seat, deadline, timeout_s)
+    try:
+        return dist.TCPStore(
+            seat.host,
+            seat.port,
+            is_master=serves,
+            timeout=timedelta(seconds=timeout_s),
+            wait_for_workers=False,
+        )
+    except RuntimeError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise NotMet(
+            f"rank {seat.rank} on {platform.node()} cannot open port {seat.port}, which is in "
+            f"use; choose another MASTER_PORT, or look for a second process with RANK 0."
+        ) from None
+
+
+def _absence(hosts: dict[int, str], world: int, timeout_s: float) -> str:
+    """Return a sentence about the ranks that are absent; `hosts` are those of the others."""
+    absent = sorted(set(range(world)) - set(hosts))
     here = ", ".join(
-        f"{spell(rank for rank in arrived if hosts[rank] == host)} on {host}"
+        f"{spell(rank for rank in hosts if hosts[rank] == host)} on {host}"
         for host in dict.fromkeys(hosts.values())
     )
     ranks = "ranks" if len(absent) > 1 else "rank"
-    raise NotMet(
-        f"{ranks} {spell(absent)} of {seat.world} did not arrive within {timeout_s:g} s; "
+    return (
+        f"{ranks} {spell(absent)} of {world} did not arrive within {timeout_s:g} s; "
         f"those that did: {here}."
     )
 

@@ -1,4 +1,4 @@
-"""A finished model as it is evaluated: its weights, and how tasks are put to it."""
+"""A finished model to evaluate: its weights, and how it is asked to solve tasks."""
 
 from dataclasses import dataclass
 from pathlib import Path

@@ -13,7 +13,7 @@ LINE_EVERY_S = 10.0
 
 
 def answers_in_order(engine: Engine, requests: Sequence[Request]) -> Iterator[Answer]:
-    """Yield the answer to each request in turn, of which some are written at the same time."""
+    """Yield the answer to each request in turn; the engine writes several at a time."""
     slots = len(engine.cache.lengths)
     written: dict[int, int] = {}
     """Places of the requests that the engine works on, by the number that it gave them."""

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from nemotron.generate.module_copies import take_over
 from nemotron.model.moe import Experts, MoE
 from nemotron.model.router import Choice
 from nemotron.ops.token_step import TokenStepOp
@@ -68,8 +69,7 @@ class _DenseExperts(Experts):
     """Experts that are copied into the usual layout for each call."""
 
     def __init__(self, experts: Experts, up: Matrix, down: Matrix) -> None:
-        for name, value in vars(experts).items():
-            vars(self)[name] = value.copy() if isinstance(value, dict) else value
+        take_over(self, experts)
         del self._parameters["up_proj"], self._parameters["down_proj"]
         self._up, self._down = up, down
 

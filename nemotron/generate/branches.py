@@ -41,7 +41,7 @@ class Leaf:
 
 @dataclass
 class Stem:
-    """A beginning of `length` tokens, and the texts that go on from there."""
+    """A beginning of `length` tokens, and the texts that continue it."""
 
     length: int
     stems: list["Stem"] = field(default_factory=list)
@@ -78,7 +78,7 @@ def _leaves(texts: Sequence[Scored]) -> list[Leaf]:
 
 
 def _common(one: Leaf, other: Leaf) -> int:
-    """Return how many first tokens two texts have in common, none of which is scored."""
+    """Return the number of first tokens that two texts share and that neither scores."""
     most = min(one.own, other.own)
     if one.inputs[:most] == other.inputs[:most]:
         return most
@@ -87,7 +87,7 @@ def _common(one: Leaf, other: Leaf) -> int:
 
 
 def _stem(leaves: list[Leaf], shared: list[int], length: int, least: int) -> Stem:
-    """Return the stem of texts of which neighbors have `shared` first tokens in common."""
+    """Return the stem of texts whose neighbors share `shared` first tokens."""
     stem, first = Stem(length), 0
     for end in range(1, len(leaves) + 1):
         if end < len(leaves) and shared[end] >= length + least:

@@ -23,11 +23,11 @@ MEMORY = 0.95
 PRIOR = 3.0
 """Accepted drafts with which the estimate begins."""
 REST = 8
-"""Passes for which it is not asked again whether drafts pay."""
+"""Passes after which the engine checks again whether drafts pay."""
 TRIALS = 3
 """Passes of each kind that are measured before times decide."""
 TIMES = 9
-"""Newest times of each kind, of which the median counts."""
+"""Newest times of each kind whose median is used."""
 PLAIN_EVERY = 64
 """Passes with drafts after which one without is measured again."""
 TRY_EVERY = 32
@@ -147,7 +147,7 @@ class Times:
 
 
 class DraftLengths:
-    """Chooses the lengths of drafts, for all answers that go on in a pass.
+    """Chooses the lengths of drafts, for all answers that a pass continues.
 
     Drafts that change no answer are as long as the measured times make them pay. Where a drawn
     token depends on its draft, and a seed was given, times and neighbors must not matter: then the

@@ -44,7 +44,7 @@ class Drafter(Protocol):
 def predict_ahead(
     model: HybridLM, tokens: Int[Tensor, "B T"], hidden: Float[Tensor, "B T D"], rows: RowsAhead
 ) -> Float[Tensor, "B T D"]:
-    """Return the prediction block's hidden states for texts of a cache, which go on.
+    """Continue texts of a cache in the prediction block; return its hidden states.
 
     `hidden` are those of the tokens before `tokens`: the backbone's, or the block's own.
     """

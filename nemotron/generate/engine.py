@@ -1,4 +1,4 @@
-"""The engine: requests come at any time, and every step brings one more token to many of them."""
+"""The engine: takes requests at any time, and adds a token to each of many answers in a step."""
 
 import itertools
 import time
@@ -23,40 +23,16 @@ from nemotron.generate.sampling import Sampling, fresh_seed
 from nemotron.generate.scheduler import Scheduler
 from nemotron.generate.selection import select
 from nemotron.generate.speculate import Speculation, Speculator
-from nemotron.model.cache import BLOCK_SIZE, CachedRows
+from nemotron.generate.timing import Timing
+from nemotron.model.cache import BLOCK_SIZE
 from nemotron.model.cache_formats import UNCHANGED, CacheFormats
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 
 MambaDecode = Literal["recurrent", "replay"]
 
 SLOTS = 32
 """Answers that are written at the same time, unless another number is given."""
-
-
-@dataclass
-class Timing:
-    """Tokens and seconds of the two phases: reading the prompts, and writing after them."""
-
-    prompt_tokens: int = 0
-    prefill_s: float = 0.0
-    new_tokens: int = 0
-    """Of all answers, with the token that ends one."""
-    further_tokens: int = 0
-    """The new ones but the first of each answer, which comes out of the pass of its prompt."""
-    decode_s: float = 0.0
-    """Taken by the further tokens."""
-
-    def __str__(self) -> str:
-        read = self.prompt_tokens / max(self.prefill_s, 1e-9)
-        line = f"prompt {_tokens(self.prompt_tokens)}, {read:,.0f} tokens/s"
-        line += f"; new {_tokens(self.new_tokens)}"
-        if self.decode_s:
-            line += f", {self.further_tokens / self.decode_s:,.1f} tokens/s"
-        return line
-
-
-def _tokens(number: int) -> str:
-    return f"{number} token{'s' * (number != 1)}"
 
 
 @dataclass(frozen=True)
@@ -68,23 +44,33 @@ class Scores:
 
 
 class Engine:
-    """Continues prompts with one model; what an answer is does not depend on its neighbors.
+    """Continues prompts with one model; an answer does not depend on the others beside it.
 
-    `stop` are the tokens that end every answer. At most `slots` answers are written at a time. The
-    attention layers have `blocks` key-value blocks of `block_size` tokens, or as many as needed; if
-    they run out, the youngest answer waits and is read again later. A step reads at most
-    `prefill_tokens` tokens of prompts, in pieces of at most 512 tokens. With `common_pieces` these
-    have powers of two as lengths, and longer ones go first: prompts of many lengths then pass the
-    model together, which is faster for many prompts, and later for the first of them. With
-    `prefixes`, so many states after beginnings of texts are kept for texts that begin alike. Text
-    and stop strings need the `tokenizer`. With `row_by_row` every text passes the model by itself,
-    so that its answer is the same to the bit whatever others there are, as long as none of them
-    takes its blocks; this is slower. Steps of one token have `fixed_sizes` on a GPU, which captures
-    them as CUDA graphs. With `speculation` a step may bring several tokens of an answer. `formats`
-    are those of the cache. With `mamba_decode` "replay" the engine computes by the operations of
-    `exact_view`, and scans the newest chunk of a text again for each token: its probabilities are
-    to the bit those of one pass of `exact_view(model)` over the text. The model's weights must not
-    be packed.
+    - `model`: its weights must not be packed if `mamba_decode` is "replay".
+    - `stop`: tokens that end every answer.
+    - `prefill_tokens`: a step reads at most so many tokens of prompts, in pieces of at most 512.
+    - `tokenizer`: answers as text, and stop strings, need it.
+    - `slots`: at most so many answers are written at a time.
+    - `blocks`: number of blocks, of `block_size` tokens each, for the keys and values of attention
+      layers; default: as many as needed. If they run out, the youngest answer waits and is read
+      again later.
+    - `prefixes`: the engine keeps so many states after beginnings of texts, for texts that begin
+      alike.
+    - `row_by_row`: every text passes the model by itself. Its answer then has the same bits
+      whatever others there are, unless they take its blocks; this is slower.
+    - `common_pieces`: pieces of prompts have powers of two as lengths, and longer ones go first.
+      Prompts of many lengths then pass the model together, which is faster for many prompts, and
+      later for the first of them.
+    - `fixed_sizes`: steps of one token are captured as CUDA graphs; default: on a GPU, where
+      possible.
+    - `speculation`: a step may bring several tokens of an answer.
+    - `formats`: those of the cache.
+    - `mamba_decode`: with "replay", the engine computes by the operations of `exact_view` and scans
+      the newest chunk of a text again for each token. Its probabilities have the same bits as one
+      pass of `exact_view(model)` over the text.
+
+    Raises:
+        UserError: when the options exclude each other, or the model cannot make such drafts.
     """
 
     def __init__(
@@ -106,7 +92,7 @@ class Engine:
         mamba_decode: MambaDecode = "recurrent",
     ) -> None:
         is_exact = mamba_decode == "replay"
-        self._prepare = exact_view if is_exact else _as_it_is
+        self._prepare = exact_view if is_exact else _unchanged
         self.model, self.tokenizer = self._prepare(model), tokenizer
         self.stop = frozenset(stop)
         self.prefill_tokens, self._row_by_row = prefill_tokens, row_by_row
@@ -114,15 +100,15 @@ class Engine:
         self.version = 0
         """Of the weights, as `Answer.versions` names it."""
         self.timing = Timing()
-        if fixed_sizes is None:
-            is_cuda = model.backbone.embeddings.weight.device.type == "cuda"
-            is_plain = speculation is None and formats.state != "fp16_sr" and not is_exact
-            fixed_sizes = is_cuda and is_plain
         if is_exact and (speculation is not None or formats != UNCHANGED):
             raise UserError(
                 "mamba_decode = replay goes with neither speculation nor other formats of the "
                 "cache; leave them out."
             )
+        if fixed_sizes is None:
+            is_cuda = model.backbone.embeddings.weight.device.type == "cuda"
+            is_plain = speculation is None and formats.state != "fp16_sr" and not is_exact
+            fixed_sizes = is_cuda and is_plain
         assert not fixed_sizes or formats.state != "fp16_sr", "a graph does not know the step"
         assert not (fixed_sizes and speculation), "passes over drafts have many sizes"
         self._room, more = blocks, int(fixed_sizes)
@@ -186,7 +172,7 @@ class Engine:
             self._leave(sample)
 
     def step(self) -> list[Event]:
-        """Bring every answer that can go on one token further; return what happened."""
+        """Add a token to every answer that can continue; return what happened."""
         begin, (events, self._ended) = time.perf_counter(), (self._ended, [])
         admitted = [(sample, sample.logits) for sample in self.scheduler.admit()]
         known = [Scores([s], logits[None]) for s, logits in admitted if logits is not None]
@@ -271,7 +257,7 @@ class Engine:
             )
 
     def _decode(self) -> list[Scores]:
-        """Append the one token that is not yet read of each sample that lacks no more."""
+        """Read the last token of each sample of which only that one is not yet read."""
         if self.speculator is not None:
             return []
         samples = [sample for sample in self.scheduler.running if self._num_left(sample) == 1]
@@ -283,7 +269,7 @@ class Engine:
         return [self._append(samples, 1)]
 
     def _speculate(self) -> list[Event]:
-        """Bring every sample whose newest token alone is not yet read some tokens further."""
+        """Add tokens, by drafts, to every sample of which only the newest is not yet read."""
         if self.speculator is None:
             return []
         ready = [s for s in self.scheduler.running if s.answer.tokens and self._num_left(s) == 1]
@@ -330,30 +316,11 @@ class Engine:
         return pieces
 
     def _append(self, samples: list[Sample], size: int) -> Scores:
-        """Pass the next `size` tokens of each sample; return those that lack none, with logits."""
+        """Read the next `size` tokens of each sample; return those now read whole, with logits."""
         by_slot = {sample.slot: sample for sample in samples if sample.slot is not None}
         slots = sorted(by_slot)  # neighboring slots need no copies of their states
         samples = [by_slot[slot] for slot in slots]
-        starts = [self.cache.lengths[slot] for slot in slots]
-        ids = [s.tokens[at : at + size] for at, s in zip(starts, samples, strict=True)]
-        has_experts = any(sample.request.experts for sample in samples)
-        if self._steps is not None and size == 1:
-            first = [first for first, *_ in ids]
-            found = self._steps.append(self.model, slots, first, has_experts=has_experts)
-            logits = found.logits
-            if found.experts is not None:
-                keep_experts(found.experts, samples, starts)
-        else:
-            if self._rows is None or self._rows.slots != slots:
-                self._rows = self.cache.rows(slots)
-            tokens = torch.tensor(ids, device=self.cache.device)
-            with recorded(self.model, on=has_experts) as record:
-                hidden = extend(self.model, self._rows, tokens, only_last=self.speculator is None)
-            if record.layers:
-                keep_experts(record.experts(len(samples)), samples, starts)
-            if self.speculator is not None:
-                self.speculator.drafter.follow(self.model, samples, hidden)
-            logits = score(self.model, hidden)
+        logits = self._pass(samples, slots, size)
         for slot, sample, row in zip(slots, samples, logits, strict=True):
             length = self.cache.lengths[slot]
             if sample.followers and length == len(sample.tokens):
@@ -365,6 +332,28 @@ class Engine:
         if len(rows) == len(samples):
             return Scores(samples, logits)
         return Scores([samples[row] for row in rows], logits[rows])
+
+    def _pass(self, samples: list[Sample], slots: list[int], size: int) -> Float[Tensor, "B V"]:
+        """Pass the next `size` tokens of each sample through the model; return the last logits."""
+        starts = [self.cache.lengths[slot] for slot in slots]
+        ids = [s.tokens[at : at + size] for at, s in zip(starts, samples, strict=True)]
+        has_experts = any(sample.request.experts for sample in samples)
+        if self._steps is not None and size == 1:
+            first = [first for first, *_ in ids]
+            found = self._steps.append(self.model, slots, first, has_experts=has_experts)
+            if found.experts is not None:
+                keep_experts(found.experts, samples, starts)
+            return found.logits
+        if self._rows is None or self._rows.slots != slots:
+            self._rows = CachedRows(self.cache, slots)
+        tokens = torch.tensor(ids, device=self.cache.device)
+        with recorded(self.model, on=has_experts) as record:
+            hidden = extend(self.model, self._rows, tokens, only_last=self.speculator is None)
+        if record.layers:
+            keep_experts(record.experts(len(samples)), samples, starts)
+        if self.speculator is not None:
+            self.speculator.drafter.follow(self.model, samples, hidden)
+        return score(self.model, hidden)
 
     def _share(self, sample: Sample, logits: Float[Tensor, " V"]) -> None:
         """Let the other samples of a request begin after the prompt, which was just read."""
@@ -419,12 +408,12 @@ class Engine:
         return len(sample.tokens) - self.cache.lengths[sample.slot]
 
     def _num_to_prefill(self, sample: Sample) -> int:
-        """Tokens of a sample that are read as a prompt is; the newest alone is left to decoding."""
+        """Tokens of a sample that are read like a prompt; decoding reads the newest one."""
         left = self._num_left(sample)
         if self.speculator is not None:  # also again: drafts follow the same token as before
             return left - bool(sample.answer.tokens)
         return left if left > 1 else 0
 
 
-def _as_it_is(model: HybridLM) -> HybridLM:
+def _unchanged(model: HybridLM) -> HybridLM:
     return model

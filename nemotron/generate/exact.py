@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.generate.decode_layers import copy_modules, take_over
+from nemotron.generate.module_copies import copy_modules, take_over
 from nemotron.model import few_tokens
 from nemotron.model.attention import Attention
 from nemotron.model.hybrid import HybridLM
@@ -43,8 +43,8 @@ because the elements that are left over pass through other code."""
 def exact_view(model: HybridLM) -> HybridLM:
     """Return a model that has its parameters in common with `model`, with exact operations.
 
-    Slower than `model`. An engine whose cache replays (`Engine(replay=True)`) and a pass over whole
-    texts give the same bits with it.
+    It is slower than `model`. An engine whose cache replays (`Engine(mamba_decode="replay")`) and a
+    pass over whole texts give the same bits with it.
     """
     view = cast(HybridLM, copy_modules(model))
     for module in list(view.modules()):

@@ -6,8 +6,9 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from nemotron.model.cache import BLOCK_SIZE, Cache, CachedRows
+from nemotron.model.cache import BLOCK_SIZE, Cache
 from nemotron.model.cache_formats import UNCHANGED, CacheFormats
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 
 PIECE = 512
@@ -75,10 +76,10 @@ def read(
     for number, prompt in enumerate(prompts):
         by_length.setdefault(len(prompt), []).append(number)
     for numbers in by_length.values():
-        rows = cache.rows([slots[number] for number in numbers])
+        rows = CachedRows(cache, [slots[number] for number in numbers])
         ids = torch.tensor([list(prompts[number]) for number in numbers], device=cache.device)
         for tokens in ids.split(piece, dim=1):
             found = append(model, rows, tokens)
         for number, row in zip(numbers, found, strict=True):
             logits[number] = row
-    return cache.rows(slots), torch.stack(logits)
+    return CachedRows(cache, slots), torch.stack(logits)

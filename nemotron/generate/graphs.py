@@ -15,7 +15,8 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.generate.routing import recorded
-from nemotron.model.cache import Cache, CachedRows
+from nemotron.model.cache import Cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import AttentionState, MambaState, Places
 
@@ -66,7 +67,7 @@ class FixedRows(CachedRows):
         return self.numbers[:, :1]
 
     def begin(self, num_tokens: int) -> None:
-        """Read the rows' states, and say where keys and values lie."""
+        """Read the rows' states, and set where keys and values are stored."""
         assert num_tokens == 1, num_tokens
         longest = self.size.blocks * self.cache.block_size
         read = self.numbers[:, 4:].flatten()
@@ -78,11 +79,11 @@ class FixedRows(CachedRows):
                 layer.places = places
 
     def end(self, num_tokens: int) -> None:
-        """Leave the accounts to whoever repeats the call."""
+        """Count nothing: the caller that repeats the graph does."""
 
 
 class Steps:
-    """Appends one token to each of several texts of a cache, at sizes of which there are few.
+    """Appends one token to each of several texts of a cache, at a few fixed sizes.
 
     Takes a slot and a block of the cache for rows that only fill a step up.
     """

@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 class Guide(Protocol):
-    """Follows one answer, and says at each place which tokens may come next."""
+    """Follows one answer, and allows at each place some tokens to come next."""
 
     def restrict(self, logits: Float[Tensor, " V"]) -> None:
         """Set the logits (float32) of tokens that may not come next to -inf, in place."""

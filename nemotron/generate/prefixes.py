@@ -1,4 +1,4 @@
-"""States after the beginnings of texts, kept so that other texts can go on from them."""
+"""States after the beginnings of texts, stored so that other texts can continue them."""
 
 from array import array
 from collections import OrderedDict

@@ -19,7 +19,7 @@ Finish = Literal["stop", "length", "abort"]
 
 @dataclass(frozen=True)
 class Begun:
-    """The first tokens of an answer, as they were chosen before; the answer goes on after them."""
+    """The first tokens of an answer, chosen before; the answer continues them."""
 
     tokens: tuple[int, ...]
     forced: tuple[bool, ...]
@@ -134,7 +134,7 @@ class DraftedPass:
 
     num_drafts: int
     num_accepted: int
-    """Of the first ones, so many were what the answer goes on with; one more token follows them."""
+    """So many of the first ones were accepted; one more token follows them."""
 
 
 @dataclass
@@ -177,6 +177,6 @@ class Event:
     answer: Answer
     """The answer so far, with what else came in the same step; complete if it has a `finish`."""
     finish: Finish | None
-    """Why the answer ended with this event; None while it goes on."""
+    """Why the answer ended with this event; None if it continues."""
     place: int
     """Which token of the answer this is, counted from 0."""

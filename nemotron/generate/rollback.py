@@ -1,4 +1,4 @@
-"""Three ways to forget the last tokens of a pass, of which Mamba-2 states keep no trace."""
+"""Three ways to forget the last tokens of a pass, which Mamba-2 states cannot undo."""
 
 from collections.abc import Sequence
 from typing import Literal, Protocol
@@ -6,7 +6,8 @@ from typing import Literal, Protocol
 from jaxtyping import Int
 from torch import Tensor
 
-from nemotron.model.cache import Cache, CachedRows
+from nemotron.model.cache import Cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import slots_of
 
@@ -29,7 +30,7 @@ class Rollback(Protocol):
 
 
 class Replay:
-    """`replay`: memory of the inputs alone, and a few operations in each Mamba-2 layer."""
+    """`replay`: keeps only the inputs, and adds a few operations in each Mamba-2 layer."""
 
     def __init__(self) -> None:
         self._rows: CachedRows | None = None
@@ -37,7 +38,7 @@ class Replay:
     def rows(self, cache: Cache, slots: Sequence[int]) -> CachedRows:
         """As `Rollback.rows`."""
         if self._rows is None or self._rows.slots != slots:
-            self._rows = cache.rows(slots, keep="inputs")
+            self._rows = CachedRows(cache, slots, keep="inputs")
         return self._rows
 
     def keep_first(
@@ -52,7 +53,7 @@ class Store:
 
     def rows(self, cache: Cache, slots: Sequence[int]) -> CachedRows:
         """As `Rollback.rows`."""
-        return cache.rows(slots, keep="states")
+        return CachedRows(cache, slots, keep="states")
 
     def keep_first(
         self, model: HybridLM, rows: CachedRows, tokens: Int[Tensor, "B T"], counts: Sequence[int]
@@ -62,7 +63,7 @@ class Store:
 
 
 class Copy:
-    """`snapshot`: memory of one more state, and a second pass wherever a token is forgotten."""
+    """`snapshot`: keeps one more state, and passes a row again if it forgets a token."""
 
     def __init__(self) -> None:
         self._copies: list[list[Tensor]] = []
@@ -70,7 +71,7 @@ class Copy:
     def rows(self, cache: Cache, slots: Sequence[int]) -> CachedRows:
         """As `Rollback.rows`."""
         self._copies = cache.copies(slots_of(list(slots), cache.device))
-        return cache.rows(slots)
+        return CachedRows(cache, slots)
 
     def keep_first(
         self, model: HybridLM, rows: CachedRows, tokens: Int[Tensor, "B T"], counts: Sequence[int]
@@ -83,7 +84,7 @@ class Copy:
             before = [[kept[row : row + 1] for kept in layer] for layer in self._copies]
             cache.restore(slice(slot, slot + 1), before)
             cache.cut(slot, cache.lengths[slot] - num_tokens)
-            model(tokens[row : row + 1, :count], cache=cache.rows([slot]))
+            model(tokens[row : row + 1, :count], cache=CachedRows(cache, [slot]))
 
 
 WAYS: dict[Way, type[Rollback]] = {"replay": Replay, "store": Store, "snapshot": Copy}

@@ -84,7 +84,7 @@ class Sample:
 
     @property
     def uniform(self) -> float:
-        """The random number for the next token; it depends on the seed and the place alone."""
+        """The random number for the next token; it depends only on the seed and the place."""
         return self._uniforms[len(self.answer.tokens)]
 
     @property

@@ -96,7 +96,7 @@ class Drawn:
 def choose(
     logits: Float[Tensor, "B V"], sampling: Sampling, uniform: Float[Tensor, " B"] | None
 ) -> Choice:
-    """Choose one token a row; `uniform` in [0, 1) says where in the distribution to look.
+    """Choose one token for each row, at the quantile `uniform` in [0, 1) of its distribution.
 
     A row's token depends on that row alone, so it does not change with its neighbors.
     """
@@ -153,7 +153,7 @@ def accept_or_draw(
     drafts = drafts.unsqueeze(1)
     is_accepted = test.unsqueeze(1) * drafted_with.gather(1, drafts) < shares.gather(1, drafts)
     mass = (shares - drafted_with).clamp_(min=0).cumsum(-1)
-    # both are equal but for rounding, and yet the draft was refused
+    # the draft was refused although both are equal up to rounding
     mass = torch.where(mass[:, -1:] > 0, mass, shares.cumsum(-1))
     whole = mass[:, -1:].contiguous()
     place = torch.searchsorted(mass, uniform.double().unsqueeze(1) * whole, right=True)
@@ -223,7 +223,7 @@ def adjust(
 
 
 class Uniforms:
-    """The random numbers of one answer: number t follows from the seed and t alone."""
+    """The random numbers of one answer: number t depends only on the seed and t."""
 
     def __init__(self, seed: int) -> None:
         self._generator = torch.Generator().manual_seed(seed % 2**63)

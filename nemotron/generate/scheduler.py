@@ -1,4 +1,4 @@
-"""Who has a slot of the cache: samples wait in the order of arrival, and older ones go first."""
+"""Which samples have a slot of the cache: they wait in order of arrival, the oldest first."""
 
 import bisect
 
@@ -45,7 +45,7 @@ class Scheduler:
         return [sample for sample in samples if sample.slot is not None]
 
     def leave(self, sample: Sample) -> None:
-        """Take a sample out, wherever it is."""
+        """Remove a sample, whether it runs or waits."""
         if sample.slot is not None:
             self.running.remove(sample)
             self._cache.free(sample.slot)

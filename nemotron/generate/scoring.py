@@ -10,6 +10,7 @@ from torch import Tensor
 from nemotron.generate.branches import Leaf, Scored, Stem, Tokens, grow
 from nemotron.generate.forward import PIECE, extend, new_cache
 from nemotron.model.cache import Snapshot
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 
 ROWS = 16
@@ -33,7 +34,7 @@ class Score:
 
 @dataclass(frozen=True)
 class _Begun:
-    """A text of which the first `at` tokens are read, after which the cache was as in `state`."""
+    """A text whose first `at` tokens are read; `state` is the cache after them."""
 
     leaf: Leaf
     at: int
@@ -100,7 +101,7 @@ class Scorer:
         """Read texts of one length after a state; return the states after them."""
         cache = self._cache
         slots = [cache.admit(state) for _ in texts]
-        rows = cache.rows(slots)
+        rows = CachedRows(cache, slots)
         for tokens in torch.tensor(texts, device=cache.device).split(PIECE, dim=1):
             extend(self.model, rows, tokens)
         states = [cache.snapshot(slot) for slot in slots]
@@ -115,7 +116,7 @@ class Scorer:
         """
         cache, longest = self._cache, len(begun[0].rest)
         slots = [cache.admit(one.state) for one in begun]
-        rows = cache.rows(slots)
+        rows = CachedRows(cache, slots)
         filled = [one.rest + (FILL,) * (longest - len(one.rest)) for one in begun]
         tokens = torch.tensor(filled, device=cache.device)
         for first in range(0, longest, PIECE):
@@ -157,7 +158,7 @@ class _Target:
 def _targets(
     begun: list[_Begun], texts: Sequence[Scored], first: int, length: int
 ) -> list[_Target]:
-    """Return what is needed of the calls' tokens from `first` on, of which there are `length`."""
+    """Return what is needed of the `length` tokens of the calls, from `first` on."""
     found = []
     for row, one in enumerate(begun):
         begin = one.at + first

@@ -18,7 +18,8 @@ from nemotron.generate.rollback import WAYS, Way
 from nemotron.generate.routing import keep_experts, recorded
 from nemotron.generate.sample import Sample
 from nemotron.generate.selection import Draft, select
-from nemotron.model.cache import Cache, CachedRows
+from nemotron.model.cache import Cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 
@@ -175,7 +176,7 @@ class Speculator:
         if has_drafts:
             return self._rollback.rows(self._cache, slots)
         if self._plain is None or self._plain.slots != slots:
-            self._plain = self._cache.rows(slots)
+            self._plain = CachedRows(self._cache, slots)
         return self._plain
 
     def _tokens(

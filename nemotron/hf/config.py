@@ -239,7 +239,10 @@ def check_readable(config: ModelConfig, where: str = "") -> None:
 
 
 class _Reader:
-    """One `config.json` being read: its values, its name in messages, what was passed over."""
+    """One `config.json` that is read: its values, its name in messages, notes about ignored keys.
+
+    The methods raise a `UserError` that names file and key when a value is impossible.
+    """
 
     def __init__(self, values: Values, where: str) -> None:
         self.values, self.where = values, where
@@ -255,7 +258,7 @@ class _Reader:
         return UserError(f"{rule}.", key=key, value=self.values.get(key), where=self.where)
 
     def pattern(self, string_key: str, list_key: str) -> str | None:
-        """Return the layer letters from whichever form is there; both must agree."""
+        """Return the layer letters from the form that the file has; two forms must agree."""
         string, kinds = self.values.get(string_key), self.values.get(list_key)
         if not isinstance(string, str | None):
             raise self.refuse(string_key, "must be a text of layer letters")
@@ -279,7 +282,7 @@ class _Reader:
                 raise self.refuse(key, f"is not supported; the model has only {show_value(value)}")
 
     def dimensions(self, kinds: str) -> Values:
-        """Return the copied keys; those without a safe default must be there."""
+        """Return the copied keys; the file must have those without a safe default."""
         needed = ["vocab_size", "hidden_size"]
         if "M" in kinds:
             needed += MAMBA[: MAMBA.index("use_conv_bias")]
@@ -318,7 +321,7 @@ class _Reader:
         return low, math.inf if high >= NO_LIMIT else high
 
     def eos_token_id(self) -> int:
-        """Return the end-of-text token; chat models list several, of which this is the first."""
+        """Return the end-of-text token, the first one if the file lists several."""
         eos = self.values.get("eos_token_id", 2)
         self.ends = eos if isinstance(eos, list) and eos else [eos]
         if not all(type(end) is int for end in self.ends):
@@ -339,7 +342,7 @@ class _Reader:
             raise UserError(rule, key=key, value=first["input"], where=self.where) from None
 
     def note_unknown_keys(self) -> None:
-        """Say which keys mean nothing to us; remote code gets a sentence of its own."""
+        """Note which keys are ignored; remote code gets a sentence of its own."""
         if "auto_map" in self.values:
             self.notes.append("auto_map names remote code, which was ignored and not executed")
         known = {*to_hf_keys(), *UNUSED, *OLDER_KEYS, *EPSILONS, "auto_map"}

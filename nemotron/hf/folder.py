@@ -148,7 +148,7 @@ def _tie(folder: Path, weights: dict[str, Tensor]) -> None:
 
 
 def _is_left_out(parameter: DiskParameter, stored: ShardedFolder) -> bool:
-    """Say whether the parameter is a head of which the folder has no copy."""
+    """Return whether the parameter is a head that the folder does not hold separately."""
     return parameter.name == TIED_HEAD and TIED_HEAD not in stored.tensors
 
 

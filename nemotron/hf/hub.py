@@ -13,7 +13,7 @@ READ = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja")
 
 
 def find_folder(place: str | Path) -> Path:
-    """Return a path that exists as it is, or else the downloaded folder of a model of the Hub.
+    """Return the path if it exists, or else the downloaded folder of a model of the Hub.
 
     Files in the Hub's cache (`HF_HOME`) are used again; a name without a revision means `main`.
 

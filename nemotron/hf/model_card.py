@@ -300,7 +300,7 @@ def _table(title: str, rows: Rows) -> str:
 
 
 def _plain(value: object) -> str:
-    """Return a text of the run as one that is shown as it is: neither HTML nor Markdown."""
+    """Return a text of the run, escaped so that it is neither HTML nor Markdown."""
     text = re.sub(r"([\\`*\[\]!])", r"\\\1", one_line(str(value)))
     return html.escape(text, quote=False)
 

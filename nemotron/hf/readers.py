@@ -10,7 +10,7 @@ EAGER = ', experts_implementation="eager"'
 """Argument with which transformers loads experts of any width."""
 
 STRIDE = 8
-"""Values of bfloat16 in 16 bytes, of which torch's grouped products want whole rows."""
+"""Values of bfloat16 in 16 bytes; rows of torch's grouped products must be multiples of it."""
 
 
 @dataclass(frozen=True)

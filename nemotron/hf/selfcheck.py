@@ -52,7 +52,7 @@ TEXTS = (
 
 
 class Failed(Exception):
-    """A check that did not hold; says what was found."""
+    """A check that failed; its text is what was found."""
 
 
 class NotComparable(Exception):
@@ -84,7 +84,7 @@ class SelfCheck:
         candidates = [disk_parameters(source.config, source.formats(choice)) for choice in choices]
         if declared is not None:
             candidates = [declared.formatted(own, self._stored.tensors) for own in candidates]
-        # what was chosen is what comes nearest to what is there
+        # the choice with the fewest wrong tensors is the one that was made
         self._parameters = min(candidates, key=lambda parameters: len(self._wrong(parameters)))
 
     def run(self) -> list[Result]:

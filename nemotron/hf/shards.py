@@ -123,7 +123,11 @@ class ShardedFolder:
         }
 
     def read(self, name: str) -> Tensor:
-        """Return a tensor as it is stored."""
+        """Return a tensor in its stored shape and dtype.
+
+        Raises:
+            UserError: when the file cannot be read.
+        """
         try:
             return self._files[self.tensors[name].file].get_tensor(name)
         except SafetensorError as error:

@@ -127,7 +127,7 @@ def read_kept_files(folder: Path) -> tuple[dict[str, bytes], list[str]]:
 
 
 def read_stop_ids(folder: Path) -> frozenset[int]:
-    """Return the tokens at which `generation_config.json` in a folder says that texts end.
+    """Return the tokens that end a text by a folder's `generation_config.json`.
 
     Raises:
         UserError: when that file is there, but not as it should be.

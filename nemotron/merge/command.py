@@ -52,7 +52,7 @@ class Choice:
             )
 
     def windows(self, checkpoints: Window) -> list[Window]:
-        """Return the windows, of which there is one unless a search chooses.
+        """Return the windows: one, or several for a search to choose from.
 
         Raises:
             UserError: when one of them is not there.

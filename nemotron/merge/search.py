@@ -10,13 +10,13 @@ from nemotron.merge.window import Window
 
 @dataclass(frozen=True)
 class Candidate:
-    """An average of checkpoints; of one alone if the shape is None."""
+    """An average of checkpoints, or a single one if the shape is None."""
 
     window: Window
     shape: Shape | None
 
     def average(self, ema_decay: float) -> Average:
-        """Return the average, of which nothing is computed yet."""
+        """Return the average, which reads its tensors when they are asked for."""
         if self.shape is None:
             return Average(self.window, [1.0])
         tokens = [one.tokens for one in self.window]
@@ -30,7 +30,7 @@ class Candidate:
 
 
 def candidates(windows: Iterable[Window], shapes: Iterable[Shape]) -> Iterator[Candidate]:
-    """Yield the newest checkpoint alone, then every window in every shape."""
+    """Yield the newest checkpoint by itself, then every window in every shape."""
     windows = list(windows)
     yield Candidate(windows[0][-1:], None)
     shapes = list(shapes)

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 MARK = re.compile(r"(.*)\.((?:up_|down_)?adapter)\.(lora_A|lora_B|magnitude|scaling)")
-"""Name of a tensor of an adapter: of which module, which adapter of it, which tensor."""
+"""Name of a tensor of an adapter: the module, its adapter, the tensor."""
 
 Tensors = Mapping[str, Tensor]
 
@@ -40,7 +40,7 @@ class Adapter(nn.Module):
     def forward(
         self, x: Float[Tensor, "*batch I"], y: Float[Tensor, "*batch O"], weight: Tensor
     ) -> Float[Tensor, "*batch O"]:
-        """Return what the adapted matrix makes of `x`; `y` is what `weight` alone does."""
+        """Return the product of the adapted matrix and `x`; `y` is that of `weight` and `x`."""
         low = nn.functional.linear(x, self.lora_A.to(x.dtype))
         y = y + self.scale * nn.functional.linear(low, self.lora_B.to(x.dtype))
         if self.magnitude is None:
@@ -157,7 +157,7 @@ def by_weight(shapes: Mapping[str, torch.Size], tensors: Tensors) -> dict[str, d
 
 
 def merge_all(weights: Tensors) -> dict[str, Tensor]:
-    """Return the weights of a model alone, each with its adapter in it.
+    """Return the weights of a model, each with its adapter merged into it.
 
     Raises:
         WrongAdapter: as `by_weight` does.

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from nemotron.model.cache import Cache, places_of
+from nemotron.model.cache import Cache
+from nemotron.model.cached_rows import places_of
 from nemotron.model.state import AttentionState, MambaState
 
 SKIPPED = 1

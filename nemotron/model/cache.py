@@ -1,7 +1,7 @@
-"""What a model remembers of several texts that are continued independently of each other."""
+"""The states of several texts, which a model continues independently of each other."""
 
 import heapq
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,8 +20,6 @@ from nemotron.model.state import (
     MambaSlots,
     MambaState,
     Partial,
-    Places,
-    slots_of,
 )
 
 BLOCK_SIZE = 64
@@ -33,9 +31,9 @@ class Cache:
 
     Mamba-2 layers keep a state of fixed size for each slot; attention layers share `blocks` blocks
     of `block_size` tokens, so that memory follows the texts' lengths. Without `blocks` the memory
-    grows as needed. With `drafts`, there is also what the multi-token-prediction block remembers,
-    which then reads up to so many hidden states at once that it has not read. With `replay`,
-    Mamba-2 layers keep their inputs since the last end of a chunk.
+    grows as needed. With `drafts`, the multi-token-prediction block has keys and values, too, and
+    at most so many hidden states wait until it reads them. With `replay`, Mamba-2 layers keep their
+    inputs since the last end of a chunk.
     """
 
     def __init__(
@@ -121,7 +119,7 @@ class Cache:
         return len(self._free)
 
     def admit(self, snapshot: "Snapshot | None" = None) -> int:
-        """Return a slot for a new text: an empty one, or one that goes on from a snapshot."""
+        """Return a slot for a new text: an empty one, or one that continues a snapshot."""
         assert self._free, f"all {len(self.lengths)} slots of the cache are in use"
         slot = heapq.heappop(self._free)
         if snapshot is None:
@@ -137,7 +135,7 @@ class Cache:
         return slot
 
     def snapshot(self, slot: int) -> "Snapshot":
-        """Return what is remembered of a text now, for any number of texts that go on from it.
+        """Return the state of a text now, which any number of texts can continue.
 
         The states are copied, the blocks shared until `release`.
         """
@@ -165,7 +163,7 @@ class Cache:
         """Forget all but the first `length` tokens of a slot.
 
         A Mamba-2 state cannot be run backwards: with such layers, `length` is 0 or lies within the
-        last call, for which `rows` was asked to keep the states.
+        last call, and its `CachedRows` kept the states.
         """
         assert 0 <= length <= self.lengths[slot], f"slot {slot} has {self.lengths[slot]} tokens"
         if length == self.lengths[slot]:
@@ -177,15 +175,6 @@ class Cache:
             assert history is not None, f"the states of slot {slot} after every token were not kept"
             history.restore(self, slot, length)
         self.cut(slot, length)
-
-    def rows(self, slots: Sequence[int], *, keep: Keep | None = None) -> "CachedRows":
-        """Return the texts in `slots` as the rows of a call, which continues each of them.
-
-        What is kept allows the rows to forget the last tokens of a call (`keep_first`). To keep
-        `states`, the tokens pass the Mamba-2 layers one by one; with `inputs`, every call must be
-        followed by `keep_first`.
-        """
-        return CachedRows(self, list(slots), keep)
 
     def states_of(
         self, rows: slice | Int[Tensor, " B"], *, keep: Keep | None = None
@@ -209,11 +198,23 @@ class Cache:
             for tensor, before in zip(layer.tensors(), kept, strict=True):
                 tensor[rows] = before
 
-    def count(self, slots: Sequence[int], num_tokens: int) -> None:
-        """Count the tokens that a call has appended to the texts of these slots."""
-        for slot in slots:
+    def count(
+        self,
+        slots: Sequence[int],
+        num_tokens: int,
+        states: list[list[tuple[Tensor, Tensor]]] | None = None,
+    ) -> None:
+        """Count the tokens that a call has appended to the texts of these slots.
+
+        `states` are those after each token, for each Mamba-2 layer and of all rows, if the call
+        kept them; `truncate` can go back to them until the next call.
+        """
+        for row, slot in enumerate(slots):
+            if states:
+                self._histories[slot] = _History(states, row, self.lengths[slot])
+            else:
+                self._histories.pop(slot, None)
             self.lengths[slot] += num_tokens
-            self._histories.pop(slot, None)
 
     def blocks_of(self, length: int) -> int:
         """Return how many blocks a text of `length` tokens fills or begins."""
@@ -300,117 +301,3 @@ class _History:
             conv, ssm = states[length - self.first]
             layer.conv[slot] = conv[self.row]
             layer.ssm[slot] = ssm[self.row]
-
-
-class CachedRows:
-    """Texts of a cache as the rows of a call: what a model's `cache` argument takes.
-
-    The same rows serve for any number of calls, each with equally many tokens for every row.
-    """
-
-    def __init__(self, cache: Cache, slots: list[int], keep: Keep | None = None) -> None:
-        assert len(set(slots)) == len(slots) > 0, slots
-        self.cache, self.slots = cache, slots
-        self.layers = cache.states_of(slots_of(slots, cache.device), keep=keep)
-        self._has_attention = any(isinstance(layer, KeyValues) for layer in cache.layers)
-        self.advance: Callable[[Int[Tensor, " B"]], None] | None = None
-        """Changes the states by the first tokens of the newest call, if the layers did not keep
-        its inputs themselves."""
-
-    def begin(self, num_tokens: int) -> None:
-        """Prepare a call that appends `num_tokens` tokens to every row.
-
-        Raises:
-            OutOfBlocks: when their keys and values do not fit; no text has changed then.
-        """
-        places = self._places(num_tokens) if self._has_attention else None
-        steps = None
-        if self.cache.formats.state == "fp16_sr" or self.cache.replays:
-            steps = self._tensor([self.cache.lengths[slot] for slot in self.slots])
-        for layer in self.layers:
-            if isinstance(layer, MambaState):
-                layer.load()
-                layer.steps = steps
-            elif isinstance(layer, AttentionState):
-                layer.places = places
-
-    def end(self, num_tokens: int) -> None:
-        """Count the tokens of the call."""
-        states = [
-            layer.history
-            for layer in self.layers
-            if isinstance(layer, MambaState) and layer.history is not None
-        ]
-        firsts = [self.cache.lengths[slot] for slot in self.slots]
-        self.cache.count(self.slots, num_tokens)
-        self._num_newest = num_tokens
-        if states:
-            for row, (slot, first) in enumerate(zip(self.slots, firsts, strict=True)):
-                self.cache._histories[slot] = _History(states, row, first)
-
-    def keep_first(self, counts: Sequence[int]) -> None:
-        """Keep the first `counts` tokens of each row of the newest call, and forget the others."""
-        cache, num_tokens = self.cache, self._num_newest
-        deferred = [
-            layer for layer in self.layers if isinstance(layer, MambaState) and layer.keeps_inputs
-        ]
-        if self.advance is not None:
-            self.advance(self._tensor(list(counts)))
-            self.advance = None
-        else:
-            for layer in deferred:
-                layer.advance(self._tensor(list(counts)))
-        for slot, count in zip(self.slots, counts, strict=True):
-            length = cache.lengths[slot] - num_tokens + count
-            if deferred:
-                cache.cut(slot, length)
-            else:
-                cache.truncate(slot, length)
-
-    def _places(self, num_tokens: int) -> Places:
-        lengths = [self.cache.lengths[slot] + num_tokens for slot in self.slots]
-        return places_of(self.cache, self.slots, lengths, num_tokens)
-
-    def _tensor(self, numbers: list[int]) -> Tensor:
-        return torch.tensor(numbers, device=self.cache.device)
-
-
-def places_of(
-    cache: Cache, slots: Sequence[int], lengths: Sequence[int], num_tokens: int, skipped: int = 0
-) -> Places:
-    """Return where `num_tokens` tokens go after which the slots have `lengths`; take blocks.
-
-    The first `skipped` places of each row are not read.
-
-    Raises:
-        OutOfBlocks: when there are not enough; no text has changed then.
-    """
-    size = cache.block_size
-    for slot, length in zip(slots, lengths, strict=True):
-        cache.extend(slot, length)
-    tables, longest = [cache.tables[slot] for slot in slots], max(lengths)
-    if len(tables) == 1 and _follow(tables[0]):
-        begin = tables[0][0] * size
-        end = begin + longest
-        places = slice(end - num_tokens, end), slice(begin + skipped, end)
-        return Places(*places, longest - skipped, None, skipped)
-    written = [
-        table[position // size] * size + position % size
-        for table, length in zip(tables, lengths, strict=True)
-        for position in range(length - num_tokens, length)
-    ]
-    count = -(-longest // size)
-    # shorter rows are filled up with any block, which is never read
-    read = [block for table in tables for block in (table + [0] * count)[:count]]
-    ends = [length - skipped for length in lengths]
-    return Places(
-        torch.tensor(written, device=cache.device),
-        torch.tensor(read, device=cache.device),
-        longest - skipped,
-        None if min(lengths) == longest else torch.tensor(ends, device=cache.device),
-        skipped,
-    )
-
-
-def _follow(blocks: list[int]) -> bool:
-    return blocks == list(range(blocks[0], blocks[0] + len(blocks)))

@@ -68,7 +68,7 @@ class EditHeads(nn.Module):
             both = torch.cat([states.unsqueeze(1).expand_as(own), own], -1)
             joined = F.relu(self.join(both))
             if self.duration is not None:
-                # a token stands for one, unless something is wrong
+                # most tokens stand for one token of the target
                 durations = 1 + self.duration(joined).squeeze(-1).float()
             if self.edit is not None:
                 edits = self.edit(joined).squeeze(-1).float()

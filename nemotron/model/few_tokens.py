@@ -54,7 +54,7 @@ def scan(
     D: Float[Tensor, " H"],
     ssm: Float[Tensor, "B H P N"],
 ) -> Float[Tensor, "B T H P"]:
-    """Return what `SSDOp` does for a state that it leaves as it is.
+    """Return what `SSDOp` returns, and leave the state unchanged.
 
     y_t = exp(s_t) S C_t + sum over r <= t of exp(s_t - s_r) dt_r (B_r C_t) x_r + D x_t, where s
     sums up dt A: the dual form in one chunk (Dao & Gu 2024, section 6).

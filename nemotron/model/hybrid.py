@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from nemotron.model.ahead import RowsAhead
 from nemotron.model.block import Block
-from nemotron.model.cache import CachedRows
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.candidates import CandidateNet
 from nemotron.model.config import ModelConfig
 from nemotron.model.edit_heads import EditHeads
@@ -129,7 +129,7 @@ class HybridLM(nn.Module):
         *,
         only_last: bool = False,
     ) -> Float[Tensor, "B S D"]:
-        """Return the hidden states after the final norm; the head is applied by whoever needs it.
+        """Return the hidden states after the final norm; `logits` applies the head.
 
         `seq_idx` numbers the documents of a row, which then do not see each other. `cache` holds
         the rows' texts so far, which are continued. `routing` collects one entry per mixture layer,

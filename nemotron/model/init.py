@@ -24,7 +24,7 @@ RESIDUAL_OUTPUTS = (
 """Projections that write into the residual stream: their spread shrinks with depth."""
 
 ADDED = ("candidates.", "edit_heads.")
-"""Beginnings of the names of what text correction adds, which a model that goes on may lack."""
+"""Prefixes of the parameters that text correction adds; a model to begin with may lack them."""
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from nemotron.ops.rms_norm import residual_rms_norm, rms_norm
 from nemotron.ops.squared_relu import squared_relu
 
 ROWS_COMPARED = 512
-"""Tokens of which all logits exist at a time where whole distributions are compared."""
+"""Where whole distributions are compared, the logits of so many tokens exist at a time."""
 
 
 class Linear(nn.Module):

@@ -1,4 +1,4 @@
-"""Parameters by kind, from the dimensions alone: nothing is built."""
+"""Counts of parameters by kind, computed from the dimensions without building a model."""
 
 from collections import Counter
 from dataclasses import dataclass

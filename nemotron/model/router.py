@@ -188,7 +188,7 @@ class Router(nn.Module):
         shares, load = self.balance_sums(scores, padding, num_rows=num_rows, top_k=self.top_k)
         if self.sum_over_row is not None:
             load = self.sum_over_row(load)
-        # top-k x tokens of the row; a row may be nothing but padding
+        # top-k x tokens of the row; a row may consist of padding
         grouped = load.unflatten(1, (num_groups, -1))
         load = (grouped / grouped.sum(-1, keepdim=True).clamp(min=1)).flatten(1)
         aux_loss_sum = self.num_experts // num_groups * (load * shares).sum()

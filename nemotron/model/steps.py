@@ -6,7 +6,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.model.ahead import RowsAhead
-from nemotron.model.cache import CachedRows
+from nemotron.model.cached_rows import CachedRows
 
 
 class Steps(Protocol):

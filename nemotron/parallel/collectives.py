@@ -32,11 +32,6 @@ def all_to_all(x: Tensor, sent: list[int], received: list[int], group: Group) ->
     return _AllToAll.apply(x, sent, received, group)
 
 
-def all_reduce_backward(x: Tensor, group: Group) -> Tensor:
-    """Return `x` itself; its gradient is added up over the ranks."""
-    return _AllReduceBackward.apply(x, group)
-
-
 class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, dim: int, group: Group) -> Tensor:
@@ -68,19 +63,6 @@ class _AllToAll(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         return exchange(grad, ctx.received, ctx.sent, ctx.group), None, None, None
-
-
-class _AllReduceBackward(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        grad = grad.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(grad, group=ctx.group)
-        return grad, None
 
 
 def gather(x: Tensor, dim: int, group: Group) -> Tensor:

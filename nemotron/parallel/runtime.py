@@ -29,7 +29,7 @@ ECHO_S = 10.0
 
 @dataclass(frozen=True)
 class Launch:
-    """What torchrun, or whoever set its variables, says of this process."""
+    """The place of this process, from the variables that torchrun or another launcher sets."""
 
     rank: int
     world: int

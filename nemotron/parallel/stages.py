@@ -70,7 +70,7 @@ class Stage(nn.Module):
 
 
 class _Attach(torch.autograd.Function):
-    """Return the hidden states; whoever differentiates them differentiates the scalar, too."""
+    """Return the hidden states; their gradient also flows into the scalar."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, scalar: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ class Vocabulary:
 def find(
     ids: Int[Tensor, "*batch"], rows: int, rank: int, size: int
 ) -> tuple[Int[Tensor, "*batch"], Bool[Tensor, "*batch"]]:
-    """Return the row of each id in a rank's part of the table, and whether it is there at all.
+    """Return the row of each id in a rank's part of the table, and whether the part has the id.
 
     An id that is elsewhere gets some row of the part, not always the same one, since gradients of
     equal rows are summed one after the other. An id outside the vocabulary belongs to the rank at

@@ -80,7 +80,7 @@ def plan(
 
 
 def _not_predicted(config: RunConfig) -> list[str]:
-    """Return lines about what comes beside the updates."""
+    """Return lines about work that is not predicted."""
     if config.stage != "rl":
         return []
     whole = 4 * count_parameters(config.model).total / GIB

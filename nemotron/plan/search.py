@@ -28,7 +28,7 @@ class Candidate:
     bytes: float
     """Memory of the fullest rank, over all lengths of row."""
     micro_batch: int
-    """As the recipe says it, in rows of `data.seq_len`."""
+    """As in the recipe, in rows of `data.seq_len`."""
 
     @property
     def overrides(self) -> str:

@@ -94,7 +94,7 @@ class NVFP4:
 
 @dataclass(frozen=True)
 class PackedNVFP4:
-    """A matrix in NVFP4 as it is stored."""
+    """A matrix as NVFP4 stores it."""
 
     packed: UInt8[Tensor, "M half"]
     """Two codes a byte."""

@@ -78,7 +78,7 @@ def _watch(
 
 
 def _computed(layer: str, module: nn.Module, scales: ModelScales, x: Any) -> Tensor:
-    """Return what a layer makes of its input with these scales; of experts, their weighted sum."""
+    """Return the output of a layer with these scales; of experts, their weighted sum."""
     call = layer_call(layer, module, scales, rounds_weights=True)
     if not isinstance(module, Experts):
         return call(x)

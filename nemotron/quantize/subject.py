@@ -13,7 +13,7 @@ from nemotron.model.hybrid import HybridLM
 
 
 class Subject:
-    """A model in two copies: `before` stays as it is, `model` is quantized in place."""
+    """A model in two copies: `before` stays unchanged, `model` is quantized in place."""
 
     def __init__(
         self, path: Path, recipe: Path | None, overrides: Sequence[str], device: str

@@ -13,8 +13,6 @@ from nemotron.recipe.load import COMMAND_LINE, Recipe
 from nemotron.recipe.read import Path_
 from nemotron.recipe.stages import DEFAULT, STAGES
 
-SCHEMA_LINE = "# yaml-language-server: $schema="
-
 
 def show(recipe: Recipe) -> str:
     """Return the whole resolved recipe as YAML, each value with a comment that says its origin."""

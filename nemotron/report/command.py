@@ -1,4 +1,4 @@
-"""What `nemotron report` does: reads, draws, writes the page, and again while runs go on."""
+"""`nemotron report`: reads runs, writes the page, and repeats this while runs train."""
 
 import os
 import time

@@ -85,7 +85,7 @@ def _find(folder: Path, depth: int) -> Iterator[RunFiles]:
             yield files
             return
         inner = sorted(Path(entry.path) for entry in os.scandir(folder) if _is_folder(entry))
-    except OSError:  # a folder of somebody else, below the one that was named
+    except OSError:  # another user's folder below the one that was named
         return
     if depth == DEEPEST:
         return

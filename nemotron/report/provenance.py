@@ -28,7 +28,7 @@ class Start:
 
 
 def describe_starts(run: Run) -> list[Start]:
-    """Return what is known of each start; a fact of another form is shown as it is."""
+    """Return the facts of each start; one of an unknown form is shown unchanged."""
     if run.provenance is None:
         return []
     starts = [_start(facts) for facts in run.provenance.starts]

@@ -1,4 +1,4 @@
-"""What the folder of a run says, read while it may still be written."""
+"""The records of a run, read from its folder, which may still be written to."""
 
 import contextlib
 from dataclasses import dataclass, field
@@ -74,7 +74,7 @@ class Run:
 
     @property
     def num_steps(self) -> int | None:
-        """Steps of the whole run, if its recipe says them."""
+        """Steps of the whole run, if its recipe has them."""
         total = self.recipe.get("schedule.total_steps", "")
         if total.isdecimal():
             return int(total)

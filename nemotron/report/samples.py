@@ -30,7 +30,7 @@ class Sample:
     note: str = ""
     """What a verifier said."""
     is_continuation: bool = False
-    """Whether the text goes on where the prompt ends."""
+    """Whether the text continues where the prompt ends."""
 
 
 def read_rollouts(folder: Path, problems: list[str]) -> list[Sample]:

@@ -167,7 +167,7 @@ class RunFolder(RunFiles):
             )
 
     def open_log(self, rank: int) -> Path:
-        """Return the log of a rank, in a folder that is there if there is room for it."""
+        """Return the log of a rank; its folder is created unless the disk is full."""
         path = self.log_of(rank)
         with contextlib.suppress(OSError):
             if path.parent != self.path:

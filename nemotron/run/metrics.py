@@ -37,7 +37,7 @@ class MetricsFile:
     """Appends records; a line is complete in the file when `write` returns, or kept for later."""
 
     def __init__(self, path: Path, last_step: int) -> None:
-        """Open the file and cut off what comes after `last_step`, as if it had never been.
+        """Open the file and remove the records after `last_step`.
 
         Damaged lines go to the end of a file beside this one.
 
@@ -59,7 +59,7 @@ class MetricsFile:
         self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
 
     def roll_back(self, last_step: int) -> None:
-        """Take out what comes after `last_step`; it goes to the end of a file beside this one."""
+        """Move the records after `last_step` to the end of a file beside this one."""
         content = self.path.read_bytes() + b"".join(self._file.take_kept())
         self._keep(_sort_out(content, last_step), abandon=True)
 

@@ -4,7 +4,7 @@ import datetime
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from rich.console import Console, ConsoleOptions, Group, RenderableType, RenderResult
 from rich.panel import Panel as Box
@@ -47,7 +47,7 @@ class Curve:
 
 
 class Progress:
-    """What the records so far amount to; only for the eye, nothing is computed from it."""
+    """The state of a run as its records show it, for display only."""
 
     def __init__(
         self, title: str, num_steps: int, part: Callable[[int], str] = lambda step: ""
@@ -125,27 +125,39 @@ class Progress:
 
     def render(self) -> RenderableType:
         """Return the panel."""
-        train, validation = self.train, self.validation
-        step = int(train.get("step") or 0)
         rows = Table.grid(padding=(0, 1), expand=True)
         rows.add_column(style="bold", no_wrap=True, width=9)
         rows.add_column(overflow="fold")
+        for name, content in (*self._progress(), *self._losses(), *self._figures()):
+            rows.add_row(name, content)
+        for event in self.events:
+            rows.add_row("", Text(event, style="dim"))
+        return Box(Group(rows), title=self.title, title_align="left")
+
+    def _step(self) -> int:
+        return int(self.train.get("step") or 0)
+
+    def _progress(self) -> Iterator[tuple[str, RenderableType]]:
+        """Yield how far the run is, and its losses as a curve."""
+        step = self._step()
         share = step / max(self.num_steps, 1)
-        rows.add_row(
-            "step", f"{step:,}/{self.num_steps:,} ({share:.0%})  eta {_duration(self.eta_s)}"
-        )
-        rows.add_row("", ProgressBar(total=self.num_steps, completed=step))
-        rows.add_row(
+        yield "step", f"{step:,}/{self.num_steps:,} ({share:.0%})  eta {_duration(self.eta_s)}"
+        yield "", ProgressBar(total=self.num_steps, completed=step)
+        yield (
             "run",
             _join(
                 f"elapsed {_duration(time.monotonic() - self._begin)}",
-                _part(train, "data/tokens", "{:,.0f} tokens"),
+                _part(self.train, "data/tokens", "{:,.0f} tokens"),
                 f"last save {self.saved}" if self.saved else "",
             ),
         )
         if len(self.curve) > 1:
-            rows.add_row("", Curve(self.curve))
-        rows.add_row(
+            yield "", Curve(self.curve)
+
+    def _losses(self) -> Iterator[tuple[str, RenderableType]]:
+        """Yield what is learned: losses, rewards, suites."""
+        train, validation = self.train, self.validation
+        yield (
             "loss",
             _join(
                 _part(train, "loss/main", "{:.4f}"),
@@ -156,7 +168,7 @@ class Progress:
             ),
         )
         if "rl/reward" in train:
-            rows.add_row(
+            yield (
                 "reward",
                 _join(
                     _part(train, "rl/reward", "{:.3f}"),
@@ -166,14 +178,16 @@ class Progress:
                 ),
             )
         if self.suites:
-            rows.add_row("suites", f"{suites_text(self.suites)}  (step {self.suites['step']})")
+            yield "suites", f"{suites_text(self.suites)}  (step {self.suites['step']})"
         mtp = [_part(train, name, "{:.4f}") for name in train if name.startswith("loss/mtp_")]
         if mtp or "loss/aux" in train:
-            rows.add_row(
-                "mtp" if mtp else "balance",
-                _join(*mtp, _part(train, "loss/aux", "balance loss {:.4f}")),
-            )
-        rows.add_row(
+            name = "mtp" if mtp else "balance"
+            yield name, _join(*mtp, _part(train, "loss/aux", "balance loss {:.4f}"))
+
+    def _figures(self) -> Iterator[tuple[str, RenderableType]]:
+        """Yield the update, the speed, the memory and the load of the experts."""
+        train, step = self.train, self._step()
+        yield (
             "update",
             _join(
                 _part(train, "lr", "lr {:.2e}"),
@@ -183,7 +197,7 @@ class Progress:
                 _part(train, "skipped_steps", "skipped {:.0f}"),
             ),
         )
-        rows.add_row(
+        yield (
             "speed",
             _join(
                 _part(train, "perf/tokens_per_s", "{:,.0f} tokens/s"),
@@ -194,7 +208,7 @@ class Progress:
                 _part(train, "perf/optimizer_s", "optimizer {:.2f}"),
             ),
         )
-        rows.add_row(
+        yield (
             "memory",
             _join(
                 _part(train, "mem/rss_gib", "{:.2f} GiB"),
@@ -203,10 +217,7 @@ class Progress:
             ),
         )
         if experts := self._expert_load():
-            rows.add_row("experts", experts)
-        for event in self.events:
-            rows.add_row("", Text(event, style="dim"))
-        return Box(Group(rows), title=self.title, title_align="left")
+            yield "experts", experts
 
     def _expert_load(self) -> str:
         ending = "/load_max_over_mean"

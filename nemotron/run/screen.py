@@ -114,7 +114,7 @@ class Screen:
             self._is_displaced = True
 
     def stop(self) -> None:
-        """Leave the panel as it is; later lines are printed below it."""
+        """Stop updating the panel; later lines are printed below it."""
         if self._live is not None:
             self._draw(self._live, self._live.stop)
             self._live = None

@@ -72,7 +72,7 @@ class Stream:
         self._worker.send("close", self)
 
     def put(self, item: Piece | Exception | None) -> None:
-        """Give an item to whoever reads the stream; called by any thread."""
+        """Give an item to the reader of the stream; any thread may call this."""
         with contextlib.suppress(RuntimeError):  # the loop is closed, so nobody reads any more
             self._loop.call_soon_threadsafe(self._arrived.put_nowait, item)
 

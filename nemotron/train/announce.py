@@ -82,7 +82,7 @@ def announce(setup: Setup, folder: RunFolder, log: RunLog, origin: Facts) -> Tra
 
 
 def _change_of_rate(trainer: Trainer, folder: RunFolder) -> str | None:
-    """Say where the learning rate does not go on as the schedule of the steps so far would."""
+    """Return a warning if the learning rate jumps from that of the steps so far."""
     plan, start = trainer.plan, trainer.state.step
     if not start or not folder.metrics.exists():
         return None
@@ -124,7 +124,7 @@ def _next(trainer: Trainer, folder: RunFolder) -> list[str]:
 
 
 def announce_stop(trainer: Trainer, folder: RunFolder, log: RunLog, reason: str) -> None:
-    """Say why and where the run stopped, and how it goes on."""
+    """Print why and where the run stopped, and how to resume it."""
     step, num_steps = trainer.state.step, trainer.plan.num_steps
     log.info(f"stopped by {reason} after step {step} of {num_steps}, saved")
     log.info(f"go on: {_command('train', folder.recipe, '--resume')}")

@@ -238,7 +238,7 @@ class ProfileConfig(Section):
 
 
 class FaultConfig(Section):
-    """Something that goes wrong on purpose, to see what the run makes of it."""
+    """A fault that is injected on purpose, to see how the run reacts."""
 
     kind: Literal["nan_gradient", "spike", "sleep", "hang", "kill", "raise", "flip_bit"]
     """A gradient that is NaN, gradients far too large, a pause, a rank that waits for ever, one

@@ -73,7 +73,7 @@ class Optimizer:
             renew(self.parameters[name])
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Return the optimizer's state as it is, by key and parameter, for saving or loading."""
+        """Return the optimizer's own state, by key and parameter, for saving or loading."""
         momentum = {} if self._muon is None else {"momentum": self._muon.momentum}
         return self._adamw.state | momentum
 

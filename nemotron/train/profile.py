@@ -87,7 +87,7 @@ class Profiler:
 
 
 def check_profile(config: ProfileConfig, num_steps: int, world: int) -> None:
-    """Check that what is to be recorded is there in a run of so many steps and ranks.
+    """Check that a run of so many steps and ranks has the steps and ranks to record.
 
     Raises:
         UserError: when a step or a rank is not.

@@ -49,7 +49,7 @@ class Saver:
         return True
 
     def save(self) -> None:
-        """Write a checkpoint of this step unless it is there already.
+        """Write a checkpoint of this step unless it exists already.
 
         Raises:
             CheckpointNotSaved: on every rank, when there is no room for it.
@@ -92,11 +92,11 @@ class Saver:
             self._log.info(f"saved {folder_name(step)}")
 
     def save_or_warn(self) -> None:
-        """Save, but let training go on without it."""
+        """Save; if that fails, training continues without the checkpoint."""
         self._or_warn(self.save)
 
     def finish_or_warn(self, *, wait: bool) -> None:
-        """Finish, but let training go on without that checkpoint."""
+        """Finish; if that fails, training continues without the checkpoint."""
         self._or_warn(lambda: self.finish(wait=wait))
 
     def roll_back(self, bad: Sequence[int]) -> None:

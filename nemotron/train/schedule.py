@@ -318,7 +318,7 @@ def _main_schedule(config: TextConfig) -> tuple[Schedule, list[int]]:
 
 
 def _left_over(schedule: ScheduleConfig, given: Sequence[Stretch], key: str) -> int:
-    """Return the steps of the last stretch, which goes on to the end of the schedule.
+    """Return the steps of the last stretch, which reaches the end of the schedule.
 
     Raises:
         UserError: when the schedule has no length, or nothing of it is left.
@@ -361,7 +361,7 @@ def _check_total(schedule: ScheduleConfig, given: Sequence[Stretch]) -> None:
 
 
 def _given_steps(config: TextConfig, size_of: Sequence[int]) -> Iterator[int | None]:
-    """Yield the steps of each phase, None for one that goes on to the end."""
+    """Yield the steps of each phase, None for one that reaches the end."""
     for number, (phase, size) in enumerate(zip(config.phases, size_of, strict=True)):
         if phase.tokens is None:
             yield phase.steps

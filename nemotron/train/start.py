@@ -60,7 +60,7 @@ def train(
     allow_changed: Sequence[str] = (),
     panel: bool | None = None,
 ) -> int:
-    """Train as the recipe says, or go on from the run's newest whole checkpoint.
+    """Train by the recipe, or continue from the run's newest complete checkpoint.
 
     `stage` trains such recipes; pre-training by default. `stop_at` ends the run after that step as
     a signal would. `origin` says where the recipe comes from; provenance keeps it.

@@ -81,7 +81,7 @@ def evaluate(
 
 
 def _loss_sum(local: LocalModel, batch: Batch) -> float:
-    """Return the summed loss of the next token, as far as it is known on this rank."""
+    """Return the summed loss of the next token, the share of this rank."""
     batch = local.share_rows(batch).to(local.device)
     if local.pipeline is not None:
         return sum(loss.item() for loss in local.pipeline.evaluate([batch], _next_token_loss))

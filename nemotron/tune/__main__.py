@@ -16,8 +16,9 @@ from nemotron.ops.tuning.base import Base
 from nemotron.tune.candidates import order, text
 from nemotron.tune.compiled import Pool
 from nemotron.tune.problems import PROBLEMS, Target, sizes_of, targets
-from nemotron.tune.search import FIRST_BATCH, Search, verify
+from nemotron.tune.search import FIRST_BATCH, Search
 from nemotron.tune.timing import Timer
+from nemotron.tune.verify import verify
 
 DEFAULT_SHAPES = "nano"
 
@@ -86,7 +87,7 @@ def _main(options: argparse.Namespace) -> int:
 
 
 def compile_only(chosen: Sequence[Target], options: argparse.Namespace) -> int:
-    """Print what the compiler makes of the first candidates of each launch."""
+    """Compile the first candidates of each launch and print their registers and memory."""
     jobs = []
     for target in chosen:
         binds = "compute" if target.problem.flops(target.sizes) else "memory"

@@ -1,24 +1,21 @@
 """Search: compile what may be better, time what is left, keep the best and what was learned."""
 
-import datetime
-import subprocess
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 import torch
 import triton
 
-from nemotron.ops.tuning import base
-from nemotron.ops.tuning.base import Base, Binds, Entry, Lesson
-from nemotron.ops.tuning.tunable import Configuration, Tunable, name_of
+from nemotron.ops.tuning.base import Base, Binds
+from nemotron.ops.tuning.tunable import Configuration, Tunable
 from nemotron.sol.sizes import Size
 from nemotron.tune.candidates import order, text
 from nemotron.tune.compiled import Compiled, Job
 from nemotron.tune.problems import Target
+from nemotron.tune.result import Bucket, Outcome, Result, commit
 from nemotron.tune.timing import TOLERANCE, NotLaunched, Timed
 
 FIRST_BATCH, NEXT_BATCH = 12, 6
@@ -28,7 +25,6 @@ COMPILING = 0.55
 QUICK, DUEL = 7, 24
 """Repetitions of every candidate, and more of the best and of what it must beat."""
 FINALISTS = 3
-Item = TypeVar("Item", Entry, Lesson)
 LEAST_ROUND_S = 12.0
 """A round that has less time is not begun."""
 
@@ -61,16 +57,6 @@ class Device(Protocol):
         """Return the least microseconds, and what binds."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What came of a candidate: its time, or why it has none."""
-
-    us: float | None = None
-    fault: str = ""
-    is_repeated: bool = False
-    """Whether another candidate is the same launch."""
-
-
 @dataclass
 class State:
     """What a search knows of one target."""
@@ -79,7 +65,7 @@ class State:
     best: Configuration
     """In the base, or the default; later rounds begin at what was found."""
     known: Sequence[Configuration]
-    tried: dict[tuple[int, ...], "Outcome"] = field(default_factory=dict)
+    tried: dict[tuple[int, ...], Outcome] = field(default_factory=dict)
     compiled: dict[tuple[int, ...], Compiled] = field(default_factory=dict)
     launches: set[tuple[str, ...]] = field(default_factory=set)
     is_absent: bool = False
@@ -193,27 +179,46 @@ class Search:
         return True
 
     def _time(self, state: State, configurations: list[Configuration], end: float) -> None:
+        """Time the candidates of a launch until `end`, and record the best configuration."""
         target, device = state.target, self._device
         tunable = target.tunable
         default = device.begin(target)
-        dtype, buckets = default.asked[1], default.asked[2:]
-        axes = {axis: 1 << size for axis, size in zip(tunable.axes, buckets, strict=True)}
-        bucket = (tunable.name, dtype, *buckets)
-        if self.settled.setdefault(bucket, target.sizes) != target.sizes:
+        bucket = Bucket.of(tunable, default)
+        if self.settled.setdefault(bucket.key, target.sizes) != target.sizes:
             state.is_absent = True
-            self._say(f"{tunable.name}: {_places(axes)} was searched at other sizes")
+            self._say(f"{tunable.name}: {bucket.sizes} was searched at other sizes")
             return
-        entry = next((e for e in self.found.entries if _is_of(e, tunable, axes, dtype)), None)
-        holder = default
+        entry = next(filter(bucket.owns, self.found.entries), None)
+        before = default
         if entry is not None and _is_other(tunable, entry.configuration, default):
-            holder = device.capture(entry.configuration)
-        taken = {_key(tunable, c.configuration) for c in (default, holder)}
-        others: list[Timed] = []
-        count, begin = 0, time.monotonic()
+            before = device.capture(entry.configuration)
+        taken = {_key(tunable, c.configuration) for c in (default, before)}
+        new = [c for c in configurations if _key(tunable, c) not in taken]
+        begin = time.monotonic()
+        others, num_timed = self._fastest(state, new, end)
+        result = self._compare(bucket, default, before, others, num_timed)
+        best = result.best
+        state.best, state.known = best.configuration, [c.configuration for c in others]
+        for finalist in (before, default, *others):
+            state.tried[_key(tunable, finalist.configuration)] = Outcome(us=finalist.us)
+        self._say(result.described(time.monotonic() - begin))
+        is_stale = entry is not None and not tunable.accepts(entry.configuration)
+        if entry is None or is_stale or best is not before:
+            compiled = state.compiled.get(_key(tunable, best.configuration), Compiled())
+            self.found = result.record_entry(self.found, compiled)
+        self.found = result.record_lessons(self.found, state.tried)
+        device.end()
+        self._keep(self.found)
+
+    def _fastest(
+        self, state: State, configurations: list[Configuration], end: float
+    ) -> tuple[list[Timed], int]:
+        """Time candidates briefly; return the fastest, and how many were timed."""
+        tunable, device = state.target.tunable, self._device
+        fastest: list[Timed] = []
+        num_timed = 0
         for configuration in configurations:
             key = _key(tunable, configuration)
-            if key in taken:
-                continue
             if time.monotonic() > end:
                 # is tried again in the next round
                 state.tried.pop(key, None)
@@ -232,139 +237,36 @@ class Search:
                 continue
             device.time([candidate], QUICK)
             state.tried[key] = Outcome(us=candidate.us)
-            count += 1
+            num_timed += 1
             # the launches of the others hold memory
-            others = sorted([*others, candidate], key=lambda c: c.us)[:FINALISTS]
-        finalists = [holder, *others] if holder is default else [holder, default, *others]
+            fastest = sorted([*fastest, candidate], key=lambda c: c.us)[:FINALISTS]
+        return fastest, num_timed
+
+    def _compare(
+        self, bucket: Bucket, default: Timed, before: Timed, others: list[Timed], num_timed: int
+    ) -> Result:
+        """Time the finalists in turn; a new one must beat that of before by twice the spread."""
+        finalists = [before, *others] if before is default else [before, default, *others]
         for finalist in finalists:
             finalist.times_us.clear()
-        device.time(finalists, DUEL)
+        self._device.time(finalists, DUEL)
         best = min(finalists, key=lambda c: c.us)
-        spread = max(holder.spread_us, best.spread_us)
-        if holder.us - best.us <= 2 * spread:
-            best = holder
-        state.best = best.configuration
-        state.known = [c.configuration for c in others]
-        for finalist in finalists:
-            state.tried[_key(tunable, finalist.configuration)] = Outcome(us=finalist.us)
-        floor, binds = device.floor(default)
-        self._say(
-            f"{tunable.name} {name_of(dtype)} {_places(axes)}: {text(best.configuration)}: "
-            f"{best.us:.1f} us, default {default.us:.1f}, before {holder.us:.1f} +- {spread:.1f}, "
-            f"floor {floor:.1f} ({binds}), {count} timed in {time.monotonic() - begin:.1f} s"
+        spread = max(before.spread_us, best.spread_us)
+        if before.us - best.us <= 2 * spread:
+            best = before
+        floor, binds = self._device.floor(default)
+        return Result(
+            bucket,
+            best,
+            default,
+            before,
+            spread_us=spread,
+            floor_us=floor,
+            binds=binds,
+            num_timed=num_timed,
+            device=self._device.name,
+            commit=self._commit,
         )
-        is_stale = entry is not None and not tunable.accepts(entry.configuration)
-        if entry is None or is_stale or best is not holder:
-            compiled = state.compiled.get(_key(tunable, best.configuration), Compiled())
-            new = Entry(
-                operation=tunable.operation,
-                launch=tunable.launch,
-                axes=axes,
-                dtype=name_of(dtype),
-                configuration=dict(best.configuration),
-                time_us=round(best.us, 2),
-                default_us=round(default.us, 2),
-                floor_us=max(0.01, round(floor, 2)),
-                binds=binds,
-                error=best.error,
-                registers=compiled.registers,
-                shared_bytes=compiled.shared,
-                device=device.name,
-                triton=triton.__version__,
-                torch=torch.__version__,
-                date=_today(),
-                commit=self._commit,
-                repetitions=len(best.times_us),
-            )
-            kept = [e for e in self.found.entries if e is not entry]
-            self.found = self.found.model_copy(update={"entries": _sorted([*kept, new])})
-        self._learn(state, axes, name_of(dtype), best, default, floor, binds, spread)
-        device.end()
-        self._keep(self.found)
-
-    def _learn(
-        self,
-        state: State,
-        axes: dict[str, int],
-        dtype: str,
-        best: Timed,
-        default: Timed,
-        floor: float,
-        binds: str,
-        spread: float,
-    ) -> None:
-        """Write down what was tried for this launch in place of what was written before."""
-        tunable = state.target.tunable
-        names = list(tunable.space)
-        tried = [(text(dict(zip(names, k, strict=True))), what) for k, what in state.tried.items()]
-        times = sorted((round(w.us, 1), number) for number, (_, w) in enumerate(tried) if w.us)
-        slow = [f"{tried[number][0]}: {us:.1f} us" for us, number in times]
-        failed = [f"{c} {w.fault}" for c, w in tried if w.fault and not w.is_repeated]
-        gain = default.us / best.us
-        sentences = [
-            f"{text(best.configuration)} takes {best.us:.1f} us, {gain:.2f} times as fast as the "
-            f"default ({text(default.configuration)}: {default.us:.1f} us, spread {spread:.1f}); "
-            f"the floor is {floor:.1f} us ({binds})",
-            f"timed: {'; '.join(slow[:12])}",
-        ]
-        if failed:
-            sentences.append(f"of no use: {'; '.join(failed[:12])}")
-        common = {
-            "operation": tunable.operation,
-            "launch": tunable.launch,
-            "axes": axes,
-            "dtype": dtype,
-            "device": self._device.name,
-            "triton": triton.__version__,
-            "date": _today(),
-            "commit": self._commit,
-        }
-        new = [Lesson(text=sentence, **common) for sentence in sentences]
-        kept = [
-            lesson
-            for lesson in self.found.lessons
-            if (lesson.operation, lesson.launch, lesson.axes, lesson.dtype, lesson.date)
-            != (tunable.operation, tunable.launch, axes, dtype, _today())
-        ]
-        self.found = self.found.model_copy(update={"lessons": tuple(_sorted([*kept, *new]))})
-
-
-def verify(
-    targets: Sequence[Target], found: Base, device: Device, say: Callable[[str], None]
-) -> list[str]:
-    """Time each entry that a target falls into against the default; return complaints."""
-    complaints, checked = [], set()
-    for target in targets:
-        tunable = target.tunable
-        try:
-            default = device.begin(target)
-        except NotLaunched:
-            continue
-        dtype, buckets = default.asked[1], default.asked[2:]
-        axes = {axis: 1 << size for axis, size in zip(tunable.axes, buckets, strict=True)}
-        for entry in found.entries:
-            if not _is_of(entry, tunable, axes, dtype) or id(entry) in checked:
-                continue
-            checked.add(id(entry))
-            where = f"{tunable.name} {entry.dtype} {_places(axes)}"
-            if not tunable.accepts(entry.configuration):
-                complaints.append(f"{where}: the kernel has other parameters now; tune it again")
-                continue
-            candidate = device.capture(entry.configuration)
-            device.time([default, candidate], DUEL)
-            spread = max(default.spread_us, candidate.spread_us)
-            say(f"{where}: {candidate.us:.1f} us, default {default.us:.1f} +- {spread:.1f}")
-            if candidate.error > TOLERANCE:
-                complaints.append(f"{where}: WRONG by {candidate.error:.1e}")
-            elif candidate.us - default.us > 2 * spread:
-                complaints.append(
-                    f"{where}: SLOWER, {candidate.us:.1f} us against the default's {default.us:.1f}"
-                )
-        device.end()
-    rest = len(found.entries) - len(checked)
-    if rest:
-        say(f"{rest} entries are of other shapes than those given; they were not checked")
-    return complaints
 
 
 def _is_other(tunable: Tunable, configuration: Configuration, default: Timed) -> bool:
@@ -376,23 +278,6 @@ def _key(tunable: Tunable, configuration: Configuration) -> tuple[int, ...]:
     return tuple(configuration[name] for name in tunable.space)
 
 
-def _is_of(entry: Entry, tunable: Tunable, axes: dict[str, int], dtype: torch.dtype) -> bool:
-    return (entry.operation, entry.launch, entry.axes, entry.dtype) == (
-        tunable.operation,
-        tunable.launch,
-        axes,
-        name_of(dtype),
-    )
-
-
-def _sorted(items: Sequence[Item]) -> tuple[Item, ...]:
-    return tuple(sorted(items, key=lambda e: (e.operation, e.launch, e.dtype, str(e.axes))))
-
-
-def _places(axes: dict[str, int]) -> str:
-    return " ".join(f"{axis} {size}" for axis, size in axes.items())
-
-
 def _is_fatal(problem: Exception) -> bool:
     """Say whether nothing works in this process any more."""
     return "CUDA error" in str(problem) or "illegal memory" in str(problem)
@@ -400,24 +285,3 @@ def _is_fatal(problem: Exception) -> bool:
 
 def _one_line(problem: Exception) -> str:
     return f"{type(problem).__name__}: {' '.join(str(problem).split())}"[:120]
-
-
-def _today() -> str:
-    return datetime.datetime.now(datetime.UTC).date().isoformat()
-
-
-def commit() -> str:
-    """Return the commit that is checked out, or nothing outside a repository."""
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    try:
-        ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    except OSError:
-        return ""
-    return ran.stdout.strip()
-
-
-def architecture(device: torch.device) -> str:
-    """Return the name of a GPU's file."""
-    found = base.architecture_of(device)
-    assert found is not None, device
-    return found

@@ -13,7 +13,7 @@ import torch
 from nemotron.checkpoint.find import SAVING, Skipped, locate, newest
 from nemotron.checkpoint.index import tiles
 from nemotron.checkpoint.manifest import INDEX, MANIFEST, folder_name
-from nemotron.checkpoint.read import load_tensors, read_model, read_model_config, read_state
+from nemotron.checkpoint.read import SavedTensors, read_model, read_model_config, read_state
 from nemotron.checkpoint.state import Counters, SavedState
 from nemotron.checkpoint.write import CheckpointNotSaved, Content, save
 from nemotron.errors import UserError
@@ -60,7 +60,7 @@ def test_what_was_saved_is_loaded_bit_for_bit(tmp_path):
     fill(tmp_path, 20)
     info = newest(tmp_path).info
     into = {name: torch.zeros_like(tensor) for name, tensor in some_tensors(20).items()}
-    load_tensors(info, into)
+    SavedTensors(info).load(into)
     for name, tensor in some_tensors(20).items():
         assert torch.equal(into[name], tensor), name
     assert read_state(info) == a_state(20)
@@ -316,7 +316,7 @@ def test_a_different_shape_or_dtype_is_named_and_nothing_is_cast(tmp_path):
         "model.new": torch.zeros(2),
     }
     with pytest.raises(UserError) as error:
-        load_tensors(newest(tmp_path).info, into)
+        SavedTensors(newest(tmp_path).info).load(into)
     text = str(error.value)
     assert "[3, 5] instead of [4, 5]" in text
     assert "torch.bfloat16 instead of torch.float32" in text

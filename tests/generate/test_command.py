@@ -8,8 +8,8 @@ from nemotron.generate.command import Continuation, generate
 from nemotron.generate.engine import Engine
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.speculate import Speculation
-from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from tests.support.writer import build_writer
 
 
 @pytest.fixture(scope="module")
@@ -20,21 +20,7 @@ def tokenizer() -> Tokenizer:
 @pytest.fixture
 def model(tokenizer: Tokenizer) -> HybridLM:
     """A tiny model with the embedded vocabulary; the command may change its weights."""
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=16,
-        hybrid_override_pattern="M*",
-        mamba_num_heads=2,
-        mamba_head_dim=8,
-        n_groups=1,
-        ssm_state_size=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    model = HybridLM(config)
-    model.init_weights(5)
-    return model
+    return build_writer(tokenizer.vocab_size)
 
 
 def expected_text(model: HybridLM, tokenizer: Tokenizer, prompt: str, count: int) -> str:

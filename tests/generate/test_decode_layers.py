@@ -5,13 +5,9 @@ import copy
 import pytest
 import torch
 
-from nemotron.generate.decode_layers import (
-    FEW_TOKENS,
-    FewTokensMoE,
-    decode_view,
-    prepare_weights,
-)
+from nemotron.generate.decode_layers import decode_view, prepare_weights
 from nemotron.generate.engine import Engine
+from nemotron.generate.expert_layers import FEW_TOKENS, FewTokensMoE
 from nemotron.generate.forward import append, read
 from nemotron.generate.sampling import Sampling
 from nemotron.model.config import ModelConfig

@@ -10,6 +10,7 @@ from nemotron.generate.forward import append, read
 from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling, choose
 from nemotron.model.cache import Cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 
 GREEDY = Sampling(0.0)
@@ -36,7 +37,7 @@ def full_logits(model: HybridLM, ids: list[int]) -> torch.Tensor:
 def test_cached_logits_are_those_of_one_pass(model: HybridLM, pieces: list[int]) -> None:
     ids = torch.tensor(random_prompts(19, 19, 19))
     cache = Cache(model.config, 3)
-    rows = cache.rows([cache.admit() for _ in range(3)])
+    rows = CachedRows(cache, [cache.admit() for _ in range(3)])
     parts = [model.logits(model(piece, cache=rows)) for piece in ids.split(pieces, dim=1)]
     assert relative(torch.cat(parts, 1), model.logits(model(ids))) <= TOLERANCE
 

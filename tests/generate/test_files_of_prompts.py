@@ -14,8 +14,8 @@ from nemotron.generate.engine import Engine
 from nemotron.generate.prompts import read_prompts
 from nemotron.generate.request import Answer, Request
 from nemotron.generate.sampling import Sampling
-from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
+from tests.support.writer import build_writer
 
 TOKENIZER = load_tokenizer("embedded")
 WANTED = Continuation(Sampling(1.0, seed=9), 9, device="cpu")
@@ -25,21 +25,7 @@ ROWS = [
 
 
 def build() -> HybridLM:
-    config = ModelConfig(
-        vocab_size=TOKENIZER.vocab_size,
-        hidden_size=16,
-        hybrid_override_pattern="M*",
-        mamba_num_heads=2,
-        mamba_head_dim=8,
-        n_groups=1,
-        ssm_state_size=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    model = HybridLM(config)
-    model.init_weights(5)
-    return model
+    return build_writer(TOKENIZER.vocab_size)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from nemotron.generate.graphs import Steps
 from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
 from nemotron.model.cache import Cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import apply
 from nemotron.ops.config import OpsConfig
@@ -44,13 +45,13 @@ def both(model: HybridLM, lengths: list[int], order: list[int], new: int) -> flo
         slots = [cache.admit() for _ in lengths]
         places[cache] = [slots[number] for number in order]
         for slot, length, row in zip(places[cache], lengths, ids, strict=True):
-            model(row[None, :length].to(device), cache=cache.rows([slot]))
+            model(row[None, :length].to(device), cache=CachedRows(cache, [slot]))
     worst = 0.0
     for step in range(new):
         tokens = [int(row[length + step]) for row, length in zip(ids, lengths, strict=True)]
         ours = steps.append(model, places[fixed], tokens).logits
         given = torch.tensor(tokens, device=device)[:, None]
-        theirs = model.logits(model(given, cache=free.rows(places[free]))[:, -1])
+        theirs = model.logits(model(given, cache=CachedRows(free, places[free]))[:, -1])
         worst = max(worst, ((ours - theirs).abs().max() / theirs.abs().max()).item())
         assert [fixed.lengths[slot] for slot in places[fixed]] == [n + step + 1 for n in lengths]
     return worst
@@ -80,7 +81,7 @@ def test_rows_that_fill_up_change_no_text(model: HybridLM) -> None:
     slots = [cache.admit() for _ in range(4)]
     with torch.inference_mode():
         for slot in slots:
-            model(random_ids(1, 6), cache=cache.rows([slot]))
+            model(random_ids(1, 6), cache=CachedRows(cache, [slot]))
     left = cache.snapshot(slots[3])
     steps.append(model, slots[:3], [1, 2, 3])  # rounded up to four
     after = cache.snapshot(slots[3])

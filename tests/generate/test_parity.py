@@ -13,10 +13,10 @@ from nemotron.generate.request import Answer, Request
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.speculate import Speculation
 from nemotron.generate.token_steps import TokenSteps
-from nemotron.model.cache import CachedRows, MambaSlots
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.few_tokens import Inputs
 from nemotron.model.hybrid import HybridLM
-from nemotron.model.state import AttentionState, MambaState
+from nemotron.model.state import AttentionState, MambaSlots, MambaState
 from nemotron.ops.token_step import token_step
 from tests.support.models import build
 

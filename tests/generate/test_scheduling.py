@@ -14,7 +14,8 @@ from nemotron.generate.engine import Engine
 from nemotron.generate.request import Answer, Event, Request, requests_of
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.speculate import Speculation
-from nemotron.model.cache import Cache, CachedRows
+from nemotron.model.cache import Cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 from tests.support.cases import further
 from tests.support.models import build

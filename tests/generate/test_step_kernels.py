@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from nemotron.generate.decode_layers import MoEStep, decode_view
+from nemotron.generate.decode_layers import decode_view
 from nemotron.generate.engine import Engine
+from nemotron.generate.expert_layers import MoEStep
 from nemotron.generate.parity import check_parity
 from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling

@@ -8,6 +8,7 @@ from nemotron.data.batch import shift_left
 from nemotron.model.ahead import RowsAhead
 from nemotron.model.blocks import Blocks, OutOfBlocks
 from nemotron.model.cache import Cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import Keep, KeyValues
 from tests.support.models import build, tokens
@@ -30,7 +31,7 @@ def new_cache(model: HybridLM, slots: int, **settings: object) -> Cache:
 @torch.no_grad()
 def read(model: HybridLM, cache: Cache, slots: list[int], ids: list[Tensor]) -> Tensor:
     """Append as many tokens to each slot; return their hidden states."""
-    return model(torch.stack(ids), cache=cache.rows(slots))
+    return model(torch.stack(ids), cache=CachedRows(cache, slots))
 
 
 def check(found: Tensor, model: HybridLM, text: Tensor) -> None:
@@ -95,7 +96,7 @@ def test_each_row_keeps_the_first_tokens_of_a_call(
     for text in texts:
         read(model, cache, [cache.admit()], [text[:7]])
     with torch.no_grad():
-        rows = cache.rows(slots, keep=keep)
+        rows = CachedRows(cache, slots, keep=keep)
         found = model(texts[slots][:, 7:12], cache=rows)
     rows.keep_first(counts)
     for row, (slot, count) in enumerate(zip(slots, counts, strict=True)):
@@ -114,7 +115,7 @@ def test_a_text_can_be_cut_after_every_token_of_a_call(
     for text in texts:
         read(model, cache, [cache.admit()], [text[:7]])
     with torch.no_grad():
-        rows = cache.rows(slots, keep="states")
+        rows = CachedRows(cache, slots, keep="states")
         drafts = texts[slots][:, 7:12]
         found = model(drafts, cache=rows)
     for row, slot in enumerate(slots):

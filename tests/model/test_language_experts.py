@@ -8,6 +8,7 @@ from nemotron.errors import UserError
 from nemotron.generate.decode_layers import prepare_weights
 from nemotron.generate.forward import append, new_cache
 from nemotron.loading import fix_language
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.config import LanguageExpertsConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.language import LanguageExperts, Languages
@@ -159,7 +160,7 @@ def test_a_cached_model_prepared_for_decoding_answers_as_in_training() -> None:
     with torch.no_grad():
         expected = model.logits(model(ids))[:, -1]
         cache = new_cache(prepare_weights(model), 1)
-        rows = cache.rows([cache.admit()])
+        rows = CachedRows(cache, [cache.admit()])
         for piece in ids.split([9, 3, 1, 1], 1):
             found = append(model, rows, piece)
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

@@ -5,24 +5,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from against_reference import doubled, results, worst
-from torch import Tensor
 
 from nemotron.ops.causal_conv1d import blocked, cuda, reference
-
-
-def draw(rows: int, length: int, channels: int = 10, width: int = 4) -> list[Tensor | None]:
-    g = torch.Generator().manual_seed(length)
-    return [
-        torch.randn(rows, length, channels, generator=g),
-        torch.randn(channels, width, generator=g),
-        torch.randn(channels, generator=g),
-        torch.randn(rows, width - 1, channels, generator=g),
-    ]
-
-
-def documents(rows: int, length: int) -> Tensor:
-    g = torch.Generator().manual_seed(length + 1)
-    return (torch.rand(rows, length, generator=g) < 0.2).int().cumsum(1).int()
+from tests.support.convolution import documents, draw
 
 
 def test_the_reference_is_torchs_own_convolution():

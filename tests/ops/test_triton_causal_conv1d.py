@@ -11,6 +11,7 @@ pytest.importorskip("triton", reason="triton is not installed")
 from nemotron.ops.causal_conv1d import causal_conv1d, reference
 from nemotron.ops.causal_conv1d import triton as kernels
 from tests.support.cases import further
+from tests.support.convolution import documents, draw
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -33,21 +34,6 @@ def launched(**changes: int) -> Iterator[None]:
         backward.forced({**backward.default(dtype), **changes}),
     ):
         yield
-
-
-def draw(rows: int, length: int, channels: int = 10, width: int = 4) -> list[Tensor | None]:
-    g = torch.Generator().manual_seed(length)
-    return [
-        torch.randn(rows, length, channels, generator=g),
-        torch.randn(channels, width, generator=g),
-        torch.randn(channels, generator=g),
-        torch.randn(rows, width - 1, channels, generator=g),
-    ]
-
-
-def documents(rows: int, length: int) -> Tensor:
-    g = torch.Generator().manual_seed(length + 1)
-    return (torch.rand(rows, length, generator=g) < 0.2).int().cumsum(1).int()
 
 
 def moved(inputs: list[Tensor | None]) -> list[Tensor | None]:

@@ -24,8 +24,9 @@ from nemotron.tune import __main__ as command
 from nemotron.tune.candidates import moves, order
 from nemotron.tune.compiled import Compiled, Job
 from nemotron.tune.problems import PROBLEMS, Target, sizes_of, targets
-from nemotron.tune.search import Search, verify
+from nemotron.tune.search import Search
 from nemotron.tune.timing import Timed, Timer, difference
+from nemotron.tune.verify import verify
 
 ARCH = "sm00"
 """Of no GPU, so that nothing is shipped for it."""

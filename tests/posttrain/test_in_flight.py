@@ -16,6 +16,7 @@ from nemotron.generate.forward import extend, new_cache, score
 from nemotron.generate.request import Begun, Request
 from nemotron.generate.sampling import Sampling
 from nemotron.generate.weights import load_weights
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.posttrain.answering import Answerer, Answering, Asked
 from nemotron.posttrain.config import RlConfig
@@ -51,7 +52,7 @@ def stepwise(old: HybridLM, new: HybridLM, ids: list[int], first: int) -> list[f
     The old weights read what was read before the exchange, which is all but the newest token.
     """
     cache = new_cache(old, 1)
-    rows = cache.rows([cache.admit(None)])
+    rows = CachedRows(cache, [cache.admit(None)])
     found = []
     with torch.no_grad():
         for place, token in enumerate(ids[:-1]):

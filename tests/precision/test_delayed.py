@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nemotron.checkpoint.find import locate
-from nemotron.checkpoint.read import load_tensors
+from nemotron.checkpoint.read import SavedTensors
 from nemotron.checkpoint.state import SavedState
 from nemotron.checkpoint.write import Content, save
 from nemotron.model.hybrid import HybridLM
@@ -191,7 +191,7 @@ def test_a_resumed_run_has_the_scales_of_one_that_never_stopped(tmp_path: Path):
     model, resumed = build()
     info = locate(tmp_path).info
     assert info is not None
-    load_tensors(info, resumed.tensors())
+    SavedTensors(info).load(resumed.tensors())
     # as a trainer does: the formats of the step that ended last, then the next one
     resumed.begin(2, 0)
     resumed.begin(3, 0)

@@ -19,8 +19,9 @@ from nemotron.precision.config import DelayedConfig, NVFP4Config, PrecisionConfi
 from nemotron.precision.delayed import DelayedFP8Scheme, Histories
 from nemotron.precision.policy import assign, summarize
 from nemotron.precision.random_bits import Draw
-from nemotron.precision.schemes import SCHEMES, Quantized, Scheme
+from nemotron.precision.schemes import SCHEMES, Scheme
 from nemotron.recipe.load import load_recipe
+from tests.support.operands import product
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 DRAW = Draw(11)
@@ -46,20 +47,6 @@ def inputs(device: torch.device, tokens: int = 35, width: int = 80, out: int = 1
     weight = torch.randn(out, width, generator=g) / 8
     dy = (torch.randn(tokens, out, generator=g) * 1e-3).bfloat16()
     return x.to(device), weight.to(device), dy.to(device)
-
-
-def decoded(side: Quantized) -> torch.Tensor:
-    """Return [rows, contracted] in float64."""
-    operand = side.operand()
-    values = operand.side(0).double()
-    return values if operand.scale is None else values * operand.scale.double()
-
-
-def product(left: Quantized, right: Quantized) -> torch.Tensor:
-    """One may have more padding."""
-    a, b = decoded(left), decoded(right)
-    inner = min(a.shape[1], b.shape[1])
-    return a[:, :inner] @ b[:, :inner].T
 
 
 def results(format: str, name: str, device: torch.device, wide: bool = True):

@@ -6,7 +6,8 @@ from torch.utils.checkpoint import checkpoint
 
 from nemotron.precision.linear import quantized_grouped_linear, quantized_linear
 from nemotron.precision.random_bits import Draw
-from nemotron.precision.schemes import SCHEMES, NVFP4Scheme, Quantized
+from nemotron.precision.schemes import SCHEMES, NVFP4Scheme
+from tests.support.operands import decoded, product
 
 DRAW = Draw(11)
 
@@ -24,20 +25,6 @@ def run(function, x, weight, dy, *rest):
     y = function(x, weight, *rest)
     y.backward(dy)
     return y.detach(), x.grad, weight.grad
-
-
-def decoded(side: Quantized) -> torch.Tensor:
-    """Return [rows, contracted] in float64."""
-    operand = side.operand()
-    values = operand.side(0).double()
-    return values if operand.scale is None else values * operand.scale.double()
-
-
-def product(left: Quantized, right: Quantized) -> torch.Tensor:
-    """One may have more padding."""
-    a, b = decoded(left), decoded(right)
-    inner = min(a.shape[1], b.shape[1])
-    return a[:, :inner] @ b[:, :inner].T
 
 
 @pytest.mark.parametrize("name", SCHEMES)

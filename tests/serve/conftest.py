@@ -9,13 +9,13 @@ import pytest
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.generate.engine import Engine
 from nemotron.generate.speculate import Speculation
-from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
 from nemotron.serve.conversation import ChatFormat
 from nemotron.serve.grammar import JsonForms
 from nemotron.serve.limits import Limits
 from nemotron.serve.worker import Worker
 from tests.support.serving import LIMITS, Dictated, Running, Start
+from tests.support.writer import build_writer
 
 
 @pytest.fixture(scope="session")
@@ -25,21 +25,7 @@ def tokenizer() -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def model(tokenizer: Tokenizer) -> HybridLM:
-    config = ModelConfig(
-        vocab_size=tokenizer.vocab_size,
-        hidden_size=16,
-        hybrid_override_pattern="M*",
-        mamba_num_heads=2,
-        mamba_head_dim=8,
-        n_groups=1,
-        ssm_state_size=4,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-    )
-    model = HybridLM(config)
-    model.init_weights(5)
-    return model
+    return build_writer(tokenizer.vocab_size)
 
 
 @pytest.fixture(scope="module")

@@ -32,6 +32,7 @@ from nemotron.generate.speculate import Speculation
 from nemotron.loading import load_with_tokenizer
 from nemotron.model.ahead import RowsAhead
 from nemotron.model.cache import Cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import Keep
 
@@ -89,7 +90,7 @@ def costs(args: argparse.Namespace) -> None:
         cache = new_cache(model, rows, drafts=2)
         slots = [cache.admit() for _ in range(rows)]
         with torch.inference_mode():
-            hidden = model(text[:rows], cache=cache.rows(slots))
+            hidden = model(text[:rows], cache=CachedRows(cache, slots))
         best = {name: Best() for name in ("plain", "drafting")} | {
             f"testing {count}": Best() for count in (1, 2, 3)
         }
@@ -115,7 +116,7 @@ def _pass(
         model.logits(predict_ahead(model, text[:, -1:], hidden[:, -1:], rows)[:, 0]).argmax(-1)
         return
     keep: Keep | None = "inputs" if kind == "testing" else None
-    passed = cache.rows(slots, keep=keep)
+    passed = CachedRows(cache, slots, keep=keep)
     found = model(text[:, : 1 + int(count or 0)], cache=passed)
     model.logits(found).argmax(-1)
     if keep:

@@ -22,7 +22,7 @@ from table import RESULTS, summary, table
 
 HERE = Path(__file__).parent
 USUAL = 420.0
-"""Seconds of the whole programme by default; other values scale each stage's limit."""
+"""Seconds of the whole program by default; other values scale each stage's limit."""
 
 
 @dataclass(frozen=True)

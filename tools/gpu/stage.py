@@ -1,4 +1,4 @@
-"""What every stage of the GPU programme has: its options, its time, and where results go."""
+"""What every stage of the GPU program has: its options, its time, and where results go."""
 
 import argparse
 import json

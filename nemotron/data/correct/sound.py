@@ -42,7 +42,7 @@ def is_there(package: str) -> bool:
 
 
 def require(package: str, language: str) -> None:
-    """Check that a package is there.
+    """Check that a package is installed.
 
     Raises:
         UserError: when it is not, with the command that installs it.

@@ -1,4 +1,4 @@
-"""Preparing a data set with many processes; killed, the same command goes on where it was."""
+"""Prepares a data set with many processes; after a kill, the same command continues it."""
 
 import json
 import multiprocessing
@@ -151,7 +151,7 @@ def _hashed_inputs(made: Plan) -> list[dict[str, Any]]:  # Any: strings and numb
 def _finished(
     out: Path, work: Path, made: Plan, identity: dict[str, Any], command: str
 ) -> Manifest:
-    """Return the manifest of an output that is there and is what would be made."""
+    """Return the manifest of an existing output if the same inputs and options made it."""
     manifest = read_manifest(out) if out.is_dir() else None
     if manifest is None:
         raise UserError("exists and is not prepared data; choose another --out.", where=str(out))
@@ -358,7 +358,7 @@ def _receipt_path(job: PrepareJob, unit: Unit) -> Path:
 
 
 def _receipt(job: PrepareJob, unit: Unit) -> Receipt | None:
-    """Return the receipt of a unit that is finished; its files are there in full size."""
+    """Return the receipt of a finished unit whose files exist in full size."""
     path = _receipt_path(job, unit)
     if not path.exists():
         return None

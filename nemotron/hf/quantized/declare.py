@@ -1,4 +1,4 @@
-"""What an export's files say of its quantization: `config.json` and `hf_quant_config.json`.
+"""What an export's files declare about quantization: `config.json`, `hf_quant_config.json`.
 
 Sources: NVIDIA/Model-Optimizer: modelopt/torch/export/convert_hf_config.py;
 vllm-project/compressed-tensors: quantization/quant_config.py, quantization/quant_scheme.py.

@@ -42,7 +42,7 @@ class Rules:
 
     @property
     def unread(self) -> tuple[str, ...]:
-        """Patterns that could not be matched; with any, the tensors alone say what is quantized."""
+        """Patterns that could not be matched; if any, only the tensors show what is quantized."""
         found = [*self.ignored.unread]
         for names, _ in self.groups:
             found += names.unread

@@ -77,8 +77,8 @@ class StatePassing:
     ) -> Shaped[Tensor, "B2 T1 *rest"]:
         """Put the last tokens of the chunk before in front of each; zeros where there is none."""
         first, second = values[:, -number:].unflatten(0, (-1, 2)).unbind(1)
-        # the first chunk goes to the next rank and the second to the rank before; where the row
-        # turns round, the first goes to the second of its own rank
+        # the first chunk sends to the next rank and the second to the rank before; on the last
+        # rank, where the row turns round, the first sends to the second
         counts = [0] * self.size
         counts[min(self.rank + 1, self.size - 1)] = 1
         if self.rank > 0:

@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from nemotron.generate.forward import new_cache
-from nemotron.model.cache import Cache, CachedRows
+from nemotron.model.cache import Cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.posttrain.correct.choose import choose
 from nemotron.posttrain.correct.config import CorrectOptions
@@ -241,7 +242,7 @@ class Corrector:
         cache = self._caches[0]
         slots = [cache.admit() for _ in range(count)]
         try:
-            yield cache.rows(slots)
+            yield CachedRows(cache, slots)
         finally:
             for slot in slots:
                 cache.free(slot)

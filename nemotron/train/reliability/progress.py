@@ -1,4 +1,4 @@
-"""Where this process stands, for whoever watches it from another thread."""
+"""The progress of this process, for threads that watch it."""
 
 import time
 from dataclasses import dataclass
@@ -54,7 +54,7 @@ class StepProgress:
         self.current = StepPhase(step, phase, time.monotonic())
 
     def move(self) -> None:
-        """Say that the same part goes on, with another micro-batch."""
+        """Note that the same part continues, with another micro-batch."""
         self.current = StepPhase(self.current.step, self.current.phase, time.monotonic())
 
     @property

@@ -10,6 +10,7 @@ import torch
 from nemotron.data.batch import NO_LABEL, Batch
 from nemotron.errors import UserError
 from nemotron.generate.forward import new_cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.posttrain.correct.batches import PairBatches
 from nemotron.posttrain.correct.config import CorrectConfig, CorrectOptions
 from nemotron.posttrain.correct.layout import ANSWER, RUN, Specials, lay_out, prefix
@@ -180,7 +181,7 @@ def test_slots_read_the_whole_source_and_nothing_behind_them() -> None:
                 both = torch.cat([before, alike], 1)
                 return model(both[:, :, 0], candidates=both)[:, -own.shape[1] :]
             cache = new_cache(model, 1)
-            rows = cache.rows([cache.admit()])
+            rows = CachedRows(cache, [cache.admit()])
             model(before[:, :, 0], cache=rows, candidates=before)
             return model(own, cache=rows)
 

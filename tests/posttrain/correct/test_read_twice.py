@@ -8,6 +8,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.generate.forward import new_cache
+from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.recipe.load import load_recipe
 from tests.support.pages import ROOT
@@ -67,12 +68,12 @@ def test_two_passes_with_a_cache_over_uneven_rows_are_one_pass_over_each(case: C
     rows = [cache.admit() for _ in case.sources]
     with torch.no_grad():
         for row, source in zip(rows, case.sources, strict=True):
-            case.model(source, cache=cache.rows([row]))
+            case.model(source, cache=CachedRows(cache, [row]))
         longest = max(slots.shape[1] for slots in case.slots)
         padded = torch.full((2, longest), 2)
         for own, slots in zip(padded, case.slots, strict=True):
             own[: slots.shape[1]] = slots[0]
-        found = case.model.logits(case.model(padded, cache=cache.rows(rows)))
+        found = case.model.logits(case.model(padded, cache=CachedRows(cache, rows)))
     for own, source, slots in zip(found, case.sources, case.slots, strict=True):
         expected = case.answers(source, slots)
         # float32, as above
