@@ -72,6 +72,14 @@ def _fma(b, x, y, z):
     return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v16f32"), [x, y, z])
 
 
+def _fetch(b, address):
+    """Fetch memory that a later pass reads, so that whole rows come one after the other."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+    fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    b.call(fetch, [b.inttoptr(address, pointer), _I32(0), _I32(3), _I32(1)])
+
+
 def _zero():
     return ir.Constant(_VECTOR, [0.0] * LANES)
 
@@ -121,6 +129,9 @@ def _make_tile(rows):
                         b.store(b.select(fresh, _zero(), _load(b, place)), total)
                 with cgutils.for_range(b, count, intp=_I64) as loop:
                     begin = _at(b, weight, b.mul(loop.index, _I64(BLOCK * size)))
+                    if first == 0:
+                        for line in range(LANES * size * parts, BLOCK * size, 64):
+                            _fetch(b, _at(b, begin, line))
                     begin = _at(b, begin, LANES * size * first)
                     weights = [
                         _load(b, _at(b, begin, LANES * size * part), bf16=bf16)
