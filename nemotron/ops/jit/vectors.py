@@ -6,7 +6,7 @@ a row's bits do not depend on the rows beside it, on the number of threads, or o
 Weights and caches are float32, or bfloat16 as the upper half of one (`uint16`).
 """
 
-from llvmlite import ir
+from llvmlite import binding, ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.extending import intrinsic
@@ -17,14 +17,17 @@ LANES = 16
 BLOCK = 64
 """Outputs that are computed together: four vectors of weights for each input."""
 
-MANY_ROWS = 16
-PART_BYTES = 1 << 14
-"""Memory of the weights that so many rows, or more, read again and again."""
+MANY_ROWS = 4
+PART_BYTES = 3 << 13
+"""Memory of the weights that so many rows, or more, read again and again: most of a first cache."""
 
 _F32, _I16, _I32, _I64 = ir.FloatType(), ir.IntType(16), ir.IntType(32), ir.IntType(64)
 _I1 = ir.IntType(1)
 _VECTOR = ir.VectorType(_F32, LANES)
 _PARTS = BLOCK // LANES
+_SUMS = 24 if binding.get_host_cpu_features().get("avx512f") else 6
+"""Vectors of sums that stay in registers, beside weights and inputs: there are 32 registers of 16
+numbers, or 16 of 8."""
 
 
 def _is_bf16(kind):
@@ -69,6 +72,14 @@ def _fma(b, x, y, z):
     return b.call(cgutils.get_or_insert_function(b.module, kind, "llvm.fma.v16f32"), [x, y, z])
 
 
+def _fetch(b, address):
+    """Fetch memory that a later pass reads, so that whole rows come one after the other."""
+    pointer = ir.IntType(8).as_pointer()
+    kind = ir.FunctionType(ir.VoidType(), [pointer, _I32, _I32, _I32])
+    fetch = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    b.call(fetch, [b.inttoptr(address, pointer), _I32(0), _I32(3), _I32(1)])
+
+
 def _zero():
     return ir.Constant(_VECTOR, [0.0] * LANES)
 
@@ -87,7 +98,11 @@ def _sum_lanes(b, vector):
 
 
 def _make_tile(rows):
-    """Return an intrinsic that multiplies some rows by a block of weights [count, 64]."""
+    """Return an intrinsic that multiplies some rows by a block of weights [count, 64].
+
+    Of the outputs, as many are computed together as sums stay in registers.
+    """
+    parts = max(parts for parts in (1, 2, _PARTS) if parts * rows <= _SUMS)
 
     @intrinsic
     def tile(context, xs, ys, start, offset, weight, count, fresh, kind):
@@ -103,25 +118,33 @@ def _make_tile(rows):
             )
             sources = [_at(b, source, start) for source in sources]
             targets = [_at(b, target, offset) for target in targets]
-            sums = [[cgutils.alloca_once(b, _VECTOR) for _ in range(_PARTS)] for _ in range(rows)]
-            for target, parts in zip(targets, sums, strict=True):
-                for part, place in enumerate(parts):
-                    old = _load(b, _at(b, target, 4 * LANES * part))
-                    b.store(b.select(fresh, _zero(), old), place)
-            with cgutils.for_range(b, count, intp=_I64) as loop:
-                begin = _at(b, weight, b.mul(loop.index, _I64(BLOCK * size)))
-                weights = [
-                    _load(b, _at(b, begin, LANES * size * part), bf16=bf16)
-                    for part in range(_PARTS)
+            sums = [[cgutils.alloca_once(b, _VECTOR) for _ in range(parts)] for _ in range(rows)]
+            for first in range(0, _PARTS, parts):
+                places = [
+                    [_at(b, target, 4 * LANES * (first + part)) for part in range(parts)]
+                    for target in targets
                 ]
-                for source, parts in zip(sources, sums, strict=True):
-                    place = _at(b, source, b.mul(loop.index, _I64(4)))
-                    x = _splat(b, b.load(_pointer(b, place, _F32)))
-                    for w, part in zip(weights, parts, strict=True):
-                        b.store(_fma(b, x, w, b.load(part)), part)
-            for target, parts in zip(targets, sums, strict=True):
-                for part, place in enumerate(parts):
-                    _store(b, b.load(place), _at(b, target, 4 * LANES * part))
+                for row in range(rows):
+                    for place, total in zip(places[row], sums[row], strict=True):
+                        b.store(b.select(fresh, _zero(), _load(b, place)), total)
+                with cgutils.for_range(b, count, intp=_I64) as loop:
+                    begin = _at(b, weight, b.mul(loop.index, _I64(BLOCK * size)))
+                    if first == 0:
+                        for line in range(LANES * size * parts, BLOCK * size, 64):
+                            _fetch(b, _at(b, begin, line))
+                    begin = _at(b, begin, LANES * size * first)
+                    weights = [
+                        _load(b, _at(b, begin, LANES * size * part), bf16=bf16)
+                        for part in range(parts)
+                    ]
+                    for source, totals in zip(sources, sums, strict=True):
+                        place = _at(b, source, b.mul(loop.index, _I64(4)))
+                        x = _splat(b, b.load(_pointer(b, place, _F32)))
+                        for w, total in zip(weights, totals, strict=True):
+                            b.store(_fma(b, x, w, b.load(total)), total)
+                for row in range(rows):
+                    for place, total in zip(places[row], sums[row], strict=True):
+                        _store(b, b.load(total), place)
             b.ret_void()
 
         def generate(context, b, signature, arguments):
@@ -146,7 +169,7 @@ def _function(module, name, types_, fill, result=None):
     return function
 
 
-_tile_1, _tile_2, _tile_4 = _make_tile(1), _make_tile(2), _make_tile(4)
+_tile_1, _tile_2, _tile_4, _tile_6 = map(_make_tile, (1, 2, 4, 6))
 
 
 @njit
@@ -163,6 +186,10 @@ def tile(xs, ys, rows, offset, weight, count, fresh, kind):
     while start < count:
         part, is_fresh = min(depth, count - start), fresh and start == 0
         begin, row = weight + start * BLOCK * item_size(kind), 0
+        while row + 6 <= rows and row + 8 != rows:  # eight are two fours
+            x, y = xs + 8 * row, ys + 8 * row
+            _tile_6(x, y, start * 4, offset, begin, part, is_fresh, kind)
+            row += 6
         while row + 4 <= rows:
             x, y = xs + 8 * row, ys + 8 * row
             _tile_4(x, y, start * 4, offset, begin, part, is_fresh, kind)
