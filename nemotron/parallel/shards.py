@@ -26,12 +26,6 @@ class Shard:
         """Return the shard that is everything."""
         return cls(shape, 0, ((0, shape[0]),))
 
-    @property
-    def local_shape(self) -> torch.Size:
-        """Shape of what the rank holds."""
-        held = sum(stop - start for start, stop in self.ranges)
-        return torch.Size([*self.shape[: self.dim], held, *self.shape[self.dim + 1 :]])
-
     def take(self, whole: Tensor) -> Tensor:
         """Cut the shard out of the whole: a view where it is one stretch, otherwise a copy."""
         assert whole.shape == self.shape, (whole.shape, self.shape)

@@ -30,21 +30,6 @@ def advantages(
     return scaled if config.clamp is None else scaled.clamp(-config.clamp, config.clamp)
 
 
-def combine_components(
-    components: dict[str, Float[Tensor, "P G"]], lengths: Float[Tensor, "P G"]
-) -> Float[Tensor, "P G"]:
-    """Return the advantages of several rewards that are each scaled by themselves (GDPO).
-
-    The advantages of all components, each against the other answers, are added up and whitened
-    over the batch. Source: NVIDIA-NeMo/RL: nemo_rl/algorithms/advantage_estimator.py,
-    GDPOAdvantageEstimator.
-    """
-    alone = AdvantageConfig(baseline="loo", scale="loo")
-    total = sum(advantages(rewards, lengths, alone) for rewards in components.values())
-    assert isinstance(total, Tensor), "there is no component"
-    return _whiten(total, torch.ones_like(total))
-
-
 def _baseline(rewards: Tensor, kind: str) -> Tensor:
     if kind == "none":
         return torch.zeros_like(rewards)

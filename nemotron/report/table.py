@@ -1,7 +1,6 @@
 """The records of one kind as columns of numbers."""
 
 from array import array
-from collections.abc import Iterable
 from typing import Any, TypeGuard
 
 import numpy as np
@@ -51,11 +50,6 @@ class Table:
         """Return the newest finite value of a key."""
         values = self.series(key).finite.y
         return float(values[-1]) if len(values) else None
-
-    def drop(self, keys: Iterable[str]) -> None:
-        """Forget columns."""
-        for key in keys:
-            self._columns.pop(key, None)
 
 
 def is_number(value: object) -> TypeGuard[float]:

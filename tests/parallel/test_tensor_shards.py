@@ -15,11 +15,6 @@ SHARDS = [
 ]
 
 
-@pytest.mark.parametrize("shard", SHARDS)
-def test_a_shard_has_the_shape_that_it_says(shard: Shard):
-    assert shard.take(WHOLE).shape == shard.local_shape
-
-
 def test_stretches_lie_side_by_side_in_their_order():
     assert torch.equal(SHARDS[0].take(WHOLE), WHOLE[[1, 2, 5, 9, 10]])
     assert torch.equal(SHARDS[2].take(WHOLE), WHOLE[:, [0, 3, 4]])

@@ -6,7 +6,7 @@ Source: NVIDIA/Megatron-LM: megatron/core/utils.py, get_batch_on_this_cp_rank.
 """
 
 import torch
-from jaxtyping import Int, Shaped
+from jaxtyping import Shaped
 from torch import Tensor
 
 
@@ -28,11 +28,6 @@ def shard(
     assert length % (2 * size) == 0, f"{length} tokens do not make {2 * size} chunks"
     chunks = values.chunk(2 * size, dim=1)
     return torch.cat([chunks[chunk] for chunk in chunks_of(rank, size)], dim=1)
-
-
-def positions(rank: int, size: int, length: int) -> Int[Tensor, " Tl"]:
-    """Return where a rank's tokens stand in a row of that length."""
-    return shard(torch.arange(length)[None], rank, size)[0]
 
 
 def in_row_order(values: Shaped[Tensor, "B T *rest"], size: int) -> Shaped[Tensor, "B T *rest"]:
