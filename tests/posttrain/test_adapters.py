@@ -133,6 +133,10 @@ def test_an_export_has_the_adapters_merged(workplace: Workplace, tmp_path: Path)
     folder = workplace.train("merged", tune=adapter(), schedule=RATE)
     assert run(["export", str(folder), "--out", str(tmp_path / "merged"), "--no-check"]) == 0
     assert selfcheck.main(tmp_path / "merged", folder) == 0
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| stage | sft |" in card
+    assert "| tune.adapter.rank | 3 |" in card
+    assert "`nemotron chat .`" in card
     name = "backbone.layers.0.mixer.in_proj.weight"
     expected = read_model(folder)[1][name]
     assert not torch.equal(expected, read_model(workplace.runs / "base")[1][name])
