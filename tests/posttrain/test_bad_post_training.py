@@ -106,7 +106,7 @@ RECIPES: dict[str, tuple[Callable[[Workplace], Path], str]] = {
             stage="dpo",
             reference="/absent",
         ),
-        "reference = /absent does not exist",
+        "reference: /absent: does not exist",
     ),
 }
 
