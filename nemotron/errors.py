@@ -2,6 +2,8 @@
 
 import errno
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
@@ -72,6 +74,19 @@ class UserError(Exception):
         if inner and inner != where:
             where = f"{where}: {inner}"
         return self.of(replace(self.finding, where=where))
+
+
+@contextmanager
+def within(place: str) -> Iterator[None]:
+    """Give a mistake that is found here this place, before the place that it has already.
+
+    Raises:
+        UserError: the mistake.
+    """
+    try:
+        yield
+    except UserError as error:
+        raise error.at(place) from None
 
 
 class RunFailed(Exception):

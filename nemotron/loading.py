@@ -5,12 +5,10 @@ from pathlib import Path
 
 import torch
 from pydantic import BaseModel, ValidationError
-from torch import Tensor
 
-from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
-from nemotron.hf.folder import is_exported, read_folder
+from nemotron.hf.folder import is_exported
 from nemotron.hf.hub import find_folder
 from nemotron.hf.read_scales import read_scales
 from nemotron.hf.tokenizer_files import (
@@ -20,6 +18,7 @@ from nemotron.hf.tokenizer_files import (
     read_kept_files,
     read_stop_ids,
 )
+from nemotron.hf.weights import read_weights
 from nemotron.model.build import build_around
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
@@ -170,22 +169,6 @@ def recipe_ops(path: Path) -> OpsConfig:
     except ValidationError as error:
         found = explain(error, RunConfig, document.places, str(run.recipe))
         raise UserError.of(found) from error
-
-
-def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return configuration and float32 weights, under the names of `HybridLM.state_dict()`.
-
-    Raises:
-        UserError: when there is no model, or its files are damaged.
-    """
-    if not path.exists():
-        raise UserError(
-            "does not exist; give a run, checkpoint or export.", where=str(path.absolute())
-        )
-    if is_exported(path):
-        loaded = read_folder(path)
-        return loaded.config, loaded.weights
-    return read_model(path)
 
 
 def read_initial(place: str) -> InitialModel:

@@ -632,6 +632,8 @@ FINISHED_ROWS = [
     Row("evaluate a model of another size", nothing,
         ["evaluate", "runs/mine", "model.hidden_size=65"],
         ("command line", "model.hidden_size", "trained model")),
+    Row("evaluate with another rate", nothing, ["evaluate", "runs/mine", "schedule.peak=1"],
+        ("command line", "schedule.peak", "trained model")),
     Row("quantize a model of another size", nothing,
         [*NEW, "--preset", "fp8", "model.hidden_size=65"],
         ("command line", "model.hidden_size", "trained model")),

@@ -29,7 +29,8 @@ from nemotron.hf.adapter import read_adapters
 from nemotron.hf.read_scales import read_scales
 from nemotron.hf.source import open_checkpoint
 from nemotron.hf.tokenizer_files import check_tokenizer, read_tokenizer
-from nemotron.loading import read_chat_files, read_weights, recipe_ops
+from nemotron.hf.weights import read_weights
+from nemotron.loading import read_chat_files, recipe_ops
 from nemotron.merge.window import read_checkpoints
 from nemotron.posttrain.correct.config import CorrectConfig
 from nemotron.posttrain.correct.stage import read_threshold

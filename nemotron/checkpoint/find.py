@@ -88,7 +88,8 @@ def locate(path: Path) -> Search:
     found = newest(folder)
     if found.info is None:
         reasons = "".join(f"; {skipped}" for skipped in found.skipped)
-        raise UserError(f"contains no complete checkpoint{reasons}.", where=str(path))
+        advice = "" if reasons else "; give a run or a checkpoint"
+        raise UserError(f"contains no complete checkpoint{reasons}{advice}.", where=str(path))
     return found
 
 

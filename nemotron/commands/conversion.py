@@ -13,6 +13,7 @@ from nemotron.commands.shared import (
     Model,
     Overrides,
     ReplaceFolder,
+    refuse_beside,
     refuse_without,
 )
 from nemotron.merge.coefficients import EMA_DECAY
@@ -20,6 +21,10 @@ from nemotron.merge.coefficients import EMA_DECAY
 app = CommandGroup()
 checkpoint_app = CommandGroup(help="Work on checkpoints.", no_args_is_help=True)
 app.add_typer(checkpoint_app, name="checkpoint")
+
+
+MAX_SHARD_GB = 5.0
+"""Largest file of an export, in 10^9 bytes, by default."""
 
 
 class Layout(StrEnum):
@@ -52,7 +57,7 @@ def export(
     check: Annotated[bool, typer.Option(help="Run the self-check at the end.")] = True,
     max_shard_gb: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Largest file size, in 10^9 bytes.")
-    ] = 5.0,
+    ] = MAX_SHARD_GB,
     push: Annotated[
         str | None,
         typer.Option(metavar="OWNER/NAME", help="Upload the folder to the Hub, with HF_TOKEN."),
@@ -63,10 +68,19 @@ def export(
     from nemotron.hf.export import opened_as_run
     from nemotron.hf.formats import MAMBA_FP32, RELEASED
 
+    whole = {
+        "mamba_fp32": mamba_fp32,
+        "trunk_only": trunk_only,
+        "no_check": not check,
+        "max_shard_gb": max_shard_gb,
+    }
     if adapter:
         from nemotron.hf.adapter import export_adapter
 
-        return export_adapter(run, out, base=base, overwrite=overwrite)
+        defaults = dict.fromkeys(whole, False) | {"max_shard_gb": MAX_SHARD_GB}
+        refuse_beside("--adapter", whole, defaults)
+        return export_adapter(run, out, base=base, overwrite=overwrite, push=push)
+    refuse_without("--adapter", {"base": base}, {"base": None})
     with opened_as_run(run, out, overwrite=overwrite) as place:
         return run_export(
             place,

@@ -74,7 +74,9 @@ def rl_pivots(
     overrides: Overrides = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Run, checkpoint or export; default: what init_from names."),
+        typer.Option(
+            help="Run, checkpoint or export; default: the run that RECIPE is, or init_from of it."
+        ),
     ] = None,
     samples: Annotated[int, typer.Option(min=2, max=1000, help="Answers to each turn.")] = 8,
     max_reward: Annotated[
@@ -84,15 +86,12 @@ def rl_pivots(
 ) -> int:
     """Find turns of expert trajectories at which a model is sometimes right (PivotRL)."""
     from nemotron.data.rewrite.rows import check_file
-    from nemotron.errors import UserError
     from nemotron.exit_codes import DONE
     from nemotron.posttrain.pivots import write_pivots
 
     config = _rl_config(recipe, overrides or [])
     check_file(out, [str(trajectories)], overwrite=overwrite)
-    place = model or config.init_from
-    if place is None:
-        raise UserError("no model is named; give --model, or init_from in the recipe.")
+    place = _place(model, recipe, config)
     found = write_pivots(
         _load(place, config), config, trajectories, out, samples=samples, max_reward=max_reward
     )
@@ -109,7 +108,9 @@ def rl_evaluate(
     overrides: Overrides = None,
     model: Annotated[
         str | None,
-        typer.Option(help="Run, checkpoint or export; default: what init_from names."),
+        typer.Option(
+            help="Run, checkpoint or export; default: the run that RECIPE is, or init_from of it."
+        ),
     ] = None,
     budget: Annotated[
         list[int] | None,
@@ -121,16 +122,13 @@ def rl_evaluate(
     ] = None,
 ) -> int:
     """Answer the held-out tasks of a recipe and print the mean reward of each environment."""
-    from nemotron.errors import UserError
     from nemotron.exit_codes import DONE
     from nemotron.outputs import check_new
     from nemotron.posttrain.evaluate import evaluate
 
     given = [f"rollout.reasoning_budget={max(budget)}"] if budget else []
     config = _rl_config(recipe, [*(overrides or []), *given])
-    place = model or config.init_from
-    if place is None:
-        raise UserError("no model is named; give --model, or init_from in the recipe.")
+    place = _place(model, recipe, config)
     for key, path in (("--out", out), ("--plot", plot)):
         if path is not None:
             check_new(path, key)
@@ -172,6 +170,19 @@ def _rl_config(recipe: Path, overrides: list[str]) -> "RlConfig":
         rule = "is not for this command, which takes recipes of stage rl."
         raise UserError(rule, key="stage", value=loaded.config.stage, where=place)
     return loaded.config
+
+
+def _place(model: str | None, recipe: Path, config: "RlConfig") -> str:
+    """Return the model that a command is about, and print it where no option names it."""
+    from nemotron.errors import UserError
+
+    if model is not None:
+        return model
+    place = str(recipe) if recipe.is_dir() else config.init_from
+    if place is None:
+        raise UserError("no model is named; give --model, or init_from in the recipe.")
+    print_text(f"model {place}")
+    return place
 
 
 def _load(place: str, config: "RlConfig") -> "HybridLM":

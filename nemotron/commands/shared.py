@@ -90,12 +90,21 @@ def refuse_without(option: str, values: Mapping[str, Any], defaults: Mapping[str
     Raises:
         UserError: when one of `values` is not its default.
     """
+    _refuse_given(f"without {option}; leave it out or add that.", values, defaults)
+
+
+def refuse_beside(option: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse options that have no effect beside another one, as `refuse_without` does."""
+    _refuse_given(f"beside {option}; leave one of them out.", values, defaults)
+
+
+def _refuse_given(where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     from nemotron.errors import UserError
 
     for name, value in values.items():
         if value != defaults[name]:
             key = "--" + name.replace("_", "-")
-            raise UserError(f"has no effect without {option}; leave it out or add that.", key=key)
+            raise UserError(f"has no effect {where}", key=key)
 
 
 def _spread(function: Callable[..., int]) -> Callable[..., int]:

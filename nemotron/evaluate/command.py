@@ -25,10 +25,14 @@ from nemotron.posttrain.suites.definition import PERPLEXITY
 from nemotron.recipe.load import Recipe, load_recipe
 from nemotron.run.files import RunFiles
 from nemotron.terminal import print_text
-from nemotron.train.config import TextConfig
 
 REFERENCE = "reference.jsonl"
 """Answers of the model that another one is compared with."""
+OF_TRAINING = {
+    *("model", "init_from", "tune", "optimizer", "schedule", "parallel", "recompute"),
+    *("nonfinite_limit", "checkpoint", "logging", "profile", "name", "output", "device"),
+}
+"""Keys of a recipe that change neither its text nor what a trained model says of it."""
 COLUMNS = ("loss", "perplexity", "bits_per_byte")
 
 
@@ -137,11 +141,18 @@ def open_text(model: Path, text: Text, device: str) -> tuple[HeldOut, Recipe]:
             the model, which is as it was trained.
     """
     for override in text.overrides:
-        if override.startswith("model."):
+        key = override.partition("=")[0].strip()
+        if key.partition(".")[0] in OF_TRAINING:
             rule = "has no effect on a trained model; override the text alone, as data.seq_len=512."
-            raise UserError(rule, where="command line", key=override.split("=")[0])
+            raise UserError(rule, where="command line", key=key)
     place = find_folder(model)
     loaded = load_recipe(text.recipe or _own_recipe(place, model), text.overrides)
+    if text.recipe is None and not loaded.is_of_text:
+        rule = (
+            f"is a run of stage {loaded.config.stage}, whose recipe names no text of its own; give "
+            "one of stage pretrain or sft: --recipe FILE."
+        )
+        raise UserError(rule, where=str(model))
     found = read_initial(str(place))
     held_out = HeldOut(loaded.text, device, found.config)
     if found.tokenizer is not None:
@@ -159,7 +170,7 @@ def _has_text(model: Path, wanted: Wanted) -> bool:
     run = None if is_exported(place) else RunFiles.around(place)
     if run is None or not run.recipe.is_file():
         return False
-    return isinstance(load_recipe(run.path, ()).config, TextConfig)
+    return load_recipe(run.path, ()).is_of_text
 
 
 def _refuse_other_tokenizer(

@@ -127,6 +127,10 @@ def check_folder(folder: Path, *, resume: bool) -> None:
         raise UserError("is not the folder of an evaluation.", key="--out", value=folder)
 
 
+WEIGHTS = "weights"
+"""The setting that is no option: a hash of the model's."""
+
+
 def _settings_of(path: Path) -> Path:
     return path.with_suffix(".settings.json")
 
@@ -148,4 +152,5 @@ def _keep_settings(path: Path, settings: dict[str, Any]) -> None:
     for key in sorted(settings.keys() | before.keys()):
         if settings.get(key) != before.get(key):
             rule = f"is not {before.get(key)!r:.80}, as in {path.parent}; name another folder."
-            raise UserError(rule, key=key, value=str(settings.get(key))[:80])
+            option = key if key == WEIGHTS else "--" + key.replace("_", "-")
+            raise UserError(rule, key=option, value=str(settings.get(key))[:80])

@@ -12,7 +12,7 @@ from typing import Any
 from nemotron.errors import UserError
 from nemotron.evaluate.model import Asking, Evaluated
 from nemotron.evaluate.ruler import collect
-from nemotron.evaluate.sample_file import SAMPLES, SampleFile
+from nemotron.evaluate.sample_file import SAMPLES, WEIGHTS, SampleFile
 from nemotron.generate.budget import ReasoningBudget
 from nemotron.posttrain.answering import Answerer, Answering
 from nemotron.posttrain.suites.budgets import write_curve
@@ -89,7 +89,7 @@ def run_suites(loaded: Evaluated, plan: Plan, folder: Path | None, name: str = S
         names = [name for name, own in suites.left_out.items() if own == reason]
         print_text(f"{', '.join(names)} left out: {reason}")
     outcome = Outcome(left_out=suites.left_out)
-    settings = {**_settings(plan, suites), "weights": loaded.digest() if folder else ""}
+    settings = {**_settings(plan, suites), WEIGHTS: loaded.digest() if folder else ""}
     with _file(folder, name, settings) as file, suites.verifiers() as verifiers:
         start, tokens = time.perf_counter(), 0
         for budget in plan.budgets or (None,):
@@ -129,18 +129,18 @@ def _suites(plan: Plan, loaded: Evaluated) -> Suites:
 
 
 def _settings(plan: Plan, suites: Suites) -> dict[str, Any]:
-    """Return all that answers depend on, beside the model."""
+    """Return all that answers depend on, beside the model, by the options of the command."""
     return {
-        "tasks": {task.name: task.rows or plan.settings.tasks for task in suites.tasks},
-        "rows": plan.settings.tasks,
+        "suite": [[task.name, task.rows] for task in suites.tasks],
+        "tasks": plan.settings.tasks,
         "samples": plan.settings.samples,
         "temperature": plan.settings.temperature,
         "seed": plan.settings.seed,
-        "asking": dataclasses.asdict(plan.asking),
+        **dataclasses.asdict(plan.asking),
         "max_new_tokens": plan.max_new_tokens,
         "batch": plan.slots,
         "row_by_row": plan.row_by_row,
-        "budgets": list(plan.budgets),
+        "budget": list(plan.budgets),
     }
 
 

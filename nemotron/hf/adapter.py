@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -12,6 +11,9 @@ from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
 from nemotron.files import write_json
 from nemotron.hf.export import check_target
+from nemotron.hf.folder import is_exported
+from nemotron.hf.hub import check_name, is_name, push_folder
+from nemotron.hf.shards import write_tensors
 from nemotron.hf.source import CheckpointSource, open_checkpoint
 from nemotron.model.adapter import MARK, by_weight
 from nemotron.model.build import shapes
@@ -31,15 +33,34 @@ _check_lora_target_modules_mamba."""
 
 
 def export_adapter(
-    run: Path, out: Path | None = None, *, base: str | None = None, overwrite: bool = False
+    run: Path,
+    out: Path | None = None,
+    *,
+    base: str | None = None,
+    overwrite: bool = False,
+    push: str | None = None,
 ) -> int:
-    """Write the adapters of a run's newest checkpoint; `base` is the folder that they adapt.
+    """Write the adapters of a run's newest checkpoint; `base` is the model that they adapt.
 
-    `out` is the run's folder `adapter` when absent.
+    `out` is the run's folder `adapter` when absent. `push` is a name on the Hub, to which the
+    folder is then uploaded.
 
     Raises:
-        UserError: when the run has no adapters, or the target may not be written; nothing is.
+        UserError: when the run has no adapters, `base` is neither a model of Hugging Face's layout
+            nor a name on the Hub, or the target may not be written; nothing is.
     """
+    if push is not None:
+        check_name(push)
+    if base is not None and not is_exported(Path(base)) and not is_name(base):
+        raise UserError(
+            "is neither an exported folder nor OWNER/NAME of the Hub; PEFT could not read it.",
+            key="--base",
+            value=base,
+        )
+    if is_exported(run):
+        raise UserError(
+            "is an exported folder, whose adapters are merged; give the run.", where=str(run)
+        )
     source = open_checkpoint(run)
     for skipped in source.skipped:
         print_text(str(skipped))
@@ -57,10 +78,14 @@ def export_adapter(
     check_target(target, source, overwrite=overwrite, command=COMMAND)
     with writing_beside(target, COMMAND) as partial:
         tensors = {k: t.contiguous() for k, t in peft_tensors(found).items()}
-        safetensors.torch.save_file(tensors, partial / WEIGHTS, metadata={"format": "pt"})
+        write_tensors(partial / WEIGHTS, tensors)
         write_json(partial / CONFIG, peft_config(found, base))
         publish(partial, target, COMMAND)
     print_text(f"wrote {len(tensors):,} tensors of adapters to {target}")
+    if base is None:
+        print_text("note: --base would name the model in it; give that model to PEFT yourself")
+    if push is not None:
+        print_text(f"uploaded to {push_folder(target, push)}")
     return DONE
 
 

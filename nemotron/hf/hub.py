@@ -43,6 +43,11 @@ def find_folder(place: str | Path) -> Path:
     )
 
 
+def is_name(place: str) -> bool:
+    """Say whether nothing of this name exists here, and a model of the Hub may have it."""
+    return not Path(place).exists() and NAME.fullmatch(place) is not None
+
+
 def push_folder(folder: Path, repo: str) -> str:
     """Upload an exported folder as a model, which is private if it is new; returns its address.
 

@@ -20,7 +20,6 @@ from nemotron.hf.quantized.assignment import Quantized
 from nemotron.hf.quantized.layouts import FORMAT_NAMES
 from nemotron.hf.readers import EAGER, fits_grouped_products
 from nemotron.hf.source import CheckpointSource
-from nemotron.hf.tokenizer_files import CHAT_TEMPLATE
 from nemotron.model.build import build_on_meta
 from nemotron.model.config import LAYER_KINDS, ModelConfig
 from nemotron.run.files import RunFiles
@@ -61,15 +60,16 @@ output = model.generate(**inputs, max_new_tokens=32)
 print(tokenizer.decode(output[0]))
 ```
 
-or, with the package that wrote it: `nemotron generate {shell} --prompt "def read("`.
+or, with the package that wrote it: `{command}`.
 """
 
 USE_QUANTIZED = """## Use
 
 Inference engines read this layout: `vllm serve {shell}`, for instance. The package that wrote it
-computes with the decoded weights: `nemotron generate {shell} --prompt "def read("`.
+computes with the decoded weights: `{command}`.
 """
 
+TEXT_COMMAND = 'nemotron generate {name} --prompt "def read("'
 TEXT_PROMPT = 'inputs = tokenizer("def read(", return_tensors="pt")'
 CHAT_PROMPT = """messages = [{"role": "user", "content": "Who wrote this?"}]
 inputs = tokenizer.apply_chat_template(
@@ -79,7 +79,21 @@ inputs = tokenizer.apply_chat_template(
 HERE = "."
 """The folder of the card, as a name of the model."""
 
-HYPER_PARAMETERS = ("data.seq_len", "batch", "schedule", "optimizer", "loss", "precision.preset")
+HYPER_PARAMETERS = (
+    *("stage", "data.seq_len", "batch", "schedule", "optimizer", "loss", "precision.compute"),
+    *(
+        "precision.preset",
+        "tune",
+        "teacher",
+        "distillation",
+        "reference",
+        "dpo",
+        "advantage",
+        "policy",
+    ),
+    *(f"rollout.num_{counted}" for counted in ("prompts_per_step", "generations_per_prompt")),
+    *(f"rollout.{key}" for key in ("updates_per_step", "max_new_tokens", "temperature", "lag")),
+)
 """Keys of a recipe, and sections, that the card lists."""
 
 
@@ -104,7 +118,7 @@ def model_card(
         _table("Training", [*_base(recipe), *_training(source.info, run)]),
         _table("Hyper-parameters", _hyper_parameters(recipe)),
         _table("Results", _results(source.info, run)),
-        _use(source, name) if quantized is None else USE_QUANTIZED.replace("{shell}", name),
+        _use(source, name, USE if quantized is None else USE_QUANTIZED),
     ]
     return _header(recipe) + "\n" + "\n".join(section for section in sections if section)
 
@@ -116,17 +130,17 @@ def _header(recipe: Mapping[str, object]) -> str:
     return HEADER.replace("{base}", f"base_model: {named['repo']}\n" if named else "")
 
 
-def _use(source: CheckpointSource, name: str) -> str:
-    is_chat = source.run is not None and (source.run.companions / CHAT_TEMPLATE).is_file()
+def _use(source: CheckpointSource, name: str, text: str) -> str:
+    is_chat = source.run is not None and source.run.chat_template.is_file()
     comment = "  # the folder of this file" if name == HERE else ""
     values = {
         "name": f'"{name}"{comment}',
         "shell": name,
+        "command": f"nemotron chat {name}" if is_chat else TEXT_COMMAND.format(name=name),
         "limit": _python(source.config.time_step_limit),
         "prompt": CHAT_PROMPT if is_chat else TEXT_PROMPT,
         "experts": "" if fits_grouped_products(source.config) else EAGER,
     }
-    text = USE
     for key, value in values.items():
         text = text.replace(f"{{{key}}}", value)
     return text

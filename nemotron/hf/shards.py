@@ -57,19 +57,19 @@ def write_shards(
         name = f"model-{number:05}-of-{len(shards):05}.safetensors"
         content = {key: tensor for parameter in shard for key, tensor in read(parameter).items()}
         weight_map |= dict.fromkeys(content, name)
-        _save(content, folder / name)
-        # safetensors makes the file private; give it the rights that open() would have given
-        (folder / name).chmod(folder.stat().st_mode & 0o666)
-        with open(folder / name, "rb") as file:
-            sync(file)
+        write_tensors(folder / name, content)
     total = sum(parameter.num_bytes for parameter in parameters)
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     write_json(folder / INDEX, index)
     return total
 
 
-def _save(content: dict[str, Tensor], path: Path) -> None:
-    """Write one file; raises OSError, as other writing does, when the disk does not take it."""
+def write_tensors(path: Path, content: dict[str, Tensor]) -> None:
+    """Write one file of tensors, and put it onto the disk.
+
+    Raises:
+        OSError: as other writing does, when the disk does not take it.
+    """
     try:
         save_file(content, path, metadata={"format": "pt"})
     except SafetensorError as error:
@@ -78,6 +78,10 @@ def _save(content: dict[str, Tensor], path: Path) -> None:
             raise
         code = int(number[1])
         raise OSError(code, os.strerror(code), str(path)) from None
+    # safetensors makes the file private; give it the rights that open() would have given
+    path.chmod(path.parent.stat().st_mode & 0o666)
+    with open(path, "rb") as file:
+        sync(file)
 
 
 def _plan(parameters: Sequence[DiskParameter], max_shard_bytes: int) -> list[list[DiskParameter]]:

@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nemotron.checkpoint.read import read_model
 from nemotron.data.batch import Batch, Batches
 from nemotron.data.tokenizer import Tokenizer
-from nemotron.errors import UserError
-from nemotron.hf.folder import is_exported, read_folder
+from nemotron.errors import UserError, within
+from nemotron.hf.folder import is_exported
 from nemotron.hf.hub import find_folder
 from nemotron.hf.tokenizer_files import TOKENIZER, check_tokenizer
+from nemotron.hf.weights import read_weights
 from nemotron.model.build import build_around
 from nemotron.model.config import ModelConfig
 from nemotron.model.hybrid import HybridLM
@@ -39,12 +39,9 @@ def load_teacher(
         UserError: when there is none, or it has another vocabulary than the student.
     """
     assert config.teacher is not None
-    path = Path(config.teacher)
-    if not path.exists():
-        raise UserError(
-            "does not exist; give a run, checkpoint or export.", key="teacher", value=str(path)
-        )
-    own, weights = read_weights(path)
+    with within("teacher"):
+        path = find_folder(config.teacher)
+        own, weights = read_weights(path)
     if own.vocab_size != config.model.vocab_size:
         raise UserError(
             f"has a vocabulary of {own.vocab_size}, but model.vocab_size = "
@@ -80,19 +77,9 @@ def load_reference(config: RlConfig, device: torch.device) -> HybridLM | None:
     if not config.policy.kl_coefficient:
         return None
     assert config.init_from is not None, "a rule of the recipe"
-    return _freeze(*read_weights(find_folder(config.init_from)), config, device)
-
-
-def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
-    """Return configuration and weights of a run, a checkpoint or an exported folder, on the CPU.
-
-    Raises:
-        UserError: when the model is absent.
-    """
-    if is_exported(path):
-        loaded = read_folder(path)
-        return loaded.config, loaded.weights
-    return read_model(path)
+    with within("init_from"):
+        own, weights = read_weights(find_folder(config.init_from))
+    return _freeze(own, weights, config, device)
 
 
 def _freeze(

@@ -5,8 +5,9 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
-from nemotron.errors import Finding, UserError
+from nemotron.errors import Finding, UserError, show_value
 from nemotron.recipe import languages
 from nemotron.recipe.read import Idle, Path_, place_of
 from nemotron.recipe.stages import DEFAULT, STAGES, Stage
@@ -41,8 +42,18 @@ def check(config: RunConfig, stage: Stage, places: dict[Path_, str], source: str
         raise UserError.of(found).at(place_of(places, path, source))
 
 
-def _is_default(section: BaseModel, path: Path_, default: BaseModel | None = None) -> bool:
-    """Say whether a key was given the value that it has anyway.
+def _is_default(config: RunConfig, path: Path_) -> bool:
+    """Say whether a key was given the value that it has anyway."""
+    value: Any = config
+    for key in path:
+        if not isinstance(value, BaseModel):
+            break
+        value = getattr(value, key)
+    return bool(value in _defaults(config, path))
+
+
+def _defaults(section: BaseModel, path: Path_, default: BaseModel | None = None) -> tuple[Any, ...]:
+    """Return the values that a key has anyway.
 
     `default` is the section's own default, where the class around it gives it one.
     """
@@ -54,9 +65,9 @@ def _is_default(section: BaseModel, path: Path_, default: BaseModel | None = Non
     else:
         usual = getattr(default, key)
     if rest and isinstance(value, BaseModel):
-        return _is_default(value, tuple(rest), usual if type(usual) is type(value) else None)
+        return _defaults(value, tuple(rest), usual if type(usual) is type(value) else None)
     # a section that is given in part has its class's own default for the rest
-    return bool(value in (usual, field.get_default(call_default_factory=True)))
+    return (usual, field.get_default(call_default_factory=True))
 
 
 def _findings(config: RunConfig, stage: Stage, given: set[str]) -> Iterator[Finding]:
@@ -68,7 +79,13 @@ def _findings(config: RunConfig, stage: Stage, given: set[str]) -> Iterator[Find
         for idle in conditions:
             for key in idle.keys if idle.holds else ():
                 if key in given:
-                    yield Finding(key, f"has no effect because {idle.because}; remove the key.")
+                    usual, _ = _defaults(config, tuple(key.split(".")))
+                    # whoever extends a file cannot remove its keys
+                    other = f", or write its default, {show_value(usual)}"
+                    if usual is PydanticUndefined:
+                        other = ""
+                    rule = f"has no effect because {idle.because}; remove the key{other}."
+                    yield Finding(key, rule)
 
 
 def _idle(config: RunConfig) -> Iterator[Idle]:

@@ -25,6 +25,8 @@ class RunFiles:
         self.checkpoints = path / "checkpoints"
         self.companions = path / "hf"
         """Small files that take the place of an export's own."""
+        self.chat_template = self.companions / "chat_template.jinja"
+        """There if the model has learned conversations."""
         self.ranks = path / "ranks"
         self.profile = path / "profile"
 

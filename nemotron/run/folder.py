@@ -223,7 +223,7 @@ class RunFolder(RunFiles):
         `hf/` holds companions that take the place of an export's own: the chat template, and the
         tokens at which generation stops.
         """
-        self.write(self.companions / "chat_template.jinja", template)
+        self.write(self.chat_template, template)
         sampling = {"do_sample": True, "temperature": 1.0, "top_p": 1.0}
         ids = {"eos_token_id": eos_ids, **others}
         self.write(self.companions / "generation_config.json", ids | sampling)

@@ -221,11 +221,13 @@ def _event(chunk: Json) -> bytes:
 
 
 async def _no_such_path(request: Request, error: HTTPException) -> Response:
+    headers = dict(error.headers or {})
+    right = headers.get("Allow", "another method").replace(", ", " or ")
     sentence = {
         404: f"there is no path {request.url.path[:60]!r}; see docs/serve.md for those that are.",
-        405: f"{request.method[:20]} is not for {request.url.path[:60]!r}; use GET or POST.",
+        405: f"{request.method[:20]} is not for {request.url.path[:60]!r}; use {right}.",
     }.get(error.status_code, f"{error.detail}.")
-    return JSONResponse(ApiError(error.status_code, sentence).body(), error.status_code)
+    return JSONResponse(ApiError(error.status_code, sentence).body(), error.status_code, headers)
 
 
 async def _internal(request: Request, error: Exception) -> Response:

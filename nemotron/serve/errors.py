@@ -62,6 +62,8 @@ def _step(part: str | int) -> str:
 
 def _reason(error: Any) -> str:  # Any: pydantic's record
     reason = error["msg"].removeprefix("Value error, ").rstrip(".")
+    if error["type"] == "literal_error":  # its values are written as Python writes them
+        reason = reason.replace("False", "false").replace("True", "true")
     return reason[:1].lower() + reason[1:]
 
 

@@ -82,7 +82,10 @@ class Common(Strict):
     ) = None
     response_format: ResponseFormat | None = None
     user: str | None = None
-    """Who asks; it changes nothing."""
+    """Who asks; it changes nothing, as do the next three."""
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     top_k: Count | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None

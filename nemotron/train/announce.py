@@ -117,8 +117,12 @@ def _next(trainer: Trainer, folder: RunFolder) -> list[str]:
     if trainer.config.stage == "correct":
         files = ("--in", "nbest.jsonl", "--out", "fixed.jsonl")
         return [_command("correct", folder.path, *files)]
+    if folder.chat_template.is_file():
+        use = _command("chat", folder.path)
+    else:
+        use = _command("generate", folder.path, "--prompt", "Once upon a time")
     return [
-        _command("generate", folder.path, "--prompt", "Once upon a time"),
+        use,
         _command("export", folder.path, "--out", folder.path / "export"),
     ]
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nemotron.checkpoint.read import read_model
 from nemotron.data.tokenizer import Tokenizer
-from nemotron.errors import UserError
+from nemotron.errors import UserError, within
 from nemotron.model.adapter import is_adapter
 from nemotron.model.build import shapes
 from nemotron.model.config import ModelConfig
@@ -81,13 +81,18 @@ def load_initial(
     return initial
 
 
-def read_fitting(config: ModelConfig, path: str, read: ReadModel) -> InitialModel:
+def read_fitting(
+    config: ModelConfig, path: str, read: ReadModel, *, key: str = "init_from"
+) -> InitialModel:
     """Read saved weights, which must be those of a model of this configuration.
+
+    `key` is the key of the recipe that names them.
 
     Raises:
         UserError: when a tensor is absent, has another shape or is not in the model.
     """
-    initial = read(path)
+    with within(key):
+        initial = read(path)
     saved_config, weights = initial.config, initial.weights
     own = shapes(config)
     problems = [
@@ -105,7 +110,7 @@ def read_fitting(config: ModelConfig, path: str, read: ReadModel) -> InitialMode
         raise UserError(
             f"has weights that do not fit the recipe ({', '.join(keys)}): "
             f"{'; '.join(problems[:10])}.",
-            key="init_from",
+            key=key,
             value=Path(path),
         )
     return initial

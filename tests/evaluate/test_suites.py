@@ -73,6 +73,18 @@ def test_what_was_interrupted_goes_on_to_the_same_bits(
         assert (out / name).read_bytes() == (whole / name).read_bytes(), name
 
 
+def test_another_setting_is_refused_by_the_name_of_its_option(
+    trained: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+):
+    out = tmp_path / "out"
+    shutil.copytree(whole, out)
+    again = [*SUITES, *HOW, "--batch", "4", "--resume"]
+    for option, value in (("--tasks", "3"), ("--stop", "x"), ("--seed", "9"), ("--budget", "2")):
+        assert evaluate(trained, [*again, option, value], out) == 2
+        assert f"{option} = " in (said := capsys.readouterr().err)
+        assert value in said.partition(" is ")[0]
+
+
 @pytest.mark.slow
 def test_forged_answers_are_refused_and_cut_by_their_own_length(
     trained: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture

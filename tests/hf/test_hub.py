@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nemotron.loading import read_weights
+from nemotron.hf.weights import read_weights
 from tests.support import forked
 from tests.support.prepared import write_prepared
 from tests.support.stand_in_hub import StandInHub

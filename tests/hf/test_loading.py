@@ -7,7 +7,8 @@ import torch
 import nemotron
 from nemotron import cli
 from nemotron.errors import UserError
-from nemotron.loading import load, load_with_tokenizer, read_weights, recipe_ops
+from nemotron.hf.weights import read_weights
+from nemotron.loading import load, load_with_tokenizer, recipe_ops
 from nemotron.model.mamba2 import Mamba2
 from nemotron.ops.config import OpsConfig
 

@@ -13,7 +13,8 @@ from nemotron.hf import selfcheck
 from nemotron.hf.export import export
 from nemotron.hf.model_card import model_card
 from nemotron.hf.source import open_checkpoint
-from nemotron.loading import read_weights, stop_ids
+from nemotron.hf.weights import read_weights
+from nemotron.loading import stop_ids
 from nemotron.run.metrics import read_metrics
 from tests.support.pages import FENCE
 

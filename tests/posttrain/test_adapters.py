@@ -1,5 +1,6 @@
 """Adapters: what they compute, what of them is saved, and what PEFT makes of that."""
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -132,6 +133,10 @@ def test_an_export_has_the_adapters_merged(workplace: Workplace, tmp_path: Path)
     folder = workplace.train("merged", tune=adapter(), schedule=RATE)
     assert run(["export", str(folder), "--out", str(tmp_path / "merged"), "--no-check"]) == 0
     assert selfcheck.main(tmp_path / "merged", folder) == 0
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "| stage | sft |" in card
+    assert "| tune.adapter.rank | 3 |" in card
+    assert "`nemotron chat .`" in card
     name = "backbone.layers.0.mixer.in_proj.weight"
     expected = read_model(folder)[1][name]
     assert not torch.equal(expected, read_model(workplace.runs / "base")[1][name])
@@ -190,6 +195,46 @@ def test_a_run_without_adapters_has_none_to_export(
 ) -> None:
     assert run(["export", str(workplace.runs / "base"), "--adapter"]) == 2
     assert "has no adapters" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--base", "HERE"], "--base has no effect without --adapter"),
+        (["--adapter", "--mamba-fp32"], "--mamba-fp32 has no effect beside --adapter"),
+        (["--adapter", "--no-check"], "--no-check has no effect beside --adapter"),
+        (["--adapter", "--max-shard-gb", "1"], "--max-shard-gb has no effect beside --adapter"),
+        (["--adapter", "--base", "HERE/nothing"], "is neither an exported folder nor OWNER/NAME"),
+        (["--adapter", "--push", "NAME"], "--push = NAME is not a name on the Hub"),
+    ],
+)
+def test_options_of_an_export_that_do_nothing_are_refused(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture, given: list[str], said: str
+) -> None:
+    words = [word.replace("HERE", str(tmp_path)) for word in given]
+    out = tmp_path / "out"
+    assert run(["export", str(workplace.runs / "base"), "--out", str(out), *words]) == 2
+    assert said in capsys.readouterr().err
+    assert not out.exists()
+
+
+def test_adapters_can_be_read_by_all_who_may_read_their_folder(
+    workplace: Workplace, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    home, out = adapted(workplace), tmp_path / "adapters"
+    assert run(["export", str(home), "--adapter", "--base", "own/base", "--out", str(out)]) == 0
+    rights = {path.stat().st_mode & 0o777 for path in out.iterdir()}
+    assert rights == {out.stat().st_mode & 0o666}
+    assert json.loads((out / "adapter_config.json").read_text())["base_model_name_or_path"] == (
+        "own/base"
+    )
+    capsys.readouterr()
+    assert (
+        run(["export", str(workplace.runs / "base"), "--out", str(tmp_path / "all"), "--no-check"])
+        == 0
+    )
+    assert run(["export", str(tmp_path / "all"), "--adapter", "--out", str(tmp_path / "no")]) == 2
+    assert "is an exported folder, whose adapters are merged" in capsys.readouterr().err
 
 
 def adapted(workplace: Workplace) -> Path:

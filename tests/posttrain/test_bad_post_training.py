@@ -62,7 +62,7 @@ RECIPES: dict[str, tuple[Callable[[Workplace], Path], str]] = {
     ),
     "a level of a file": (
         lambda w: rl(w, environments=[{"name": "pivot", "level": 1, "options": {"data": "x"}}]),
-        "environments: pivot: level = 1.0 is a level, but tasks of pivot have none",
+        "environments: pivot: level = 1.0 is a level, but these tasks of pivot have none",
     ),
     "a suite whose level no task has": (
         lambda w: write_recipe(
@@ -106,7 +106,7 @@ RECIPES: dict[str, tuple[Callable[[Workplace], Path], str]] = {
             stage="dpo",
             reference="/absent",
         ),
-        "reference = /absent does not exist",
+        "reference: /absent: does not exist",
     ),
 }
 

@@ -155,7 +155,7 @@ def test_two_ranks_learn_what_one_learns(workplace: Workplace) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"teacher": "/absent"}, "teacher = /absent does not exist"),
+        ({"teacher": "/absent"}, "teacher: /absent: does not exist"),
         ({"model": {"vocab_size": 5000}}, "has a vocabulary of 4096, but model.vocab_size = 5000"),
         ({"distillation": {"top_k": 4096}}, "distillation.top_k = 4096 is not below"),
         ({"parallel": {"cp": 2}}, "parallel.cp = 2 cannot compare distributions"),

@@ -176,9 +176,9 @@ def test_two_ranks_learn_the_adapters_that_one_learns(
 
 
 MISTAKES = {
-    "no reference": ({"reference": "/absent"}, "reference = /absent does not exist"),
+    "no reference": ({"reference": "/absent"}, "reference: /absent: does not exist"),
     "nothing to begin with": ({"init_from": None}, "init_from is absent"),
-    "initial weights gone": ({"init_from": "/absent"}, "/absent does not exist"),
+    "initial weights gone": ({"init_from": "/absent"}, "init_from: /absent: does not exist"),
     "a cut pair": (
         {"data": {"packing": {"kind": "best_fit", "long_documents": "truncate"}}},
         "data.packing.long_documents = truncate would cut a pair of answers",

@@ -164,6 +164,16 @@ def test_evaluation_gives_rewards_by_budget(folder: Path, capsys) -> None:
     assert "arith_chain" in "".join(drawing.itertext())
 
 
+@pytest.mark.slow
+def test_a_run_is_evaluated_itself(folder: Path, capsys) -> None:
+    home = folder / "runs" / "two"
+    assert run(["rl", "evaluate", str(home), f"init_from={home}/nothing"]) == 0
+    named, *rewards = capsys.readouterr().out.splitlines()
+    assert named == f"model {home}"
+    assert run(["rl", "evaluate", str(folder / "two.yaml"), "--model", str(home)]) == 0
+    assert capsys.readouterr().out.splitlines() == rewards
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -1,5 +1,6 @@
 """What makes a recipe easy to write: other programs' names, removed keys, single items, shares."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -192,3 +193,21 @@ def test_two_lengths_of_one_thing_are_refused_with_what_helps(tmp_path: Path):
     assert "schedule.decay_fraction" in refusal(SMOKE, "schedule.decay_fraction=1.1")
     said = refusal(SMOKE, "schedule.decay_fraction=0.95")
     assert said.endswith("run's 1,536; shorten warmup_fraction or decay_fraction.")
+
+
+def test_a_key_of_an_extended_file_that_does_nothing_is_undone_as_the_sentence_says(
+    tmp_path: Path,
+):
+    """Whoever extends a recipe of the package cannot remove its keys."""
+    path = tmp_path / "pairs.yaml"
+    path.write_text(
+        f"extends: {ROOT / 'recipes/tiny/assistant/model.yaml'}\n"
+        "stage: dpo\nname: p\ninit_from: runs/base\n"
+        "data: {sources: [{name: pairs, path: pairs.jsonl}], seq_len: 64}\n"
+        "batch: {global_tokens: 64, micro_batch: 1}\n"
+        "schedule: {kind: constant, peak: 1.0e-4, total_steps: 3}\n"
+    )
+    said = refusal(path)
+    assert "loss.mtp_num_depths has no effect because answers are not predicted" in said
+    [default] = re.findall(r"remove the key, or write its default, (\S+)\.$", said)
+    load_recipe(path, [f"loss.mtp_num_depths={default}"])

@@ -281,6 +281,34 @@ def test_an_impossible_request_gets_a_sentence(
     assert words in sentence(response)
 
 
+@pytest.mark.parametrize(("method", "path"), [("GET", CHAT), ("POST", "/v1/models")])
+def test_a_wrong_method_is_refused_with_the_right_ones(running: Running, method: str, path: str):
+    right = {"GET": "POST", "POST": "GET"}[method]
+    kind = {"Content-Type": "application/json"}
+    response = httpx.request(method, running.url + path, headers=kind)
+    assert response.status_code == 405
+    assert right in response.headers["Allow"].split(", ")
+    assert method not in response.headers["Allow"].split(", ")
+    assert sentence(response).startswith(f"{method} is not for '{path}'; use ")
+    assert right in sentence(response).partition("; use ")[2]
+
+
+def test_fields_that_change_nothing_are_taken(running: Running):
+    """Clients of OpenAI's send them unasked."""
+    idle = {
+        "user": "me",
+        "safety_identifier": "me",
+        "prompt_cache_key": "a",
+        "service_tier": "auto",
+        "metadata": {"a": "b"},
+        "store": False,
+    }
+    plain, marked = chat(running).json(), chat(running, **idle).json()
+    assert marked["choices"] == plain["choices"]
+    refused = chat(running, store=True)
+    assert sentence(refused) == "store = true is wrong: input should be false."
+
+
 def test_more_open_answers_than_the_limit_get_429(start: Start):
     small = start(limits=dataclasses.replace(LIMITS, open_answers=3))
     response = complete(small, n=4)

@@ -153,7 +153,7 @@ def level_problem(environment: Environment, level: float) -> str | None:
     if level <= environment.max_level:
         return None
     if environment.max_level == 0:
-        return f"is a level, but tasks of {environment.name} have none; leave it out."
+        return f"is a level, but these tasks of {environment.name} have none; leave it out."
     return f"is above {environment.max_level}, the highest level of these tasks; use at most that."
 
 

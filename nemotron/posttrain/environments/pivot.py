@@ -1,10 +1,9 @@
 """`pivot`: the next action of an expert's trajectory, judged by what it does (PivotRL)."""
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from nemotron.errors import UserError
 from nemotron.posttrain.environments.base import (
     BadRow,
     Environment,
@@ -38,19 +37,6 @@ class Pivot(FromFile, WithoutTools):
         """`data` is a file of rows, such as `nemotron rl pivots` writes."""
         self._rows = FileRows(self.name, data)
         self._verifier = verifier
-
-    def rows(self, count: int, seed: int, level: float) -> Iterator[Row]:
-        """Yield checked rows in an order that depends on `seed`, again from the start if needed.
-
-        Raises:
-            UserError: when the file is absent, or a line of it is not a row of this environment.
-        """
-        for row in super().rows(count, seed, level):
-            try:
-                self.check(row)
-            except BadRow as problem:
-                raise UserError(f"a row: {problem}.", where=f"environments: {self.name}") from None
-            yield row
 
     def check(self, row: Row) -> None:
         """Check the expected action, or what the named verifier reads.

@@ -9,6 +9,7 @@ from nemotron.errors import UserError
 from nemotron.posttrain.environments.arith_chain import ArithChain
 from nemotron.posttrain.environments.base import Environment
 from nemotron.posttrain.environments.code_exec import CodeExec
+from nemotron.posttrain.environments.file_rows import OwnRows
 from nemotron.posttrain.environments.gym_sets import ReasoningGym
 from nemotron.posttrain.environments.if_constraints import IfConstraints
 from nemotron.posttrain.environments.json_schema import JsonSchema
@@ -36,10 +37,14 @@ ENVIRONMENTS: dict[str, type[Environment]] = {
     "tool_calc_db": ToolCalcDb,
 }
 
+DATA = "data"
+"""Option with a file of rows."""
+
 
 def find_environment(name: str, options: Mapping[str, Any] | None = None) -> Environment:
     """Return the environment of this name, made with its options.
 
+    The option `data` of every environment is a file of rows, in place of those that it generates.
     With the option `url` it is one on a server of NVIDIA-NeMo/Gym's protocol, under any name.
 
     Raises:
@@ -48,14 +53,17 @@ def find_environment(name: str, options: Mapping[str, Any] | None = None) -> Env
     given = dict(options or {})
     kind = HttpEnv if "url" in given else ENVIRONMENTS.get(name)
     if kind is not None:
-        known = _options_of(kind)
+        own = _options_of(kind)
+        known = own if DATA in own else [*own, DATA]
         for option in given:
             if option not in known:
-                rule = f"is not an option; it has {', '.join(known) or 'none'}."
+                rule = f"is not an option; it has {', '.join(known)}."
                 raise UserError(rule, key=option[:60], where=f"environments: {name}")
+        data = None if DATA in own else given.pop(DATA, None)
         if kind is Pivot and given.get("verifier") is not None:
             given["verifier"] = _verifier(given["verifier"])
-        return HttpEnv(name, **given) if kind is HttpEnv else kind(**given)
+        environment = HttpEnv(name, **given) if kind is HttpEnv else kind(**given)
+        return environment if data is None else OwnRows(environment, data)
     near = difflib.get_close_matches(name, list(ENVIRONMENTS), 1)
     hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(ENVIRONMENTS)}."
     raise UserError(f"is unknown; {hint}", key="name", value=name, where="environments")

@@ -12,15 +12,16 @@ from torch import Tensor
 from nemotron.data.batch import Batch
 from nemotron.data.loader import TrainingData
 from nemotron.data.tokenizer import Tokenizer
-from nemotron.errors import UserError
+from nemotron.errors import UserError, within
 from nemotron.hf.hub import find_folder
+from nemotron.hf.weights import read_weights
 from nemotron.model.adapter import is_adapter
 from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.contents import Contents, weights_contents
 from nemotron.posttrain.preference.config import DpoConfig
 from nemotron.posttrain.preference.reference import Stored, compute
-from nemotron.posttrain.teacher import knows_tokens, read_weights
+from nemotron.posttrain.teacher import knows_tokens
 from nemotron.train.agreement import check_agreement
 from nemotron.train.initial import InitialModel, read_fitting
 
@@ -57,17 +58,13 @@ def read_reference(config: DpoConfig, tokenizer: Tokenizer) -> Reference:
     key = "reference" if config.reference is not None else "init_from"
     place = config.reference or config.init_from
     assert place is not None, "a rule of the recipe"
-    path = find_folder(place)
-    if not path.exists():
-        raise UserError(
-            "does not exist; give a run, checkpoint or exported folder.", key=key, value=place
-        )
-    try:
-        found = read_fitting(config.model, str(path), lambda _: InitialModel(*read_weights(path)))
-    except UserError as error:
-        if error.finding.key != "init_from":
-            raise
-        raise UserError(error.finding.rule, key=key, value=place) from None
+    with within(key):
+        path = find_folder(place)
+
+    def read(_: str) -> InitialModel:
+        return InitialModel(*read_weights(path))
+
+    found = read_fitting(config.model, place, read, key=key)
     if not knows_tokens(path, found.config, tokenizer):
         raise UserError(
             f"has another tokenizer than data.tokenizer = {config.data.tokenizer}; give a "

@@ -267,11 +267,11 @@ def test_wrong_settings_are_named(tmp_path: Path):
         next(HttpEnv("theirs", "http://x").rows(1, 0, 0))
     params = '{"responses_create_params": '
     for content, said in (
-        *(("{", "cannot be read: row 0"), ("", "has no rows"), ("[]", "row 0: it is not a JSON")),
-        ("[" * 5000, "row 0: it is nested too deep"),
-        (f'{params}{{"input": "a"}}}}\n{params}[1]}}', "row 1: .*input is absent"),
+        *(("{", "cannot be read: line 1"), ("", "has no rows"), ("[]", "line 1: it is not a JSON")),
+        ("[" * 5000, "line 1: it is nested too deep"),
+        (f'{params}{{"input": "a"}}}}\n{params}[1]}}', "line 2: .*input is absent"),
         (params + '{"input": [{"role": 7, "content": ""}]}}', "input.0.role is not a text"),
-        (params + '{"input": "\\ud800"}}', "row 0: .*surrogates not allowed"),
+        (params + '{"input": "\\ud800"}}', "line 1: .*surrogates not allowed"),
     ):
         (tmp_path / "rows.jsonl").write_text(content)
         with pytest.raises(UserError, match=said):
@@ -288,7 +288,7 @@ def test_wrong_settings_are_named(tmp_path: Path):
         ("t", {"url": "http://h", "timeout_s": "1"}, "timeout_s = 1 must be a number above 0"),
         ("t", {"url": "http://h", "data": 7}, "data = 7 must be the path"),
         ("t", {"url": "http://h", "more": 7}, "more is not an option; it has url, timeout_s, data"),
-        ("mcqa", {"more": 7}, "more is not an option; it has none"),
+        ("mcqa", {"more": 7}, "more is not an option; it has data"),
         ("long_context", {"tokenizer": 7}, "tokenizer = 7 is not a path"),
         ("code_exec", {"sandbox": 7}, "sandbox"),
     ],

@@ -167,5 +167,5 @@ def test_a_conversation_with_calls_is_read_as_chat_messages(tmp_path: Path) -> N
     assert [call["function"]["name"] for call in assistant["tool_calls"]] == ["find", "find"]
     assert (user["role"], tool) == ("user", {"role": "tool", "content": "dry"})
     path.write_text(json.dumps({**whole, "expected_action": None}) + "\n")
-    with pytest.raises(UserError, match="a row: expected_action is neither"):
-        list(Pivot(str(path)).rows(1, 1, 0))
+    with pytest.raises(UserError, match="line 1: expected_action is neither"):
+        next(Pivot(str(path)).rows(1, 1, 0))
