@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from nemotron.data.cache import make_writable
 from nemotron.data.config import (
     ChatDataConfig,
     DataConfig,
@@ -169,17 +170,3 @@ def named_sources(timeline: Timeline) -> dict[str, SourceConfig]:
                 key="phases",
             )
     return named
-
-
-def make_writable(cache: Path) -> None:
-    """Make the cache folder, and find out now whether it can be written.
-
-    Raises:
-        UserError: when it cannot.
-    """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / ".lock").touch()
-    except OSError as error:
-        rule = f"cannot be written ({error.strerror}); choose a writable folder."
-        raise UserError(rule, key="data.cache", value=cache.absolute()) from error

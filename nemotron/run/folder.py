@@ -17,7 +17,7 @@ from ruamel.yaml.representer import RoundTripRepresenter
 
 from nemotron.checkpoint.manifest import steps
 from nemotron.errors import RunFailed, UserError
-from nemotron.files import FULL, open_regular, read_regular, write_bytes
+from nemotron.files import FULL, open_regular, read_regular, why_unwritable, write_bytes
 from nemotron.parallel.runtime import Ranks
 from nemotron.run.files import RunFiles
 from nemotron.run.lock import LOCK, FolderLock
@@ -135,14 +135,26 @@ class RunFolder(RunFiles):
             test.unlink()
             self._lock.acquire()
         except OSError as error:
-            full = error.errno in FULL
-            advice = "make room there, or " if full else ""
-            raise UserError(
-                f"cannot be written: {error.strerror or error}; "
-                f"{advice}set `output` to a {'larger' if full else 'writable'} folder.",
-                where=str(self.path),
-            ) from error
+            raise self._unwritable(error) from error
         return self
+
+    def check_place(self) -> None:
+        """Check, without writing, that the folder may be written to or made.
+
+        Raises:
+            UserError: when it may not.
+        """
+        if (error := why_unwritable(self.path)) is not None:
+            raise self._unwritable(error)
+
+    def _unwritable(self, error: OSError) -> UserError:
+        full = error.errno in FULL
+        advice = "make room there, or " if full else ""
+        return UserError(
+            f"cannot be written: {error.strerror or error}; "
+            f"{advice}set `output` to a {'larger' if full else 'writable'} folder.",
+            where=str(self.path),
+        )
 
     def __exit__(
         self,
