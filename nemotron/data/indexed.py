@@ -148,7 +148,8 @@ class Shard:
                 if not other.exists():
                     raise UserError(
                         f"does not exist, nor does a shard of that name ({self.bin.name} and "
-                        f"{self.idx.name}); give the path of text, a folder, or a shard.",
+                        f"{self.idx.name}); give the path of text, of a folder, or of a shard "
+                        "without its .bin or .idx ending.",
                         where=str(self.prefix),
                     ) from None
                 raise UserError(
