@@ -45,8 +45,8 @@ class Sources:
         self.configs = named_sources(timeline)
         share = config.validation_fraction
         self.tokens = {name: self._open(source, share) for name, source in self.configs.items()}
-        self.held_out = self._open_held_out()
-        """All text that is never trained on: of the sources, then of `data.validation`."""
+        self.held_out = self._open_held_out(named_sets(config, timeline))
+        """All text that is never trained on: of the sources, then of sets named `validation`."""
 
     def rows(self, name: str, seq_len: int, seed: int) -> Source:
         """Return the rows of one length of a source, in the order that the seed says."""
@@ -132,11 +132,11 @@ class Sources:
         check_supervised(source.name, opened)
         return opened
 
-    def _open_held_out(self) -> dict[str, Stream]:
+    def _open_held_out(self, sets: dict[str, str]) -> dict[str, Stream]:
         streams = {name: tokens.validation for name, tokens in self.tokens.items()}
-        for extra in self._config.validation:
-            opened = self._open(SourceConfig(name=extra.name, path=extra.path), 0.0)
-            streams[extra.name] = Stream([*opened.train.shards, *opened.validation.shards])
+        for name, path in sets.items():
+            opened = self._open(SourceConfig(name=name, path=path), 0.0)
+            streams[name] = Stream([*opened.train.shards, *opened.validation.shards])
         return streams
 
     def _holds_out(self, name: str) -> bool:
@@ -168,5 +168,23 @@ def named_sources(timeline: Timeline) -> dict[str, SourceConfig]:
                 f"name {source.name} with the paths {known.path} and {source.path}; "
                 "give different data different names.",
                 key="phases",
+            )
+    return named
+
+
+def named_sets(config: DataConfig, timeline: Timeline) -> dict[str, str]:
+    """Return the path of every set that is only evaluated, of the run and of its phases, by name.
+
+    Raises:
+        UserError: when a name has two paths, or is that of a source.
+    """
+    named: dict[str, str] = {}
+    sources = {leaf.source.name for leaf in timeline.leaves}
+    for extra in (*config.validation, *timeline.validation):
+        path = named.setdefault(extra.name, extra.path)
+        if path != extra.path or extra.name in sources:
+            other = f"with the paths {path} and {extra.path}" if path != extra.path else "twice"
+            raise UserError(
+                f"name {extra.name} {other}; give each source and set its own name.", key="phases"
             )
     return named

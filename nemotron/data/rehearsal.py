@@ -64,4 +64,4 @@ def _paths(config: DataConfig, timeline: Timeline) -> Iterator[str]:
     """Yield every path that is read."""
     for source in (leaf.source for leaf in timeline.leaves):
         yield from (path for path in (source.path, source.validation) if path is not None)
-    yield from (extra.path for extra in config.validation)
+    yield from (extra.path for extra in (*config.validation, *timeline.validation))
