@@ -61,8 +61,7 @@ class Timeline:
     @property
     def validation(self) -> list[ValidationConfig]:
         """Every set to be evaluated of every phase, as often as it is named."""
-        lengths = [length for phase in self.phases for length in phase.lengths]
-        return [extra for length in lengths for extra in length.validation]
+        return [own for part in self.phases for rows in part.lengths for own in rows.validation]
 
     @property
     def num_steps(self) -> int:

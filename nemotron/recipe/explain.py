@@ -57,15 +57,11 @@ def explain(
         place = place_of(places, path, source)
         return Finding(".".join(filter(None, path)), f"{own.rule}.", own.value, place)
     if kind == "literal_error":
-        expected = context["expected"].replace("'", "")
         if forms:
-            expected = f"{', '.join(words[:-1])} or {words[-1]}"
             listed = value if isinstance(value, list | tuple) else [value]
             value = next((item for item in listed if item not in words), value)
-        rule = f"must be one of {expected}"
-        if isinstance(value, str):
-            near = difflib.get_close_matches(value, words, 1)
-            rule += f"; did you mean {near[0]}?" if near else ""
+        expected = [word.strip("'") for word in re.split(", | or ", context["expected"])]
+        rule = one_of(words if forms else expected, value)
     else:
         message = re.sub("^(Input|Value|String|Tuple) should", "must", problem["msg"])
         message = EXPECTED.get(kind, re.sub(r" after validation, not \d+$", "", message))
@@ -74,8 +70,16 @@ def explain(
         if kind in ("model_type", "model_attributes_type"):
             message = _mapping(_section(recipe, path))
         rule = " or ".join([message, *(words if forms else [])])
-    end = "" if rule.endswith("?") else "."
-    return Finding(key, f"{rule}{end}", value, place_of(places, path, source))
+        rule += "."
+    return Finding(key, rule, value, place_of(places, path, source))
+
+
+def one_of(words: list[str], given: Any) -> str:  # Any: what YAML holds
+    """Say which words a key may be, and which one is nearest to what was given."""
+    near = difflib.get_close_matches(given, words, 1) if isinstance(given, str) else []
+    meant = f"; did you mean {near[0]}?" if near else "."
+    listed = " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f"must be one of {listed}{meant}"
 
 
 def _mapping(section: type[BaseModel] | None) -> str:

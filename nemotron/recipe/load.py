@@ -1,7 +1,6 @@
 """From a recipe file to one checked configuration: defaults, file with `extends`, command line."""
 
 import copy
-import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from nemotron.posttrain.sft_config import DistillConfig
 from nemotron.precision.config import Preset
 from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check, find_stage
-from nemotron.recipe.explain import explain
+from nemotron.recipe.explain import explain, one_of
 from nemotron.recipe.read import Budget, Document, Path_, place_of, read_yaml
 from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
@@ -192,21 +191,13 @@ def _read_override(text: str) -> Document:
 
 
 def _expand_precision(document: Document) -> None:
-    """Replace `precision: NAME` by the preset of that name in bfloat16, or by plain `fp32`.
-
-    Raises:
-        UserError: when there is no such preset.
-    """
+    """Replace `precision: NAME` by the preset of that name in bfloat16, or by plain `fp32`."""
     name = document.values.get("precision")
     if not isinstance(name, str) or "$" in name:
         return
     place = document.places[("precision",)]
-    words = ("fp32", *get_args(Preset))
-    if name not in words:
-        near = difflib.get_close_matches(name, words, 1)
-        meant = f"; did you mean {near[0]}?" if near else "."
-        rule = f"must be one of {', '.join(words[:-1])} or {words[-1]}{meant}"
-        raise UserError(rule, key="precision", value=name, where=place)
+    if name not in (words := ["fp32", *get_args(Preset)]):
+        raise UserError(one_of(words, name), key="precision", value=name, where=place)
     is_plain = name == "fp32"
     keys = {"compute": "fp32" if is_plain else "bf16", "preset": "bf16" if is_plain else name}
     document.values["precision"] = keys

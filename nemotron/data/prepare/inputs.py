@@ -130,6 +130,10 @@ def _check_effects(pieces: Sequence[Piece], options: PrepareOptions) -> None:
             "has no effect without a text file: each row is a document; leave it out.",
             key="--separator",
         )
+    if options.column != PrepareOptions().column and options.chat is not None:
+        raise UserError(
+            "has no effect with --chat; name --messages.", key="--column", value=options.column
+        )
     if options.column != PrepareOptions().column and kinds == {"text"}:
         raise UserError(
             "has no effect on text, which has no columns; leave it out.",

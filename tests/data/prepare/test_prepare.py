@@ -256,6 +256,7 @@ def test_an_interrupt_ends_every_process_without_a_traceback(world: Path, seen: 
         (["list.json"], "list.json:1 is a JSON list, with all rows in it, but not an object"),
         (["in", "--filter", "number > 0"], "chooses among rows, but in/c.txt is text without rows"),
         (["in/c.txt", "--column", "body"], "--column = body has no effect on text"),
+        (["in/a.jsonl", "--chat", "--column", "body"], "--column = body has no effect with --chat"),
         (["in/a.jsonl", "--separator", "\\n"], "--separator has no effect without a text file"),
         (["in", "--subset", "x"], "--subset has no effect without a data set (hf://...)"),
         (["in", "--split", "x"], "--split has no effect without a data set (hf://...)"),
