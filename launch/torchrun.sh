@@ -63,6 +63,7 @@ for argument; do
     esac
 done
 
+[ "${processes:-1}" -gt 0 ] || mistake "-n is 0; give 1 or more."
 processes=${processes:-$(count_gpus)}
 [ "$processes" -gt 0 ] || processes=1
 threads=$(($(nproc) / processes))

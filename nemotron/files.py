@@ -58,6 +58,16 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def why_unwritable(folder: Path) -> OSError | None:
+    """Return what writing to a folder, or making it, would raise now; None when it may be."""
+    places = (folder.absolute(), *folder.absolute().parents)
+    there = next(place for place in places if os.path.exists(place))
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return None
+    code = errno.EACCES if there.is_dir() else errno.ENOTDIR
+    return OSError(code, os.strerror(code), str(there))
+
+
 def open_regular(path: Path, flags: int) -> int:
     """Open a file of our own, which is neither a link nor a pipe nor a device, or create it.
 

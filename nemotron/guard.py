@@ -1,5 +1,6 @@
 """What the outermost guard says of an error that nothing else has handled."""
 
+import errno
 import os
 import platform
 import re
@@ -10,6 +11,7 @@ from collections.abc import Sequence
 from nemotron import __version__
 from nemotron.errors import REFUSALS, is_of_name, is_of_other_ranks, is_out_of_memory
 from nemotron.exit_codes import FAILED, INTERNAL_ERROR, WRONG_INPUT
+from nemotron.files import FULL
 from nemotron.run.redaction import redact_arguments, redact_text
 
 
@@ -24,7 +26,7 @@ def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
         return f"a path cannot be used ({of_name or error}); give another.", WRONG_INPUT
     if isinstance(error, OSError) and error.errno in REFUSALS:
         place = "standard output, or a file" if error.filename is None else error.filename
-        return f"failed: {place}: {error.strerror}.", FAILED
+        return f"failed: {place}: {error.strerror}{_advice(error)}.", FAILED
     reason = str(error).partition("\n")[0].rstrip(".")
     if is_out_of_memory(error):
         return f"failed: out of memory ({reason}); use smaller sizes.", FAILED
@@ -35,6 +37,14 @@ def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
     report = _write_report(error, arguments)
     file = f" with the file {report}" if report else ""
     return f"internal error: {redact_text(what)}; please report it{file}.", INTERNAL_ERROR
+
+
+def _advice(error: OSError) -> str:
+    if error.errno in FULL:
+        return "; make room there and run the command again"
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return "; name another place, or change who may use this one"
+    return ""
 
 
 def _write_report(error: BaseException, arguments: Sequence[str]) -> str | None:

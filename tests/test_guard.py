@@ -72,7 +72,10 @@ def test_a_panic_of_a_library_in_rust_is_no_bare_traceback(
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (OSError(28, "No space left on device", "/data/x.bin"), "/data/x.bin: No space left"),
+        (
+            OSError(28, "No space left on device", "/data/x.bin"),
+            "/data/x.bin: No space left on device; make room there",
+        ),
         (MemoryError("cannot allocate 8 GiB"), "out of memory (cannot allocate 8 GiB)"),
     ],
 )

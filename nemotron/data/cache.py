@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from nemotron.errors import UserError
-from nemotron.files import FULL, locked, sync_folder
+from nemotron.files import FULL, locked, sync_folder, why_unwritable
 
 
 @contextmanager
@@ -25,12 +25,37 @@ def held_cache(cache: Path) -> Iterator[None]:
         with locked(cache / ".lock"):
             yield
     except OSError as error:
-        room = "make room there, or " if error.errno in FULL else ""
-        raise UserError(
-            f"cannot be written: {error.strerror or error}; {room}name another folder.",
-            key="data.cache",
-            value=cache,
-        ) from error
+        raise _unwritable(cache, error) from error
+
+
+def make_writable(cache: Path) -> None:
+    """Make the cache folder, and find out now whether it can be written.
+
+    Raises:
+        UserError: when it cannot.
+    """
+    check_place(cache)
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        (cache / ".lock").touch()
+    except OSError as error:
+        raise _unwritable(cache, error) from error
+
+
+def check_place(cache: Path) -> None:
+    """Check, without writing, that the cache may be written to or made.
+
+    Raises:
+        UserError: when it may not.
+    """
+    if (error := why_unwritable(cache)) is not None:
+        raise _unwritable(cache, error)
+
+
+def _unwritable(cache: Path, error: OSError) -> UserError:
+    advice = "make room there, or name another" if error.errno in FULL else "name a writable"
+    rule = f"cannot be written: {error.strerror or error}; {advice} folder."
+    return UserError(rule, key="data.cache", value=cache.absolute())
 
 
 @contextmanager

@@ -145,10 +145,15 @@ class Shard:
             try:
                 status = path.stat()
             except (FileNotFoundError, NotADirectoryError):
-                beside = f"though {other.name} does" if other.exists() else f"nor does {other.name}"
+                if not other.exists():
+                    raise UserError(
+                        f"does not exist, nor does a shard of that name ({self.bin.name} and "
+                        f"{self.idx.name}); give the path of text, of a folder, or of a shard "
+                        "without its .bin or .idx ending.",
+                        where=str(self.prefix),
+                    ) from None
                 raise UserError(
-                    f"does not exist, {beside}; "
-                    "give the path of a shard without its .bin or .idx ending, or of text.",
+                    f"does not exist, though {other.name} does; give both files of the shard.",
                     where=str(path),
                 ) from None
             found[path] = (status.st_size, status.st_mtime_ns, status.st_ino)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from nemotron.data.config import Leaf
+from nemotron.data.config import Leaf, ValidationConfig
 
 if TYPE_CHECKING:  # numpy comes with it, which a recipe need not wait for
     from nemotron.data.source import Source
@@ -25,6 +25,8 @@ class RowLength:
     share: float
     """Share of the phase's steps, relative to the other lengths."""
     leaves: tuple[Leaf, ...]
+    validation: tuple[ValidationConfig, ...] = ()
+    """Sets of documents that its blend names to be evaluated."""
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,11 @@ class Timeline:
         """Every source of every phase, as often as it is named."""
         lengths = [length for phase in self.phases for length in phase.lengths]
         return [leaf for length in lengths for leaf in length.leaves]
+
+    @property
+    def validation(self) -> list[ValidationConfig]:
+        """Every set to be evaluated of every phase, as often as it is named."""
+        return [own for part in self.phases for rows in part.lengths for own in rows.validation]
 
     @property
     def num_steps(self) -> int:

@@ -3,6 +3,7 @@
 import logging
 from pathlib import Path
 
+from nemotron.data.cache import make_writable
 from nemotron.data.config import (
     ChatDataConfig,
     DataConfig,
@@ -44,8 +45,8 @@ class Sources:
         self.configs = named_sources(timeline)
         share = config.validation_fraction
         self.tokens = {name: self._open(source, share) for name, source in self.configs.items()}
-        self.held_out = self._open_held_out()
-        """All text that is never trained on: of the sources, then of `data.validation`."""
+        self.held_out = self._open_held_out(named_sets(config, timeline))
+        """All text that is never trained on: of the sources, then of sets named `validation`."""
 
     def rows(self, name: str, seq_len: int, seed: int) -> Source:
         """Return the rows of one length of a source, in the order that the seed says."""
@@ -131,11 +132,11 @@ class Sources:
         check_supervised(source.name, opened)
         return opened
 
-    def _open_held_out(self) -> dict[str, Stream]:
+    def _open_held_out(self, sets: dict[str, str]) -> dict[str, Stream]:
         streams = {name: tokens.validation for name, tokens in self.tokens.items()}
-        for extra in self._config.validation:
-            opened = self._open(SourceConfig(name=extra.name, path=extra.path), 0.0)
-            streams[extra.name] = Stream([*opened.train.shards, *opened.validation.shards])
+        for name, path in sets.items():
+            opened = self._open(SourceConfig(name=name, path=path), 0.0)
+            streams[name] = Stream([*opened.train.shards, *opened.validation.shards])
         return streams
 
     def _holds_out(self, name: str) -> bool:
@@ -171,15 +172,19 @@ def named_sources(timeline: Timeline) -> dict[str, SourceConfig]:
     return named
 
 
-def make_writable(cache: Path) -> None:
-    """Make the cache folder, and find out now whether it can be written.
+def named_sets(config: DataConfig, timeline: Timeline) -> dict[str, str]:
+    """Return the path of every set that is only evaluated, of the run and of its phases, by name.
 
     Raises:
-        UserError: when it cannot.
+        UserError: when a name has two paths, or is that of a source.
     """
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        (cache / ".lock").touch()
-    except OSError as error:
-        rule = f"cannot be written ({error.strerror}); choose a writable folder."
-        raise UserError(rule, key="data.cache", value=cache.absolute()) from error
+    named: dict[str, str] = {}
+    sources = {leaf.source.name for leaf in timeline.leaves}
+    for extra in (*config.validation, *timeline.validation):
+        path = named.setdefault(extra.name, extra.path)
+        if path != extra.path or extra.name in sources:
+            other = f"with the paths {path} and {extra.path}" if path != extra.path else "twice"
+            raise UserError(
+                f"name {extra.name} {other}; give each source and set its own name.", key="phases"
+            )
+    return named

@@ -4,6 +4,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from nemotron.data.cache import check_place
 from nemotron.data.config import ConversationDataConfig, DataConfig
 from nemotron.data.loader import TrainingData
 from nemotron.data.mixture import Timeline
@@ -34,6 +35,7 @@ def rehearse(
     """
     tokenizer = load_tokenizer(config.tokenizer)
     tokenizer.id(config.eod_token)
+    check_place(Path(config.cache))
     # conversations are rendered by the run itself, which is quick
     named = () if isinstance(config, ConversationDataConfig) else [*_paths(config, timeline)]
     paths = dict.fromkeys(path for path in named if is_text(path))
@@ -62,4 +64,4 @@ def _paths(config: DataConfig, timeline: Timeline) -> Iterator[str]:
     """Yield every path that is read."""
     for source in (leaf.source for leaf in timeline.leaves):
         yield from (path for path in (source.path, source.validation) if path is not None)
-    yield from (extra.path for extra in config.validation)
+    yield from (extra.path for extra in (*config.validation, *timeline.validation))

@@ -23,10 +23,13 @@ EXPECTED = {
     "bool_type": "must be true or false",
     "string_type": "must be text",
     "tuple_type": "must be a list",
-    "model_type": "must be a mapping of keys",
-    "model_attributes_type": "must be a mapping of keys",
     "dict_type": "must be a mapping of keys",
+    "string_pattern_mismatch": "must consist of letters, digits, '.', '_' and '-', and begin with "
+    "a letter or a digit",
 }
+LARGEST_WRITTEN = 1e18
+NAMED_KEYS = 6
+"""Keys of a section that are named where something else was given."""
 
 
 def explain(
@@ -54,20 +57,38 @@ def explain(
         place = place_of(places, path, source)
         return Finding(".".join(filter(None, path)), f"{own.rule}.", own.value, place)
     if kind == "literal_error":
-        expected = context["expected"].replace("'", "")
         if forms:
-            expected = f"{', '.join(words[:-1])} or {words[-1]}"
             listed = value if isinstance(value, list | tuple) else [value]
             value = next((item for item in listed if item not in words), value)
-        rule = f"must be one of {expected}"
-        if isinstance(value, str):
-            near = difflib.get_close_matches(value, words, 1)
-            rule += f"; did you mean {near[0]}?" if near else ""
+        expected = [word.strip("'") for word in re.split(", | or ", context["expected"])]
+        rule = one_of(words if forms else expected, value)
     else:
         message = re.sub("^(Input|Value|String|Tuple) should", "must", problem["msg"])
-        rule = " or ".join([EXPECTED.get(kind, message), *(words if forms else [])])
-    end = "" if rule.endswith("?") else "."
-    return Finding(key, f"{rule}{end}", value, place_of(places, path, source))
+        message = EXPECTED.get(kind, re.sub(r" after validation, not \d+$", "", message))
+        if message == EXPECTED["int_type"] and isinstance(value, float) and value.is_integer():
+            message += f"; write {int(value)}" if abs(value) < LARGEST_WRITTEN else ""
+        if kind in ("model_type", "model_attributes_type"):
+            message = _mapping(_section(recipe, path))
+        rule = " or ".join([message, *(words if forms else [])])
+        rule += "."
+    return Finding(key, rule, value, place_of(places, path, source))
+
+
+def one_of(words: list[str], given: Any) -> str:  # Any: what YAML holds
+    """Say which words a key may be, and which one is nearest to what was given."""
+    near = difflib.get_close_matches(given, words, 1) if isinstance(given, str) else []
+    meant = f"; did you mean {near[0]}?" if near else "."
+    listed = " or ".join(filter(None, (", ".join(words[:-1]), words[-1])))
+    return f"must be one of {listed}{meant}"
+
+
+def _mapping(section: type[BaseModel] | None) -> str:
+    """Say that a section is a mapping, and of which keys."""
+    keys = list(section.model_fields) if section else []
+    if not keys:
+        return "must be a mapping of keys"
+    more = ", ..." if len(keys) > NAMED_KEYS else ""
+    return f"must be a mapping of keys ({', '.join(keys[:NAMED_KEYS])}{more})"
 
 
 def _path(recipe: type[RunConfig], location: list[str]) -> Path_:

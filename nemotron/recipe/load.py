@@ -14,9 +14,10 @@ from nemotron.errors import UserError
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.correct.config import CorrectConfig
 from nemotron.posttrain.sft_config import DistillConfig
+from nemotron.precision.config import Preset
 from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check, find_stage
-from nemotron.recipe.explain import explain
+from nemotron.recipe.explain import explain, one_of
 from nemotron.recipe.read import Budget, Document, Path_, place_of, read_yaml
 from nemotron.recipe.references import check_references, resolve
 from nemotron.recipe.shipped import find
@@ -200,10 +201,12 @@ def _expand_precision(document: Document) -> None:
     name = document.values.get("precision")
     if not isinstance(name, str) or "$" in name:
         return
+    place = document.places[("precision",)]
+    if name not in (words := ["fp32", *get_args(Preset)]):
+        raise UserError(one_of(words, name), key="precision", value=name, where=place)
     is_plain = name == "fp32"
     keys = {"compute": "fp32" if is_plain else "bf16", "preset": "bf16" if is_plain else name}
     document.values["precision"] = keys
-    place = document.places[("precision",)]
     document.places |= {("precision", key): place for key in keys}
 
 

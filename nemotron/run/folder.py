@@ -16,8 +16,8 @@ from ruamel.yaml import YAML
 from ruamel.yaml.representer import RoundTripRepresenter
 
 from nemotron.checkpoint.manifest import steps
-from nemotron.errors import RunFailed, UserError
-from nemotron.files import FULL, open_regular, read_regular, write_bytes
+from nemotron.errors import RunFailed, UserError, show_value
+from nemotron.files import FULL, open_regular, read_regular, why_unwritable, write_bytes
 from nemotron.parallel.runtime import Ranks
 from nemotron.run.files import RunFiles
 from nemotron.run.lock import LOCK, FolderLock
@@ -59,10 +59,38 @@ FIXED = (
     "data.mask_eod_loss",
     "data.tokenizer",
     "data.eod_token",
+    "data.validation_fraction",
 )
 """Keys that decide which rows the steps so far read, so that no resumed run may change them."""
 
+SHAPING = (
+    "optimizer.name",
+    "model.vocab_size",
+    "model.hidden_size",
+    "model.hybrid_override_pattern",
+    "model.tie_word_embeddings",
+    "model.mamba_num_heads",
+    "model.mamba_head_dim",
+    "model.n_groups",
+    "model.ssm_state_size",
+    "model.conv_kernel",
+    "model.use_conv_bias",
+    "model.num_attention_heads",
+    "model.num_key_value_heads",
+    "model.head_dim",
+    "model.intermediate_size",
+    "model.n_routed_experts",
+    "model.moe_intermediate_size",
+    "model.moe_shared_expert_intermediate_size",
+    "model.moe_latent_size",
+    "model.num_nextn_predict_layers",
+    "model.mtp_hybrid_override_pattern",
+)
+"""Keys that decide which tensors a checkpoint holds; no resumed run may change them either."""
+
 WRITE_TEST_BYTES = 1 << 16
+LONGEST_LIST = 400
+"""Characters of a list that differs from that of the run."""
 
 
 class RunFolder(RunFiles):
@@ -101,7 +129,9 @@ class RunFolder(RunFiles):
         changes = {key: line for key, line in changed if not _covers(allowed, key)}
         if changes:
             more = f"; and {len(changes) - 5} more" if len(changes) > 5 else ""
-            free = [f"--allow-changed {key}" for key in changes if not _covers(FIXED, key)]
+            free = [
+                f"--allow-changed {key}" for key in changes if not _covers((*FIXED, *SHAPING), key)
+            ]
             allow = f"allow the change with {' '.join(free[:5])}, " if free else ""
             raise UserError(
                 f"contains a run with a different recipe: "
@@ -135,14 +165,26 @@ class RunFolder(RunFiles):
             test.unlink()
             self._lock.acquire()
         except OSError as error:
-            full = error.errno in FULL
-            advice = "make room there, or " if full else ""
-            raise UserError(
-                f"cannot be written: {error.strerror or error}; "
-                f"{advice}set `output` to a {'larger' if full else 'writable'} folder.",
-                where=str(self.path),
-            ) from error
+            raise self._unwritable(error) from error
         return self
+
+    def check_place(self) -> None:
+        """Check, without writing, that the folder may be written to or made.
+
+        Raises:
+            UserError: when it may not.
+        """
+        if (error := why_unwritable(self.path)) is not None:
+            raise self._unwritable(error)
+
+    def _unwritable(self, error: OSError) -> UserError:
+        full = error.errno in FULL
+        advice = "make room there, or " if full else ""
+        return UserError(
+            f"cannot be written: {error.strerror or error}; "
+            f"{advice}set `output` to a {'larger' if full else 'writable'} folder.",
+            where=str(self.path),
+        )
 
     def __exit__(
         self,
@@ -260,6 +302,12 @@ class RunFolder(RunFiles):
                     f"init_from={self.path}.",
                     where=str(self.path),
                 )
+            if _covers(SHAPING, key):
+                raise UserError(
+                    f"{line}, and decides which tensors the checkpoints hold, so --allow-changed "
+                    "does not help; restore it, or give the new run another name.",
+                    where=str(self.path),
+                )
 
     def _changes(self) -> list[tuple[str, str]]:
         """Return each key that differs from the folder's recipe, with a clause old/new."""
@@ -278,7 +326,7 @@ class RunFolder(RunFiles):
         old = flatten(self._completed(read))
         new = flatten(_plain(self._config.model_dump()))
         return [
-            (key, f"{key} was {old.get(key)}, is {new.get(key)}")
+            (key, f"{key} was {_shown(old.get(key))}, is {_shown(new.get(key))}")
             for key in dict.fromkeys([*old, *new])
             if old.get(key) != new.get(key)
         ]
@@ -357,6 +405,17 @@ class _Representer(RoundTripRepresenter):
 _Representer.add_representer(
     type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
 )
+
+
+def _shown(value: Any) -> str:  # Any: what YAML holds
+    """Return a value as a recipe writes it, a mapping without its keys that are absent."""
+    if isinstance(value, Mapping):
+        given = {key: part for key, part in value.items() if part not in (None, [], {})}
+        return f"{{{', '.join(f'{key}: {_shown(part)}' for key, part in given.items())}}}"
+    if isinstance(value, list):
+        text = ", ".join(map(_shown, value))
+        return f"[{text}]" if len(text) <= LONGEST_LIST else f"[{text[:LONGEST_LIST]}...]"
+    return show_value(value)
 
 
 def _plain(value: Any) -> Any:  # Any: nested JSON

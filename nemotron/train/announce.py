@@ -131,7 +131,7 @@ def announce_stop(trainer: Trainer, folder: RunFolder, log: RunLog, reason: str)
     """Print why and where the run stopped, and how to resume it."""
     step, num_steps = trainer.state.step, trainer.plan.num_steps
     log.info(f"stopped by {reason} after step {step} of {num_steps}, saved")
-    log.info(f"go on: {_command('train', folder.recipe, '--resume')}")
+    log.info(f"go on: {_command('train', folder.path, '--resume')}")
 
 
 def announce_failure(log: RunLog, problem: Exception, saved_step: int | None) -> None:

@@ -284,7 +284,12 @@ def _lengths(config: TextConfig, phase: PhaseConfig | None) -> Sequence[LengthCo
 def _row_lengths(config: TextConfig, phase: PhaseConfig | None) -> tuple[RowLength, ...]:
     blend: BlendConfig = (phase and phase.blend) or config.data.blend
     return tuple(
-        RowLength(length.seq_len, length.share, tuple(leaves(length.blend or blend)))
+        RowLength(
+            length.seq_len,
+            length.share,
+            tuple(leaves(length.blend or blend)),
+            (length.blend or blend).validation,
+        )
         for length in _lengths(config, phase)
     )
 

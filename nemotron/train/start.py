@@ -136,6 +136,7 @@ def dry_run(
     device = find_device(config.device)
     folder = RunFolder(config.run_path, config)
     folder.check(plan.num_steps, resume=True, allow_changed=allow_changed)
+    folder.check_place()
     model = build_on_meta(config.model)
     tokens = plan.timeline.num_tokens
     flops = training_flops_per_token(config.model, config.data.seq_len, config.num_depths) * tokens

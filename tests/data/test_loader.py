@@ -283,7 +283,7 @@ def test_an_id_outside_the_vocabulary_is_named_before_training(folder: Path):
 
 def test_settings_that_do_not_fit_are_refused(folder: Path, tmp_path: Path):
     source = SourceConfig(name="x", path=str(folder / "missing"))
-    assert "missing.bin: does not exist" in refuse(folder, sources=[source])
+    assert "missing: does not exist, nor does a shard" in refuse(folder, sources=[source])
     assert "tokens to train on, but a row of data.seq_len = 100000" in refuse(
         folder, seq_len=100_000
     )
@@ -293,7 +293,7 @@ def test_settings_that_do_not_fit_are_refused(folder: Path, tmp_path: Path):
     assert "has no token '<end>'" in refuse(folder, eod_token="<end>")
     (tmp_path / "file").touch()
     text = refuse(folder, cache=str(tmp_path / "file"))
-    assert f"data.cache = {tmp_path}/file cannot be written (File exists)" in text
+    assert f"data.cache = {tmp_path}/file cannot be written: Not a directory" in text
 
 
 def test_another_end_of_documents_than_that_of_the_shards_is_refused(folder: Path):

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nemotron.cli import run
 from nemotron.data.config import DataConfig, Leaf, SourceConfig
 from nemotron.data.loader import TrainingData
 from nemotron.data.mixture import Phase, RowLength, Timeline
@@ -146,3 +147,24 @@ def test_a_schedule_of_25_trillion_tokens_is_found_without_an_index(folder: Path
     whole = 933_806 * 25_165_824
     # within two rows of the exact share at any time
     assert abs(read["c"] - whole * 0.8595) <= 2 * 8
+
+
+def test_a_set_that_only_a_phase_names_is_evaluated(tmp_path: Path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    Path("exams.txt").write_text("Which of these is right, and why? " * 40)
+    Path("later.yaml").write_text("sources: [verse]\nvalidation: [exams.txt]\n")
+    Path("mine.yaml").write_text(
+        "extends: tiny/smoke\nname: mine\nremove: schedule.total_steps\n"
+        "data: {sources: [verse]}\n"
+        "phases: [{name: one, steps: 1}, {name: two, steps: 1, blend: later.yaml}]\n"
+    )
+    words = ["train", "mine.yaml", "device=cpu", "evaluation.tokens=64"]
+    assert run(words) == 0
+    lines = Path("runs/mine/metrics.jsonl").read_text().splitlines()
+    found = [key for line in lines for key in json.loads(line) if key.startswith("validation/e")]
+    assert "validation/exams/loss" in found
+    Path("later.yaml").write_text("sources: [docs]\nvalidation: [{name: verse, path: exams.txt}]\n")
+    for more in ([], ["--dry-run"]):
+        assert run([*words, "name=other", *more]) == 2
+        said = "phases name verse twice; give each source and set its own name."
+        assert said in capfd.readouterr().err

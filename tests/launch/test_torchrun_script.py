@@ -101,6 +101,7 @@ def test_a_dry_run_is_one_process_that_knows_of_both(run: Path):
     ("words", "sentence"),
     [
         (["-n", "two", "a.yaml"], "-n two: not a number."),
+        (["-n", "0", "a.yaml"], "-n is 0; give 1 or more."),
         (["--restarts"], "--restarts needs a number."),
         (["--fast", "a.yaml"], "--fast is unknown before RECIPE."),
         ([], "RECIPE"),

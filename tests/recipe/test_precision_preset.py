@@ -39,5 +39,5 @@ def test_keys_are_laid_over_a_name_and_a_name_over_keys(tmp_path: Path):
 def test_a_name_that_is_none_is_told_with_its_place(tmp_path: Path):
     path = tmp_path / "own.yaml"
     path.write_text(f"extends: {SMOKE}\nprecision: int3\n")
-    with pytest.raises(UserError, match=f"{path}:2: precision.preset = int3 must be one of bf16"):
+    with pytest.raises(UserError, match=f"{path}:2: precision = int3 must be one of fp32, bf16"):
         load_recipe(path)

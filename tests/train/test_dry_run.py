@@ -17,6 +17,7 @@ def world(tmp_path_factory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
         assert run([*SHORT, "--stop-at", "3"]) == 75
+    (folder / "file").touch()
     return folder
 
 
@@ -49,7 +50,9 @@ def test_it_says_what_would_happen_with_memory_and_time(world: Path, capfd):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["data.sources=[nowhere]"], "nowhere.bin: does not exist"),
+        (["data.sources=[nowhere]"], "nowhere: does not exist, nor does a shard of that name"),
+        (["output=file/runs"], "file/runs/other: cannot be written: Not a directory; set `output`"),
+        (["data.cache=file"], "file cannot be written: Not a directory; name a writable folder"),
         (
             ["data.tokenizer=none.json"],
             "none.json does not exist; give the path of a tokenizer.json",

@@ -57,6 +57,32 @@ def test_what_decides_the_rows_so_far_is_refused_with_a_way_out(change: str, cap
     assert "init_from=runs/smoke" in said
 
 
+def test_a_changed_list_is_shown_as_a_recipe_has_it(capfd):
+    assert resume("data.sources=[docs, verse]", "data.reset_documents=true") == 2
+    said = capfd.readouterr().err
+    assert "was [{name: verse, weight: 1.0}], is [{name: docs, weight: 1.0}, {name: v" in said
+    assert "data.reset_documents was false, is true; " in said
+
+
+@pytest.mark.parametrize(
+    "change", ["optimizer.name=muon", "model.hidden_size=64", "model.tie_word_embeddings=true"]
+)
+def test_what_decides_the_tensors_is_refused_also_when_dry(change: str, capfd):
+    section = change.split(".")[0]
+    for words in ([], ["--dry-run"]):
+        assert resume(change, "--allow-changed", section, *words) == 2
+        said = capfd.readouterr().err
+        assert "decides which tensors the checkpoints hold, so --allow-changed does not" in said
+    assert resume(change) == 2
+    assert "; restore these keys, or give the new run another name." in capfd.readouterr().err
+
+
+def test_the_share_held_out_decides_the_rows(capfd):
+    change = "data.validation_fraction=0.2"
+    assert resume(change, "--allow-changed", "data") == 2
+    assert "decides which rows the steps so far read" in capfd.readouterr().err
+
+
 def test_a_phase_with_its_own_batch_and_rate_goes_on_smoothly_then_a_jump_is_said(capfd):
     first = "{name: first, steps: 4}"
     more = "{name: more, steps: 2, global_tokens: 512, schedule: {kind: linear, peak: 1e-5}}"

@@ -73,7 +73,7 @@ def test_sigterm_saves_and_says_how_to_go_on(recipe):
     code, output = process.wait(), process.text
     assert code == 75, output
     assert "stopped by SIGTERM" in output
-    assert f"{config.output}/terminated/recipe.yaml --resume" in output
+    assert f"{config.output}/terminated --resume" in output
     done = computed_metrics(Path(config.output) / "terminated")[-1]["step"]
     assert f"step-{done:08d}" in output
 

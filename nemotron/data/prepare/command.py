@@ -41,6 +41,8 @@ def prepare(
             f"{len(made.inputs):,} inputs, {size / 1e6:,.1f} MB, would become up to "
             f"{len(made.units):,} shards in {out}"
         )
+        for sentence in made.passed_over:
+            print_text(sentence, sys.stderr)
         return DONE
     manifest = run(
         sources,

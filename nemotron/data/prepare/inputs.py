@@ -3,6 +3,7 @@
 import glob
 import os
 import stat
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,8 @@ class Plan:
     """When each input was changed last; a resumed preparation refuses others."""
     files: tuple[Path, ...]
     """Every file that is read."""
+    passed_over: tuple[str, ...] = ()
+    """A sentence for each source that is a folder and holds files that are not read."""
 
 
 def plan(sources: Sequence[str], options: PrepareOptions, outputs: Sequence[Path] = ()) -> Plan:
@@ -77,12 +80,14 @@ def plan(sources: Sequence[str], options: PrepareOptions, outputs: Sequence[Path
     Of a source that is a folder, `outputs` inside it are not read.
 
     Raises:
-        UserError: when a source does not exist, holds nothing readable or cannot be read.
+        UserError: when a source does not exist, holds nothing readable or cannot be read, or when
+            an option has no effect on any of them.
     """
     inputs: list[dict[str, Any]] = []
     stamps: list[int] = []
     pieces: list[Piece] = []
-    files = []
+    files: list[str] = []
+    passed_over: list[str] = []
     for source in sources:
         if source.startswith(HUB):
             facts, parts = describe_hub(source, options.hub)
@@ -90,7 +95,7 @@ def plan(sources: Sequence[str], options: PrepareOptions, outputs: Sequence[Path
             stamps.append(0)
             pieces += [Piece("hub", source, *part) for part in parts]
         else:
-            files += list(_files(source, outputs))
+            files += _files(source, outputs, passed_over)
     sizes = [_size(path) for path in files]
     known: set[str] = set()
     for path in files:
@@ -102,8 +107,46 @@ def plan(sources: Sequence[str], options: PrepareOptions, outputs: Sequence[Path
         inputs.append({"name": path, "bytes": size})
         stamps.append(os.stat(path).st_mtime_ns)
         pieces += _cut(path, size, target, options)
-    read = tuple(map(Path, files))
-    return Plan(tuple(_units(pieces, target)), tuple(inputs), tuple(stamps), read)
+    _check_effects(pieces, options)
+    return Plan(
+        tuple(_units(pieces, target)),
+        tuple(inputs),
+        tuple(stamps),
+        tuple(map(Path, files)),
+        tuple(passed_over),
+    )
+
+
+def _check_effects(pieces: Sequence[Piece], options: PrepareOptions) -> None:
+    """Refuse options of one kind of input where no input, or not every one, is of that kind."""
+    kinds = {piece.kind for piece in pieces}
+    if (changed := options.hub.model_dump(exclude_defaults=True)) and "hub" not in kinds:
+        raise UserError(
+            f"has no effect without a data set ({HUB}...); leave it out, or name one.",
+            key=f"--{next(iter(changed))}",
+        )
+    if options.separator is not None and "text" not in kinds:
+        raise UserError(
+            "has no effect without a text file: each row is a document; leave it out.",
+            key="--separator",
+        )
+    if options.column != PrepareOptions().column and options.chat is not None:
+        raise UserError(
+            "has no effect with --chat; name --messages.", key="--column", value=options.column
+        )
+    if options.column != PrepareOptions().column and kinds == {"text"}:
+        raise UserError(
+            "has no effect on text, which has no columns; leave it out.",
+            key="--column",
+            value=options.column,
+        )
+    text = next((piece.path for piece in pieces if piece.kind == "text"), None)
+    if text is not None and options.filters:
+        raise UserError(
+            f"chooses among rows, but {text} is text without rows; name the other files.",
+            key="--filter",
+            value=options.filters[0],
+        )
 
 
 def is_text(path: str) -> bool:
@@ -115,9 +158,9 @@ def is_text(path: str) -> bool:
     if not os.path.isdir(path):
         return os.path.isfile(path) or bool(glob.glob(path, recursive=True))
     folder = Path(path)
-    if (folder / MANIFEST).exists() or any(folder.glob("*.idx")):
+    if any(found.name == MANIFEST or found.suffix == ".idx" for found in _entries(folder)):
         return False
-    return any(kind_of(str(found)) for found in _walk(folder, ()))
+    return any(kind_of(str(found)) for found in _walk(folder, ()) if found.is_file())
 
 
 def kind_of(path: str) -> str | None:
@@ -147,16 +190,18 @@ def open_parquet(path: str) -> Any:  # Any: pyarrow has no types
         ) from None
 
 
-def _files(source: str, outputs: Sequence[Path]) -> Iterator[str]:
+def _files(source: str, outputs: Sequence[Path], passed_over: list[str]) -> Iterator[str]:
     if os.path.isdir(source):
         found = sorted(_walk(Path(source), {path.resolve() for path in outputs}))
-        readable = [str(path) for path in found if kind_of(str(path))]
+        readable = [str(path) for path in found if path.is_file() and kind_of(str(path))]
         if not readable:
             raise UserError(
                 f"contains no file to read ({', '.join(KINDS)}, also with "
                 f"{' or '.join(COMPRESSED)}); name the files one by one to read them as text.",
                 where=source,
             )
+        if others := [path for path in found if str(path) not in set(readable)]:
+            passed_over.append(f"{source}: {_others(others)}")
         yield from readable
         return
     if os.path.isfile(source):
@@ -172,18 +217,40 @@ def _files(source: str, outputs: Sequence[Path]) -> Iterator[str]:
     yield from matched
 
 
+def _others(paths: Sequence[Path]) -> str:
+    """Say of what kinds the files of a folder are that are not read."""
+    kinds = Counter(
+        "links to folders or to nothing" if not path.is_file() else path.suffix or "without ending"
+        for path in paths
+    )
+    listed = ", ".join(f"{number:,} {kind}" for kind, number in kinds.most_common(8))
+    return f"not read: {listed}; files that a pattern such as '*.rst' names are read as text"
+
+
 def _walk(folder: Path, outputs: Collection[Path]) -> Iterator[Path]:
     """Yield the files below a folder, but those of outputs and of what begins with a dot.
 
-    Nor are other folders read that this program wrote: prepared data, exports and runs.
+    Nor are other folders read that this program wrote: prepared data, exports and runs. A link
+    that leads to no file is yielded as it is.
+
+    Raises:
+        UserError: when a folder cannot be read.
     """
-    for path in folder.iterdir():
+    for path in _entries(folder):
         if path.name.startswith("."):
             continue
-        if path.is_file():
+        if path.is_file() or path.is_symlink():
             yield path
-        elif path.is_dir() and not (path.is_symlink() or path.resolve() in outputs):
-            yield from () if _is_ours(path) else _walk(path, outputs)
+        elif path.is_dir() and path.resolve() not in outputs and not _is_ours(path):
+            yield from _walk(path, outputs)
+
+
+def _entries(folder: Path) -> list[Path]:
+    if not os.access(folder, os.R_OK | os.X_OK):
+        raise UserError(
+            "cannot be read: Permission denied; make the folder readable.", where=str(folder)
+        )
+    return list(folder.iterdir())
 
 
 def _is_ours(folder: Path) -> bool:

@@ -1,5 +1,6 @@
 """The command `nemotron data tokenizer`: a tokenizer that is trained on a user's text."""
 
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def learn_tokenizer(
     check_target(out, overwrite=overwrite)
     options = PrepareOptions(column=column)
     made = plan(sources, options, (out,))
+    for sentence in made.passed_over:
+        print_text(sentence, sys.stderr)
     tally = Tally(lambda text: None)
     with PrepareProgress(min(sample_bytes, sum(unit.size for unit in made.units)), 0) as progress:
         texts = _texts(made, options, sample_bytes, progress.advance, tally)

@@ -186,7 +186,8 @@ def _parse_line(
         if isinstance(row, dict):
             yield place, row
         else:
-            yield Bad(place(), "is not a JSON object")
+            kind = "a JSON list, with all rows in it" if isinstance(row, list) else "JSON"
+            yield Bad(place(), f"is {kind}, but not an object; each line is one row, {{...}}")
 
 
 def _line_name(path: str, number: int) -> str:

@@ -1,6 +1,7 @@
 """Prepares a data set with many processes; after a kill, the same command continues it."""
 
 import json
+import logging
 import multiprocessing
 import os
 import re
@@ -21,6 +22,7 @@ from nemotron.data.prepare.assemble import assemble
 from nemotron.data.prepare.inputs import Plan, Unit, plan
 from nemotron.data.prepare.options import PrepareOptions, parse_filter
 from nemotron.data.prepare.progress import PrepareProgress
+from nemotron.data.prepare.read import Bad, read_rows
 from nemotron.data.prepare.unit import Receipt, write_unit
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.errors import UserError
@@ -35,6 +37,8 @@ from nemotron.outputs import (
     remove_folder,
     unwritable,
 )
+
+log = logging.getLogger(__name__)
 
 COMMAND, PAIRS_COMMAND = "data prepare", "data pairs"
 SHARD_FILE = re.compile(r"(train|validation)-\d{5}\.(bin|idx|loss)(\.\d+\.tmp)?")
@@ -98,13 +102,15 @@ def prepare(
     if out.exists() and not overwrite:
         return _finished(out, work, made, identity_of(made, encoder, options), job.command)
     check_output(out, job.command, read, overwrite=overwrite)
+    for sentence in made.passed_over:
+        log.warning("%s", sentence)
     try:
         with _workplace(job, made, encoder):
             receipts = _write_units(made, job, workers)
             if not any(receipt.train for receipt in receipts):
                 raise UserError(
-                    f"there is no document to train on ({_why_empty(receipts)}); nothing was "
-                    "written.",
+                    f"there is no document to train on ({_why_empty(receipts, made, options)}); "
+                    "nothing was written.",
                     where=", ".join(sources),
                 )
             hashed = _hashed_inputs(made)
@@ -390,11 +396,25 @@ def _too_many(first: str, count: int, job: PrepareJob) -> TooManyBadRows:
     )
 
 
-def _why_empty(receipts: Sequence[Receipt]) -> str:
+def _why_empty(receipts: Sequence[Receipt], made: Plan, options: PrepareOptions) -> str:
     counts = {
         key: sum(getattr(receipt.counts, key) for receipt in receipts)
         for key in ("rows", "empty", "filtered", "bad", "held_out_documents", "unsupervised")
     }
     text = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in counts.items() if value)
+    if counts["filtered"] and (unknown := _unknown_column(made, options)):
+        return f"{text}; of a --filter, {unknown}"
     first = next((receipt.bad_rows[0] for receipt in receipts if receipt.bad_rows), None)
-    return text if first is None else f"{text}; the first bad one: {first}"
+    return (text or "no rows") if first is None else f"{text}; the first bad one: {first}"
+
+
+def _unknown_column(made: Plan, options: PrepareOptions) -> str | None:
+    """Say which column of a filter the first readable row does not have."""
+    pieces = (piece for unit in made.units for piece in unit.pieces)
+    rows = (row for piece in pieces for row in read_rows(piece, options, lambda size: None))
+    first = next((row for row in rows if not isinstance(row, Bad)), None)
+    if first is None:
+        return None
+    place, row = first
+    columns = [parse_filter(text).column for text in options.filters]
+    return next((f"{place()} has no column {name}" for name in columns if name not in row), None)

@@ -45,7 +45,7 @@ class Rows:
         """
         self.bad.clear()
         options = PrepareOptions(column=self.columns[0])
-        made = plan(self.sources, options)
+        made = plan(self.sources, PrepareOptions())
         with PrepareProgress(sum(unit.size for unit in made.units), 0) as progress:
             for unit in made.units:
                 for piece in unit.pieces:

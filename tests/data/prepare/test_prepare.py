@@ -242,13 +242,25 @@ def test_an_interrupt_ends_every_process_without_a_traceback(world: Path, seen: 
     ("arguments", "sentence"),
     [
         (["nowhere"], "nowhere: does not exist; name files, folders or patterns"),
-        (["empty.jsonl"], "there is no document to train on"),
+        (["empty.jsonl"], "there is no document to train on (no rows)"),
         (["blank.txt"], "there is no document to train on (rows 1, empty 1)"),
         (["in", "--column", "body"], "has no column body (its columns: text, number)"),
         (["in", "--tokenizer", "none.json"], "--tokenizer = "),
         (["in", "--eod-token", "<end>"], "has no token '<end>'"),
         (["in", "--filter", "number"], "--filter = number is not a comparison"),
-        (["in/a.jsonl", "--filter", "number < 0"], "there is no document to train on"),
+        (["in/a.jsonl", "--filter", "number < 0"], "there is no document to train on (rows 300, "),
+        (
+            ["in/a.jsonl", "--filter", "numbre != 0"],
+            "filtered 300; of a --filter, in/a.jsonl:1 has no column numbre)",
+        ),
+        (["list.json"], "list.json:1 is a JSON list, with all rows in it, but not an object"),
+        (["in", "--filter", "number > 0"], "chooses among rows, but in/c.txt is text without rows"),
+        (["in/c.txt", "--column", "body"], "--column = body has no effect on text"),
+        (["in/a.jsonl", "--chat", "--column", "body"], "--column = body has no effect with --chat"),
+        (["in/a.jsonl", "--separator", "\\n"], "--separator has no effect without a text file"),
+        (["in", "--subset", "x"], "--subset has no effect without a data set (hf://...)"),
+        (["in", "--split", "x"], "--split has no effect without a data set (hf://...)"),
+        (["in", "--streaming"], "--streaming has no effect without a data set (hf://...)"),
         (["hf://nobody/nothing"], "hf://nobody/nothing: cannot be loaded"),
         (["in/c.txt", "--chat"], "c.txt: is text; conversations are read from"),
     ],
@@ -259,6 +271,7 @@ def test_a_mistake_leaves_nothing_behind(
     monkeypatch.chdir(world)
     Path("empty.jsonl").touch()
     Path("blank.txt").touch()
+    Path("list.json").write_text('[{"text": "one"}, {"text": "two"}]')
     before = sorted(os.listdir(world))
     code = run(["data", "prepare", *arguments, "--out", "none", "--max-bad-rows", "0"])
     error = capsys.readouterr().err
@@ -268,6 +281,29 @@ def test_a_mistake_leaves_nothing_behind(
     shutil.rmtree("none.partial", ignore_errors=True)
     shutil.rmtree("none.work", ignore_errors=True)
     assert sorted(os.listdir(world)) == before
+
+
+def test_files_of_a_folder_that_are_not_read_are_named(tmp_path: Path, monkeypatch, capsys):
+    """A file of another kind, a link to a folder or to nothing would otherwise be missed."""
+    monkeypatch.chdir(tmp_path)
+    Path("in").mkdir()
+    Path("in", "a.txt").write_text("One document.")
+    Path("elsewhere").mkdir()
+    for name in ("b.html", "c.html", "d.py", "LICENSE", ".hidden"):
+        Path("in", name).write_text("x")
+    Path("in", "linked").symlink_to("../elsewhere")
+    Path("in", "lost.txt").symlink_to("nowhere.txt")
+    sentence = (
+        "in: not read: 2 .html, 2 links to folders or to nothing, 1 without ending, 1 .py; files"
+    )
+    assert run(["data", "prepare", "in", "--out", "out", "--dry-run"]) == 0
+    assert sentence in capsys.readouterr().err
+    assert run(["data", "tokenizer", "in", "--out", "t.json", "--vocab-size", "400"]) == 0
+    assert sentence in capsys.readouterr().err
+    script = [sys.executable, "-m", "nemotron", "data", "prepare", "in", "--out", "out"]
+    ended = subprocess.run(script, check=True, capture_output=True, text=True)
+    assert sentence in ended.stderr
+    assert "out: 1 documents" in ended.stdout
 
 
 def test_an_unreadable_row_group_ends_with_a_sentence(world: Path, monkeypatch, capsys):

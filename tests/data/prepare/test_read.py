@@ -84,7 +84,7 @@ def test_bad_rows_are_told_with_their_line(tmp_path: Path, monkeypatch, ending: 
     assert [row.why.split("(")[0].strip() for row in bad] == [
         "is not valid JSON",
         "is not UTF-8 text",
-        "is not a JSON object",
+        "is a JSON list, with all rows in it, but not an object; each line is one row, {...}",
         "is longer than 500 bytes, the limit for a row",
     ]
     good = [row for i, row in enumerate(ROWS) if i not in (3, 50, 90, 91, 120)]
