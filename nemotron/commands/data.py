@@ -16,6 +16,7 @@ from nemotron.commands.shared import (
     RecipeFile,
     ReplaceFile,
     ReplaceFolder,
+    refuse_on,
 )
 from nemotron.commands.sources import (
     DataSetOptions,
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
 
 app = CommandGroup(help="Prepare data and inspect it before a run.", no_args_is_help=True)
 app.add_typer(sentences.app)
+
+TOKENIZER, SEQ_LEN = "embedded", 512
+"""How `inspect` reads a folder or a shard, by default."""
 
 
 @app.command(
@@ -167,13 +171,13 @@ def data_inspect(
     plots: Annotated[Path | None, typer.Option(help="Folder to write plots to.")] = None,
     tokenizer: Annotated[
         str, typer.Option(help="For a folder or shard: the word embedded, or a tokenizer.json.")
-    ] = "embedded",
+    ] = TOKENIZER,
     eod_token: Annotated[
         str | None, typer.Option(help="For a shard without a manifest; default: </s>.")
     ] = None,
     seq_len: Annotated[
         int, typer.Option(min=2, help="For a folder or shard: tokens in a row.")
-    ] = 512,
+    ] = SEQ_LEN,
 ) -> int:
     """Show the data: sources, document lengths, duplicates, and rows as text."""
     from nemotron.data.inspect import inspect, open_path
@@ -188,7 +192,10 @@ def data_inspect(
     is_there = any(os.path.exists(f"{target}{end}") for end in ("", ".bin", ".idx"))
     if not is_there and str(target) in names():
         target = path_of(str(target))
+    given = {"tokenizer": tokenizer, "eod_token": eod_token, "seq_len": seq_len}
+    defaults = {"tokenizer": TOKENIZER, "eod_token": None, "seq_len": SEQ_LEN}
     if target.suffix in (".yaml", ".yml") or (target / "recipe.yaml").is_file():
+        refuse_on("a recipe", given, defaults)
         config = load_recipe(target, overrides or []).config
         if not isinstance(config, CorrectConfig):
             return show(_recipe_data(target, overrides))
@@ -196,7 +203,15 @@ def data_inspect(
 
         _refuse_plots(plots)
         return inspect_recipe(config, step=step, rows=rows, documents=documents, check=check)
+    if overrides:
+        from nemotron.errors import UserError
+
+        raise UserError(
+            f"overrides are of a recipe, and {target} is none; leave {overrides[0]} out."
+        )
     if holds_pairs(target):
+        given |= {"step": step, "tokenizer": TOKENIZER}
+        refuse_on("pairs", given, defaults | {"step": 0})
         _refuse_plots(plots)
         return inspect_pairs(
             target, tokenizer=tokenizer, rows=rows, documents=documents, check=check

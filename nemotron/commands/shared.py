@@ -98,6 +98,11 @@ def refuse_beside(option: str, values: Mapping[str, Any], defaults: Mapping[str,
     _refuse_given(f"beside {option}; leave one of them out.", values, defaults)
 
 
+def refuse_on(what: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
+    """Refuse options that have no effect on what is given, as `refuse_without` does."""
+    _refuse_given(f"on {what}; leave it out.", values, defaults)
+
+
 def _refuse_given(where: str, values: Mapping[str, Any], defaults: Mapping[str, Any]) -> None:
     from nemotron.errors import UserError
 

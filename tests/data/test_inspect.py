@@ -188,3 +188,20 @@ def test_plots_are_not_put_into_a_file(folder: Path, capsys: pytest.CaptureFixtu
         assert run(words) == 2
         assert "lies below, a file" in capsys.readouterr().err
     assert (folder / "occupied").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["corpus", "data.seq_len=5"], "overrides are of a recipe, and corpus is none"),
+        (["tiny/smoke", "--seq-len", "64"], "--seq-len has no effect on a recipe; leave it out."),
+        (["tiny/smoke", "--tokenizer", "t.json"], "--tokenizer has no effect on a recipe;"),
+    ],
+)
+def test_what_has_no_effect_is_refused(
+    arguments: list[str], sentence: str, tmp_path: Path, monkeypatch, capsys
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "corpus").mkdir()
+    assert run(["data", "inspect", *arguments]) == 2
+    assert sentence in capsys.readouterr().err
