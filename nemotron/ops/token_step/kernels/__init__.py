@@ -1,1 +1,1 @@
-"""Compiled kernels of steps over a few tokens; imports numba, which is an optional package."""
+"""Compiled kernels of steps over a few tokens; all but `records` import numba, which is optional."""
