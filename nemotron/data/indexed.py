@@ -145,17 +145,17 @@ class Shard:
             try:
                 status = path.stat()
             except (FileNotFoundError, NotADirectoryError):
+                rule = f"does not exist, though {other.name} does; give both files of the shard."
                 if not other.exists():
-                    raise UserError(
-                        f"does not exist, nor does a shard of that name ({self.bin.name} and "
-                        f"{self.idx.name}); give the path of text, of a folder, or of a shard "
-                        "without its .bin or .idx ending.",
-                        where=str(self.prefix),
-                    ) from None
-                raise UserError(
-                    f"does not exist, though {other.name} does; give both files of the shard.",
-                    where=str(path),
-                ) from None
+                    path, rule = (
+                        self.prefix,
+                        (
+                            f"does not exist, nor does a shard of that name ({self.bin.name} and "
+                            f"{self.idx.name}); give the path of text, of a folder, or of a shard "
+                            "without its .bin or .idx ending."
+                        ),
+                    )
+                raise UserError(rule, where=str(path)) from None
             found[path] = (status.st_size, status.st_mtime_ns, status.st_ino)
         return found
 

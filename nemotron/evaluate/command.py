@@ -33,6 +33,8 @@ OF_TRAINING = {
     *("nonfinite_limit", "checkpoint", "logging", "profile", "name", "output", "device"),
 }
 """Keys of a recipe that change neither its text nor what a trained model says of it."""
+OF_TEXT = ("pretrain", "sft")
+"""Stages that learn from text alone."""
 COLUMNS = ("loss", "perplexity", "bits_per_byte")
 
 
@@ -147,7 +149,7 @@ def open_text(model: Path, text: Text, device: str) -> tuple[HeldOut, Recipe]:
             raise UserError(rule, where="command line", key=key)
     place = find_folder(model)
     loaded = load_recipe(text.recipe or _own_recipe(place, model), text.overrides)
-    if text.recipe is None and not loaded.is_of_text:
+    if text.recipe is None and loaded.config.stage not in OF_TEXT:
         rule = (
             f"is a run of stage {loaded.config.stage}, whose recipe names no text of its own; give "
             "one of stage pretrain or sft: --recipe FILE."
@@ -170,7 +172,7 @@ def _has_text(model: Path, wanted: Wanted) -> bool:
     run = None if is_exported(place) else RunFiles.around(place)
     if run is None or not run.recipe.is_file():
         return False
-    return load_recipe(run.path, ()).is_of_text
+    return load_recipe(run.path, ()).config.stage in OF_TEXT
 
 
 def _refuse_other_tokenizer(

@@ -5,7 +5,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
 
 from nemotron.errors import Finding, UserError, show_value
 from nemotron.recipe import languages
@@ -53,21 +52,20 @@ def _is_default(config: RunConfig, path: Path_) -> bool:
 
 
 def _defaults(section: BaseModel, path: Path_, default: BaseModel | None = None) -> tuple[Any, ...]:
-    """Return the values that a key has anyway.
+    """Return the values that a key has anyway; none where it must be given.
 
     `default` is the section's own default, where the class around it gives it one.
     """
     key, *rest = path
     value = getattr(section, key)
     field = type(section).model_fields[key]
-    if default is None:
-        usual = field.get_default(call_default_factory=True)
-    else:
-        usual = getattr(default, key)
+    own = () if field.is_required() else (field.get_default(call_default_factory=True),)
+    usual = own if default is None else (getattr(default, key),)
     if rest and isinstance(value, BaseModel):
-        return _defaults(value, tuple(rest), usual if type(usual) is type(value) else None)
+        inner = next((section for section in usual if type(section) is type(value)), None)
+        return _defaults(value, tuple(rest), inner)
     # a section that is given in part has its class's own default for the rest
-    return (usual, field.get_default(call_default_factory=True))
+    return (*usual, *own)
 
 
 def _findings(config: RunConfig, stage: Stage, given: set[str]) -> Iterator[Finding]:
@@ -79,11 +77,9 @@ def _findings(config: RunConfig, stage: Stage, given: set[str]) -> Iterator[Find
         for idle in conditions:
             for key in idle.keys if idle.holds else ():
                 if key in given:
-                    usual, _ = _defaults(config, tuple(key.split(".")))
+                    usual = _defaults(config, tuple(key.split(".")))
                     # whoever extends a file cannot remove its keys
-                    other = f", or write its default, {show_value(usual)}"
-                    if usual is PydanticUndefined:
-                        other = ""
+                    other = f", or write its default, {show_value(usual[0])}" if usual else ""
                     rule = f"has no effect because {idle.because}; remove the key{other}."
                     yield Finding(key, rule)
 

@@ -60,24 +60,18 @@ class Recipe:
         return any(self.places.get(key) == COMMAND_LINE for key in keys)
 
     @property
-    def is_of_text(self) -> bool:
-        """Whether its stage learns from text alone."""
-        return isinstance(self.config, TextConfig) and not isinstance(self.config, DistillConfig)
-
-    @property
     def text(self) -> TextConfig:
         """The configuration, for a command that works on stages that learn from text alone.
 
         Raises:
             UserError: when the recipe is for another stage.
         """
-        if not self.is_of_text:
+        if not isinstance(self.config, TextConfig) or isinstance(self.config, DistillConfig):
             place = place_of(self.places, ("stage",), str(self.path))
             rule = (
                 "is not for this command, which takes recipes of the stages pretrain and sft only."
             )
             raise UserError(rule, key="stage", value=self.config.stage, where=place)
-        assert isinstance(self.config, TextConfig)
         return self.config
 
     @property

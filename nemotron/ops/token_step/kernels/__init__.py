@@ -1,1 +1,1 @@
-"""Compiled kernels of steps over a few tokens; all but `records` import numba, which is optional."""
+"""Compiled kernels of steps over a few tokens; but for `records` they import numba, optional."""
