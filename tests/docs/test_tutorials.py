@@ -50,7 +50,6 @@ SHORTER = {
     "evaluate --suite": ["--tasks", "1", "--max-new-tokens", "2"],
     "check-parity": ["--rows", "1", "--new-tokens", "2"],
     "generate": ["--max-new-tokens", "2"],
-    "export": ["--no-check"],
     "quantize": ["--rows", "1", "--no-check"],
     "train recipes/tiny/own.yaml": ["schedule.total_steps=3"],
     "data plan": ["schedule.total_steps=3"],
