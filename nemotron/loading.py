@@ -175,7 +175,7 @@ def read_initial(place: str) -> InitialModel:
     """Return what `init_from` names: weights, and the small files that lie beside them.
 
     Raises:
-        UserError: when there is no model, or its files are damaged.
+        UserError: when the model is missing, or its files are damaged.
     """
     path = find_folder(place)
     config, weights = read_weights(path)

@@ -22,7 +22,7 @@ from nemotron.hf.hub import find_folder
 from nemotron.loading import attach_scales, fix_language, read_initial
 from nemotron.outputs import check_new
 from nemotron.posttrain.suites.definition import PERPLEXITY
-from nemotron.recipe.load import Recipe, load_recipe
+from nemotron.recipe.load import OF_TEXT, Recipe, load_recipe
 from nemotron.run.files import RunFiles
 from nemotron.terminal import print_text
 
@@ -33,8 +33,6 @@ OF_TRAINING = {
     *("nonfinite_limit", "checkpoint", "logging", "profile", "name", "output", "device"),
 }
 """Keys of a recipe that change neither its text nor what a trained model says of it."""
-OF_TEXT = ("pretrain", "sft")
-"""Stages that learn from text alone."""
 COLUMNS = ("loss", "perplexity", "bits_per_byte")
 
 

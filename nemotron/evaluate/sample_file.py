@@ -128,7 +128,7 @@ def check_folder(folder: Path, *, resume: bool) -> None:
 
 
 WEIGHTS = "weights"
-"""The setting that is no option: a hash of the model's."""
+"""The setting that is not an option: a hash of the model's weights."""
 
 
 def _settings_of(path: Path) -> Path:

@@ -14,7 +14,7 @@ def read_weights(path: Path) -> tuple[ModelConfig, dict[str, Tensor]]:
     """Return configuration and float32 weights, under the names of `HybridLM.state_dict()`.
 
     Raises:
-        UserError: when there is no model, or its files are damaged.
+        UserError: when the model is missing, or its files are damaged.
     """
     if not path.exists():
         raise UserError(

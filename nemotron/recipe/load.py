@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from nemotron.errors import UserError
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.correct.config import CorrectConfig
-from nemotron.posttrain.sft_config import DistillConfig
 from nemotron.precision.config import Preset
 from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check, find_stage
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from nemotron.train.setup import Stage as TrainedStage
 
 COMMAND_LINE = "command line"
+OF_TEXT = ("pretrain", "sft")  # stages that learn from text alone
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Recipe:
         Raises:
             UserError: when the recipe is for another stage.
         """
-        if not isinstance(self.config, TextConfig) or isinstance(self.config, DistillConfig):
+        if not isinstance(self.config, TextConfig) or self.config.stage not in OF_TEXT:
             place = place_of(self.places, ("stage",), str(self.path))
             rule = (
                 "is not for this command, which takes recipes of the stages pretrain and sft only."
