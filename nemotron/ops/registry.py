@@ -209,7 +209,8 @@ class Operation:
         if self.pinned is not None:
             backend = self.backend(self.pinned)
             if reason := backend.unfit(call):
-                rule = f"{reason}; or remove the key."
+                fit = ", ".join(b.name for b in self.backends if b.unfit(call) is None)
+                rule = f"{reason}; use one of {fit}, or remove the key."
                 raise UserError(rule, key=f"ops.{self.name}", value=self.pinned)
             return backend
         for backend in self.backends:

@@ -1,4 +1,4 @@
-"""The products of `kernels` in 16-bit integers: rows and matrices become blocks where they are read.
+"""The products of `kernels` in 16-bit integers: numbers become blocks where they are read.
 
 Forward, a unit is a block of rows with all columns of the result. Backward, it is a block of rows
 again, with its gradient and its columns' integers, and then a part of a matrix's gradient with all

@@ -93,7 +93,7 @@ def _begin(b, sums):
 
 
 def _add_products(b, left, between, right, sums):
-    """Add to rows of sums a pair each, `between` bytes from the one before, times a row of pairs."""
+    """Add to rows of sums a pair each, `between` bytes from the last one, times a row of pairs."""
     weights = [
         b.load(_pointer(b, _at(b, right, 4 * first), _REGISTER), align=4)
         for first in range(0, LANES, _WIDTH)

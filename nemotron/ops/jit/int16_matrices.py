@@ -1,4 +1,4 @@
-"""Products of large matrices by the tiles of `int16`: float32 strips, written as blocks of integers.
+"""Products of large matrices by the tiles of `int16`: strips become blocks of integers.
 
 A matrix whose rows are added up is block after block of `DEPTH` strips; one whose columns are is
 strip after strip, each with all blocks of `BLOCK` rows. Sizes are bytes, and `padded` is a count of
