@@ -43,12 +43,10 @@ BLOCK = 64
 HALF_ROW = ROW // 2
 """Bytes from a row of integers to the next."""
 _FEATURES = binding.get_host_cpu_features()
-_ROWS, _WIDTH, _MULTIPLY = 4, 8, None
-if _FEATURES.get("avx512bw"):
-    _ROWS, _WIDTH, _MULTIPLY = 8, 16, "llvm.x86.avx512.pmaddw.d.512"
-elif _FEATURES.get("avx2"):
-    _MULTIPLY = "llvm.x86.avx2.pmadd.wd"
-"""Rows of a result in registers, pairs in one, and the instruction for them where there is one."""
+_ROWS, _WIDTH = (8, 16) if _FEATURES.get("avx512bw") else (4, 8)
+"""Rows of a result whose sums stay in registers, and pairs of integers in a register."""
+_MULTIPLY = "llvm.x86.avx512.pmaddw.d.512" if _WIDTH == 16 else "llvm.x86.avx2.pmadd.wd"
+_HAS_MULTIPLY = _WIDTH == 16 or _FEATURES.get("avx2", False)
 _REGISTER, _PARTS = ir.VectorType(_I32, _WIDTH), LANES // _WIDTH
 _BITS = ir.VectorType(_I32, LANES)
 _SHORTS = ir.VectorType(_I16, LANES)
@@ -70,7 +68,7 @@ def _part(b, vector, first, count):
 
 def _multiply_pairs(b, x, y):
     """Return x₀ y₀ + x₁ y₁ for pairs of 16-bit integers, each pair in 32 bits."""
-    if _MULTIPLY is not None:
+    if _HAS_MULTIPLY:
         shorts = ir.VectorType(_I16, 2 * _WIDTH)
         kind = ir.FunctionType(_REGISTER, [shorts] * 2)
         function = cgutils.get_or_insert_function(b.module, kind, _MULTIPLY)
@@ -82,9 +80,10 @@ def _multiply_pairs(b, x, y):
 
 def _hold(b, sum_):
     """Keep a sum where it is: a compiler that orders the additions anew runs out of registers."""
-    if _MULTIPLY is None:
+    if not _HAS_MULTIPLY:
         return sum_
-    return b.asm(ir.FunctionType(_REGISTER, [_REGISTER]), "", "=x,0", [sum_], side_effect=False)
+    kind, place = ir.FunctionType(_REGISTER, [_REGISTER]), "=v,0" if _WIDTH == 16 else "=x,0"
+    return b.asm(kind, "", place, [sum_], side_effect=False)
 
 
 def _begin(b, sums):
