@@ -4,7 +4,9 @@ import torch
 
 from nemotron.ops.attention import numba as attention
 from nemotron.ops.causal_conv1d import numba as causal_conv1d
+from nemotron.ops.grouped_linear import int16 as linear_int16
 from nemotron.ops.grouped_linear import numba as grouped_linear
+from nemotron.ops.grouped_mlp import int16 as mlp_int16
 from nemotron.ops.grouped_mlp import numba as grouped_mlp
 from nemotron.ops.jit.call import kernels
 from nemotron.ops.linear_cross_entropy import numba as linear_cross_entropy
@@ -13,24 +15,25 @@ from nemotron.ops.squared_relu import numba as squared_relu
 from nemotron.ops.ssd import numba as ssd
 from nemotron.ops.token_step import compiled
 
-OPERATIONS = (
-    attention,
-    causal_conv1d,
-    grouped_linear,
-    grouped_mlp,
-    linear_cross_entropy,
-    rms_norm,
-    squared_relu,
-    ssd,
+MODULES = (
+    attention.MODULE,
+    causal_conv1d.MODULE,
+    grouped_linear.FLOAT32.module,
+    grouped_mlp.FLOAT32.module,
+    linear_cross_entropy.MODULE,
+    rms_norm.MODULE,
+    squared_relu.MODULE,
+    ssd.MODULE,
 )
+OF_BFLOAT16 = (linear_int16.INT16.module, mlp_int16.INT16.module)
 
 
 def prepare() -> None:
     """Compile what is not kept yet, for float32 and bfloat16."""
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype, modules in ((torch.float32, MODULES), (torch.bfloat16, MODULES + OF_BFLOAT16)):
         compiled.kernels(dtype)
-        for operation in OPERATIONS:
-            kernels(operation.MODULE, dtype)
+        for module in modules:
+            kernels(module, dtype)
 
 
 if __name__ == "__main__":

@@ -127,15 +127,17 @@ def numba_backend(
     module: str,
     function: str,
     *,
+    name: str = "numba",
+    dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16}),
     features: frozenset[str] = frozenset(),
     limit: Callable[..., str | None] | None = None,
 ) -> Backend:
-    """Return the backend `numba` of a CPU, of which a module holds the kernels; by name alone."""
+    """Return a backend of a CPU, of which a module holds the kernels; by name alone."""
     return Backend(
-        "numba",
+        name,
         lazy(module, function),
         devices=frozenset({"cpu"}),
-        dtypes=frozenset({torch.float32, torch.bfloat16}),
+        dtypes=dtypes,
         features=features,
         packages=("numba",),
         install="pip install numba",
@@ -143,6 +145,12 @@ def numba_backend(
         by_name=True,
         limit=limit,
     )
+
+
+def int16_backend(module: str, function: str, *, features: frozenset[str] = frozenset()) -> Backend:
+    """Return the backend of a CPU that multiplies bfloat16 rows in 16-bit integers."""
+    dtypes = frozenset({torch.bfloat16})
+    return numba_backend(module, function, name="numba_int16", dtypes=dtypes, features=features)
 
 
 @dataclass(eq=False)
@@ -201,7 +209,8 @@ class Operation:
         if self.pinned is not None:
             backend = self.backend(self.pinned)
             if reason := backend.unfit(call):
-                rule = f"{reason}; or remove the key."
+                fit = ", ".join(b.name for b in self.backends if b.unfit(call) is None)
+                rule = f"{reason}; use one of {fit}, or remove the key."
                 raise UserError(rule, key=f"ops.{self.name}", value=self.pinned)
             return backend
         for backend in self.backends:

@@ -63,7 +63,10 @@ class Case:
         """
         if side == "ours":
             kinds = ["default"] if self.kind == "decode" else ["default", "numba"]
-            return [(dtype, kind) for dtype in self.dtypes for kind in kinds]
+            found = [(dtype, kind) for dtype in self.dtypes for kind in kinds]
+            if self.kind == "train" and "bf16" in self.dtypes:
+                found.append(("bf16", "numba_int16"))
+            return found
         kinds = {
             "train": ["eager", "grouped_mm"],
             "decode": ["eager", "grouped_mm", "batched_mm"],

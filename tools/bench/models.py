@@ -31,6 +31,8 @@ from nemotron.ops.prepare import prepare
 
 TOLERANCE = 1e-5
 """Largest relative difference of loss, gradients or logits in float32."""
+NARROW = 1.05
+"""How many times as far off as those of bfloat16 alone its gradients in 16-bit integers may be."""
 WARM_UPS = 2
 PILOTS = 2
 """Timed steps of each setting when a side's best one is searched."""
@@ -84,14 +86,39 @@ class Worker:
 def check(case: Case) -> float:
     """Return the largest relative difference in float32 between the peer and each of our kinds.
 
+    A kind that exists in bfloat16 alone is held against the peer's float32 beside another one.
+
     Raises:
         Disagreement: when it is above the tolerance.
     """
     with tempfile.TemporaryDirectory() as folder:
+
+        def results(side: str, dtype: str, kind: str) -> dict[str, torch.Tensor]:
+            return _results(Worker(side, case, dtype, kind), Path(folder, f"{side}-{dtype}-{kind}"))
+
         kinds = dict.fromkeys(kind for _, kind in case.programs("ours"))
-        peer = _results(Worker("peer", case, "fp32", "eager"), Path(folder, "peer"))
-        found = [_results(Worker("ours", case, "fp32", kind), Path(folder, kind)) for kind in kinds]
-    return max(_difference(ours, peer) for ours in found)
+        peer = results("peer", "fp32", "eager")
+        narrow = [kind for kind in kinds if kind == "numba_int16"]
+        for kind in narrow:
+            _check_narrow(*(results("ours", "bf16", k) for k in (kind, "numba")), peer)
+        return max(
+            _difference(results("ours", "fp32", kind), peer) for kind in kinds if kind not in narrow
+        )
+
+
+def _check_narrow(
+    int16: dict[str, torch.Tensor], bf16: dict[str, torch.Tensor], peer: dict[str, torch.Tensor]
+) -> None:
+    """Raise Disagreement when 16-bit integers are less exact than bfloat16 alone."""
+    names = peer.keys() - {"loss"}
+    whole = math.hypot(*(peer[name].norm() for name in names))
+    errors = [
+        math.hypot(*((found[name] - peer[name]).norm() for name in names)) / whole
+        for found in (int16, bf16)
+    ]
+    print("    bf16 beside the peer's fp32: {:.2%} in int16, else {:.2%}".format(*errors))
+    if not errors[0] <= NARROW * errors[1]:
+        raise Disagreement(f"int16 is {errors[0] / errors[1]:.2f} times as far off as bf16")
 
 
 def _results(worker: Worker, path: Path) -> dict[str, torch.Tensor]:

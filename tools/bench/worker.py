@@ -43,6 +43,8 @@ KERNELS = (
     "ssd",
 )
 """Operations that have kernels for CPUs, which are used by name."""
+PRODUCTS = ("grouped_mlp", "linear")
+"""Those of them that can multiply bfloat16 in 16-bit integers, too."""
 
 
 class Program(Protocol):
@@ -67,8 +69,9 @@ class Ours:
     def __init__(self, case: Case, dtype: str, kind: str = "default") -> None:
         self.model = HybridLM(PROXIES[case.proxy])
         self.model.init_weights(0)
-        if kind == "numba":
-            apply(self.model, OpsConfig(**dict.fromkeys(KERNELS, kind)))
+        if kind != "default":
+            chosen = dict.fromkeys(KERNELS, "numba")
+            apply(self.model, OpsConfig(**chosen | dict.fromkeys(PRODUCTS, kind)))
         self.model.compute_dtype = DTYPES[dtype]
         if case.kind in ("decode", "prefill"):
             prepare_weights(self.model)

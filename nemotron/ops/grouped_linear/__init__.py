@@ -10,7 +10,7 @@ from torch import Tensor
 
 from nemotron.device import cpu_multiplies_bfloat16
 from nemotron.ops import float32_products
-from nemotron.ops.registry import Backend, Operation, numba_backend, triton_backend
+from nemotron.ops.registry import Backend, Operation, int16_backend, numba_backend, triton_backend
 from nemotron.ops.rounded import round_weight
 
 
@@ -137,6 +137,7 @@ grouped_linear = GroupedLinearOp(
             by_name=True,  # has not run on a GPU yet
         ),
         numba_backend("nemotron.ops.grouped_linear.numba", "grouped_linear"),
+        int16_backend("nemotron.ops.grouped_linear.int16", "grouped_linear"),
         float32_products.backend(loop_in_float32),
         Backend("loop", loop),
         Backend("reference", reference),

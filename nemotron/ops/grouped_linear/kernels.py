@@ -6,6 +6,8 @@ part of a matrix's gradient with all rows of its group, added up in their order.
 on the number of threads. Weights that are float32 beside rows in bfloat16 are rounded when read.
 """
 
+from typing import NamedTuple
+
 import numpy as np
 from numba import carray, njit
 
@@ -84,7 +86,7 @@ def read_transposed(call, weight, outer, inner, unit, scratch, packed, kind):
     """Write a piece of the matrices [groups, outer, inner] as strips of their transposes."""
     depth = strips_of(inner)
     group, piece = unit // pieces(outer), unit % pieces(outer)
-    filled = _read_piece(call, weight, outer, inner, unit, scratch, ROWS * ROW, kind)
+    filled = read_piece(call, weight, outer, inner, unit, scratch, ROWS * ROW, kind)
     place = group * strips_of(outer) + piece * ROWS // LANES
     turn(scratch, filled, ROWS * ROW, depth, packed + place * depth * LANES * ROW)
 
@@ -95,11 +97,11 @@ def read_straight(call, weight, outer, inner, unit, packed, kind):
     step = strips_of(outer) * LANES * ROW
     group, piece = unit // pieces(outer), unit % pieces(outer)
     target = packed + group * strips_of(inner) * step + piece * ROWS * ROW
-    _read_piece(call, weight, outer, inner, unit, target, step, kind)
+    read_piece(call, weight, outer, inner, unit, target, step, kind)
 
 
 @njit
-def _read_piece(call, weight, outer, inner, unit, target, step, kind):
+def read_piece(call, weight, outer, inner, unit, target, step, kind):
     """Write a piece as strips, and return how many rows it has when they are filled up."""
     group, first = unit // pieces(outer), unit % pieces(outer) * ROWS
     rows = min(ROWS, outer - first)
@@ -158,6 +160,16 @@ def read_block(block, x, columns, target, kind):
     read_rows(source, block.rows, columns, target, step, step, kind, kind)
 
 
+class Part(NamedTuple):
+    """A part of a matrix's gradient: its group, and strips of rows and of columns."""
+
+    group: int
+    top: int
+    tall: int
+    left: int
+    wide: int
+
+
 @njit
 def parts(outer, inner):
     """Return in how many parts the gradient of a matrix is added up."""
@@ -165,27 +177,46 @@ def parts(outer, inner):
 
 
 @njit
-def add_up(call, slopes, outer, rows, inner, unit, result, dweight):
-    """Fill a part of dW, the sum of slopesᵀ rows: `TALL` strips of rows, `WIDE` of columns."""
+def part_of(outer, inner, unit):
+    """Return a part: `TALL` strips of rows, `WIDE` of columns, or what is left."""
     across = -(-strips_of(inner) // WIDE)
-    group, part = unit // parts(outer, inner), unit % parts(outer, inner)
-    first, strip = part // across * TALL, part % across * WIDE
-    tall, wide = min(TALL, strips_of(outer) - first), min(WIDE, strips_of(inner) - strip)
-    begin, end = integers(call.bounds, call.groups + 1)[group : group + 2]
+    group, number = unit // parts(outer, inner), unit % parts(outer, inner)
+    top, left = number // across * TALL, number % across * WIDE
+    tall, wide = min(TALL, strips_of(outer) - top), min(WIDE, strips_of(inner) - left)
+    return Part(group, top, tall, left, wide)
+
+
+@njit
+def clear(part, result):
+    """Write zeros: the gradient of a matrix without rows."""
+    sums = floats(result, part.tall * part.wide * LANES * LANES)
+    for place in range(len(sums)):
+        sums[place] = np.float32(0.0)
+
+
+@njit
+def write_part(part, result, outer, inner, dweight):
+    """Write strips of a part as rows of the gradient."""
+    count = min(part.tall * LANES, outer - part.top * LANES)
+    target = dweight + (part.group * outer + part.top * LANES) * inner * 4
+    step = part.tall * LANES * ROW
+    write_rows(result, step, count, part.wide, target, inner, part.left * LANES, np.float32)
+
+
+@njit
+def add_up(call, slopes, outer, rows, inner, unit, result, dweight):
+    """Fill a part of dW, the sum of slopesᵀ rows."""
+    part = part_of(outer, inner, unit)
+    begin, end = integers(call.bounds, call.groups + 1)[part.group : part.group + 2]
     if begin == end:
-        sums = floats(result, tall * wide * LANES * LANES)
-        for place in range(len(sums)):
-            sums[place] = np.float32(0.0)
+        clear(part, result)
     for number in range(begin, end):
         block = block_of(call, number)
         padded = fill_up(block.rows)
-        a = slopes + (block.place * strips_of(outer) + first * padded) * ROW
-        b = rows + (block.place * strips_of(inner) + strip * padded) * ROW
-        add_outer(a, b, padded * ROW, tall, wide, result, number == begin)
-    count = min(tall * LANES, outer - first * LANES)
-    target = dweight + (group * outer + first * LANES) * inner * 4
-    step = tall * LANES * ROW
-    write_rows(result, step, count, wide, target, inner, strip * LANES, np.float32)
+        a = slopes + (block.place * strips_of(outer) + part.top * padded) * ROW
+        b = rows + (block.place * strips_of(inner) + part.left * padded) * ROW
+        add_outer(a, b, padded * ROW, part.tall, part.wide, result, number == begin)
+    write_part(part, result, outer, inner, dweight)
 
 
 FIELDS = ("inner", "outer", "groups", "blocks", "table", "bounds", "wide", "next")

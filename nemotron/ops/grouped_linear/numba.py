@@ -1,5 +1,6 @@
 """Products of rows by kernels for CPUs: in bfloat16 too, and as fast for small matrices."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -12,27 +13,32 @@ from nemotron.ops.jit.call import kernels, run, workspace
 from nemotron.ops.jit.matrices import ROWS, TALL, WIDE
 from nemotron.ops.jit.vectors import LANES
 
-MODULE = "nemotron.ops.grouped_linear.kernels"
-
 fill_up, strips_of = matrices.fill_up.py_func, matrices.strips_of.py_func
+
+
+class Form(NamedTuple):
+    """Kernels, by how matrices lie while they are multiplied, and the room that they take."""
+
+    module: str
+    forward: Callable[["Sizes"], dict[str, Any]]
+    backward: Callable[["Sizes", "Blocks"], dict[str, Any]]
 
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int]) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], form: Form) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         y = x.new_empty(x.shape[0], weight.shape[1])
         ctx.save_for_backward(x, weight)
-        ctx.found = found = kernels(MODULE, x.dtype)
+        ctx.found, ctx.form = kernels(form.module, x.dtype), form
         ctx.blocks = Blocks.of(counts)
-        sizes = Sizes.of(weight)
-        room = workspace(sizes.inner * ROWS + sizes.result, packed=sizes.matrices)
-        run(found.forward, found.CALL, x.dtype, _inputs(x, weight, ctx.blocks) | room | {"y": y})
+        values = _inputs(x, weight, ctx.blocks) | form.forward(Sizes.of(weight)) | {"y": y}
+        run(ctx.found.forward, ctx.found.CALL, x.dtype, values)
         return y
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x, weight), found = ctx.saved_tensors, ctx.found
         values: dict[str, Any] = {"dy": dy.contiguous()}
         dx = dweight = None
@@ -40,15 +46,9 @@ class _GroupedLinear(torch.autograd.Function):
             values["dx"] = dx = torch.empty_like(x)
         if ctx.needs_input_grad[1]:
             values["dweight"] = dweight = torch.empty(weight.shape)
-        sizes, rows = Sizes.of(weight), ctx.blocks.rows
-        room = workspace(
-            sizes.result,
-            packed=sizes.matrices,
-            slopes=rows * sizes.outer,
-            rows=rows * sizes.inner,
-        )
+        room = ctx.form.backward(Sizes.of(weight), ctx.blocks)
         run(found.backward, found.CALL, x.dtype, _inputs(x, weight, ctx.blocks) | room | values)
-        return dx, None if dweight is None else dweight.to(weight.dtype), None
+        return dx, None if dweight is None else dweight.to(weight.dtype), None, None
 
 
 def _inputs(x: Tensor, weight: Tensor, blocks: "Blocks") -> dict[str, Any]:
@@ -87,19 +87,36 @@ class Blocks(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """Numbers that strips hold: of a row on either side, all matrices, and a block of a result."""
+    """Numbers that strips hold: matrices, a row on either side, and a block of a result."""
 
-    inner: int
+    groups: int
     outer: int
-    matrices: int
+    inner: int
     result: int
 
     @classmethod
     def of(cls, weight: Float[Tensor, "groups outer inner"]) -> "Sizes":
         """Return those for a stack of matrices."""
         outer, inner = (strips_of(size) * LANES for size in weight.shape[1:])
-        result = WIDE * LANES * max(ROWS, TALL * LANES)
-        return cls(inner, outer, weight.shape[0] * outer * inner, result)
+        return cls(weight.shape[0], outer, inner, WIDE * LANES * max(ROWS, TALL * LANES))
+
+    @property
+    def matrices(self) -> int:
+        """Numbers of all matrices."""
+        return self.groups * self.outer * self.inner
+
+
+def _forward(sizes: Sizes) -> dict[str, Any]:
+    return workspace(sizes.inner * ROWS + sizes.result, packed=sizes.matrices)
+
+
+def _backward(sizes: Sizes, blocks: Blocks) -> dict[str, Any]:
+    rows = {"slopes": blocks.rows * sizes.outer, "rows": blocks.rows * sizes.inner}
+    return workspace(sizes.result, packed=sizes.matrices, **rows)
+
+
+FLOAT32 = Form("nemotron.ops.grouped_linear.kernels", _forward, _backward)
+"""All numbers in float32."""
 
 
 def readable(weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -108,14 +125,20 @@ def readable(weight: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def grouped_linear(
-    x: Float[Tensor, "R K"], weight: Float[Tensor, "E N K"], counts: Int[Tensor, " E"]
+    x: Float[Tensor, "R K"],
+    weight: Float[Tensor, "E N K"],
+    counts: Int[Tensor, " E"],
+    form: Form = FLOAT32,
 ) -> Float[Tensor, "R N"]:
-    """The reference's products in float32, each result rounded once."""
-    return _GroupedLinear.apply(x, readable(weight, x.dtype), counts.tolist())
+    """The reference's products, each result rounded once."""
+    return _GroupedLinear.apply(x, readable(weight, x.dtype), counts.tolist(), form)
 
 
-def linear(x: Float[Tensor, "*batch K"], weight: Float[Tensor, "N K"]) -> Float[Tensor, "*batch N"]:
+def linear(
+    x: Float[Tensor, "*batch K"], weight: Float[Tensor, "N K"], form: Form = FLOAT32
+) -> Float[Tensor, "*batch N"]:
     """The same with one matrix for all rows."""
     rows = x.reshape(-1, x.shape[-1])
-    y = _GroupedLinear.apply(rows, readable(weight, x.dtype).unsqueeze(0), [rows.shape[0]])
+    matrix = readable(weight, x.dtype).unsqueeze(0)
+    y = _GroupedLinear.apply(rows, matrix, [rows.shape[0]], form)
     return y.view(*x.shape[:-1], weight.shape[0])

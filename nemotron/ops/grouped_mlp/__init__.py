@@ -5,7 +5,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.grouped_linear import grouped_linear
-from nemotron.ops.registry import Backend, Operation, numba_backend, triton_backend
+from nemotron.ops.registry import Backend, Operation, int16_backend, numba_backend, triton_backend
 from nemotron.ops.squared_relu import squared_relu
 
 
@@ -48,6 +48,7 @@ grouped_mlp = GroupedMLPOp(
             by_name=True,  # has not run on a GPU yet
         ),
         numba_backend("nemotron.ops.grouped_mlp.numba", "grouped_mlp"),
+        int16_backend("nemotron.ops.grouped_mlp.int16", "grouped_mlp"),
         Backend("reference", one_by_one),
     ],
 )

@@ -67,16 +67,17 @@ def forward(address, thread, threads, kind):
         step = fill_up(block.rows) * ROW
         read_block(block, call.x, call.inner, x, kind)
         multiply_block(x, step, inner, call.ups + block.group * size, outer, hidden)
-        kept = call.hidden + block.place * outer * LANES * item_size(kind)
-        _activate(call, block, hidden, kept, kind)
+        activate(call, block, hidden, kind)
         weights = call.downs + block.group * size
         multiply_rows(block, hidden, outer, weights, call.y, call.inner, result, kind)
     wait(call.counter, threads)
 
 
 @njit
-def _activate(call, block, hidden, kept, kind):
+def activate(call, block, hidden, kind):
+    """Keep a block's rows before the activation, rounded, and put the activated ones there."""
     padded = fill_up(block.rows)
+    kept = call.hidden + block.place * strips_of(call.outer) * LANES * item_size(kind)
     for row in range(padded):
         weight = _weight(call, block, row)
         for strip in range(strips_of(call.outer)):
@@ -149,9 +150,19 @@ def _go_back(call, block, scratch, kind):
         call.inside + block.place * outer * ROW,
         call.activated + block.place * outer * ROW,
     )
-    kept = call.hidden + block.place * outer * LANES * item_size(kind)
     slopes, weights = call.slopes + block.place * inner * ROW, call.downs + block.group * size
     multiply_block(slopes, padded * ROW, inner, weights, outer, inside)
+    differentiate(call, block, inside, activated, kind)
+    if call.dx:
+        weights = call.ups + block.group * size
+        multiply_rows(block, inside, outer, weights, call.dx, call.inner, scratch, kind)
+
+
+@njit
+def differentiate(call, block, inside, activated, kind):
+    """Turn the gradient behind the activation into that before it; write the activated rows."""
+    padded, outer = fill_up(block.rows), strips_of(call.outer)
+    kept = call.hidden + block.place * outer * LANES * item_size(kind)
     for row in range(padded):
         weight, inner_sum = splat(_weight(call, block, row)), zeros()
         for strip in range(outer):
@@ -163,9 +174,6 @@ def _go_back(call, block, scratch, kind):
             store(inside + place * ROW, number * slope * (weight + weight))
         if row < block.rows:
             floats(call.dweights + block.first * 4, block.rows)[row] = total(inner_sum)
-    if call.dx:
-        weights = call.ups + block.group * size
-        multiply_rows(block, inside, outer, weights, call.dx, call.inner, scratch, kind)
 
 
 FIELDS = ("inner", "outer", "groups", "blocks", "table", "bounds", "wide", "next")

@@ -7,11 +7,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from nemotron.ops.grouped_linear.numba import Blocks, Sizes, readable
+from nemotron.ops.grouped_linear.numba import Blocks, Form, Sizes, readable
 from nemotron.ops.jit.call import kernels, run, workspace
 from nemotron.ops.jit.matrices import ROWS
-
-MODULE = "nemotron.ops.grouped_mlp.kernels"
 
 
 class _GroupedMLP(torch.autograd.Function):
@@ -19,20 +17,24 @@ class _GroupedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weights: Tensor, up: Tensor, down: Tensor, counts: list[int]
+        ctx: Any,
+        x: Tensor,
+        weights: Tensor,
+        up: Tensor,
+        down: Tensor,
+        counts: list[int],
+        form: Form,
     ) -> Tensor:
         x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
         y, by = torch.empty_like(x), weights.float().contiguous()
-        ctx.found = found = kernels(MODULE, x.dtype)
+        ctx.form, ctx.found = form, kernels(form.module, x.dtype)
         ctx.blocks = Blocks.of(counts)
         ctx.of_weights = weights.dtype
         sizes = Sizes.of(up)
         hidden = x.new_empty(ctx.blocks.rows, sizes.outer)
         ctx.save_for_backward(x, by, up, down, hidden)
-        scratch = (sizes.inner + sizes.outer) * ROWS + sizes.result
-        room = workspace(scratch, ups=sizes.matrices, downs=sizes.matrices)
         values = _inputs(x, by, up, down, hidden) | ctx.blocks.inputs() | {"y": y}
-        run(found.forward, found.CALL, x.dtype, values | room)
+        run(ctx.found.forward, ctx.found.CALL, x.dtype, values | form.forward(sizes))
         return y
 
     @staticmethod
@@ -42,7 +44,7 @@ class _GroupedMLP(torch.autograd.Function):
         dweights = torch.empty(by.shape)
         values = _inputs(x, by, up, down, hidden) | ctx.blocks.inputs()
         values |= {"dy": dy.contiguous(), "dweights": dweights}
-        wants_x, _, wants_up, wants_down, _ = ctx.needs_input_grad
+        wants_x, _, wants_up, wants_down, *_ = ctx.needs_input_grad
         dx = dup = ddown = None
         if wants_x:
             values["dx"] = dx = torch.empty_like(x)
@@ -50,19 +52,10 @@ class _GroupedMLP(torch.autograd.Function):
             values["dup"] = dup = torch.empty(up.shape)
         if wants_down:
             values["ddown"] = ddown = torch.empty(down.shape)
-        sizes, rows = Sizes.of(up), ctx.blocks.rows
-        room = workspace(
-            sizes.result,
-            ups=sizes.matrices,
-            downs=sizes.matrices,
-            slopes=rows * sizes.inner,
-            rows=rows * sizes.inner if wants_up else 0,
-            inside=rows * sizes.outer,
-            activated=rows * sizes.outer,
-        )
+        room = ctx.form.backward(Sizes.of(up), ctx.blocks)
         run(found.backward, found.CALL, x.dtype, values | room)
         dup, ddown = (d if d is None else d.to(up.dtype) for d in (dup, ddown))
-        return dx, dweights.to(ctx.of_weights), dup, ddown, None
+        return dx, dweights.to(ctx.of_weights), dup, ddown, None, None
 
 
 def _inputs(x: Tensor, by: Tensor, up: Tensor, down: Tensor, hidden: Tensor) -> dict[str, Any]:
@@ -72,15 +65,37 @@ def _inputs(x: Tensor, by: Tensor, up: Tensor, down: Tensor, hidden: Tensor) -> 
     return sizes | tensors
 
 
+def _forward(sizes: Sizes) -> dict[str, Any]:
+    scratch = (sizes.inner + sizes.outer) * ROWS + sizes.result
+    return workspace(scratch, ups=sizes.matrices, downs=sizes.matrices)
+
+
+def _backward(sizes: Sizes, blocks: Blocks) -> dict[str, Any]:
+    return workspace(
+        sizes.result,
+        ups=sizes.matrices,
+        downs=sizes.matrices,
+        slopes=blocks.rows * sizes.inner,
+        rows=blocks.rows * sizes.inner,
+        inside=blocks.rows * sizes.outer,
+        activated=blocks.rows * sizes.outer,
+    )
+
+
+FLOAT32 = Form("nemotron.ops.grouped_mlp.kernels", _forward, _backward)
+"""All numbers in float32."""
+
+
 def grouped_mlp(
     x: Float[Tensor, "R I"],
     weights: Float[Tensor, "R 1"],
     up: Float[Tensor, "E F I"],
     down: Float[Tensor, "E I F"],
     counts: Int[Tensor, " E"],
+    form: Form = FLOAT32,
 ) -> Float[Tensor, "R I"]:
     """The three operations at once; what is between them is rounded as they round it."""
     if up.dtype != down.dtype:
         up, down = up.to(x.dtype), down.to(x.dtype)
     matrices = readable(up, x.dtype), readable(down, x.dtype)
-    return _GroupedMLP.apply(x, weights, *matrices, counts.tolist())
+    return _GroupedMLP.apply(x, weights, *matrices, counts.tolist(), form)

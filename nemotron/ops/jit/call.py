@@ -29,7 +29,7 @@ def kernels(module: str, dtype: torch.dtype) -> ModuleType:
     A module of kernels has `CALL`, the record that they take, and `KERNELS`, all of them.
     """
     name = str(dtype).removeprefix("torch.")
-    operation = module.split(".")[-2]
+    operation = module.removeprefix("nemotron.ops.").removesuffix("kernels").strip("._")
     mark = storage.announce(f"{operation}-{name}", f"kernels of {operation} in {name}", COMPILE_S)
     found = storage.load(module)
     for kernel in found.KERNELS:

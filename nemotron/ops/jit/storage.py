@@ -28,7 +28,7 @@ def folder() -> Path:
 
     digest = hashlib.sha256(f"{__version__} {get_host_cpu_name()}".encode())
     operations = Path(__file__).parents[1]
-    for pattern in ("jit/*.py", "*/kernels.py", "*/kernels/*.py"):
+    for pattern in ("jit/*.py", "*/*kernels.py", "*/kernels/*.py"):
         for path in sorted(operations.glob(pattern)):
             digest.update(path.read_bytes())
     found = user_folder() / "kernels" / digest.hexdigest()[:16]

@@ -119,20 +119,22 @@ def multiply_transposed(context, a, step, strips, b, depth, c, fresh):
     return signature, _call("nemotron_multiply_transposed", [_I64] * 6 + [_I1], fill)
 
 
+def swap(b, rows, distance):
+    """Exchange the corners off the diagonal of blocks of twice the distance, in 8 rows of 8."""
+    places = ir.VectorType(_I32, 8)
+    for i in range(8):
+        if i & distance == 0:
+            x, y = rows[i], rows[i + distance]
+            lower = [j if j & distance == 0 else 8 + j - distance for j in range(8)]
+            upper = [j + distance if j & distance == 0 else 8 + j for j in range(8)]
+            rows[i] = b.shuffle_vector(x, y, ir.Constant(places, lower))
+            rows[i + distance] = b.shuffle_vector(x, y, ir.Constant(places, upper))
+
+
 @intrinsic
 def transpose(context, source, target):
     """Write the transpose of 16 rows of a strip as 16 rows of another."""
-    half, places = ir.VectorType(_F32, 8), ir.VectorType(_I32, 8)
-
-    def swap(b, rows, distance):
-        """Exchange the corners off the diagonal of blocks of twice the distance."""
-        for i in range(8):
-            if i & distance == 0:
-                x, y = rows[i], rows[i + distance]
-                lower = [j if j & distance == 0 else 8 + j - distance for j in range(8)]
-                upper = [j + distance if j & distance == 0 else 8 + j for j in range(8)]
-                rows[i] = b.shuffle_vector(x, y, ir.Constant(places, lower))
-                rows[i + distance] = b.shuffle_vector(x, y, ir.Constant(places, upper))
+    half = ir.VectorType(_F32, 8)
 
     def fill(b, arguments):
         source, target = arguments

@@ -6,7 +6,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from nemotron.ops.linear import float32_gradient, float32_products, split
-from nemotron.ops.registry import Backend, Operation, numba_backend
+from nemotron.ops.registry import Backend, Operation, int16_backend, numba_backend
 
 _SAME = frozenset({"same_dtype"})
 
@@ -47,6 +47,7 @@ linear = LinearOp(
     [
         float32_gradient.backend,
         numba_backend("nemotron.ops.grouped_linear.numba", "linear", features=_SAME),
+        int16_backend("nemotron.ops.grouped_linear.int16", "linear", features=_SAME),
         float32_products.backend,
         Backend("reference", reference, features=_SAME),
     ],
