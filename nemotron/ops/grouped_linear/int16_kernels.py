@@ -24,6 +24,7 @@ from nemotron.ops.jit.int16_matrices import (
     add_outer,
     column_size,
     multiply_block,
+    multiply_block_to,
     part_size,
     rows_size,
     turn,
@@ -67,9 +68,12 @@ def forward(address, thread, threads, kind):
 @njit
 def multiply_rows(block, a, depth, weights, y, columns, result, kind):
     """Write the product of a block, which lies at `a`, and weights as rows of y, in all columns."""
-    padded, strips = fill_up(block.rows), strips_of(columns)
+    padded, strips, begin = fill_up(block.rows), strips_of(columns), 0
     target = y + block.first * columns * item_size(kind)
-    for strip in range(0, strips, WIDE):
+    if padded == block.rows:
+        begin = columns // LANES
+        multiply_block_to(a, padded, depth, weights, begin, result, target, columns * 2)
+    for strip in range(begin, strips, WIDE):
         count = min(WIDE, strips - strip)
         multiply_block(a, padded, depth, weights + strip * column_size(depth), count, result)
         write_rows(result, padded * ROW, block.rows, count, target, columns, strip * LANES, kind)

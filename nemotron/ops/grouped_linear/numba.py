@@ -1,5 +1,6 @@
 """Products of rows by kernels for CPUs: in bfloat16 too, and as fast for small matrices."""
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -26,7 +27,7 @@ class Form(NamedTuple):
 
 class _GroupedLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: list[int], form: Form) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, counts: tuple[int, ...], form: Form) -> Tensor:
         x, weight = x.contiguous(), weight.contiguous()
         y = x.new_empty(x.shape[0], weight.shape[1])
         ctx.save_for_backward(x, weight)
@@ -67,7 +68,8 @@ class Blocks(NamedTuple):
     """Rows, filled up in each block."""
 
     @classmethod
-    def of(cls, counts: list[int]) -> "Blocks":
+    @functools.lru_cache(64)
+    def of(cls, counts: tuple[int, ...]) -> "Blocks":
         """Return the blocks of groups with so many rows each."""
         blocks, bounds, first, filled = [], [0], 0, 0
         for group, count in enumerate(counts):
@@ -131,7 +133,7 @@ def grouped_linear(
     form: Form = FLOAT32,
 ) -> Float[Tensor, "R N"]:
     """The reference's products, each result rounded once."""
-    return _GroupedLinear.apply(x, readable(weight, x.dtype), counts.tolist(), form)
+    return _GroupedLinear.apply(x, readable(weight, x.dtype), tuple(counts.tolist()), form)
 
 
 def linear(
@@ -140,5 +142,5 @@ def linear(
     """The same with one matrix for all rows."""
     rows = x.reshape(-1, x.shape[-1])
     matrix = readable(weight, x.dtype).unsqueeze(0)
-    y = _GroupedLinear.apply(rows, matrix, [rows.shape[0]], form)
+    y = _GroupedLinear.apply(rows, matrix, (len(rows),), form)
     return y.view(*x.shape[:-1], weight.shape[0])

@@ -22,7 +22,7 @@ class _GroupedMLP(torch.autograd.Function):
         weights: Tensor,
         up: Tensor,
         down: Tensor,
-        counts: list[int],
+        counts: tuple[int, ...],
         form: Form,
     ) -> Tensor:
         x, up, down = x.contiguous(), up.contiguous(), down.contiguous()
@@ -98,4 +98,4 @@ def grouped_mlp(
     if up.dtype != down.dtype:
         up, down = up.to(x.dtype), down.to(x.dtype)
     matrices = readable(up, x.dtype), readable(down, x.dtype)
-    return _GroupedMLP.apply(x, weights, *matrices, counts.tolist(), form)
+    return _GroupedMLP.apply(x, weights, *matrices, tuple(counts.tolist()), form)

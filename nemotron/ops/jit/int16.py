@@ -20,6 +20,7 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from nemotron.ops.jit.lanes import _narrow
 from nemotron.ops.jit.strips import ROW, _call, swap
 from nemotron.ops.jit.vectors import (
     _F32,
@@ -105,16 +106,34 @@ def _add_products(b, left, between, right, sums):
 
 
 def _finish(b, sums, factors, by, target, fresh):
-    """Add sums, each times its row's factor and the factors of the columns, to rows of a strip."""
+    """Return rows of a strip with sums, each times its row's factor and those of the columns."""
     whole = ir.Constant(ir.VectorType(_I32, LANES), list(range(LANES)))
     for row in range(_ROWS):
         factor = b.load(_pointer(b, _at(b, factors, 4 * row), _F32), align=4)
         factor = b.fmul(_splat(b, factor), by)
-        at = _at(b, target, ROW * row)
-        before = b.select(fresh, _zero(), _load(b, at))
+        before = b.select(fresh, _zero(), _load(b, _at(b, target, ROW * row)))
         parts = [b.load(place) for place in sums[row * _PARTS : (row + 1) * _PARTS]]
         sum_ = b.shuffle_vector(parts[0], parts[-1], whole)
-        _store(b, _fma(b, b.sitofp(sum_, _VECTOR), factor, before), at)
+        yield _fma(b, b.sitofp(sum_, _VECTOR), factor, before)
+
+
+def _multiply(b, a, rows, strips, column, c, fresh, write):
+    """Call write(row, vectors) for some rows of C + A B after the others, the first being `row`."""
+    sums = [cgutils.alloca_once(b, _REGISTER) for _ in range(_ROWS * _PARTS)]
+    numbers, weights = _at(b, a, b.mul(rows, _I64(4))), _at(b, column, ROW)
+    step, by = b.mul(rows, _I64(HALF_ROW)), _load(b, column)
+    with cgutils.for_range_slice(b, _I64(0), rows, _I64(_ROWS), _I64) as (row, _):
+        _begin(b, sums)
+        source = _at(b, numbers, b.mul(row, _I64(HALF_ROW)))
+        with cgutils.for_range(b, strips, intp=_I64) as loop:
+            left = _at(b, source, b.mul(loop.index, step))
+            right = _at(b, weights, b.mul(loop.index, _I64(LANES // 2 * ROW)))
+            for pair in range(LANES // 2):
+                line = _at(b, right, pair * ROW)
+                _add_products(b, _at(b, left, 4 * pair), HALF_ROW, line, sums)
+        factors, target = _at(b, a, b.mul(row, _I64(4))), _at(b, c, b.mul(row, _I64(ROW)))
+        write(row, _finish(b, sums, factors, by, target, fresh))
+    b.ret_void()
 
 
 @intrinsic
@@ -128,23 +147,33 @@ def multiply(context, a, rows, strips, b, c, fresh):
 
     def fill(build, arguments):
         a, rows, strips, b, c, fresh = arguments
-        sums = [cgutils.alloca_once(build, _REGISTER) for _ in range(_ROWS * _PARTS)]
-        numbers, weights = _at(build, a, build.mul(rows, _I64(4))), _at(build, b, ROW)
-        step, by = build.mul(rows, _I64(HALF_ROW)), _load(build, b)
-        with cgutils.for_range_slice(build, _I64(0), rows, _I64(_ROWS), _I64) as (row, _):
-            _begin(build, sums)
-            source = _at(build, numbers, build.mul(row, _I64(HALF_ROW)))
-            with cgutils.for_range(build, strips, intp=_I64) as loop:
-                left = _at(build, source, build.mul(loop.index, step))
-                right = _at(build, weights, build.mul(loop.index, _I64(LANES // 2 * ROW)))
-                for pair in range(LANES // 2):
-                    line = _at(build, right, pair * ROW)
-                    _add_products(build, _at(build, left, 4 * pair), HALF_ROW, line, sums)
-            factors = _at(build, a, build.mul(row, _I64(4)))
-            _finish(build, sums, factors, by, _at(build, c, build.mul(row, _I64(ROW))), fresh)
-        build.ret_void()
+
+        def write(row, vectors):
+            for k, vector in enumerate(vectors):
+                _store(build, vector, _at(build, c, build.mul(build.add(row, _I64(k)), _I64(ROW))))
+
+        _multiply(build, a, rows, strips, b, c, fresh, write)
 
     return signature, _call("nemotron_multiply_int16", [_I64] * 5 + [_I1], fill)
+
+
+@intrinsic
+def multiply_to(context, a, rows, strips, b, c, fresh, y, between):
+    """Write C + A B, or A B where `fresh`, as bfloat16 rows, which are `between` bytes apart."""
+    signature = types.void(*[types.int64] * 5, types.boolean, *[types.int64] * 2)
+
+    def fill(build, arguments):
+        a, rows, strips, b, c, fresh, y, between = arguments
+
+        def write(row, vectors):
+            for k, vector in enumerate(vectors):
+                place = _at(build, y, build.mul(build.add(row, _I64(k)), between))
+                build.store(_narrow(build, vector), _pointer(build, place, _SHORTS), align=2)
+
+        _multiply(build, a, rows, strips, b, c, fresh, write)
+
+    kinds = [_I64] * 5 + [_I1] + [_I64] * 2
+    return signature, _call("nemotron_multiply_int16_to", kinds, fill)
 
 
 @intrinsic
@@ -172,7 +201,8 @@ def multiply_transposed(context, a, b, pairs, c, fresh):
                     line = _at(build, right, more * ROW)
                     _add_products(build, _at(build, left, more * ROW), 4, line, sums)
             target = _at(build, c, build.mul(group.index, _I64(ROW * _ROWS)))
-            _finish(build, sums, factors, by, target, fresh)
+            for row, vector in enumerate(_finish(build, sums, factors, by, target, fresh)):
+                _store(build, vector, _at(build, target, row * ROW))
         build.ret_void()
 
     return signature, _call("nemotron_multiply_transposed_int16", [_I64] * 4 + [_I1], fill)

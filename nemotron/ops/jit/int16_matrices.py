@@ -11,6 +11,7 @@ from nemotron.ops.jit.int16 import (
     BLOCK,
     HALF_ROW,
     multiply,
+    multiply_to,
     multiply_transposed,
     quantize_columns,
     quantize_rows,
@@ -89,6 +90,20 @@ def multiply_block(a, padded, depth, b, strips, c):
             number = k // DEPTH
             multiply(_block_of_rows(a, padded, number), padded, min(DEPTH, depth - k),
                      _block_of_column(column, number), result, k == 0)  # fmt: skip
+
+
+@njit
+def multiply_block_to(a, padded, depth, b, strips, c, y, between):
+    """Write strips of A B as bfloat16 columns of rows that are `between` bytes apart; fill a C."""
+    for strip in range(strips):
+        column, place = b + strip * column_size(depth), y + strip * LANES * 2
+        for k in range(0, depth - DEPTH, DEPTH):
+            number = k // DEPTH
+            multiply(_block_of_rows(a, padded, number), padded, DEPTH,
+                     _block_of_column(column, number), c, k == 0)  # fmt: skip
+        last = (depth - 1) // DEPTH
+        multiply_to(_block_of_rows(a, padded, last), padded, depth - last * DEPTH,
+                    _block_of_column(column, last), c, last == 0, place, between)  # fmt: skip
 
 
 @njit

@@ -69,7 +69,7 @@ def _check(labels: Tensor, vocab: int) -> None:
 
 def _compute(x: Tensor, weight: Tensor, values: dict[str, Any]) -> None:
     """Fill the results among `values` for rows that all have a label."""
-    found, blocks, sizes = kernels(MODULE, x.dtype), Blocks.of([len(x)]), Sizes.of(weight[None])
+    found, blocks, sizes = kernels(MODULE, x.dtype), Blocks.of((len(x),)), Sizes.of(weight[None])
     threads = torch.get_num_threads()
     together = min(max(CHUNK_ELEMENTS // ROWS // len(weight), threads), len(blocks.table))
     chunks = -(-len(blocks.table) // together)
