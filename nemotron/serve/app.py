@@ -24,10 +24,11 @@ from nemotron.serve.metrics import Metrics
 from nemotron.serve.page import page
 from nemotron.serve.schemas import ChatRequest, Common, CompletionRequest
 from nemotron.serve.split import Splitter
+from nemotron.serve.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from nemotron.serve.translate import Translator
 from nemotron.serve.worker import Ended, Stream, Worker
 
-Asked = TypeVar("Asked", bound=Common)
+Asked = TypeVar("Asked", CompletionRequest, ChatRequest, TokenizeRequest, DetokenizeRequest)
 Chunks = AsyncGenerator[list[Json], None]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -43,6 +44,8 @@ class Server:
     worker: Worker
     translator: Translator
     access: Access
+    version: str
+    """Of the package."""
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -52,6 +55,9 @@ class Server:
             self._route("/", self._page, open_to_all=True),
             self._route("/health", self._health, open_to_all=True),
             self._route("/metrics", self._metrics),
+            self._route("/version", self._version),
+            self._route("/tokenize", self._tokenize, method="POST"),
+            self._route("/detokenize", self._detokenize, method="POST"),
             self._route("/v1/models", self._models),
             self._route("/v1/models/{name:path}", self._model),
             self._route("/v1/completions", self._complete, method="POST"),
@@ -95,6 +101,17 @@ class Server:
         text = self.metrics.text(self.worker)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
+    async def _version(self, request: Request) -> Response:
+        return JSONResponse({"version": self.version})
+
+    async def _tokenize(self, request: Request) -> Response:
+        asked = await self._read(request, TokenizeRequest)
+        return JSONResponse(await asyncio.to_thread(tokenize, self.translator, asked))
+
+    async def _detokenize(self, request: Request) -> Response:
+        asked = await self._read(request, DetokenizeRequest)
+        return JSONResponse(await asyncio.to_thread(detokenize, self.translator, asked))
+
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._description()]})
 
@@ -134,7 +151,7 @@ class Server:
         ]
         answer = Chat(
             *(self.name, self.translator.tokenizer, Usage(len(wanted.prompt))),
-            *(splitters, self.translator.chat.marks),
+            *(splitters, {} if asked.skip_special_tokens is False else self.translator.chat.marks),
             logprobs=bool(asked.logprobs),
         )
         return await self._answer(request, asked, answer, Stream(self.worker, [wanted]))
@@ -145,7 +162,8 @@ class Server:
             asked = kind.model_validate_json(body)
         except ValidationError as error:
             raise explain_request(error, kind) from None
-        self._check_name(asked.model)
+        if asked.model is not None:
+            self._check_name(asked.model)
         return asked
 
     def _check_name(self, name: str) -> None:

@@ -39,6 +39,13 @@ class Written:
     tokens: list[Scored] = field(default_factory=list)
     """Where log-probabilities were asked for."""
     finish: str | None = None
+    stop_reason: int | str | None = None
+    """The stop string or token of the request that ended it; an addition of vLLM."""
+
+    @property
+    def end(self) -> Json:
+        """Why it ended, in the form of a choice; empty of reasons before."""
+        return {"finish_reason": self.finish, "stop_reason": self.stop_reason}
 
 
 @dataclass
@@ -98,16 +105,16 @@ class Completion:
         begin = len(choice.text)
         self.usage.push(piece)
         choice.text += piece.text
-        choice.finish = piece.finish
+        choice.finish, choice.stop_reason = piece.finish, piece.stop_reason
         own = self._token_scores(choice, piece, begin)
         if not (piece.text or own or piece.finish):
             return []
-        return [self._chunk(self._text_choice(index, piece.text, own, piece.finish))]
+        return [self._chunk(self._text_choice(index, piece.text, own, choice.end))]
 
     def whole(self) -> Json:
         """Return the whole answer."""
         choices = [
-            self._text_choice(index, choice.text, choice.tokens, choice.finish)
+            self._text_choice(index, choice.text, choice.tokens, choice.end)
             for index, choice in self._choices.items()
         ]
         return {**self._frame(self.kind), "choices": choices, "usage": self.usage.body()}
@@ -123,7 +130,7 @@ class Completion:
         choice.tokens += own
         return own
 
-    def _text_choice(self, index: int, text: str, tokens: list[Scored], finish: str | None) -> Json:
+    def _text_choice(self, index: int, text: str, tokens: list[Scored], end: Json) -> Json:
         logprobs = None
         if self._logprobs:
             logprobs = {
@@ -132,7 +139,7 @@ class Completion:
                 "top_logprobs": [self._by_text(scored) for scored in tokens],
                 "text_offset": [scored.begin for scored in tokens],
             }
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return {"index": index, "text": text, "logprobs": logprobs, **end}
 
     def _by_text(self, scored: Scored) -> Json | None:
         """Return the likeliest tokens; of several with one text, the likeliest."""
@@ -167,7 +174,10 @@ class Chat(Completion):
     def begin(self, count: int) -> list[Json]:
         super().begin(count)
         first = {"role": "assistant", "content": ""}
-        return [self._chunk(self._delta(index, first, [], None)) for index in self._choices]
+        return [
+            self._chunk(self._delta(index, first, [], choice.end))
+            for index, choice in self._choices.items()
+        ]
 
     def push(self, piece: Piece) -> list[Json]:
         index, splitter = piece.sample, self._splitters[piece.sample]
@@ -188,12 +198,13 @@ class Chat(Completion):
         choice.calls += calls
         choice.reasoning += new.get("reasoning_content", "")
         choice.text += new.get("content", "")
+        choice.stop_reason = piece.stop_reason
         if piece.finish is not None:
             is_call = piece.finish == "stop" and choice.calls
             choice.finish = "tool_calls" if is_call else piece.finish
         if not (new or own or choice.finish):
             return []
-        return [self._chunk(self._delta(index, new, own, choice.finish))]
+        return [self._chunk(self._delta(index, new, own, choice.end))]
 
     def whole(self) -> Json:
         choices = [
@@ -201,15 +212,15 @@ class Chat(Completion):
                 "index": index,
                 "message": _message(choice),
                 "logprobs": self._scores(choice.tokens),
-                "finish_reason": choice.finish,
+                **choice.end,
             }
             for index, choice in self._choices.items()
         ]
         return {**self._frame(self.kind), "choices": choices, "usage": self.usage.body()}
 
-    def _delta(self, index: int, delta: Json, tokens: list[Scored], finish: str | None) -> Json:
+    def _delta(self, index: int, delta: Json, tokens: list[Scored], end: Json) -> Json:
         scores = self._scores(tokens) if tokens else None
-        return {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}
+        return {"index": index, "delta": delta, "logprobs": scores, **end}
 
     def _scores(self, tokens: list[Scored]) -> Json | None:
         if not self._logprobs:

@@ -87,11 +87,23 @@ class Common(Strict):
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] | None = None
 
-    top_k: Count | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    """0 and -1 keep all, as they do for other servers."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     reasoning_budget: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """Tokens after which the reasoning is closed."""
+
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Tokens that come before the one that may end the answer; vLLM's name, as the next four."""
+    stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = None
+    """Tokens that end the answer, too."""
+    include_stop_str_in_output: bool | None = None
+    """Whether the text ends with what ended it: the stop string, or the text of the token."""
+    ignore_eos: bool | None = None
+    """Whether neither the end of text nor that of a turn ends the answer."""
+    skip_special_tokens: bool | None = None
+    """Whether names of special tokens are left out of the text; without it they are."""
 
     @field_validator("temperature")
     @classmethod
