@@ -30,6 +30,7 @@ TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 FIELDS = (
+    *("input", "instructions", "include", "text", "reasoning", "store", "max_output_tokens"),
     *("model", "messages", "prompt", "tools", "tool_choice", "n", "stop", "seed", "stream"),
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "logit_bias", "logprobs"),
     *("top_logprobs", "stream_options", "chat_template_kwargs", "reasoning_budget"),
@@ -90,6 +91,7 @@ RAW = (
 BODIES: dict[bytes, Json] = {
     b"/v1/chat/completions": {"messages": HELLO, "tools": [TOOL]},
     b"/v1/completions": {"prompt": "a"},
+    b"/v1/responses": {"input": HELLO},
     b"/tokenize": {"messages": HELLO},
     b"/detokenize": {"tokens": [7]},
 }
@@ -113,9 +115,11 @@ HEADS = (
 
 def malformed(model: str, host: str, draw: random.Random) -> bytes:
     """Return a whole request that is wrong in a few places, or in none by chance."""
-    path = draw.choices(list(BODIES), weights=[6, 4, 1, 1])[0]
+    path = draw.choices(list(BODIES), weights=[6, 4, 3, 1, 1])[0]
     body: Json = {"model": model, **BODIES[path]}
-    if path.startswith(b"/v1/"):
+    if path == b"/v1/responses":
+        body |= {"max_output_tokens": 2, "stream": draw.random() < 0.2}
+    elif path.startswith(b"/v1/"):
         body["max_tokens"] = 2
         body |= {key: RIGHT[key] for key in draw.sample(sorted(RIGHT), draw.randrange(4))}
     for _ in range(draw.randrange(3)):

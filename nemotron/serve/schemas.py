@@ -9,11 +9,13 @@ SMALLEST_TEMPERATURE = 1e-3
 """Below it numbers overflow, and the likeliest token is the only one anyway."""
 MOST_TOP = 20
 """Likeliest tokens that can be asked for, as OpenAI has it."""
+FUNCTION_NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 
 Schema = dict[str, Any] | bool  # Any: JSON
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+SchemaName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -33,7 +35,7 @@ class StreamOptions(Strict):
 class NamedSchema(Strict):
     """A schema with its name, which changes nothing."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: SchemaName
     description: str | None = None
     strict: bool | None = None
     """Answers always follow the schema."""
@@ -164,7 +166,7 @@ class TemplateOptions(Strict):
 class FunctionName(Strict):
     """A function by its name."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    name: Annotated[str, Field(pattern=FUNCTION_NAME)]
 
 
 class ToolChoice(Strict):

@@ -111,7 +111,9 @@ class Translator:
         try:
             return self.chat.prompt(messages, tools, turn)
         except ValueError as error:
-            raise ApiError(400, " ".join(str(error).split()), param="messages") from None
+            sentence = " ".join(str(error).split())
+            param = "tools" if sentence.startswith("tools") else "messages"
+            raise ApiError(400, sentence, param=param) from None
 
     def _form(self, asked: Common, *, after_reasoning: bool) -> JsonForm | None:
         schema = asked.schema_of_answer

@@ -88,6 +88,11 @@ def test_the_end_of_text_and_of_a_turn_are_ignored(client, tokenizer: Tokenizer)
         given: dict[str, Any] = {"model": "tiny", "messages": HELLO, "logit_bias": bias}
         ended = client.chat.completions.create(**given, max_tokens=5)
         assert (ended.usage.completion_tokens, ended.choices[0].finish_reason) == (1, "stop")
+        assert ended.choices[0].stop_reason is None
+        named = client.chat.completions.create(
+            **given, max_tokens=5, extra_body={"ignore_eos": True, "stop_token_ids": [end]}
+        )
+        assert (named.choices[0].finish_reason, named.choices[0].stop_reason) == ("stop", end)
         going = client.chat.completions.create(
             **given, max_tokens=5, extra_body={"ignore_eos": True}
         )
