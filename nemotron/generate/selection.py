@@ -110,9 +110,11 @@ def _adjusted(samples: Sequence[Sample], logits: Float[Tensor, "B V"]) -> Float[
         return logits
     logits = logits.float().clone()
     for row in changed:
-        request, tokens = samples[row].request, torch.tensor(samples[row].tokens)
-        prompt, answer = tokens.to(logits.device).tensor_split([len(request.prompt)])
-        logits[row] = adjust(logits[row], request.sampling, prompt, answer)
+        request = samples[row].request
+        if request.sampling.changes_logits:
+            tokens = torch.tensor(samples[row].tokens, device=logits.device)
+            prompt, answer = tokens.tensor_split([len(request.prompt)])
+            logits[row] = adjust(logits[row], request.sampling, prompt, answer)
         if (guide := samples[row].guide) is not None:
             guide.restrict(logits[row])
         if barred := samples[row].barred:
