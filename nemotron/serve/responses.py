@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, JsonValue, model_validator
+from pydantic import Field, JsonValue, field_validator, model_validator
 
 from nemotron.serve.response_input import messages_of
 from nemotron.serve.schemas import (
@@ -83,11 +83,17 @@ class ResponsesRequest(Strict):
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: Literal[False] | None = None
-    previous_response_id: None = None
+    previous_response_id: str | None = None
     background: Literal[False] | None = None
     truncation: Literal["disabled"] | None = None
     include: list[Literal["reasoning.encrypted_content"]] | None = None
     """It changes nothing: reasoning is returned as text, and taken back as text."""
+
+    @field_validator("previous_response_id")
+    @classmethod
+    def _is_absent(cls, value: str | None) -> None:
+        if value is not None:
+            raise ValueError("no response is stored here; send its items in input")
 
     @property
     def wants_usage(self) -> bool:

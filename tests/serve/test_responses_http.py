@@ -228,7 +228,7 @@ def test_a_server_that_ends_says_that_the_response_failed(start: Start):
         ),
         ({"include": ["file_search_call.results"]}, "include[0] = file_search_call.results"),
         ({"store": True}, "store = true is wrong: input should be false"),
-        ({"previous_response_id": "resp_1"}, "previous_response_id = resp_1 is wrong"),
+        ({"previous_response_id": "resp_1"}, "resp_1 is wrong: no response is stored here; send"),
         ({"tools": [{"type": "web_search"}]}, "tools[0] does not name a function"),
         ({"tool_choice": "required"}, "there are no tools"),
         ({"temperature": 1e-9}, "at least 0.001"),
