@@ -30,11 +30,27 @@ TOOL = {"type": "function", "function": {"name": "find", "parameters": {"type": 
 SCHEMA = {"type": "object", "properties": {"a": {"type": "string", "maxLength": 3}}}
 FORMAT = {"type": "json_schema", "json_schema": {"name": "a", "schema": SCHEMA}}
 FIELDS = (
+    *("input", "instructions", "include", "text", "reasoning", "store", "max_output_tokens"),
     *("model", "messages", "prompt", "tools", "tool_choice", "n", "stop", "seed", "stream"),
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "logit_bias", "logprobs"),
     *("top_logprobs", "stream_options", "chat_template_kwargs", "reasoning_budget"),
     *("presence_penalty", "response_format", "metadata", "user", "reasoning_effort"),
-    *("max_completion_tokens", "parallel_tool_calls", "\x00", "é", "a.b[0]"),
+    *(
+        "min_tokens",
+        "stop_token_ids",
+        "ignore_eos",
+        "skip_special_tokens",
+        "continue_final_message",
+    ),
+    *(
+        "tokens",
+        "add_generation_prompt",
+        "max_completion_tokens",
+        "parallel_tool_calls",
+        "\x00",
+        "é",
+        "a.b[0]",
+    ),
 )
 VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 3, 10**30, 1e308, -0.5, 1e-320, "", "x", "\x00", "\U0010ffff", "\u202e"),
@@ -61,6 +77,8 @@ RIGHT: Json = {
     "presence_penalty": 1,
     "stream_options": {"include_usage": True},
     "reasoning_budget": 1,
+    "min_tokens": 1,
+    "stop_token_ids": [7],
     "user": "me",
     "chat_template_kwargs": {"enable_thinking": False},
     "response_format": FORMAT,
@@ -70,6 +88,13 @@ RAW = (
     b"[" * 5000, b'{"a":' * 3000, b"null", b"7", b"", b'"\\ud800"', b"\xff\xfe", b"NaN",
     b'{"model": "\\ud800", "prompt": "a"}', b'{"a": 1, "a": 2}', b"\xef\xbb\xbf{}", b"{}" * 99,
 )  # fmt: skip
+BODIES: dict[bytes, Json] = {
+    b"/v1/chat/completions": {"messages": HELLO, "tools": [TOOL]},
+    b"/v1/completions": {"prompt": "a"},
+    b"/v1/responses": {"input": HELLO},
+    b"/tokenize": {"messages": HELLO},
+    b"/detokenize": {"tokens": [7]},
+}
 HEADS = (
     b"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: -5\r\n\r\n{body}",
     b"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Length: x\r\n\r\n{body}",
@@ -90,11 +115,13 @@ HEADS = (
 
 def malformed(model: str, host: str, draw: random.Random) -> bytes:
     """Return a whole request that is wrong in a few places, or in none by chance."""
-    is_chat = draw.random() < 0.6
-    path = b"/v1/chat/completions" if is_chat else b"/v1/completions"
-    body: Json = {"model": model, "max_tokens": 2}
-    body |= {"messages": HELLO, "tools": [TOOL]} if is_chat else {"prompt": "a"}
-    body |= {key: RIGHT[key] for key in draw.sample(sorted(RIGHT), draw.randrange(4))}
+    path = draw.choices(list(BODIES), weights=[6, 4, 3, 1, 1])[0]
+    body: Json = {"model": model, **BODIES[path]}
+    if path == b"/v1/responses":
+        body |= {"max_output_tokens": 2, "stream": draw.random() < 0.2}
+    elif path.startswith(b"/v1/"):
+        body["max_tokens"] = 2
+        body |= {key: RIGHT[key] for key in draw.sample(sorted(RIGHT), draw.randrange(4))}
     for _ in range(draw.randrange(3)):
         body[draw.choice(FIELDS)] = draw.choice(VALUES)
     content = _damaged(json.dumps(body).encode(), draw)

@@ -8,6 +8,7 @@ import typer
 
 from nemotron.commands.answers import AnswerOptions
 from nemotron.commands.decoding import DecodingOptions
+from nemotron.commands.endings import EndingOptions
 from nemotron.commands.shared import (
     CommandGroup,
     Device,
@@ -54,6 +55,7 @@ def generate(
     language: Language = None,
     *,
     answers: AnswerOptions,
+    endings: EndingOptions,
     decoding: DecodingOptions,
 ) -> int:
     """Continue one or more prompts."""
@@ -80,6 +82,11 @@ def generate(
         max_new_tokens,
         stop=answers.stop or (),
         stop_ids=ends,
+        min_new_tokens=endings.min_new_tokens,
+        own_stop_ids=endings.stop_token_id or (),
+        include_stop=endings.include_stop,
+        ignore_eos=endings.ignore_eos,
+        special_tokens=endings.special_tokens,
         reasoning_budget=answers.think_budget,
         device=device,
         speculation=decoding.speculation,

@@ -69,6 +69,7 @@ def serve(
     decoding: DecodingOptions,
 ) -> int:
     """Serve a model over HTTP, with OpenAI's interface and a chat page."""
+    from nemotron import __version__
     from nemotron.errors import UserError
 
     for package in ("starlette", "uvicorn"):
@@ -110,7 +111,7 @@ def serve(
     forms = JsonForms(tokenizer, loaded.config.vocab_size, frozenset(ends))
     translator = Translator(tokenizer, loaded.config.vocab_size, chat_format, limits, forms)
     own_name = name or model.resolve().name
-    return run(Worker(engine), translator, own_name, address, grace_s=grace)
+    return run(Worker(engine), translator, own_name, address, grace_s=grace, version=__version__)
 
 
 @app.command(epilog="Example: nemotron chat runs/tiny --think-budget 200")

@@ -32,6 +32,14 @@ class Continuation:
     """Texts before which an answer ends."""
     stop_ids: Collection[int] = ()
     """Tokens at which it ends, beside the model's end of text."""
+    min_new_tokens: int = 0
+    own_stop_ids: Collection[int] = ()
+    """Tokens at which it ends, also with `ignore_eos`."""
+    include_stop: bool = False
+    ignore_eos: bool = False
+    """Whether neither `stop_ids` nor the model's end of text end it."""
+    special_tokens: bool = False
+    """Whether names of special tokens in the answer are shown."""
     reasoning_budget: int | None = None
     """Tokens after which `</think>` is put unless the model wrote it."""
     device: str = "auto"
@@ -131,7 +139,16 @@ def _requests(
         budget = ReasoningBudget.of(tokenizer, wanted.reasoning_budget)
     tokens = tokenizer.encode_batch(list(prompts.values()), specials=True)
     requests = [
-        replace(request, stop=tuple(wanted.stop), budget=budget)
+        replace(
+            request,
+            stop=tuple(wanted.stop),
+            stop_ids=frozenset(wanted.own_stop_ids),
+            include_stop_str_in_output=wanted.include_stop,
+            min_tokens=wanted.min_new_tokens,
+            ignore_eos=wanted.ignore_eos,
+            skip_special_tokens=not wanted.special_tokens,
+            budget=budget,
+        )
         for request in requests_of(tokens, wanted.max_new_tokens, wanted.sampling)
     ]
     for request, name in zip(requests, prompts, strict=True):

@@ -155,7 +155,7 @@ class Engine:
         number, seed = self._next_number, request.sampling.seed
         self._next_number += 1
         seed = fresh_seed() if seed is None else seed
-        stop_ids = self.stop | request.stop_ids
+        stop_ids = self._stop_ids(request)
         samples = [
             Sample(number, k, next(self._orders), request, seed + k, stop_ids, self.tokenizer)
             for k in range(request.num_samples)
@@ -245,6 +245,8 @@ class Engine:
         request.check(self.model.config.vocab_size, name)
         if request.stop and self.tokenizer is None:
             raise UserError("stop strings need an engine with a tokenizer; give it one.")
+        if request.min_tokens and len(self._stop_ids(request)) >= self.model.config.vocab_size:
+            raise UserError("every token ends the answer; leave min_tokens out, or name fewer.")
         limit = self._room
         longest, drafts = len(request.prompt) + request.max_tokens, ""
         if self.speculator is not None:
@@ -255,6 +257,9 @@ class Engine:
                 f"{name} and max_new_tokens = {request.max_tokens} are {longest} tokens{drafts}, "
                 f"but the cache has room for {limit * self.cache.block_size}; ask for fewer."
             )
+
+    def _stop_ids(self, request: Request) -> frozenset[int]:
+        return request.stop_ids if request.ignore_eos else self.stop | request.stop_ids
 
     def _decode(self) -> list[Scores]:
         """Read the last token of each sample of which only that one is not yet read."""

@@ -49,9 +49,18 @@ class Request:
     num_samples: int = 1
     """Answers to draw; the prompt is read once. Sample k has the seed of the request plus k."""
     stop_ids: frozenset[int] = frozenset()
-    """Tokens that end the answer, beside those of the engine."""
+    """Tokens that end the answer, beside those of the engine; none of them is in its text."""
     stop: tuple[str, ...] = ()
     """Strings that end the answer; they do not appear in its text."""
+    include_stop_str_in_output: bool = False
+    """Whether the text ends with the stop string or the text of the stop token."""
+    min_tokens: int = 0
+    """Tokens that come before the one that may end the answer: no stop token is drawn before, and
+    a stop string counts if it ends later."""
+    ignore_eos: bool = False
+    """Whether the stop tokens of the engine do not end the answer."""
+    skip_special_tokens: bool = True
+    """Whether the text lacks the names of special tokens."""
     forced: tuple[int, ...] = ()
     """Tokens with which the answer begins."""
     budget: ReasoningBudget | None = None
@@ -75,6 +84,14 @@ class Request:
         """
         if self.max_tokens < 1:
             raise UserError("must be at least 1.", key="max_new_tokens", value=self.max_tokens)
+        if not 0 <= self.min_tokens <= self.max_tokens:
+            rule = f"must be from 0 to the {self.max_tokens} tokens of the longest answer."
+            raise UserError(rule, key="min_tokens", value=self.min_tokens)
+        if self.grammar is not None and (self.min_tokens or self.ignore_eos):
+            raise UserError(
+                "min_tokens and ignore_eos exclude a given form of the answer, which says itself "
+                "where the answer ends; leave them out."
+            )
         if self.num_samples < 1:
             raise UserError("must be at least 1.", key="num_samples", value=self.num_samples)
         if not all(self.stop):
@@ -162,6 +179,8 @@ class Answer:
     passes: list[DraftedPass] = field(default_factory=list)
     """Of speculative decoding."""
     finish: Finish | None = None
+    stop_reason: int | str | None = None
+    """The stop string, or the token of the request's `stop_ids`, that ended the answer."""
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """One answer while it is written: its tokens, its text, and when it must end."""
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -58,9 +58,17 @@ class Sample:
         self._experts: list[Int[Tensor, "tokens layers K"]] = []
         self._uniforms, self._draft_uniforms, self._test_uniforms = streams(self.seed, 3)
         self._stream = (
-            TextStream(self.tokenizer, self.request.prompt) if self.tokenizer is not None else None
+            None
+            if self.tokenizer is None
+            else TextStream(
+                self.tokenizer,
+                self.request.prompt,
+                skip_specials=self.request.skip_special_tokens,
+            )
         )
-        self._stops = StopStrings(self.request.stop)
+        self._stops = StopStrings(
+            self.request.stop, included=self.request.include_stop_str_in_output
+        )
         grammar = self.request.grammar
         self.guide = None if grammar is None else grammar.begin()
         self._reasoning = None
@@ -81,6 +89,11 @@ class Sample:
                 self.take_forced()
             self.push(Selected(token, is_forced, begun.logprobs[place]), version)
         assert self.answer.finish is None, "an answer that has ended does not go on"
+
+    @property
+    def barred(self) -> Collection[int]:
+        """Tokens that may not come next, because they would end the answer too early."""
+        return self.stop_ids if len(self.answer.tokens) < self.request.min_tokens else ()
 
     @property
     def uniform(self) -> float:
@@ -134,10 +147,16 @@ class Sample:
             answer.top_logprobs.append(list(selected.top))
         if self._reasoning is not None:
             self.forced.extend(self._reasoning.push(token))
-        text = "" if self._stream is None else self._stops.push(self._stream.push(token))
+        is_stop = self._may_end and token in self.stop_ids
+        text = ""
+        if self._stream is not None:
+            is_shown = not is_stop or self.request.include_stop_str_in_output
+            text = self._push_text(self._stream.push(token)) if is_shown else ""
         finish: Finish | None = None
-        if self._stops.is_found or token in self.stop_ids:
+        if is_stop or self._stops.found is not None:
             finish = "stop"
+            own = token if token in self.request.stop_ids else None
+            answer.stop_reason = own if is_stop else self._stops.found
         elif len(answer.tokens) == self.request.max_tokens:
             finish = "length"
         if self.guide is not None and not self.guide.push(token):
@@ -148,10 +167,18 @@ class Sample:
         """End the answer where it is."""
         return self._event(None, "", "abort")
 
+    @property
+    def _may_end(self) -> bool:
+        """Whether the newest token may end the answer."""
+        return len(self.answer.tokens) > self.request.min_tokens
+
+    def _push_text(self, text: str) -> str:
+        return self._stops.push(text) if self._may_end else self._stops.pass_over(text)
+
     def _event(self, token: int | None, text: str, finish: Finish | None) -> Event:
         if finish is not None:
             if self._stream is not None:
-                text += self._stops.push(self._stream.close()) + self._stops.close()
+                text += self._push_text(self._stream.close()) + self._stops.close()
             self.answer.finish = finish
         self.answer.text += text
         place = len(self.answer.tokens) - (token is not None)

@@ -69,7 +69,8 @@ def select(
 def _takes_the_likeliest(sample: Sample) -> bool:
     request = sample.request
     is_greedy = request.sampling.temperature == 0 and not request.sampling.changes_logits
-    return is_greedy and sample.guide is None and not request.logprobs
+    is_free = sample.guide is None and not sample.barred
+    return is_greedy and is_free and not request.logprobs
 
 
 def _is_drawn(draft: Draft) -> bool:
@@ -99,21 +100,25 @@ def _choose_beside(
 
 
 def _adjusted(samples: Sequence[Sample], logits: Float[Tensor, "B V"]) -> Float[Tensor, "B V"]:
-    """Return the logits after biases, penalties and grammars."""
+    """Return the logits after biases, penalties, grammars and shortest lengths."""
     changed = [
         row
         for row, sample in enumerate(samples)
-        if sample.request.sampling.changes_logits or sample.guide is not None
+        if sample.request.sampling.changes_logits or sample.guide is not None or sample.barred
     ]
     if not changed:
         return logits
     logits = logits.float().clone()
     for row in changed:
-        request, tokens = samples[row].request, torch.tensor(samples[row].tokens)
-        prompt, answer = tokens.to(logits.device).tensor_split([len(request.prompt)])
-        logits[row] = adjust(logits[row], request.sampling, prompt, answer)
+        request = samples[row].request
+        if request.sampling.changes_logits:
+            tokens = torch.tensor(samples[row].tokens, device=logits.device)
+            prompt, answer = tokens.tensor_split([len(request.prompt)])
+            logits[row] = adjust(logits[row], request.sampling, prompt, answer)
         if (guide := samples[row].guide) is not None:
             guide.restrict(logits[row])
+        if barred := samples[row].barred:
+            logits[row, list(barred)] = -torch.inf
     return logits
 
 

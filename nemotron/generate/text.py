@@ -15,8 +15,10 @@ class TextStream:
     in front of a word for the beginning of a text, and drop it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = ()) -> None:
-        self.tokenizer = tokenizer
+    def __init__(
+        self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_specials: bool = True
+    ) -> None:
+        self.tokenizer, self._skip_specials = tokenizer, skip_specials
         self._ids = list(prompt)
         self._context = 0
         """Where the tokens begin that are decoded together with new ones."""
@@ -41,40 +43,65 @@ class TextStream:
 
     def _new(self) -> str:
         known, whole = (
-            self.tokenizer.decode(self._ids[self._context : stop], skip_specials=True)
+            self.tokenizer.decode(
+                self._ids[self._context : stop], skip_specials=self._skip_specials
+            )
             for stop in (self._shown, len(self._ids))
         )
         return whole[len(known) :]
 
 
 class StopStrings:
-    """Finds the first stop string in a text that arrives in pieces.
+    """Finds the first stop string in a text that arrives in pieces: the one that ends first.
 
-    What could be the beginning of one is held back until that is decided.
+    What could be the beginning of one is held back until that is decided. With `included`, the
+    string that is found belongs to the text.
     """
 
-    def __init__(self, strings: tuple[str, ...]) -> None:
-        self._strings = strings
+    def __init__(self, strings: tuple[str, ...], *, included: bool = False) -> None:
+        self._strings, self._included = strings, included
         self._held = ""
-        self.is_found = False
+        self._passed = 0
+        """Characters of what is held in which no stop string may end."""
+        self.found: str | None = None
+        """The string that was found."""
 
     def push(self, text: str) -> str:
-        """Return the text that is certain to lie before any stop string."""
-        if not self._strings or self.is_found:
-            return "" if self.is_found else text
+        """Return the text that is certain to lie before any stop string, and one that is included.
+
+        Of strings that end at the same place, the longest counts.
+        """
+        if not self._strings or self.found is not None:
+            return "" if self.found is not None else text
         held = self._held + text
-        places = [place for stop in self._strings if (place := held.find(stop)) >= 0]
-        if places:
-            self.is_found, self._held = True, ""
-            return held[: min(places)]
-        size = max(self._beginning(held, stop) for stop in self._strings)
-        self._held = held[len(held) - size :]
-        return held[: len(held) - size]
+        ends = []
+        for stop in self._strings:
+            begin = held.find(stop, max(0, self._passed - len(stop) + 1))
+            if begin >= 0:
+                ends.append((begin + len(stop), begin))
+        if ends:
+            end, begin = min(ends)
+            self.found, self._held = held[begin:end], ""
+            return held[: end if self._included else begin]
+        return self._hold(held)
+
+    def pass_over(self, text: str) -> str:
+        """Take text in which no stop string may end; return what is certain not to begin one."""
+        taken = self._hold(self._held + text)
+        self._passed = len(self._held)
+        return taken
 
     def close(self) -> str:
         """Return what was held back, once no more text comes."""
         held, self._held = self._held, ""
         return held
+
+    def _hold(self, text: str) -> str:
+        """Keep what a stop string may begin with; return what is before it."""
+        size = max((self._beginning(text, stop) for stop in self._strings), default=0)
+        self._held = text[len(text) - size :]
+        self._passed = max(0, self._passed - (len(text) - size))
+        return text[: len(text) - size]
 
     @staticmethod
     def _beginning(text: str, stop: str) -> int:

@@ -1,7 +1,6 @@
 """The paths of the server, and what each answers."""
 
 import asyncio
-import json
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -22,12 +21,17 @@ from nemotron.serve.errors import ApiError, explain_request
 from nemotron.serve.gone import EventStream, while_connected
 from nemotron.serve.metrics import Metrics
 from nemotron.serve.page import page
+from nemotron.serve.response_body import ResponseAnswer
+from nemotron.serve.responses import ResponsesRequest
 from nemotron.serve.schemas import ChatRequest, Common, CompletionRequest
 from nemotron.serve.split import Splitter
+from nemotron.serve.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
 from nemotron.serve.translate import Translator
 from nemotron.serve.worker import Ended, Stream, Worker
 
-Asked = TypeVar("Asked", bound=Common)
+Asked = TypeVar(
+    "Asked", CompletionRequest, ChatRequest, ResponsesRequest, TokenizeRequest, DetokenizeRequest
+)
 Chunks = AsyncGenerator[list[Json], None]
 Endpoint = Callable[[Request], Awaitable[Response]]
 
@@ -43,6 +47,8 @@ class Server:
     worker: Worker
     translator: Translator
     access: Access
+    version: str
+    """Of the package."""
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -52,10 +58,14 @@ class Server:
             self._route("/", self._page, open_to_all=True),
             self._route("/health", self._health, open_to_all=True),
             self._route("/metrics", self._metrics),
+            self._route("/version", self._version),
+            self._route("/tokenize", self._tokenize, method="POST"),
+            self._route("/detokenize", self._detokenize, method="POST"),
             self._route("/v1/models", self._models),
             self._route("/v1/models/{name:path}", self._model),
             self._route("/v1/completions", self._complete, method="POST"),
             self._route("/v1/chat/completions", self._chat, method="POST"),
+            self._route("/v1/responses", self._respond, method="POST"),
         ]
         handlers = {HTTPException: _no_such_path, Exception: _internal}
         return Starlette(routes=routes, exception_handlers=handlers)  # type: ignore[arg-type]
@@ -95,6 +105,17 @@ class Server:
         text = self.metrics.text(self.worker)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
+    async def _version(self, request: Request) -> Response:
+        return JSONResponse({"version": self.version})
+
+    async def _tokenize(self, request: Request) -> Response:
+        asked = await self._read(request, TokenizeRequest)
+        return JSONResponse(await asyncio.to_thread(tokenize, self.translator, asked))
+
+    async def _detokenize(self, request: Request) -> Response:
+        asked = await self._read(request, DetokenizeRequest)
+        return JSONResponse(await asyncio.to_thread(detokenize, self.translator, asked))
+
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._description()]})
 
@@ -120,6 +141,7 @@ class Server:
         answer = Completion(
             *(self.name, self.translator.tokenizer, usage, asked.n or 1),
             logprobs=asked.logprobs is not None,
+            stop_token_ids=asked.stop_token_ids or (),
         )
         return await self._answer(request, asked, answer, Stream(self.worker, requests))
 
@@ -127,15 +149,26 @@ class Server:
         asked = await self._read(request, ChatRequest)
         wanted, thinks = await asyncio.to_thread(self.translator.answer, asked)
         assert self.translator.chat is not None, "no request without a chat format"
-        tools = () if asked.tool_choice == "none" else asked.tools or ()
-        only_one = asked.parallel_tool_calls is False
-        splitters = [
-            Splitter(tools, thinks=thinks, only_one=only_one) for _ in range(wanted.num_samples)
-        ]
+        splitters = [_splitter(asked, thinks=thinks) for _ in range(wanted.num_samples)]
         answer = Chat(
             *(self.name, self.translator.tokenizer, Usage(len(wanted.prompt))),
-            *(splitters, self.translator.chat.marks),
+            *(splitters, {} if asked.skip_special_tokens is False else self.translator.chat.marks),
             logprobs=bool(asked.logprobs),
+            stop_token_ids=asked.stop_token_ids or (),
+        )
+        return await self._answer(request, asked, answer, Stream(self.worker, [wanted]))
+
+    async def _respond(self, request: Request) -> Response:
+        asked = await self._read(request, ResponsesRequest)
+        try:
+            chat = asked.chat()
+        except ValidationError as error:
+            raise explain_request(error, ChatRequest) from None
+        wanted, thinks = await asyncio.to_thread(self.translator.answer, chat)
+        assert self.translator.chat is not None, "no request without a chat format"
+        answer = ResponseAnswer(
+            *(self.name, self.translator.tokenizer, Usage(len(wanted.prompt)), asked),
+            *(_splitter(chat, thinks=thinks), self.translator.chat.marks),
         )
         return await self._answer(request, asked, answer, Stream(self.worker, [wanted]))
 
@@ -145,7 +178,8 @@ class Server:
             asked = kind.model_validate_json(body)
         except ValidationError as error:
             raise explain_request(error, kind) from None
-        self._check_name(asked.model)
+        if asked.model is not None:
+            self._check_name(asked.model)
         return asked
 
     def _check_name(self, name: str) -> None:
@@ -158,7 +192,7 @@ class Server:
             )
 
     async def _answer(
-        self, request: Request, asked: Common, answer: Completion, stream: Stream
+        self, request: Request, asked: Common | ResponsesRequest, answer: Completion, stream: Stream
     ) -> Response:
         count = sum(part.num_samples for part in stream.requests)
         most = self.translator.limits.open_answers
@@ -195,6 +229,11 @@ class Server:
             self.metrics.open_answers -= count
 
 
+def _splitter(asked: ChatRequest, *, thinks: bool) -> Splitter:
+    tools = () if asked.tool_choice == "none" else asked.tools or ()
+    return Splitter(tools, thinks=thinks, only_one=asked.parallel_tool_calls is False)
+
+
 async def _exhaust(events: Chunks) -> None:
     async for _ in events:
         pass
@@ -208,16 +247,12 @@ async def _sent(
         async with aclosing(events):
             async for chunks in events:
                 for chunk in chunks:
-                    yield _event(chunk)
+                    yield answer.sent(chunk)
         if wants_usage:
-            yield _event(answer.usage_chunk())
+            yield answer.sent(answer.usage_chunk())
     except Ended as error:
-        yield _event(ApiError(503, str(error)).body())
-    yield b"data: [DONE]\n\n"
-
-
-def _event(chunk: Json) -> bytes:
-    return b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n"
+        yield answer.sent(answer.failure(ApiError(503, str(error))))
+    yield answer.closing
 
 
 async def _no_such_path(request: Request, error: HTTPException) -> Response:

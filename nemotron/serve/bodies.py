@@ -3,7 +3,7 @@
 import json
 import secrets
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,7 @@ from nemotron.data.chat.calls import Call
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.generate.request import TokenScore
 from nemotron.generate.text import REPLACEMENT
+from nemotron.serve.errors import ApiError
 from nemotron.serve.split import Delta, Splitter
 from nemotron.serve.worker import Piece
 
@@ -39,6 +40,13 @@ class Written:
     tokens: list[Scored] = field(default_factory=list)
     """Where log-probabilities were asked for."""
     finish: str | None = None
+    stop_reason: int | str | None = None
+    """The stop string or token of the request that ended it; an addition of vLLM."""
+
+    @property
+    def end(self) -> Json:
+        """Why it ended, in the form of a choice; empty of reasons before."""
+        return {"finish_reason": self.finish, "stop_reason": self.stop_reason}
 
 
 @dataclass
@@ -52,8 +60,9 @@ class Usage:
     """Tokens that were guessed (speculative decoding)."""
     accepted: int = 0
 
-    def push(self, piece: Piece) -> None:
-        """Count a piece of an answer."""
+    def push(self, piece: Piece, *, reasons: bool = False) -> None:
+        """Count a piece of an answer, which may belong to the reasoning."""
+        self.reasoning += piece.token is not None and reasons
         self.generated += piece.token is not None
         self.drafts += piece.num_drafts
         self.accepted += piece.num_accepted
@@ -72,18 +81,42 @@ class Usage:
         }
 
 
+def take(splitter: Splitter, marks: dict[int, str], piece: Piece) -> Delta:
+    """Return what a piece adds to an answer in the chat format."""
+    # special tokens are not decoded as text, but these belong to the format
+    mark = "" if piece.token is None else marks.get(piece.token, "")
+    delta = splitter.push(piece.text + mark)
+    if piece.finish is None:
+        return delta
+    rest = splitter.close()
+    return Delta(
+        delta.reasoning + rest.reasoning, delta.content + rest.content, delta.calls + rest.calls
+    )
+
+
 class Completion:
     """The answer to a request for completions."""
 
     kind = chunk_kind = "text_completion"
     prefix = "cmpl"
+    closing = b"data: [DONE]\n\n"
+    """What ends a stream."""
 
     def __init__(
-        self, model: str, tokenizer: Tokenizer, usage: Usage, samples: int, *, logprobs: bool
+        self,
+        model: str,
+        tokenizer: Tokenizer,
+        usage: Usage,
+        samples: int,
+        *,
+        logprobs: bool,
+        stop_token_ids: Collection[int] = (),
     ) -> None:
+        """`stop_token_ids` are those that the request names."""
         self.id, self.created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
         self.model, self.usage = model, usage
         self._tokenizer, self._samples, self._logprobs = tokenizer, samples, logprobs
+        self._stop_token_ids = frozenset(stop_token_ids)
         self._choices: dict[int, Written] = {}
 
     def begin(self, count: int) -> list[Json]:
@@ -98,23 +131,36 @@ class Completion:
         begin = len(choice.text)
         self.usage.push(piece)
         choice.text += piece.text
-        choice.finish = piece.finish
+        choice.finish, choice.stop_reason = piece.finish, self._stop_reason(piece)
         own = self._token_scores(choice, piece, begin)
         if not (piece.text or own or piece.finish):
             return []
-        return [self._chunk(self._text_choice(index, piece.text, own, piece.finish))]
+        return [self._chunk(self._text_choice(index, piece.text, own, choice.end))]
 
     def whole(self) -> Json:
         """Return the whole answer."""
         choices = [
-            self._text_choice(index, choice.text, choice.tokens, choice.finish)
+            self._text_choice(index, choice.text, choice.tokens, choice.end)
             for index, choice in self._choices.items()
         ]
         return {**self._frame(self.kind), "choices": choices, "usage": self.usage.body()}
 
+    def sent(self, chunk: Json) -> bytes:
+        """Return a chunk as a server-sent event."""
+        return b"data: " + json.dumps(chunk, ensure_ascii=False).encode() + b"\n\n"
+
+    def failure(self, error: ApiError) -> Json:
+        """Return the chunk that says why no more of an answer comes."""
+        return error.body()
+
     def usage_chunk(self) -> Json:
         """Return the last chunk of a stream that counts tokens."""
         return {**self._frame(self.chunk_kind), "choices": [], "usage": self.usage.body()}
+
+    def _stop_reason(self, piece: Piece) -> int | str | None:
+        """Return the stop string, or the token if the request names it."""
+        reason = piece.stop_reason
+        return reason if isinstance(reason, str) or reason in self._stop_token_ids else None
 
     def _token_scores(self, choice: Written, piece: Piece, begin: int) -> list[Scored]:
         if not self._logprobs or piece.token is None or piece.logprob is None:
@@ -123,7 +169,7 @@ class Completion:
         choice.tokens += own
         return own
 
-    def _text_choice(self, index: int, text: str, tokens: list[Scored], finish: str | None) -> Json:
+    def _text_choice(self, index: int, text: str, tokens: list[Scored], end: Json) -> Json:
         logprobs = None
         if self._logprobs:
             logprobs = {
@@ -132,7 +178,7 @@ class Completion:
                 "top_logprobs": [self._by_text(scored) for scored in tokens],
                 "text_offset": [scored.begin for scored in tokens],
             }
-        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": finish}
+        return {"index": index, "text": text, "logprobs": logprobs, **end}
 
     def _by_text(self, scored: Scored) -> Json | None:
         """Return the likeliest tokens; of several with one text, the likeliest."""
@@ -160,40 +206,45 @@ class Chat(Completion):
         marks: dict[int, str],
         *,
         logprobs: bool,
+        stop_token_ids: Collection[int] = (),
     ) -> None:
-        super().__init__(model, tokenizer, usage, len(splitters), logprobs=logprobs)
+        super().__init__(
+            *(model, tokenizer, usage, len(splitters)),
+            logprobs=logprobs,
+            stop_token_ids=stop_token_ids,
+        )
         self._splitters, self._marks = splitters, marks
 
     def begin(self, count: int) -> list[Json]:
         super().begin(count)
         first = {"role": "assistant", "content": ""}
-        return [self._chunk(self._delta(index, first, [], None)) for index in self._choices]
+        return [
+            self._chunk(self._delta(index, first, [], choice.end))
+            for index, choice in self._choices.items()
+        ]
 
     def push(self, piece: Piece) -> list[Json]:
         index, splitter = piece.sample, self._splitters[piece.sample]
         choice = self._choices[index]
-        self.usage.push(piece)
-        self.usage.reasoning += piece.token is not None and splitter.is_reasoning
-        # special tokens are not decoded as text, but these belong to the format
-        mark = "" if piece.token is None else self._marks.get(piece.token, "")
-        deltas = [splitter.push(piece.text + mark)]
-        if piece.finish is not None:
-            deltas.append(splitter.close())
+        self.usage.push(piece, reasons=splitter.is_reasoning)
+        delta = take(splitter, self._marks, piece)
         own = self._token_scores(choice, piece, len(choice.text))
-        calls = [_call_body(call) for delta in deltas for call in delta.calls]
-        new = _new_of(deltas)
+        texts = {"reasoning_content": delta.reasoning, "content": delta.content}
+        new: Json = {key: text for key, text in texts.items() if text}
+        calls = [_call_body(call) for call in delta.calls]
         if calls:
             numbered = enumerate(calls, len(choice.calls))
             new["tool_calls"] = [{"index": number, **call} for number, call in numbered]
         choice.calls += calls
         choice.reasoning += new.get("reasoning_content", "")
         choice.text += new.get("content", "")
+        choice.stop_reason = self._stop_reason(piece)
         if piece.finish is not None:
             is_call = piece.finish == "stop" and choice.calls
             choice.finish = "tool_calls" if is_call else piece.finish
         if not (new or own or choice.finish):
             return []
-        return [self._chunk(self._delta(index, new, own, choice.finish))]
+        return [self._chunk(self._delta(index, new, own, choice.end))]
 
     def whole(self) -> Json:
         choices = [
@@ -201,15 +252,15 @@ class Chat(Completion):
                 "index": index,
                 "message": _message(choice),
                 "logprobs": self._scores(choice.tokens),
-                "finish_reason": choice.finish,
+                **choice.end,
             }
             for index, choice in self._choices.items()
         ]
         return {**self._frame(self.kind), "choices": choices, "usage": self.usage.body()}
 
-    def _delta(self, index: int, delta: Json, tokens: list[Scored], finish: str | None) -> Json:
+    def _delta(self, index: int, delta: Json, tokens: list[Scored], end: Json) -> Json:
         scores = self._scores(tokens) if tokens else None
-        return {"index": index, "delta": delta, "logprobs": scores, "finish_reason": finish}
+        return {"index": index, "delta": delta, "logprobs": scores, **end}
 
     def _scores(self, tokens: list[Scored]) -> Json | None:
         if not self._logprobs:
@@ -238,14 +289,6 @@ def _message(choice: Written) -> Json:
     if choice.calls:
         message |= {"content": choice.text or None, "tool_calls": choice.calls}
     return message
-
-
-def _new_of(deltas: list[Delta]) -> Json:
-    texts = {
-        "reasoning_content": "".join(delta.reasoning for delta in deltas),
-        "content": "".join(delta.content for delta in deltas),
-    }
-    return {key: text for key, text in texts.items() if text}
 
 
 def _call_body(call: Call) -> Json:

@@ -50,7 +50,13 @@ class _Uvicorn(uvicorn.Server):
 
 
 def serve(
-    worker: Worker, translator: Translator, name: str, address: Address, *, grace_s: float
+    worker: Worker,
+    translator: Translator,
+    name: str,
+    address: Address,
+    *,
+    grace_s: float,
+    version: str,
 ) -> int:
     """Answer requests until SIGTERM or Ctrl-C; return the exit code.
 
@@ -62,7 +68,8 @@ def serve(
     is_local = is_loopback(host)
     if not is_local and address.key is None:
         say(f"warning: whoever reaches {host}:{port} can use this server; give it an --api-key.")
-    app = Server(name, worker, translator, Access(address.key, is_local)).app()
+    access = Access(address.key, is_local)
+    app = Server(name, worker, translator, access, version).app()
     server = _Uvicorn(
         uvicorn.Config(
             app,

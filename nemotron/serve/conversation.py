@@ -23,6 +23,8 @@ class Turn:
     """Whether reasoning from before the last user message stays in the prompt."""
     effort: Effort | None = None
     stated_budget: int | None = None
+    is_opened: bool = True
+    """Whether the prompt ends with the beginning of the answer."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ class ChatFormat:
                 truncate_history_thinking=not turn.keeps_history,
                 budget=turn.stated_budget,
                 effort=turn.effort,
-                add_generation_prompt=True,
+                add_generation_prompt=turn.is_opened,
                 template=self.template,
             ).text
         except (TemplateError, TypeError, AssertionError) as error:

@@ -1,6 +1,7 @@
 """What a client did wrong, as one sentence in the form of OpenAI's errors."""
 
 import difflib
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -35,7 +36,7 @@ class ApiError(Exception):
 
 def explain_request(error: ValidationError, model: type[BaseModel]) -> ApiError:
     """Return the first thing that is wrong with a request as one sentence."""
-    first = error.errors(include_url=False, include_context=False)[0]
+    first = _most_fitting(error.errors(include_url=False, include_context=False))
     if first["type"] == "json_invalid":
         reason = first["msg"].removeprefix("Invalid JSON: ")
         return ApiError(400, f"the body is not valid JSON: {_line(reason)}.")
@@ -53,11 +54,23 @@ def explain_request(error: ValidationError, model: type[BaseModel]) -> ApiError:
     return ApiError(400, f"{_cut(place)} = {value} is wrong: {_line(_reason(first))}.", param=key)
 
 
+def _most_fitting(errors: Sequence[Any]) -> Any:  # Any: pydantic's records
+    """Return what is wrong with the first wrong field, by the alternative that it comes nearest."""
+    of_field = [error for error in errors if error["loc"][:1] == errors[0]["loc"][:1]]
+
+    def distance(error: Any) -> tuple[int, bool]:  # Any: pydantic's record
+        depth = sum(bool(_step(part)) for part in error["loc"])
+        return -depth, error["type"].endswith("_type")
+
+    return min(of_field, key=distance)
+
+
 def _step(part: str | int) -> str:
     if isinstance(part, int):
         return f"[{part}]"
     # the alternatives of a union, and a validator around one, are no part of the request
-    return "" if "[" in part or part in ("str", "int", "float", "bool") else f".{part}"
+    is_kind = part[:1].isupper() or "-" in part or part in ("str", "int", "float", "bool")
+    return "" if "[" in part or is_kind else f".{part}"
 
 
 def _reason(error: Any) -> str:  # Any: pydantic's record

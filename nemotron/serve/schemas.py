@@ -9,11 +9,13 @@ SMALLEST_TEMPERATURE = 1e-3
 """Below it numbers overflow, and the likeliest token is the only one anyway."""
 MOST_TOP = 20
 """Likeliest tokens that can be asked for, as OpenAI has it."""
+FUNCTION_NAME = r"^[A-Za-z0-9_.-]{1,64}$"
 
 Schema = dict[str, Any] | bool  # Any: JSON
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Text = Annotated[str, Field(min_length=1, max_length=1000)]
 Token = Annotated[int, Field(ge=0, lt=2**31)]
+SchemaName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 Count = Annotated[int, Field(ge=1, lt=2**31)]
 
 
@@ -33,7 +35,7 @@ class StreamOptions(Strict):
 class NamedSchema(Strict):
     """A schema with its name, which changes nothing."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+    name: SchemaName
     description: str | None = None
     strict: bool | None = None
     """Answers always follow the schema."""
@@ -87,11 +89,23 @@ class Common(Strict):
     prompt_cache_key: str | None = None
     service_tier: Literal["auto", "default"] | None = None
 
-    top_k: Count | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    """0 and -1 keep all, as they do for other servers."""
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     reasoning_budget: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     """Tokens after which the reasoning is closed."""
+
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """Tokens that come before the one that may end the answer; vLLM's name, as the next four."""
+    stop_token_ids: Annotated[list[Token], Field(max_length=1024)] | None = None
+    """Tokens that end the answer, too."""
+    include_stop_str_in_output: bool | None = None
+    """Whether the text ends with what ended it: the stop string, or the text of the token."""
+    ignore_eos: bool | None = None
+    """Whether neither the end of text nor that of a turn ends the answer."""
+    skip_special_tokens: bool | None = None
+    """Whether names of special tokens are left out of the text; without it they are."""
 
     @field_validator("temperature")
     @classmethod
@@ -152,7 +166,7 @@ class TemplateOptions(Strict):
 class FunctionName(Strict):
     """A function by its name."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]{1,64}$")]
+    name: Annotated[str, Field(pattern=FUNCTION_NAME)]
 
 
 class ToolChoice(Strict):

@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nemotron.data.chat.calls import begin_call
+from nemotron.data.chat.check import Message
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.errors import UserError
 from nemotron.generate.budget import ReasoningBudget
 from nemotron.generate.request import Request
 from nemotron.generate.sampling import Sampling
-from nemotron.serve.conversation import ChatFormat, Turn
+from nemotron.serve.conversation import ChatFormat, ChatPrompt, Turn
 from nemotron.serve.errors import ApiError
 from nemotron.serve.grammar import INSTALL, JsonForm, JsonForms, is_installed
 from nemotron.serve.limits import Limits
@@ -48,7 +49,7 @@ class Translator:
         return [
             self._request(
                 asked,
-                self._tokens(prompt),
+                self.tokens(prompt),
                 most,
                 stop_ids=frozenset() if form is None else form.stop_ids,
                 top_logprobs=asked.logprobs,
@@ -63,8 +64,6 @@ class Translator:
         Raises:
             ApiError: when the request asks for something impossible.
         """
-        if self.chat is None:
-            raise ApiError(400, "this model has learned no chat format; use /v1/completions.")
         _check_choice(asked)
         effort = EFFORTS.get(asked.reasoning_effort or "")
         options = asked.chat_template_kwargs
@@ -75,10 +74,8 @@ class Translator:
             options.reasoning_budget,
         )
         tools = None if asked.tool_choice == "none" else asked.tools
-        try:
-            prompt = self.chat.prompt(asked.messages, tools, turn)
-        except ValueError as error:
-            raise ApiError(400, " ".join(str(error).split()), param="messages") from None
+        prompt = self.conversation(asked.messages, tools, turn)
+        assert self.chat is not None, "no prompt without a chat format"
         forced: Sequence[int] = ()
         if asked.forced_call is not None:
             forced = self.tokenizer.encode(begin_call(asked.forced_call or None), specials=True)
@@ -91,12 +88,32 @@ class Translator:
             prompt.tokens,
             most,
             forced=tuple(forced),
-            stop_ids=self.chat.stop_ids,
+            stop_ids=frozenset() if asked.ignore_eos else self.chat.stop_ids,
             top_logprobs=(asked.top_logprobs or 0) if asked.logprobs else None,
             form=self._form(asked, after_reasoning=prompt.thinks),
             thinks=prompt.thinks,
         )
         return request, prompt.thinks
+
+    def conversation(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[Message] | None,
+        turn: Turn,
+    ) -> ChatPrompt:
+        """Return the tokens of a conversation.
+
+        Raises:
+            ApiError: when it is impossible, or the model has learned no chat format.
+        """
+        if self.chat is None:
+            raise ApiError(400, "this model has learned no chat format; use /v1/completions.")
+        try:
+            return self.chat.prompt(messages, tools, turn)
+        except ValueError as error:
+            sentence = " ".join(str(error).split())
+            param = "tools" if sentence.startswith("tools") else "messages"
+            raise ApiError(400, sentence, param=param) from None
 
     def _form(self, asked: Common, *, after_reasoning: bool) -> JsonForm | None:
         schema = asked.schema_of_answer
@@ -116,8 +133,11 @@ class Translator:
                 400, f"the schema cannot be followed: {error}.", param="response_format"
             ) from None
 
-    def _tokens(self, prompt: str | list[int]) -> Sequence[int]:
-        return self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+    def tokens(self, prompt: str | list[int]) -> Sequence[int]:
+        """Return a prompt's tokens; names of special tokens in a text are these tokens."""
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, specials=True)
+        return prompt
 
     def _request(
         self,
@@ -151,8 +171,12 @@ class Translator:
                 most,
                 _sampling(asked),
                 num_samples=asked.n or 1,
-                stop_ids=stop_ids,
+                stop_ids=stop_ids.union(asked.stop_token_ids or ()),
                 stop=asked.stops,
+                include_stop_str_in_output=bool(asked.include_stop_str_in_output),
+                min_tokens=asked.min_tokens or 0,
+                ignore_eos=bool(asked.ignore_eos),
+                skip_special_tokens=asked.skip_special_tokens is not False,
                 forced=forced,
                 budget=budget,
                 logprobs=top_logprobs is not None,
@@ -169,7 +193,7 @@ def _sampling(asked: Common) -> Sampling:
     bias = {int(token): value for token, value in (asked.logit_bias or {}).items()}
     return Sampling(
         temperature=1.0 if asked.temperature is None else asked.temperature,
-        top_k=asked.top_k,
+        top_k=asked.top_k if (asked.top_k or 0) > 0 else None,
         top_p=asked.top_p,
         seed=asked.seed,
         min_p=asked.min_p,

@@ -27,6 +27,8 @@ class Piece:
     top: Sequence[TokenScore]
     """The likeliest tokens in its place, where they were asked for."""
     finish: Finish | None
+    stop_reason: int | str | None = None
+    """As `Answer.stop_reason`; with its end only."""
     num_drafts: int = 0
     """Tokens that were guessed for the whole answer; with its end only."""
     num_accepted: int = 0
@@ -200,7 +202,7 @@ class Worker:
         request.stream.put(
             Piece(
                 *(request.place, event.sample, event.token, event.text),
-                *(logprob, top, event.finish),
+                *(logprob, top, event.finish, event.answer.stop_reason if event.finish else None),
                 num_drafts=sum(done.num_drafts for done in passes),
                 num_accepted=sum(done.num_accepted for done in passes),
             )

@@ -1,5 +1,8 @@
 """The command: what it prints, and the answers to impossible wishes."""
 
+import copy
+from typing import Any
+
 import pytest
 
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
@@ -104,7 +107,40 @@ def test_a_text_ends_at_each_of_the_stop_tokens(
     wanted = Continuation(Sampling(1.0, seed=9), 12, stop_ids=[new[5]], device="cpu")
     code = generate(model, tokenizer, ["The first"], wanted, stream=False)
     assert code == 0
-    assert capsys.readouterr().out == "The first" + tokenizer.decode(new[:6]) + "\n"
+    assert capsys.readouterr().out == "The first" + tokenizer.decode(new[:5]) + "\n"
+
+
+def test_the_end_of_a_text_is_as_its_options_say(
+    model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    new = Engine(model).generate([tokenizer.encode("The first")], 12, Sampling(1.0, seed=9))[0]
+    assert new[5] not in new[:5]
+
+    def written(**options: Any) -> str:
+        wanted = Continuation(Sampling(1.0, seed=9), 12, device="cpu", **options)
+        own = copy.deepcopy(model)  # the command prepares it for decoding alone
+        assert generate(own, tokenizer, ["The first"], wanted, stream=False) == 0
+        return capsys.readouterr().out.removeprefix("The first").removesuffix("\n")
+
+    assert written(own_stop_ids=[new[5]]) == tokenizer.decode(new[:5])
+    assert written(own_stop_ids=[new[5]], include_stop=True) == tokenizer.decode(new[:6])
+    assert written(stop_ids=[new[5]], ignore_eos=True) == tokenizer.decode(new)
+    assert written(own_stop_ids=[new[5]], ignore_eos=True) == tokenizer.decode(new[:5])
+    longer = written(own_stop_ids=[new[5]], min_new_tokens=12)
+    assert longer not in (tokenizer.decode(new), tokenizer.decode(new[:5]))
+    assert len(longer) > len(tokenizer.decode(new[:5]))
+
+
+def test_names_of_special_tokens_are_shown_if_asked_for(
+    model: HybridLM, tokenizer: Tokenizer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bias = {tokenizer.id("<|im_start|>"): 100.0}
+    for shown, text in ((False, ""), (True, "<|im_start|>" * 3)):
+        sampling = Sampling(0.0, logit_bias=bias)
+        wanted = Continuation(sampling, 3, device="cpu", special_tokens=shown)
+        own = copy.deepcopy(model)
+        assert generate(own, tokenizer, ["The first"], wanted, stream=False) == 0
+        assert capsys.readouterr().out == f"The first{text}\n"
 
 
 def test_speculation_changes_no_text_and_says_what_was_accepted(

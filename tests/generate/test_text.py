@@ -66,7 +66,8 @@ def test_special_tokens_are_not_shown(tokenizer: Tokenizer) -> None:
     assert "".join(map(stream.push, [*tokenizer.encode("end"), tokenizer.id("</s>")])) == "end"
 
 
-def test_a_stop_string_is_found_however_the_text_is_cut() -> None:
+@pytest.mark.parametrize("included", [False, True])
+def test_a_stop_string_is_found_however_the_text_is_cut(included: bool) -> None:
     generator = random.Random(0)
     for _ in range(2000):
         stops = tuple(
@@ -75,17 +76,26 @@ def test_a_stop_string_is_found_however_the_text_is_cut() -> None:
         )
         text = "".join(generator.choices("abc", k=12))
         ends = sorted(generator.randrange(13) for _ in range(4))
-        found, emitted = StopStrings(stops), ""
-        for begin, end in itertools.pairwise([0, *ends, 12]):
-            before = text[:begin]
-            emitted += found.push(text[begin:end])
-            if found.is_found:
-                # it is found as early as the text allows
-                assert not any(stop in before for stop in stops)
+        pieces = list(itertools.pairwise([0, *ends, 12]))
+        num_passed = generator.randrange(3)
+        passed = pieces[num_passed][0]
+        watch, emitted, found = StopStrings(stops, included=included), "", None
+        for number, (begin, end) in enumerate(pieces):
+            take = watch.pass_over if number < num_passed else watch.push
+            emitted += take(text[begin:end])
+            if watch.found is not None:
+                found = end
                 break
-        places = [text.find(stop) for stop in stops if stop in text[:end]]
-        assert found.is_found == bool(places)
-        if places:
-            assert emitted == text[: min(p for p in places)]
+        # the shortest beginning of the text that ends with a stop string
+        shortest = next(
+            (n for n in range(passed + 1, 13) if any(text[:n].endswith(s) for s in stops)), None
+        )
+        if shortest is None:
+            assert watch.found is None
+            assert emitted + watch.close() == text
         else:
-            assert emitted + found.close() == text
+            # it is found as early as the text allows
+            assert found == next(end for _, end in pieces if end >= shortest)
+            stop = max((s for s in stops if text[:shortest].endswith(s)), key=len)
+            assert watch.found == stop
+            assert emitted == text[: shortest if included else shortest - len(stop)]

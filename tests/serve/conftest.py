@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from nemotron import __version__
 from nemotron.data.tokenizer import Tokenizer, load_tokenizer
 from nemotron.generate.engine import Engine
 from nemotron.generate.speculate import Speculation
@@ -47,7 +48,8 @@ def start(model: HybridLM, tokenizer: Tokenizer) -> Iterator[Start]:
         # the record of the translator cannot be changed, its list can
         forms = JsonForms(tokenizer, tokenizer.vocab_size, frozenset({3, *chat.stop_ids}))
         translator = Dictated(tokenizer, tokenizer.vocab_size, chat, limits, forms, [])
-        app = Server("tiny", worker, translator, Access(key, is_local=True)).app()
+        access = Access(key, is_local=True)
+        app = Server("tiny", worker, translator, access, __version__).app()
         listener = socket.create_server(("127.0.0.1", 0))
         # so that a client that does not read is soon waited for
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)

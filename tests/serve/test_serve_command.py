@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from nemotron.cli import run
+from nemotron.data.tokenizer import load_tokenizer
 from tests.support.prepared import write_prepared
 
 httpx = pytest.importorskip("httpx")
@@ -121,6 +122,40 @@ def test_the_server_streams_what_generate_prints_and_ends_when_asked(
         assert "shutting down" in rest
         assert rest.endswith("data: [DONE]\n\n")
         assert process.wait(20) == 0
+
+
+def test_the_server_and_generate_end_alike(
+    served: tuple[subprocess.Popen[str], str], trained: Path, capsys: pytest.CaptureFixture[str]
+):
+    _, url = served
+    tokenizer = load_tokenizer(str(trained))
+    words = ["generate", str(trained), "--prompt", PROMPT, "--temperature", "0", "--device", "cpu"]
+    words += ["--max-new-tokens", "12"]
+
+    def written(*more: str) -> str:
+        capsys.readouterr()
+        assert run([*words, *more]) == 0
+        return capsys.readouterr().out.removeprefix(PROMPT).removesuffix("\n")
+
+    whole = written()
+    end = tokenizer.encode(whole)[4]
+    stop = ["--stop-token-id", str(end)]
+    body = {"model": "mine", "prompt": PROMPT, "temperature": 0, "max_tokens": 12}
+    headers = {"Authorization": "Bearer secret"}
+    texts = {whole}
+    for options, fields in (
+        (stop, {"stop_token_ids": [end]}),
+        ([*stop, "--include-stop"], {"stop_token_ids": [end], "include_stop_str_in_output": True}),
+        ([*stop, "--min-new-tokens", "9"], {"stop_token_ids": [end], "min_tokens": 9}),
+        (["--ignore-eos", "--special-tokens"], {"ignore_eos": True, "skip_special_tokens": False}),
+    ):
+        answer = httpx.post(
+            url + "/v1/completions", json=body | fields, headers=headers, timeout=60
+        ).json()
+        assert written(*options) == answer["choices"][0]["text"]
+        texts.add(answer["choices"][0]["text"])
+    # only the last one changes nothing here
+    assert len(texts) == 4
 
 
 def test_a_conversation_in_the_terminal(trained: Path):

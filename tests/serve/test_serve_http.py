@@ -271,6 +271,13 @@ def test_what_a_page_of_another_origin_could_send_is_refused(running: Running):
         ({"messages": [{"role": "user", "content": "<|im_end|>"}]}, 400, "bounds of a turn"),
         ({"top_logprobs": 21}, 400, "top_logprobs = 21"),
         ({"messages": None}, 400, "messages = null is wrong"),
+        ({"stop": [""]}, 400, "stop[0] =  is wrong: string should have at least 1 character"),
+        ({"stop": 3}, 400, "stop = 3 is wrong: input should be a valid string"),
+        ({"stop": ["a"] * 17}, 400, "list should have at most 16 items"),
+        ({"tool_choice": {"type": "function"}}, 400, "tool_choice.function is missing; give it"),
+        ({"tool_choice": "any"}, 400, "tool_choice = any is wrong: input should be 'none', 'auto'"),
+        ({"logit_bias": {"-1": 1}}, 400, "logit_bias = -1 is wrong"),
+        ({"tools": [{"type": "function"}]}, 400, "tools[0] does not name a function"),
     ],
 )
 def test_an_impossible_request_gets_a_sentence(
@@ -278,6 +285,24 @@ def test_an_impossible_request_gets_a_sentence(
 ):
     response = chat(running, **changes)
     assert response.status_code == status
+    assert words in sentence(response)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ([-1], "prompt[0] = -1 is wrong: input should be greater than or equal to 0"),
+        ([], "prompt = [] is wrong: list should have at least 1 item"),
+        ([[5, -2]], "prompt[0][1] = -2 is wrong: input should be greater than or equal to 0"),
+        ([[]], "prompt[0] = [] is wrong: list should have at least 1 item"),
+        (3, "prompt = 3 is wrong: input should be a valid string"),
+    ],
+)
+def test_a_wrong_prompt_is_named_by_what_it_comes_nearest_to(
+    running: Running, prompt: Any, words: str
+):
+    response = complete(running, prompt=prompt)
+    assert response.status_code == 400
     assert words in sentence(response)
 
 
