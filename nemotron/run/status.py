@@ -23,6 +23,15 @@ class RunStatus:
     """`running`, `done`, `stopped`, `failed`; `killed` if it said nothing; `imported`, `new`."""
     step: int | None = None
     exit_code: int | None = None
+    reason: str | None = None
+    """Why it was stopped or failed, if it said so."""
+
+    @property
+    def sentence(self) -> str:
+        """The state, and what stopped the run."""
+        return (
+            f"stopped by {self.reason}" if self.state == "stopped" and self.reason else self.state
+        )
 
     @property
     def is_running(self) -> bool:
@@ -68,14 +77,16 @@ def read_status(files: RunFiles) -> RunStatus:
         return RunStatus("running" if is_held else known)
     content = read_json(files.status, dict)
     state, step = content.get("state"), content.get("step")
-    code = content.get("exit_code")
+    code, reason = content.get("exit_code"), content.get("reason")
     if not isinstance(state, str) or not isinstance(step, int):
         raise UserError("is damaged: it has no state and step; remove it.", where=str(files.status))
     if is_held:
         state = "running"
     elif state == "running":
         state = "killed"
-    return RunStatus(state, step, code if isinstance(code, int) else None)
+    if state not in ("stopped", "failed") or not isinstance(reason, str):
+        reason = None
+    return RunStatus(state, step, code if isinstance(code, int) else None, reason)
 
 
 def read_json(path: Path, kind: type[dict] | type[list]) -> Any:  # Any: nested JSON
