@@ -185,6 +185,7 @@ class RunFolder(RunFiles):
             f"cannot be written: {error.strerror or error}; "
             f"{advice}set `output` to a {'larger' if full else 'writable'} folder.",
             where=str(self.path),
+            because=error,
         )
 
     def __exit__(

@@ -119,7 +119,8 @@ def read_small(path: Path) -> bytes:
         with open(open_regular(path, os.O_RDONLY), "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}.", where=str(path)) from None
+        rule = f"cannot be read: {error.strerror}."
+        raise UserError(rule, where=str(path), because=error) from None
     if len(content) > MAX_BYTES:
         raise UserError(
             f"is larger than {MAX_BYTES >> 20} MiB, so a run did not write it.", where=str(path)
