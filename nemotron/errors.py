@@ -30,7 +30,13 @@ FORBIDDEN = {errno.EACCES, errno.EPERM}
 
 UNUSABLE_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
 
-ABSENT: Any = object()
+
+class _Absent:
+    def __reduce__(self) -> str:
+        return "ABSENT"  # the same object on every rank that an error travels to
+
+
+ABSENT: Any = _Absent()
 """The value of a finding about a key whose value says nothing, or which is not given."""
 
 

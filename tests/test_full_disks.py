@@ -89,6 +89,7 @@ def test_a_refusal_of_the_machine_is_1_with_a_sentence_of_its_own_and_without(nu
         pickle.loads(pickle.dumps(UserError("cannot be read.", because=refusal))),
     )
     assert [exit_code(error) for error in sentences] == [exit_codes.FAILED] * len(sentences)
+    assert str(sentences[-1]) == "cannot be read."
 
 
 @pytest.mark.parametrize("number", [errno.EACCES, errno.ENOENT, errno.ENOTDIR])

@@ -21,6 +21,7 @@ KEYS = {
     "data.reset_documents": "reset_attention_mask reset_position_ids",
     "data.mask_eod_loss": "eod_mask_loss",
     "data.validation_fraction": "split val_split validation_split",
+    "data.verify_checksums": "validate_hash verification_mode verify_checksum",
     "data.prefetch_steps": "num_workers dataloader_num_workers prefetch_factor",
     "model.hidden_size": "d_model n_embd dim embed_dim hidden_dim width",
     "model.hybrid_override_pattern": "n_layer n_layers num_layers depth hybrid_layer_pattern "

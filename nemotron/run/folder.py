@@ -35,6 +35,7 @@ FREE_TO_CHANGE = (
     "data.cache",
     "data.max_epochs",
     "data.prefetch_steps",
+    "data.verify_checksums",
     "precision.observe_every_steps",
     "parallel",
     "ops",
