@@ -138,7 +138,9 @@ def announce_stop(trainer: Trainer, folder: RunFolder, log: RunLog, stop: StopRe
     elsewhere = (f"{asked} on rank {rank}" for rank, asked in enumerate(reasons) if asked)
     reason = reasons[trainer.ranks.rank] or next(elsewhere)
     log.info(f"stopped by {reason} after step {step} of {num_steps}, saved")
-    log.info(f"go on: {_command('train', folder.path, '--resume')}")
+    world = trainer.ranks.world
+    how = f"start the {world} ranks again, each with: " if world > 1 else ""
+    log.info(f"go on: {how}{_command('train', folder.path, '--resume')}")
     return reason
 
 

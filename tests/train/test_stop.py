@@ -73,6 +73,7 @@ def test_the_clock_stops_two_ranks_at_the_same_step_and_the_losses_stay(on_two):
     assert status["reason"].startswith("stop.after_minutes = 0.025")
     said = f"stopped by stop.after_minutes = 0.025 after step {done} of 16, saved"
     texts = (job.text(), (job.run / "ranks" / "rank-1.log").read_text())
+    assert "go on: start the 2 ranks again, each with: " in texts[0]
     assert all(said in text.replace(" on rank 1", "").replace(" on rank 0", "") for text in texts)
     again = Job(on_two("timed", steps=16), "--resume")
     assert again.wait() == [0, 0], again.text()
