@@ -40,6 +40,9 @@ stamp() { stat -c '%i %y' "$1/status.json" 2>/dev/null || echo none; }
 # field RUN NAME: a value of the run's status.json, or nothing.
 field() { sed -nE "s/.*\"$2\": *\"?([a-z0-9]+).*/\1/p" "$1/status.json" 2>/dev/null || true; }
 
+# is_out_of_time RUN: whether the recipe's limit of time stopped the run.
+is_out_of_time() { grep -qs '"reason": "stop.after_minutes' "$1/status.json"; }
+
 # verdict RUN STAMP START WORLD: how a start ended: 0 done, 1 died, 2 user's mistake, 75 stopped.
 # STAMP is that of status.json before the start, START the folder of exit codes of the ranks.
 verdict() {

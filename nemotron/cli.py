@@ -192,7 +192,7 @@ def command_line() -> Callable[..., Any]:  # Any: what a command returns
 def _describe(error: BaseException, words: Sequence[str]) -> tuple[str, int]:
     """Return the sentence about an error, empty when there is nothing to say, and the exit code."""
     if isinstance(error, UserError):
-        return str(error), WRONG_INPUT
+        return str(error), error.exit_code
     if isinstance(error, RunFailed):
         return f"failed: {error}.", FAILED
     if isinstance(error, typer.TyperException):

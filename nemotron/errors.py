@@ -25,9 +25,18 @@ REFUSALS = {
 }
 """Errors of the machine, not of this program."""
 
+FORBIDDEN = {errno.EACCES, errno.EPERM}
+"""Those that a place of another name may not have."""
+
 UNUSABLE_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
 
-ABSENT: Any = object()
+
+class _Absent:
+    def __reduce__(self) -> str:
+        return "ABSENT"  # the same object on every rank that an error travels to
+
+
+ABSENT: Any = _Absent()
 """The value of a finding about a key whose value says nothing, or which is not given."""
 
 
@@ -51,12 +60,25 @@ class Finding:
 class UserError(Exception):
     """A mistake in what the user gave: one sentence that says what, where and what would be right.
 
-    The command line prints the sentence and exits with 2; no traceback is shown.
+    The command line prints the sentence and exits with 2; no traceback is shown. It exits with 1 if
+    the sentence is about an error of the machine, such as a full disk, which no other input would
+    have prevented.
     """
 
-    def __init__(self, rule: str, *, key: str = "", value: Any = ABSENT, where: str = "") -> None:
+    def __init__(
+        self,
+        rule: str,
+        *,
+        key: str = "",
+        value: Any = ABSENT,
+        where: str = "",
+        because: OSError | None = None,
+    ) -> None:
+        """Make the sentence; `because` is the error of the machine that it is about."""
         super().__init__(rule)
         self.finding = Finding(key, rule, value, where)
+        refused = because is not None and because.errno in REFUSALS - FORBIDDEN
+        self.exit_code = FAILED if refused else WRONG_INPUT
 
     def __str__(self) -> str:
         return str(self.finding)
@@ -73,7 +95,9 @@ class UserError(Exception):
         inner = self.finding.where
         if inner and inner != where:
             where = f"{where}: {inner}"
-        return self.of(replace(self.finding, where=where))
+        error = self.of(replace(self.finding, where=where))
+        error.exit_code = self.exit_code
+        return error
 
 
 @contextmanager
@@ -111,7 +135,9 @@ def show_value(value: Any) -> str:
 
 def exit_code(error: BaseException) -> int:
     """Return the code with which a command ends that this error ends."""
-    if isinstance(error, UserError) or is_of_name(error):
+    if isinstance(error, UserError):
+        return error.exit_code
+    if is_of_name(error):
         return WRONG_INPUT
     if isinstance(error, KeyboardInterrupt):
         return INTERRUPTED

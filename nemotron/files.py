@@ -64,7 +64,9 @@ def why_unwritable(folder: Path) -> OSError | None:
     there = next(place for place in places if os.path.exists(place))
     if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
         return None
-    code = errno.EACCES if there.is_dir() else errno.ENOTDIR
+    is_fixed = os.statvfs(there).f_flag & os.ST_RDONLY
+    refusal = errno.EROFS if is_fixed else errno.EACCES
+    code = refusal if there.is_dir() else errno.ENOTDIR
     return OSError(code, os.strerror(code), str(there))
 
 

@@ -179,7 +179,7 @@ def unwritable(error: OSError, folder: Path, kept: str) -> UserError:
     what = f"{named}cannot be written: {error.strerror or error}"
     full = error.errno in FULL
     advice = "free some space and run the same command again" if full else "choose another folder"
-    return UserError(f"{what}; {advice}: {kept}.", where=str(folder))
+    return UserError(f"{what}; {advice}: {kept}.", where=str(folder), because=error)
 
 
 def _own_mark(folder: Path, made_by: str, *, is_partly_removed: bool = False) -> Mark:

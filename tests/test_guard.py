@@ -188,7 +188,7 @@ def test_no_file_is_opened_as_a_standard_descriptor():
     ("most", "words", "code"),
     [
         (5, f"train {RECIPE} output=OUT --dry-run", exit_codes.FAILED),
-        (6, "data prepare README.md --out OUT/text --workers 1", exit_codes.WRONG_INPUT),
+        (6, "data prepare README.md --out OUT/text --workers 1", exit_codes.FAILED),
     ],
     ids=["train", "prepare"],
 )

@@ -1,6 +1,9 @@
 """House rules that the linter does not know, checked on the syntax trees of the package."""
 
 import ast
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -157,6 +160,18 @@ def test_the_rules_see_what_breaks_them(code: str, rule: Rule):
 )
 def test_the_rules_leave_the_rest_alone(code: str):
     assert not list(code_from_files(ast.parse(code)))
+
+
+def test_every_name_that_runs_is_defined():
+    # ruff and mypy are silent about undefined names, because shapes are written in strings
+    words = [sys.executable, "-m", "ruff", "check", "--isolated", "--select", "F821"]
+    found = subprocess.run([*words, "--output-format", "json", PACKAGE], capture_output=True)
+    for finding in json.loads(found.stdout):
+        place = finding["location"]["row"], finding["location"]["column"] - 1
+        tree = TREES[str(Path(finding["filename"]).relative_to(PACKAGE))]
+        names = (node for node in ast.walk(tree) if isinstance(node, ast.Name))
+        where = [node.id for node in names if (node.lineno, node.col_offset) == place]
+        assert not where, f"{finding['filename']}:{place[0]}: {where[0]} is not defined"
 
 
 def test_every_file_of_tests_has_a_name_of_its_own():

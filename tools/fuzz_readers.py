@@ -121,7 +121,7 @@ def shards(folder: str, name: str = "embedded") -> Direct:
     def read() -> None:
         own = load_tokenizer(name)
         tokens = open_tokens(folder, own, "</s>", own.vocab_size)
-        check_all(folder, Path(folder), tokens.train, own.vocab_size)
+        check_all([tokens.train, tokens.validation], own.vocab_size)
 
     return read
 

@@ -107,6 +107,7 @@ def convert(path: Path, out: Path | None) -> int:
             raise UserError(
                 f"cannot be converted: {error.strerror or error}; it is left as it is.",
                 where=str(folder),
+                because=error,
             ) from error
         else:
             print_text(f"converted {folder} to {target}")

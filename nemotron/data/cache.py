@@ -55,7 +55,7 @@ def check_place(cache: Path) -> None:
 def _unwritable(cache: Path, error: OSError) -> UserError:
     advice = "make room there, or name another" if error.errno in FULL else "name a writable"
     rule = f"cannot be written: {error.strerror or error}; {advice} folder."
-    return UserError(rule, key="data.cache", value=cache.absolute())
+    return UserError(rule, key="data.cache", value=cache.absolute(), because=error)
 
 
 @contextmanager

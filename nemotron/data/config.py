@@ -224,6 +224,9 @@ class DataConfig(Section):
     document decides."""
     max_epochs: float | None = Field(None, gt=0)
     """Largest number of passes over any source; absent: no limit."""
+    verify_checksums: bool = False
+    """Whether each start first reads all files of prepared folders and compares their checksums.
+    Their sizes are always compared."""
     language_of: Literal["source", "script", "none"] = "none"
     """What says which language a token is: its source, the script of its letters, or nothing."""
     prefetch_steps: int = Field(2, ge=0)

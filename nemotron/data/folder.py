@@ -241,8 +241,19 @@ def _shards(folder: Path, facts: tuple[ShardFacts, ...]) -> list[Shard]:
                 "restore the shard or prepare the folder again.",
                 where=str(shard.prefix),
             )
+        for name, file in known.files.items():
+            _check_size(folder / name, file.bytes)
         shards.append(shard)
     return shards
+
+
+def _check_size(path: Path, size: int) -> None:
+    found = f"has {path.stat().st_size} bytes" if path.is_file() else "does not exist"
+    if found != f"has {size} bytes":
+        raise UserError(
+            f"{found}, but {MANIFEST} says {size} bytes; restore it or prepare the folder again.",
+            where=str(path),
+        )
 
 
 def _check_manifest(

@@ -1,7 +1,7 @@
 """Looking at data before a run: what a blend resolves to, documents, duplicates, rows as text."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -14,8 +14,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nemotron.data.batch import NO_LABEL
+from nemotron.data.checksums import check_content, known_files
 from nemotron.data.config import DataConfig, leaves
-from nemotron.data.embedded import damaged_files
 from nemotron.data.folder import read_manifest
 from nemotron.data.indexed import Stream
 from nemotron.data.loader import TrainingData
@@ -103,8 +103,8 @@ def inspect(
     for line in describe_leaks(found):
         console.print(line)
     if check:
-        for name, tokens in data.tokens.items():
-            check_all(name, tokens.path, tokens.train, data.tokenizer.vocab_size)
+        streams = [tokens.train for tokens in data.tokens.values()]
+        check_all([*streams, *data.held_out.values()], data.tokenizer.vocab_size)
         console.print("all files and all ids are correct")
     for row in range(min(rows, data.num_rows(step))):
         console.print(show_row(data, step, row))
@@ -152,19 +152,15 @@ def describe_leaks(found: Mapping[str, Statistics]) -> Iterator[str]:
             )
 
 
-def check_all(name: str, path: Path, stream: Stream, vocab_size: int) -> None:
-    """Read every byte of a source.
+def check_all(streams: Sequence[Stream], vocab_size: int) -> None:
+    """Read every byte of these shards, held-out ones included.
 
     Raises:
         UserError: for the first file whose checksum or index is wrong, or the first id too large.
     """
-    manifest = read_manifest(path)
-    if manifest is not None and (damaged := damaged_files(path, manifest)):
-        raise UserError(
-            f"does not match its manifest; restore it or prepare {name} again.",
-            where=str(damaged[0]),
-        )
-    for shard in stream.shards:
+    for path, facts in known_files(streams).items():
+        check_content(path, facts)
+    for shard in (shard for stream in streams for shard in stream.shards):
         shard.check()
         for start in range(0, shard.num_tokens, IDS_AT_ONCE):
             part = shard.tokens[start : start + IDS_AT_ONCE]

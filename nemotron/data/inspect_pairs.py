@@ -39,7 +39,7 @@ def inspect_pairs(path: Path, *, tokenizer: str, rows: int, documents: int, chec
     tokens = open_tokens(str(path), loaded, manifest.eod_token, loaded.vocab_size)
     print_pairs(path.absolute().name, tokens, loaded, documents=documents)
     if check:
-        check_all(path.name, path, tokens.train, loaded.vocab_size)
+        check_all([tokens.train, tokens.validation], loaded.vocab_size)
         print_text("all files and all ids are correct")
     marks = marks_of(loaded)
     for number, row in enumerate(islice(_pairs(tokens.train), rows)):

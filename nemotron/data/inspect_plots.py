@@ -8,6 +8,7 @@ from numpy.typing import NDArray
 
 from nemotron.data.loader import TrainingData
 from nemotron.errors import UserError
+from nemotron.files import naming
 
 SOURCES_DRAWN = 20
 DRAWN_BY = "nemotron data inspect"
@@ -52,7 +53,8 @@ def draw(data: TrainingData, found: Mapping[str, NDArray[np.int64]], folder: Pat
     axes.invert_yaxis()
     axes.set(xlabel="share of the run's tokens")
     for figure, path in zip((lengths, shares), paths, strict=True):
-        figure.savefig(path, dpi=120, metadata={"Software": DRAWN_BY})
+        with naming(path):
+            figure.savefig(path, dpi=120, metadata={"Software": DRAWN_BY})
     return paths
 
 

@@ -105,7 +105,7 @@ class Distillation:
         Raises:
             UserError: when the conversations are unfit, or the teacher has another vocabulary.
         """
-        data = open_data(config, plan)
+        data = open_data(config, plan, ranks)
         data.check_length()
         teacher = load_teacher(config, data.tokenizer, device)
         batches = text_batches(config, plan, data, device, ranks)

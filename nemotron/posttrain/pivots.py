@@ -133,7 +133,7 @@ def read_turns(path: Path) -> Iterator[tuple[int, Row]]:
         content = read_regular(path, LARGEST_DATA)
     except OSError as error:
         rule = f"cannot be read: {error.strerror}; give a file of JSON lines."
-        raise UserError(rule, where=str(path)) from None
+        raise UserError(rule, where=str(path), because=error) from None
     # not by splitlines, which also splits at letters that may stand in a text
     for line, text in enumerate(content.split(b"\n"), start=1):
         try:

@@ -104,7 +104,8 @@ def idle(config: CorrectConfig) -> Iterator[Idle]:
         yield Idle([f"correct.{name}"], kind not in kinds, f"correct.kind = {kind}")
     first = ["correct.first_pseudo_errors"]
     yield Idle(first, not config.correct.first_steps, "correct.first_steps = 0")
-    read = ("sources", "tokenizer", "eod_token", "seq_len", "packing", "reset_documents")
+    fixed = ("packing", "reset_documents")
+    read = ("sources", "tokenizer", "eod_token", "seq_len", "verify_checksums", *fixed)
     unread = [f"data.{n}" for n in type(config.data).model_fields if n not in read]
     yield Idle(unread, True, "pairs are laid out in rows of their own")
     layers = config.model.hybrid_override_pattern

@@ -123,7 +123,8 @@ def _read_regular(path: Path, size: int) -> bytes:
         raise UserError("is a folder; name a recipe file (.yaml).", where=str(path)) from error
     except OSError as error:
         shown = str(path) if len(str(path)) <= 80 else f"{str(path)[:77]}..."
-        raise UserError(f"cannot be read: {error.strerror}.", where=shown) from error
+        rule = f"cannot be read: {error.strerror}."
+        raise UserError(rule, where=shown, because=error) from error
     except ValueError as error:
         raise UserError(
             "is not a path; remove the null character.", where=f"{str(path)!r}"

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nemotron.errors import UserError
+from nemotron.files import naming
 
 PACKAGE = Path(__file__).parents[1]
 PARTS = ("model", "blends", "layouts")
@@ -109,5 +110,6 @@ def copy(files: Iterable[Path], out: Path, launch: Path | None = None) -> list[P
             )
     for item in missing:
         item.target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(item.source, item.target)
+        with naming(item.target):
+            shutil.copy(item.source, item.target)
     return [item.target for item in missing]

@@ -21,6 +21,7 @@ KEYS = {
     "data.reset_documents": "reset_attention_mask reset_position_ids",
     "data.mask_eod_loss": "eod_mask_loss",
     "data.validation_fraction": "split val_split validation_split",
+    "data.verify_checksums": "validate_hash verification_mode verify_checksum",
     "data.prefetch_steps": "num_workers dataloader_num_workers prefetch_factor",
     "model.hidden_size": "d_model n_embd dim embed_dim hidden_dim width",
     "model.hybrid_override_pattern": "n_layer n_layers num_layers depth hybrid_layer_pattern "
@@ -55,6 +56,8 @@ KEYS = {
     "init_from": "resume_from_checkpoint load pretrained_model model_name_or_path from_pretrained "
     "finetune initial_load_path",
     "checkpoint.every_steps": "save_steps save_interval save_every checkpoint_every",
+    "stop.after_minutes": "exit_duration_in_mins exit_duration max_time checkpoint_must_save_by",
+    "stop.every_steps": "exit_interval",
     "checkpoint.keep": "save_total_limit keep_last keep_latest_k",
     "checkpoint.background": "async_save async_mode",
     "evaluation.every_steps": "eval_steps eval_interval eval_every val_check_interval",
@@ -88,6 +91,8 @@ NOTES = {
     "precision": "one word, such as precision: bf16",
     "logging.trackers": "a list of names",
     "parallel.timeout_s": "in seconds",
+    "stop.after_minutes": "in minutes, since the start of the command",
+    "stop.every_steps": "the option --stop-at stops one start after a step",
 }
 """What differs besides the name."""
 
@@ -98,7 +103,8 @@ SENTENCES = {
     "num_train_epochs": "give the length as `schedule.total_steps` or `schedule.total_tokens`",
     "train_samples": "give the length as `schedule.total_steps` or `schedule.total_tokens`",
     "rampup_batch_size": "a phase may have its own batch (`phases`, `global_tokens`)",
-    "exit_interval": "stop a run with the option --stop-at",
+    "exit_signal_handler": "SIGTERM, SIGUSR1 and Ctrl-C always save and stop",
+    "exit_signal": "SIGTERM, SIGUSR1 and Ctrl-C always save and stop",
     "sequence_parallel": "it comes with `parallel.tp`",
     "use_distributed_optimizer": "moments are sharded with the weights (`parallel.dp_shard`)",
     "compile": "fast implementations are chosen under `ops`",

@@ -30,7 +30,7 @@ def compare(paths: Sequence[Path]) -> int:
         for problem in run.problems:
             say(f"warning: {run.label}: {problem}")
     table = [["", *(run.label for run in runs)]]
-    table.append(["state", *(run.status.state for run in runs)])
+    table.append(["state", *(_cut(run.status.sentence) for run in runs)])
     table.append(["step", *(progress(run) for run in runs)])
     for row in rows(runs):
         table.append([row.name, *(text or "-" for text in row.texts), *_change(row)])
@@ -67,7 +67,7 @@ def list_runs(folder: Path) -> int:
         table.append(
             [
                 os.path.relpath(files.path, folder) if files.path != folder else str(folder),
-                run.status.state,
+                _cut(run.status.sentence),
                 progress(run),
                 "-" if loss is None else f"{loss:.4f}",
                 str(best_validation(run.validation) or "-"),

@@ -35,10 +35,12 @@ FREE_TO_CHANGE = (
     "data.cache",
     "data.max_epochs",
     "data.prefetch_steps",
+    "data.verify_checksums",
     "precision.observe_every_steps",
     "parallel",
     "ops",
     "checkpoint",
+    "stop",
     "evaluation",
     "logging",
     "reliability.check_replicas_every_steps",
@@ -184,6 +186,7 @@ class RunFolder(RunFiles):
             f"cannot be written: {error.strerror or error}; "
             f"{advice}set `output` to a {'larger' if full else 'writable'} folder.",
             where=str(self.path),
+            because=error,
         )
 
     def __exit__(
@@ -231,13 +234,16 @@ class RunFolder(RunFiles):
             if ranks.is_first:
                 self.__exit__(None, None, None)
 
-    def write_status(self, state: str, step: int, exit_code: int | None = None) -> None:
-        """Say how the newest start of the run stands: running, done, stopped or failed.
+    def write_status(
+        self, state: str, step: int, exit_code: int | None = None, why: object = None
+    ) -> None:
+        """Say how the newest start of the run stands: running, done, stopped or failed, and why.
 
         Whoever started it may not learn it from an exit code: torchrun has one of its own. On a
         full disk, and in a folder that was renamed, the old content is overwritten in place.
         """
         content = {"state": state, "step": step, "exit_code": exit_code}
+        content |= {} if why is None else {"reason": str(why)}
         if self.is_held():
             self.write(self.status, content)
         else:

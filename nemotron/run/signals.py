@@ -1,9 +1,13 @@
-"""Stopping when asked: finish the step, save, leave; at the second Ctrl-C at once."""
+"""Stopping when asked or when it is time: finish the step, save, leave.
+
+At the second Ctrl-C a run leaves at once.
+"""
 
 import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from types import FrameType, TracebackType
 
@@ -39,16 +43,31 @@ def write_error(sentence: str) -> None:
 class StopRequest:
     """Remembers the first stop signal while it is entered; restores the handlers afterwards.
 
-    A run may also be asked at its start to stop after so many steps.
+    A run may also be asked at its start to stop after so many steps, and its recipe may say when
+    it stops. The latter lets every start do at least one step, so that a chain of them gets on.
     """
 
-    def __init__(self, after: int | None = None) -> None:
+    def __init__(
+        self,
+        after: int | None = None,
+        *,
+        after_minutes: float | None = None,
+        every_steps: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begin to count minutes, by a clock in seconds."""
         self.signal: str | None = None
         self.before_leaving: Callable[[], None] = lambda: None
         """Called before the second Ctrl-C ends the process."""
         self.say: Callable[[str], None] = write_error
         """Shows a sentence from within the handler of a signal."""
-        self._after = after
+        self._after, self._minutes, self._every = after, after_minutes, every_steps
+        self._clock, self._began, self._first_step = clock, clock(), 0
+
+    def begin(self, steps: int) -> bool:
+        """Say whether this process was asked to stop before it does a step, after so many."""
+        self._first_step = steps
+        return self.is_due(steps)
 
     def is_due(self, steps: int) -> bool:
         """Say whether this process was asked to stop, when so many steps are done."""
@@ -56,9 +75,17 @@ class StopRequest:
 
     def reason(self, steps: int) -> str | None:
         """Say who asked to stop, when so many steps are done; None when there was no request."""
-        if self.signal is not None or self._after is None or steps < self._after:
+        if self.signal is not None:
             return self.signal
-        return f"--stop-at {self._after}"
+        if self._after is not None and steps >= self._after:
+            return f"--stop-at {self._after}"
+        if steps <= self._first_step:
+            return None
+        if self._minutes is not None and self._clock() - self._began >= 60 * self._minutes:
+            return f"stop.after_minutes = {self._minutes:g}"
+        if self._every is not None and steps % self._every == 0:
+            return f"stop.every_steps = {self._every}"
+        return None
 
     def __enter__(self) -> "StopRequest":
         self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}

@@ -23,6 +23,15 @@ class RunStatus:
     """`running`, `done`, `stopped`, `failed`; `killed` if it said nothing; `imported`, `new`."""
     step: int | None = None
     exit_code: int | None = None
+    reason: str | None = None
+    """Why it was stopped or failed, if it said so."""
+
+    @property
+    def sentence(self) -> str:
+        """The state, and what stopped the run."""
+        return (
+            f"stopped by {self.reason}" if self.state == "stopped" and self.reason else self.state
+        )
 
     @property
     def is_running(self) -> bool:
@@ -68,14 +77,16 @@ def read_status(files: RunFiles) -> RunStatus:
         return RunStatus("running" if is_held else known)
     content = read_json(files.status, dict)
     state, step = content.get("state"), content.get("step")
-    code = content.get("exit_code")
+    code, reason = content.get("exit_code"), content.get("reason")
     if not isinstance(state, str) or not isinstance(step, int):
         raise UserError("is damaged: it has no state and step; remove it.", where=str(files.status))
     if is_held:
         state = "running"
     elif state == "running":
         state = "killed"
-    return RunStatus(state, step, code if isinstance(code, int) else None)
+    if state not in ("stopped", "failed") or not isinstance(reason, str):
+        reason = None
+    return RunStatus(state, step, code if isinstance(code, int) else None, reason)
 
 
 def read_json(path: Path, kind: type[dict] | type[list]) -> Any:  # Any: nested JSON
@@ -108,7 +119,8 @@ def read_small(path: Path) -> bytes:
         with open(open_regular(path, os.O_RDONLY), "rb") as file:
             content = file.read(MAX_BYTES + 1)
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}.", where=str(path)) from None
+        rule = f"cannot be read: {error.strerror}."
+        raise UserError(rule, where=str(path), because=error) from None
     if len(content) > MAX_BYTES:
         raise UserError(
             f"is larger than {MAX_BYTES >> 20} MiB, so a run did not write it.", where=str(path)

@@ -19,6 +19,7 @@ from nemotron.run.folder import RunFolder
 from nemotron.run.log import RunLog
 from nemotron.run.metrics import read_metrics
 from nemotron.run.provenance import Facts
+from nemotron.run.signals import StopRequest
 from nemotron.run.trackers import TrackedRun
 from nemotron.train.reliability.faults import describe as describe_fault
 from nemotron.train.setup import Content, Setup
@@ -127,14 +128,23 @@ def _next(trainer: Trainer, folder: RunFolder) -> list[str]:
     ]
 
 
-def announce_stop(trainer: Trainer, folder: RunFolder, log: RunLog, reason: str) -> None:
-    """Print why and where the run stopped, and how to resume it."""
+def announce_stop(trainer: Trainer, folder: RunFolder, log: RunLog, stop: StopRequest) -> str:
+    """Print why and where the run stopped, and how to resume it; returns why.
+
+    Every rank must call it: one that was not asked itself learns who was.
+    """
     step, num_steps = trainer.state.step, trainer.plan.num_steps
+    reasons = trainer.ranks.gather(stop.reason(step))
+    elsewhere = (f"{asked} on rank {rank}" for rank, asked in enumerate(reasons) if asked)
+    reason = reasons[trainer.ranks.rank] or next(elsewhere)
     log.info(f"stopped by {reason} after step {step} of {num_steps}, saved")
-    log.info(f"go on: {_command('train', folder.path, '--resume')}")
+    world = trainer.ranks.world
+    how = f"start the {world} ranks again, each with: " if world > 1 else ""
+    log.info(f"go on: {how}{_command('train', folder.path, '--resume')}")
+    return reason
 
 
-def announce_failure(log: RunLog, problem: Exception, saved_step: int | None) -> None:
+def announce_failure(log: RunLog, problem: Exception | str, saved_step: int | None) -> None:
     """Say what the run failed of, and what is left of it."""
     log.info(f"failed: {problem}")
     if saved_step is not None:

@@ -211,6 +211,20 @@ class CheckpointConfig(Section):
     """Whether checkpoints are written beside training, from a copy in the host's memory."""
 
 
+class StopConfig(Section):
+    """When a start of the run saves and stops before the end of its schedule, with exit code 75.
+
+    A start does at least one step; the same command with --resume continues the run.
+    """
+
+    after_minutes: float | None = Field(None, gt=0)
+    """Minutes after the start of training, loading and waiting for other ranks included, from which
+    the run stops at the end of a step; absent: no limit. Leave time for a step, an evaluation and
+    the saving."""
+    every_steps: int | None = Field(None, gt=0)
+    """The run stops whenever the number of its steps is a multiple of this; absent: never."""
+
+
 class LoggingConfig(Section):
     """What mirrors metrics.jsonl."""
 
@@ -379,6 +393,8 @@ class RunConfig(Section):
     """Layout over processes."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Saving."""
+    stop: StopConfig = StopConfig()
+    """Stopping before the end."""
     evaluation: EvaluationConfig = EvaluationConfig()
     """Validation."""
     logging: LoggingConfig = LoggingConfig()

@@ -46,7 +46,7 @@ def run(
         return DONE
     log.screen.open_log(folder.open_log(ranks.rank))
     profiler = Profiler(trainer, folder.profile)
-    problem: Exception | None = None
+    why: Exception | str | None = None
     with ExitStack() as stack:
         tracked = announce(setup, folder, log, origin)
         if ranks.is_first:
@@ -65,14 +65,14 @@ def run(
         log.screen.start(folder.path.name, num_steps, trainer.plan.part)
         stack.callback(log.screen.stop)
         try:
-            if not ranks.any(stop.is_due(start)):
+            if not ranks.any(stop.begin(start)):
                 loop(setup, log, saver, stop, profiler)
                 for line in profiler.table():
                     log.info(line)
             saver.save()
             saver.finish(wait=True)
         except (Diverged, ReplicasDiffer, CheckpointNotSaved) as error:
-            problem = error
+            why = error
         except BaseException as error:
             if ranks.is_first:
                 folder.write_status("failed", trainer.state.step, exit_code(error))
@@ -80,17 +80,17 @@ def run(
                     folder.check_held()
             raise
     step = trainer.state.step
-    if problem is not None:
+    if why is not None:
         code = FAILED
-        announce_failure(log, problem, saver.saved_step)
+        announce_failure(log, why, saver.saved_step)
     elif step < num_steps:
         code = STOPPED
-        announce_stop(trainer, folder, log, stop.reason(step) or "a signal to another rank")
+        why = announce_stop(trainer, folder, log, stop)
     else:
         code = DONE
         announce_results(trainer, folder, log, "done")
     if ranks.is_first:
-        folder.write_status(STATES[code], step, code)
+        folder.write_status(STATES[code], step, code, why)
         log.catch_up()
     return code
 

@@ -14,6 +14,7 @@ from nemotron.model.language import UNKNOWN
 from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.runtime import Ranks
 from nemotron.train.build import build_local
+from nemotron.train.checksums import verify_checksums
 from nemotron.train.config import TextConfig
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.loss import PretrainObjective
@@ -57,7 +58,7 @@ class Pretraining:
         Raises:
             UserError: when the text is unfit, or too short.
         """
-        data = open_data(config, plan)
+        data = open_data(config, plan, ranks)
         data.check_length()
         trainer = build_trainer(config, plan, data, device, peak_flops, ranks)
         has_held_out = bool(data.validation_domains)
@@ -79,8 +80,8 @@ def rehearse_data(config: TextConfig, plan: TrainingPlan) -> list[str]:
     )
 
 
-def open_data(config: TextConfig, plan: TrainingPlan) -> TrainingData:
-    """Open the data of a run.
+def open_data(config: TextConfig, plan: TrainingPlan, ranks: Ranks | None = None) -> TrainingData:
+    """Open the data of a run; the ranks that train on it verify its checksums if it says so.
 
     Raises:
         UserError: when it is unfit.
@@ -89,6 +90,9 @@ def open_data(config: TextConfig, plan: TrainingPlan) -> TrainingData:
         config.data, plan.timeline, seed=config.seed, vocab_size=config.model.vocab_size
     )
     check_end_of_text(config, data.tokenizer, is_chat=data.has_conversations)
+    if ranks is not None and config.data.verify_checksums:
+        streams = [tokens.train for tokens in data.tokens.values()]
+        verify_checksums([*streams, *data.held_out.values()], ranks)
     return data
 
 

@@ -72,6 +72,7 @@ def train(
     Raises:
         UserError: when something that the user gave is wrong.
     """
+    stop = StopRequest(stop_at, **config.stop.model_dump())
     launch = Launch.of_this_process()
     trained: Stage = stage or Pretraining()
     plan = trained.plan(config)
@@ -84,8 +85,7 @@ def train(
     ranks = start(launch, device, config.parallel)
     check_agreement(facts_of_start(config, device, resume=resume), ranks)
     ranks.first(lambda: folder.check(plan.num_steps, resume=resume, allow_changed=allow_changed))
-    with ExitStack() as stack:
-        stop = stack.enter_context(StopRequest(stop_at))
+    with stop, ExitStack() as stack:
         screen = Screen(is_silent=not ranks.is_first, panel=panel)
         stack.callback(screen.close)
         stop.say = screen.say_at_once

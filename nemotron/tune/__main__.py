@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from nemotron.errors import UserError
-from nemotron.exit_codes import DONE, FAILED, WRONG_INPUT
+from nemotron.exit_codes import DONE, FAILED
 from nemotron.ops.tuning import base
 from nemotron.ops.tuning.base import Base
 from nemotron.tune.candidates import order, text
@@ -29,7 +29,7 @@ def main(words: Sequence[str] | None = None) -> int:
         return _main(_options(words))
     except UserError as problem:
         print(problem, file=sys.stderr)
-        return WRONG_INPUT
+        return problem.exit_code
 
 
 def _options(words: Sequence[str] | None) -> argparse.Namespace:

@@ -75,6 +75,15 @@ def test_a_job_that_is_told_to_end_saves_and_stays_away(cluster: Cluster, run: P
     assert cluster.requeues == 0
 
 
+def test_a_run_whose_recipe_limits_its_time_is_requeued(cluster: Cluster, run: Path):
+    job = cluster.start(*recipe(run), PLAY="timed,done")
+    assert job.wait() == 75, job.text
+    assert cluster.requeues == 1
+    again = cluster.start(*recipe(run), restart=1, PLAY="timed,done")
+    assert again.wait() == 0, again.text
+    assert cluster.requeues == 1
+
+
 def test_a_killed_rank_brings_the_job_back(cluster: Cluster, run: Path):
     job = cluster.start(*recipe(run), PLAY="die")
     assert job.wait() == 1, job.text

@@ -45,6 +45,20 @@ def test_a_warned_run_is_requeued_and_finishes(cluster: Cluster):
 
 
 @pytest.mark.nightly
+def test_a_run_that_limits_its_own_time_is_requeued_and_finishes(cluster: Cluster):
+    words = (SMOKE, *SHORT, "stop.after_minutes=1e-6")
+    job = cluster.start(*words)
+    assert job.wait() == 75, job.text
+    assert "stopped by stop.after_minutes = 1e-06 after step 1 of " in job.text
+    assert cluster.requeues == 1
+    again = cluster.start(*words, "stop.after_minutes=60", restart=1)
+    assert again.wait() == 0, again.text
+    assert "resumed at step 1" in again.text
+    assert state(cluster.folder / "runs" / "smoke") == "done"
+    assert cluster.requeues == 1
+
+
+@pytest.mark.nightly
 def test_a_killed_rank_is_requeued_and_goes_on_from_a_checkpoint(cluster: Cluster):
     run = cluster.folder / "runs" / "smoke"
     job = start(cluster)

@@ -1,5 +1,6 @@
 """Supervised fine-tuning through the real command, from chat files to a model that goes on."""
 
+import json
 import math
 import shutil
 from pathlib import Path
@@ -109,8 +110,10 @@ def test_only_the_assistants_tokens_have_labels(workplace: Workplace) -> None:
 @pytest.mark.parametrize("stop", ["1", further("3")])
 def test_a_stopped_run_goes_on_to_the_same_bits(workplace: Workplace, stop: str) -> None:
     whole = workplace.train(f"whole{stop}")
-    parts = workplace.train(f"parts{stop}", "--stop-at", stop)
-    assert run(["train", str(parts / "recipe.yaml"), "--resume"]) == 0
+    parts = workplace.train(f"parts{stop}", f"stop.every_steps={stop}")
+    stopped = json.loads((parts / "status.json").read_text())
+    assert (stopped["step"], stopped["reason"]) == (int(stop), f"stop.every_steps = {stop}")
+    assert run(["train", str(parts / "recipe.yaml"), "--resume", "stop.every_steps=99"]) == 0
     assert_same_run(whole, parts)
 
 

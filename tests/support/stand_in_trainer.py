@@ -54,6 +54,8 @@ def main() -> int:
 def act(action: str, run: Path, rank: int, start: int, asked: list[int]) -> int:
     if action == "done":
         return end(run, rank, "done", 0)
+    if action == "timed":
+        return end(run, rank, "stopped", 75, "stop.after_minutes = 230")
     if action == "diverge":
         return end(run, rank, "failed", 1)
     if action == "die" and rank == 1:
@@ -72,16 +74,17 @@ def act(action: str, run: Path, rank: int, start: int, asked: list[int]) -> int:
     return 1 if action == "die" else end(run, rank, "stopped", 75)
 
 
-def end(run: Path, rank: int, state: str, code: int) -> int:
+def end(run: Path, rank: int, state: str, code: int, reason: str = "SIGUSR1") -> int:
     if rank == 0:
         if state == "stopped":
             time.sleep(0.5)  # rank 1 has left before, which must not cut this one short
-        write_status(run, state, code)
+        write_status(run, state, code, reason)
     return code
 
 
-def write_status(run: Path, state: str, code: int) -> None:
-    text = json.dumps({"state": state, "step": 3, "exit_code": code}, indent=2)
+def write_status(run: Path, state: str, code: int, reason: str = "") -> None:
+    content = {"state": state, "step": 3, "exit_code": code, "reason": reason}
+    text = json.dumps(content, indent=2)
     (run / "status.new").write_text(text)
     (run / "status.new").rename(run / "status.json")
 

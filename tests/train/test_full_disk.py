@@ -76,9 +76,11 @@ def test_a_run_that_ends_on_a_full_disk_says_so_and_resumes_when_there_is_room(d
     last = run.text.splitlines()[-2:]
     assert last[0].startswith("failed: checkpoint ")
     assert last[1] == "the newest checkpoint is step-00000005"
-    assert status(config) == {"state": "failed", "step": STEPS, "exit_code": 1}
+    reason = last[0].removeprefix("failed: ")
+    known = {"state": "failed", "step": STEPS, "exit_code": 1, "reason": reason}
+    assert status(config) == known
     refused = started(config, "--resume")
-    assert refused.wait() == 2
+    assert refused.wait() == 1
     assert "No space left on device; make room there, or set `output`" in refused.text
     filler.remove()
     again = started(config, "--resume")

@@ -89,7 +89,7 @@ def test_a_signal_to_one_rank_stops_all_at_the_same_step(on_two, number):
     job.processes[1].send_signal(number)
     assert job.wait() == [75, 75], job.text()
     done = read_metrics(job.run / "metrics.jsonl")[-1]["step"]
-    assert f"stopped by a signal to another rank after step {done} of 4000, saved" in job.text()
+    assert f"stopped by {number.name} on rank 1 after step {done} of 4000, saved" in job.text()
     assert (job.run / "checkpoints" / f"step-{done:08d}" / "manifest.json").exists()
     other = (job.run / "ranks" / "rank-1.log").read_text()
     assert f"stopped by {number.name} after step {done} of 4000, saved" in other

@@ -17,7 +17,7 @@ import torch
 
 from nemotron.device import find_device
 from nemotron.errors import UserError
-from nemotron.exit_codes import DONE, FAILED, WRONG_INPUT
+from nemotron.exit_codes import DONE, FAILED
 from nemotron.ops.apply import ALL
 from nemotron.sol import report
 from nemotron.sol.machine import Machine, known_machine, machine_file, probe, read, write
@@ -32,7 +32,7 @@ def main() -> int:
         return _measure(_options())
     except UserError as problem:
         print(problem, file=sys.stderr)
-        return WRONG_INPUT
+        return problem.exit_code
 
 
 def _options() -> argparse.Namespace:

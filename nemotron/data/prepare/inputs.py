@@ -262,7 +262,7 @@ def _size(path: str) -> int:
         # a pipe that nobody writes would block the call
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
-        raise UserError(f"cannot be read: {error.strerror}.", where=path) from None
+        raise UserError(f"cannot be read: {error.strerror}.", where=path, because=error) from None
     try:
         found = os.fstat(descriptor)
     finally:

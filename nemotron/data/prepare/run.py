@@ -288,7 +288,8 @@ def _in_processes(
     except OSError as error:
         raise UserError(
             f"worker processes cannot share memory: {error.strerror or error} in /dev/shm; use "
-            "--workers 1, or give this machine or container a /dev/shm that can be written."
+            "--workers 1, or give this machine or container a /dev/shm that can be written.",
+            because=error,
         ) from None
     with interrupts.noted() as noted, pool:
         with interrupts.blocked():  # the pool starts its workers here

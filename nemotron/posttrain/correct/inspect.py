@@ -32,7 +32,7 @@ def inspect_recipe(
         tokens = open_source(source, config.data, data.tokenizer, limit)
         print_pairs(source.name, tokens, data.tokenizer, documents=documents)
         if check:
-            check_all(source.name, tokens.path, tokens.train, limit)
+            check_all([tokens.train, tokens.validation], limit)
     if check:
         print_text("all files and all ids are correct")
     batches = PairBatches(config, data.sources, data.specials)

@@ -37,6 +37,7 @@ from nemotron.posttrain.gather import whole_model
 from nemotron.run.files import RunFiles
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.build import build_local
+from nemotron.train.checksums import verify_checksums
 from nemotron.train.layout import MeshCoordinate
 from nemotron.train.schedule import TrainingPlan, build_schedule
 from nemotron.train.setup import Setup, check_end_of_text
@@ -62,10 +63,9 @@ class CorrectionData:
         vocab_size = config.model.vocab_size
         self.specials = specials_of(self.tokenizer, data.eod_token, vocab_size)
         limit = min(vocab_size, self.tokenizer.vocab_size)
-        self.sources = [
-            PairSource(source.name, open_source(source, data, self.tokenizer, limit), config)
-            for source in data.sources
-        ]
+        opened = {s.name: open_source(s, data, self.tokenizer, limit) for s in data.sources}
+        self.streams = [s for tokens in opened.values() for s in (tokens.train, tokens.validation)]
+        self.sources = [PairSource(name, tokens, config) for name, tokens in opened.items()]
         self._config = config
 
     def describe(self) -> list[str]:
@@ -141,6 +141,8 @@ class Correction:
         """
         data = CorrectionData(config)
         check_end_of_text(config, data.tokenizer, is_chat=False)
+        if config.data.verify_checksums:
+            verify_checksums(data.streams, ranks)
         dims = resolve_dims(config.parallel, ranks.world)
         batches = PairBatches(
             config,

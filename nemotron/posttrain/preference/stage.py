@@ -62,7 +62,7 @@ class PreferenceOptimization:
         Raises:
             UserError: when the pairs are unfit, or there is no fitting reference.
         """
-        data = open_data(config, plan)
+        data = open_data(config, plan, ranks)
         data.check_length()
         reference = read_reference(config, data.tokenizer)
         local = build_local(config, device, ranks)
