@@ -147,10 +147,14 @@ def numba_backend(
     )
 
 
+INT16 = "numba_int16"
+"""The backend of products of bfloat16 in 16-bit integers."""
+
+
 def int16_backend(module: str, function: str, *, features: frozenset[str] = frozenset()) -> Backend:
     """Return the backend of a CPU that multiplies bfloat16 rows in 16-bit integers."""
     dtypes = frozenset({torch.bfloat16})
-    return numba_backend(module, function, name="numba_int16", dtypes=dtypes, features=features)
+    return numba_backend(module, function, name=INT16, dtypes=dtypes, features=features)
 
 
 @dataclass(eq=False)

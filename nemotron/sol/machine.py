@@ -13,6 +13,7 @@ from torch import Tensor
 from nemotron.device import measure_matmul_peak, synchronize
 from nemotron.errors import UserError
 from nemotron.files import write_text
+from nemotron.ops.registry import INT16
 from nemotron.ops.tuning.base import user_folder
 from nemotron.section import Section
 from nemotron.sol.bound import Roofs
@@ -38,9 +39,13 @@ class Machine(Section):
     peaks: dict[str, float]
     """FLOP/s of large products of random matrices, by dtype."""
 
-    def roofs(self, dtype: str) -> Roofs:
-        """Return what bounds problems in a dtype."""
-        return Roofs(self.peaks[dtype], self.bandwidth)
+    def roofs(self, dtype: str, backend: str) -> Roofs:
+        """Return what bounds problems in a dtype.
+
+        In 16-bit integers, an instruction takes twice as many products as in float32.
+        """
+        flops = 2 * self.peaks["float32"] if backend == INT16 else self.peaks[dtype]
+        return Roofs(flops, self.bandwidth)
 
     @property
     def kind(self) -> tuple[str, int, str]:

@@ -154,7 +154,7 @@ def measure(candidate: Candidate, machine: Machine, patience: Patience) -> Resul
         counted = _ask(theirs, "count", 0)
         times = _take_turns([ours, theirs], patience)
         error = max(error, _checked(ours, candidate, seed=2))
-    roofs = machine.roofs(candidate.dtype)
+    roofs = machine.roofs(candidate.dtype, candidate.backend)
     least = bound(counted.passes, roofs)
     flops = sum(part.flops for part in counted.passes)
     mine, reference = times

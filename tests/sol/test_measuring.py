@@ -70,6 +70,12 @@ def plant(monkeypatch: pytest.MonkeyPatch, function: object) -> Candidate:
     return found
 
 
+def test_an_instruction_takes_twice_as_many_products_in_integers():
+    found = machine(5.0)
+    assert found.roofs("bfloat16", "numba").flops == 5.0
+    assert found.roofs("bfloat16", "numba_int16").flops == 10.0
+
+
 def test_a_right_backend_gets_a_figure(in_threads, monkeypatch):
     result = measure(plant(monkeypatch, reference), machine(), ALWAYS)
     assert result.beside == "reference"
