@@ -1,4 +1,4 @@
-"""Every command that writes where it is told to, and a folder in which all of them can work."""
+"""Every command that writes to a place it is given, and a folder in which all of them can work."""
 
 import json
 from dataclasses import dataclass
