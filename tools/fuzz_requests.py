@@ -146,7 +146,7 @@ def _model_server() -> Any:  # Any: a client, whose package only developers have
     limits = Limits(400, answer=8, body_bytes=1 << 20)
     size, ends = model.config.vocab_size, frozenset({model.config.eos_token_id})
     translator = Translator(tokenizer, size, chat, limits, JsonForms(tokenizer, size, ends))
-    server = Server("mine", Worker(engine), translator, Access(None, True))
+    server = Server("mine", Worker(engine), translator, Access(None, True), "0")
     return TestClient(server.app(), base_url="http://localhost", raise_server_exceptions=False)
 
 
