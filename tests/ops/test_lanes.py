@@ -47,9 +47,13 @@ def test_powers_beyond_the_range_have_a_limit_and_no_number_stays_none(functions
     x = np.array([-np.inf, -1e30, -90, 90, 1e30, np.inf, np.nan, 0] * 2, dtype=np.float32)
     exps, sigmoids = powers_of(functions, x)
     np.testing.assert_allclose(exps[:3], np.exp(-87.0), rtol=2e-7)
-    assert np.isfinite(exps[3:6]).all() and (exps[3:6] >= 1.6e38).all()
-    assert np.isnan(exps[6]) and np.isnan(sigmoids[6])
-    assert (sigmoids[:2] <= 1e-37).all() and (sigmoids[4:6] == 1).all() and sigmoids[7] == 0.5
+    assert np.isfinite(exps[3:6]).all()
+    assert (exps[3:6] >= 1.6e38).all()
+    assert np.isnan(exps[6])
+    assert np.isnan(sigmoids[6])
+    assert (sigmoids[:2] <= 1e-37).all()
+    assert (sigmoids[4:6] == 1).all()
+    assert sigmoids[7] == 0.5
 
 
 @pytest.mark.parametrize("kind", [np.float32, np.uint16])
@@ -60,8 +64,10 @@ def test_some_numbers_are_read_and_written_and_no_others(functions, kind):
         target, wide = np.zeros(32, kind), np.full(16, -1.0, np.float32)
         copy(source.ctypes.data, target.ctypes.data, count, kind)
         whole = min(count, 16)
-        assert (target[:whole] == source[:whole]).all() and not target[whole:].any()
+        assert (target[:whole] == source[:whole]).all()
+        assert not target[whole:].any()
         widen(source.ctypes.data, wide.ctypes.data, count, kind)
         bits = source[:whole].astype(np.uint32) << 16
         expected = source[:whole] if kind is np.float32 else bits.view(np.float32)
-        assert (wide[:whole] == expected).all() and not wide[whole:].any()
+        assert (wide[:whole] == expected).all()
+        assert not wide[whole:].any()
