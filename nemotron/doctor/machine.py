@@ -25,6 +25,7 @@ PACKAGES = {
     "wandb": "",
     "tensorboard": "pip install 'nemotron-train[track]'",
     "trackio": "pip install 'nemotron-train[track]'",
+    "numba": "pip install 'nemotron-train[cpu]'",
     "triton": "comes with torch for CUDA",
     "mamba-ssm": "pip install 'mamba-ssm>=2.3' --no-build-isolation",
     "causal-conv1d": "pip install 'causal-conv1d>=1.6' --no-build-isolation",

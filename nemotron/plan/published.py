@@ -138,7 +138,7 @@ TABLE = "Megatron-Bridge: docs/performance-summary.md"
 ARCHIVE = "Megatron-Bridge: docs/performance-summary-archive.md"
 CARD = "Megatron-Bridge: examples/model_verification_cards"
 AUTOMODEL = "Automodel: docs/performance-summary.mdx"  # its DeepEP sends once for each node
-OWN = "docs/benchmarks.md"  # forward, backward and optimizer on one GPU, without exchanges
+OWN = "docs/benchmarks_gpu.md"  # forward, backward and optimizer on one GPU, without exchanges
 EVERYTHING = ("mamba", "attention", "moe", "mlp")
 
 

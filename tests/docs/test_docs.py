@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 from pydantic import BaseModel
 from ruamel.yaml import YAML
 
@@ -15,6 +16,7 @@ from nemotron import cli
 from nemotron.data.config import BlendConfig
 from nemotron.model.parameters import count_parameters
 from nemotron.ops.apply import ALL
+from nemotron.ops.registry import Backend
 from nemotron.recipe.blend import read_blend
 from nemotron.recipe.load import load_recipe
 from nemotron.recipe.stages import STAGES
@@ -238,13 +240,23 @@ def rows_of(table: str, page: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[1:]]
 
 
+def limits_of(backend: Backend) -> str:
+    """Return what the table says of a backend, in its words."""
+    words = ["GPU"] * (backend.devices == {"cuda"}) + ["CPU"] * (backend.devices == {"cpu"})
+    words += ["bfloat16"] * (backend.dtypes == {torch.bfloat16})
+    # which CPUs use this one without its name depends on their instructions
+    words += ["by name"] * (backend.by_name and backend.name != "float32_products")
+    return ", ".join(words)
+
+
 def test_the_page_on_backends_lists_those_that_are_registered():
     listed = {
-        row[0].strip("`"): re.findall(r"`(\w+)`", row[1])
+        row[0].strip("`"): re.findall(r"`(\w+)`(?: \(([^)]*)\))?", row[1])
         for row in rows_of("| Operation | Backends", "docs/backends.md")
     }
     assert listed == {
-        operation.name: [backend.name for backend in operation.backends] for operation in ALL
+        operation.name: [(backend.name, limits_of(backend)) for backend in operation.backends]
+        for operation in ALL
     }
 
 

@@ -171,7 +171,7 @@ def test_the_peak_of_a_step_of_one_micro_batch_on_an_h100_is_met():
     dims, _ = layout_of(setting, 1)
     need = memory(setting.job(main_stretch(list(setting.stretches)), dims))
     allocated = (need.total - need.terms["runtime"]) / GIB
-    # 36.75 GiB were allocated on 2026-11-27 (docs/benchmarks.md); above is the safe side
+    # 36.75 GiB were allocated on 2026-11-27 (docs/benchmarks_gpu.md); above is the safe side
     assert 36.75 < allocated < 36.75 * 1.06
     two = load_recipe(TINY.parents[1] / "nano/pretrain.yaml", [*changes, "batch.micro_batch=1"])
     setting = read_setting(two.text, plan_training(two.text), find_hardware("h100", 1))

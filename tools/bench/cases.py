@@ -84,8 +84,8 @@ CASES = [
     Case("super-bf16", "train", "super", 4, 512, ("bf16",), 2.6, 2.9),
     Case("nano-8192", "train", "nano", 1, 8192, ("fp32", "bf16"), 3.0, 3.5, kept=2),
     Case("ssd", "ssd", "nano", 1, 2048, ("fp32", "bf16"), 6.0, 10.0, kept=15),
-    Case("decode-1", "decode", "nano", 1, 128, ("fp32", "bf16"), 2.3, 8.0),
-    Case("decode-8", "decode", "nano", 8, 128, ("fp32", "bf16"), 2.3, 8.0),
+    Case("decode-1", "decode", "nano", 1, 128, ("fp32", "bf16"), 5.0, 8.0),
+    Case("decode-8", "decode", "nano", 8, 128, ("fp32", "bf16"), 5.0, 8.0),
     Case("prefill-512", "prefill", "nano", 1, 512, ("fp32", "bf16"), 2.0, 3.0),
     Case("prefill-2048", "prefill", "nano", 1, 2048, ("fp32", "bf16"), 2.0, 3.0),
 ]
