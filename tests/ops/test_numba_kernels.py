@@ -231,10 +231,11 @@ def test_attention_passes_on_what_is_not_a_number():
 @pytest.mark.parametrize("with_state", [True, False])
 @pytest.mark.parametrize("with_documents", [False, True])
 @pytest.mark.parametrize("length", [1, 3, 128, 300])
+@pytest.mark.parametrize("channels", [10, 48])  # 48 make three whole vectors
 def test_the_convolution_agrees(
-    length: int, with_documents: bool, with_state: bool, activation: bool
+    channels: int, length: int, with_documents: bool, with_state: bool, activation: bool
 ):
-    inputs = convolution(2, length)
+    inputs = convolution(2, length, channels)
     inputs = inputs if with_state else [*inputs[:3], None]
     ids = Draw(1).documents(2, length) if with_documents else None
     exact = results(causal_conv1d.reference, doubled(inputs), ids, activation)
@@ -254,7 +255,7 @@ def test_the_convolution_takes_any_width_slices_and_no_bias(width: int):
     assert worst([sliced], [exact[0]]) <= 2e-6
 
 
-@pytest.mark.parametrize("shape", [(1, 12), (3, 5, 12), (2, 150, 24)])
+@pytest.mark.parametrize("shape", [(1, 12), (3, 5, 12), (2, 150, 24), (3, 228)])
 def test_the_norms_agree(shape: tuple[int, ...]):
     d = Draw(sum(shape))
     scale = torch.exp(torch.empty(*shape[:-1], 1).uniform_(-6, 3, generator=d.generator))

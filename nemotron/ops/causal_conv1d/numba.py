@@ -24,7 +24,9 @@ class _Conv(torch.autograd.Function):
     ) -> Tensor:
         found = kernels(MODULE, x.dtype)
         y = torch.empty(x.shape, dtype=x.dtype)
-        values = _inputs(x, weight, bias, state, ids, activation) | scratch(x.shape[2])
+        values = _inputs(x, weight, bias, state, ids, activation) | scratch(
+            x.shape[2] + found.LANES
+        )
         run(found.forward, found.CALL, x.dtype, values | {"y": y})
         ctx.save_for_backward(x, weight, bias, state, ids)
         ctx.activation = activation
@@ -41,7 +43,7 @@ class _Conv(torch.autograd.Function):
         parts = torch.empty(values["rows"] * values["blocks"], width + 1, channels)
         values |= {"dy": dy, "dy_row": dy.stride(0), "dy_token": dy.stride(1), "dx": dx}
         values |= {"dstate": 0 if dstate is None else dstate, "parts": parts}
-        run(found.backward, found.CALL, x.dtype, values | scratch((width + 2) * channels))
+        run(found.backward, found.CALL, x.dtype, values | scratch(found.numbers(width, channels)))
         sums = add_up(parts)
         return (
             dx,

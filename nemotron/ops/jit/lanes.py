@@ -2,19 +2,26 @@
 
 import operator
 
+import numpy as np
 from llvmlite import ir
-from numba import types
+from numba import njit, types
+from numba.core import cgutils
 from numba.extending import intrinsic, models, overload, register_model
 
+from nemotron.ops.jit import powers
 from nemotron.ops.jit.vectors import (
     _F32,
     _I16,
     _I32,
+    _I64,
     _VECTOR,
     LANES,
+    _at,
     _fma,
+    _function,
     _is_bf16,
     _load,
+    _pointer,
     _splat,
     _store,
     _sum_lanes,
@@ -81,6 +88,47 @@ def read(context, address, kind):
     return _lanes(types.int64, kind), generate
 
 
+def _copy(b, source, target, count, kind):
+    """Copy some numbers; a call, since it is rare and would take registers from what is not."""
+
+    def fill(b, arguments):
+        source, target, count = arguments
+        with cgutils.for_range(b, count, intp=_I64) as loop:
+            offset = b.mul(loop.index, _I64(size))
+            b.store(b.load(_pointer(b, _at(b, source, offset), bits), align=size),
+                    _pointer(b, _at(b, target, offset), bits), align=size)  # fmt: skip
+        b.ret_void()
+
+    bits, size = (_I16, 2) if _is_bf16(kind) else (_I32, 4)
+    copy = _function(b.module, f"nemotron_copy_{size}", [_I64] * 3, fill)
+    b.call(copy, [source, target, count])
+
+
+def _room(b, kind):
+    return cgutils.alloca_once(b, ir.VectorType(_I16 if _is_bf16(kind) else _I32, LANES))
+
+
+@intrinsic
+def read_some(context, address, count, kind):
+    """Return the first numbers of a format at an address, sixteen at most, and 0 behind them."""
+
+    def generate(context, b, signature, arguments):
+        address, count, _ = arguments
+        room, result = _room(b, kind), cgutils.alloca_once(b, _VECTOR)
+        is_whole = b.icmp_signed(">=", count, _I64(LANES))
+        with b.if_else(is_whole, likely=True) as (whole, some):
+            with whole:
+                b.store(_load(b, address, bf16=_is_bf16(kind)), result)
+            with some:
+                b.store(ir.Constant(room.type.pointee, None), room)
+                place = b.ptrtoint(room, _I64)
+                _copy(b, address, place, count, kind)
+                b.store(_load(b, place, bf16=_is_bf16(kind)), result)
+        return b.load(result)
+
+    return _lanes(types.int64, types.int64, kind), generate
+
+
 def _narrow(b, vector):
     """Return bfloat16 numbers, rounded to nearest even; NaN stays NaN."""
     bits = b.bitcast(vector, _BITS)
@@ -111,10 +159,30 @@ def write(context, address, vector, kind):
     def generate(context, b, signature, arguments):
         address, vector, _ = arguments
         vector = _narrow(b, vector) if _is_bf16(kind) else vector
-        b.store(vector, b.inttoptr(address, vector.type.as_pointer()), align=2)
+        b.store(vector, _pointer(b, address, vector.type), align=2)
         return context.get_dummy_value()
 
     return types.void(types.int64, _lanes, kind), generate
+
+
+@intrinsic
+def write_some(context, address, vector, count, kind):
+    """Write the first numbers of a vector in a format to an address, sixteen at most."""
+
+    def generate(context, b, signature, arguments):
+        address, vector, count, _ = arguments
+        vector, room = _narrow(b, vector) if _is_bf16(kind) else vector, _room(b, kind)
+        is_whole = b.icmp_signed(">=", count, _I64(LANES))
+        with b.if_else(is_whole, likely=True) as (whole, some):
+            with whole:
+                b.store(vector, _pointer(b, address, vector.type), align=2)
+            with some:
+                place = b.ptrtoint(room, _I64)
+                b.store(vector, _pointer(b, place, vector.type), align=2)
+                _copy(b, place, address, count, kind)
+        return context.get_dummy_value()
+
+    return types.void(types.int64, _lanes, types.int64, kind), generate
 
 
 @intrinsic
@@ -148,18 +216,41 @@ def _multiply(context, x, y):
     return _lanes(_lanes, _lanes), lambda context, b, signature, arguments: b.fmul(*arguments)
 
 
-@overload(operator.add)
-def _added(x, y):
-    if isinstance(x, _Lanes) and isinstance(y, _Lanes):
-        return lambda x, y: _add(x, y)
-    return None
+@intrinsic
+def _subtract(context, x, y):
+    return _lanes(_lanes, _lanes), lambda context, b, signature, arguments: b.fsub(*arguments)
 
 
-@overload(operator.mul)
-def _multiplied(x, y):
-    if isinstance(x, _Lanes) and isinstance(y, _Lanes):
-        return lambda x, y: _multiply(x, y)
-    return None
+@intrinsic
+def _divide(context, x, y):
+    return _lanes(_lanes, _lanes), lambda context, b, signature, arguments: b.fdiv(*arguments)
+
+
+def _overload(sign, function):
+    @overload(sign)
+    def of_lanes(x, y):
+        if isinstance(x, _Lanes) and isinstance(y, _Lanes):
+            return lambda x, y: function(x, y)
+        return None
+
+
+_overload(operator.add, _add)
+_overload(operator.sub, _subtract)
+_overload(operator.mul, _multiply)
+_overload(operator.truediv, _divide)
+
+
+@intrinsic
+def exp(context, vector):
+    """Return e to the power of each number."""
+    return _lanes(_lanes), lambda context, b, signature, arguments: powers.exp(b, arguments[0])
+
+
+@njit
+def sigmoid(x):
+    """Return 1 / (1 + e^-x)."""
+    one = splat(np.float32(1.0))
+    return one / (one + exp(zeros() - x))
 
 
 def _compare(b, sign, count):

@@ -97,16 +97,6 @@ def encode(context, value, kind):
 
 
 @intrinsic
-def _divide(context, x, y):
-    """Return x / y; Python's own looks for zeros, and a loop with that never becomes vectors."""
-
-    def generate(context, b, signature, arguments):
-        return b.fdiv(*arguments)
-
-    return types.float32(types.float32, types.float32), generate
-
-
-@intrinsic
 def fma(context, x, y, z):
     """Return x y + z, rounded once."""
 
@@ -157,12 +147,6 @@ def expm1(x):
     p = fma(p, r * r, r)
     power = _from_bits((np.int32(n) + np.int32(127)) << np.int32(23))
     return fma(power, p, power - np.float32(1.0))
-
-
-@njit
-def sigmoid(x):
-    """Return 1 / (1 + e^-x)."""
-    return _divide(np.float32(1.0), np.float32(1.0) + exp(-x))
 
 
 @njit

@@ -10,12 +10,12 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
+from nemotron.ops.jit.powers import all_of, exp2
 from nemotron.ops.jit.strips import ROW, _call
 from nemotron.ops.jit.vectors import (
     _F32,
     _I32,
     _I64,
-    _VECTOR,
     LANES,
     _at,
     _fma,
@@ -29,28 +29,6 @@ from nemotron.ops.jit.vectors import (
 LOWEST = -1e30
 """What a score is that a query does not see, and its highest one before it has seen any."""
 _BITS = ir.VectorType(_I32, LANES)
-_POLYNOMIAL = (
-    *(1.3264727065e-03, 9.6715126489e-03, 5.5507337437e-02, 2.4022242085e-01, 6.9314697760e-01),
-    1.0,
-)
-"""Of 2^x for |x| <= 1/2, by least greatest relative error (9e-8) among those that are 1 at 0."""
-
-
-def _all(value):
-    return ir.Constant(_VECTOR, [value] * LANES)
-
-
-def _exp2(b, x):
-    """Return 2^x for x <= 0, or a little above, with an error of about a unit in the last place."""
-    lowest, shift = _all(-125.0), _all(12582912.0)  # 1.5 · 2^23: adding it rounds to an integer
-    x = b.select(b.fcmp_ordered("<", x, lowest), lowest, x)  # NaN stays NaN
-    shifted = b.fadd(x, shift)
-    rest = b.fsub(x, b.fsub(shifted, shift))
-    power = _all(_POLYNOMIAL[0])
-    for coefficient in _POLYNOMIAL[1:]:
-        power = _fma(b, power, rest, _all(coefficient))
-    exponent = b.shl(b.bitcast(shifted, _BITS), ir.Constant(_BITS, [23] * LANES))
-    return b.bitcast(b.add(b.bitcast(power, _BITS), exponent), _VECTOR)
 
 
 def _greater(b, x, y):
@@ -111,10 +89,10 @@ def advance(context, scores, rows, top, total, sums, depth):
 
         with cgutils.for_range(b, rows, intp=_I64) as loop:
             place = _row(b, scores, loop.index)
-            power = _exp2(b, b.fsub(_load(b, place), now))
+            power = exp2(b, b.fsub(_load(b, place), now))
             _store(b, power, place)
             b.store(b.fadd(b.load(added), power), added)
-        factor = _exp2(b, b.fsub(before, now))
+        factor = exp2(b, b.fsub(before, now))
         _store(b, _fma(b, _load(b, total), factor, b.load(added)), total)
         changed = b.bitcast(b.fcmp_unordered("!=", before, now), ir.IntType(LANES))
         any_of_them = b.icmp_unsigned("!=", changed, ir.IntType(LANES)(0))
@@ -137,7 +115,7 @@ def retreat(context, scores, slopes, rows, logs, inner):
 
         with cgutils.for_range(b, rows, intp=_I64) as loop:
             place, other = _row(b, scores, loop.index), _row(b, slopes, loop.index)
-            power = _exp2(b, b.fsub(_load(b, place), log))
+            power = exp2(b, b.fsub(_load(b, place), log))
             _store(b, power, place)
             _store(b, b.fmul(power, b.fsub(_load(b, other), mean)), other)
         b.ret_void()
@@ -170,7 +148,7 @@ def exponentiate(context, strip, tops, sums, rows):
         with cgutils.for_range(b, rows, intp=_I64) as loop:
             place, added = _row(b, strip, loop.index), _row(b, sums, loop.index)
             below = b.fsub(_load(b, place), _load(b, _row(b, tops, loop.index)))
-            power = _exp2(b, b.fmul(below, _all(1.4426950408889634)))
+            power = exp2(b, b.fmul(below, all_of(1.4426950408889634)))
             _store(b, power, place)
             _store(b, b.fadd(_load(b, added), power), added)
         b.ret_void()

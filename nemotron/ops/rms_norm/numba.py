@@ -25,7 +25,7 @@ class _Norm(torch.autograd.Function):
     ) -> Tensor:
         found = kernels(MODULE, x.dtype)
         y, scale = torch.empty(x.shape, dtype=x.dtype), torch.empty(x.shape[0], groups)
-        values = _inputs(x, z, weight, groups) | scratch(x.shape[1])
+        values = _inputs(x, z, weight, groups) | scratch(x.shape[1] + found.LANES)
         values |= {"eps": eps, "scale": scale, "y": y}
         kernel = found.forward if z is None else found.gated_forward
         run(kernel, found.CALL, x.dtype, values)
@@ -41,7 +41,7 @@ class _Norm(torch.autograd.Function):
         dy, dx = _rows(dy), torch.empty(x.shape, dtype=x.dtype)
         dz = None if z is None else torch.empty(x.shape, dtype=z.dtype)
         parts = torch.empty(units, size)
-        values = _inputs(x, z, weight, scale.shape[1]) | scratch(4 * size)
+        values = _inputs(x, z, weight, scale.shape[1]) | scratch(4 * (size + found.LANES))
         values |= {"units": units, "scale": scale, "dy": dy, "dy_row": dy.stride(0), "dx": dx}
         values |= {"dz": 0 if dz is None else dz, "parts": parts}
         kernel = found.backward if z is None else found.gated_backward

@@ -289,19 +289,19 @@ def copy_or_add(
 ) -> Float[Tensor, "after I"]:
     """Return the rows of tokens for `copy`, the tokens' sums of rows for `add`."""
     if direction == "copy":
-        return values[token]
+        return values.index_select(0, token)
     wide = torch.promote_types(values.dtype, torch.float32)
     ends = torch.cat([starts[1:], starts.new_tensor([place.shape[0]])])
     number = torch.arange(place.shape[0], device=place.device)
     belongs = (number >= starts[:, None]) & (number < ends[:, None])  # [M, copies]
-    return (belongs.to(wide) @ values.to(wide)[place]).to(values.dtype)
+    return (belongs.to(wide) @ values.to(wide).index_select(0, place)).to(values.dtype)
 
 
 class _Copy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, token: Tensor, place: Tensor, starts: Tensor) -> Tensor:
         ctx.save_for_backward(place, starts)
-        return x[token]
+        return x.index_select(0, token)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
@@ -317,7 +317,7 @@ class _Add(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         (token,) = ctx.saved_tensors
-        return grad[token], None, None, None
+        return grad.index_select(0, token), None, None, None
 
 
 def _sum(rows: Tensor, place: Tensor, starts: Tensor) -> Tensor:

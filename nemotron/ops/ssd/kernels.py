@@ -42,19 +42,19 @@ NEAR_1 = np.float32(-0.5)
 """Logarithm of the decays that are closer to 1 than to 0."""
 
 
-def forward_numbers(head_size, N):
-    """Return how many numbers of scratch a thread needs to go forward."""
-    return CHUNK * (3 * N + 3 * CHUNK + 3 * head_size + VECTORS)
+def forward_numbers(head_size, N, heads):
+    """Return how many numbers of scratch a thread needs to go forward through a group's heads."""
+    return heads * head_size * N + CHUNK * (3 * N + 3 * CHUNK + 3 * head_size + VECTORS)
 
 
-def backward_numbers(head_size, N):
-    """Return how many numbers of scratch a thread needs to go back."""
-    return CHUNK * (7 * N + 5 * CHUNK + 6 * head_size + VECTORS)
+def backward_numbers(head_size, N, heads):
+    """Return how many numbers of scratch a thread needs to go back through a group's heads."""
+    return heads * head_size * N + CHUNK * (7 * N + 5 * CHUNK + 6 * head_size + VECTORS)
 
 
 @njit(nogil=True, cache=True)
 def forward(address, thread, threads, kind):
-    """Fill y and the states at the beginning of each chunk; `state` becomes the last one."""
+    """Fill y, the states at the beginning of each chunk and the last one; `first` may be 0."""
     call = items(address, 1, CALL)[0]
     begin, end = share(call.rows * call.groups, thread, threads)
     scratch = call.scratch + thread * call.scratch_size
@@ -66,7 +66,8 @@ def forward(address, thread, threads, kind):
 @njit
 def _forward(call, row, group, scratch, kind):
     N, P, heads = call.state_size, call.head_size, call.heads // call.groups
-    B = scratch
+    size = P * N * 4
+    B = scratch + heads * size
     B_columns = B + N * TOKENS
     C_columns = B_columns + N * TOKENS
     G = C_columns + N * TOKENS
@@ -77,6 +78,9 @@ def _forward(call, row, group, scratch, kind):
     y_columns = y + P * TOKENS
     vectors = y_columns + P * TOKENS
     dts, since = vectors, vectors + 3 * TOKENS
+    own = (row * call.heads + group * heads) * size
+    for head in range(heads):
+        _read_state(call.first, own + head * size, P, N, scratch + head * size)
     for chunk in range(call.chunks):
         begin = chunk * CHUNK
         count = min(CHUNK, call.length - begin)
@@ -89,13 +93,13 @@ def _forward(call, row, group, scratch, kind):
         _lower(C_columns, B_columns, N, G)
         for head in range(group * heads, (group + 1) * heads):
             place = row * call.heads + head
-            state = call.state + place * P * N * 4
-            before = call.states + (place * call.chunks + chunk) * P * N * 4
+            state = scratch + head % heads * size
+            before = call.states + (place * call.chunks + chunk) * size
             base, less = _decays(call, row, head, begin, count, vectors, D)
             source = _place(call.x, call.x_row, call.x_token, row, begin, head, P, kind)
             _read(source, call.x_token, count, P, x, kind)
             bases, falls = splat(base), splat(less)
-            for at in range(0, P * N * 4, ROW):
+            for at in range(0, size, ROW):
                 old = load(state + at)
                 store(before + at, old)
                 store(state + at, fma(falls, old, bases * old))
@@ -113,6 +117,30 @@ def _forward(call, row, group, scratch, kind):
             target = _place(call.y, call.length * tokens, tokens, row, begin, head, P, kind)
             _output(call, head, count, x, y, vectors, target, kind)
             _multiply_transposed(x, CHUNK, P, B, N, state, False)
+    for head in range(heads):
+        _write_state(scratch + head * size, P, N, call.last, own + head * size)
+
+
+@njit
+def _read_state(source, offset, P, N, target):
+    """Write a state [P, N] in strips; where there is none, zeros."""
+    for p in range(P):
+        for strip in range(N // LANES):
+            at = target + (strip * P + p) * ROW
+            if source:
+                store(at, load(source + offset + (p * N + strip * LANES) * 4))
+            else:
+                store(at, zeros())
+
+
+@njit
+def _write_state(source, P, N, target, offset):
+    """Write a state's strips as [P, N], where that is wanted."""
+    if target:
+        for p in range(P):
+            for strip in range(N // LANES):
+                place = target + offset + (p * N + strip * LANES) * 4
+                store(place, load(source + (strip * P + p) * ROW))
 
 
 @njit
@@ -133,7 +161,10 @@ def _output(call, head, count, x, y, vectors, target, kind):
 
 @njit(nogil=True, cache=True)
 def backward(address, thread, threads, kind):
-    """Fill dx, dB, dC and ddt, add up dA and dD; `state` goes back to the first one's gradient."""
+    """Fill dx, dB, dC and ddt, and add up dA and dD.
+
+    `last` is the last state's gradient, or 0; that of the first one is written where it is wanted.
+    """
     call = items(address, 1, CALL)[0]
     begin, end = share(call.rows * call.groups, thread, threads)
     scratch = call.scratch + thread * call.scratch_size
@@ -144,8 +175,9 @@ def backward(address, thread, threads, kind):
 
 @njit
 def _backward(call, row, group, scratch, kind):
-    N, heads = call.state_size, call.heads // call.groups
-    B = scratch
+    N, P, heads = call.state_size, call.head_size, call.heads // call.groups
+    size = P * N * 4
+    B = scratch + heads * size
     C = B + N * TOKENS
     B_columns = C + N * TOKENS
     C_columns = B_columns + N * TOKENS
@@ -155,6 +187,9 @@ def _backward(call, row, group, scratch, kind):
     G = dC + N * TOKENS
     dG = G + CHUNK * TOKENS
     rest = dG + CHUNK * TOKENS
+    own = (row * call.heads + group * heads) * size
+    for head in range(heads):
+        _read_state(call.last, own + head * size, P, N, scratch + head * size)
     for chunk in range(call.chunks - 1, -1, -1):
         begin = chunk * CHUNK
         count = min(CHUNK, call.length - begin)
@@ -168,8 +203,9 @@ def _backward(call, row, group, scratch, kind):
         _clear(dB, 2 * CHUNK * N)  # and dC_columns behind it
         _clear(dG, CHUNK * CHUNK)
         for head in range(group * heads, (group + 1) * heads):
-            _retreat(call, row, head, chunk, C, B_columns, C_columns, dB, dC_columns, dC, G, dG,
-                     rest, kind)  # fmt: skip
+            slope = scratch + head % heads * size
+            _retreat(call, row, head, chunk, slope, C, B_columns, C_columns, dB, dC_columns, dC, G,
+                     dG, rest, kind)  # fmt: skip
         _transpose(dC_columns, N, CHUNK, dC)
         _multiply_lower(dG, B, N, dC)
         for strip in range(N // LANES):
@@ -183,13 +219,15 @@ def _backward(call, row, group, scratch, kind):
         _write(dB, tokens, count, N, target, kind)
         target = _place(call.dC, call.length * tokens, tokens, row, begin, group, N, kind)
         _write(dC, tokens, count, N, target, kind)
+    for head in range(heads):
+        _write_state(scratch + head * size, P, N, call.first, own + head * size)
 
 
 @njit
 def _retreat(
-    call, row, head, chunk, C, B_columns, C_columns, dB, dC_columns, dC, G, dG, rest, kind
+    call, row, head, chunk, slope, C, B_columns, C_columns, dB, dC_columns, dC, G, dG, rest, kind
 ):
-    """Go back through a chunk of a head; `dC` is room for its part."""
+    """Go back through a chunk of a head; `slope` is its state's gradient, `dC` room for a part."""
     N, P = call.state_size, call.head_size
     D = rest
     K = D + CHUNK * TOKENS
@@ -208,7 +246,6 @@ def _retreat(
         vectors + 8 * TOKENS,
     )
     place = row * call.heads + head
-    slope = call.state + place * P * N * 4
     before = call.states + (place * call.chunks + chunk) * P * N * 4
     begin = chunk * CHUNK
     count = min(CHUNK, call.length - begin)
@@ -494,7 +531,21 @@ def _clear(target, count):
 FIELDS = (
     *("rows", "length", "chunks", "heads", "groups", "head_size", "state_size"),
     *("x", "x_row", "x_token", "dt", "A", "B", "B_row", "B_token", "C", "C_row", "C_token"),
-    *("D", "ids", "state", "states", "y", "dy", "dy_row", "dy_token", "dx", "dB", "dC", "ddt"),
+    *(
+        "D",
+        "ids",
+        "first",
+        "last",
+        "states",
+        "y",
+        "dy",
+        "dy_row",
+        "dy_token",
+        "dx",
+        "dB",
+        "dC",
+        "ddt",
+    ),
     *("dA", "dD", "scratch", "scratch_size", "counter"),
 )
 CALL = np.dtype([(name, np.int64) for name in FIELDS])

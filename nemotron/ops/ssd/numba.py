@@ -21,34 +21,41 @@ class _Scan(torch.autograd.Function):
         B: Tensor,
         C: Tensor,
         D: Tensor,
-        state: Float[Tensor, "b H strips P lanes"],
+        state: Float[Tensor, "b H P N"] | None,
         ids: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         found = kernels(MODULE, x.dtype)
-        chunks = -(-x.shape[1] // found.CHUNK)
-        states = state.new_empty(*state.shape[:2], chunks, *state.shape[2:])
-        last, y = state.clone(), torch.empty(x.shape, dtype=x.dtype)
+        b, length, heads, P = x.shape
+        chunks, N = -(-length // found.CHUNK), B.shape[3]
+        states = torch.empty(b, heads, chunks, P * N)
+        last, y = torch.empty(b, heads, P, N), torch.empty(x.shape, dtype=x.dtype)
         values = _inputs(x, dt, A, B, C, D, ids, chunks)
-        values |= scratch(found.forward_numbers(x.shape[3], B.shape[3]))
-        values |= {"state": last, "states": states, "y": y}
+        values |= scratch(found.forward_numbers(P, N, heads // B.shape[2]))
+        values |= {"first": 0 if state is None else state, "last": last, "states": states, "y": y}
         run(found.forward, found.CALL, x.dtype, values)
         ctx.save_for_backward(x, dt, A, B, C, D, ids, states)
+        ctx.set_materialize_grads(False)
         return y, last
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor, dstate: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, dy: Tensor | None, dlast: Tensor | None) -> tuple[Tensor | None, ...]:
         x, dt, A, B, C, D, ids, states = ctx.saved_tensors
         found = kernels(MODULE, x.dtype)
         dx, dB, dC = (torch.empty(t.shape, dtype=t.dtype) for t in (x, B, C))
         dA, dD = torch.zeros(2, x.shape[0], x.shape[2], dtype=torch.float64)
-        slope = dstate.clone(memory_format=torch.contiguous_format)
-        ddt, dy = torch.empty_like(dt), _rows(dy)
+        ddt, dy = torch.empty_like(dt), torch.zeros_like(x) if dy is None else _rows(dy)
+        dlast = None if dlast is None else dlast.contiguous()
+        b, _, heads, P = x.shape
+        N = B.shape[3]
+        dfirst = torch.empty(b, heads, P, N) if ctx.needs_input_grad[6] else None
         values = _inputs(x, dt, A, B, C, D, ids, states.shape[2])
-        values |= scratch(found.backward_numbers(x.shape[3], B.shape[3]))
-        values |= {"state": slope, "states": states, "dx": dx, "dB": dB, "dC": dC, "ddt": ddt}
-        values |= {"dA": dA, "dD": dD, "dy": dy, "dy_row": dy.stride(0), "dy_token": dy.stride(1)}
+        values |= scratch(found.backward_numbers(P, N, heads // B.shape[2]))
+        values |= {"last": 0 if dlast is None else dlast, "states": states}
+        values |= {"first": 0 if dfirst is None else dfirst, "dx": dx, "dB": dB, "dC": dC}
+        values |= {"ddt": ddt, "dA": dA, "dD": dD}
+        values |= {"dy": dy, "dy_row": dy.stride(0), "dy_token": dy.stride(1)}
         run(found.backward, found.CALL, x.dtype, values)
-        return dx, ddt, dA.sum(0).float(), dB, dC, dD.sum(0).float(), slope, None
+        return dx, ddt, dA.sum(0).float(), dB, dC, dD.sum(0).float(), dfirst, None
 
 
 def _inputs(
@@ -87,12 +94,7 @@ def ssd(
     seq_idx: Int[Tensor, "B T"] | None,
 ) -> tuple[Float[Tensor, "B T H P"], Float[Tensor, "B H P N"]]:
     """Scan chunk by chunk, in float32."""
-    b, _, heads, P = x.shape
-    N = B.shape[3]
-    if initial_state is None:
-        initial_state = torch.zeros(b, heads, P, N)
-    state = initial_state.float().unflatten(3, (-1, 16)).transpose(2, 3).contiguous()
+    state = None if initial_state is None else initial_state.float().contiguous()
     ids = None if seq_idx is None else seq_idx.to(torch.int64).contiguous()
     inputs = (_rows(x), dt.contiguous(), A.contiguous(), _rows(B), _rows(C), D.contiguous())
-    y, state = _Scan.apply(*inputs, state, ids)
-    return y, state.transpose(2, 3).flatten(3)
+    return _Scan.apply(*inputs, state, ids)
