@@ -34,7 +34,7 @@ FIELDS = (
     *("model", "messages", "prompt", "tools", "tool_choice", "n", "stop", "seed", "stream"),
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "logit_bias", "logprobs"),
     *("top_logprobs", "stream_options", "chat_template_kwargs", "reasoning_budget"),
-    *("presence_penalty", "response_format", "metadata", "user", "reasoning_effort"),
+    *("presence_penalty", "response_format", "metadata", "user", "reasoning_effort", "echo"),
     *(
         "min_tokens",
         "stop_token_ids",
@@ -74,6 +74,7 @@ RIGHT: Json = {
     "min_p": 0.1,
     "logit_bias": {"7": 5},
     "logprobs": 1,
+    "echo": True,
     "presence_penalty": 1,
     "stream_options": {"include_usage": True},
     "reasoning_budget": 1,

@@ -181,8 +181,9 @@ class Completion:
         """Return the likeliest tokens and the own one; of several with one text, the likeliest."""
         if scored.logprob is None:
             return None
-        found = {self._text_of(scored.token): scored.logprob}
-        found |= {self._text_of(s.token): s.logprob for s in reversed(scored.top)}
+        likeliest = {score.token: score.logprob for score in scored.top}
+        likeliest.setdefault(scored.token, scored.logprob)
+        found = {self._text_of(token): value for token, value in reversed(likeliest.items())}
         return dict(reversed(found.items()))
 
     def _text_of(self, token: int) -> str:

@@ -17,9 +17,9 @@ from nemotron.model.hybrid import HybridLM
 from tests.support.models import build
 
 LONG = tuple((7 * place + place**2 // 3) % 61 for place in range(45))
-PROMPTS = [LONG, LONG[:20], LONG[:31] + (5, 9), (4,), (4, 11), LONG]
+PROMPTS = [LONG, LONG[:20], (*LONG[:31], 5, 9), (4,), (4, 11), LONG]
 TOP = 3
-# float64 log-probabilities in float32's range of places, computed in other shapes
+# float64 log-probabilities, computed in other shapes
 CLOSE = {"rtol": 0, "atol": 1e-9}
 
 
