@@ -26,7 +26,13 @@ from nemotron.serve.response_body import ResponseAnswer
 from nemotron.serve.responses import ResponsesRequest
 from nemotron.serve.schemas import ChatRequest, Common, CompletionRequest
 from nemotron.serve.split import Splitter
-from nemotron.serve.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from nemotron.serve.tokens import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    detokenize,
+    tokenize,
+    tokenizer_info,
+)
 from nemotron.serve.translate import Translator
 from nemotron.serve.worker import Ended, Stream, Worker
 
@@ -62,6 +68,7 @@ class Server:
             self._route("/version", self._version),
             self._route("/tokenize", self._tokenize, method="POST"),
             self._route("/detokenize", self._detokenize, method="POST"),
+            self._route("/tokenizer_info", self._tokenizer_info),
             self._route("/v1/models", self._models),
             self._route("/v1/models/{name:path}", self._model),
             self._route("/v1/completions", self._complete, method="POST"),
@@ -116,6 +123,9 @@ class Server:
     async def _detokenize(self, request: Request) -> Response:
         asked = await self._read(request, DetokenizeRequest)
         return JSONResponse(await asyncio.to_thread(detokenize, self.translator, asked))
+
+    async def _tokenizer_info(self, request: Request) -> Response:
+        return JSONResponse(tokenizer_info(self.translator, self.worker.engine.model.config))
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._description()]})
