@@ -123,6 +123,8 @@ def malformed(model: str, host: str, draw: random.Random) -> bytes:
     elif path.startswith(b"/v1/"):
         body["max_tokens"] = 2
         body |= {key: RIGHT[key] for key in draw.sample(sorted(RIGHT), draw.randrange(4))}
+        if "echo" in body:
+            body["max_tokens"] = draw.choice((0, 2))
     for _ in range(draw.randrange(3)):
         body[draw.choice(FIELDS)] = draw.choice(VALUES)
     content = _damaged(json.dumps(body).encode(), draw)

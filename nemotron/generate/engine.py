@@ -255,7 +255,10 @@ class Engine:
         if request.stop and self.tokenizer is None:
             raise UserError("stop strings need an engine with a tokenizer; give it one.")
         if request.min_tokens and len(self._stop_ids(request)) >= self.model.config.vocab_size:
-            raise UserError("every token ends the answer; leave min_tokens out, or name fewer.")
+            raise UserError(
+                "every token ends the answer, so none can come before; name fewer, or ask for no "
+                "shortest length."
+            )
         limit = self._room
         longest, drafts = len(request.prompt) + request.max_tokens, ""
         if self.speculator is not None:
@@ -263,7 +266,7 @@ class Engine:
             drafts = " with drafts"
         if limit is not None and self.cache.blocks_of(longest) > limit:
             raise UserError(
-                f"{name} and max_new_tokens = {request.max_tokens} are {longest} tokens{drafts}, "
+                f"{name} and an answer of {request.max_tokens} are {longest} tokens{drafts}, "
                 f"but the cache has room for {limit * self.cache.block_size}; ask for fewer."
             )
 

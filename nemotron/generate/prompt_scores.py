@@ -57,7 +57,8 @@ class PromptScores:
     def result(self) -> PromptLogprobs:
         """All of them, once they are complete."""
         assert self.is_complete, "the prompt has not been read"
-        return _joined(self._parts, self.num_top)
+        parts, self._parts = self._parts, []
+        return _joined(parts, self.num_top)
 
 
 @torch.inference_mode()

@@ -18,6 +18,8 @@ from nemotron.serve.schemas import ChatRequest, Common, CompletionRequest
 
 SHORT_ANSWER = 16
 """Tokens of a completion whose request says nothing, as OpenAI has it."""
+FIELDS = {"stop_ids": "stop_token_ids"}
+"""A client's fields by those of a request of the engine, where they have other names."""
 EFFORTS = {"low": "low", "medium": "efficient"}
 """OpenAI's names of the efforts that the chat template knows."""
 
@@ -208,7 +210,9 @@ class Translator:
             )
             request.check(self.vocab_size)
         except UserError as error:
-            raise ApiError(400, str(error)) from None
+            error = error.renamed(FIELDS)
+            param = error.finding.key if error.finding.key in type(asked).model_fields else None
+            raise ApiError(400, str(error), param=param) from None
         return request
 
 

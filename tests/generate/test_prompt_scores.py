@@ -68,6 +68,7 @@ def check(model: HybridLM, prompt: Sequence[int], found: PromptLogprobs | None) 
         {"row_by_row": True, "slots": 2},
         {"fixed_sizes": True, "prefill_tokens": 12, "common_pieces": True},
         {"speculation": Speculation("mtp", 2, adaptive=False)},
+        {"mamba_decode": "replay", "prefixes": 8, "prefill_tokens": 10},
         # every text loses its place some time
         {"blocks": 14, "block_size": 4, "slots": 3, "prefill_tokens": 5, "prefixes": 2},
     ],
