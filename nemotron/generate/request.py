@@ -97,6 +97,12 @@ class Request:
             )
         if self.num_samples < 1:
             raise UserError("must be at least 1.", key="num_samples", value=self.num_samples)
+        for key, count in (
+            ("top_logprobs", self.top_logprobs),
+            ("prompt_logprobs", self.prompt_logprobs or 0),
+        ):
+            if count < 0:
+                raise UserError("must be at least 0.", key=key, value=count)
         if not all(self.stop):
             raise UserError("a stop string is empty; give it at least one character.")
         named = {

@@ -66,7 +66,7 @@ def check(model: HybridLM, prompt: Sequence[int], found: PromptLogprobs | None) 
         {"prefixes": 8, "prefill_tokens": 10},
         {"common_pieces": True, "prefill_tokens": 12, "prefixes": 8},
         {"row_by_row": True, "slots": 2},
-        {"fixed_sizes": True, "prefill_tokens": 12, "common_pieces": True},
+        {"fixed_sizes": True, "prefill_tokens": 13, "common_pieces": True},
         {"speculation": Speculation("mtp", 2, adaptive=False)},
         {"mamba_decode": "replay", "prefixes": 8, "prefill_tokens": 10},
         # every text loses its place some time
@@ -128,6 +128,9 @@ def test_an_answer_may_have_no_tokens(model: HybridLM, options: dict[str, Any]):
     assert engine.cache.num_free_slots == len(engine.cache.lengths)
     with pytest.raises(UserError, match="max_new_tokens = 0 must be at least 1"):
         engine.submit(asked(LONG, max_tokens=0, prompt_logprobs=None))
+    for name in ("prompt_logprobs", "top_logprobs"):
+        with pytest.raises(UserError, match=f"{name} = -1 must be at least 0"):
+            engine.submit(asked(LONG, **{name: -1}))
 
 
 def test_an_update_of_the_weights_mixes_no_versions(model: HybridLM):
