@@ -2,7 +2,7 @@
 
 import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import PurePath
@@ -26,7 +26,7 @@ REFUSALS = {
 """Errors of the machine, not of this program."""
 
 FORBIDDEN = {errno.EACCES, errno.EPERM}
-"""Those that a place of another name may not have."""
+"""Those that a place of another name would not have."""
 
 UNUSABLE_NAMES = {errno.ENAMETOOLONG, errno.ELOOP}
 
@@ -82,6 +82,13 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return str(self.finding)
+
+    def renamed(self, names: Mapping[str, str]) -> "UserError":
+        """Return the error with the name that its setting has for the user, if it has another."""
+        key = self.finding.key
+        error = self.of(replace(self.finding, key=names.get(key, key)))
+        error.exit_code = self.exit_code
+        return error
 
     @classmethod
     def of(cls, finding: Finding, more: str = "") -> "UserError":
@@ -147,9 +154,14 @@ def exit_code(error: BaseException) -> int:
 
 
 def is_of_name(error: BaseException) -> bool:
-    """Say whether a given path is too long, holds a null character, or is a link to itself."""
+    """Say whether another path would do: this one may not be used, or is no name of a file.
+
+    Such a name is too long, holds a null character, or is a link to itself.
+    """
     if isinstance(error, OSError):
-        return error.errno in UNUSABLE_NAMES
+        # without a name it is about a stream, or what the system does not let any program do
+        is_forbidden = error.errno in FORBIDDEN and error.filename is not None
+        return is_forbidden or error.errno in UNUSABLE_NAMES
     # what `Path.resolve` raises before Python 3.13
     is_loop = type(error) is RuntimeError and str(error).startswith("Symlink loop")
     return is_loop or (type(error) is ValueError and str(error) == "embedded null byte")

@@ -9,7 +9,7 @@ import traceback
 from collections.abc import Sequence
 
 from nemotron import __version__
-from nemotron.errors import REFUSALS, is_of_name, is_of_other_ranks, is_out_of_memory
+from nemotron.errors import FORBIDDEN, REFUSALS, is_of_name, is_of_other_ranks, is_out_of_memory
 from nemotron.exit_codes import FAILED, INTERNAL_ERROR, WRONG_INPUT
 from nemotron.files import FULL
 from nemotron.run.redaction import redact_arguments, redact_text
@@ -18,12 +18,18 @@ from nemotron.run.redaction import redact_arguments, redact_text
 def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
     """Return the sentence about an error, and the exit code.
 
-    What is neither a refusal of the machine nor a lack of memory is a fault of this program; its
+    A place that may not be used is a mistake in the input. What is neither that, nor a refusal of
+    the machine, nor a lack of memory is a fault of this program; its
     traceback is written to a file, whose path is in the sentence.
     """
     if is_of_name(error):
-        of_name = isinstance(error, OSError) and f"{error.strerror}: {error.filename!r:.80}"
-        return f"a path cannot be used ({of_name or error}); give another.", WRONG_INPUT
+        if not isinstance(error, OSError):
+            return f"a path cannot be used ({error}); give another.", WRONG_INPUT
+        if error.errno in FORBIDDEN:
+            advice = "name another place, or change who may use this one"
+            return f"{error.filename} cannot be used: {error.strerror}; {advice}.", WRONG_INPUT
+        of_name = f"{error.strerror}: {error.filename!r:.80}"
+        return f"a path cannot be used ({of_name}); give another.", WRONG_INPUT
     if isinstance(error, OSError) and error.errno in REFUSALS:
         place = "standard output, or a file" if error.filename is None else error.filename
         return f"failed: {place}: {error.strerror}{_advice(error)}.", FAILED
@@ -42,8 +48,8 @@ def describe(error: BaseException, arguments: Sequence[str]) -> tuple[str, int]:
 def _advice(error: OSError) -> str:
     if error.errno in FULL:
         return "; make room there and run the command again"
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-        return "; name another place, or change who may use this one"
+    if error.errno == errno.EROFS:
+        return "; name another place"
     return ""
 
 

@@ -1,4 +1,8 @@
-"""A disk without room, or that cannot be written: one sentence and exit code 1 by every command."""
+"""Places that take nothing: one sentence by every command.
+
+The exit code is 1 for a disk without room or one that cannot be written, and 2 for a folder that
+the user may not write to.
+"""
 
 import errno
 import importlib.util
@@ -13,8 +17,10 @@ import pytest
 
 from nemotron import cli, exit_codes, outputs
 from nemotron.errors import UserError, exit_code
+from nemotron.guard import describe
 from tests.support.outputs import OUTPUTS, TRAIN, make_world
 from tests.support.small_disk import Filler, small_disk
+from tests.support.unprivileged import bound_by_permissions
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +40,14 @@ def read_only(folder: Path) -> Iterator[Path]:
     with small_disk(folder) as disk:
         subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
         yield disk
+
+
+@contextmanager
+def forbidden(folder: Path) -> Iterator[Path]:
+    folder.mkdir()
+    folder.chmod(0o555)
+    with bound_by_permissions():
+        yield folder
 
 
 KINDS = {"No space left on device": full, "Read-only file system": read_only}
@@ -76,6 +90,27 @@ def test_every_command_that_cannot_write_fails_with_one_sentence(
     assert sum("nemotron:" in line for line in answer) == 1
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("words", WRITING.values(), ids=WRITING)
+def test_a_folder_that_takes_nothing_is_a_mistake_for_every_command(
+    words: list[str],
+    world: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture,
+):
+    if words[0] == "lm-eval" and importlib.util.find_spec("lm_eval") is None:
+        pytest.skip("lm_eval is not installed")
+    monkeypatch.chdir(world)
+    with forbidden(tmp_path / "theirs") as folder:
+        capsys.readouterr()
+        code = cli.run([word.replace("OUT", str(folder / "out")) for word in words])
+        answer = capsys.readouterr().err.splitlines()
+    last = answer[-1]
+    assert (code, "Permission denied" in last, str(folder) in last) == (2, True, True), answer
+    assert sum("nemotron:" in line for line in answer) == 1
+
+
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)
 
 
@@ -97,3 +132,18 @@ def test_a_place_that_another_name_would_replace_is_a_mistake(number: int):
     refusal = OSError(number, os.strerror(number), "/data/x")
     error = outputs.unwritable(refusal, Path("/data"), "nothing was replaced")
     assert exit_code(error) == exit_codes.WRONG_INPUT
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM])
+def test_a_place_that_may_not_be_used_is_a_mistake_wherever_it_is_met(number: int):
+    refusal = OSError(number, os.strerror(number), "/data/x")
+    assert exit_code(refusal) == exit_codes.WRONG_INPUT
+    said, code = describe(refusal, [])
+    assert code == exit_codes.WRONG_INPUT
+    assert said == (
+        f"/data/x cannot be used: {os.strerror(number)}; name another place, or change who may "
+        "use this one."
+    )
+    # nobody named the place that this is about
+    unnamed = OSError(number, os.strerror(number))
+    assert exit_code(unnamed) == describe(unnamed, [])[1] == exit_codes.FAILED

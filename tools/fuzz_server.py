@@ -34,7 +34,7 @@ FIELDS = (
     *("model", "messages", "prompt", "tools", "tool_choice", "n", "stop", "seed", "stream"),
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "logit_bias", "logprobs"),
     *("top_logprobs", "stream_options", "chat_template_kwargs", "reasoning_budget"),
-    *("presence_penalty", "response_format", "metadata", "user", "reasoning_effort"),
+    *("presence_penalty", "response_format", "metadata", "user", "reasoning_effort", "echo"),
     *(
         "min_tokens",
         "stop_token_ids",
@@ -74,6 +74,7 @@ RIGHT: Json = {
     "min_p": 0.1,
     "logit_bias": {"7": 5},
     "logprobs": 1,
+    "echo": True,
     "presence_penalty": 1,
     "stream_options": {"include_usage": True},
     "reasoning_budget": 1,
@@ -122,6 +123,8 @@ def malformed(model: str, host: str, draw: random.Random) -> bytes:
     elif path.startswith(b"/v1/"):
         body["max_tokens"] = 2
         body |= {key: RIGHT[key] for key in draw.sample(sorted(RIGHT), draw.randrange(4))}
+        if "echo" in body:
+            body["max_tokens"] = draw.choice((0, 2))
     for _ in range(draw.randrange(3)):
         body[draw.choice(FIELDS)] = draw.choice(VALUES)
     content = _damaged(json.dumps(body).encode(), draw)

@@ -21,6 +21,9 @@ from nemotron.model.cache_formats import UNCHANGED, CacheFormats
 from nemotron.model.hybrid import HybridLM
 from nemotron.terminal import printable
 
+OPTIONS = {"min_tokens": "--min-new-tokens", "stop_ids": "--stop-token-id"}
+"""Options by the field of a request that they set."""
+
 
 @dataclass(frozen=True)
 class Continuation:
@@ -151,8 +154,11 @@ def _requests(
         )
         for request in requests_of(tokens, wanted.max_new_tokens, wanted.sampling)
     ]
-    for request, name in zip(requests, prompts, strict=True):
-        request.check(model.config.vocab_size, name)
+    try:
+        for request, name in zip(requests, prompts, strict=True):
+            request.check(model.config.vocab_size, name)
+    except UserError as error:
+        raise error.renamed(OPTIONS) from None
     return requests
 
 

@@ -16,6 +16,7 @@ from nemotron.generate.exact import exact_view
 from nemotron.generate.forward import PIECE, extend, new_cache, score
 from nemotron.generate.graphs import Steps
 from nemotron.generate.prefixes import Prefix, PrefixStore
+from nemotron.generate.prompt_scores import PromptScores, score_prompts
 from nemotron.generate.request import Event, Request, requests_of
 from nemotron.generate.routing import keep_experts, recorded
 from nemotron.generate.sample import Sample
@@ -41,6 +42,11 @@ class Scores:
 
     samples: list[Sample]
     logits: Float[Tensor, "B V"]
+
+    def without(self, ended: Collection[Sample]) -> "Scores":
+        """Return those of the samples that go on."""
+        rows = [row for row, sample in enumerate(self.samples) if sample not in ended]
+        return Scores([self.samples[row] for row in rows], self.logits[rows])
 
 
 class Engine:
@@ -155,9 +161,12 @@ class Engine:
         number, seed = self._next_number, request.sampling.seed
         self._next_number += 1
         seed = fresh_seed() if seed is None else seed
-        stop_ids = self._stop_ids(request)
+        stop_ids, scores = self._stop_ids(request), PromptScores.of(request)
         samples = [
-            Sample(number, k, next(self._orders), request, seed + k, stop_ids, self.tokenizer)
+            Sample(
+                *(number, k, next(self._orders), request, seed + k, stop_ids, self.tokenizer),
+                prompt_scores=scores,
+            )
             for k in range(request.num_samples)
         ]
         self._live[number] = samples
@@ -246,7 +255,10 @@ class Engine:
         if request.stop and self.tokenizer is None:
             raise UserError("stop strings need an engine with a tokenizer; give it one.")
         if request.min_tokens and len(self._stop_ids(request)) >= self.model.config.vocab_size:
-            raise UserError("every token ends the answer; leave min_tokens out, or name fewer.")
+            raise UserError(
+                "every token ends the answer, so none can come before; name fewer, or ask for no "
+                "shortest length."
+            )
         limit = self._room
         longest, drafts = len(request.prompt) + request.max_tokens, ""
         if self.speculator is not None:
@@ -254,7 +266,7 @@ class Engine:
             drafts = " with drafts"
         if limit is not None and self.cache.blocks_of(longest) > limit:
             raise UserError(
-                f"{name} and max_new_tokens = {request.max_tokens} are {longest} tokens{drafts}, "
+                f"{name} and an answer of {request.max_tokens} are {longest} tokens{drafts}, "
                 f"but the cache has room for {limit * self.cache.block_size}; ask for fewer."
             )
 
@@ -343,7 +355,8 @@ class Engine:
         starts = [self.cache.lengths[slot] for slot in slots]
         ids = [s.tokens[at : at + size] for at, s in zip(starts, samples, strict=True)]
         has_experts = any(sample.request.experts for sample in samples)
-        if self._steps is not None and size == 1:
+        reads_all = any(sample.reads_all for sample in samples)
+        if self._steps is not None and size == 1 and not reads_all:
             first = [first for first, *_ in ids]
             found = self._steps.append(self.model, slots, first, has_experts=has_experts)
             if found.experts is not None:
@@ -353,11 +366,14 @@ class Engine:
             self._rows = CachedRows(self.cache, slots)
         tokens = torch.tensor(ids, device=self.cache.device)
         with recorded(self.model, on=has_experts) as record:
-            hidden = extend(self.model, self._rows, tokens, only_last=self.speculator is None)
+            only_last = self.speculator is None and not reads_all
+            hidden = extend(self.model, self._rows, tokens, only_last=only_last)
         if record.layers:
             keep_experts(record.experts(len(samples)), samples, starts)
         if self.speculator is not None:
             self.speculator.drafter.follow(self.model, samples, hidden)
+        if reads_all:
+            score_prompts(self.model, hidden, [s.prompt_scores for s in samples], starts)
         return score(self.model, hidden)
 
     def _share(self, sample: Sample, logits: Float[Tensor, " V"]) -> None:
@@ -372,10 +388,18 @@ class Engine:
         sample.followers = []
 
     def _choose(self, ready: list[Scores]) -> list[Event]:
+        """Add a token to each sample that has been read, or end the answer that has none."""
+        empty = [s for scores in ready for s in scores.samples if not s.request.max_tokens]
+        ended = []
+        for sample in empty:
+            ended.append(sample.end())
+            self._leave(sample)
+        if empty:
+            ready = [scores.without(empty) for scores in ready]
         samples = [sample for scores in ready for sample in scores.samples]
         if not samples:
-            return []
-        events, logits = [], [scores.logits for scores in ready]
+            return ended
+        events, logits = ended, [scores.logits for scores in ready]
         chosen = select(samples, logits[0] if len(logits) == 1 else torch.cat(logits))
         for sample, token in zip(samples, chosen, strict=True):
             sample.logits = None

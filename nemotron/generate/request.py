@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.errors import UserError
@@ -44,7 +44,7 @@ class Request:
 
     prompt: Sequence[int]
     max_tokens: int = 128
-    """Longest answer, the stop token included."""
+    """Longest answer, the stop token included; 0 only with `prompt_logprobs`."""
     sampling: Sampling = field(default_factory=Sampling)
     num_samples: int = 1
     """Answers to draw; the prompt is read once. Sample k has the seed of the request plus k."""
@@ -68,6 +68,9 @@ class Request:
     """Whether log-probabilities are computed."""
     top_logprobs: int = 0
     """How many of the likeliest tokens at each place are recorded; needs `logprobs`."""
+    prompt_logprobs: int | None = None
+    """How many of the likeliest tokens are recorded in the place of each token of the prompt after
+    the first, beside its log-probability under the model; None: no such record."""
     grammar: Grammar | None = None
     """The form of the answer; tokens that are forced are not checked against it."""
     experts: bool = False
@@ -82,7 +85,7 @@ class Request:
         Raises:
             UserError: when the request is impossible.
         """
-        if self.max_tokens < 1:
+        if self.max_tokens < (self.prompt_logprobs is None):
             raise UserError("must be at least 1.", key="max_new_tokens", value=self.max_tokens)
         if not 0 <= self.min_tokens <= self.max_tokens:
             rule = f"must be from 0 to the {self.max_tokens} tokens of the longest answer."
@@ -94,6 +97,12 @@ class Request:
             )
         if self.num_samples < 1:
             raise UserError("must be at least 1.", key="num_samples", value=self.num_samples)
+        for key, count in (
+            ("top_logprobs", self.top_logprobs),
+            ("prompt_logprobs", self.prompt_logprobs or 0),
+        ):
+            if count < 0:
+                raise UserError("must be at least 0.", key=key, value=count)
         if not all(self.stop):
             raise UserError("a stop string is empty; give it at least one character.")
         named = {
@@ -146,6 +155,19 @@ class TokenScore:
 
 
 @dataclass(frozen=True)
+class PromptLogprobs:
+    """What the model thinks of each token of a prompt after the first, given those before it.
+
+    In nats: temperature 1, no penalty, no cut. The tensors lie in the memory of the CPU.
+    """
+
+    logprobs: Float[Tensor, " T"]
+    top_tokens: Int[Tensor, "T K"]
+    """The likeliest tokens in the place of each, the likeliest first."""
+    top_logprobs: Float[Tensor, "T K"]
+
+
+@dataclass(frozen=True)
 class DraftedPass:
     """A pass through the model that read drafts of an answer."""
 
@@ -169,6 +191,8 @@ class Answer:
     """Of each token in nats, under the model: temperature 1, no penalty, no cut."""
     top_logprobs: list[list[TokenScore]] = field(default_factory=list)
     """The likeliest tokens at each place, the likeliest first."""
+    prompt_logprobs: PromptLogprobs | None = None
+    """Of the prompt, if they were asked for; known with the first event."""
     versions: list[tuple[int, int]] = field(default_factory=list)
     """From which token on which version of the weights was used."""
     experts: Int[Tensor, "tokens layers K"] | None = None
@@ -190,7 +214,7 @@ class Event:
     request: int
     sample: int
     token: int | None
-    """None for the end of a canceled request."""
+    """None for the end of a canceled request, or of an answer without tokens."""
     text: str
     """What became readable with the token."""
     answer: Answer

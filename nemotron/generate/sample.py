@@ -11,6 +11,7 @@ from torch import Tensor
 from nemotron.data.tokenizer import Tokenizer
 from nemotron.generate.budget import Reasoning
 from nemotron.generate.prefixes import Prefix
+from nemotron.generate.prompt_scores import PromptScores
 from nemotron.generate.request import Answer, Begun, Event, Finish, Request, TokenScore
 from nemotron.generate.sampling import streams
 from nemotron.generate.text import StopStrings, TextStream
@@ -46,6 +47,8 @@ class Sample:
     """Its place in the cache; None while it waits."""
     prefix: Prefix | None = None
     """A state that it can begin with."""
+    prompt_scores: PromptScores | None = None
+    """Those of the request, if the log-probabilities of its prompt are wanted."""
     followers: list["Sample"] = field(default_factory=list)
     """Samples of the same request that begin with the state after the prompt."""
 
@@ -94,6 +97,11 @@ class Sample:
     def barred(self) -> Collection[int]:
         """Tokens that may not come next, because they would end the answer too early."""
         return self.stop_ids if len(self.answer.tokens) < self.request.min_tokens else ()
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether it must read its text from the beginning, whatever states are stored."""
+        return self.prompt_scores is not None and not self.prompt_scores.is_complete
 
     @property
     def uniform(self) -> float:
@@ -163,6 +171,10 @@ class Sample:
             finish = "length"
         return self._event(token, text, finish)
 
+    def end(self) -> Event:
+        """End an answer of no tokens, once the prompt is read."""
+        return self._event(None, "", "length")
+
     def cancel(self) -> Event:
         """End the answer where it is."""
         return self._event(None, "", "abort")
@@ -176,6 +188,8 @@ class Sample:
         return self._stops.push(text) if self._may_end else self._stops.pass_over(text)
 
     def _event(self, token: int | None, text: str, finish: Finish | None) -> Event:
+        if self.prompt_scores is not None and self.prompt_scores.is_complete:
+            self.answer.prompt_logprobs = self.prompt_scores.result
         if finish is not None:
             if self._stream is not None:
                 text += self._push_text(self._stream.close()) + self._stops.close()

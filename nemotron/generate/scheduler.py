@@ -88,7 +88,8 @@ class Scheduler:
         prefix = sample.prefix
         if prefix is None or prefix.snapshot is None:
             with_experts = sample.request.experts
-            prefix = self._prefixes.find(sample.tokens, with_experts=with_experts)
+            find = self._prefixes.find
+            prefix = None if sample.reads_all else find(sample.tokens, with_experts=with_experts)
         sample.slot = self._cache.admit(None if prefix is None else prefix.snapshot)
         self._cache.extend(sample.slot, len(sample.tokens))
         bisect.insort(self.running, sample, key=lambda other: other.order)

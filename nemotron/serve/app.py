@@ -17,6 +17,7 @@ from starlette.routing import Route
 from nemotron.errors import UserError
 from nemotron.serve.access import Access, read_body
 from nemotron.serve.bodies import Chat, Completion, Json, Usage
+from nemotron.serve.echo import echoes
 from nemotron.serve.errors import ApiError, explain_request
 from nemotron.serve.gone import EventStream, while_connected
 from nemotron.serve.metrics import Metrics
@@ -25,7 +26,13 @@ from nemotron.serve.response_body import ResponseAnswer
 from nemotron.serve.responses import ResponsesRequest
 from nemotron.serve.schemas import ChatRequest, Common, CompletionRequest
 from nemotron.serve.split import Splitter
-from nemotron.serve.tokens import DetokenizeRequest, TokenizeRequest, detokenize, tokenize
+from nemotron.serve.tokens import (
+    DetokenizeRequest,
+    TokenizeRequest,
+    detokenize,
+    tokenize,
+    tokenizer_info,
+)
 from nemotron.serve.translate import Translator
 from nemotron.serve.worker import Ended, Stream, Worker
 
@@ -61,6 +68,7 @@ class Server:
             self._route("/version", self._version),
             self._route("/tokenize", self._tokenize, method="POST"),
             self._route("/detokenize", self._detokenize, method="POST"),
+            self._route("/tokenizer_info", self._tokenizer_info),
             self._route("/v1/models", self._models),
             self._route("/v1/models/{name:path}", self._model),
             self._route("/v1/completions", self._complete, method="POST"),
@@ -116,6 +124,9 @@ class Server:
         asked = await self._read(request, DetokenizeRequest)
         return JSONResponse(await asyncio.to_thread(detokenize, self.translator, asked))
 
+    async def _tokenizer_info(self, request: Request) -> Response:
+        return JSONResponse(tokenizer_info(self.translator, self.worker.engine.model.config))
+
     async def _models(self, request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [self._description()]})
 
@@ -137,11 +148,13 @@ class Server:
         asked = await self._read(request, CompletionRequest)
         # a thread, because long texts and large schemas would keep all streams waiting
         requests = await asyncio.to_thread(self.translator.completion, asked)
+        repeated = await asyncio.to_thread(echoes, asked, requests, self.translator.tokenizer)
         usage = Usage(sum(len(part.prompt) for part in requests))
         answer = Completion(
             *(self.name, self.translator.tokenizer, usage, asked.n or 1),
             logprobs=asked.logprobs is not None,
             stop_token_ids=asked.stop_token_ids or (),
+            echoes=repeated,
         )
         return await self._answer(request, asked, answer, Stream(self.worker, requests))
 
@@ -206,7 +219,8 @@ class Server:
             stall_s = self.translator.limits.stall_s
             return EventStream(chunks, self.metrics.count_leave, stall_s)
         await while_connected(request, _exhaust(events))
-        return JSONResponse(answer.whole())
+        # a thread, as the log-probabilities of a long prompt are many
+        return JSONResponse(await asyncio.to_thread(answer.whole))
 
     async def _follow(self, answer: Completion, stream: Stream, count: int) -> Chunks:
         """Yield nothing when the engine has taken the request, then the chunks of each piece."""
@@ -223,7 +237,10 @@ class Server:
                             self.metrics.first_token.add(time.perf_counter() - begin)
                         is_first = False
                         self.metrics.tokens["generated"] += piece.token is not None
-                        yield answer.push(piece)
+                        if piece.prompt_logprobs is None:
+                            yield answer.push(piece)
+                        else:
+                            yield await asyncio.to_thread(answer.push, piece)
                 self.metrics.duration.add(time.perf_counter() - begin)
         finally:
             self.metrics.open_answers -= count

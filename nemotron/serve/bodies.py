@@ -9,25 +9,14 @@ from typing import Any
 
 from nemotron.data.chat.calls import Call
 from nemotron.data.tokenizer import Tokenizer
-from nemotron.generate.request import TokenScore
 from nemotron.generate.text import REPLACEMENT
+from nemotron.serve.echo import Echo
 from nemotron.serve.errors import ApiError
+from nemotron.serve.scored import Scored
 from nemotron.serve.split import Delta, Splitter
 from nemotron.serve.worker import Piece
 
 Json = dict[str, Any]  # Any: JSON
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A token of an answer with its log-probability."""
-
-    token: int
-    logprob: float
-    begin: int
-    """Where in the text it begins."""
-    top: Sequence[TokenScore]
-    """The likeliest tokens in its place."""
 
 
 @dataclass
@@ -39,6 +28,8 @@ class Written:
     calls: list[Json] = field(default_factory=list)
     tokens: list[Scored] = field(default_factory=list)
     """Where log-probabilities were asked for."""
+    is_begun: bool = False
+    """Whether a piece of it has come."""
     finish: str | None = None
     stop_reason: int | str | None = None
     """The stop string or token of the request that ended it; an addition of vLLM."""
@@ -111,12 +102,14 @@ class Completion:
         *,
         logprobs: bool,
         stop_token_ids: Collection[int] = (),
+        echoes: Sequence[Echo] = (),
     ) -> None:
-        """`stop_token_ids` are those that the request names."""
+        """`stop_token_ids` are those that the request names; `echoes` lead the answers."""
         self.id, self.created = f"{self.prefix}-{secrets.token_hex(12)}", int(time.time())
         self.model, self.usage = model, usage
         self._tokenizer, self._samples, self._logprobs = tokenizer, samples, logprobs
-        self._stop_token_ids = frozenset(stop_token_ids)
+        self._stop_token_ids, self._echoes = frozenset(stop_token_ids), echoes
+        self._texts: dict[int, str] = {}
         self._choices: dict[int, Written] = {}
 
     def begin(self, count: int) -> list[Json]:
@@ -128,14 +121,20 @@ class Completion:
         """Take a piece of an answer; return the chunks that it makes, if any."""
         index = piece.prompt * self._samples + piece.sample
         choice = self._choices[index]
-        begin = len(choice.text)
         self.usage.push(piece)
-        choice.text += piece.text
+        text, own = "", []
+        if self._echoes and not choice.is_begun:
+            echo = self._echoes[piece.prompt]
+            text, own = echo.text, echo.scored(piece.prompt_logprobs)
+        choice.is_begun = True
+        own += self._token_scores(piece, len(choice.text) + len(text))
+        text += piece.text
+        choice.text += text
+        choice.tokens += own
         choice.finish, choice.stop_reason = piece.finish, self._stop_reason(piece)
-        own = self._token_scores(choice, piece, begin)
-        if not (piece.text or own or piece.finish):
+        if not (text or own or piece.finish):
             return []
-        return [self._chunk(self._text_choice(index, piece.text, own, choice.end))]
+        return [self._chunk(self._text_choice(index, text, own, choice.end))]
 
     def whole(self) -> Json:
         """Return the whole answer."""
@@ -162,18 +161,16 @@ class Completion:
         reason = piece.stop_reason
         return reason if isinstance(reason, str) or reason in self._stop_token_ids else None
 
-    def _token_scores(self, choice: Written, piece: Piece, begin: int) -> list[Scored]:
+    def _token_scores(self, piece: Piece, begin: int) -> list[Scored]:
         if not self._logprobs or piece.token is None or piece.logprob is None:
             return []
-        own = [Scored(piece.token, piece.logprob, begin, piece.top)]
-        choice.tokens += own
-        return own
+        return [Scored(piece.token, piece.logprob, begin, piece.top)]
 
     def _text_choice(self, index: int, text: str, tokens: list[Scored], end: Json) -> Json:
         logprobs = None
         if self._logprobs:
             logprobs = {
-                "tokens": [self._tokenizer.decode([scored.token]) for scored in tokens],
+                "tokens": [self._text_of(scored.token) for scored in tokens],
                 "token_logprobs": [scored.logprob for scored in tokens],
                 "top_logprobs": [self._by_text(scored) for scored in tokens],
                 "text_offset": [scored.begin for scored in tokens],
@@ -181,9 +178,19 @@ class Completion:
         return {"index": index, "text": text, "logprobs": logprobs, **end}
 
     def _by_text(self, scored: Scored) -> Json | None:
-        """Return the likeliest tokens; of several with one text, the likeliest."""
-        found = {self._tokenizer.decode([s.token]): s.logprob for s in reversed(scored.top)}
-        return dict(reversed(found.items())) or None
+        """Return the likeliest tokens and the own one; of several with one text, the likeliest."""
+        if scored.logprob is None:
+            return None
+        likeliest = {score.token: score.logprob for score in scored.top}
+        likeliest.setdefault(scored.token, scored.logprob)
+        found = {self._text_of(token): value for token, value in reversed(likeliest.items())}
+        return dict(reversed(found.items()))
+
+    def _text_of(self, token: int) -> str:
+        """Return the text of a token alone, which a long prompt asks for again and again."""
+        if token not in self._texts:
+            self._texts[token] = self._tokenizer.decode([token])
+        return self._texts[token]
 
     def _frame(self, kind: str) -> Json:
         return {"id": self.id, "object": kind, "created": self.created, "model": self.model}
@@ -228,7 +235,8 @@ class Chat(Completion):
         choice = self._choices[index]
         self.usage.push(piece, reasons=splitter.is_reasoning)
         delta = take(splitter, self._marks, piece)
-        own = self._token_scores(choice, piece, len(choice.text))
+        own = self._token_scores(piece, len(choice.text))
+        choice.tokens += own
         texts = {"reasoning_content": delta.reasoning, "content": delta.content}
         new: Json = {key: text for key, text in texts.items() if text}
         calls = [_call_body(call) for call in delta.calls]
@@ -268,12 +276,13 @@ class Chat(Completion):
         content = []
         for scored in tokens:
             others = [self._score(other.token, other.logprob) for other in scored.top]
+            assert scored.logprob is not None, "a chat does not repeat its prompt"
             own = self._score(scored.token, scored.logprob)
             content.append({**own, "top_logprobs": others})
         return {"content": content, "refusal": None}
 
     def _score(self, token: int, logprob: float) -> Json:
-        text = self._tokenizer.decode([token])
+        text = self._text_of(token)
         is_whole = REPLACEMENT not in text
         return {
             "token": text,

@@ -59,6 +59,11 @@ class ChatFormat:
         return cls(tokenizer, foreign, stop_ids, marks_of(tokenizer))
 
     @property
+    def template_text(self) -> str:
+        """The text of the chat template."""
+        return TEMPLATE if self.template is None else self.template.source
+
+    @property
     def stop_ids(self) -> frozenset[int]:
         """Tokens that end a turn."""
         end = _turn_end(self.tokenizer)

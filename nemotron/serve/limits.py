@@ -24,6 +24,8 @@ class Limits:
     """Answers to one prompt."""
     prompts: int = 64
     """Prompts of one request."""
+    echoed: int = 1 << 19
+    """Log-probabilities of prompts in the answers to one request."""
 
     def __post_init__(self) -> None:
         for name in ("length", "answer", "body_bytes", "open_answers"):

@@ -139,11 +139,22 @@ class CompletionRequest(Common):
         | Annotated[list[Token], Field(min_length=1)]
         | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1)]
     )
+    max_tokens: Annotated[int, Field(ge=0, lt=2**31)] | None = None
+    """0 only with `echo`."""
     logprobs: Annotated[int, Field(ge=0, le=MOST_TOP)] | None = None
     """How many of the likeliest tokens are reported at each place, beside the chosen one."""
-    echo: Literal[False] | None = None
+    echo: bool | None = None
+    """Whether the prompt leads the answer, in the text and among the log-probabilities."""
     best_of: Literal[1] | None = None
     suffix: None = None
+
+    @property
+    def prompt_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are reported in places of the prompt, if it is read for
+        that, or for nothing else."""
+        if not self.echo:
+            return None
+        return 0 if self.logprobs is None and self.max_tokens == 0 else self.logprobs
 
     @property
     def prompts(self) -> Sequence[str | list[int]]:

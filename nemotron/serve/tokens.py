@@ -4,6 +4,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
+from nemotron.hf.tokenizer_files import special_ids
+from nemotron.model.config import ModelConfig
 from nemotron.serve.conversation import Turn
 from nemotron.serve.errors import ApiError
 from nemotron.serve.schemas import Strict, TemplateOptions, Token
@@ -68,6 +70,20 @@ def tokenize(translator: Translator, asked: TokenizeRequest) -> Json:
     if asked.return_token_strs:
         found["token_strs"] = [translator.tokenizer.token(token) or "" for token in tokens]
     return found
+
+
+def tokenizer_info(translator: Translator, config: ModelConfig) -> Json:
+    """Return the names of the tokens that have a role, and the chat template, if there are any.
+
+    They have the names of `tokenizer_config.json`, as with vLLM.
+    """
+    found = special_ids(translator.tokenizer, config).items()
+    names = {
+        key.removesuffix("_id"): None if token is None else translator.tokenizer.token(token)
+        for key, token in found
+    }
+    template = None if translator.chat is None else translator.chat.template_text
+    return {"tokenizer_class": "PreTrainedTokenizerFast", **names, "chat_template": template}
 
 
 def detokenize(translator: Translator, asked: DetokenizeRequest) -> Json:

@@ -18,6 +18,8 @@ from nemotron.serve.schemas import ChatRequest, Common, CompletionRequest
 
 SHORT_ANSWER = 16
 """Tokens of a completion whose request says nothing, as OpenAI has it."""
+FIELDS = {"stop_ids": "stop_token_ids"}
+"""A client's fields by those of a request of the engine, where they have other names."""
 EFFORTS = {"low": "low", "medium": "efficient"}
 """OpenAI's names of the efforts that the chat template knows."""
 
@@ -45,18 +47,39 @@ class Translator:
                 param="prompt",
             )
         most = SHORT_ANSWER if asked.max_tokens is None else asked.max_tokens
+        if most == 0 and not asked.echo:
+            raise ApiError(
+                *(400, "max_tokens = 0 leaves no text without echo = true; give at least 1."),
+                param="max_tokens",
+            )
         form = self._form(asked, after_reasoning=False)
-        return [
+        requests = [
             self._request(
                 asked,
                 self.tokens(prompt),
                 most,
                 stop_ids=frozenset() if form is None else form.stop_ids,
                 top_logprobs=asked.logprobs,
+                prompt_logprobs=asked.prompt_logprobs,
                 form=form,
             )
             for prompt in prompts
         ]
+        self._check_echo(asked, requests)
+        return requests
+
+    def _check_echo(self, asked: CompletionRequest, requests: Sequence[Request]) -> None:
+        if asked.prompt_logprobs is None:
+            return
+        num_places = sum(len(request.prompt) * request.num_samples for request in requests)
+        count, most = num_places * (1 + asked.prompt_logprobs), self.limits.echoed
+        if count > most:
+            raise ApiError(
+                400,
+                f"echo would report {count} log-probabilities of prompts; ask for at most {most}, "
+                "with fewer prompts, or a smaller logprobs or n.",
+                param="echo",
+            )
 
     def answer(self, asked: ChatRequest) -> tuple[Request, bool]:
         """Return the request for an answer, and whether it begins with reasoning.
@@ -148,6 +171,7 @@ class Translator:
         forced: tuple[int, ...] = (),
         stop_ids: frozenset[int] = frozenset(),
         top_logprobs: int | None,
+        prompt_logprobs: int | None = None,
         form: JsonForm | None,
         thinks: bool = True,
     ) -> Request:
@@ -181,11 +205,14 @@ class Translator:
                 budget=budget,
                 logprobs=top_logprobs is not None,
                 top_logprobs=top_logprobs or 0,
+                prompt_logprobs=prompt_logprobs,
                 grammar=form,
             )
             request.check(self.vocab_size)
         except UserError as error:
-            raise ApiError(400, str(error)) from None
+            error = error.renamed(FIELDS)
+            param = error.finding.key if error.finding.key in type(asked).model_fields else None
+            raise ApiError(400, str(error), param=param) from None
         return request
 
 

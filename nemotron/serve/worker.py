@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from nemotron.errors import UserError
 from nemotron.generate.engine import Engine
-from nemotron.generate.request import Event, Finish, Request, TokenScore
+from nemotron.generate.request import Event, Finish, PromptLogprobs, Request, TokenScore
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,8 @@ class Piece:
     num_drafts: int = 0
     """Tokens that were guessed for the whole answer; with its end only."""
     num_accepted: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
+    """Those of the prompt, where they were asked for; with the first piece of an answer only."""
 
 
 class Ended(Exception):
@@ -205,6 +207,7 @@ class Worker:
                 *(logprob, top, event.finish, event.answer.stop_reason if event.finish else None),
                 num_drafts=sum(done.num_drafts for done in passes),
                 num_accepted=sum(done.num_accepted for done in passes),
+                prompt_logprobs=None if event.place else event.answer.prompt_logprobs,
             )
         )
 

@@ -24,7 +24,7 @@ from tests.support.pages import PAGES, ROOT, Block, Command, blocks, commands, p
 
 COMMANDS = commands()
 OURS = [command for command in COMMANDS if command.words[0] == "nemotron"]
-OTHER_PROGRAMS = {"cd", "curl", "git", "sbatch", "torchrun", "."}
+OTHER_PROGRAMS = {"cd", "curl", "git", "lm_eval", "sbatch", "torchrun", "."}
 FOLDERS = ("nemotron/", "recipes/", "tests/", "tools/", "docs/")
 
 

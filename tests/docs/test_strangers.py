@@ -10,7 +10,7 @@ PAGES = {
     "docs/strangers.md": 38,
     "docs/security.md": 16,
     "docs/generate.md": 19,
-    "docs/serve.md": 14,
+    "docs/serve.md": 16,
 }
 NAMED = re.compile(r"`(tests/[\w/]+\.py)::(test_\w+)`")
 

@@ -1,7 +1,10 @@
 """lm-eval's own backend on an export, and our adapter for lm-eval: both give the same numbers."""
 
 import json
-from collections.abc import Callable
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -176,6 +179,79 @@ def test_our_adapter_gives_the_numbers_of_the_hf_backend(both: Both, task: str):
     for name, value in both.their_results[task].items():
         if isinstance(value, float):
             assert both.our_results[task][name] == pytest.approx(value, rel=1e-4), name
+
+
+@pytest.fixture(scope="module")
+def long_run(make_run: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("served") / "run")
+
+
+@pytest.fixture(scope="module")
+def served(long_run: Path) -> Iterator[str]:
+    """The address of a server."""
+    words = ["serve", str(long_run), "--name", "tiny", "--port", "0", "--device", "cpu"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "nemotron", *words], stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    try:
+        lines: list[str] = []
+        while (found := re.search(r"http://127\.0\.0\.1:\d+", "".join(lines))) is None:
+            lines.append(process.stderr.readline())
+            assert lines[-1], "".join(lines)
+        yield found[0]
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("options", [{}, {"num_concurrent": 3, "tokenizer_backend": "huggingface"}])
+def test_a_served_model_gives_the_numbers_of_our_adapter(
+    served: str, long_run: Path, options: dict[str, Any], tmp_path: Path
+):
+    """lm-eval asks the server for the log-probabilities of prompts (`local-completions`)."""
+    pytest.importorskip("lm_eval.models.api_models", reason="lm_eval[api] is missing")
+    pytest.importorskip("tenacity", reason="lm_eval[api] is missing")
+    from lm_eval.tasks import TaskManager
+
+    tasks, exported, out = tmp_path / "tasks", tmp_path / "export", tmp_path / "out.json"
+    write_tasks(tasks)
+    samples = tmp_path / "samples.jsonl"
+    words = ["lm-eval", str(long_run), *TASKS, "--include-path", str(tasks), "--out", str(out)]
+    assert run([*words, "--samples", str(samples)]) == 0
+    ours: dict[str, list[dict[str, Any]]] = {}
+    for line in samples.read_text().splitlines():
+        row = json.loads(line)
+        ours.setdefault(row["task"], []).append(row)
+    if options:
+        assert export(long_run, exported, check=False) == 0
+        options = {**options, "tokenizer": str(exported)}
+    found = evaluator.simple_evaluate(
+        "local-completions",
+        model_args={
+            "model": "tiny",
+            "base_url": f"{served}/v1/completions",
+            "max_length": 4096,
+            **options,
+        },
+        tasks=list(TASKS),
+        task_manager=TaskManager(include_path=str(tasks), include_defaults=False),
+        bootstrap_iters=0,
+        batch_size=1 if options else 4,
+    )
+    results = json.loads(out.read_text())["results"]
+    for task, other in found["samples"].items():
+        for mine, theirs in zip(ours[task], other, strict=True):
+            first, second = mine["filtered_resps"], theirs["filtered_resps"]
+            if TASKS[task]["output_type"] == "multiple_choice":
+                assert [greedy for _, greedy in first] == [greedy for _, greedy in second]
+                first, second = ([value for value, _ in one] for one in (first, second))
+            is_text = TASKS[task]["output_type"] == "generate_until"
+            # sums of float32 log-probabilities from passes of other shapes
+            assert first == (second if is_text else pytest.approx(second, rel=1e-6, abs=1e-4))
+        for name, value in found["results"][task].items():
+            if isinstance(value, float):
+                assert results[task][name] == pytest.approx(value, rel=1e-4), name
 
 
 def test_chat_prompts_are_those_of_the_hf_backend(both: Both):

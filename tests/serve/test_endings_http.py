@@ -139,7 +139,7 @@ def test_a_cut_of_zero_or_less_keeps_all_tokens(client, count: int):
         ({"min_tokens": 1, "response_format": FORM}, "exclude a given form"),
         ({"ignore_eos": True, "response_format": FORM}, "exclude a given form"),
         ({"ignore_eos": "yes"}, "ignore_eos = yes is wrong"),
-        ({"stop_token_ids": [4096]}, "stop_ids has token 4096, but the model's vocabulary"),
+        ({"stop_token_ids": [4096]}, "stop_token_ids has token 4096, but the model's vocabulary"),
         ({"stop_token_ids": [-1]}, r"stop_token_ids\[0\] = -1 is wrong"),
         ({"stop_token_ids": 3}, "stop_token_ids = 3 is wrong"),
         ({"top_k": -2}, "top_k = -2 is wrong"),

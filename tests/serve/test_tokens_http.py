@@ -48,6 +48,19 @@ def test_a_text_has_the_tokens_of_transformers(running: Running, peer):
     assert post(running, "/tokenize", prompt="").json()["tokens"] == []
 
 
+def test_the_tokens_with_a_role_are_named(running: Running, peer):
+    found = httpx.get(running.url + "/tokenizer_info", timeout=60).json()
+    assert set(found) == {
+        *("tokenizer_class", "bos_token", "eos_token", "pad_token", "chat_template"),
+    }
+    assert found["chat_template"] == peer.chat_template
+    [end] = post(running, "/tokenize", prompt=found["eos_token"]).json()["tokens"]
+    config = running.worker.engine.model.config
+    assert end == config.eos_token_id
+    [begin] = post(running, "/tokenize", prompt=found["bos_token"]).json()["tokens"]
+    assert begin == config.bos_token_id
+
+
 def test_they_are_those_that_a_completion_reads(running: Running):
     tokens = post(running, "/tokenize", prompt=TEXT).json()["tokens"]
     asked = {"model": "tiny", "max_tokens": 8, "temperature": 0, "logprobs": 1}

@@ -32,6 +32,17 @@ RL = {
         "max_new_tokens": 4,
     },
 }
+TASK = {
+    "task": "task",
+    "dataset_path": "json",
+    "dataset_kwargs": {"data_files": {"test": "rows.jsonl"}, "cache_dir": "datasets"},
+    "test_split": "test",
+    "output_type": "multiple_choice",
+    "doc_to_text": "{{text}}",
+    "doc_to_choice": ["a", "b"],
+    "doc_to_target": 0,
+}
+"""For lm-eval."""
 TRAIN = ["train", "tiny/smoke", "output=runs", "name=mine", "device=cpu", "evaluation.tokens=64",
          "schedule.total_steps=2", "schedule.warmup_steps=1", "schedule.decay_steps=1",
          "checkpoint.every_steps=1", "data.cache=cache"]  # fmt: skip
@@ -65,8 +76,8 @@ OUTPUTS = [
     Output("export runs/mine --no-check", inside=FOLDER),
     Output("generate runs/mine --prompts words.tsv"),
     Output("import exported", inside=FOLDER),
-    Output("lm-eval runs/mine task"),
-    Output("lm-eval runs/mine task", "--samples"),
+    Output("lm-eval runs/mine task.yaml"),
+    Output("lm-eval runs/mine task.yaml", "--samples"),
     Output("merge runs/mine --last 2", inside=FOLDER),
     Output("quantize runs/mine --preset fp8 --rows 1 --no-check", inside=FOLDER),
     Output("recipe copy tiny/smoke", inside="tiny/smoke.yaml"),
@@ -91,6 +102,7 @@ def make_world(folder: Path) -> Path:
         Path("chats.jsonl").write_text(json.dumps(chat) + "\n")
         Path("pivots.jsonl").write_text("".join(json.dumps(t) + "\n" for t in turns_of(chat)))
         Path("words.tsv").write_text("be\tetre\n")
+        Path("task.yaml").write_text(json.dumps(TASK))
         with open("rl.yaml", "w") as file:
             YAML().dump(RL, file)
         assert cli.run(TRAIN) == 0

@@ -18,7 +18,7 @@ class ForeignTemplate:
     """
 
     def __init__(self, source: str) -> None:
-        self._source = source
+        self.source = source
         self._process: subprocess.Popen[str] | None = None
         self._ending: weakref.finalize[..., ForeignTemplate] | None = None
         self._lock = threading.Lock()
@@ -55,7 +55,7 @@ class ForeignTemplate:
                 start_new_session=True,  # Ctrl-C is for the conversation
             )
             self._ending = weakref.finalize(self, _end, self._process)
-            _write(self._process.stdin, json.dumps(self._source))
+            _write(self._process.stdin, json.dumps(self.source))
         return self._process
 
     def _close(self) -> None:
