@@ -11,6 +11,7 @@ from nemotron.ops.grouped_mlp import numba as grouped_mlp
 from nemotron.ops.jit.call import kernels
 from nemotron.ops.linear_cross_entropy import numba as linear_cross_entropy
 from nemotron.ops.rms_norm import numba as rms_norm
+from nemotron.ops.routing import numba as routing
 from nemotron.ops.squared_relu import numba as squared_relu
 from nemotron.ops.ssd import numba as ssd
 from nemotron.ops.token_step import compiled
@@ -25,12 +26,14 @@ MODULES = (
     squared_relu.MODULE,
     ssd.MODULE,
 )
+OF_FLOAT32 = (routing.MODULE,)
 OF_BFLOAT16 = (linear_int16.INT16.module, mlp_int16.INT16.module)
 
 
 def prepare() -> None:
     """Compile what is not kept yet, for float32 and bfloat16."""
-    for dtype, modules in ((torch.float32, MODULES), (torch.bfloat16, MODULES + OF_BFLOAT16)):
+    of_float32 = (torch.float32, MODULES + OF_FLOAT32)
+    for dtype, modules in (of_float32, (torch.bfloat16, MODULES + OF_BFLOAT16)):
         compiled.kernels(dtype)
         for module in modules:
             kernels(module, dtype)

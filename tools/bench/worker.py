@@ -33,7 +33,9 @@ from nemotron.train.optimizer import Optimizer
 
 KERNELS = (
     "attention",
+    "balance_sums",
     "causal_conv1d",
+    "expert_order",
     "gated_rms_norm",
     "grouped_mlp",
     "linear",
@@ -41,6 +43,7 @@ KERNELS = (
     "rms_norm",
     "squared_relu",
     "ssd",
+    "topk_routing",
 )
 """Operations that have kernels for CPUs, which are used by name."""
 PRODUCTS = ("grouped_mlp", "linear")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from nemotron.ops.registry import Backend, Operation, triton_backend
+from nemotron.ops.registry import Backend, Operation, numba_backend, triton_backend
 
 
 class Routed(NamedTuple):
@@ -35,7 +35,7 @@ class TopkRoutingOp(Operation):
     The bias chooses, the sigmoid alone weighs: with `normalize` the K weights of a token add up to
     1 before they are multiplied by `scaling`. With more than one group of experts, only those of
     the `top_groups` best are considered; a group's score is the sum of its best K / top_groups
-    experts. Which of equal scores wins is the backend's affair: `triton` takes the lower number,
+    experts. Which of equal scores wins is the backend's affair: kernels take the lower number,
     and torch's `topk` promises nothing. Logits are float32 or wider, and so is all else. Gradients
     of weights and scores reach the logits; the bias has none.
     Source: NVIDIA/Megatron-LM: megatron/core/transformer/moe/moe_utils.py.
@@ -112,6 +112,9 @@ def _too_wide(num_experts: int, top_k: int) -> str | None:
 MOST_EXPERTS, MOST_CHOSEN = 1024, 64
 """A row of scores must fit into the registers of a program, which passes over it K times."""
 
+KERNELS = "nemotron.ops.routing.numba"
+FLOAT32 = frozenset({torch.float32})
+
 topk_routing = TopkRoutingOp(
     "topk_routing",
     [
@@ -121,6 +124,7 @@ topk_routing = TopkRoutingOp(
             by_name=True,  # has not run on a GPU yet
             limit=_too_wide,
         ),
+        numba_backend(KERNELS, "topk_routing", dtypes=FLOAT32),
         Backend("reference", reference, features=frozenset({"groups"})),
     ],
 )
@@ -173,6 +177,7 @@ balance_sums = BalanceSumsOp(
             by_name=True,  # has not run on a GPU yet
             limit=_too_wide,
         ),
+        numba_backend(KERNELS, "balance_sums", dtypes=FLOAT32),
         Backend("reference", add_up),
     ],
 )
@@ -244,6 +249,7 @@ expert_order = ExpertOrderOp(
             "expert_order",
             by_name=True,  # has not run on a GPU yet
         ),
+        numba_backend(KERNELS, "expert_order", dtypes=FLOAT32),
         Backend("reference", sort),
     ],
 )

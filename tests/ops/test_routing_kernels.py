@@ -1,6 +1,7 @@
 import importlib
 from collections.abc import Callable
 from dataclasses import replace
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -21,12 +22,44 @@ from nemotron.ops.routing import (
 )
 from tests.support.models import build_config
 
-pytest.importorskip("triton")
-topk = importlib.import_module("nemotron.ops.routing.topk_triton")
-balance = importlib.import_module("nemotron.ops.routing.balance_triton")
-order = importlib.import_module("nemotron.ops.routing.order_triton")
-
+MODULES = {
+    "numba": dict.fromkeys(("topk_routing", "balance_sums", "expert_order"), "numba"),
+    "triton": {
+        "topk_routing": "topk_triton",
+        "balance_sums": "balance_triton",
+        "expert_order": "order_triton",
+    },
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def triton() -> None:
+    pytest.importorskip("triton")
+
+
+@pytest.fixture(params=MODULES)
+def backend(request: pytest.FixtureRequest) -> str:
+    pytest.importorskip(request.param)
+    if request.param == "numba" and DEVICE != "cpu":
+        pytest.skip("the kernels of numba are for CPUs")
+    return request.param
+
+
+@pytest.fixture
+def kernels(backend: str) -> SimpleNamespace:
+    """The functions of a backend."""
+    return SimpleNamespace(
+        **{
+            name: getattr(importlib.import_module(f"nemotron.ops.routing.{module}"), name)
+            for name, module in MODULES[backend].items()
+        }
+    )
+
+
+def module_of(name: str) -> ModuleType:
+    return importlib.import_module(f"nemotron.ops.routing.{name}_triton")
+
 
 # tokens, experts, chosen: sizes that fill no block, one token, one expert, all experts, none
 SIZES = [(7, 6, 2), (33, 45, 5), (1, 8, 8), (5, 1, 1), (19, 512, 22), (0, 7, 3)]
@@ -48,32 +81,34 @@ def weighed(
 @pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize(("tokens", "experts", "top_k"), SIZES)
 def test_experts_weights_and_gradients_are_the_references(
-    tokens: int, experts: int, top_k: int, normalize: bool
+    tokens: int, experts: int, top_k: int, normalize: bool, kernels: SimpleNamespace
 ):
     logits, bias = draw(tokens, experts)
     rest = (top_k, 1, 1, normalize, 2.5)
-    found = Routed(*topk.topk_routing(logits, bias, None, *rest))
+    found = Routed(*kernels.topk_routing(logits, bias, None, *rest))
     right = Routed(*reference(logits.double(), bias.double(), None, *rest))
     assert torch.equal(found.experts, right.experts)
     assert torch.equal(found.counts, right.counts)
     exact = results(weighed(reference, bias, None, *rest), doubled([logits]))
     # float32: a sigmoid, a sum of at most 22 and a quotient
-    assert worst(results(weighed(topk.topk_routing, bias, None, *rest), [logits]), exact) <= 2e-6
+    assert worst(results(weighed(kernels.topk_routing, bias, None, *rest), [logits]), exact) <= 2e-6
 
 
-def test_given_experts_are_weighed_and_counted():
+def test_given_experts_are_weighed_and_counted(kernels: SimpleNamespace):
     logits, bias = draw(9, 6)
     given = torch.tensor([[5, 0], [2, 3], [5, 4]], device=DEVICE).repeat(3, 1)
     rest = (2, 1, 1, True, 1.5)
-    found = Routed(*topk.topk_routing(logits, bias, given, *rest))
+    found = Routed(*kernels.topk_routing(logits, bias, given, *rest))
     assert torch.equal(found.experts, given)
     assert found.counts.tolist() == [3, 0, 3, 3, 3, 6]
     exact = results(weighed(reference, bias, given, *rest), doubled([logits]))
-    assert worst(results(weighed(topk.topk_routing, bias, given, *rest), [logits]), exact) <= 2e-6
+    assert (
+        worst(results(weighed(kernels.topk_routing, bias, given, *rest), [logits]), exact) <= 2e-6
+    )
 
 
 @pytest.mark.parametrize("used", [0, 1])
-def test_a_gradient_of_one_result_alone_is_enough(used: int):
+def test_a_gradient_of_one_result_alone_is_enough(used: int, kernels: SimpleNamespace):
     logits, bias = draw(7, 6)
     rest = (2, 1, 1, True, 2.5)
 
@@ -81,42 +116,45 @@ def test_a_gradient_of_one_result_alone_is_enough(used: int):
         return lambda logits: function(logits, bias.to(logits.dtype), None, *rest)[used]
 
     exact = results(one(reference), doubled([logits]))
-    assert worst(results(one(topk.topk_routing), [logits]), exact) <= 2e-6
+    assert worst(results(one(kernels.topk_routing), [logits]), exact) <= 2e-6
 
 
-def test_of_equal_scores_the_lower_number_wins():
+def test_of_equal_scores_the_lower_number_wins(kernels: SimpleNamespace):
     logits = torch.tensor([[0.0] * 5, [1.0, 2.0, 0.0, 2.0, 1.0]], device=DEVICE)
     routed = Routed(
-        *topk.topk_routing(logits, torch.zeros(5, device=DEVICE), None, 3, 1, 1, True, 1)
+        *kernels.topk_routing(logits, torch.zeros(5, device=DEVICE), None, 3, 1, 1, True, 1)
     )
     assert routed.experts.tolist() == [[0, 1, 2], [1, 3, 0]]
 
 
-def test_what_is_no_number_still_chooses_experts_that_exist():
+def test_what_is_no_number_still_chooses_experts_that_exist(kernels: SimpleNamespace):
     logits, bias = draw(6, 5)
     logits[1, 3] = float("nan")
     logits[2] = float("nan")
     logits[3] = float("-inf")
     logits[4] = float("inf")
-    routed = Routed(*topk.topk_routing(logits, bias, None, 3, 1, 1, True, 1))
+    routed = Routed(*kernels.topk_routing(logits, bias, None, 3, 1, 1, True, 1))
     experts = routed.experts.tolist()
     assert experts[1][0] == 3  # as torch orders it
     assert all(len(set(row)) == 3 and set(row) <= set(range(5)) for row in experts)
     assert int(routed.counts.sum()) == 18
 
 
-def test_a_slice_of_wider_rows_is_read_in_place():
+def test_a_slice_of_wider_rows_is_read_in_place(kernels: SimpleNamespace):
     logits, bias = draw(7, 6)
     wide = torch.full((7, 11), torch.nan, device=DEVICE)
     wide[:, 2:8] = logits
     rest = (2, 1, 1, True, 2.5)
-    right = topk.topk_routing(logits, bias, None, *rest)
-    found = topk.topk_routing(wide[:, 2:8], bias, None, *rest)
+    right = kernels.topk_routing(logits, bias, None, *rest)
+    found = kernels.topk_routing(wide[:, 2:8], bias, None, *rest)
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
 
 
 @pytest.mark.parametrize("elements", [1, 64])
-def test_rows_are_shared_among_programs(elements: int, monkeypatch: pytest.MonkeyPatch):
+def test_rows_are_shared_among_programs(
+    elements: int, triton: None, monkeypatch: pytest.MonkeyPatch
+):
+    topk = module_of("topk")
     logits, bias = draw(13, 12)
     rest = (3, 1, 1, True, 2.5)
     exact = results(weighed(reference, bias, None, *rest), doubled([logits]))
@@ -131,8 +169,9 @@ def here(operation: Operation) -> Operation:
     return replace(operation, backends=fit)
 
 
-def test_groups_and_too_many_choices_go_to_the_reference():
+def test_groups_and_too_many_choices_go_to_the_reference(triton: None):
     operation, like = here(topk_routing), torch.empty(0, device=DEVICE)
+    operation.backends = [b for b in operation.backends if b.name != "numba"]
     assert operation.select(like, (128, 6), groups=False) is operation.backend("triton").function
     assert operation.select(like, (128, 6), groups=True) is reference
     assert operation.select(like, (128, 128), groups=False) is reference
@@ -140,7 +179,7 @@ def test_groups_and_too_many_choices_go_to_the_reference():
         operation.bind("triton").select(like, (128, 128), groups=False)
 
 
-def test_a_layer_computes_with_kernels_what_it_computes_without():
+def test_a_layer_computes_with_kernels_what_it_computes_without(backend: str):
     g = torch.Generator().manual_seed(2)
     config = build_config()
     layer = MoE(config).to(DEVICE)
@@ -150,13 +189,13 @@ def test_a_layer_computes_with_kernels_what_it_computes_without():
     x = torch.randn(2, 19, config.hidden_size, generator=g).to(DEVICE)
     padding = torch.arange(19, device=DEVICE).expand(2, -1) >= 16
     found = []
-    for backend in ("reference", "triton"):
+    for name in ("reference", backend):
         for module, operation in (
             (layer.gate, topk_routing),
             (layer.gate, balance_sums),
             (layer.experts, expert_order),
         ):
-            setattr(module, operation.name, here(operation).bind(backend))
+            setattr(module, operation.name, here(operation).bind(name))
         inputs = [x.clone().requires_grad_(), *layer.parameters()]
         y, stats = layer(inputs[0], "layer", padding)
         slopes = torch.autograd.grad(y.square().sum() + stats.aux_loss_sum, inputs)
@@ -172,9 +211,18 @@ def test_a_layer_computes_with_kernels_what_it_computes_without():
     [(3, 7, 6, 2), (2, 70, 45, 5), (1, 1, 8, 8), (2, 9, 300, 4), (2, 5, 1, 1)],
 )
 def test_sums_of_the_balance_loss_and_their_gradient_are_the_references(
-    rows: int, tokens: int, experts: int, top_k: int, padded: bool, monkeypatch: pytest.MonkeyPatch
+    rows: int,
+    tokens: int,
+    experts: int,
+    top_k: int,
+    padded: bool,
+    backend: str,
+    kernels: SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
 ):
-    monkeypatch.setattr(balance, "BLOCKS", 2)  # so that there are several tiles of partial sums
+    if backend == "triton":
+        # so that there are several tiles of partial sums
+        monkeypatch.setattr(module_of("balance"), "BLOCKS", 2)
     scores = draw(rows * tokens, experts)[0].sigmoid()
     padding = None
     if padded:
@@ -183,13 +231,13 @@ def test_sums_of_the_balance_loss_and_their_gradient_are_the_references(
     rest = (padding, rows, top_k)
     (sums, load), (right_sums, right_load) = (
         function(values, *rest)
-        for function, values in ((balance.balance_sums, scores), (add_up, scores.double()))
+        for function, values in ((kernels.balance_sums, scores), (add_up, scores.double()))
     )
     assert torch.equal(load.double(), right_load)
     assert worst([sums], [right_sums]) <= 1e-6  # sums of at most 70 shares in float32
     gradients = []
     slope = torch.randn(rows, experts, generator=torch.Generator().manual_seed(5)).to(DEVICE)
-    for function, values in ((balance.balance_sums, scores), (add_up, scores.double())):
+    for function, values in ((kernels.balance_sums, scores), (add_up, scores.double())):
         leaf = values.clone().requires_grad_()
         (found,) = torch.autograd.grad(function(leaf, *rest)[0], leaf, slope.to(leaf.dtype))
         gradients.append(found)
@@ -197,10 +245,10 @@ def test_sums_of_the_balance_loss_and_their_gradient_are_the_references(
     assert (gradients[0] - gradients[1]).abs().max() <= 2e-6 * slope.abs().max()
 
 
-def test_a_row_of_padding_alone_has_no_sums():
+def test_a_row_of_padding_alone_has_no_sums(kernels: SimpleNamespace):
     scores = draw(12, 6)[0].sigmoid().requires_grad_()
     padding = torch.tensor([[False] * 6, [True] * 6], device=DEVICE)
-    sums, load = balance.balance_sums(scores, padding, 2, 2)
+    sums, load = kernels.balance_sums(scores, padding, 2, 2)
     sums.sum().backward()
     assert load[0].sum() == 12
     assert not load[1].any()
@@ -236,21 +284,24 @@ CASES = ["none", "few", "a block", "many", "of one expert", "of some tokens"]
 
 @pytest.mark.parametrize("multiple", [1, 16])
 @pytest.mark.parametrize("case", CASES)
-def test_the_order_of_copies_is_that_of_a_stable_sort(case: str, multiple: int):
+def test_the_order_of_copies_is_that_of_a_stable_sort(
+    case: str, multiple: int, kernels: SimpleNamespace
+):
     inputs, tokens = copies_of(case)
-    found = order.expert_order(*inputs, tokens, multiple)
+    found = kernels.expert_order(*inputs, tokens, multiple)
     right = sort(*inputs, tokens, multiple)
     assert all(torch.equal(a, b) for a, b in zip(found, right, strict=True))
     slope = torch.rand(right[0].shape, device=DEVICE)
     gradients = []
-    for function in (order.expert_order, sort):
+    for function in (kernels.expert_order, sort):
         weights = inputs[0].clone().requires_grad_()
         rows, *_ = function(weights, *inputs[1:], tokens, multiple)
         gradients += torch.autograd.grad(rows, weights, slope)
     assert torch.equal(*gradients)
 
 
-def test_more_blocks_than_a_tile_are_added_up(monkeypatch: pytest.MonkeyPatch):
+def test_more_blocks_than_a_tile_are_added_up(triton: None, monkeypatch: pytest.MonkeyPatch):
+    order = module_of("order")
     for name, value in {"BLOCK": 64, "PART": 32, "BLOCKS": 4, "EXPERTS": 32}.items():
         monkeypatch.setattr(order, name, value)
     inputs, tokens = copies_of("many")
