@@ -150,12 +150,11 @@ def routing(sizes: Size, dtype: torch.dtype) -> None:
     logits, bias = empty(TOKENS, sizes.all_experts, dtype=dtype), empty(sizes.all_experts).detach()
     given = empty(TOKENS, sizes.copies, dtype=torch.int64)
     for experts in (None, given):
-        inputs = logits, bias, experts, sizes.copies, 1, 1, True, 2.5
-        call("routing", "topk_routing", *inputs, module="topk_triton")
+        rule = sizes.copies, 1, 1, True, 2.5
+        call("routing", "topk_routing", logits, bias, experts, *rule, module="topk_triton")
     scores = empty(TOKENS, sizes.all_experts)
     for padding in (None, empty(2, TOKENS // 2, dtype=torch.bool)):
-        inputs = scores, padding, 2, sizes.copies
-        call("routing", "balance_sums", *inputs, module="balance_triton")
+        call("routing", "balance_sums", scores, padding, 2, sizes.copies, module="balance_triton")
     numbers = [empty(TOKENS * sizes.copies, dtype=torch.int64) for _ in range(2)]
     counts = empty(sizes.all_experts, dtype=torch.int64)
     inputs = empty(TOKENS * sizes.copies), *numbers, counts, TOKENS, 1
@@ -168,14 +167,15 @@ def mamba_step(sizes: Size, dtype: torch.dtype) -> None:
 
     ends = sizes.inner + sizes.channels
     projected = torch.empty(ROWS, ends + sizes.heads, device="meta", dtype=dtype)
-    head = [torch.empty(sizes.heads, device="meta") for _ in range(3)]
+    dt_bias, A_log, D = (torch.empty(sizes.heads, device="meta") for _ in range(3))
+    conv = empty(sizes.channels, 4), empty(sizes.channels)
     mamba_step(
         projected[:, sizes.inner : ends],
         projected[:, ends:],
         torch.empty(ROWS, 3, sizes.channels, device="meta", dtype=dtype),
         torch.empty(ROWS, sizes.heads, sizes.head_dim, sizes.state, device="meta"),
         torch.empty(ROWS, device="meta", dtype=torch.int64),
-        Weights(empty(sizes.channels, 4), empty(sizes.channels), *head, (0.0, math.inf)),
+        Weights(*conv, dt_bias, A_log, D, (0.0, math.inf)),
     )
 
 
@@ -225,27 +225,28 @@ def optimizer(sizes: Size, dtype: torch.dtype) -> None:
     function(*tensors, [step], [None], settings)
 
 
+FUNCTIONS: dict[str, Callable[[Size, torch.dtype], None]] = {
+    "ssd": functools.partial(ssd, documents=False),
+    "ssd-documents": functools.partial(ssd, documents=True),
+    "conv": functools.partial(convolution, documents=False),
+    "conv-documents": functools.partial(convolution, documents=True),
+    "rms_norm": norms,
+    "gated_rms_norm": gated_norms,
+    "squared_relu": activation,
+    "copies": copies,
+    "grouped_mlp": experts,
+    "mamba_step": mamba_step,
+    "expert_step": expert_step,
+    "router_step": router_step,
+    "routing": routing,
+    "cross_entropy": cross_entropy,
+    "adamw": optimizer,
+}
 CASES: dict[str, Callable[[], None]] = {
     f"{name}-{size}-{str(dtype).removeprefix('torch.').replace('bfloat', 'bf')}": functools.partial(
         function, sizes, dtype
     )
-    for name, function in {
-        "ssd": functools.partial(ssd, documents=False),
-        "ssd-documents": functools.partial(ssd, documents=True),
-        "conv": functools.partial(convolution, documents=False),
-        "conv-documents": functools.partial(convolution, documents=True),
-        "rms_norm": norms,
-        "gated_rms_norm": gated_norms,
-        "squared_relu": activation,
-        "copies": copies,
-        "grouped_mlp": experts,
-        "mamba_step": mamba_step,
-        "expert_step": expert_step,
-        "router_step": router_step,
-        "routing": routing,
-        "cross_entropy": cross_entropy,
-        "adamw": optimizer,
-    }.items()
+    for name, function in FUNCTIONS.items()
     for size, sizes in ((name, SIZES[name]) for name in ("nano", "super"))
     for dtype in (BF16, FP32)
 }
@@ -275,7 +276,7 @@ def read(case: str, name: str, kernel: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [tool, "-sass", file.name]
+        command = [str(tool), "-sass", file.name]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return Compiled(
         case,
