@@ -141,7 +141,8 @@ def test_a_stage_runs_on_a_cpu_and_finds_nothing_wrong(module, tmp_path: Path, w
     name, *more = words.split()
     if name == "tune":
         more += ["--operation", "rms_norm"]
-    own = ["--out", str(tmp_path), "--seconds", "100" if name == "warm" else "40", "--tiny"]
+    seconds = {"warm": "100", "tune": "25"}.get(name, "40")
+    own = ["--out", str(tmp_path), "--seconds", seconds, "--tiny"]
     ran = Forked(run_tool, f"gpu/stage_{name}.py", [*own, *more], output=tmp_path / "said")
     assert ran.wait(200) == 0, ran.text
     found = module("table").summary(tmp_path, 0.0)
