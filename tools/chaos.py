@@ -25,6 +25,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from nemotron.train.config import PretrainConfig  # noqa: E402
+from tests.support.forked import Forked  # noqa: E402
 from tests.support.job import Job, busy  # noqa: E402
 from tests.support.prepared import write_prepared  # noqa: E402
 from tests.support.same_run import assert_same_run  # noqa: E402
@@ -108,7 +110,7 @@ class Round:
         """Say whether no rank runs any more."""
         return all(process.poll() is not None for process in self.job.processes)
 
-    def _any(self):
+    def _any(self) -> Forked:
         return self.draw.choice(self.job.processes)
 
 
@@ -140,7 +142,7 @@ def disk_at(folder: Path) -> Iterator[Path]:
     """Return a small disk to fill, or, where none can be mounted, a folder: then none is full."""
     disk = folder / "disk"
     disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", disk]
+    command = ["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", str(disk)]
     mounted = subprocess.run(command, capture_output=True, check=False).returncode == 0
     if not mounted:
         print("no small disk can be mounted here (needs root): it is never full")
@@ -184,7 +186,7 @@ def chaos(options: argparse.Namespace, disk: Path) -> int:
     return 0
 
 
-def recipe(disk: Path, shards: dict[str, str], name: str, steps: int):
+def recipe(disk: Path, shards: dict[str, str], name: str, steps: int) -> PretrainConfig:
     """Return the recipe of one of the two runs."""
     return build_recipe(
         disk,

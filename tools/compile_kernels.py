@@ -10,7 +10,6 @@ without HGMMA.
 
 import argparse
 import functools
-import importlib
 import json
 import math
 import os
@@ -22,7 +21,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 if __name__ == "__main__":
@@ -33,10 +32,23 @@ import triton
 from torch import Tensor
 
 from nemotron.ops.adamw import Settings
+from nemotron.ops.adamw.triton import adamw
+from nemotron.ops.causal_conv1d.triton import causal_conv1d
+from nemotron.ops.grouped_linear.triton import grouped_linear, grouped_mlp
+from nemotron.ops.linear_cross_entropy.triton import linear_cross_entropy
+from nemotron.ops.rms_norm.gated_triton import gated_rms_norm
+from nemotron.ops.rms_norm.triton import rms_norm
+from nemotron.ops.routing.balance_triton import balance_sums
+from nemotron.ops.routing.copies_triton import token_copies
+from nemotron.ops.routing.order_triton import expert_order
+from nemotron.ops.routing.topk_triton import topk_routing
+from nemotron.ops.squared_relu.triton import squared_relu
+from nemotron.ops.ssd.triton import ssd
 from nemotron.ops.tuning import base
 from nemotron.sol.sizes import SIZES, Size
 from nemotron.tune.compiled import SHARED_LIMIT, launches_replaced, pretend, used
 
+P = ParamSpec("P")
 BF16, FP32 = torch.bfloat16, torch.float32
 TOKENS = 8192
 ROWS = 8
@@ -72,15 +84,16 @@ def empty(*shape: int, dtype: torch.dtype = FP32) -> Tensor:
     return torch.empty(shape, device="meta", dtype=dtype).requires_grad_(dtype.is_floating_point)
 
 
-def call(operation: str, function: str, *arguments: Any, module: str = "triton") -> None:
+def call(
+    function: Callable[P, Tensor | tuple[Tensor, ...]], *given: P.args, **named: P.kwargs
+) -> None:
     """Run an operation's Triton form, forward and backward."""
-    found = importlib.import_module(f"nemotron.ops.{operation}.{module}")
-    result = getattr(found, function)(*arguments)
+    result = function(*given, **named)
     outputs = [t for t in (result if isinstance(result, tuple) else (result,)) if t.requires_grad]
     torch.autograd.backward(outputs, [torch.empty_like(t) for t in outputs])
 
 
-def ssd(sizes: Size, dtype: torch.dtype, *, documents: bool) -> None:
+def scan(sizes: Size, dtype: torch.dtype, *, documents: bool) -> None:
     mixed = empty(2, TOKENS // 2, sizes.channels, dtype=dtype)
     bc = sizes.groups * sizes.state
     x, B, C = mixed.split([sizes.inner, bc, bc], dim=-1)
@@ -88,8 +101,7 @@ def ssd(sizes: Size, dtype: torch.dtype, *, documents: bool) -> None:
     ids = empty(2, TOKENS // 2, dtype=torch.int32) if documents else None
     initial = empty(2, sizes.heads, sizes.head_dim, sizes.state) if documents else None
     call(
-        "ssd",
-        "ssd",
+        ssd,
         x.unflatten(-1, (sizes.heads, sizes.head_dim)),
         empty(2, TOKENS // 2, sizes.heads),
         empty(sizes.heads),
@@ -107,26 +119,25 @@ def convolution(sizes: Size, dtype: torch.dtype, *, documents: bool) -> None:
     ids = empty(2, TOKENS // 2, dtype=torch.int32) if documents else None
     state = empty(2, 3, sizes.channels, dtype=dtype) if documents else None
     weight, bias = empty(sizes.channels, 4), empty(sizes.channels)
-    call("causal_conv1d", "causal_conv1d", x, weight, bias, state, ids, True)
+    call(causal_conv1d, x, weight, bias, state, ids, True)
 
 
 def norms(sizes: Size, dtype: torch.dtype) -> None:
     x, weight = empty(2, TOKENS // 2, sizes.hidden, dtype=dtype), empty(sizes.hidden)
-    call("rms_norm", "rms_norm", x, weight, 1e-5)
+    call(rms_norm, x, weight, 1e-5)
 
 
 def gated_norms(sizes: Size, dtype: torch.dtype) -> None:
     y = empty(2, TOKENS // 2, sizes.inner, dtype=dtype)
     projected = empty(2, TOKENS // 2, sizes.inner + sizes.channels, dtype=dtype)
     z = projected[..., : sizes.inner]
-    inputs = y, z, empty(sizes.inner), sizes.groups, 1e-5
-    call("rms_norm", "gated_rms_norm", *inputs, module="gated_triton")
+    call(gated_rms_norm, y, z, empty(sizes.inner), sizes.groups, 1e-5)
 
 
 def activation(sizes: Size, dtype: torch.dtype) -> None:
     x = empty(TOKENS * sizes.copies, sizes.expert_width, dtype=dtype)
-    call("squared_relu", "squared_relu", x, empty(TOKENS * sizes.copies, 1))
-    call("squared_relu", "squared_relu", empty(TOKENS, sizes.shared_width, dtype=dtype), None)
+    call(squared_relu, x, empty(TOKENS * sizes.copies, 1))
+    call(squared_relu, empty(TOKENS, sizes.shared_width, dtype=dtype), None)
 
 
 def experts(sizes: Size, dtype: torch.dtype) -> None:
@@ -134,32 +145,30 @@ def experts(sizes: Size, dtype: torch.dtype) -> None:
     up = empty(held, sizes.expert_width, sizes.expert_input)
     down = empty(held, sizes.expert_input, sizes.expert_width)
     x, counts = empty(rows, sizes.expert_input, dtype=dtype), empty(held, dtype=torch.int64)
-    call("grouped_linear", "grouped_mlp", x, empty(rows, 1), up, down, counts)
-    call("grouped_linear", "grouped_linear", x, up, counts)
+    call(grouped_mlp, x, empty(rows, 1), up, down, counts)
+    call(grouped_linear, x, up, counts)
 
 
 def copies(sizes: Size, dtype: torch.dtype) -> None:
     x, rows = (empty(n, sizes.expert_input, dtype=dtype) for n in (TOKENS, TOKENS * sizes.copies))
     token, place = (empty(TOKENS * sizes.copies, dtype=torch.int64) for _ in range(2))
     starts = empty(TOKENS, dtype=torch.int64)
-    call("routing", "token_copies", x, token, place, starts, "copy", module="copies_triton")
-    call("routing", "token_copies", rows, token, place, starts, "add", module="copies_triton")
+    call(token_copies, x, token, place, starts, "copy")
+    call(token_copies, rows, token, place, starts, "add")
 
 
 def routing(sizes: Size, dtype: torch.dtype) -> None:
     logits, bias = empty(TOKENS, sizes.all_experts, dtype=dtype), empty(sizes.all_experts).detach()
     given = empty(TOKENS, sizes.copies, dtype=torch.int64)
     for experts in (None, given):
-        inputs = logits, bias, experts, sizes.copies, 1, 1, True, 2.5
-        call("routing", "topk_routing", *inputs, module="topk_triton")
+        rule = sizes.copies, 1, 1, True, 2.5
+        call(topk_routing, logits, bias, experts, *rule)
     scores = empty(TOKENS, sizes.all_experts)
     for padding in (None, empty(2, TOKENS // 2, dtype=torch.bool)):
-        inputs = scores, padding, 2, sizes.copies
-        call("routing", "balance_sums", *inputs, module="balance_triton")
-    numbers = [empty(TOKENS * sizes.copies, dtype=torch.int64) for _ in range(2)]
-    counts = empty(sizes.all_experts, dtype=torch.int64)
-    inputs = empty(TOKENS * sizes.copies), *numbers, counts, TOKENS, 1
-    call("routing", "expert_order", *inputs, module="order_triton")
+        call(balance_sums, scores, padding, 2, sizes.copies)
+    weights, counts = empty(TOKENS * sizes.copies), empty(sizes.all_experts, dtype=torch.int64)
+    chosen, token = (empty(TOKENS * sizes.copies, dtype=torch.int64) for _ in range(2))
+    call(expert_order, weights, chosen, token, counts, TOKENS, 1)
 
 
 def mamba_step(sizes: Size, dtype: torch.dtype) -> None:
@@ -168,14 +177,15 @@ def mamba_step(sizes: Size, dtype: torch.dtype) -> None:
 
     ends = sizes.inner + sizes.channels
     projected = torch.empty(ROWS, ends + sizes.heads, device="meta", dtype=dtype)
-    head = [torch.empty(sizes.heads, device="meta") for _ in range(3)]
+    dt_bias, A_log, D = (torch.empty(sizes.heads, device="meta") for _ in range(3))
+    conv = empty(sizes.channels, 4), empty(sizes.channels)
     mamba_step(
         projected[:, sizes.inner : ends],
         projected[:, ends:],
         torch.empty(ROWS, 3, sizes.channels, device="meta", dtype=dtype),
         torch.empty(ROWS, sizes.heads, sizes.head_dim, sizes.state, device="meta"),
         torch.empty(ROWS, device="meta", dtype=torch.int64),
-        Weights(empty(sizes.channels, 4), empty(sizes.channels), *head, (0.0, math.inf)),
+        Weights(*conv, dt_bias, A_log, D, (0.0, math.inf)),
     )
 
 
@@ -204,48 +214,41 @@ def router_step(sizes: Size, dtype: torch.dtype) -> None:
 def cross_entropy(sizes: Size, dtype: torch.dtype) -> None:
     hidden, weight = empty(TOKENS, sizes.hidden, dtype=dtype), empty(sizes.vocab, sizes.hidden)
     labels = empty(TOKENS, dtype=torch.int64)
-    for reduction in ("sum", "none"):
-        call(
-            "linear_cross_entropy",
-            "linear_cross_entropy",
-            hidden,
-            weight,
-            labels,
-            reduction,
-            None,
-        )
+    call(linear_cross_entropy, hidden, weight, labels, "sum", None)
+    call(linear_cross_entropy, hidden, weight, labels, "none", None)
 
 
 def optimizer(sizes: Size, dtype: torch.dtype) -> None:
-    function = importlib.import_module("nemotron.ops.adamw.triton").adamw
     settings = Settings(1e-3, (0.9, 0.95), 1e-8, 0.1, 1.0)
     shape, step = (sizes.expert_width, sizes.expert_input), empty()
-    tensors = [[empty(*shape).detach()] for _ in range(4)]
-    function(*tensors, [step], [empty(*shape, dtype=dtype).detach()], settings)
-    function(*tensors, [step], [None], settings)
+    weights, gradients, averages, squares = ([empty(*shape).detach()] for _ in range(4))
+    state = weights, gradients, averages, squares, [step]
+    adamw(*state, [empty(*shape, dtype=dtype).detach()], settings)
+    adamw(*state, [None], settings)
 
 
+FUNCTIONS: dict[str, Callable[[Size, torch.dtype], None]] = {
+    "ssd": functools.partial(scan, documents=False),
+    "ssd-documents": functools.partial(scan, documents=True),
+    "conv": functools.partial(convolution, documents=False),
+    "conv-documents": functools.partial(convolution, documents=True),
+    "rms_norm": norms,
+    "gated_rms_norm": gated_norms,
+    "squared_relu": activation,
+    "copies": copies,
+    "grouped_mlp": experts,
+    "mamba_step": mamba_step,
+    "expert_step": expert_step,
+    "router_step": router_step,
+    "routing": routing,
+    "cross_entropy": cross_entropy,
+    "adamw": optimizer,
+}
 CASES: dict[str, Callable[[], None]] = {
     f"{name}-{size}-{str(dtype).removeprefix('torch.').replace('bfloat', 'bf')}": functools.partial(
         function, sizes, dtype
     )
-    for name, function in {
-        "ssd": functools.partial(ssd, documents=False),
-        "ssd-documents": functools.partial(ssd, documents=True),
-        "conv": functools.partial(convolution, documents=False),
-        "conv-documents": functools.partial(convolution, documents=True),
-        "rms_norm": norms,
-        "gated_rms_norm": gated_norms,
-        "squared_relu": activation,
-        "copies": copies,
-        "grouped_mlp": experts,
-        "mamba_step": mamba_step,
-        "expert_step": expert_step,
-        "router_step": router_step,
-        "routing": routing,
-        "cross_entropy": cross_entropy,
-        "adamw": optimizer,
-    }.items()
+    for name, function in FUNCTIONS.items()
     for size, sizes in ((name, SIZES[name]) for name in ("nano", "super"))
     for dtype in (BF16, FP32)
 }
@@ -275,7 +278,7 @@ def read(case: str, name: str, kernel: Any) -> Compiled:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
-        command = [tool, "-sass", file.name]
+        command = [str(tool), "-sass", file.name]
         code = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     return Compiled(
         case,

@@ -63,8 +63,8 @@ def effect(without: Sequence[float], with_: Sequence[float]) -> Effect:
     differences = [b - a for a, b in zip(without, with_, strict=True)]
     number = len(differences)
     error = statistics.stdev(differences) / math.sqrt(number) if number > 1 else math.nan
-    means = map(statistics.fmean, (without, with_, differences))
-    return Effect(*means, error, number)
+    mean = statistics.fmean
+    return Effect(mean(without), mean(with_), mean(differences), error, number)
 
 
 @dataclass(frozen=True)

@@ -8,14 +8,13 @@ Prints of each run its first and last rewards, and which share of its steps each
 import argparse
 from pathlib import Path
 
-import numpy as np
-
 from nemotron.drawing.chart import HEIGHT, Line, line_chart
 from nemotron.drawing.colors import standalone
 from nemotron.drawing.series import Series
 from nemotron.files import write_text
+from nemotron.report.table import Table
 from nemotron.run.files import RunFiles
-from nemotron.run.metrics import Record, read_metrics
+from nemotron.run.metrics import MetricsReader
 
 TITLE = "Mean reward: sampled answers, and likeliest ones to held-out tasks (dots)"
 LAST = 20
@@ -31,12 +30,10 @@ def main() -> None:
     given = parser.parse_args()
     lines: list[Line] = []
     for color, folder in enumerate(given.runs):
-        records = read_metrics(RunFiles(folder).metrics)
-        trained = [r for r in records if r["kind"] == "train"]
-        checked = [r for r in records if r["kind"] == "validation"]
-        sampled = series(trained, "rl/reward")
+        trained, checked = (table_of(folder, kind) for kind in ("train", "validation"))
+        sampled = trained.series("rl/reward")
         lines.append(Line(folder.name, sampled, color))
-        held = series(checked, "validation/reward")
+        held = checked.series("validation/reward")
         lines.append(Line(f"{folder.name}, held out", held, color, has_dots=True))
         print(folder.name, summary(sampled, held), shares(trained), sep="; ")
     legend = {line.label: f"c{line.color % 8}" for line in lines if not line.has_dots}
@@ -44,11 +41,12 @@ def main() -> None:
     write_text(given.out, standalone(svg, HEIGHT, TITLE, legend))
 
 
-def series(records: list[Record], key: str) -> Series:
-    """Return the values of a key over the steps."""
-    found = [(float(r["step"]), float(r[key])) for r in records if r.get(key) is not None]
-    x, y = np.array(found, np.float64).reshape(-1, 2).T
-    return Series(x, y)
+def table_of(folder: Path, kind: str) -> Table:
+    """Return the records of a kind of a run."""
+    table = Table()
+    for record in MetricsReader(RunFiles(folder).metrics, [kind]):
+        table.add(record)
+    return table
 
 
 def summary(sampled: Series, held: Series) -> str:
@@ -58,13 +56,12 @@ def summary(sampled: Series, held: Series) -> str:
     return f"{len(sampled.y)} steps, sampled {first:.3f} -> {last:.3f}, held out {checked}"
 
 
-def shares(records: list[Record]) -> str:
+def shares(trained: Table) -> str:
     """Return which share of the steps each phase took."""
-    whole = sum(float(record["perf/step_s"]) for record in records)
-    parts = {key: sum(float(record.get(key) or 0) for record in records) for key in PHASES}
+    whole, *parts = (trained.series(key).y.sum() for key in ("perf/step_s", *PHASES))
     named = ", ".join(
         f"{key.partition('/')[2].removesuffix('_s')} {value / whole:.0%}"
-        for key, value in parts.items()
+        for key, value in zip(PHASES, parts, strict=True)
     )
     return f"{named} of {whole:.0f} s"
 

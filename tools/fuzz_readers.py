@@ -32,7 +32,7 @@ from nemotron.hf.tokenizer_files import check_tokenizer, read_tokenizer
 from nemotron.hf.weights import read_weights
 from nemotron.loading import read_chat_files, recipe_ops
 from nemotron.merge.window import read_checkpoints
-from nemotron.posttrain.correct.config import CorrectConfig
+from nemotron.posttrain.correct.config import CorrectOptions
 from nemotron.posttrain.correct.stage import read_threshold
 from nemotron.posttrain.environments.base import messages_of
 from nemotron.posttrain.pivots import read_turns
@@ -202,7 +202,7 @@ def turns() -> None:
 
 
 def threshold() -> None:
-    read_threshold(Path("runs/corrector"), CorrectConfig.model_construct())
+    read_threshold(Path("runs/corrector"), CorrectOptions())
 
 
 def answers() -> None:

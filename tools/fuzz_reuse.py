@@ -28,7 +28,7 @@ def reuse(valid: Path) -> None:
     for path in valid.rglob("*.yaml"):
         text = path.read_text()
         EVENTS[text] = tuple(YAML(typ="safe", pure=True).parse(text))
-    yaml_text.YAML = _Parser  # type: ignore[attr-defined]
+    yaml_text.YAML = _Parser  # type: ignore[assignment, misc]
     create = tokenizer.Tokenizer.__init__
     for content in {path.read_bytes() for path in valid.rglob("tokenizer.json")}:
         known = tokenizer.Tokenizer(content)

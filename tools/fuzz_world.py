@@ -8,7 +8,7 @@ from typing import Any
 import fuzz_requests as read
 from ruamel.yaml import YAML
 
-RECIPE = {
+RECIPE: dict[str, Any] = {
     "name": "mine",
     "output": "runs",
     "device": "cpu",
@@ -43,7 +43,7 @@ RECIPE = {
     "evaluation": {"every_steps": 4, "tokens": 64},
 }
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"k": [1, {"d": None}]}}}
-CHAT = {
+CHAT: dict[str, list[Any]] = {
     "messages": [
         {"role": "system", "content": "Be short."},
         {"role": "user", "content": "Is it wet?"},

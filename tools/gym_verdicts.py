@@ -123,12 +123,13 @@ def rows_of(folder: Path, server: Server, file: str) -> list[Json]:
 
 def published(folder: Path, server: Server) -> Iterator[tuple[Json, Json, float]]:
     """Yield published rollouts: row, response and reward of the verifier without a judge."""
-    known = {}
+    known: dict[str, Json] = {}
     for file in server.files:
         known |= {prompt_of(row): row for row in rows_of(folder, server, file)}
     for found in rows_of(folder, server, "example_rollouts"):
         row = known.get(prompt_of(found), {}) | found
-        yield row, found["response"], float(found.get("library_reward", found["reward"]))
+        key = "library_reward" if "library_reward" in found else "reward"
+        yield row, found["response"], float(found[key])
 
 
 def prompt_of(row: Json) -> str:

@@ -42,7 +42,7 @@ from nemotron.train.trainer import Trainer  # noqa: E402
 FORKED = multiprocessing.get_context("forkserver")
 """Starts are forked from a server that has imported all this: it takes most of a short run."""
 
-RECIPE = {
+RECIPE: dict[str, Any] = {  # Any: as in a YAML file
     "device": "cpu",
     "model": {
         "vocab_size": 4096,
@@ -67,7 +67,7 @@ RECIPE = {
     "optimizer": {"betas": [0.9, 0.95]},
     "checkpoint": {"every_steps": 1, "keep": 2},
 }
-STAGES = {
+STAGES: dict[str, dict[str, Any]] = {
     "pretrain": {
         "batch": {"global_tokens": 192, "micro_batch": 2},
         "evaluation": {"every_steps": 5, "tokens": 512},
@@ -91,8 +91,10 @@ STAGES = {
     },
 }
 
-MOMENTS = ("created", "rank-00000.safetensors", "model.json", "state.json", "index.json")
-MOMENTS += ("manifest.json",)
+MOMENTS = (
+    *("created", "rank-00000.safetensors", "model.json", "state.json", "index.json"),
+    "manifest.json",
+)
 """What to wait for inside a checkpoint that is being written, before the kill."""
 COMMITTED, REMOVING, ANYTIME = "committed", "removing", "anytime"
 PHASES = {"answering": (Answerer, "answer"), "judging": (Verifiers, "verify")}
@@ -259,13 +261,12 @@ def last_step(run: Path) -> int:
     """Return the last step in the metrics."""
     metrics = run / "metrics.jsonl"
     records = read_metrics(metrics) if metrics.exists() else []
-    return int(records[-1]["step"]) if records else 0
+    return int(records[-1]["step"] or 0) if records else 0
 
 
 def differences(run: Path, other: Path) -> list[str]:
     """Return what differs between two runs: tensors, counters, metrics."""
-    infos = [newest(folder / "checkpoints").info for folder in (run, other)]
-    assert None not in infos, infos
+    infos = [newest_of(folder / "checkpoints") for folder in (run, other)]
     first, second = (all_tensors(info) for info in infos)
     problems = [n for n in first if n not in second or not torch.equal(first[n], second[n])]
     if first.keys() != second.keys():
@@ -278,6 +279,13 @@ def differences(run: Path, other: Path) -> list[str]:
         problems.append("rollouts")
     more = [f"{len(problems) - 5} more"] if len(problems) > 5 else []
     return [f"{problem} differs" for problem in problems[:5]] + more
+
+
+def newest_of(folder: Path) -> CheckpointInfo:
+    """Return the newest whole checkpoint of a folder that has one."""
+    found = newest(folder)
+    assert found.info is not None, found.skipped
+    return found.info
 
 
 def rollouts(run: Path) -> dict[str, bytes]:

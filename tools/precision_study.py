@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
 
+from nemotron.report.table import Table as Columns
 from nemotron.run.metrics import Record, read_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -81,8 +82,18 @@ def run(options: argparse.Namespace, variant: str, seed: int) -> list[Record]:
     return read_metrics(folder / "metrics.jsonl")
 
 
+def values(records: list[Record], kind: str, key: str) -> list[float]:
+    """Return the values of a key in the records of a kind."""
+    columns = Columns()
+    for record in records:
+        if record["kind"] == kind:
+            columns.add(record)
+    found: list[float] = columns.series(key).y.tolist()
+    return found
+
+
 def final_loss(records: list[Record]) -> float:
-    return float([r for r in records if r["kind"] == "validation"][-1]["validation/loss"])
+    return values(records, "validation", "validation/loss")[-1]
 
 
 def report(options: argparse.Namespace, runs: dict[tuple[str, int], list[Record]]) -> None:
@@ -135,9 +146,9 @@ def costs(
     runs: dict[tuple[str, int], list[Record]], variant: str, seeds: list[int]
 ) -> tuple[float, float]:
     """Return the median seconds of a step and the peak memory in GiB, over all seeds."""
-    steps = [r for seed in seeds for r in runs[variant, seed] if r["kind"] == "train"]
-    seconds = statistics.median(float(r["perf/step_s"]) for r in steps)
-    return seconds, max(float(r["mem/peak_gib"]) for r in steps)
+    records = [record for seed in seeds for record in runs[variant, seed]]
+    seconds = statistics.median(values(records, "train", "perf/step_s"))
+    return seconds, max(values(records, "train", "mem/peak_gib"))
 
 
 def draw(options: argparse.Namespace, runs: dict[tuple[str, int], list[Record]]) -> None:
@@ -159,7 +170,7 @@ def draw(options: argparse.Namespace, runs: dict[tuple[str, int], list[Record]])
 
 
 def losses_of(records: list[Record]) -> list[float]:
-    return [float(r["loss/main"]) for r in records if r["kind"] == "train"]
+    return values(records, "train", "loss/main")
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def _parallel(
     specials = specials_of(tokenizer, config.data.eod_token, vocab_size)
     allowed = text_ids(vocab_size, tokenizer.vocab_size, tokenizer.special_ids)
     if threshold is None and config.correct.kind == "soft":
-        threshold = read_threshold(run.path, config)
+        threshold = read_threshold(run.path, config.correct)
     on_device = allowed.to(next(loaded.parameters()).device)
     view = decode_view(loaded, pack=True)
     corrector = Corrector(view, config.correct, specials, on_device, threshold or 0.0)

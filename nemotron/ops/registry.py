@@ -5,7 +5,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -191,7 +191,7 @@ class Operation:
         rule = f"is unknown; use auto or one of {known}."
         raise UserError(rule, key=f"ops.{self.name}", value=name)
 
-    def bind(self, name: str) -> "Operation":
+    def bind(self, name: str) -> Self:
         """Return the operation with the named backend, or with the fittest one for `auto`.
 
         Raises:

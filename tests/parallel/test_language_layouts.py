@@ -56,8 +56,9 @@ def bilingual(values: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) 
     }
 
 
-@pytest.mark.parametrize("layout", [{}, {"ep": 2}, further({"tp": 2}), further({"cp": 2})], ids=str)
-@pytest.mark.nightly
+@pytest.mark.parametrize(
+    "layout", [further({}), {"ep": 2}, further({"tp": 2}), further({"cp": 2})], ids=str
+)
 def test_losses_are_those_of_one_process(
     pair: Pool, bilingual: dict[str, Any], layout: dict[str, Any]
 ) -> None:

@@ -2,7 +2,7 @@
 
 import json
 import math
-import subprocess
+import runpy
 import sys
 import threading
 from collections.abc import Iterator
@@ -149,23 +149,20 @@ def test_roofs_are_measured_once_and_a_damaged_file_is_named(monkeypatch, tmp_pa
         known_machine(CPU)
 
 
-@pytest.mark.slow
-@pytest.mark.nightly
-def test_the_tool_writes_a_table_a_line_and_a_drawing(tmp_path):
+def test_the_tool_writes_a_table_a_line_and_a_drawing(in_threads, monkeypatch, tmp_path, capsys):
     roofs, lines, drawing = (tmp_path / name for name in ("roofs.json", "a.jsonl", "a.svg"))
     roofs.write_text(machine().model_dump_json())
-    tool = [sys.executable, ROOT / "tools/sol/run.py", "--device", "cpu", "--max-others", "inf"]
-    chosen = ["--size", "tiny", "--op", "rms_norm", "--dtype", "bfloat16"]
-    files = ["--machine", roofs, "--json", lines, "--svg", drawing]
-    command = [*tool, *chosen, *files]
-    ran = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
+    chosen = ["--size", "tiny", "--op", "rms_norm", "--dtype", "bfloat16", "--device", "cpu"]
+    files = ["--machine", str(roofs), "--json", str(lines), "--svg", str(drawing)]
+    monkeypatch.setattr(sys, "argv", ["run.py", "--max-others", "inf", *chosen, *files])
+    assert runpy.run_path(str(ROOT / "tools/sol/run.py"))["main"]() == 0
+    said = capsys.readouterr().out
     rows = [json.loads(line) for line in lines.read_text().splitlines()]
     (row,) = rows
     assert row["problem"] == "rms_norm"
     assert row["machine"]["device"] == "a CPU"
-    assert f"| rms_norm | {row['backend']} |" in ran.stdout
-    assert f"| {row['score']:.2f} |" in ran.stdout
+    assert f"| rms_norm | {row['backend']} |" in said
+    assert f"| {row['score']:.2f} |" in said
     text = drawing.read_text()
     ElementTree.fromstring(text)
     assert text.count('<rect class="h6"') == 1

@@ -164,6 +164,7 @@ def run_module(
 
 def run_tool(name: str, arguments: Sequence[str]) -> None:
     """Become a program of the folder `tools` with these arguments."""
-    sys.path.insert(0, str(ROOT / "tools"))
+    path = ROOT / "tools" / name
+    sys.path.insert(0, str(path.parent))
     sys.argv = [name, *arguments]
-    runpy.run_path(str(ROOT / "tools" / name), run_name="__main__")
+    runpy.run_path(str(path), run_name="__main__")

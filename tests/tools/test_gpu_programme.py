@@ -11,6 +11,8 @@ from types import ModuleType
 
 import pytest
 
+from tests.support.cases import further
+from tests.support.forked import Forked, run_tool
 from tests.support.models import build_config
 
 ROOT = Path(__file__).parents[2]
@@ -120,6 +122,32 @@ def test_a_router_weighs_balanced_experts_by_its_own_scores(module):
     expected = gate.scaling * chosen / chosen.sum(1, keepdim=True)
     assert (forced.weights - expected).abs().max() <= 1e-6  # float32
     assert torch.equal(gate(x).experts, free.experts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        "roofs",
+        "model",
+        "step --variant auto",
+        "step --variant before",
+        "step --once",
+        "ops --once --only rms_norm",
+        *map(further, ["ops --only rms_norm --size tiny", "decode", "peer", "warm", "tune"]),
+    ],
+)
+def test_a_stage_runs_on_a_cpu_and_finds_nothing_wrong(module, tmp_path: Path, words: str):
+    name, *more = words.split()
+    if name == "tune":
+        more += ["--operation", "rms_norm"]
+    seconds = {"warm": "100", "tune": "25"}.get(name, "40")
+    own = ["--out", str(tmp_path), "--seconds", seconds, "--tiny"]
+    ran = Forked(run_tool, f"gpu/stage_{name}.py", [*own, *more], output=tmp_path / "said")
+    assert ran.wait(200) == 0, ran.text
+    found = module("table").summary(tmp_path, 0.0)
+    assert found["wrong"] == found["errors"] == []
+    assert "--once" in more or (tmp_path / "results.jsonl").exists()
 
 
 def test_the_script_names_a_stage_that_does_not_exist():

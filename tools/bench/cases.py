@@ -6,7 +6,7 @@ import torch
 
 from nemotron.model.config import ModelConfig
 
-_SHARED = {
+_SHARED: dict[str, object] = {
     "vocab_size": 4096,
     "hidden_size": 256,
     "hybrid_override_pattern": "MEMEM*EMEMEM*E",
@@ -23,16 +23,20 @@ _SHARED = {
 }
 
 PROXIES = {
-    "nano": ModelConfig(
-        **_SHARED, n_routed_experts=16, num_experts_per_tok=4, moe_intermediate_size=256
-    ),
-    "super": ModelConfig(
-        **_SHARED,
-        n_routed_experts=64,
-        num_experts_per_tok=8,
-        moe_intermediate_size=192,
-        moe_latent_size=64,
-    ),
+    name: ModelConfig.model_validate(_SHARED | experts)
+    for name, experts in {
+        "nano": {
+            "n_routed_experts": 16,
+            "num_experts_per_tok": 4,
+            "moe_intermediate_size": 256,
+        },
+        "super": {
+            "n_routed_experts": 64,
+            "num_experts_per_tok": 8,
+            "moe_intermediate_size": 192,
+            "moe_latent_size": 64,
+        },
+    }.items()
 }
 """The layer kinds and proportions of Nano and Super at a size that two cores train in a second."""
 

@@ -21,7 +21,6 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -84,7 +83,7 @@ def bench_prepare(folder: Path, options: argparse.Namespace) -> tuple[tuple[str,
     same_documents(folder / "ours-0", folder / "peer-0")
     best = {name: min(found) for name, found in times.items()}
     work = {name: best[name] - starts[name] for name in times}
-    rows = [
+    rows: Rows = [
         (
             name,
             f"{best[name]:.1f}",
@@ -101,7 +100,7 @@ def bench_prepare(folder: Path, options: argparse.Namespace) -> tuple[tuple[str,
 
 def bench_memory(folder: Path, options: argparse.Namespace) -> tuple[tuple[str, ...], Rows]:
     """Peak memory of the largest process, over many documents and over one."""
-    rows = []
+    rows: Rows = []
     for mb in (10, 100, 2000):
         size = write_text(folder / "text.jsonl", mb)
         seconds, peak = timed([*PREPARE, "text.jsonl", "--out", f"out-{mb}"])
@@ -127,7 +126,7 @@ def bench_open(folder: Path, options: argparse.Namespace) -> tuple[tuple[str, ..
                 writer.add(np.full(length, 3 + number % 4000))
         prefixes.append(str(prefix))
     (folder / "blend.json").write_text(json.dumps([x for p in prefixes for x in (1.0, p)]))
-    rows = []
+    rows: Rows = []
     for name, blend in (("one source", None), ("Megatron's list of as many sources", "blend.json")):
         command = [sys.executable, __file__, "--open", *([blend] if blend else ["shards"])]
         seconds, peak = timed(command)
@@ -148,14 +147,14 @@ def bench_horizon(folder: Path, options: argparse.Namespace) -> tuple[tuple[str,
                 writer.add(np.full(9_000, number))
         weight = 1 + number % 7 / 3
         sources.append(SourceConfig(name=f"s{number}", weight=weight, path=f"{folder}/s{number}"))
-    config = DataConfig(sources=sources, seq_len=8192, cache=str(folder / "cache"))
+    config = DataConfig(sources=tuple(sources), seq_len=8192, cache=str(folder / "cache"))
     length = RowLength(8192, 1.0, tuple(leaves(config.blend)))
     phases = [Phase("1", 933_806, NANO_STEP, (length,)), Phase("2", 59_605, NANO_STEP, (length,))]
     before = rss()
     start = time.perf_counter()
     data = TrainingData(config, Timeline(phases), seed=1, vocab_size=1 << 30)
     opened = time.perf_counter() - start
-    rows = [("open", f"{opened:.3f} s"), ("steps", f"{data.timeline.num_steps:,}")]
+    rows: Rows = [("open", f"{opened:.3f} s"), ("steps", f"{data.timeline.num_steps:,}")]
     rows.append(("tokens", f"{data.timeline.num_tokens:,}"))
     for name, ask in (
         ("sample ids of the last step (3,072 rows)", lambda: data.sample_ids(993_410)),
@@ -179,7 +178,7 @@ def bench_loader(folder: Path, options: argparse.Namespace) -> tuple[tuple[str, 
             for _ in range(40_000):
                 writer.add(np.append(draw.integers(3, 4_000, draw.integers(50, 3000)), EOD))
     sources = [SourceConfig(name=name, path=str(folder / name)) for name in "abc"]
-    rows = []
+    rows: Rows = []
     for kind in ("concatenate", "sequential", "best_fit"):
         config = DataConfig.model_validate(
             {
@@ -206,7 +205,7 @@ def bench_loader(folder: Path, options: argparse.Namespace) -> tuple[tuple[str, 
 
 def bench_wait(folder: Path, options: argparse.Namespace) -> tuple[tuple[str, ...], Rows]:
     """The tiny recipe, with and without reading ahead."""
-    rows = []
+    rows: Rows = []
     for steps_ahead in (2, 0):
         name = f"ahead-{steps_ahead}"
         command = [
@@ -320,21 +319,22 @@ def open_blend(name: str) -> None:
     start = time.perf_counter()
     source = f"data.blend={name}" if name.endswith(".json") else None
     inline = f"data.sources=[{{name: all, path: {name}}}]"
-    recipe = load_recipe(ROOT / "recipes/tiny/pretrain.yaml", [source or inline])
+    config = load_recipe(ROOT / "recipes/tiny/pretrain.yaml", [source or inline]).text
     laps = [time.perf_counter()]
-    data = open_data(recipe.config, plan_training(recipe.config))
+    data = open_data(config, plan_training(config))
     laps.append(time.perf_counter())
     data.batch(0)
     laps.append(time.perf_counter())
     print(*(f"{b - a:.2f}" for a, b in zip([start, *laps], laps, strict=False)))
 
 
-def start() -> Any:  # Any: nothing is returned
+def start() -> None:
     if sys.argv[1:2] == ["--peer"]:
-        return run_peer(sys.argv[2], sys.argv[3], int(sys.argv[4]))
-    if sys.argv[1:2] == ["--open"]:
-        return open_blend(sys.argv[2])
-    return main()
+        run_peer(sys.argv[2], sys.argv[3], int(sys.argv[4]))
+    elif sys.argv[1:2] == ["--open"]:
+        open_blend(sys.argv[2])
+    else:
+        main()
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ class Shape:
 def shapes_of(config: ModelConfig) -> list[Shape]:
     """Return the distinct matrices of a model."""
     model = build_on_meta(config)
-    found = {}
+    found: dict[Shape, None] = {}
     for name in linear_layers(model):
         kind = kind_of(name) or ""
         for weight in model.get_submodule(name).parameters(recurse=False):

@@ -143,6 +143,17 @@ def timed(lm: Any, task: str, folder: Path) -> Timed:
     return Timed(seconds, inside, answers)
 
 
+def apart(ours: list[float | str], theirs: list[float | str]) -> str:
+    """Return the largest difference of numbers, or how many texts differ."""
+    largest, texts = 0.0, 0
+    for a, b in zip(ours, theirs, strict=True):
+        if isinstance(a, float) and isinstance(b, float):
+            largest = max(largest, abs(a - b))
+        else:
+            texts += a != b
+    return f"{texts} texts" if isinstance(ours[0], str) else f"{largest:.1e}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("export", type=Path)
@@ -173,16 +184,11 @@ def main() -> None:
             timed(lm, "4 letters, 5 shots", Path(folder))  # the first calls are slower
         for task in given.only or TASKS:
             theirs, ours = (timed(lm, task, Path(folder)) for lm in models)
-            pairs = list(zip(ours.answers, theirs.answers, strict=True))
-            if isinstance(ours.answers[0], float):
-                apart = f"{max(abs(a - b) for a, b in pairs):.1e}"
-            else:
-                apart = f"{sum(a != b for a, b in pairs)} texts"
             cells = "".join(
                 f"{a:10.2f}{b:10.2f}{a / b:10.1f}"
                 for a, b in ((theirs.seconds, ours.seconds), (theirs.inside, ours.inside))
             )
-            print(f"{task:<20}{cells}  {apart}", flush=True)
+            print(f"{task:<20}{cells}  {apart(ours.answers, theirs.answers)}", flush=True)
 
 
 if __name__ == "__main__":

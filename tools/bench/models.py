@@ -100,7 +100,7 @@ def check(case: Case) -> float:
         peer = results("peer", "fp32", "eager")
         narrow = [kind for kind in kinds if kind == "numba_int16"]
         for kind in narrow:
-            _check_narrow(*(results("ours", "bf16", k) for k in (kind, "numba")), peer)
+            _check_narrow(results("ours", "bf16", kind), results("ours", "bf16", "numba"), peer)
         return max(
             _difference(results("ours", "fp32", kind), peer) for kind in kinds if kind not in narrow
         )

@@ -197,6 +197,7 @@ class Scan:
         """Run forward and backward and return the output."""
         x, dt, A, B, C, D = self._inputs.values()
         y = self._ssd(x, dt, A, B, C, D) if self._ours else self._peer(x, dt, A, B, C, D=D)
+        assert isinstance(y, Tensor)  # without the final state
         y.backward(self._dy)
         return y.detach()
 

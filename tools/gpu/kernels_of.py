@@ -6,7 +6,7 @@ from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 from stage import ROOT
@@ -85,7 +85,14 @@ def host_waits(found: Counter[str]) -> Iterator[None]:
     it counts for the line that called backward.
     """
 
-    def note(message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+    def note(
+        message: Warning | str,
+        category: type[Warning],
+        filename: str,
+        lineno: int,
+        file: TextIO | None = None,
+        line: str | None = None,
+    ) -> None:
         if WAITS not in str(message):
             return
         frames = [f for f in traceback.extract_stack()[:-1] if _is_own(f.filename)]

@@ -18,7 +18,7 @@ from nemotron.ops.apply import ALL
 from nemotron.ops.config import OpsConfig
 from nemotron.ops.describe import training_call
 from nemotron.recipe.load import load_recipe
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import TextConfig
 
 ROWS, TOKENS = 2, 4096
 TINY_TOKENS = 64
@@ -41,7 +41,7 @@ BIG = 1 << 20
 """Elements from which a tensor is drawn on the device and not as the project draws it."""
 
 
-def share(tiny: bool) -> PretrainConfig:
+def share(tiny: bool) -> TextConfig:
     """Return Nano's recipe with the layers and experts of one share."""
     changes = [
         f"model.hybrid_override_pattern={PATTERN}",

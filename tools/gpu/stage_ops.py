@@ -57,7 +57,8 @@ def main() -> None:
     if options.start is not None or options.once:
         _work(Stage("ops", options))
         return
-    start, end = 0, time.monotonic() + options.seconds
+    end = time.monotonic() + options.seconds
+    start: int | None = 0
     while start is not None and time.monotonic() < end:
         start = _supervise(options, start, end)
 

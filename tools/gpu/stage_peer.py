@@ -8,7 +8,7 @@ weights are bfloat16, without float32 masters: its optimizer moves half as many 
 import importlib.metadata
 import statistics
 import types
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from mamba_kernels import searches, shorten_search
@@ -24,6 +24,9 @@ from nemotron.sol.clock import repeat
 from nemotron.train.auxiliary import Auxiliary
 from nemotron.train.config import LossConfig
 from nemotron.train.loss import PretrainObjective, compute_sums
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 LR = 1e-4
 SETTINGS = (("grouped_mm", "ours"), ("grouped_mm", "torch"), ("eager", "ours"))
@@ -84,7 +87,7 @@ def _run(stage: Stage) -> None:
 
 
 def _time(
-    stage: Stage, model: torch.nn.Module, optimizer: torch.optim.Optimizer, ids: list[Tensor]
+    stage: Stage, model: "PreTrainedModel", optimizer: torch.optim.Optimizer, ids: list[Tensor]
 ) -> dict[str, Any]:
     """Return the loss before any step, and the median times of a step."""
     with torch.no_grad():
@@ -118,7 +121,7 @@ def _time(
 
 def _same_weights(
     stage: Stage, config: ModelConfig, theirs: types.ModuleType
-) -> tuple[float, torch.nn.Module]:
+) -> tuple[float, "PreTrainedModel"]:
     """Return our loss on the first tokens, and their model with our weights."""
     ours = build(config, stage.device, torch.bfloat16)
     batch = random_batch(config, ROWS, tokens_of(stage.tiny), 0)

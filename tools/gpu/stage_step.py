@@ -30,7 +30,7 @@ from nemotron.precision.apply import Quantization
 from nemotron.precision.config import PrecisionConfig
 from nemotron.sol.clock import Clock, repeat
 from nemotron.train.auxiliary import Auxiliary
-from nemotron.train.config import PretrainConfig
+from nemotron.train.config import TextConfig
 from nemotron.train.kinds import kinds, parameter_kinds
 from nemotron.train.loss import PretrainObjective, compute_sums
 from nemotron.train.optimizer import Optimizer, clip_coefficient, squares_by_kind
@@ -55,7 +55,7 @@ IN_A_ROW = 12
 class Training:
     """The share's model and what a step of the trainer does to it."""
 
-    def __init__(self, config: PretrainConfig, stage: Stage, variant: str) -> None:
+    def __init__(self, config: TextConfig, stage: Stage, variant: str) -> None:
         self.config, self.clock, self.device = config, stage.clock, stage.device
         self.model: HybridLM = build(config.model, stage.device, torch.bfloat16)
         apply(self.model, config.ops)
@@ -230,7 +230,7 @@ def _host(training: Training, top: int = 10) -> dict[str, Any]:
     }
 
 
-def _three_layers(config: PretrainConfig) -> PretrainConfig:
+def _three_layers(config: TextConfig) -> TextConfig:
     """Keep one layer of each kind and a part of the vocabulary: the same kernels, less memory."""
     fewer = {"hybrid_override_pattern": "M*E", "num_hidden_layers": 3}
     fewer["vocab_size"] = min(16384, config.model.vocab_size)
@@ -241,7 +241,7 @@ def _preset(variant: str) -> str:
     return "bf16" if variant in ("auto", "named", "before") else variant
 
 
-def planned_memory(config: PretrainConfig) -> tuple[float, dict[str, float]]:
+def planned_memory(config: TextConfig) -> tuple[float, dict[str, float]]:
     """Return what `nemotron plan` says of one GPU, in GiB, in all and by term."""
     setting = read_setting(config, plan_training(config), find_hardware("h100", 1))
     dims, _ = layout_of(setting, 1)

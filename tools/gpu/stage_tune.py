@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from stage import Stage, one_line, parser
 
 from nemotron.ops.tuning import base
-from nemotron.sol.sizes import SIZES
+from nemotron.sol.sizes import SIZES, Size
 from nemotron.tune.compiled import Compiled, Job, Pool
 from nemotron.tune.problems import targets
 from nemotron.tune.search import Search
@@ -55,7 +55,8 @@ def main() -> None:
 
     with stage.attempt("tune"), Pool(name, asked.processes) as pool:
         shapes = ["tiny"] if stage.tiny else asked.shapes.split(",")
-        device, settled = Timer(stage.device), {}
+        device = Timer(stage.device)
+        settled: dict[tuple[object, ...], Size] = {}
         compiler = NoCompiler() if stage.tiny else pool
         for place, shape in enumerate(shapes):
             is_last = place == len(shapes) - 1

@@ -20,11 +20,13 @@ PARTS = 8
 
 def main() -> None:
     stage = Stage("warm", parser(__doc__).parse_args())
-    begin, failed = time.monotonic(), {}
+    begin = time.monotonic()
+    failed: dict[str, int | str] = {}
+    running: dict[str, subprocess.Popen[bytes]] = {}
     waiting = commands()
     if stage.tiny:
         waiting = [waiting[0], waiting[-1]]
-    total, running = len(waiting), {}
+    total = len(waiting)
     while (waiting or running) and stage.left() > 0:
         while waiting and len(running) < AT_ONCE:
             module, *words = waiting.pop(0)

@@ -20,7 +20,7 @@ from nemotron.parallel.dims import resolve_dims
 from nemotron.parallel.local import LocalModel
 from nemotron.parallel.runtime import Ranks
 from nemotron.posttrain.correct.batches import PairBatches
-from nemotron.posttrain.correct.config import CorrectConfig
+from nemotron.posttrain.correct.config import CorrectConfig, CorrectOptions
 from nemotron.posttrain.correct.evaluate import (
     Errors,
     correct_rows,
@@ -208,14 +208,14 @@ class Validation:
         return sum(self.ranks.gather(found), Errors())
 
 
-def read_threshold(run: Path, config: CorrectConfig) -> float:
+def read_threshold(run: Path, options: CorrectOptions) -> float:
     """Return the threshold of a run: that of its recipe, or the one that an evaluation found.
 
     Raises:
         UserError: when there is none.
     """
-    if config.correct.threshold is not None:
-        return config.correct.threshold
+    if options.threshold is not None:
+        return options.threshold
     path = RunFiles(run).threshold
     try:
         value = float(parse_json(read_regular(path))["threshold"])
