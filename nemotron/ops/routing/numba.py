@@ -133,7 +133,8 @@ def expert_order(
     heads = ends - rows
     ordered = torch.empty(size, dtype=torch.int64)
     place, starts = torch.empty_like(token), torch.empty(num_tokens, dtype=torch.int64)
-    values = {"copies": len(token), "tokens": num_tokens, "num_experts": len(counts), "size": size}
+    values: dict[str, Any] = {"copies": len(token), "tokens": num_tokens, "size": size}
+    values["num_experts"] = len(counts)
     values |= {"experts": experts, "token": token, "heads": heads, "ordered": ordered}
     run(found.order, found.CALL, FORMAT, values | {"place": place, "starts": starts})
     weights = weights.new_zeros(size).scatter(0, place, weights)
