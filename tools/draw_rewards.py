@@ -31,9 +31,9 @@ def main() -> None:
     lines: list[Line] = []
     for color, folder in enumerate(given.runs):
         trained, checked = (table_of(folder, kind) for kind in ("train", "validation"))
-        sampled = trained.series("rl/reward")
+        sampled = trained.series("rl/reward").finite
         lines.append(Line(folder.name, sampled, color))
-        held = checked.series("validation/reward")
+        held = checked.series("validation/reward").finite
         lines.append(Line(f"{folder.name}, held out", held, color, has_dots=True))
         print(folder.name, summary(sampled, held), shares(trained), sep="; ")
     legend = {line.label: f"c{line.color % 8}" for line in lines if not line.has_dots}
@@ -58,7 +58,7 @@ def summary(sampled: Series, held: Series) -> str:
 
 def shares(trained: Table) -> str:
     """Return which share of the steps each phase took."""
-    whole, *parts = (trained.series(key).y.sum() for key in ("perf/step_s", *PHASES))
+    whole, *parts = (trained.series(key).finite.y.sum() for key in ("perf/step_s", *PHASES))
     named = ", ".join(
         f"{key.partition('/')[2].removesuffix('_s')} {value / whole:.0%}"
         for key, value in zip(PHASES, parts, strict=True)
