@@ -2,6 +2,7 @@
 
 import torch
 
+from nemotron.ops.attention import int16 as attention_int16
 from nemotron.ops.attention import numba as attention
 from nemotron.ops.causal_conv1d import numba as causal_conv1d
 from nemotron.ops.grouped_linear import int16 as linear_int16
@@ -17,7 +18,7 @@ from nemotron.ops.ssd import numba as ssd
 from nemotron.ops.token_step import compiled
 
 MODULES = (
-    attention.MODULE,
+    attention.FLOAT32.module,
     causal_conv1d.MODULE,
     grouped_linear.FLOAT32.module,
     grouped_mlp.FLOAT32.module,
@@ -27,7 +28,7 @@ MODULES = (
     ssd.MODULE,
 )
 OF_FLOAT32 = (routing.MODULE,)
-OF_BFLOAT16 = (linear_int16.INT16.module, mlp_int16.INT16.module)
+OF_BFLOAT16 = tuple(form.INT16.module for form in (attention_int16, linear_int16, mlp_int16))
 
 
 def prepare() -> None:

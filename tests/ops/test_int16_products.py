@@ -151,7 +151,7 @@ def test_the_largest_sums_fit():
         strips = BLOCK // 16
         quantize_rows(a, 8 * ROW, 8, strips, rows)
         quantize_columns(b, BLOCK // 2, columns)
-        multiply(rows, 8, strips, columns, c, True)
+        multiply(rows, 8, 8, strips, columns, c, True)
 
     rows, columns = np.zeros(8 * 4 + 4 * 8 * 32, np.uint8), np.zeros(64 + 64 * 32, np.uint8)
     c = np.zeros((8, 16), np.float32)

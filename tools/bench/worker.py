@@ -46,7 +46,7 @@ KERNELS = (
     "topk_routing",
 )
 """Operations that have kernels for CPUs, which are used by name."""
-PRODUCTS = ("grouped_mlp", "linear")
+PRODUCTS = ("attention", "grouped_mlp", "linear")
 """Those of them that can multiply bfloat16 in 16-bit integers, too."""
 
 

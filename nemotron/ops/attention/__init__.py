@@ -10,7 +10,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nemotron.ops import float32_products
 from nemotron.ops.attention import flash_attn
-from nemotron.ops.registry import Backend, Operation, lazy, numba_backend
+from nemotron.ops.registry import Backend, Operation, int16_backend, lazy, numba_backend
 
 WITHOUT_CUDNN = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 """The kernels of torch that take any length at once."""
@@ -194,6 +194,7 @@ attention = AttentionOp(
             limit=_flash_limit,
         ),
         numba_backend("nemotron.ops.attention.numba", "attention", features=FEATURES),
+        int16_backend("nemotron.ops.attention.int16", "attention", features=FEATURES),
         float32_products.backend(float32_products.in_float32(sdpa), features=FEATURES),
         Backend(
             "sdpa",

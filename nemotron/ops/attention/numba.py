@@ -1,18 +1,31 @@
 """Attention by kernels for CPUs: no scores in memory, forward or backward."""
 
-from typing import Any
+from collections.abc import Callable
+from types import ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
 from nemotron.ops.jit.call import kernels, run, scratch
+from nemotron.ops.jit.vectors import LANES
 
-MODULE = "nemotron.ops.attention.kernels"
 UNITS = 16
 """Units of work that a gradient has at least, if there are keys enough."""
 BLOCKS = 4
 """Blocks of keys that a segment has at least."""
+
+
+class Form(NamedTuple):
+    """Kernels, by how numbers lie while they are multiplied, and the room that they take.
+
+    Both functions take a module of kernels and the values of a call.
+    """
+
+    module: str
+    forward: Callable[[ModuleType, dict[str, Any]], dict[str, Any]]
+    backward: Callable[[ModuleType, dict[str, Any]], dict[str, Any]]
 
 
 class _Attention(torch.autograd.Function):
@@ -24,50 +37,61 @@ class _Attention(torch.autograd.Function):
         v: Float[Tensor, "B S Hkv Dh"],
         lows: Int[Tensor, "B T"],
         highs: Int[Tensor, "B T"],
+        form: Form,
     ) -> Tensor:
-        found = kernels(MODULE, q.dtype)
-        values = _inputs(q, k, v, lows, highs)
+        found = kernels(form.module, q.dtype)
+        values = _inputs(q, k, v, lows, highs) | {"blocks": -(-k.shape[1] // found.KEYS)}
         y = torch.empty(q.shape)  # its gradient needs more digits than bfloat16 has
         tops, totals = torch.empty(2, values["sides"], values["columns"])
-        numbers = found.COLUMNS * (2 * values["depth"] + 4)
-        numbers += found.LANES * values["depth"] + found.KEYS * found.LANES
-        blocks = -(-k.shape[1] // found.KEYS)
-        shape = (values["sides"], values["depth"] // found.LANES, blocks * found.KEYS, found.LANES)
-        values |= {"blocks": blocks, "keys": torch.empty(shape), "values": torch.empty(shape)}
-        values |= {"y": y, "tops": tops, "totals": totals} | scratch(numbers)
+        values |= form.forward(found, values) | {"y": y, "tops": tops, "totals": totals}
         run(found.forward, found.CALL, q.dtype, values)
         ctx.save_for_backward(q, k, v, lows, highs, y, tops + totals.log2())
+        ctx.form = form
         return y.to(q.dtype)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, lows, highs, y, logs = ctx.saved_tensors
-        found = kernels(MODULE, q.dtype)
+        found = kernels(ctx.form.module, q.dtype)
         values = _inputs(q, k, v, lows, highs)
-        depth, lanes, pair = values["depth"], found.LANES, found.PAIR
         blocks = -(-k.shape[1] // found.KEYS)
         segments = max(1, min(-(-UNITS // values["sides"]), blocks // BLOCKS))
         size = -(-blocks // segments) * found.KEYS
         segments = -(-k.shape[1] // size)
-        parts = torch.empty(segments, values["sides"], values["strips"], depth, lanes)
+        parts = torch.empty(segments, values["sides"], values["strips"], values["depth"], LANES)
         inner, dy = torch.empty_like(logs), _rows(dy)
         dq, dk, dv = (torch.empty(t.shape, dtype=t.dtype) for t in (q, k, v))
         values |= {"segment": size, "segments": segments, "parts": parts, "inner": inner}
         values |= {"y": y, "logs": logs, "dq": dq, "dk": dk, "dv": dv} | _strides("dy", dy)
-        numbers = 6 * size * depth + pair * lanes * (2 * found.KEYS + 4 * depth + 4)
-        run(found.backward, found.CALL, q.dtype, values | scratch(numbers))
-        return dq, dk, dv, None, None
+        run(found.backward, found.CALL, q.dtype, values | ctx.form.backward(found, values))
+        return dq, dk, dv, None, None, None
+
+
+def _forward(found: ModuleType, values: dict[str, Any]) -> dict[str, Any]:
+    depth = values["depth"]
+    keys = torch.empty(2, values["sides"] * values["blocks"] * found.KEYS * depth)
+    numbers = found.COLUMNS * (2 * depth + 4) + LANES * depth + found.KEYS * LANES
+    return {"keys": keys[0], "values": keys[1]} | scratch(numbers)
+
+
+def _backward(found: ModuleType, values: dict[str, Any]) -> dict[str, Any]:
+    depth = values["depth"]
+    columns = found.PAIR * LANES * (2 * found.KEYS + 4 * depth + 4)
+    return scratch(6 * values["segment"] * depth + columns)
+
+
+FLOAT32 = Form("nemotron.ops.attention.kernels", _forward, _backward)
+"""All numbers in float32."""
 
 
 def _inputs(q: Tensor, k: Tensor, v: Tensor, lows: Tensor, highs: Tensor) -> dict[str, Any]:
     rows, length, heads, head_size = q.shape
     total, groups = k.shape[1:3]
     columns = length * (heads // groups)
-    lanes = kernels(MODULE, q.dtype).LANES
     values: dict[str, Any] = {"rows": rows, "length": length, "total": total, "heads": heads}
     values |= {"groups": groups, "sides": rows * groups, "head_size": head_size}
-    values |= {"depth": -(-head_size // lanes) * lanes, "columns": columns}
-    values |= {"strips": -(-columns // lanes), "lows": lows, "highs": highs}
+    values |= {"depth": -(-head_size // LANES) * LANES, "columns": columns}
+    values |= {"strips": -(-columns // LANES), "lows": lows, "highs": highs}
     values["next"] = torch.zeros(1, dtype=torch.int64)
     return values | _strides("q", q) | _strides("k", k) | _strides("v", v)
 
@@ -108,7 +132,8 @@ def attention(
     v: Float[Tensor, "B S Hkv Dh"],
     seq_idx: Int[Tensor, "B S"] | None,
     lengths: Int[Tensor, " B"] | None,
+    form: Form = FLOAT32,
 ) -> Float[Tensor, "B T Hq Dh"]:
     """Attend in float32; the result is rounded once."""
     lows, highs = _bounds(q.shape[0], q.shape[1], k.shape[1], seq_idx, lengths)
-    return _Attention.apply(_rows(q), _rows(k), _rows(v), lows, highs)
+    return _Attention.apply(_rows(q), _rows(k), _rows(v), lows, highs, form)

@@ -1,4 +1,4 @@
-"""Products of bfloat16 rows in 16-bit integers, for CPUs without instructions for bfloat16."""
+"""Products of bfloat16 rows in 16-bit integers, for training on CPUs."""
 
 import functools
 from typing import Any

@@ -29,6 +29,7 @@ from nemotron.ops.jit.int16_matrices import (
     rows_size,
     turn,
     write_column_block,
+    write_columns_as_blocks,
     write_rows_as_blocks,
 )
 from nemotron.ops.jit.matrices import ROWS, WIDE, fill_up, strips_of, write_rows
@@ -124,10 +125,14 @@ def backward(address, thread, threads, kind):
         padded = fill_up(block.rows)
         if call.dweight:
             read_block(block, call.x, call.inner, scratch, kind)
-            write_columns(scratch, padded, inner, columns_of(call.rows, block, unit, inner))
+            write_columns_as_blocks(
+                scratch, padded, inner, columns_of(call.rows, block, unit, inner)
+            )
         read_block(block, call.dy, call.outer, scratch, kind)
         if call.dweight:
-            write_columns(scratch, padded, outer, columns_of(call.slopes, block, unit, outer))
+            write_columns_as_blocks(
+                scratch, padded, outer, columns_of(call.slopes, block, unit, outer)
+            )
         if call.dx:
             write_rows_as_blocks(scratch, padded * ROW, padded, outer, rows)
             weights = call.packed + block.group * inner * column_size(outer)
@@ -146,14 +151,6 @@ def backward(address, thread, threads, kind):
 def columns_of(columns, block, number, strips):
     """Return where the strips of a block of rows lie, `number` being its place in the table."""
     return columns + (block.place * HALF_ROW + number * ROW) * strips
-
-
-@njit
-def write_columns(source, padded, strips, target):
-    """Write rows of float32 strips as a block of each strip, which is added up downwards."""
-    for strip in range(strips):
-        place = target + strip * part_size(padded)
-        write_column_block(source + strip * padded * ROW, padded, place, 0)
 
 
 @njit

@@ -1,4 +1,4 @@
-"""Routed experts in 16-bit integers, for CPUs without instructions for bfloat16."""
+"""Routed experts in 16-bit integers, for training on CPUs."""
 
 import functools
 from typing import Any

@@ -11,7 +11,6 @@ from nemotron.ops.grouped_linear.int16_kernels import (
     multiply_rows,
     read_straight,
     read_transposed,
-    write_columns,
 )
 from nemotron.ops.grouped_linear.kernels import block_of, parts, pieces, read_block
 from nemotron.ops.grouped_mlp.kernels import CALL, activate, differentiate
@@ -20,6 +19,7 @@ from nemotron.ops.jit.int16_matrices import (
     column_size,
     multiply_block,
     rows_size,
+    write_columns_as_blocks,
     write_rows_as_blocks,
 )
 from nemotron.ops.jit.matrices import ROWS, fill_up, strips_of
@@ -113,18 +113,24 @@ def _go_back(call, number, scratch, kind):
     result = rows + rows_size(ROWS, max(inner, outer))
     if call.dup:
         read_block(block, call.x, call.inner, inside, kind)
-        write_columns(inside, padded, inner, columns_of(call.rows, block, number, inner))
+        write_columns_as_blocks(inside, padded, inner, columns_of(call.rows, block, number, inner))
     read_block(block, call.dy, call.inner, activated, kind)
     if call.ddown:
-        write_columns(activated, padded, inner, columns_of(call.slopes, block, number, inner))
+        write_columns_as_blocks(
+            activated, padded, inner, columns_of(call.slopes, block, number, inner)
+        )
     write_rows_as_blocks(activated, padded * ROW, padded, inner, rows)
     weights = call.downs + block.group * outer * column_size(inner)
     multiply_block(rows, padded, inner, weights, outer, inside)
     differentiate(call, block, inside, activated, kind)
     if call.dup:
-        write_columns(inside, padded, outer, columns_of(call.inside, block, number, outer))
+        write_columns_as_blocks(
+            inside, padded, outer, columns_of(call.inside, block, number, outer)
+        )
     if call.ddown:
-        write_columns(activated, padded, outer, columns_of(call.activated, block, number, outer))
+        write_columns_as_blocks(
+            activated, padded, outer, columns_of(call.activated, block, number, outer)
+        )
     if call.dx:
         write_rows_as_blocks(inside, padded * ROW, padded, outer, rows)
         weights = call.ups + block.group * inner * column_size(outer)

@@ -117,12 +117,12 @@ def _finish(b, sums, factors, by, target, fresh):
         yield _fma(b, b.sitofp(sum_, _VECTOR), factor, before)
 
 
-def _multiply(b, a, rows, strips, column, c, fresh, write):
+def _multiply(b, a, rows, count, strips, column, c, fresh, write):
     """Call write(row, vectors) for some rows of C + A B after the others, the first being `row`."""
     sums = [cgutils.alloca_once(b, _REGISTER) for _ in range(_ROWS * _PARTS)]
     numbers, weights = _at(b, a, b.mul(rows, _I64(4))), _at(b, column, ROW)
     step, by = b.mul(rows, _I64(HALF_ROW)), _load(b, column)
-    with cgutils.for_range_slice(b, _I64(0), rows, _I64(_ROWS), _I64) as (row, _):
+    with cgutils.for_range_slice(b, _I64(0), count, _I64(_ROWS), _I64) as (row, _):
         _begin(b, sums)
         source = _at(b, numbers, b.mul(row, _I64(HALF_ROW)))
         with cgutils.for_range(b, strips, intp=_I64) as loop:
@@ -137,24 +137,24 @@ def _multiply(b, a, rows, strips, column, c, fresh, write):
 
 
 @intrinsic
-def multiply(context, a, rows, strips, b, c, fresh):
-    """C (+)= A B for one strip of C [rows, 16], which begins with 0 where `fresh`.
+def multiply(context, a, rows, count, strips, b, c, fresh):
+    """C (+)= A B for one strip of C [count, 16], which begins with 0 where `fresh`.
 
-    A is a block of `rows` rows of so many strips of integers, B one of 16 columns, with as many
-    pairs of rows as A has pairs of columns.
+    A is the first rows of a block of `rows` rows of so many strips of integers, B a block of 16
+    columns, with as many pairs of rows as A has pairs of columns.
     """
-    signature = types.void(*[types.int64] * 5, types.boolean)
+    signature = types.void(*[types.int64] * 6, types.boolean)
 
     def fill(build, arguments):
-        a, rows, strips, b, c, fresh = arguments
+        a, rows, count, strips, b, c, fresh = arguments
 
         def write(row, vectors):
             for k, vector in enumerate(vectors):
                 _store(build, vector, _at(build, c, build.mul(build.add(row, _I64(k)), _I64(ROW))))
 
-        _multiply(build, a, rows, strips, b, c, fresh, write)
+        _multiply(build, a, rows, count, strips, b, c, fresh, write)
 
-    return signature, _call("nemotron_multiply_int16", [_I64] * 5 + [_I1], fill)
+    return signature, _call("nemotron_multiply_int16", [_I64] * 6 + [_I1], fill)
 
 
 @intrinsic
@@ -170,7 +170,7 @@ def multiply_to(context, a, rows, strips, b, c, fresh, y, between):
                 place = _at(build, y, build.mul(build.add(row, _I64(k)), between))
                 build.store(_narrow(build, vector), _pointer(build, place, _SHORTS), align=2)
 
-        _multiply(build, a, rows, strips, b, c, fresh, write)
+        _multiply(build, a, rows, rows, strips, b, c, fresh, write)
 
     kinds = [_I64] * 5 + [_I1] + [_I64] * 2
     return signature, _call("nemotron_multiply_int16_to", kinds, fill)
@@ -236,6 +236,11 @@ def _integers(b, numbers, inverse):
     return b.bitcast(_fma(b, numbers, inverse, shift), _BITS)
 
 
+def _pair(b, first, second):
+    """Return integers in the lower and others in the upper 16 of 32 bits."""
+    return b.or_(b.and_(first, _all(0xFFFF)), b.shl(second, _all(16)))
+
+
 def _highest_of_all(b, bits):
     width = LANES
     while width > 1:
@@ -245,62 +250,129 @@ def _highest_of_all(b, bits):
     return b.extract_element(bits, _I32(0))
 
 
+def _times(b, numbers, factors):
+    """Return products, in which 0 times what is not finite is 0."""
+    is_zero = b.fcmp_ordered("==", numbers, _zero())
+    return b.select(is_zero, numbers, b.fmul(numbers, factors))
+
+
+def _quantize_rows(b, source, step, rows, strips, target, factors=None):
+    def read(begin, strip):
+        x = _load(b, _at(b, begin, b.mul(strip, step)))
+        if factors is None:
+            return x
+        return _times(b, x, _load(b, _at(b, factors, b.mul(strip, _I64(ROW)))))
+
+    highest = cgutils.alloca_once(b, _BITS)
+    numbers = _at(b, target, b.mul(rows, _I64(4)))
+    wide = b.mul(rows, _I64(HALF_ROW))
+    with cgutils.for_range(b, rows, intp=_I64) as row:
+        begin = _at(b, source, b.mul(row.index, _I64(ROW)))
+        b.store(_all(0), highest)
+        with cgutils.for_range(b, strips, intp=_I64) as strip:
+            b.store(_magnitude(b, b.load(highest), read(begin, strip.index)), highest)
+        most = _splat_bits(b, _highest_of_all(b, b.load(highest)))
+        factor, inverse = _factors(b, most)
+        place = _at(b, target, b.mul(row.index, _I64(4)))
+        _store(b, b.extract_element(factor, _I32(0)), place)
+        end = _at(b, numbers, b.mul(row.index, _I64(HALF_ROW)))
+        with cgutils.for_range(b, strips, intp=_I64) as strip:
+            shorts = b.trunc(_integers(b, read(begin, strip.index), inverse), _SHORTS)
+            _store(b, shorts, _at(b, end, b.mul(strip.index, wide)))
+    b.ret_void()
+
+
 @intrinsic
 def quantize_rows(context, source, step, rows, strips, target):
     """Write rows of so many strips of float32 numbers, `step` bytes apart, as a block of rows."""
-    signature = types.void(*[types.int64] * 5)
 
     def fill(b, arguments):
-        source, step, rows, strips, target = arguments
-        highest = cgutils.alloca_once(b, _BITS)
-        numbers = _at(b, target, b.mul(rows, _I64(4)))
-        wide = b.mul(rows, _I64(HALF_ROW))
-        with cgutils.for_range(b, rows, intp=_I64) as row:
-            begin = _at(b, source, b.mul(row.index, _I64(ROW)))
-            b.store(_all(0), highest)
-            with cgutils.for_range(b, strips, intp=_I64) as strip:
-                x = _load(b, _at(b, begin, b.mul(strip.index, step)))
-                b.store(_magnitude(b, b.load(highest), x), highest)
-            most = _splat_bits(b, _highest_of_all(b, b.load(highest)))
-            factor, inverse = _factors(b, most)
-            place = _at(b, target, b.mul(row.index, _I64(4)))
-            _store(b, b.extract_element(factor, _I32(0)), place)
-            end = _at(b, numbers, b.mul(row.index, _I64(HALF_ROW)))
-            with cgutils.for_range(b, strips, intp=_I64) as strip:
-                x = _load(b, _at(b, begin, b.mul(strip.index, step)))
-                shorts = b.trunc(_integers(b, x, inverse), _SHORTS)
-                _store(b, shorts, _at(b, end, b.mul(strip.index, wide)))
-        b.ret_void()
+        _quantize_rows(b, *arguments)
 
+    signature = types.void(*[types.int64] * 5)
     return signature, _call("nemotron_quantize_rows", [_I64] * 5, fill)
+
+
+@intrinsic
+def quantize_rows_times(context, source, step, rows, strips, factors, target):
+    """Write the same of numbers times a factor of their column; 0 stays 0."""
+
+    def fill(b, arguments):
+        source, step, rows, strips, factors, target = arguments
+        _quantize_rows(b, source, step, rows, strips, target, factors)
+
+    signature = types.void(*[types.int64] * 6)
+    return signature, _call("nemotron_quantize_rows_times", [_I64] * 6, fill)
+
+
+def _quantize_columns(b, source, pairs, target, factors=None):
+    def read(pair):
+        begin = _at(b, source, b.mul(pair, _I64(2 * ROW)))
+        for row in range(2):
+            x = _load(b, _at(b, begin, row * ROW))
+            if factors is None:
+                yield x
+            else:
+                place = _at(b, _at(b, factors, b.mul(pair, _I64(8))), 4 * row)
+                factor = b.load(_pointer(b, place, _F32), align=4)
+                yield _times(b, x, _splat(b, factor))
+
+    highest = cgutils.alloca_once_value(b, _all(0))
+    with cgutils.for_range(b, pairs, intp=_I64) as pair:
+        for x in read(pair.index):
+            b.store(_magnitude(b, b.load(highest), x), highest)
+    factor, inverse = _factors(b, b.load(highest))
+    _store(b, factor, target)
+    with cgutils.for_range(b, pairs, intp=_I64) as pair:
+        both = _pair(b, *(_integers(b, x, inverse) for x in read(pair.index)))
+        place = _at(b, _at(b, target, ROW), b.mul(pair.index, _I64(ROW)))
+        b.store(both, _pointer(b, place, _BITS), align=4)
+    b.ret_void()
 
 
 @intrinsic
 def quantize_columns(context, source, pairs, target):
     """Write so many pairs of rows of a strip of float32 numbers as a block of columns."""
+
+    def fill(b, arguments):
+        _quantize_columns(b, *arguments)
+
     signature = types.void(*[types.int64] * 3)
+    return signature, _call("nemotron_quantize_columns", [_I64] * 3, fill)
+
+
+@intrinsic
+def quantize_columns_times(context, source, pairs, factors, target):
+    """Write the same of numbers times a factor of their row; 0 stays 0."""
+
+    def fill(b, arguments):
+        source, pairs, factors, target = arguments
+        _quantize_columns(b, source, pairs, target, factors)
+
+    signature = types.void(*[types.int64] * 4)
+    return signature, _call("nemotron_quantize_columns_times", [_I64] * 4, fill)
+
+
+@intrinsic
+def pair_rows(context, source, pairs, target):
+    """Write pairs of rows of a strip of integers as a block of columns whose factors are 1."""
 
     def fill(b, arguments):
         source, pairs, target = arguments
-        highest = cgutils.alloca_once_value(b, _all(0))
+        _store(b, ir.Constant(_VECTOR, [1.0] * LANES), target)
         with cgutils.for_range(b, pairs, intp=_I64) as pair:
-            begin = _at(b, source, b.mul(pair.index, _I64(2 * ROW)))
-            for row in range(2):
-                x = _load(b, _at(b, begin, row * ROW))
-                b.store(_magnitude(b, b.load(highest), x), highest)
-        factor, inverse = _factors(b, b.load(highest))
-        _store(b, factor, target)
-        with cgutils.for_range(b, pairs, intp=_I64) as pair:
-            begin = _at(b, source, b.mul(pair.index, _I64(2 * ROW)))
+            begin = _at(b, source, b.mul(pair.index, _I64(2 * HALF_ROW)))
             first, second = (
-                _integers(b, _load(b, _at(b, begin, row * ROW)), inverse) for row in range(2)
+                b.load(_pointer(b, _at(b, begin, row * HALF_ROW), _SHORTS), align=2)
+                for row in range(2)
             )
-            both = b.or_(b.and_(first, _all(0xFFFF)), b.shl(second, _all(16)))
+            both = _pair(b, b.zext(first, _BITS), b.zext(second, _BITS))
             place = _at(b, _at(b, target, ROW), b.mul(pair.index, _I64(ROW)))
             b.store(both, _pointer(b, place, _BITS), align=4)
         b.ret_void()
 
-    return signature, _call("nemotron_quantize_columns", [_I64] * 3, fill)
+    signature = types.void(*[types.int64] * 3)
+    return signature, _call("nemotron_pair_rows", [_I64] * 3, fill)
 
 
 @intrinsic

@@ -13,11 +13,13 @@ from nemotron.ops.jit.int16 import (
     multiply,
     multiply_to,
     multiply_transposed,
+    pair_rows,
     quantize_columns,
     quantize_rows,
     transpose,
 )
-from nemotron.ops.jit.lanes import load, store
+from nemotron.ops.jit.lanes import load, splat, store
+from nemotron.ops.jit.scalars import floats
 from nemotron.ops.jit.strips import ROW
 from nemotron.ops.jit.vectors import LANES
 
@@ -68,6 +70,14 @@ def write_column_block(source, padded, column, number):
 
 
 @njit
+def write_columns_as_blocks(source, padded, strips, target):
+    """Write rows of float32 strips as a block of each strip, which is added up downwards."""
+    for strip in range(strips):
+        place = target + strip * part_size(padded)
+        quantize_columns(source + strip * padded * ROW, padded // 2, place)
+
+
+@njit
 def turn(blocks, padded, strips, target):
     """Write the transpose of rows in blocks as strips that are added up downwards."""
     size = column_size(strips)
@@ -82,14 +92,58 @@ def turn(blocks, padded, strips, target):
 
 
 @njit
+def scale_columns(columns, depth, strips, factor):
+    """Multiply strips that are added up downwards by a factor."""
+    for strip in range(strips):
+        for number in range(-(-depth // DEPTH)):
+            place = _block_of_column(columns + strip * column_size(depth), number)
+            store(place, load(place) * splat(factor))
+
+
+@njit
+def added_size(padded, strips):
+    """Return the size of rows that are added up themselves, each by factors of its own."""
+    return -(-strips // DEPTH) * padded * 4 + strips * (ROW + padded * HALF_ROW)
+
+
+@njit
+def factors_of(added, padded, number):
+    """Return where the factors of such rows lie, for a block of strips."""
+    return added + number * padded * 4
+
+
+@njit
+def strip_of(added, padded, strips, strip):
+    """Return where a strip of such rows lies."""
+    return added + -(-strips // DEPTH) * padded * 4 + strip * part_size(padded)
+
+
+@njit
+def write_added(blocks, padded, strips, target):
+    """Write rows in blocks as rows that are added up themselves."""
+    for k in range(0, strips, DEPTH):
+        block = _block_of_rows(blocks, padded, k // DEPTH)
+        floats(factors_of(target, padded, k // DEPTH), padded)[:] = floats(block, padded)
+        for strip in range(min(DEPTH, strips - k)):
+            source = block + padded * 4 + strip * padded * HALF_ROW
+            pair_rows(source, padded // 2, strip_of(target, padded, strips, k + strip))
+
+
+@njit
+def multiply_column(a, padded, count, depth, column, c):
+    """Fill `count` rows of a float32 strip C = A B; A has `depth` strips of rows in blocks."""
+    for k in range(0, depth, DEPTH):
+        number = k // DEPTH
+        multiply(_block_of_rows(a, padded, number), padded, count, min(DEPTH, depth - k),
+                 _block_of_column(column, number), c, k == 0)  # fmt: skip
+
+
+@njit
 def multiply_block(a, padded, depth, b, strips, c):
     """Fill float32 strips of C = A B, where A has `depth` strips of rows in blocks."""
     for strip in range(strips):
         column, result = b + strip * column_size(depth), c + strip * padded * ROW
-        for k in range(0, depth, DEPTH):
-            number = k // DEPTH
-            multiply(_block_of_rows(a, padded, number), padded, min(DEPTH, depth - k),
-                     _block_of_column(column, number), result, k == 0)  # fmt: skip
+        multiply_column(a, padded, padded, depth, column, result)
 
 
 @njit
@@ -99,7 +153,7 @@ def multiply_block_to(a, padded, depth, b, strips, c, y, between):
         column, place = b + strip * column_size(depth), y + strip * LANES * 2
         for k in range(0, depth - DEPTH, DEPTH):
             number = k // DEPTH
-            multiply(_block_of_rows(a, padded, number), padded, DEPTH,
+            multiply(_block_of_rows(a, padded, number), padded, padded, DEPTH,
                      _block_of_column(column, number), c, k == 0)  # fmt: skip
         last = (depth - 1) // DEPTH
         multiply_to(_block_of_rows(a, padded, last), padded, depth - last * DEPTH,
