@@ -63,13 +63,15 @@ class Case:
     def programs(self, side: str) -> list[tuple[str, str]]:
         """Return the (dtype, kind) settings among which a side's best is taken.
 
-        A kind is one of our backends of operations, or the peer's implementation of experts.
+        A kind is one of our backends of operations, with others for some of them behind it, or the
+        peer's implementation of experts.
         """
         if side == "ours":
             kinds = ["default"] if self.kind == "decode" else ["default", "numba"]
             found = [(dtype, kind) for dtype in self.dtypes for kind in kinds]
             if self.kind == "train" and "bf16" in self.dtypes:
-                found.append(("bf16", "numba_int16"))
+                # with instructions for bfloat16, torch's own products may be the fastest
+                found += [("bf16", "numba_int16"), ("bf16", "numba_int16 linear=auto")]
             return found
         kinds = {
             "train": ["eager", "grouped_mm"],

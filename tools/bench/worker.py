@@ -73,8 +73,10 @@ class Ours:
         self.model = HybridLM(PROXIES[case.proxy])
         self.model.init_weights(0)
         if kind != "default":
-            chosen = dict.fromkeys(KERNELS, "numba")
-            apply(self.model, OpsConfig(**chosen | dict.fromkeys(PRODUCTS, kind)))
+            products, *others = kind.split()
+            chosen = dict.fromkeys(KERNELS, "numba") | dict.fromkeys(PRODUCTS, products)
+            chosen |= dict(other.split("=") for other in others)
+            apply(self.model, OpsConfig(**chosen))
         self.model.compute_dtype = DTYPES[dtype]
         if case.kind in ("decode", "prefill"):
             prepare_weights(self.model)
@@ -262,7 +264,7 @@ def main() -> None:
     else:
         program = (Ours if side == "ours" else Peer)(case, dtype, kind)
     for line in sys.stdin:
-        command, argument = line.split()
+        command, argument = line.strip().split(" ", 1)
         answer: object = None
         if command == "step":
             answer = run_step(program, case, int(argument))
