@@ -208,26 +208,35 @@ def multiply_transposed(context, a, b, pairs, c, fresh):
     return signature, _call("nemotron_multiply_transposed_int16", [_I64] * 4 + [_I1], fill)
 
 
+def _greater(b, x, y):
+    return b.select(b.icmp_signed(">", x, y), x, y)
+
+
 def _magnitude(b, highest, numbers):
     """Return the greater one of numbers without their signs, as bits; of a NaN, that is NaN."""
-    bits = b.and_(b.bitcast(numbers, _BITS), _all(0x7FFFFFFF))
-    return b.select(b.icmp_signed(">", bits, highest), bits, highest)
+    return _greater(b, b.and_(b.bitcast(numbers, _BITS), _all(0x7FFFFFFF)), highest)
 
 
 def _factors(b, highest):
-    """Return the factor of integers whose largest number is `highest`, in bits, and its inverse.
+    """Return the factors of integers whose largest numbers are `highest`, in bits, and the inverse.
 
     The largest becomes at most 4096, also when that is what it is rounded to.
     """
-    highest = b.add(highest, _all(1 << 11))
-    exponent = b.and_(highest, _all(0x7F800000))
-    lowest = _all(30 << 23)  # so that the inverse is finite
+    count = highest.type.count
+    numbers = ir.VectorType(_F32, count)
+
+    def same(value):
+        return ir.Constant(highest.type, [value] * count)
+
+    highest = b.add(highest, same(1 << 11))
+    exponent = b.and_(highest, same(0x7F800000))
+    lowest = same(30 << 23)  # so that the inverse is finite
     exponent = b.select(b.icmp_signed(">", exponent, lowest), exponent, lowest)
-    factor = b.sub(exponent, _all(11 << 23))
-    inverse = b.sub(_all((254 + 11) << 23), exponent)
-    is_finite = b.icmp_signed("<", exponent, _all(0x7F800000))
-    factor = b.select(is_finite, factor, _all(0x7FC00000))
-    return b.bitcast(factor, _VECTOR), b.bitcast(inverse, _VECTOR)
+    factor = b.sub(exponent, same(11 << 23))
+    inverse = b.sub(same((254 + 11) << 23), exponent)
+    is_finite = b.icmp_signed("<", exponent, same(0x7F800000))
+    factor = b.select(is_finite, factor, same(0x7FC00000))
+    return b.bitcast(factor, numbers), b.bitcast(inverse, numbers)
 
 
 def _integers(b, numbers, inverse):
@@ -241,13 +250,20 @@ def _pair(b, first, second):
     return b.or_(b.and_(first, _all(0xFFFF)), b.shl(second, _all(16)))
 
 
-def _highest_of_all(b, bits):
-    width = LANES
-    while width > 1:
-        width //= 2
-        low, high = _part(b, bits, 0, width), _part(b, bits, width, width)
-        bits = b.select(b.icmp_signed(">", low, high), low, high)
-    return b.extract_element(bits, _I32(0))
+_EVEN, _ODD = [0, 2, 8, 10, 4, 6, 12, 14], [1, 3, 9, 11, 5, 7, 13, 15]
+_LOW, _HIGH = [0, 1, 2, 3, 8, 9, 10, 11], [4, 5, 6, 7, 12, 13, 14, 15]
+
+
+def _highest_of_rows(b, rows):
+    """Return the highest number of each of eight vectors, as a vector of eight."""
+    rows = [_greater(b, _part(b, row, 0, 8), _part(b, row, 8, 8)) for row in rows]
+    for halves in (_EVEN, _ODD), (_EVEN, _ODD), (_LOW, _HIGH):
+        places = [ir.Constant(ir.VectorType(_I32, 8), half) for half in halves]
+        rows = [
+            _greater(b, *(b.shuffle_vector(x, y, place) for place in places))
+            for x, y in zip(rows[::2], rows[1::2], strict=True)
+        ]
+    return rows[0]
 
 
 def _times(b, numbers, factors):
@@ -257,6 +273,27 @@ def _times(b, numbers, factors):
 
 
 def _quantize_rows(b, source, step, rows, strips, target, factors=None):
+    """Write eight rows at a time; whole blocks without a loop over their strips."""
+    is_whole = b.icmp_signed("==", strips, _I64(BLOCK // LANES))
+    with b.if_else(is_whole) as (whole, some):
+        with whole:
+            strips_of_block = [_I64(strip) for strip in range(BLOCK // LANES)]
+            _quantize_eights(b, source, step, rows, strips_of_block, target, factors)
+        with some:
+            _quantize_eights(b, source, step, rows, strips, target, factors)
+    b.ret_void()
+
+
+def _for_each(b, strips, body):
+    if isinstance(strips, list):
+        for strip in strips:
+            body(strip)
+    else:
+        with cgutils.for_range(b, strips, intp=_I64) as loop:
+            body(loop.index)
+
+
+def _quantize_eights(b, source, step, rows, strips, target, factors):
     def read(begin, strip):
         x = _load(b, _at(b, begin, b.mul(strip, step)))
         if factors is None:
@@ -266,20 +303,33 @@ def _quantize_rows(b, source, step, rows, strips, target, factors=None):
     highest = cgutils.alloca_once(b, _BITS)
     numbers = _at(b, target, b.mul(rows, _I64(4)))
     wide = b.mul(rows, _I64(HALF_ROW))
-    with cgutils.for_range(b, rows, intp=_I64) as row:
-        begin = _at(b, source, b.mul(row.index, _I64(ROW)))
+
+    def find(begin):
+        def raise_highest(strip):
+            b.store(_magnitude(b, b.load(highest), read(begin, strip)), highest)
+
         b.store(_all(0), highest)
-        with cgutils.for_range(b, strips, intp=_I64) as strip:
-            b.store(_magnitude(b, b.load(highest), read(begin, strip.index)), highest)
-        most = _splat_bits(b, _highest_of_all(b, b.load(highest)))
-        factor, inverse = _factors(b, most)
-        place = _at(b, target, b.mul(row.index, _I64(4)))
-        _store(b, b.extract_element(factor, _I32(0)), place)
-        end = _at(b, numbers, b.mul(row.index, _I64(HALF_ROW)))
-        with cgutils.for_range(b, strips, intp=_I64) as strip:
-            shorts = b.trunc(_integers(b, read(begin, strip.index), inverse), _SHORTS)
-            _store(b, shorts, _at(b, end, b.mul(strip.index, wide)))
-    b.ret_void()
+        _for_each(b, strips, raise_highest)
+        return b.load(highest)
+
+    def write(begin, inverse, end):
+        def write_strip(strip):
+            shorts = b.trunc(_integers(b, read(begin, strip), inverse), _SHORTS)
+            _store(b, shorts, _at(b, end, b.mul(strip, wide)))
+
+        _for_each(b, strips, write_strip)
+
+    with cgutils.for_range_slice(b, _I64(0), rows, _I64(8), _I64) as (first, _):
+        begin, end = (
+            _at(b, place, b.mul(first, _I64(size)))
+            for place, size in ((source, ROW), (numbers, HALF_ROW))
+        )
+        found = [find(_at(b, begin, row * ROW)) for row in range(8)]
+        factors_of_rows, inverses = _factors(b, _highest_of_rows(b, found))
+        _store(b, factors_of_rows, _at(b, target, b.mul(first, _I64(4))))
+        for row in range(8):
+            inverse = _splat(b, b.extract_element(inverses, _I32(row)))
+            write(_at(b, begin, row * ROW), inverse, _at(b, end, row * HALF_ROW))
 
 
 @intrinsic
