@@ -62,7 +62,8 @@ def why_unwritable(folder: Path) -> OSError | None:
     """Return what writing to a folder, or making it, would raise now; None when it may be."""
     places = (folder.absolute(), *folder.absolute().parents)
     there = next(place for place in places if os.path.exists(place))
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+    by_effective = os.access in os.supports_effective_ids  # those that a write is judged by
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK, effective_ids=by_effective):
         return None
     is_fixed = os.statvfs(there).f_flag & os.ST_RDONLY
     refusal = errno.EROFS if is_fixed else errno.EACCES

@@ -4,6 +4,7 @@ A mark inside the folder names the command and every file that it wrote. The rul
 folders, for what a killed command left behind, and for every clean-up.
 """
 
+import errno
 import glob
 import logging
 import os
@@ -14,7 +15,14 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from nemotron.errors import UserError
-from nemotron.files import FULL, is_unfinished, read_regular, sync_folder, write_json
+from nemotron.files import (
+    FULL,
+    is_unfinished,
+    read_regular,
+    sync_folder,
+    why_unwritable,
+    write_json,
+)
 from nemotron.section import Section
 
 log = logging.getLogger(__name__)
@@ -51,8 +59,10 @@ def check_output(
 
     Raises:
         UserError: when the folder is a file or a link, is or holds an input, or holds anything that
-            the command did not write, or is there and may not be replaced.
+            the command did not write, or is there and may not be replaced, or has no place.
     """
+    if (error := why_unwritable(target.parent)) is not None:
+        raise unwritable(error, target, "nothing was written")
     if target.is_symlink():
         raise UserError("is a link; give the folder that it leads to.", where=str(target))
     if target.exists() and not target.is_dir():
@@ -69,13 +79,26 @@ def check_new(path: Path, key: str) -> None:
     """Check, before any work, that a result may get this name, which no option lets it take over.
 
     Raises:
-        UserError: naming the option `key`, when something has the name, or its folder is a file.
+        UserError: naming the option `key`, when something has the name, or its folder is a file or
+            takes no other.
     """
     if path.exists() or path.is_symlink():
         raise UserError("exists already; give a new name.", key=key, value=path)
-    above = next(folder for folder in path.absolute().parents if folder.exists())
-    if not above.is_dir():
+    check_place(path, key)
+
+
+def check_place(path: Path, key: str) -> None:
+    """Check, before any work, that a file or folder of a user's name can be made.
+
+    Raises:
+        UserError: naming the option `key`, when its folder is a file or takes no other.
+    """
+    if (error := why_unwritable(path.parent)) is None:
+        return
+    if error.errno == errno.ENOTDIR:
         raise UserError("lies below a file; give another name.", key=key, value=path)
+    rule = f"cannot be written: {error.strerror}; give a name in another folder."
+    raise UserError(rule, key=key, value=path, because=error)
 
 
 def refuse_inputs_inside(target: Path, inputs: Iterable[Path]) -> None:

@@ -427,7 +427,7 @@ FOLDER_ROWS = [
         ("nvidia/model: does not exist", "of a model on the Hub")),
     Row("62 import onto a file", write("imported", ""), IMPORT, ("imported", "file")),
     Row("62 import below a file", write("imported", ""), [*IMPORT[:-1], "imported/run"],
-        ("imported/run", "File exists")),
+        ("imported/run", "Not a directory")),
     Row("62 import over a trained run", nothing, [*IMPORT[:-1], "runs/mine", "--overwrite"],
         ("runs/mine", "not replaced")),
     Row("62 export onto a file", write("out", ""), ["export", "runs/mine", "--out", "out"],

@@ -9,15 +9,18 @@ import importlib.util
 import os
 import pickle
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from nemotron import cli, exit_codes, outputs
+from nemotron.data.rewrite.rows import check_file
 from nemotron.errors import UserError, exit_code
+from nemotron.evaluate.sample_file import check_folder
 from nemotron.guard import describe
+from nemotron.outputs import check_new, check_output
 from tests.support.outputs import OUTPUTS, TRAIN, make_world
 from tests.support.small_disk import Filler, small_disk
 from tests.support.unprivileged import bound_by_permissions
@@ -109,6 +112,23 @@ def test_a_folder_that_takes_nothing_is_a_mistake_for_every_command(
     last = answer[-1]
     assert (code, "Permission denied" in last, str(folder) in last) == (2, True, True), answer
     assert sum("nemotron:" in line for line in answer) == 1
+
+
+CHECKS = [
+    lambda out: check_new(out, "--out"),
+    lambda out: check_output(out, "test", overwrite=False),
+    lambda out: check_file(out, [], overwrite=False),
+    lambda out: check_folder(out, resume=False),
+]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=["file", "folder", "lines", "evaluation"])
+def test_a_place_is_looked_at_before_any_work(check: Callable[[Path], object], tmp_path: Path):
+    with forbidden(tmp_path / "theirs") as folder:
+        with pytest.raises(UserError, match="Permission denied") as caught:
+            check(folder / "out")
+        assert not list(folder.iterdir())
+    assert exit_code(caught.value) == exit_codes.WRONG_INPUT
 
 
 MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE)

@@ -16,6 +16,7 @@ from nemotron.files import (
     try_lock,
     write_json,
 )
+from nemotron.outputs import check_place
 from nemotron.posttrain.suites.examine import Item
 from nemotron.posttrain.suites.samples import Sample
 
@@ -117,6 +118,7 @@ def check_folder(folder: Path, *, resume: bool) -> None:
     if not folder.exists() and not folder.parent.is_dir():
         rule = "is in a folder that does not exist; name one that does."
         raise UserError(rule, key="--out", value=folder)
+    check_place(folder / SAMPLES, "--out")
     settings = _settings_of(folder / SAMPLES)
     if not folder.exists() or all(is_unfinished(path, settings.name) for path in folder.iterdir()):
         return

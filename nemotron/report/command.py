@@ -9,6 +9,7 @@ from pathlib import Path
 from nemotron.errors import UserError
 from nemotron.exit_codes import DONE
 from nemotron.files import write_text
+from nemotron.outputs import check_place
 from nemotron.report.page import HEAD, render
 from nemotron.report.run import Run, read_runs
 from nemotron.terminal import print_text, say
@@ -77,6 +78,7 @@ def _check(out: Path) -> None:
     if not out.parent.is_dir():
         rule = f"lies in {out.parent}, which is not a folder; create it, or name another."
         raise UserError(rule, key="--out", value=out)
+    check_place(out, "--out")
     if out.is_symlink() or (out.exists() and not out.is_file()):
         rule = "is a folder, a link or a device; give the name of a file."
         raise UserError(rule, key="--out", value=out)

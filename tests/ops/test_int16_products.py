@@ -143,7 +143,8 @@ def test_what_is_not_finite_reaches_what_it_is_added_to_alone(bad: float):
 def test_the_largest_sums_fit():
     from numba import njit
 
-    from nemotron.ops.jit.int16 import BLOCK, multiply, quantize_columns, quantize_rows
+    from nemotron.ops.jit.int16 import BLOCK, multiply
+    from nemotron.ops.jit.int16_blocks import quantize_columns, quantize_rows
     from nemotron.ops.jit.strips import ROW
 
     @njit
@@ -239,11 +240,15 @@ of_host = binding.get_host_cpu_features
 binding.get_host_cpu_features = {features}
 import nemotron.ops.jit.int16
 binding.get_host_cpu_features = of_host
+from nemotron.ops.attention.int16 import attention
 from nemotron.ops.grouped_linear.int16 import linear
 g = torch.Generator().manual_seed(0)
 x = torch.randn(150, 72, generator=g).bfloat16().requires_grad_()
 weight = torch.randn(40, 72, generator=g).requires_grad_()
-y = linear(x, weight)
-slope = torch.randn(150, 40, generator=g).bfloat16()
-torch.save([y.detach(), *torch.autograd.grad(y, (x, weight), slope)], "{path}")
+qkv = torch.randn(3, 1, 150, 2, 24, generator=g).bfloat16().requires_grad_()
+found = []
+for y, inputs in ((linear(x, weight), (x, weight)), (attention(*qkv, None, None), (qkv,))):
+    slope = torch.randn(y.shape, generator=g).bfloat16()
+    found += [y.detach(), *torch.autograd.grad(y, inputs, slope)]
+torch.save(found, "{path}")
 """

@@ -32,12 +32,8 @@ from nemotron.ops.attention.columns_kernels import (
 )
 from nemotron.ops.attention.kernels import COLUMNS, KEYS
 from nemotron.ops.jit.barrier import take, wait
-from nemotron.ops.jit.int16 import (
-    multiply,
-    multiply_transposed,
-    quantize_columns_times,
-    quantize_rows_times,
-)
+from nemotron.ops.jit.int16 import multiply, multiply_transposed
+from nemotron.ops.jit.int16_blocks import quantize_columns_times, quantize_rows_times
 from nemotron.ops.jit.int16_matrices import (
     DEPTH,
     added_size,
@@ -260,7 +256,7 @@ def _segment(call, side, segment, scratch, kind):
 
 @njit
 def _write_both(numbers, channels, some, straight, added):
-    """Write columns whose channels are added up, and the same columns to be added up themselves."""
+    """Write columns whose channels are added up, and again to be added up themselves."""
     columns = TOGETHER * LANES
     write_rows_as_blocks(numbers, columns * ROW, columns, channels, some)
     turn(some, columns, channels, straight)

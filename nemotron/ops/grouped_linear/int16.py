@@ -31,7 +31,8 @@ def matrices(groups: int, depth: int, columns: int) -> int:
 
 def columns(blocks: Blocks, count: int) -> int:
     """Return the same of so many columns of all blocks of rows, which are added up."""
-    filled = len(blocks.table) * _part_size(0) + _part_size(blocks.rows) - _part_size(0)
+    factors = _part_size(0)
+    filled = len(blocks.table) * factors + _part_size(blocks.rows) - factors
     return strips_of(count) * int(filled) // 4
 
 

@@ -1,23 +1,16 @@
 """Products of large matrices by the tiles of `int16`: strips become blocks of integers.
 
 A matrix whose rows are added up is block after block of `DEPTH` strips; one whose columns are is
-strip after strip, each with all blocks of `BLOCK` rows. Sizes are bytes, and `padded` is a count of
-rows, filled up to a multiple of 8.
+strip after strip, each with all blocks of `BLOCK` rows. Where columns are added up of rows that
+have powers of two of their own, as those of keys in attention, the rows' factors come first, for
+one block of strips after the other, and then strips of pairs without factors. Sizes are bytes, and
+`padded` is a count of rows, filled up to a multiple of 8.
 """
 
 from numba import njit
 
-from nemotron.ops.jit.int16 import (
-    BLOCK,
-    HALF_ROW,
-    multiply,
-    multiply_to,
-    multiply_transposed,
-    pair_rows,
-    quantize_columns,
-    quantize_rows,
-    transpose,
-)
+from nemotron.ops.jit.int16 import BLOCK, HALF_ROW, multiply, multiply_to, multiply_transposed
+from nemotron.ops.jit.int16_blocks import pair_rows, quantize_columns, quantize_rows, transpose
 from nemotron.ops.jit.lanes import load, splat, store
 from nemotron.ops.jit.scalars import floats
 from nemotron.ops.jit.strips import ROW
@@ -102,13 +95,13 @@ def scale_columns(columns, depth, strips, factor):
 
 @njit
 def added_size(padded, strips):
-    """Return the size of rows that are added up themselves, each by factors of its own."""
+    """Return the size of rows with factors of their own, whose columns are added up."""
     return -(-strips // DEPTH) * padded * 4 + strips * (ROW + padded * HALF_ROW)
 
 
 @njit
 def factors_of(added, padded, number):
-    """Return where the factors of such rows lie, for a block of strips."""
+    """Return where the factors of such rows lie, for one block of strips."""
     return added + number * padded * 4
 
 
@@ -120,7 +113,7 @@ def strip_of(added, padded, strips, strip):
 
 @njit
 def write_added(blocks, padded, strips, target):
-    """Write rows in blocks as rows that are added up themselves."""
+    """Write rows in blocks so that their columns can be added up."""
     for k in range(0, strips, DEPTH):
         block = _block_of_rows(blocks, padded, k // DEPTH)
         floats(factors_of(target, padded, k // DEPTH), padded)[:] = floats(block, padded)
