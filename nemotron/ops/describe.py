@@ -65,7 +65,7 @@ def training_call(
 ) -> Call:
     """Return what a training step asks of an operation."""
     needs = {"documents"} if documents and operation.name in AWARE_OF_DOCUMENTS else set()
-    return Call(device.type, dtype, frozenset(needs))
+    return Call(device.type, operation.dtype or dtype, frozenset(needs))
 
 
 def describe(choices: list[Choice]) -> list[str]:

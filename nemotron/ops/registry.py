@@ -169,6 +169,8 @@ class Operation:
     backends: Sequence[Backend]
     pinned: str | None = None
     """The backend to use for every call; absent: the first that is fit for it."""
+    dtype: torch.dtype | None = None
+    """What training calls it in, whatever the format of activations; absent: in that format."""
     recomputed: bool = False
     """Whether backward computes results again that would be kept (`nemotron.ops.recompute`)."""
     _chosen: dict[tuple[Any, ...], Callable[..., Any]] = field(

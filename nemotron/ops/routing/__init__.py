@@ -127,6 +127,7 @@ topk_routing = TopkRoutingOp(
         numba_backend(KERNELS, "topk_routing", dtypes=FLOAT32),
         Backend("reference", reference, features=frozenset({"groups"})),
     ],
+    dtype=torch.float32,
 )
 
 
@@ -180,6 +181,7 @@ balance_sums = BalanceSumsOp(
         numba_backend(KERNELS, "balance_sums", dtypes=FLOAT32),
         Backend("reference", add_up),
     ],
+    dtype=torch.float32,
 )
 
 
@@ -252,6 +254,7 @@ expert_order = ExpertOrderOp(
         numba_backend(KERNELS, "expert_order", dtypes=FLOAT32),
         Backend("reference", sort),
     ],
+    dtype=torch.float32,
 )
 
 Direction = Literal["copy", "add"]
