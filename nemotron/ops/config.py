@@ -60,3 +60,17 @@ class OpsConfig(Section):
     """Gate and grouped normalization of the Mamba-2 mixer."""
     squared_relu: str = "auto"
     """Activation of feed-forward layers and experts."""
+
+
+_NUMBA = (
+    *("attention", "balance_sums", "causal_conv1d", "expert_order", "gated_rms_norm"),
+    *("grouped_linear", "grouped_mlp", "linear", "linear_cross_entropy", "rms_norm"),
+    *("squared_relu", "ssd", "token_step", "topk_routing"),
+)
+_INT16 = ("attention", "grouped_linear", "grouped_mlp", "linear")
+PRESETS: dict[str, dict[str, str]] = {
+    "auto": dict.fromkeys(OpsConfig.model_fields, "auto"),
+    "numba": dict.fromkeys(_NUMBA, "numba"),
+    "numba_int16": dict.fromkeys(_NUMBA, "numba") | dict.fromkeys(_INT16, "numba_int16"),
+}
+"""What `ops: NAME` stands for: every operation that has such kernels uses them."""

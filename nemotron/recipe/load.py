@@ -13,12 +13,11 @@ from pydantic import BaseModel, ValidationError
 from nemotron.errors import UserError
 from nemotron.posttrain.config import RlConfig
 from nemotron.posttrain.correct.config import CorrectConfig
-from nemotron.precision.config import Preset
 from nemotron.recipe.blend import insert_blends
 from nemotron.recipe.check import check, find_stage
-from nemotron.recipe.explain import explain, one_of
+from nemotron.recipe.explain import explain
 from nemotron.recipe.read import Budget, Document, Path_, place_of, read_yaml
-from nemotron.recipe.references import check_references, resolve
+from nemotron.recipe.references import check_references, expand_names, resolve
 from nemotron.recipe.shipped import find
 from nemotron.recipe.stages import Stage
 from nemotron.train.config import LENGTHS, RunConfig, TextConfig, length_keys
@@ -190,20 +189,6 @@ def _read_override(text: str) -> Document:
     return Document(parsed, places)
 
 
-def _expand_precision(document: Document) -> None:
-    """Replace `precision: NAME` by the preset of that name in bfloat16, or by plain `fp32`."""
-    name = document.values.get("precision")
-    if not isinstance(name, str) or "$" in name:
-        return
-    place = document.places[("precision",)]
-    if name not in (words := ["fp32", *get_args(Preset)]):
-        raise UserError(one_of(words, name), key="precision", value=name, where=place)
-    is_plain = name == "fp32"
-    keys = {"compute": "fp32" if is_plain else "bf16", "preset": "bf16" if is_plain else name}
-    document.values["precision"] = keys
-    document.places |= {("precision", key): place for key in keys}
-
-
 def _lay_over(below: Document, above: Document) -> None:
     """Lay `above` over `below`: mappings are merged, everything else is replaced.
 
@@ -214,7 +199,7 @@ def _lay_over(below: Document, above: Document) -> None:
         _remove(below, tuple(name.split(".")), place)
     _drop_replaced_lengths(below, above)
     check_references(above)
-    _expand_precision(above)
+    expand_names(above)
     for path in list(below.places):
         if _replaced(below.values, above.values, path):
             del below.places[path]

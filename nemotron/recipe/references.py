@@ -1,12 +1,24 @@
-"""References such as `${data.seq_len}`: the value of another key of the same recipe."""
+"""What stands for something else in a recipe: `${data.seq_len}`, and the name of a preset."""
 
 import difflib
 import re
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, get_args
 
 from nemotron.errors import UserError
+from nemotron.ops.config import PRESETS
+from nemotron.precision.config import Preset
+from nemotron.recipe.explain import one_of
 from nemotron.recipe.read import Document, Path_, place_of
+
+WORDS: Mapping[str, Mapping[str, Mapping[str, str]]] = {
+    "precision": {
+        "fp32": {"compute": "fp32", "preset": "bf16"},
+        **{name: {"compute": "bf16", "preset": name} for name in get_args(Preset)},
+    },
+    "ops": PRESETS,
+}
+"""What a name stands for in place of a section, by section."""
 
 REFERENCE = re.compile(r"\$\{([A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+)*)\}")
 MAX_TEXT = 4096
@@ -129,3 +141,20 @@ def _scalars(value: Any, path: Path_ = ()) -> Iterator[tuple[Path_, Scalar]]:
             yield from _scalars(item, (*path, str(index)))
     else:
         yield path, value
+
+
+def expand_names(document: Document) -> None:
+    """Replace the name of a preset in place of a section by the keys that it stands for.
+
+    Raises:
+        UserError: for an unknown name.
+    """
+    for section, meanings in WORDS.items():
+        name = document.values.get(section)
+        if not isinstance(name, str) or "$" in name:
+            continue
+        place = document.places[(section,)]
+        if name not in meanings:
+            raise UserError(one_of(list(meanings), name), key=section, value=name, where=place)
+        document.values[section] = dict(meanings[name])
+        document.places |= {(section, key): place for key in meanings[name]}

@@ -2,15 +2,15 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import Any
 
 from pydantic import JsonValue
 from pydantic.json_schema import models_json_schema
 
-from nemotron.precision.config import Preset
 from nemotron.recipe.flat import flat, value_text
 from nemotron.recipe.load import COMMAND_LINE, Recipe
 from nemotron.recipe.read import Path_
+from nemotron.recipe.references import WORDS
 from nemotron.recipe.stages import DEFAULT, STAGES
 
 
@@ -86,9 +86,14 @@ def _add_shorthand(properties: dict[str, Any]) -> None:
         "anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}}],
         "description": "Dotted key, or keys, of the extended recipes that this one leaves out.",
     }
-    precision = properties["precision"]
-    word = {"enum": ["fp32", *get_args(Preset)], "description": "fp32, or a preset in bfloat16."}
-    precision["anyOf"] = [word, {"$ref": precision.pop("$ref")}]
+    descriptions = {
+        "precision": "fp32, or a preset in bfloat16.",
+        "ops": "Backend of every operation that has it.",
+    }
+    for name, words in WORDS.items():
+        section = properties[name]
+        word = {"enum": list(words), "description": descriptions[name]}
+        section["anyOf"] = [word, {"$ref": section.pop("$ref")}]
 
 
 def _names(stage: str) -> dict[str, Any]:

@@ -62,6 +62,16 @@ def test_bfloat16_inputs_cost_no_more_than_bfloat16_products():
     assert worst(results(chunked.ssd, inputs, None), exact) <= 2**-7
 
 
+def test_the_gradient_of_the_skip_adds_up_exact_products():
+    inputs = [t if t is None else t.bfloat16() for t in draw(2, 4000, state=False)]
+    inputs[1:3] = (t.float() for t in inputs[1:3])
+    dD = results(chunked.ssd, [*inputs[:5], draw(2, 1)[5], None], None)[-1]
+    x, generator = inputs[0].double(), torch.Generator().manual_seed(99)
+    dy = torch.randn(x.shape, generator=generator).bfloat16().double()
+    # sums of float32; rounding each product to bfloat16 first would give 4e-3 of the largest
+    assert worst([dD], [(dy * x).sum((0, 1, 3))]) <= 1e-5
+
+
 def test_extreme_decays_neither_overflow_nor_lose_the_gradient():
     inputs = draw(1, 200)
     inputs[1] = torch.cat([torch.full((1, 100, 4), 50.0), torch.full((1, 100, 4), 1e-6)], dim=1)

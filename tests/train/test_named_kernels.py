@@ -1,54 +1,38 @@
-"""The kernels that the page on backends tells a recipe to name, through the real commands."""
+"""Kernels that a recipe names for all operations, through the real commands."""
 
 import json
 from pathlib import Path
 
 import pytest
 import torch
-from ruamel.yaml import YAML
 
 from nemotron import cli
 from nemotron.ops.apply import ALL
+from nemotron.ops.config import PRESETS
 from nemotron.ops.describe import training_call
-from nemotron.ops.registry import INT16, Operation
-from tests.support.pages import blocks
+from nemotron.ops.registry import Operation
 
 pytest.importorskip("numba", reason="numba is not installed")
 
 TRAIN = ["train", "tiny/smoke", "name=run", "device=cpu", "schedule.total_steps=2"]
 
 
-def named() -> dict[str, str]:
-    """Return what the page says."""
-    (block,) = (b for b in blocks("yaml") if b.text.startswith("ops:\n") and "ssd:" in b.text)
-    return dict(YAML(typ="safe").load(block.text)["ops"])
-
-
-def with_integers(ops: dict[str, str]) -> dict[str, str]:
-    """Return the same with all products in 16-bit integers that there are."""
-    known = {o.name for o in ALL if any(backend.name == INT16 for backend in o.backends)}
-    return {name: INT16 if name in known else backend for name, backend in ops.items()}
-
-
 @pytest.mark.parametrize(
-    ("precision", "integers"), [("fp32", False), ("bf16", False), ("bf16", True)]
+    ("precision", "ops"), [("fp32", "numba"), ("bf16", "numba"), ("bf16", "numba_int16")]
 )
-def test_a_run_takes_what_the_page_names(
+def test_a_run_takes_all_kernels(
     precision: str,
-    integers: bool,
+    ops: str,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ):
     monkeypatch.chdir(tmp_path)
-    ops = with_integers(named()) if integers else named()
-    assert len(ops) >= 13
-    chosen = [f"ops.{name}={backend}" for name, backend in ops.items()]
-    assert cli.run([*TRAIN, f"precision={precision}", *chosen]) == 0
+    assert cli.run([*TRAIN, f"precision={precision}", f"ops={ops}"]) == 0
     provenance = json.loads(Path("runs/run/provenance.json").read_text())
     choices = provenance["starts"][0]["backends"]
     used = {choice["operation"]: choice["backend"] for choice in choices.values()}
-    assert used | ops == used
+    assert used | PRESETS[ops] == used
     capsys.readouterr()
     assert cli.run(["generate", "runs/run", "--prompt", "to be", "--max-new-tokens", "3"]) == 0
     assert capsys.readouterr().out.strip()

@@ -356,7 +356,8 @@ class _ChunkedScan(torch.autograd.Function):
         for part, block, before, dy_part in reversed(list(parts)):
             dstate = part.fill(_Block(block), D.view(groups, -1, 1), before, dy_part, dstate)
         ddt, dA = gradients.of_decays(cut, A, ids)
-        dD = (dy * cut.x).sum((0, 1, 2, 5), dtype=dt.dtype).flatten()
+        # products that nearly cancel must not be rounded to the format of x first
+        dD = (dy.to(dt.dtype) * cut.x).sum((0, 1, 2, 5)).flatten()
         dx = gradients.x.flatten(3, 4).flatten(1, 2)
         dB, dC = (d.transpose(2, 3).flatten(1, 2) for d in (gradients.B, gradients.C))
         return dx, ddt, dA, dB, dC, dD, dstate, None
