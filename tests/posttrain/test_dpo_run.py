@@ -118,6 +118,10 @@ def learned(job: Job, world: int) -> Found:
     return lines_of(job.run), held_out, read_model(job.run)[1]
 
 
+NEAR = {"rel": 3e-7, "abs": 2e-6}
+"""Numbers that are added up in another order; the loss on answers is 65, where float32 has 8e-6."""
+
+
 @pytest.fixture(scope="module")
 def alone(workplace: Workplace, plain_base: Path) -> Found:
     """What one process learns."""
@@ -144,9 +148,9 @@ def test_two_ranks_learn_what_one_learns(
         # at first the policy is the reference, so that rounding decides which reward is higher
         keys = [k for k in one if k.startswith(("loss/", "dpo/rewards"))]
         for key in (*keys, *(["dpo/accuracy"] if one["step"] > 1 else [])):
-            assert two[key] == pytest.approx(one[key], abs=2e-6), key
+            assert two[key] == pytest.approx(one[key], **NEAR), key
     for key in (key for key in alone[1] if key.startswith("validation/")):
-        assert found[1][key] == pytest.approx(alone[1][key], abs=2e-6), key
+        assert found[1][key] == pytest.approx(alone[1][key], **NEAR), key
     for name, tensor in alone[2].items():
         # float32 gradients summed in another order
         torch.testing.assert_close(found[2][name], tensor, rtol=1e-4, atol=1e-6, msg=name)
@@ -164,7 +168,7 @@ def test_two_ranks_learn_the_adapters_that_one_learns(
     )
     for alone, shared in zip(one[0], two[0], strict=True):
         for key in (k for k in alone if k.startswith(("loss/", "dpo/rewards"))):
-            assert shared[key] == pytest.approx(alone[key], abs=2e-6), key
+            assert shared[key] == pytest.approx(alone[key], **NEAR), key
     before = read_model(plain_base)[1]
     changes = {name: (tensor - before[name]).abs().max() for name, tensor in one[2].items()}
     changed = {name for name, change in changes.items() if change}
