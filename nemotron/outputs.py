@@ -61,8 +61,7 @@ def check_output(
         UserError: when the folder is a file or a link, is or holds an input, or holds anything that
             the command did not write, or is there and may not be replaced, or has no place.
     """
-    if (error := why_unwritable(target.parent)) is not None:
-        raise unwritable(error, target, "nothing was written")
+    check_writable(target)
     if target.is_symlink():
         raise UserError("is a link; give the folder that it leads to.", where=str(target))
     if target.exists() and not target.is_dir():
@@ -73,6 +72,16 @@ def check_output(
     if not overwrite:
         raise UserError("exists already; add --overwrite to replace it.", where=str(target))
     _own_mark(target, made_by)
+
+
+def check_writable(target: Path) -> None:
+    """Check, before any work, that a file or folder can be made where it is to lie.
+
+    Raises:
+        UserError: when its folder is a file or takes no other.
+    """
+    if (error := why_unwritable(target.parent)) is not None:
+        raise unwritable(error, target, "nothing was written")
 
 
 def check_new(path: Path, key: str) -> None:
@@ -88,7 +97,7 @@ def check_new(path: Path, key: str) -> None:
 
 
 def check_place(path: Path, key: str) -> None:
-    """Check, before any work, that a file or folder of a user's name can be made.
+    """Check what `check_writable` does, for a name that an option gives.
 
     Raises:
         UserError: naming the option `key`, when its folder is a file or takes no other.

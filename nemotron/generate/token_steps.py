@@ -16,7 +16,7 @@ from nemotron.model.cache import Cache
 from nemotron.model.cached_rows import CachedRows
 from nemotron.model.hybrid import HybridLM
 from nemotron.model.state import KeyValues, MambaSlots, MambaState
-from nemotron.ops.registry import Call, Operation
+from nemotron.ops.registry import INT16, NUMBA, Call, Operation
 from nemotron.ops.token_step import TokenStepOp
 from nemotron.ops.token_step.stack import KeysPlace, MambaPlace, Stack, Step
 from nemotron.precision.static import is_attached
@@ -133,10 +133,16 @@ def operation_of(model: HybridLM, dtype: torch.dtype) -> TokenStepOp | None:
 
 
 def _named_inside(layers: nn.Module, step: TokenStepOp) -> str | None:
+    """Return a backend that is named of an operation in the layers, other than kernels for CPUs.
+
+    Those are what the steps are made of, too.
+    """
     # not that of the head's loss, which no step computes
     for module in layers.modules():
         for value in vars(module).values():
-            if isinstance(value, Operation) and value is not step and value.pinned is not None:
+            if not isinstance(value, Operation) or value is step:
+                continue
+            if value.pinned not in (None, NUMBA, INT16):
                 return f"ops.{value.name} = {value.pinned}"
     return None
 

@@ -65,7 +65,7 @@ class OpsConfig(Section):
 _NUMBA = (
     *("attention", "balance_sums", "causal_conv1d", "expert_order", "gated_rms_norm"),
     *("grouped_linear", "grouped_mlp", "linear", "linear_cross_entropy", "rms_norm"),
-    *("squared_relu", "ssd", "token_step", "topk_routing"),
+    *("squared_relu", "ssd", "topk_routing"),
 )
 _INT16 = ("attention", "grouped_linear", "grouped_mlp", "linear")
 PRESETS: dict[str, dict[str, str]] = {
@@ -73,4 +73,4 @@ PRESETS: dict[str, dict[str, str]] = {
     "numba": dict.fromkeys(_NUMBA, "numba"),
     "numba_int16": dict.fromkeys(_NUMBA, "numba") | dict.fromkeys(_INT16, "numba_int16"),
 }
-"""What `ops: NAME` stands for: every operation that has such kernels uses them."""
+"""What `ops: NAME` stands for: every operation of training that has such kernels uses them."""

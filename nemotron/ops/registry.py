@@ -123,11 +123,15 @@ def triton_backend(
     )
 
 
+NUMBA = "numba"
+"""The backend of kernels for CPUs."""
+
+
 def numba_backend(
     module: str,
     function: str,
     *,
-    name: str = "numba",
+    name: str = NUMBA,
     dtypes: frozenset[torch.dtype] = frozenset({torch.float32, torch.bfloat16}),
     features: frozenset[str] = frozenset(),
     limit: Callable[..., str | None] | None = None,

@@ -23,7 +23,7 @@ from nemotron.model.cache import Cache
 from nemotron.model.cache_formats import CacheFormats
 from nemotron.model.hybrid import HybridLM
 from nemotron.ops.apply import apply
-from nemotron.ops.config import OpsConfig
+from nemotron.ops.config import PRESETS, OpsConfig
 from nemotron.ops.registry import Backend
 from nemotron.ops.token_step import TokenStepOp, token_step
 from nemotron.ops.token_step.stack import Matrix
@@ -258,6 +258,9 @@ def test_a_backend_that_is_named_inside_the_layers_is_used(model: HybridLM) -> N
         (OpsConfig(ssd="reference"), False),
         (OpsConfig(ssd="reference", token_step="numba"), True),
         (OpsConfig(linear_cross_entropy="reference"), True),
+        (OpsConfig(**PRESETS["numba"]), True),
+        (OpsConfig(**PRESETS["numba_int16"]), True),
+        (OpsConfig(**PRESETS["numba"] | {"rms_norm": "fused"}), False),
     ):
         named = copy.deepcopy(model)
         apply(named, choices)

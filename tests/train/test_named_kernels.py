@@ -38,6 +38,15 @@ def test_a_run_takes_all_kernels(
     assert capsys.readouterr().out.strip()
 
 
+def test_a_model_that_the_kernels_do_not_decode_is_decoded_by_its_layers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.chdir(tmp_path)
+    groups = ["model.n_group=2", "model.topk_group=1"]
+    assert cli.run([*TRAIN, *groups, "ops=numba", "ops.topk_routing=auto"]) == 0
+    assert cli.run(["generate", "runs/run", "--prompt", "to be", "--max-new-tokens", "3"]) == 0
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_the_start_of_a_run_checks_the_calls_that_training_makes(
     precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -17,15 +17,8 @@ from nemotron.data.prepare.options import PrepareOptions
 from nemotron.data.prepare.progress import PrepareProgress
 from nemotron.data.prepare.read import Bad, Place, Tick, no_column, read_rows, read_text
 from nemotron.errors import UserError
-from nemotron.files import (
-    LARGEST_SMALL_FILE,
-    naming,
-    parse_json,
-    refuse_device,
-    sync,
-    why_unwritable,
-)
-from nemotron.outputs import unwritable
+from nemotron.files import LARGEST_SMALL_FILE, naming, parse_json, refuse_device, sync
+from nemotron.outputs import check_writable, unwritable
 from nemotron.terminal import print_text
 
 Row = Mapping[str, Any]  # Any: what a row holds
@@ -172,8 +165,7 @@ def check_file(out: Path, sources: Iterable[str], *, overwrite: bool) -> None:
         UserError: when it is a folder or an input, or is there and may not be replaced, or has no
             place.
     """
-    if (error := why_unwritable(out.parent)) is not None:
-        raise unwritable(error, out, "nothing was written")
+    check_writable(out)
     if out.is_dir():
         raise UserError("is a folder; give the name of a file.", where=str(out))
     if any(os.path.realpath(source) == os.path.realpath(out) for source in sources):

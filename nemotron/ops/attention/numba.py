@@ -134,6 +134,6 @@ def attention(
     lengths: Int[Tensor, " B"] | None,
     form: Form = FLOAT32,
 ) -> Float[Tensor, "B T Hq Dh"]:
-    """Attend in float32; the result is rounded once."""
+    """Attend in float32, with products as the form takes them; the result is rounded once."""
     lows, highs = _bounds(q.shape[0], q.shape[1], k.shape[1], seq_idx, lengths)
     return _Attention.apply(_rows(q), _rows(k), _rows(v), lows, highs, form)
