@@ -81,10 +81,11 @@ def test_sigterm_saves_and_says_how_to_go_on(recipe):
 @pytest.mark.slow
 def test_a_second_interrupt_leaves_at_once(recipe):
     # steps long enough that the second signal arrives within the first one's step
-    batch = {"global_tokens": 31 * 60, "micro_batch": 2}
+    batch = {"global_tokens": 31 * 120, "micro_batch": 2}
     config = recipe("impatient", schedule=long(), batch=batch)
     process = start(config)
     wait_for_step(config, 1, process)
+    time.sleep(0.2)  # the first one within a step, too: between two, it saves at once
     process.send_signal(signal.SIGINT)
     process.wait_for_text("Ctrl-C again")
     process.send_signal(signal.SIGINT)
